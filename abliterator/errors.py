@@ -1,0 +1,61 @@
+"""The exceptions a user can meet, one small tree.
+
+Every message says what was seen, what was expected and what to do, in one paragraph. The command line prints these
+without a traceback and exits 1; anything else is a bug of ours and keeps its traceback.
+
+    AbliteratorError
+     ├── RecipeError           the recipe, or a flag, says something that cannot be done
+     ├── PromptError           a prompt set is empty, unreadable, or overlaps another
+     ├── UnsupportedModel      the anatomy does not know this architecture, tensor or storage format
+     ├── CheckpointError       a checkpoint folder is damaged, incomplete, or cannot be read or written
+     ├── DirectionError        activations or directions that no subspace can be made of
+     ├── OutputError           the output folder is not ours, or there is no room for it
+     ├── GenerationError       a model could not be loaded, or could not answer
+     ├── JudgeError            answers could not be judged
+     ├── BenchmarkError        a benchmark task is unknown, unreachable or cannot be compared
+     └── PublishError          a checkpoint is not fit to be published, or the Hub refused it
+"""
+
+
+class AbliteratorError(Exception):
+    """Base of all errors with a message for the user."""
+
+
+class RecipeError(AbliteratorError):
+    """The recipe, or a flag, says something that cannot be done."""
+
+
+class PromptError(AbliteratorError):
+    """A prompt set is empty, unreadable, or overlaps another."""
+
+
+class UnsupportedModel(AbliteratorError):
+    """The anatomy does not know this architecture, tensor or storage format."""
+
+
+class CheckpointError(AbliteratorError):
+    """A checkpoint folder is damaged, incomplete, or cannot be read or written."""
+
+
+class DirectionError(AbliteratorError):
+    """Activations or directions that no subspace can be made of."""
+
+
+class OutputError(AbliteratorError):
+    """The output folder is not ours, or there is no room for it."""
+
+
+class GenerationError(AbliteratorError):
+    """A model could not be loaded, or could not answer."""
+
+
+class JudgeError(AbliteratorError):
+    """Answers could not be judged."""
+
+
+class BenchmarkError(AbliteratorError):
+    """A benchmark task is unknown, unreachable or cannot be compared."""
+
+
+class PublishError(AbliteratorError):
+    """A checkpoint is not fit to be published, or the Hub refused it."""

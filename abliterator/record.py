@@ -1,0 +1,190 @@
+"""Typed results, JSON both ways.
+
+`RunRecord` is the contract that the card and other tools read (`checkpoint/abliterator/record.json`). The room does not
+know where results come from. A measurement that was not made is `None` (JSON `null`), never 0. Rates and means travel
+as `Estimate`: a value with its interval and n.
+
+    record = RunRecord.model_validate_json(path.read_text())
+    record.behaviour["target"].base.refusal.value
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict
+
+Side = Literal["base", "edited"]
+FinishReason = Literal["stop", "length"]
+
+
+class Frozen(BaseModel):
+    """A closed, immutable value: unknown fields are errors, NaN and infinity are not numbers."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class Estimate(Frozen):
+    """A rate or a mean with its 95 % interval; `low` and `high` are None where no interval can be given."""
+
+    value: float
+    low: float | None
+    high: float | None
+    n: int
+
+
+class Completion(Frozen):
+    """One answer of one model to one prompt: a line of rollouts.jsonl."""
+
+    set: str  # "target", "neutral", "over_refusal"
+    side: Side
+    index: int  # position of the prompt in its set: (set, index) pairs base with edited
+    prompt: str
+    response: str
+    finish_reason: FinishReason
+    n_tokens: int
+
+
+class Verdict(Frozen):
+    """What a judge says of one Completion; `compliance`, `coherence` and `refused` are None when unscored."""
+
+    set: str
+    side: Side
+    index: int
+    compliance: Literal[0.0, 0.5, 1.0] | None
+    coherence: Literal[0.0, 0.5, 1.0] | None
+    refused: bool | None
+    truncated: bool
+    reasons: tuple[str, ...] = ()
+
+
+class BehaviourSide(Frozen):
+    """Verdicts of one prompt set on one side, summed up; in `delta` every estimate is edited - base, paired."""
+
+    refusal: Estimate | None
+    compliance: Estimate | None
+    coherence: Estimate | None
+    product: Estimate | None  # mean of compliance x coherence, per prompt
+    truncated: Estimate | None
+    unscored: Estimate | None
+
+
+class Behaviour(Frozen):
+    """One prompt set, base and edited side by side."""
+
+    base: BehaviourSide
+    edited: BehaviourSide
+    delta: BehaviourSide
+
+
+class Divergence(Frozen):
+    """How far the edited next-token distribution moved on neutral prompts; KL in nats, KL(base || edited)."""
+
+    kl_first_token: Estimate | None = None
+    kl: Estimate | None = None
+    top1_agreement: Estimate | None = None
+    perplexity_base: float | None = None
+    perplexity_edited: float | None = None
+
+
+class BenchmarkResult(Frozen):
+    """One metric of one lm-eval task on the same documents, base and edited, with the paired delta."""
+
+    metric: str
+    n: int
+    base: Estimate
+    edited: Estimate
+    delta: Estimate
+    smallest_detectable: float | None  # the smallest true delta that this n could have shown (80 % power, 5 % level)
+    higher_is_better: bool = True
+    settings: dict[str, Any] = {}
+
+
+class EditSummary(Frozen):
+    """What was done to the weights, summed over `edits.json`."""
+
+    layers: tuple[int, ...]
+    positions: tuple[int, ...]
+    k: int
+    strength: dict[str, float]  # per component
+    components: tuple[str, ...]
+    norm: str
+    rounding: str
+    tensors: int
+    max_leak: float | None
+    median_leak: float | None
+    output_bytes: int
+    edited_bytes: int
+
+
+class ModelIdentity(Frozen):
+    """Which base model: a Hub id at a commit, or a local folder known by its files' hashes."""
+
+    id: str
+    revision: str | None
+    n_layers: int
+    d_model: int
+    model_type: str
+    license: str | None = None
+    files_sha256: dict[str, str] = {}
+
+
+class Tool(Frozen):
+    """Which abliterator made this."""
+
+    name: str = "abliterator"
+    version: str
+
+
+class JudgeIdentity(Frozen):
+    """Which judge gave the verdicts; `calibration` is None for a judge never measured against human labels."""
+
+    kind: str
+    model: str | None = None
+    prompt_sha256: str | None = None
+    version: str
+    calibration: dict[str, Any] | None = None
+
+
+class PromptOrigin(Frozen):
+    """Where one prompt set came from, and what it was after loading."""
+
+    name: str
+    source: str  # Hub dataset id, or file name
+    revision: str | None
+    split: str | None = None
+    n: int
+    sha256: str  # of the prompts as used
+    dropped: int = 0  # duplicates, and prompts dropped because they overlap an evaluation set
+    license: str | None = None
+
+
+class Provenance(Frozen):
+    """Versions and circumstances that a number depends on."""
+
+    created: str  # UTC, ISO 8601
+    python: str
+    platform: str
+    packages: dict[str, str]
+    device: str
+    dtype: str
+    git_commit: str | None = None
+    prompts: tuple[PromptOrigin, ...] = ()
+    dropped_overlap: int = 0
+
+
+class RunRecord(Frozen):
+    """Everything a card says: the contract that other tools read."""
+
+    tool: Tool
+    recipe: dict[str, Any]
+    recipe_digest: str
+    model: ModelIdentity
+    edit: EditSummary
+    behaviour: dict[str, Behaviour | None] = {}
+    divergence: Divergence | None = None
+    benchmarks: dict[str, BenchmarkResult] = {}
+    judge: JudgeIdentity | None = None
+    selection: dict[str, Any] | None = None
+    timing: dict[str, float] = {}
+    provenance: Provenance
