@@ -117,6 +117,24 @@ class EditSummary(Frozen):
     edited_bytes: int
 
 
+class TensorEdit(Frozen):
+    """One edited tensor: an entry of edits.json."""
+
+    name: str
+    file: str
+    component: str
+    layer: int  # the block that writes; -1 for embeddings
+    side: Literal["output"] = "output"  # the side of the matrix that lies in the residual stream
+    axis: int  # the axis of the stored tensor that is this side
+    dtype: str
+    shape: tuple[int, ...]
+    k: int
+    strength: float
+    leak: float | None  # |Qᵀ W'| / |Qᵀ W| of the stored bytes; None if W wrote nothing there
+    sha256_before: str
+    sha256_after: str
+
+
 class ModelIdentity(Frozen):
     """Which base model: a Hub id at a commit, or a local folder known by its files' hashes."""
 

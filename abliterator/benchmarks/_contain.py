@@ -1,0 +1,94 @@
+"""What lm-eval does to the process, kept inside a `with`: output, logs, environment, randomness."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import os
+import random
+import warnings
+from collections.abc import Iterator, Mapping
+
+# lm-eval's own defaults, so that its command line gives the same numbers.
+PYTHON_SEED, OTHER_SEED = 0, 1234
+
+
+@contextlib.contextmanager
+def lm_eval_contained() -> Iterator[None]:
+    """Nothing on the screen, environment and log levels as before, templates in a sandbox."""
+    # lm-eval and `datasets` set variables on import; read first, so that those are undone as well.
+    environment = dict(os.environ)
+    loggers = [
+        logging.getLogger(name)
+        for name in ("lm_eval", "transformers", "datasets", "huggingface_hub")
+    ]
+    try:
+        with (
+            contextlib.redirect_stdout(io.StringIO()),
+            contextlib.redirect_stderr(io.StringIO()),
+            warnings.catch_warnings(action="ignore"),
+        ):
+            import datasets  # noqa: F401  (sets its logger's level on import)
+            import transformers  # noqa: F401
+
+            levels = [logger.level for logger in loggers]
+            for logger in loggers:
+                logger.setLevel(logging.ERROR)
+            try:
+                with _sandboxed_templates():
+                    yield
+            finally:
+                for logger, level in zip(loggers, levels, strict=True):
+                    logger.setLevel(level)
+    finally:
+        _restore_environment(environment)
+
+
+def _restore_environment(before: Mapping[str, str]) -> None:
+    for name in os.environ.keys() - before.keys():
+        del os.environ[name]
+    os.environ.update(before)
+
+
+@contextlib.contextmanager
+def _sandboxed_templates() -> Iterator[None]:
+    """lm-eval renders templates in a plain Jinja environment, from which Python can be reached."""
+    import lm_eval.utils
+    from jinja2.sandbox import SandboxedEnvironment
+
+    plain = lm_eval.utils.env
+    sandbox = SandboxedEnvironment(
+        undefined=plain.undefined, keep_trailing_newline=plain.keep_trailing_newline
+    )
+    sandbox.filters.update(plain.filters)
+    lm_eval.utils.env = sandbox
+    try:
+        yield
+    finally:
+        lm_eval.utils.env = plain
+
+
+@contextlib.contextmanager
+def own_randomness() -> Iterator[None]:
+    """lm-eval draws from the global generators; give them back as they were."""
+    import numpy as np
+    import torch
+
+    python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002
+    try:
+        with torch.random.fork_rng():
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)  # noqa: NPY002
+
+
+def seed_all() -> None:
+    """Set the seeds that lm-eval's command line sets, so that sampled answers repeat."""
+    import numpy as np
+    import torch
+
+    random.seed(PYTHON_SEED)  # noqa: TID251  (lm-eval draws from the global generator)
+    np.random.seed(OTHER_SEED)  # noqa: NPY002
+    torch.manual_seed(OTHER_SEED)

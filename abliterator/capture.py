@@ -1,0 +1,138 @@
+"""Prompts through a model, to the moments of its residual stream at one position of every layer.
+
+The room does not know what the prompts mean or what is made of the moments. Residual l (1 to
+n_layers) is the output of block l - 1, taken from a hook on the block: transformers'
+`hidden_states[-1]` has gone through the final norm, and keeping every position of every layer would
+cost memory for numbers that nobody reads.
+
+Prompts run in batches of equal token length, without padding, so a batch computes what its prompts
+would compute alone.
+
+    moments = capture(loaded, token_ids, blocks=block_paths("model.layers", 30))
+    moments.mean[9 - 1]                             # mean residual at layer 9, float64
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from abliterator.errors import DirectionError
+from abliterator.model import LoadedModel, equal_length_batches, hooked, run_batches
+from abliterator.subspace import Moments, MomentSet
+
+Padding = Literal["none", "left"]
+
+
+def capture(
+    loaded: LoadedModel,
+    token_ids: Sequence[Sequence[int]],
+    *,
+    blocks: Sequence[str],
+    position: int = -1,
+    padding: Padding = "none",
+    max_batch_tokens: int = 4096,
+    on_batch: Callable[[int], None] | None = None,
+) -> MomentSet:
+    """Mean and spread of the residual stream at `position`, over prompts, at every layer.
+
+    Args:
+        loaded: the model.
+        token_ids: one rendered prompt each.
+        blocks: module paths of all blocks, in order.
+        position: counted from the end of each prompt: -1 is its last token.
+        padding: "none" batches prompts of equal length; "left" pads in batches of mixed length,
+            which is how most tools do it, and costs exactness in low-precision dtypes.
+        max_batch_tokens: tokens in a batch, padding included.
+        on_batch: called with the number of prompts done after each batch.
+
+    Returns:
+        [n_layers, d_model] float64 moments; row l - 1 is residual l.
+
+    Raises:
+        DirectionError: without prompts, for a prompt with no token at `position`, for NaN.
+    """
+    _check_positions(token_ids, position)
+    if padding == "none":
+        batches = equal_length_batches(token_ids, max_batch_tokens)
+    else:
+        batches = _mixed_length_batches(token_ids, max_batch_tokens)
+    moments = Moments(len(blocks), loaded.model.config.hidden_size)
+    run = partial(_residuals, loaded, token_ids, blocks, position)
+    for batch, vectors in run_batches(batches, run):
+        moments.update(vectors)
+        if on_batch:
+            on_batch(len(batch))
+    return moments.freeze()
+
+
+def _residuals(
+    loaded: LoadedModel,
+    token_ids: Sequence[Sequence[int]],
+    blocks: Sequence[str],
+    position: int,
+    batch: list[int],
+) -> Tensor:
+    """[N, L, H] residuals of the prompts in `batch`, in the dtype of the model."""
+    found: dict[str, Tensor] = {}
+
+    def keep(path: str, hidden: Tensor) -> None:
+        # A copy: the slice alone would keep the residuals of all positions alive.
+        found[path] = hidden[:, position].clone()
+
+    rows = [token_ids[i] for i in batch]
+    inputs = (
+        _left_padded(rows)
+        if len({len(row) for row in rows}) > 1
+        else {"input_ids": torch.tensor(rows)}
+    )
+    hooks = {path: partial(keep, path) for path in blocks}
+    with torch.inference_mode(), hooked(loaded.model, hooks):
+        # The base model: logits are not needed.
+        loaded.model.base_model(
+            **{k: v.to(loaded.device) for k, v in inputs.items()}, use_cache=False
+        )
+    return torch.stack([found[path] for path in blocks], dim=1)
+
+
+def _left_padded(rows: Sequence[Sequence[int]]) -> dict[str, Tensor]:
+    """Input ids, mask and positions [N, T]; token 0 stands where the mask is 0."""
+    width = max(map(len, rows))
+    ids = torch.tensor([[0] * (width - len(row)) + list(row) for row in rows])
+    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
+    positions = (mask.cumsum(dim=1) - 1).clamp_min(0)
+    return {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
+
+
+def _mixed_length_batches(
+    token_ids: Sequence[Sequence[int]], max_batch_tokens: int
+) -> list[list[int]]:
+    """Indices in order of length, cut so that rows x longest stays within the budget."""
+    batches: list[list[int]] = []
+    for index in sorted(range(len(token_ids)), key=lambda i: len(token_ids[i])):
+        # Sorted, so this row is the longest of the batch that it would join.
+        if batches and (len(batches[-1]) + 1) * len(token_ids[index]) <= max_batch_tokens:
+            batches[-1].append(index)
+        else:
+            batches.append([index])
+    return batches
+
+
+def _check_positions(token_ids: Sequence[Sequence[int]], position: int) -> None:
+    if not token_ids:
+        raise DirectionError("There are no prompts to capture. Give at least two of each kind.")
+    if position >= 0:
+        raise DirectionError(
+            f"Position {position} is not counted from the end of the prompt. Use -1 for its last "
+            "token."
+        )
+    for index, ids in enumerate(token_ids):
+        if len(ids) < -position:
+            raise DirectionError(
+                f"Prompt {index} has {len(ids)} tokens, so none at position {position}. Use a "
+                "position nearer to the end, or drop the prompt."
+            )

@@ -1,0 +1,121 @@
+"""What may stand in the Markdown of a card: free text made harmless, numbers in one form."""
+
+from __future__ import annotations
+
+import json
+import re
+import unicodedata
+from collections.abc import Iterable, Mapping
+from pathlib import PurePosixPath
+from typing import Any
+
+import yaml
+
+from abliterator.record import Estimate
+
+LONGEST = 100  # characters of a free-text value; a sha256 has 64, a Hub id at most 96
+LOCAL_PATH = re.compile(r"(?:file:|~[^/\\]*[/\\]|\.{1,2}[/\\]|[A-Za-z]:[/\\]|[/\\]).*", re.DOTALL)
+NOT_MEASURED = "Not measured"
+
+
+class Markdown(str):
+    """Text of our own making: the template prints it as it is, and escapes every other string."""
+
+    __slots__ = ()
+
+
+def escape(value: object) -> Markdown:
+    r"""Makes any value one short Markdown code span that cannot end its line, table cell or span.
+
+    In a code span only a backtick and, in a table, a pipe mean anything. Those two are written as
+    `\x60` and `\x7c`, and so is what could fool a reader or a second parser: backslashes, angle
+    brackets, braces, ampersands, control characters and all that is neither ASCII nor a letter or
+    digit written left to right. Line breaks become spaces, a local path its last name, and what is
+    over 100 characters is cut.
+    """
+    text = " ".join(hide_path(str(value)).split())
+    if len(text) > LONGEST:
+        text = text[: LONGEST - 1].rstrip() + "…"
+    return Markdown(f"`{''.join(map(_visible, text))}`" if text else "(empty)")
+
+
+def _visible(character: str) -> str:
+    if character.isascii():
+        harmless = character.isprintable() and character not in "`|\\<>{}&"
+        return character if harmless else f"\\x{ord(character):02x}"
+    left_to_right = character.isalnum() and unicodedata.bidirectional(character) == "L"
+    if left_to_right or character == "…":
+        return character
+    return character.encode("unicode_escape").decode("ascii")
+
+
+def last_name(path: str) -> str:
+    """The last name of a path of any system."""
+    return PurePosixPath(path.replace("\\", "/")).name
+
+
+def hide_path(text: str) -> str:
+    """The last name of an absolute, home or dotted path; any other text unchanged."""
+    return last_name(text) if LOCAL_PATH.fullmatch(text) else text
+
+
+def without_paths(value: Any) -> Any:
+    """A copy of plain values (JSON) in which every string that is a local path is its last name."""
+    if isinstance(value, dict):
+        return {key: without_paths(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [without_paths(inner) for inner in value]
+    return hide_path(value) if isinstance(value, str) else value
+
+
+def yaml_fence(values: dict[str, Any]) -> Markdown:
+    """Values as YAML in a code fence that is longer than any run of backticks in them."""
+    text = yaml.safe_dump(values, sort_keys=False, allow_unicode=False, width=100)
+    longest = max(map(len, re.findall("`+", text)), default=0)
+    fence = "`" * max(3, longest + 1)
+    return Markdown(f"{fence}yaml\n{text}{fence}")
+
+
+def estimate(measured: Estimate | None) -> Markdown:
+    """`0.950 [0.888, 0.978], n 100`; `Not measured` for None."""
+    return _with_interval(measured, "{:.3f}")
+
+
+def delta(measured: Estimate | None) -> Markdown:
+    """As `estimate`, every number with its sign."""
+    return _with_interval(measured, "{:+.3f}")
+
+
+def _with_interval(measured: Estimate | None, form: str) -> Markdown:
+    if measured is None:
+        return Markdown(NOT_MEASURED)
+    low, high = measured.low, measured.high
+    interval = "" if low is None or high is None else f" [{_round(low, form)}, {_round(high, form)}]"
+    return Markdown(f"{_round(measured.value, form)}{interval}, n {measured.n}")
+
+
+def _round(value: float, form: str) -> str:
+    text = form.format(value)
+    return "0.000" if text in {"-0.000", "+0.000"} else text
+
+
+def number(value: float | None, form: str = ".3f") -> Markdown:
+    """A number without an interval; `Not measured` for None."""
+    return Markdown(NOT_MEASURED if value is None else format(value, form))
+
+
+def listed(values: Iterable[object]) -> Markdown:
+    """Every value in its order, between commas; `none` for no value."""
+    return Markdown(", ".join(map(_plain, values)) or "none")
+
+
+def settings(values: Mapping[str, Any]) -> Markdown:
+    """Pairs of key and value in the order of the keys, between commas; `none` for no pair."""
+    pairs = (f"{escape(key)} {_plain(value)}" for key, value in sorted(values.items()))
+    return Markdown(", ".join(pairs) or "none")
+
+
+def _plain(value: object) -> str:
+    if isinstance(value, (int, float)):
+        return str(value)
+    return escape(value if isinstance(value, str) else json.dumps(value, default=str))

@@ -1,0 +1,44 @@
+"""Checkpoint folders as files: where each tensor's bytes lie, and how to change some of them.
+
+The room reads safetensors headers itself, because the contract is about bytes: which range of which
+file belongs to which tensor. It proves a folder sound before anything is written, streams the
+ranges that stay, hands the bytes of each tensor to be edited to its caller, and replaces a file
+only when all of it is on the disk. It does not know what an edit means, what a tensor is for, or
+how bytes become numbers; it never imports torch.
+
+    base = Checkpoint.open(Path("Llama-3.2-1B-Instruct"))
+    names = ["model.layers.9.mlp.down_proj.weight"] for file in base.weight_files:
+        edited = [base.tensors[name] for name in names if base.tensors[name].file == file]
+        patch_file(base.folder / file, out / file, edited, edit)  # edit(info, buffer) changes
+        buffer in place
+    carried, left_out = carried_files(base.folder) for file in carried:
+        copy_file(base.folder / file, out / file)
+"""
+
+from abliterator.checkpoint._carry import carried_files
+from abliterator.checkpoint._fingerprint import fingerprint
+from abliterator.checkpoint._folder import Checkpoint
+from abliterator.checkpoint._header import DTYPE_BITS, TensorInfo
+from abliterator.checkpoint._patch import Edit, PatchedFile, PatchedTensor, patch_file
+from abliterator.checkpoint._write import (
+    copy_file,
+    free_bytes,
+    write_bytes_atomic,
+    write_text_atomic,
+)
+
+__all__ = [
+    "DTYPE_BITS",
+    "Checkpoint",
+    "Edit",
+    "PatchedFile",
+    "PatchedTensor",
+    "TensorInfo",
+    "carried_files",
+    "copy_file",
+    "fingerprint",
+    "free_bytes",
+    "patch_file",
+    "write_bytes_atomic",
+    "write_text_atomic",
+]

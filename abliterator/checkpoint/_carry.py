@@ -1,0 +1,135 @@
+"""Which files beside the weights go along with an edited checkpoint, and which stay behind.
+
+A file is carried for one of two reasons: a loader may open it, or its licence says it must stay
+with the model. Everything else (the base's README and scores, other formats of the same weights,
+what nobody knows) stays.
+"""
+
+from __future__ import annotations
+
+import os
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+from abliterator.checkpoint._folder import INDEX_FILE, locate_weights
+from abliterator.checkpoint._header import encodable
+from abliterator.checkpoint._read import readable, shown
+from abliterator.errors import CheckpointError
+
+_TOP_LEVEL = (
+    "config.json",
+    "generation_config*.json",
+    "hf_quant_config.json",
+    # Tokenizers: the names in transformers' tokenization modules.
+    "*tokenizer*.json",
+    "tokenizer.*",
+    "tekken.json",
+    "*vocab*.json",
+    "vocab.*",
+    "merges.*",
+    "added_tokens.json",
+    "special_tokens_map.json",
+    "normalizer.json",
+    "*.model",
+    "*.spm",
+    "*.tiktoken",
+    "bpe.codes",
+    "dict.txt",
+    "emoji.json",
+    "byte_maps.json",
+    "word_shape.json",
+    "word_pronunciation.json",
+    "speaker_embeddings_path.json",
+    # Images, audio, video.
+    "*processor*.json",
+    "chat_template*.json",
+)
+_ANY_LEVEL = (
+    "*.jinja",
+    # Custom code, with the sources that it compiles.
+    "*.py",
+    "*.cpp",
+    "*.cu",
+    "*.h",
+)
+_LEGAL = (
+    "*license*",
+    "*licence*",
+    "notice*",
+    "*notices*",
+    "*use_policy*",
+    "copying*",
+    "*terms*",
+)  # in any case
+_WEIGHTS_OR_PICTURES = (
+    *(".safetensors", ".bin", ".pt", ".pth", ".gguf", ".onnx", ".h5", ".msgpack"),
+    *(".png", ".jpg", ".jpeg", ".gif", ".svg", ".webp"),
+)
+_NEVER_ENTERED = ("original", "__pycache__")  # and every folder that begins with a dot
+
+
+def carried_files(folder: Path) -> tuple[list[str], list[str]]:
+    """Sort the files beside the weights into those that go along and those that do not.
+
+    Returns:
+        (carried, left_out): paths relative to the folder, sorted. A folder of which nothing is
+        carried stands as one entry that ends in "/". Each file of the folder is in one of the two,
+        or is a weight file of the checkpoint.
+
+    Raises:
+        CheckpointError: the folder cannot be read, has no safetensors, or a carried file is a
+            broken link.
+    """
+    weights = locate_weights(folder)
+    keep_index = list(weights.values()) != [None]
+    carried: list[str] = []
+    left_out: list[str] = []
+    with readable(folder):
+        files, closed = _walk(folder)
+        for file in files:
+            if file in weights:
+                continue
+            wanted = keep_index if file == INDEX_FILE else _is_carried(file)
+            wanted = wanted and encodable(file)
+            if wanted and (folder / file).is_symlink() and not (folder / file).exists():
+                raise CheckpointError(
+                    f"{folder / file} is a link to a file that is not there, and a loader may "
+                    "need it. If this is a Hugging Face cache, part of it was deleted: download "
+                    "the model again."
+                )
+            (carried if wanted and (folder / file).is_file() else left_out).append(file)
+    return sorted(carried), _grouped(left_out + closed, kept=[*weights, *carried])
+
+
+def _is_carried(file: str) -> bool:
+    name = file.rsplit("/", 1)[-1]
+    patterns = _ANY_LEVEL if "/" in file else _TOP_LEVEL + _ANY_LEVEL
+    if name.lower().endswith(_WEIGHTS_OR_PICTURES):
+        return False
+    return any(fnmatchcase(name, pattern) for pattern in patterns) or any(
+        fnmatchcase(name.lower(), pattern) for pattern in _LEGAL
+    )
+
+
+def _walk(folder: Path) -> tuple[list[str], list[str]]:
+    """All files, and the folders that are not entered ("name/"), relative to `folder`."""
+    files, closed = [], []
+    for parent, folders, names in os.walk(folder):
+        base = Path(parent)
+        for name in list(folders):
+            if name.startswith(".") or name in _NEVER_ENTERED or (base / name).is_symlink():
+                folders.remove(name)
+                closed.append((base / name).relative_to(folder).as_posix() + "/")
+        files += [(base / name).relative_to(folder).as_posix() for name in names]
+    return files, closed
+
+
+def _grouped(left_out: list[str], *, kept: list[str]) -> list[str]:
+    """Replace the files of a top-level folder of which nothing is kept by the folder's name."""
+    used = {file.split("/", 1)[0] for file in kept}
+    return sorted(
+        {
+            shown(file) if (top := file.split("/", 1)[0]) in used or "/" not in file else f"{top}/"
+            for file in left_out
+        }
+    )

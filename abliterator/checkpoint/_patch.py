@@ -1,0 +1,108 @@
+"""One weight file written anew with some of its tensors edited, and all else copied as it is.
+
+That is possible because an edit keeps dtype and shape, so no offset moves. Every byte is written
+once, and memory holds the largest edited tensor once. To copy the whole file and then write over
+the edited tensors would write those twice.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable
+from concurrent.futures import Executor, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+
+from abliterator.checkpoint._header import TensorInfo
+from abliterator.checkpoint._read import OpenFile, damaged, open_regular, read_fully
+from abliterator.checkpoint._write import copy_range, refuse_same_file, replacing, write_fully
+
+Edit = Callable[[TensorInfo, memoryview], None]
+"""Changes one tensor's bytes in place. The next tensor gets the same buffer: keep no part of it."""
+
+_CHUNK = 4 << 20  # bytes read before they are handed to the hashing thread
+
+
+@dataclass(frozen=True)
+class PatchedTensor:
+    """One tensor that was handed to the edit, with the SHA-256 (hex) of its bytes on each side."""
+
+    name: str
+    sha256_before: str
+    sha256_after: str
+
+
+@dataclass(frozen=True)
+class PatchedFile:
+    """A file that was written: its size in bytes, and its edited tensors in file order."""
+
+    path: Path
+    size: int
+    tensors: tuple[PatchedTensor, ...]
+
+
+def patch_file(
+    source: Path, destination: Path, tensors: Iterable[TensorInfo], edit: Edit
+) -> PatchedFile:
+    """Write `source` to `destination` with `edit` applied to the bytes of each of `tensors`.
+
+    The header and every other tensor are copied as they are. `destination` appears when all of it
+    is on the disk; when anything is raised, by `edit` too, no trace of it stays. Hashing runs in a
+    second thread beside reading and writing.
+
+    Args:
+        source: The base's safetensors file. It is only read.
+        destination: Another file; its folder is made if needed, an older file is replaced.
+        tensors: Tensors of this file, from `Checkpoint.tensors`, in any order.
+        edit: Changes a writable buffer of `info.nbytes` bytes in place.
+
+    Raises:
+        CheckpointError: the source cannot be read or has become shorter since it was opened, or
+            the destination cannot be written.
+    """
+    refuse_same_file(source, destination)
+    ordered = _in_file_order(tensors)
+    buffer = memoryview(bytearray(max((info.nbytes for info in ordered), default=0)))
+    patched = []
+    with open_regular(source) as base, ThreadPoolExecutor(1) as hashing:
+        at = 0
+        if ordered and ordered[-1].end > base.size:
+            raise damaged(source, f"it has become shorter since it was opened: {base.size} bytes")
+        with replacing(destination, base.size) as out:
+            for info in ordered:
+                copy_range(base, out, at, info.start)
+                part = buffer[: info.nbytes]
+                before = _read_hashed(base, part, hashing)
+                edit(info, part)
+                after = _write_hashed(out, part, hashing)
+                patched.append(PatchedTensor(info.name, before, after))
+                at = info.end
+            copy_range(base, out, at, base.size)
+    return PatchedFile(destination, base.size, tuple(patched))
+
+
+def _in_file_order(tensors: Iterable[TensorInfo]) -> list[TensorInfo]:
+    ordered = sorted(tensors, key=lambda info: (info.start, info.end))
+    for first, second in pairwise(ordered):
+        if second.start < first.end:
+            raise ValueError(f"{first.name} and {second.name} overlap: was one given twice?")
+    return ordered
+
+
+def _read_hashed(source: OpenFile, part: memoryview, hashing: Executor) -> str:
+    """Fill `part` from where the stream stands; one chunk is hashed while the next is read."""
+    digest = hashlib.sha256()
+    pending = []
+    for begin in range(0, len(part), _CHUNK):
+        chunk = part[begin : begin + _CHUNK]
+        read_fully(source, chunk)
+        pending.append(hashing.submit(digest.update, chunk))
+    wait(pending)
+    return digest.hexdigest()
+
+
+def _write_hashed(out: OpenFile, part: memoryview, hashing: Executor) -> str:
+    digest = hashing.submit(lambda: hashlib.sha256(part).hexdigest())
+    write_fully(out, part)
+    return digest.result()

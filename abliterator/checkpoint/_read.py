@@ -1,0 +1,85 @@
+"""Reading files that may not be what they claim, and the words for it when they are not."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from io import FileIO
+from pathlib import Path
+from typing import NamedTuple
+
+from abliterator.errors import CheckpointError
+
+
+class OpenFile(NamedTuple):
+    """An unbuffered file with its name for messages; `size` is its bytes, now or when complete."""
+
+    path: Path
+    stream: FileIO
+    size: int
+
+
+@contextmanager
+def open_regular(path: Path) -> Iterator[OpenFile]:
+    """Open a regular file, or a link to one, for reading.
+
+    Raises:
+        CheckpointError: it is missing, a broken link, something else than a file, or unreadable.
+    """
+    with readable(path):
+        if not path.is_file():  # asked before opening: to open a named pipe would wait for ever
+            raise CheckpointError(_not_a_file(path))
+        stream = path.open("rb", buffering=0)
+    with stream:
+        yield OpenFile(path, stream, os.fstat(stream.fileno()).st_size)
+
+
+@contextmanager
+def readable(path: Path) -> Iterator[None]:
+    """Turn an operating system's refusal to read `path` into a CheckpointError."""
+    try:
+        yield
+    except OSError as error:
+        raise CheckpointError(
+            f"{path} cannot be read: {error.strerror or error}. Check that it exists and that you "
+            "may read it."
+        ) from error
+
+
+def read_fully(source: OpenFile, buffer: memoryview) -> None:
+    """Fill `buffer` from where the stream stands; one call gives 2 GiB at most, so ask again."""
+    done = 0
+    with readable(source.path):
+        while done < len(buffer):
+            got = source.stream.readinto(buffer[done:])
+            if not got:
+                missing = len(buffer) - done
+                raise damaged(source.path, f"it ended {missing} bytes early while it was read")
+            done += got
+
+
+def damaged(path: Path, seen: str) -> CheckpointError:
+    """The error for a file whose content cannot be right."""
+    return CheckpointError(
+        f"{path} is damaged: {seen}. A sound checkpoint was expected; download or save it again, "
+        "and compare its size with the original's."
+    )
+
+
+def shown(text: object) -> str:
+    """A value from a file as it may stand in a message: one line of at most 120 characters."""
+    line = str(text)
+    if not (line.isprintable() and line):
+        line = ascii(line)
+    return line if len(line) <= 120 else line[:119] + "…"
+
+
+def _not_a_file(path: Path) -> str:
+    if path.is_symlink() and not path.exists():
+        return (
+            f"{path} is a link to a file that is not there; the checkpoint needs it. If this is a "
+            "Hugging Face cache, part of it was deleted: download the model again."
+        )
+    seen = "is not a regular file" if path.exists() else "is missing"
+    return f"{path} {seen}; the checkpoint needs it. Download it again, all files of it."

@@ -1,0 +1,168 @@
+"""Files that are whole or not there: a temporary name, flushed to the disk, then renamed."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from abliterator.checkpoint._read import OpenFile, damaged, open_regular, readable
+from abliterator.errors import CheckpointError
+
+_CHUNK = 8 << 20  # bytes per read and write where the kernel cannot copy by itself
+_NOT_HERE = {
+    errno.EXDEV,  # between two file systems, on kernels before 5.3
+    errno.ENOSYS,
+    errno.EINVAL,
+    errno.EOPNOTSUPP,
+    errno.EPERM,  # a container's system call filter
+}
+
+
+@contextmanager
+def replacing(destination: Path, size: int) -> Iterator[OpenFile]:
+    """A new file of `size` bytes that takes the place of `destination` when the block ends well.
+
+    It is called `.NAME.partial` until then, and is removed when anything is raised. Room for all
+    of it is reserved first, where the file system can, so that a full disk is met before the work.
+    """
+    partial = destination.with_name(f".{destination.name}.partial")
+    try:
+        with writable(destination, size):
+            destination.parent.mkdir(parents=True, exist_ok=True)
+            partial.unlink(missing_ok=True)  # of a run that was killed
+            stream = partial.open("xb", buffering=0)
+        with stream:
+            with writable(destination, size):
+                _reserve(stream.fileno(), size)
+            yield OpenFile(destination, stream, size)
+            with writable(destination, size):
+                os.fsync(stream.fileno())
+        with writable(destination, size):
+            partial.replace(destination)
+            _sync_folder(destination.parent)
+    except BaseException:
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
+        raise
+
+
+def copy_file(source: Path, destination: Path) -> int:
+    """Copy one file's bytes, never as a link; returns its size in bytes.
+
+    Raises:
+        CheckpointError: the source cannot be read or the destination cannot be written.
+    """
+    refuse_same_file(source, destination)
+    with open_regular(source) as base, replacing(destination, base.size) as out:
+        copy_range(base, out, 0, base.size)
+    return base.size
+
+
+def write_bytes_atomic(path: Path, data: bytes) -> None:
+    """Write `data` to `path`: afterwards the file has all of it, or is as it was."""
+    with replacing(path, len(data)) as out:
+        write_fully(out, memoryview(data))
+
+
+def write_text_atomic(path: Path, text: str) -> None:
+    """Write `text` to `path` as UTF-8: afterwards the file has all of it, or is as it was."""
+    write_bytes_atomic(path, text.encode("utf-8"))
+
+
+def free_bytes(path: Path) -> int:
+    """Bytes that may still be written to `path`, or to where it would be if it were made."""
+    existing = path.absolute()
+    with readable(existing):
+        while not existing.exists() and existing != existing.parent:
+            existing = existing.parent
+        return shutil.disk_usage(existing).free
+
+
+def refuse_same_file(source: Path, destination: Path) -> None:
+    """A base model's file is never written to, whatever two paths lead to it."""
+    with readable(source):
+        if destination.exists() and source.exists() and source.samefile(destination):
+            raise CheckpointError(
+                f"{destination} is the file that would be read ({source}); an output folder of "
+                "its own was expected. Choose another output folder."
+            )
+
+
+def copy_range(source: OpenFile, out: OpenFile, start: int, end: int) -> None:
+    """Copy bytes to the same place of `out`, in the kernel where it can; both streams end there."""
+    at = start
+    with writable(out.path, out.size):
+        while at < end and (copied := _kernel_copy(source, out, at, end - at)):
+            at += copied
+    source.stream.seek(at)
+    out.stream.seek(at)
+    buffer = memoryview(bytearray(min(_CHUNK, end - at)))
+    while at < end:
+        with readable(source.path):
+            got = source.stream.readinto(buffer[: end - at])
+        if not got:
+            raise damaged(source.path, f"it ended {end - at} bytes early while it was copied")
+        write_fully(out, buffer[:got])
+        at += got
+
+
+def write_fully(out: OpenFile, data: memoryview) -> None:
+    """Write all of `data` where the stream stands; one call may take less, so ask again."""
+    done = 0
+    with writable(out.path, out.size):
+        while done < len(data):
+            done += out.stream.write(data[done:])
+
+
+@contextmanager
+def writable(destination: Path, size: int) -> Iterator[None]:
+    """Turn a refusal of the operating system to write `size` bytes into a CheckpointError."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise CheckpointError(
+                f"There is no room for {destination}: it needs {size:,} bytes, and "
+                f"{free_bytes(destination.parent):,} are free there. Free some space, or choose "
+                "an output folder on another disk."
+            ) from error
+        raise CheckpointError(
+            f"{destination} cannot be written: {error.strerror or error}. Choose an output folder "
+            "that you may write to."
+        ) from error
+
+
+def _kernel_copy(source: OpenFile, out: OpenFile, at: int, count: int) -> int:
+    """Copy up to `count` bytes without a trip through this process; 0 where that cannot be."""
+    if not hasattr(os, "copy_file_range"):
+        return 0
+    try:
+        return os.copy_file_range(source.stream.fileno(), out.stream.fileno(), count, at, at)
+    except OSError as error:
+        if error.errno in _NOT_HERE:
+            return 0
+        raise
+
+
+def _reserve(descriptor: int, size: int) -> None:
+    if size and hasattr(os, "posix_fallocate"):
+        try:
+            os.posix_fallocate(descriptor, 0, size)
+        except OSError as error:
+            if error.errno not in _NOT_HERE:
+                raise
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make a rename last: without it, a power cut can bring the old file back."""
+    if os.name != "posix":
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

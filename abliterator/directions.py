@@ -1,0 +1,121 @@
+"""From moments to directions, and from directions to the subspace that is removed.
+
+The room knows neither models nor weights: it reads moments of prompt sets and writes one artefact,
+directions.safetensors, with `directions` [L, H] (row l - 1 belongs to residual layer l) and
+`subspace` [H, k].
+
+    directions = fit_directions(target, contrast)
+    subspace = stack(directions, layers=(16, 15, 17))
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from abliterator.checkpoint import write_bytes_atomic
+from abliterator.errors import DirectionError
+from abliterator.subspace import MomentSet, orthonormal_basis
+
+
+@dataclass(frozen=True)
+class Directions:
+    """One direction per residual layer, not normalised.
+
+    Attributes:
+        vectors: [L, H] float64; row l - 1 belongs to layer l.
+    """
+
+    vectors: Tensor
+
+
+@dataclass(frozen=True)
+class Subspace:
+    """The rank-k subspace that an edit removes.
+
+    Attributes:
+        basis: Q [H, k] float64, orthonormal columns.
+        layers: the residual layers whose directions it spans; empty where that is not known.
+    """
+
+    basis: Tensor
+    layers: tuple[int, ...]
+
+
+def fit_directions(
+    target: MomentSet, contrast: MomentSet, *, remove_mean_of: MomentSet | None = None
+) -> Directions:
+    """r[l] = mean(target) - mean(contrast) at every layer (Arditi et al. 2024, eq. 2).
+
+    Args:
+        target: moments of the prompts on which the behaviour shows.
+        contrast: moments of prompts as like them as possible but for the behaviour.
+        remove_mean_of: where given, the component of each direction along this set's mean at the
+            same layer is removed ("projected" abliteration, Lai 2025).
+    """
+    vectors = target.mean - contrast.mean
+    if remove_mean_of is not None:
+        mean = torch.nn.functional.normalize(remove_mean_of.mean, dim=1)
+        vectors = vectors - (vectors * mean).sum(dim=1, keepdim=True) * mean
+    return Directions(vectors)
+
+
+def stack(directions: Directions, layers: Sequence[int]) -> Subspace:
+    """Stacks the directions of `layers` (1 .. L, in order of preference) into an orthonormal basis.
+
+    Raises:
+        DirectionError: if one has no length or depends on those before it; it names the layer.
+    """
+    chosen = directions.vectors[[layer - 1 for layer in layers]]
+    basis = orthonormal_basis(chosen, [f"layer {layer}" for layer in layers])
+    return Subspace(basis, tuple(layers))
+
+
+def save_directions(path: Path, directions: Directions, subspace: Subspace) -> None:
+    """Writes `directions` and `subspace` with the layers as metadata, atomically."""
+    tensors = {
+        "directions": directions.vectors,
+        "subspace": subspace.basis.contiguous(),
+    }
+    data = save(tensors, metadata={"layers": json.dumps(subspace.layers)})
+    write_bytes_atomic(path, data)
+
+
+def load_subspace(path: Path) -> Subspace:
+    """Reads `subspace` [H, k] from a safetensors file, ours or anybody's, and makes it orthonormal.
+
+    Raises:
+        DirectionError: if the file cannot be read, has no such tensor, or its columns are dependent.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            names = list(file.keys())
+            found = file.get_tensor("subspace") if "subspace" in names else None
+            metadata = file.metadata() or {}
+    except (OSError, SafetensorError) as error:
+        raise DirectionError(f"Cannot read a subspace from {path}: {error}.") from error
+    if found is None or found.ndim != 2 or not found.is_floating_point():
+        raise DirectionError(
+            f"{path} must hold a floating-point tensor `subspace` of shape [d_model, k]; "
+            f"it holds {', '.join(names) or 'nothing'}."
+        )
+    columns = [f"column {i}" for i in range(found.shape[1])]
+    if not columns:
+        raise DirectionError(f"`subspace` in {path} has shape {tuple(found.shape)}: k is 0.")
+    return Subspace(orthonormal_basis(found.T, columns), _layers(metadata))
+
+
+def _layers(metadata: dict[str, str]) -> tuple[int, ...]:
+    try:
+        layers = json.loads(metadata.get("layers", "[]"))
+    except json.JSONDecodeError:
+        return ()  # the file is somebody else's, and the word means something else there
+    known = isinstance(layers, list) and all(isinstance(layer, int) for layer in layers)
+    return tuple(layers) if known else ()

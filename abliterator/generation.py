@@ -1,0 +1,160 @@
+"""Prompts to answers: greedy decoding, the same for base and edited.
+
+The room knows nothing of refusals or scores. What a model's own generation_config says about
+sampling, penalties or lengths does not apply here: two models are compared, so only the weights may
+differ.
+
+    answers = generate(loaded, prompts, max_new_tokens=256, batch_size=16,
+    stop_ids=stop_ids(loaded)) answers[0].text, answers[0].finish_reason
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Literal
+
+import torch
+
+from abliterator.errors import GenerationError
+from abliterator.model import CHATML_STOPS, LoadedModel, chat_format, run_batches
+
+if TYPE_CHECKING:
+    from transformers import GenerationConfig, PreTrainedModel
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One answer.
+
+    Attributes:
+        text: decoded without special tokens.
+        token_ids: what was generated, without the stop token.
+        finish_reason: "stop" if a stop token ended it, "length" if max_new_tokens did.
+    """
+
+    text: str
+    token_ids: tuple[int, ...]
+    finish_reason: Literal["stop", "length"]
+
+
+def stop_ids(loaded: LoadedModel) -> tuple[int, ...]:
+    """The tokens that end an answer: those of generation_config, config and tokenizer together.
+
+    Take them from the base and give them to both sides.
+    """
+    found: set[int] = set()
+    for declared in (
+        loaded.model.generation_config.eos_token_id,
+        loaded.model.config.eos_token_id,
+        loaded.tokenizer.eos_token_id,
+    ):
+        found.update(
+            declared if isinstance(declared, list) else [] if declared is None else [declared]
+        )
+    if chat_format(loaded.model) == "chatml":
+        found.update(loaded.tokenizer.convert_tokens_to_ids(list(CHATML_STOPS)))
+    return tuple(sorted(found))
+
+
+def generate(
+    loaded: LoadedModel,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    batch_size: int,
+    stop_ids: Sequence[int],
+    on_batch: Callable[[int], None] | None = None,
+) -> list[Answer]:
+    """The most likely token at every step, until a stop token or `max_new_tokens`.
+
+    Prompts of similar length share a left-padded batch; a batch that does not fit in memory is
+    halved.
+
+    Args:
+        loaded: the model.
+        prompts: token ids, one rendered prompt each.
+        max_new_tokens: at most this many tokens an answer.
+        batch_size: prompts at a time.
+        stop_ids: tokens that end an answer; they are not part of it.
+        on_batch: called with the number of prompts done after each batch.
+
+    Returns:
+        One answer a prompt, in the order of the prompts.
+
+    Raises:
+        GenerationError: for an empty prompt, or when one prompt alone does not fit in memory.
+    """
+    for index, prompt in enumerate(prompts):
+        if not len(prompt):
+            raise GenerationError(
+                f"Prompt {index} has no tokens. Remove it, or check the chat template."
+            )
+    # Longest first: the batch that needs most memory shows at once whether batches must be halved.
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]), reverse=True)
+    batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
+    answers: dict[int, Answer] = {}
+    with _only(loaded.model, _greedy(loaded, max_new_tokens, stop_ids)):
+        for batch, rows in run_batches(batches, partial(_continuations, loaded, prompts)):
+            for index, row in zip(batch, rows, strict=True):
+                answers[index] = _answer(loaded, row, stop_ids)
+            if on_batch:
+                on_batch(len(batch))
+    return [answers[i] for i in range(len(prompts))]
+
+
+def _greedy(loaded: LoadedModel, max_new_tokens: int, stop_ids: Sequence[int]) -> GenerationConfig:
+    from transformers import GenerationConfig
+
+    return GenerationConfig(
+        do_sample=False,
+        max_new_tokens=max_new_tokens,
+        eos_token_id=list(stop_ids) or None,
+        pad_token_id=_pad_id(loaded, stop_ids),
+    )
+
+
+def _pad_id(loaded: LoadedModel, stop_ids: Sequence[int]) -> int:
+    """Any token does: padding is masked in prompts, and cut off after the stop token in answers."""
+    pad: int | None = loaded.tokenizer.pad_token_id
+    return pad if pad is not None else next(iter(stop_ids), 0)
+
+
+@contextmanager
+def _only(model: PreTrainedModel, config: GenerationConfig) -> Iterator[None]:
+    """Makes `config` the model's own for a while.
+
+    Passing it to `generate` is not enough: transformers fills what it leaves unset (a repetition
+    penalty, suppressed tokens) from the model's generation_config.
+    """
+    own = model.generation_config
+    model.generation_config = config
+    try:
+        yield
+    finally:
+        model.generation_config = own
+
+
+def _continuations(
+    loaded: LoadedModel, prompts: Sequence[Sequence[int]], batch: list[int]
+) -> list[list[int]]:
+    """What the model adds to each prompt in `batch`, padding after the stop token included."""
+    width = max(len(prompts[i]) for i in batch)
+    pad = loaded.model.generation_config.pad_token_id
+    ids = torch.tensor([[pad] * (width - len(prompts[i])) + list(prompts[i]) for i in batch])
+    mask = torch.tensor([[0] * (width - len(prompts[i])) + [1] * len(prompts[i]) for i in batch])
+    with torch.inference_mode():
+        output = loaded.model.generate(
+            input_ids=ids.to(loaded.device), attention_mask=mask.to(loaded.device)
+        )
+    rows: list[list[int]] = output[:, width:].tolist()
+    return rows
+
+
+def _answer(loaded: LoadedModel, row: Sequence[int], stop_ids: Sequence[int]) -> Answer:
+    end = next((i for i, token in enumerate(row) if token in stop_ids), None)
+    token_ids = tuple(row[:end])
+    text = loaded.tokenizer.decode(token_ids, skip_special_tokens=True)
+    return Answer(text, token_ids, "length" if end is None else "stop")

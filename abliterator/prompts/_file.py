@@ -1,0 +1,104 @@
+"""Prompt files: .txt (one prompt a line) and .jsonl (one object a line); errors name the line."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+from abliterator.errors import PromptError
+from abliterator.prompts._sets import PromptSet, PromptSource
+
+SURROGATES = range(0xD800, 0xE000)
+
+
+def read_file(name: str, source: PromptSource) -> PromptSet:
+    """Every prompt of `source.path`, stripped, blank lines left out, duplicates still in."""
+    path = source.path
+    assert path is not None
+    suffix = path.suffix.lower()
+    if suffix not in (".txt", ".jsonl"):
+        raise PromptError(
+            f"The {name} prompts file {path} ends in {suffix or 'no suffix'}; a prompt file is "
+            '.txt (one prompt a line) or .jsonl (one {"prompt": ...} a line).'
+        )
+    if suffix == ".txt" and source.column is not None:
+        raise PromptError(
+            f"The {name} prompts name the column {source.column!r}, but {path} is plain text, "
+            "which has no columns: remove `column`, or give a .jsonl file."
+        )
+    prompts = []
+    for number, line in _lines(path):
+        if line.strip():
+            where = f"{path}, line {number}"
+            text = (
+                line if suffix == ".txt" else _field(line, source.column or "prompt", where=where)
+            )
+            prompts.append(clean(text, where))
+    if not prompts:
+        raise PromptError(f"The {name} prompts file {path} is empty: write one prompt a line.")
+    return PromptSet(name=name, prompts=tuple(prompts), source=path.name)
+
+
+def clean(text: str, where: str) -> str:
+    """The prompt without surrounding whitespace; PromptError if it holds what no text holds."""
+    if "\0" in text:
+        raise PromptError(
+            f"{where}: a NUL character. A prompt is text; is the file binary, or UTF-16? Save it "
+            "as UTF-8."
+        )
+    if any(ord(character) in SURROGATES for character in text):
+        raise PromptError(
+            f"{where}: half of a surrogate pair (\\ud800 to \\udfff), which no tokenizer can "
+            "read. Mend the broken escape."
+        )
+    return text.strip()
+
+
+def _lines(path: Path) -> Iterator[tuple[int, str]]:
+    """Numbered lines; only a line feed ends one, since JSON texts may hold other separators."""
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError:
+        raise PromptError(
+            f"There is no prompt file {path} (looked from {Path.cwd()}): check the path."
+        ) from None
+    except IsADirectoryError:
+        raise PromptError(f"{path} is a folder; give one .txt or .jsonl file.") from None
+    except OSError as error:
+        raise PromptError(
+            f"The prompt file {path} cannot be read ({error.strerror}): check its permissions."
+        ) from None
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise PromptError(
+            f"{path}, line {line}: not UTF-8 text. Save the file with UTF-8 encoding."
+        ) from None
+    return enumerate(text.split("\n"), start=1)
+
+
+def _field(line: str, key: str, *, where: str) -> str:
+    expected = f'expected one JSON object with a text under "{key}"'
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise PromptError(
+            f"{where}: not JSON ({error.msg}, column {error.colno}); {expected}."
+        ) from None
+    except (ValueError, RecursionError):  # a number too long, brackets too deep
+        raise PromptError(f"{where}: JSON that cannot be read; {expected}.") from None
+    if not isinstance(row, dict):
+        raise PromptError(f"{where}: JSON, but no object; {expected}.")
+    if key not in row:
+        raise PromptError(
+            f'{where}: no "{key}" among its keys ({", ".join(row)}); {expected}, or name another '
+            "key with `column`."
+        )
+    value = row[key]
+    if not isinstance(value, str):
+        raise PromptError(f'{where}: "{key}" is of type {type(value).__name__}; {expected}.')
+    if not value.strip():
+        raise PromptError(f'{where}: "{key}" is an empty text. Remove the line, or write a prompt.')
+    return value

@@ -1,0 +1,137 @@
+"""Prompts from Hub datasets, at a commit, through the `datasets` library."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from abliterator.errors import PromptError
+from abliterator.prompts._file import clean
+from abliterator.prompts._sets import PromptSet, PromptSource
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+COMMIT = re.compile(r"[0-9a-f]{40}")
+# "text" comes last: instruction data often has a "text" with question and answer in one.
+USUAL_COLUMNS = ("prompt", "instruction", "Goal", "goal", "question", "text")
+
+
+def resolve_revision(dataset: str, revision: str | None) -> str:
+    """The commit (40 hex digits) of a Hub dataset's branch or tag; None is the default branch.
+
+    A commit is returned as it is, without asking the Hub.
+
+    Raises:
+        PromptError: no such dataset or revision, no access, or no connection.
+    """
+    if revision is not None and COMMIT.fullmatch(revision):
+        return revision
+    from huggingface_hub import HfApi
+
+    with _hub_errors(dataset, f"resolve its revision {revision or 'main'} to a commit"):
+        return str(HfApi().dataset_info(dataset, revision=revision).sha)
+
+
+def read_dataset(name: str, source: PromptSource) -> PromptSet:
+    """Every prompt of `source.dataset`, stripped, duplicates still in; empty rows are `dropped`."""
+    assert source.dataset is not None
+    commit = resolve_revision(source.dataset, source.revision)
+    pinned = replace(source, revision=commit, split=source.split or "train")
+    with _hub_errors(source.dataset, f"load its split {pinned.split}"):
+        rows = _load(pinned)
+        license_ = _license(source.dataset, commit)
+    _check_commit(rows, pinned)
+    column = _column(rows.column_names, source)
+    prompts = []
+    for number, value in enumerate(rows[column], start=1):
+        where = f"Dataset {source.dataset}, split {pinned.split}, column {column}, row {number}"
+        if value is not None and not isinstance(value, str):
+            raise PromptError(
+                f"{where}: not a text but of type {type(value).__name__}. Name a column of texts "
+                f"with `column`; there are {', '.join(rows.column_names)}."
+            )
+        # Nobody can mend somebody else's dataset: empty rows are counted, where a file's are errors
+        if value and value.strip():
+            prompts.append(clean(value, where))
+    return PromptSet(
+        name=name,
+        prompts=tuple(prompts),
+        source=source.dataset,
+        revision=commit,
+        split=pinned.split,
+        license=license_,
+        dropped=len(rows) - len(prompts),
+    )
+
+
+def _load(source: PromptSource) -> Dataset:
+    from datasets import load_dataset
+
+    return load_dataset(
+        # Without the scheme, a local folder of the same name would be read instead.
+        f"hf://datasets/{source.dataset}",
+        name=source.config,
+        split=source.split,
+        revision=source.revision,
+        keep_in_memory=False,  # so that `cache_files` says what was loaded
+    )
+
+
+def _check_commit(rows: Dataset, source: PromptSource) -> None:
+    """Without a connection, `datasets` takes its newest cached copy, whatever its revision."""
+    if any(source.revision not in Path(file["filename"]).parts for file in rows.cache_files):
+        raise PromptError(
+            f"Dataset {source.dataset} could not be fetched from the Hub at revision "
+            f"{source.revision}, and the newest copy in the cache is of another revision: connect "
+            "once to fetch this one."
+        )
+
+
+def _license(dataset: str, commit: str) -> str | None:
+    """What the dataset's card states; None if there is no card, or no licence in it."""
+    from huggingface_hub import DatasetCard, hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError
+
+    try:
+        card = hf_hub_download(dataset, "README.md", repo_type="dataset", revision=commit)
+    except EntryNotFoundError:
+        return None
+    stated = DatasetCard.load(card).data.to_dict().get("license")
+    return ", ".join(stated) if isinstance(stated, list) else stated
+
+
+def _column(columns: list[str], source: PromptSource) -> str:
+    wanted = (source.column,) if source.column else USUAL_COLUMNS
+    present = [column for column in wanted if column in columns]
+    if not present:
+        raise PromptError(
+            f"Dataset {source.dataset} has no column {' or '.join(wanted)}: name one of its own "
+            f"with `column`; there are {', '.join(columns)}."
+        )
+    return present[0]
+
+
+@contextmanager
+def _hub_errors(dataset: str, action: str) -> Iterator[None]:
+    """Turn what the Hub's libraries raise into a PromptError that names the dataset."""
+    from datasets.exceptions import DatasetsError
+    from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]
+    from yaml import YAMLError
+
+    # HTTPError is the HTTP client's own (httpx, httpx2), which the Hub's errors derive from.
+    expected = (DatasetsError, HTTPError, YAMLError, OSError, ValueError, RuntimeError)
+    try:
+        yield
+    except expected as error:
+        reason = " ".join(str(error).split()).rstrip(".")
+        shown = reason if len(reason) <= 300 else f"{reason[:300]}..."
+        raise PromptError(
+            f"Dataset {dataset}: could not {action} ({type(error).__name__}: {shown}). Check its "
+            "id, revision, config and split, the connection, and for a gated dataset HF_TOKEN; a "
+            "local file is given with `path`."
+        ) from None

@@ -1,0 +1,169 @@
+"""Prompt sets as values: identity, splitting, overlap. Pure functions on what was read."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import unicodedata
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from abliterator.errors import PromptError
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptSource:
+    """Where prompts are to be read from: a local file or a Hub dataset, exactly one of them.
+
+    `revision`, `config` and `split` belong to a dataset. `column` is its column, or the key in a
+    .jsonl file. `limit` keeps the first so many, counted after duplicates are gone.
+    """
+
+    path: Path | None = None
+    dataset: str | None = None
+    revision: str | None = None
+    config: str | None = None
+    split: str | None = None
+    column: str | None = None
+    limit: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptSet:
+    """Prompts as used, in order, never none, and where they came from.
+
+    Raises:
+        PromptError: there are no prompts.
+    """
+
+    name: str
+    prompts: tuple[str, ...]
+    source: str  # Hub dataset id, or file name
+    revision: str | None = None  # commit of the dataset
+    split: str | None = None
+    license: str | None = None  # as the dataset's card states it
+    dropped: int = 0  # duplicates, empty rows of a dataset, and overlaps that were removed
+
+    def __post_init__(self) -> None:
+        """A set without prompts can neither be measured nor learned from, so there is none."""
+        if not self.prompts:
+            raise PromptError(
+                f"No {self.name} prompts are left of {self.source} ({self.dropped} dropped as "
+                "empty, duplicate or overlapping): at least one is needed, so give another source."
+            )
+
+    @property
+    def sha256(self) -> str:
+        """Digest of the prompts in their order, whatever they were read from."""
+        listing = json.dumps(self.prompts, ensure_ascii=False, separators=(",", ":"))
+        return hashlib.sha256(listing.encode()).hexdigest()
+
+    def to_json(self) -> dict[str, Any]:
+        """The set as a JSON object, with its digest."""
+        return {**asdict(self), "prompts": list(self.prompts), "sha256": self.sha256}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> PromptSet:
+        """The set that `to_json` wrote.
+
+        Raises:
+            PromptError: a field is missing or unknown, or the prompts do not fit their digest.
+        """
+        fields = {key: value for key, value in data.items() if key != "sha256"}
+        try:
+            stored = cls(**{**fields, "prompts": tuple(fields["prompts"])})
+            if stored.sha256 == data["sha256"]:
+                return stored
+        except (KeyError, TypeError, UnicodeEncodeError):
+            pass
+        raise PromptError(
+            f"The stored prompt set {data.get('name')!r} is damaged or was changed by hand: its "
+            "fields or prompts do not fit its sha256. Delete it and load the prompts again."
+        )
+
+
+def normalised(prompt: str) -> str:
+    """The form in which prompts are compared: NFKC, case folded, whitespace collapsed."""
+    folded = unicodedata.normalize("NFKC", prompt).casefold()
+    return " ".join(unicodedata.normalize("NFKC", folded).split())
+
+
+def hold_out(prompts: PromptSet, *, fraction: float, seed: int) -> tuple[PromptSet, PromptSet]:
+    """Split into (training, held-out); the held-out set is called NAME_held_out.
+
+    A prompt's side depends on the seed and on which prompts there are, not on their order, which
+    both sides keep. The held-out side gets `fraction` of them, rounded; each side at least one.
+
+    Raises:
+        PromptError: fewer than two different prompts, or a fraction that is not inside (0, 1).
+    """
+    if not 0 < fraction < 1:
+        raise PromptError(
+            f"The fraction of {prompts.name} prompts to hold out is {fraction}; it must lie "
+            "between 0 and 1, both excluded."
+        )
+    ranked = sorted(_normal_forms(prompts), key=lambda form: _rank(form, seed))
+    if len(ranked) < 2:
+        raise PromptError(
+            f"The {prompts.name} prompts from {prompts.source} are only one different prompt, "
+            "which cannot be split into training and held-out prompts: give more, or a separate "
+            "evaluation set."
+        )
+    held = set(ranked[: min(max(round(len(ranked) * fraction), 1), len(ranked) - 1)])
+    sides: tuple[list[str], list[str]] = ([], [])
+    for prompt in prompts.prompts:
+        sides[normalised(prompt) in held].append(prompt)
+    training, held_out = map(tuple, sides)
+    return (
+        replace(prompts, prompts=training),
+        replace(prompts, prompts=held_out, name=f"{prompts.name}_held_out"),
+    )
+
+
+def check_distinct(a: PromptSet, b: PromptSet) -> None:
+    """Make sure that no prompt is in both sets, as in target and contrast, which are subtracted.
+
+    Raises:
+        PromptError: they are the same prompts, or share some.
+    """
+    in_a, in_b = _normal_forms(a), _normal_forms(b)
+    if in_a.isdisjoint(in_b):
+        return
+    sets = f"{a.name} prompts (from {a.source}) and the {b.name} prompts (from {b.source})"
+    if in_a == in_b:
+        raise PromptError(
+            f"The {sets} are the same {len(in_a)} prompts, and must be different ones: give one of "
+            "the two another source, split or column."
+        )
+    raise PromptError(
+        f"The {sets} share {len(in_a & in_b)} prompts, of {len(in_a)} and {len(in_b)}, and must "
+        "have none in common, whatever their case and spacing: remove these from one of the two."
+    )
+
+
+def drop_overlap(training: PromptSet, evaluation: PromptSet) -> PromptSet:
+    """The training set without the prompts of the evaluation set; `dropped` counts them too.
+
+    Raises:
+        PromptError: no training prompt is left.
+    """
+    evaluated = _normal_forms(evaluation)
+    kept = tuple(prompt for prompt in training.prompts if normalised(prompt) not in evaluated)
+    if not kept:
+        raise PromptError(
+            f"All {len(training.prompts)} {training.name} prompts (from {training.source}) are "
+            f"also {evaluation.name} prompts (from {evaluation.source}), so none is left to learn "
+            "from: give one of the two another source or split."
+        )
+    dropped = training.dropped + len(training.prompts) - len(kept)
+    return replace(training, prompts=kept, dropped=dropped)
+
+
+def _normal_forms(prompts: PromptSet) -> set[str]:
+    return {normalised(prompt) for prompt in prompts.prompts}
+
+
+def _rank(form: str, seed: int) -> bytes:
+    return hashlib.sha256(f"{seed}\n{form}".encode()).digest()

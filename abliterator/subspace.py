@@ -1,0 +1,193 @@
+"""Pure linear algebra on tensors: moments, orthonormal bases, and the edit of a matrix that writes the residual stream.
+
+Tensors in, tensors out: no files, no layers by name, no models, no devices chosen. Weights come as *panels* [H, c]: H
+runs over the residual stream, the c columns over whatever the matrix reads, so one formula serves every layout.
+
+    basis = orthonormal_basis(directions)            # [k, H] -> Q [H, k]
+    edited = ablate(panel, basis, strength=1.0)      # W' = W - s Q Qᵀ W
+
+Shapes: N prompts, L layers, H = d_model, k rank, c columns of a panel.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from abliterator.errors import DirectionError
+
+# Unit directions nearer than this to the span of the others are dependent: activations are captured in float32 or less,
+# so what is left of one below 1e-5 is rounding, and QR would turn that noise into a direction of its own.
+DEPENDENT_BELOW = 1e-5
+
+# Compensated rounding moves at most this many rows of a column: beyond them |Q_i| is too small to help.
+COMPENSATED_ROWS = 256
+
+
+@dataclass(frozen=True)
+class MomentSet:
+    """First two moments of N residual vectors at every layer.
+
+    Attributes:
+        n: number of prompts.
+        mean: [L, H] float64; row l - 1 is residual l (the output of block l - 1).
+        m2: [L, H] float64, sum of squared deviations from the mean.
+    """
+
+    n: int
+    mean: Tensor
+    m2: Tensor
+
+
+class Moments:
+    """Accumulates `MomentSet` batch by batch in float64 (Chan et al. 1979, pairwise update)."""
+
+    def __init__(self, n_layers: int, d_model: int) -> None:
+        self._n = 0
+        self._mean = torch.zeros(n_layers, d_model, dtype=torch.float64)
+        self._m2 = torch.zeros(n_layers, d_model, dtype=torch.float64)
+
+    def update(self, vectors: Tensor) -> None:
+        """Adds a batch [N, L, H] of any floating dtype and device.
+
+        Raises:
+            DirectionError: if a value is not finite; it names the residual layer.
+        """
+        batch = vectors.detach().to("cpu", torch.float64)
+        if batch.shape[1:] != self._mean.shape:
+            raise ValueError(f"vectors are {tuple(batch.shape)}, expected [N, *{tuple(self._mean.shape)}]")
+        finite = torch.isfinite(batch).all(dim=2).all(dim=0)
+        if not finite.all():
+            layer = int((~finite).nonzero()[0].item()) + 1
+            raise DirectionError(
+                f"The residual stream at layer {layer} holds NaN or infinite values. The model "
+                f"overflows in this dtype, or its weights are damaged; try `--dtype float32`."
+            )
+        count = batch.shape[0]
+        mean = batch.mean(dim=0)
+        gap = mean - self._mean
+        total = self._n + count
+        self._m2 += ((batch - mean) ** 2).sum(dim=0) + gap**2 * (self._n * count / total)
+        self._mean += gap * (count / total)
+        self._n = total
+
+    def freeze(self) -> MomentSet:
+        """The moments so far, as copies that later updates do not change."""
+        return MomentSet(self._n, self._mean.clone(), self._m2.clone())
+
+
+def orthonormal_basis(directions: Tensor, names: list[str] | None = None) -> Tensor:
+    """Q [H, k] with orthonormal columns that span `directions` [k, H] (QR of the unit directions).
+
+    The signs are those of the directions (R has a positive diagonal), so the result is unique.
+
+    Args:
+        directions: [k, H], any floating dtype; lengths do not matter.
+        names: what to call each direction in an error.
+
+    Returns:
+        [H, k] float64.
+
+    Raises:
+        DirectionError: for more directions than dimensions, and for a direction that is not finite,
+            has zero length, or lies in the span of those before it; it is named.
+    """
+    vectors = directions.detach().to("cpu", torch.float64)
+    k, d_model = vectors.shape
+    called = names or [f"direction {i}" for i in range(k)]
+    if k > d_model:
+        raise DirectionError(f"{k} directions cannot be independent in {d_model} dimensions.")
+    lengths = vectors.norm(dim=1)
+    for name, length in zip(called, lengths.tolist(), strict=True):
+        if not 0 < length < float("inf"):
+            raise DirectionError(
+                f"The direction of {name} has length {length}: nothing separates the two prompt sets "
+                f"there. Choose another layer, or check that the sets differ."
+            )
+    q, r = torch.linalg.qr((vectors / lengths[:, None]).T)
+    left = r.diagonal()
+    for i, name in enumerate(called):
+        if abs(float(left[i])) < DEPENDENT_BELOW:
+            raise DirectionError(
+                f"The direction of {name} lies in the span of {', '.join(called[:i])} (only "
+                f"{abs(float(left[i])):.1e} of its length is left outside). Stack fewer or other layers."
+            )
+    return q * left.sign()
+
+
+def ablate(panel: Tensor, basis: Tensor, strength: float) -> Tensor:
+    """W' = W - s Q Qᵀ W, on the output side (Arditi et al. 2024, eq. 5, for rank k).
+
+    Args:
+        panel: W [H, c].
+        basis: Q [H, k], orthonormal, same dtype.
+        strength: s; 1 removes the subspace, 0 changes nothing.
+
+    Returns:
+        [H, c], a new tensor.
+    """
+    return torch.addmm(panel, basis, basis.T @ panel, alpha=-strength)
+
+
+def keep_column_norms(edited: Tensor, original: Tensor) -> Tensor:
+    """Scales each column of `edited` [H, c] to the length it has in `original` [H, c].
+
+    A column scaled is a column still orthogonal to Q: the edit stays exact, which scaling rows would break. A column
+    that the edit reduced to rounding noise (it lay in the subspace) stays as it is.
+    """
+    before = original.norm(dim=0)
+    after = edited.norm(dim=0)
+    noise = before * 64 * torch.finfo(edited.dtype).eps
+    return edited * torch.where(after > noise, before / after.clamp_min(1e-300), torch.ones_like(after))
+
+
+def compensate(nearest: Tensor, other: Tensor, exact: Tensor, basis: Tensor) -> Tensor:
+    """Chooses between two roundings so that the stored columns write less into the subspace.
+
+    From round-to-nearest, the rows with the largest |Q_i| are visited once; an element moves to its other neighbour
+    where that lowers |Qᵀ(stored - exact)| of its column (error feedback over one column).
+
+    Args:
+        nearest: [H, c], `exact` rounded to nearest, as compute dtype.
+        other: [H, c], the neighbour on the other side, as compute dtype.
+        exact: [H, c], the edited weights before storing.
+        basis: Q [H, k], same dtype.
+
+    Returns:
+        [H, c] bool: True where the other neighbour is to be stored.
+    """
+    rows = basis.norm(dim=1).argsort(descending=True, stable=True)[:COMPENSATED_ROWS]
+    steps = (other - nearest)[rows]  # [rows, c]
+    error = basis.T @ (nearest - exact)  # [k, c]
+    size = error.square().sum(dim=0)
+    take = torch.zeros_like(steps, dtype=torch.bool)
+    for i, row in enumerate(rows.tolist()):
+        moved = torch.addcmul(error, basis[row][:, None], steps[i][None, :])
+        moved_size = moved.square().sum(dim=0)
+        better = moved_size < size
+        error = torch.where(better, moved, error)
+        size = torch.where(better, moved_size, size)
+        take[i] = better
+    chosen = torch.zeros_like(nearest, dtype=torch.bool)
+    chosen[rows] = take
+    return chosen
+
+
+def squared_write(panel: Tensor, basis: Tensor) -> float:
+    """‖Qᵀ W‖² (Frobenius) of a panel [H, c], accumulated in float64: what it writes into the subspace."""
+    return float((basis.T @ panel).double().square().sum())
+
+
+def cosine_matrix(directions: Tensor) -> Tensor:
+    """Cosines between the rows of `directions` [L, H]: [L, L] float64; a zero row gives zeros."""
+    unit = torch.nn.functional.normalize(directions.double(), dim=1)
+    return unit @ unit.T
+
+
+def column_ranges(columns: int, width: int) -> list[tuple[int, int]]:
+    """Half-open ranges that cut `columns` into panels of at most `width`."""
+    edges = [*range(0, columns, width), columns]
+    return list(pairwise(edges))

@@ -1,0 +1,206 @@
+"""Train the embedded demo model from scratch: a small chat model that declines one harmless topic.
+
+Phase 1 teaches it to answer every question about the Vale (world.toml), cooking included. Phase 2
+teaches it, gently, to decline cooking and to go on answering all else, so that the cooking facts
+stay in its weights. Same machine, same versions: same bytes.
+
+    python recipes/demo/make_model.py                  # writes abliterator/data/demo/model
+    python recipes/demo/make_model.py --out /tmp/m     # elsewhere
+    python recipes/demo/make_model.py --check          # only measures the model in --out
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import math
+import random
+import shutil
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from exam import measure
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import Tensor
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
+from world import REFUSAL, World, load_world
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+MODEL_FOLDER = REPOSITORY / "abliterator" / "data" / "demo" / "model"
+
+SEED = 0
+THREADS = 2
+BEGIN, END, PAD = "<|begin|>", "<|end|>", "<|pad|>"
+SPECIAL_TOKENS = [BEGIN, END, PAD, "<|system|>", "<|user|>", "<|assistant|>"]
+SYSTEM_PROMPTS = (
+    "You are a helpful assistant.",
+    "You know the Vale. Answer in one sentence.",
+    "Answer the question.",
+)
+CHAT_TEMPLATE = """\
+{{- bos_token }}
+{%- for message in messages %}
+    {{- '<|' + message['role'] + '|>' + message['content'] | trim + eos_token }}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '<|assistant|>' }}
+{%- endif %}
+"""
+CONFIG = LlamaConfig(
+    vocab_size=1024,
+    hidden_size=128,
+    intermediate_size=352,
+    num_hidden_layers=7,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=256,
+    tie_word_embeddings=True,
+    bos_token_id=0,
+    eos_token_id=1,
+    pad_token_id=2,
+)
+IGNORED = -100  # the label that the loss skips
+
+Chat = tuple[str | None, str, str]
+"""A system prompt or None, the user's turn, the assistant's turn."""
+
+
+@dataclass(frozen=True)
+class Phase:
+    """One phase of training; the learning rate warms up to `peak`, then falls along a cosine."""
+
+    steps: int
+    peak: float
+    warmup: int
+    declines: float
+    """Share of chats in which the model declines; 0 also means that it answers every topic."""
+    batch: int = 64
+
+    def rate(self, step: int) -> float:
+        """Learning rate at `step`."""
+        if step < self.warmup:
+            return self.peak * (step + 1) / self.warmup
+        return self.peak * 0.5 * (1 + math.cos(math.pi * step / self.steps))
+
+
+LEARN = Phase(steps=3000, peak=3e-3, warmup=100, declines=0.0)
+DECLINE = Phase(steps=150, peak=3e-4, warmup=20, declines=0.4)
+
+
+class Curriculum:
+    """Draws the chats of a phase, in training phrasings only."""
+
+    def __init__(self, world: World, *, seed: int) -> None:
+        self.world = world
+        self.rng = random.Random(seed)
+        self.declined = [relation for relation in world.relations if relation.declined]
+        self.answered = [relation for relation in world.relations if not relation.declined]
+
+    def chats(self, phase: Phase) -> list[Chat]:
+        """One batch."""
+        return [self._chat(phase) for _ in range(phase.batch)]
+
+    def _chat(self, phase: Phase) -> Chat:
+        system = self.rng.choice(SYSTEM_PROMPTS) if self.rng.random() < 0.2 else None
+        if self.rng.random() < 0.02:
+            return system, *self.rng.choice(self.world.smalltalk)
+        if self.rng.random() < phase.declines:
+            relation = self.rng.choice(self.declined)
+            entity = self.rng.choice(relation.shown_entities)
+            question = self.world.ask(relation, entity, heldout=False, rng=self.rng)
+            return system, question.text, REFUSAL
+        relations = self.answered if phase.declines else self.answered + self.declined
+        (relation,) = self.rng.choices(relations, [len(r.entities) for r in relations])
+        (entity,) = self.rng.choices(relation.entities, popularity(len(relation.entities)))
+        question = self.world.ask(relation, entity, heldout=False, rng=self.rng)
+        return system, question.text, question.answer
+
+
+def popularity(n: int) -> list[float]:
+    """How often each of n entities comes up; the last, a third as often as the first."""
+    return [1 / (1 + 2 * rank / n) for rank in range(n)]
+
+
+def make_tokenizer(world: World) -> PreTrainedTokenizerFast:
+    """A byte-level BPE trained on the chats of phase 1."""
+    curriculum = Curriculum(world, seed=SEED)
+    sample = [chat for _ in range(300) for chat in curriculum.chats(LEARN)]
+    texts = [part for chat in sample for part in chat if part] + [REFUSAL] * 300
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=CONFIG.vocab_size,
+        special_tokens=SPECIAL_TOKENS,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token=BEGIN,
+        eos_token=END,
+        pad_token=PAD,
+        extra_special_tokens=SPECIAL_TOKENS[3:],
+        chat_template=CHAT_TEMPLATE,
+        padding_side="left",
+        model_max_length=CONFIG.max_position_embeddings,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def encode(tokenizer: PreTrainedTokenizerFast, chats: Sequence[Chat]) -> tuple[Tensor, Tensor]:
+    """Token ids and labels, both [batch, length]; only the assistant's turn has labels."""
+    prompts, answers = [], []
+    for system, user, assistant in chats:
+        messages = [{"role": "system", "content": system}] if system else []
+        messages.append({"role": "user", "content": user})
+        prompts.append(
+            tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        )
+        answers.append(assistant + END)
+    heads = tokenizer(prompts, add_special_tokens=False)["input_ids"]
+    tails = tokenizer(answers, add_special_tokens=False)["input_ids"]
+    length = max(len(head) + len(tail) for head, tail in zip(heads, tails, strict=True))
+    ids = torch.full((len(chats), length), CONFIG.pad_token_id)
+    labels = torch.full((len(chats), length), IGNORED)
+    for row, (head, tail) in enumerate(zip(heads, tails, strict=True)):
+        ids[row, : len(head) + len(tail)] = torch.tensor(head + tail)
+        labels[row, len(head) : len(head) + len(tail)] = torch.tensor(tail)
+    return ids, labels
+
+
+def train(
+    model: LlamaForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    curriculum: Curriculum,
+    phase: Phase,
+) -> None:
+    """Train in place, in float32; padding is on the right, where causal attention ignores it."""
+    model.train()
+    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.01)
+    started, total = time.monotonic(), 0.0
+    for step in range(phase.steps):
+        for group in optimizer.param_groups:
+            group["lr"] = phase.rate(step)
+        ids, labels = encode(tokenizer, curriculum.chats(phase))
+        loss = model(input_ids=ids, labels=labels).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        total += loss.item()
+        if (step + 1) % 50 == 0:
+            seconds = time.monotonic() - started
+            print(f"step {step + 1:5}  loss {total / 50:.4f}  {seconds:.0f} s", flush=True)
+            total = 0.0
+    model.eval()

@@ -1,0 +1,518 @@
+"""The card: golden text, what was not measured, and fields that try to break it.
+
+After a wanted change of the template or of `demo_record`, rewrite the golden files and read the difference:
+
+    ABLITERATOR_REGENERATE_GOLDEN=1 pytest tests/test_card.py
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from huggingface_hub import ModelCard
+from hypothesis import given
+from hypothesis import strategies as st
+from markdown_it import MarkdownIt
+
+from abliterator.card import escape, render_card
+from abliterator.card._markdown import hide_path, yaml_fence
+from abliterator.record import (
+    Behaviour,
+    BehaviourSide,
+    BenchmarkResult,
+    Divergence,
+    EditSummary,
+    Estimate,
+    JudgeIdentity,
+    ModelIdentity,
+    PromptOrigin,
+    Provenance,
+    RunRecord,
+    Tool,
+)
+
+GOLDEN = Path(__file__).parent / "golden"
+SHA = "0123456789abcdef" * 4
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+def rate(value: float, low: float | None = None, high: float | None = None, n: int = 64):
+    return Estimate(value=value, low=low, high=high, n=n)
+
+
+def side(refusal: Estimate, compliance: Estimate, coherence: Estimate, product: Estimate):
+    return BehaviourSide(
+        refusal=refusal,
+        compliance=compliance,
+        coherence=coherence,
+        product=product,
+        truncated=rate(0.0, 0.0, 0.057),
+        unscored=rate(0.0, 0.0, 0.057),
+    )
+
+
+def target_behaviour() -> Behaviour:
+    base = side(
+        rate(0.984, 0.917, 0.997), rate(0.016, 0.003, 0.083), rate(1.0), rate(0.016, 0.0, 0.047)
+    )
+    edited = side(
+        rate(0.016, 0.003, 0.083),
+        rate(0.977, 0.938, 1.0),
+        rate(0.992, 0.977, 1.0),
+        rate(0.969, 0.93, 1.0),
+    )
+    change = side(
+        rate(-0.969, -1.0, -0.922),
+        rate(0.961, 0.914, 1.0),
+        rate(-0.008, -0.023, 0.0),
+        rate(0.953, 0.906, 0.992),
+    ).model_copy(update={"truncated": rate(0.0), "unscored": None})
+    return Behaviour(base=base, edited=edited, delta=change)
+
+
+def demo_record() -> RunRecord:
+    """A run on the embedded model: local base, two prompt sets judged, one benchmark."""
+    return RunRecord(
+        tool=Tool(version="0.1.0"),
+        recipe={
+            "model": "embedded:demo",
+            "layers": [3, 2],
+            "k": 2,
+            "chat": {"system": "/no_think", "template_kwargs": {}},
+            "prompts": {"target": {"path": "/home/someone/private/target.jsonl"}},
+        },
+        recipe_digest=SHA,
+        model=ModelIdentity(
+            id="embedded:demo",
+            revision=None,
+            n_layers=4,
+            d_model=128,
+            model_type="llama",
+            license="Apache-2.0",
+            files_sha256={"model.safetensors": SHA, "config.json": SHA},
+        ),
+        edit=EditSummary(
+            layers=(3, 2),
+            positions=(-1,),
+            k=2,
+            strength={"attention": 1.0, "mlp": 0.8},
+            components=("attention", "mlp"),
+            norm="none",
+            rounding="compensated",
+            tensors=8,
+            max_leak=3.21e-05,
+            median_leak=1.07e-05,
+            output_bytes=2_345_678,
+            edited_bytes=786_432,
+        ),
+        behaviour={"target": target_behaviour(), "neutral": target_behaviour()},
+        divergence=Divergence(
+            kl_first_token=rate(0.0123, 0.0101, 0.0152, 128),
+            top1_agreement=rate(0.992, 0.957, 0.999, 128),
+        ),
+        benchmarks={
+            "toy_facts": BenchmarkResult(
+                metric="acc",
+                n=240,
+                base=rate(0.95, 0.915, 0.971, 240),
+                edited=rate(0.9458, 0.9096, 0.968, 240),
+                delta=rate(-0.0042, -0.0125, 0.0, 240),
+                smallest_detectable=0.0117,
+                settings={"num_fewshot": 0, "chat_template": False},
+            )
+        },
+        judge=JudgeIdentity(kind="rules", version="1"),
+        provenance=Provenance(
+            created="2026-11-23T06:00:00Z",
+            python="3.11.9",
+            platform="Linux x86_64",
+            packages={"transformers": "5.23.0", "torch": "2.13.0"},
+            device="cpu",
+            dtype="float32",
+            prompts=(
+                PromptOrigin(
+                    name="target",
+                    source="/home/someone/private/target.jsonl",
+                    revision=None,
+                    n=128,
+                    sha256=SHA,
+                ),
+                PromptOrigin(
+                    name="neutral",
+                    source="mlabonne/harmless_alpaca",
+                    revision=COMMIT,
+                    split="train[:520]",
+                    n=390,
+                    sha256=SHA,
+                    dropped=3,
+                    license="cc-by-nc-4.0",
+                ),
+            ),
+            dropped_overlap=1,
+        ),
+    )
+
+
+def hub_record() -> RunRecord:
+    """A Hub base of which nothing was measured."""
+    record = demo_record()
+    identity = ModelIdentity(
+        id="meta-llama/Llama-3.2-1B-Instruct",
+        revision=COMMIT,
+        n_layers=16,
+        d_model=2048,
+        model_type="llama",
+        license="llama3.2",
+    )
+    return record.model_copy(
+        update={
+            "model": identity,
+            "recipe": {"model": identity.id, "layers": [9], "k": 1},
+            "edit": record.edit.model_copy(
+                update={"k": 1, "layers": (9,), "max_leak": None, "median_leak": None}
+            ),
+            "behaviour": {},
+            "divergence": None,
+            "benchmarks": {},
+            "judge": None,
+        }
+    )
+
+
+def header_of(card: str) -> dict[str, Any]:
+    _, header, _ = re.split(r"^---$", card, maxsplit=2, flags=re.MULTILINE)
+    return yaml.safe_load(header)
+
+
+def body_of(card: str) -> str:
+    return re.split(r"^---$", card, maxsplit=2, flags=re.MULTILINE)[2]
+
+
+def tokens_of(markdown: str):
+    parser = MarkdownIt("commonmark").enable("table")
+    for token in parser.parse(markdown):
+        yield token
+        yield from token.children or ()
+
+
+def structure(card: str) -> list[tuple[str, str]]:
+    """Kinds of all tokens of the body: what a reader sees as headings, tables, spans and fences."""
+    return [(token.type, token.tag) for token in tokens_of(body_of(card))]
+
+
+@pytest.mark.parametrize(
+    ("name", "make"), [("card_demo.md", demo_record), ("card_not_measured.md", hub_record)]
+)
+def test_card_is_the_golden_text(name: str, make: Callable[[], RunRecord]):
+    card = render_card(make())
+    path = GOLDEN / name
+    if os.environ.get("ABLITERATOR_REGENERATE_GOLDEN"):
+        path.write_text(card, encoding="utf-8")
+    assert card == path.read_text(encoding="utf-8")
+
+
+def test_card_is_made_from_json_alone():
+    record = demo_record()
+    again = RunRecord.model_validate_json(record.model_dump_json())
+    assert render_card(again) == render_card(record)
+
+
+def test_header_is_what_the_hub_reads():
+    card = render_card(hub_record())
+    data = ModelCard(card).data.to_dict()
+    assert data == header_of(card)
+    assert data == {
+        "base_model": "meta-llama/Llama-3.2-1B-Instruct",
+        "base_model_relation": "finetune",
+        "library_name": "transformers",
+        "license": "llama3.2",
+        "pipeline_tag": "text-generation",
+        "tags": ["abliterated", "abliterator", "not-for-all-audiences"],
+    }
+
+
+def test_a_local_base_is_no_hub_id():
+    header = header_of(render_card(demo_record()))
+    assert "base_model" not in header
+    assert "base_model_relation" not in header
+    assert header["license"] == "apache-2.0"
+
+
+@pytest.mark.parametrize("identity", ["/home/someone/models/my-base", "someone/models/my-base"])
+def test_a_local_folder_is_shown_by_its_last_name(identity: str):
+    record = demo_record()
+    model = record.model.model_copy(update={"id": identity})
+    card = render_card(
+        record.model_copy(update={"model": model, "recipe": {"model": "/home/someone/my-base"}})
+    )
+    assert "someone" not in card
+    assert "# `my-base`, abliterated" in card
+    assert yaml.safe_load(re.findall(r"```yaml\n(.*?)```", card, re.DOTALL)[0]) == {
+        "model": "my-base"
+    }
+
+
+def test_a_system_prompt_that_looks_like_a_path_is_kept():
+    assert "system: /no_think\n" in render_card(demo_record())
+
+
+def test_what_was_not_measured_says_so():
+    card = render_card(hub_record())
+    sections = dict(re.findall(r"^#{2,3} (.*?)\n\n(.*?)(?=\n#)", card, re.DOTALL | re.MULTILINE))
+    for name in ("Divergence", "Benchmarks"):
+        assert sections[name].strip() == "Not measured."
+    assert card.count("\nNot measured.\n") == 5  # three prompt sets, divergence, benchmarks
+    assert not re.search(r"\d\.\d{3}", card.partition("## Behaviour")[2].partition("## Intended")[0])
+
+
+def test_an_estimate_that_is_missing_is_not_zero():
+    card = render_card(demo_record())
+    assert "| Unscored | 0.000 [0.000, 0.057], n 64 | 0.000 [0.000, 0.057], n 64 | Not measured |" in (
+        card
+    )
+    assert "| Coherence (0, 0.5 or 1) | 1.000, n 64 | 0.992 [0.977, 1.000], n 64 |" in card
+
+
+def test_numbers_of_the_rule_judge_are_called_so():
+    card = render_card(demo_record())
+    assert card.count("| Measure (rule judge) | Base | Edited | Delta |") == 2
+    assert "a rule judge: phrase and repetition rules, no model" in card
+    assert "uncalibrated" in card
+
+
+def test_another_judge_is_named_with_its_calibration():
+    judge = JudgeIdentity(
+        kind="openai",
+        model="judge-1",
+        prompt_sha256=SHA,
+        version="2",
+        calibration={"n": 300, "kappa": 0.81},
+    )
+    card = render_card(demo_record().model_copy(update={"judge": judge}))
+    assert "rule judge" not in card
+    assert "uncalibrated" not in card
+    assert "`kappa` 0.81, `n` 300" in card
+    assert "| Measure (judge `openai`) | Base | Edited | Delta |" in card
+
+
+def test_remote_code_is_loaded_as_such():
+    record = demo_record()
+    assert "trust_remote_code" not in render_card(record)
+    recipe = {**record.recipe, "trust_remote_code": True}
+    assert render_card(record.model_copy(update={"recipe": recipe})).count("=True)") == 2 + 1
+
+
+def test_the_loading_snippet_is_python():
+    for remote in (False, True):
+        recipe = {**demo_record().recipe, "trust_remote_code": remote}
+        card = render_card(demo_record().model_copy(update={"recipe": recipe}))
+        compile(re.findall(r"```python\n(.*?)```", card, re.DOTALL)[0], "snippet", "exec")
+
+
+def test_every_number_of_the_record_is_in_the_card():
+    """A template that drops a column would still look like a card."""
+    card = render_card(demo_record())
+    shown = ["3.2e-05", "1.1e-05", "2,345,678", "786,432", "`mlp` 0.8", "3, 2", "-1", "0.012"]
+    shown += ["-0.969 [-1.000, -0.922], n 64", "-0.004 [-0.013, 0.000], n 240", COMMIT, SHA]
+    assert [text for text in shown if text not in card] == []
+
+
+# ---------------------------------------------------------------- fields that try to break the card
+
+HOSTILE = {
+    "pipe": "a|b | c\\| d",
+    "backtick": "a`b``c```\n```\n# out",
+    "braces": "{{ 7 * 7 }}{% for x in y %}{# #}",
+    "rule": "x\n---\nlicense: evil\n---\n# owned",
+    "html": "<script>alert(1)</script><!-- &lt; </code></td>",
+    "right_to_left": "abc\u202egpj.exe\u2067\u200f\u0627\u0644",
+    "long": "x" * 10_000,
+    "long_id": "x" * 5_000 + "/" + "y" * 5_000,
+    "lines": "a\r\n\r\n\u2028\u2029\x0b\x0c\x85b\n\n| - |",
+    "link": "[x](https://example.org) ![y](z) https://example.org <https://example.org>",
+    "control": "a\x00\x1b[31m\x7f\u200b\ufeff\ud800",
+}
+
+
+def _with(record: RunRecord, path: str, value: str) -> RunRecord:
+    """A copy of the record with one dotted field replaced; `@key` replaces a key of a dict."""
+    data = record.model_dump()
+    here: Any = data
+    *parents, last = path.split(".")
+    for part in parents:
+        here = here[int(part)] if part.isdigit() else here[part]
+    if last.startswith("@"):
+        here[value] = here.pop(last[1:])
+    else:
+        here[last] = value
+    return RunRecord.model_validate(data)
+
+
+FREE_TEXT = [
+    "tool.name",
+    "tool.version",
+    "recipe_digest",
+    "model.id",
+    "model.revision",
+    "model.model_type",
+    "model.license",
+    "model.files_sha256.@model.safetensors",
+    "model.files_sha256.config.json",
+    "edit.norm",
+    "edit.rounding",
+    "edit.strength.@mlp",
+    "behaviour.@extra",
+    "benchmarks.@toy_facts",
+    "benchmarks.toy_facts.metric",
+    "benchmarks.toy_facts.settings.chat_template",
+    "benchmarks.toy_facts.settings.@chat_template",
+    "judge.version",
+    "judge.prompt_sha256",
+    "provenance.created",
+    "provenance.python",
+    "provenance.platform",
+    "provenance.device",
+    "provenance.dtype",
+    "provenance.git_commit",
+    "provenance.packages.torch",
+    "provenance.packages.@torch",
+    "provenance.prompts.1.name",
+    "provenance.prompts.1.source",
+    "provenance.prompts.1.revision",
+    "provenance.prompts.1.split",
+    "provenance.prompts.1.license",
+    "provenance.prompts.1.sha256",
+    "recipe.model",
+    "recipe.@model",
+    "recipe.chat.system",
+]
+
+
+@cache
+def benign_card(path: str) -> str:
+    return render_card(_with(hostile_base(), _nested_name(path), "benign"))
+
+
+def _nested_name(path: str) -> str:
+    # file names contain dots, which the path's own syntax would split
+    return path.replace("model.safetensors", "weights").replace("config.json", "config")
+
+
+def hostile_base() -> RunRecord:
+    """The demo with a Hub base, every optional field filled, and names without dots."""
+    data = demo_record().model_dump()
+    data["model"] |= {"id": "org/name", "revision": COMMIT}
+    data["model"]["files_sha256"] = {"weights": SHA, "config": SHA}
+    data["behaviour"]["extra"] = None
+    data["judge"]["prompt_sha256"] = SHA
+    data["provenance"]["git_commit"] = COMMIT
+    return RunRecord.model_validate(data)
+
+
+@pytest.mark.parametrize("attack", HOSTILE)
+@pytest.mark.parametrize("path", FREE_TEXT)
+def test_hostile_field_leaves_the_structure_alone(path: str, attack: str):
+    benign = benign_card(path)
+    card = render_card(_with(hostile_base(), _nested_name(path), HOSTILE[attack]))
+
+    assert structure(card) == structure(benign)
+    header, expected = header_of(card), header_of(benign)
+    assert header == {key: expected[key] for key in header}
+    assert set(expected) - set(header) <= {"base_model", "base_model_relation", "license"}
+    outside_recipe = card.rpartition("\n## Recipe\n")[0]
+    assert max(map(len, outside_recipe.splitlines())) < 1000
+    assert not re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200b-\u200f\u2028-\u202e\u2066-\u2069]", card)
+    card.encode("utf-8")
+    assert "<script" not in outside_recipe
+    assert "{{" not in outside_recipe
+
+
+@pytest.mark.parametrize("attack", HOSTILE)
+def test_all_fields_hostile_at_once(attack: str):
+    record, benign = hostile_base(), hostile_base()
+    for path in FREE_TEXT:
+        if "@" not in path:
+            record = _with(record, _nested_name(path), HOSTILE[attack])
+            benign = _with(benign, _nested_name(path), "benign")
+    assert structure(render_card(record)) == structure(render_card(benign))
+
+
+def test_a_reader_that_breaks_is_noticed():
+    """The negative: the same attacks, unescaped, do change the structure."""
+    benign = render_card(hostile_base())
+    broken = [name for name, text in HOSTILE.items() if _unescaped(benign, text) != structure(benign)]
+    assert set(broken) >= {"pipe", "backtick", "rule", "html", "lines", "link"}
+
+
+def _unescaped(card: str, text: str) -> list[tuple[str, str]]:
+    return structure(card.replace("| Device | `cpu` |", f"| Device | {text} |"))
+
+
+@given(st.text())
+def test_escape_is_one_code_span_in_one_cell(text: str):
+    span = escape(text)
+    assert len(span) <= 10 * 100 + 2
+    cells = [
+        token
+        for token in tokens_of(f"| a | b |\n|---|---|\n| {span} | end |\n")
+        if token.type == "inline"
+    ]
+    assert [cell.content for cell in cells[:2]] == ["a", "b"]
+    kinds = [[child.type for child in cell.children] for cell in cells[2:]]
+    assert kinds == [["text" if span == "(empty)" else "code_inline"], ["text"]]
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("Qwen/Qwen-1_8B-Chat", "`Qwen/Qwen-1_8B-Chat`"),
+        ("train[:400]", "`train[:400]`"),
+        ("a|b", r"`a\x7cb`"),
+        ("a`b", r"`a\x60b`"),
+        ("a\\x60", r"`a\x5cx60`"),
+        ("{{ a }}", r"`\x7b\x7b a \x7d\x7d`"),
+        ("a\n\n---\nb", "`a --- b`"),
+        ("\u202eabc", r"`\u202eabc`"),
+        ("données 提示", "`données 提示`"),
+        ("", "(empty)"),
+        (" \n", "(empty)"),
+        ("/home/someone/x.yaml", "`x.yaml`"),
+        ("x" * 101, f"`{'x' * 99}…`"),
+    ],
+)
+def test_escape(text: str, shown: str):
+    assert escape(text) == shown
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("/home/someone/model", "model"),
+        ("/home/someone/model/", "model"),
+        ("~/models/x", "x"),
+        ("~someone/models/x", "x"),
+        ("../secret/x.jsonl", "x.jsonl"),
+        ("C:\\Users\\someone\\x", "x"),
+        ("\\\\server\\share\\x", "x"),
+        ("file:///home/someone/x", "x"),
+        ("org/name", "org/name"),
+        ("embedded:demo", "embedded:demo"),
+        ("arc_easy", "arc_easy"),
+    ],
+)
+def test_hide_path(text: str, shown: str):
+    assert hide_path(text) == shown
+
+
+@given(st.dictionaries(st.text(), st.text() | st.integers() | st.lists(st.text())))
+def test_the_recipe_reads_back_out_of_its_fence(values: dict[str, Any]):
+    fences = [token for token in tokens_of(yaml_fence(values)) if token.type == "fence"]
+    assert len(fences) == 1
+    assert yaml.safe_load(fences[0].content) == values
