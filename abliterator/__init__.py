@@ -1,0 +1,64 @@
+"""abliterator: remove one behaviour from an open-weight language model, and measure what that did.
+
+    from abliterator import build, load_recipe
+
+    record = build(load_recipe(Path("recipes/demo.yaml")), Path("out"))
+    record.behaviour["target"].edited.refusal
+
+Names are imported when they are first used, so importing the package costs nothing.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from abliterator.errors import AbliteratorError
+    from abliterator.model import hooked, load_model, resolve_folder
+    from abliterator.pipeline import bake_subspace, build, plan_model, plan_recipe
+    from abliterator.recipe import Recipe, load_recipe
+    from abliterator.record import RunRecord
+    from abliterator.subspace import ablate, orthonormal_basis
+
+__all__ = [
+    "AbliteratorError",
+    "Recipe",
+    "RunRecord",
+    "ablate",
+    "bake_subspace",
+    "build",
+    "hooked",
+    "load_model",
+    "load_recipe",
+    "orthonormal_basis",
+    "plan_model",
+    "plan_recipe",
+    "resolve_folder",
+]
+
+_ROOM = {
+    "AbliteratorError": "errors",
+    "Recipe": "recipe",
+    "RunRecord": "record",
+    "ablate": "subspace",
+    "bake_subspace": "pipeline",
+    "build": "pipeline",
+    "hooked": "model",
+    "load_model": "model",
+    "load_recipe": "recipe",
+    "orthonormal_basis": "subspace",
+    "plan_model": "pipeline",
+    "plan_recipe": "pipeline",
+    "resolve_folder": "model",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _ROOM:
+        raise AttributeError(f"module 'abliterator' has no attribute {name!r}")
+    return getattr(import_module(f"abliterator.{_ROOM[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

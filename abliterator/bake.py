@@ -1,7 +1,8 @@
-"""Directions into a checkpoint: the edit planned, previewed at run time, and written into the files.
+"""Directions into a checkpoint: the edit planned, previewed at run time, written into the files.
 
-`bake` edits files, not a model in memory: untouched byte ranges are streamed, and each writer of the residual stream is
-read, edited in column panels, and written at its old place. The room does not know how directions were found.
+`bake` edits files, not a model in memory: untouched byte ranges are streamed, and each writer of
+the residual stream is read, edited in column panels, and written at its old place. The room does
+not know how directions were found.
 
     plan = plan_edits(checkpoint, anatomy, EditSettings())
     with preview_edit(loaded, plan, basis): ...          # the same edit without writing weights
@@ -36,7 +37,8 @@ if TYPE_CHECKING:
 
     from abliterator.model import LoadedModel
 
-# Elements of one panel: small enough for tens of megabytes in all, large enough that the loop over panels is free.
+# Elements of one panel: small enough for tens of megabytes in all, large enough that the loop over
+# panels is free.
 PANEL_ELEMENTS = 1 << 21
 
 
@@ -90,8 +92,8 @@ def plan_edits(checkpoint: Checkpoint, anatomy: Anatomy, settings: EditSettings)
         format_of(info.dtype, writer.name)
         if writer.component == "embedding" and anatomy.tied_embeddings:
             raise UnsupportedModel(
-                f"`edit.embeddings` would edit {writer.name}, which is also the output head of this "
-                f"model (tied): the head would lose the subspace too. Leave `embeddings: false`."
+                f"`edit.embeddings` would edit {writer.name}, which is also the output head of "
+                f"this model (tied): the head would change too. Leave `embeddings: false`."
             )
         edits.append(PlannedEdit(writer, info, strength))
     return EditPlan(tuple(edits), settings, anatomy.d_model)
@@ -111,7 +113,7 @@ def bake(
     *,
     on_bytes: Callable[[int], None] | None = None,
 ) -> tuple[TensorEdit, ...]:
-    """Writes the edited checkpoint to `out`: every weight file, and every other file a loader needs.
+    """Writes the edited checkpoint to `out`: weight files, and every other file a loader needs.
 
     All bytes outside the planned tensors, headers included, are the base's. Memory is that of the
     largest edited tensor and a few panels.
@@ -132,7 +134,9 @@ def bake(
     for file in checkpoint.weight_files:
         leaks: dict[str, float | None] = {}
 
-        def rewrite(info: TensorInfo, buffer: memoryview, leaks: dict[str, float | None] = leaks) -> None:
+        def rewrite(
+            info: TensorInfo, buffer: memoryview, leaks: dict[str, float | None] = leaks
+        ) -> None:
             leaks[info.name] = edit_stored(buffer, planned[info.name], basis, plan.settings)
 
         infos = [edit.info for edit in plan.edits if edit.info.file == file]
@@ -192,7 +196,8 @@ def edit_stored(
     q = basis.to(fmt.compute_dtype)
     before = after = 0.0
     width = max(1, PANEL_ELEMENTS // weight.shape[0])
-    for panel in weight.split(width, dim=1):
+    for start in range(0, weight.shape[1], width):
+        panel = weight[:, start : start + width]
         original = panel.to(fmt.compute_dtype)
         exact = ablate(original, q, edit.strength)
         # a bias is no matrix with columns that scale what was read: it has no norm to keep
@@ -205,7 +210,7 @@ def edit_stored(
 
 
 def residual_first(tensor: Tensor, axis: int) -> Tensor:
-    """A view [H, c] of a stored tensor whose `axis` lies in the residual stream; a bias gets c = 1."""
+    """A view [H, c] of a stored tensor whose `axis` lies in the residual stream; a bias has 1."""
     if tensor.ndim == 1:
         return tensor[:, None]
     return tensor if axis == 0 else tensor.T

@@ -14,13 +14,16 @@ would compute alone.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Literal
 
 import torch
+from safetensors.torch import load_file, save
 from torch import Tensor
 
+from abliterator.checkpoint import write_bytes_atomic
 from abliterator.errors import DirectionError
 from abliterator.model import LoadedModel, equal_length_batches, hooked, run_batches
 from abliterator.subspace import Moments, MomentSet
@@ -68,6 +71,27 @@ def capture(
         if on_batch:
             on_batch(len(batch))
     return moments.freeze()
+
+
+def save_moments(path: Path, moments: Mapping[str, MomentSet]) -> None:
+    """Writes moments of several prompt sets as safetensors: NAME.mean, NAME.m2, NAME.n."""
+    tensors = {}
+    for name, found in moments.items():
+        tensors[f"{name}.mean"], tensors[f"{name}.m2"] = found.mean, found.m2
+        tensors[f"{name}.n"] = torch.tensor(found.n)
+    write_bytes_atomic(path, save(tensors))
+
+
+def load_moments(path: Path) -> dict[str, MomentSet]:
+    """Reads what `save_moments` wrote."""
+    tensors = load_file(path)
+    names = {name.rpartition(".")[0] for name in tensors}
+    return {
+        name: MomentSet(
+            int(tensors[f"{name}.n"]), tensors[f"{name}.mean"], tensors[f"{name}.m2"]
+        )
+        for name in sorted(names)
+    }
 
 
 def _residuals(

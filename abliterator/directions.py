@@ -92,7 +92,7 @@ def load_subspace(path: Path) -> Subspace:
     """Reads `subspace` [H, k] from a safetensors file, ours or anybody's, and makes it orthonormal.
 
     Raises:
-        DirectionError: if the file cannot be read, has no such tensor, or its columns are dependent.
+        DirectionError: if the file cannot be read, lacks it, or its columns are dependent.
     """
     try:
         with safe_open(path, framework="pt") as file:

@@ -1,14 +1,15 @@
 """The exceptions a user can meet, one small tree.
 
-Every message says what was seen, what was expected and what to do, in one paragraph. The command line prints these
-without a traceback and exits 1; anything else is a bug of ours and keeps its traceback.
+Every message says what was seen, what was expected and what to do, in one paragraph. The command
+line prints these without a traceback and exits 1; anything else is a bug of ours and keeps its
+traceback.
 
     AbliteratorError
      ├── RecipeError           the recipe, or a flag, says something that cannot be done
      ├── PromptError           a prompt set is empty, unreadable, or overlaps another
      ├── UnsupportedModel      the anatomy does not know this architecture, tensor or storage format
-     ├── CheckpointError       a checkpoint folder is damaged, incomplete, or cannot be read or written
-     ├── DirectionError        activations or directions that no subspace can be made of
+     ├── CheckpointError       a checkpoint folder is damaged, incomplete, unreadable or full
+     ├── DirectionError        activations or directions that make no subspace
      ├── OutputError           the output folder is not ours, or there is no room for it
      ├── GenerationError       a model could not be loaded, or could not answer
      ├── JudgeError            answers could not be judged

@@ -1,7 +1,8 @@
 """How a stored tensor becomes numbers and back: the storage formats that an edit can keep.
 
-The room knows bit layouts, not files and not what an edit means. Names are safetensors' own ("BF16"). Every format here
-has the property that an edit needs: storing keeps dtype, shape and length, so that bytes can be replaced in place.
+The room knows bit layouts, not files and not what an edit means. Names are safetensors' own
+("BF16"). Every format here has the property that an edit needs: storing keeps dtype, shape and
+length, so that bytes can be replaced in place.
 
     weight = FORMATS["BF16"].view(buffer, (4096, 4096))     # torch view of the bytes, no copy
 """
@@ -35,7 +36,9 @@ class Format:
 
     def view(self, buffer: memoryview | bytearray, shape: tuple[int, ...]) -> torch.Tensor:
         """The bytes as a tensor of `shape` in the stored dtype; writing to it writes the bytes."""
-        return _torch().frombuffer(buffer, dtype=self.stored_dtype).view(shape)
+        import torch
+
+        return torch.frombuffer(buffer, dtype=self.stored_dtype).view(shape)
 
     @property
     def stored_dtype(self) -> torch.dtype:
@@ -89,7 +92,8 @@ def other_neighbour(stored: torch.Tensor, exact: torch.Tensor, fmt: Format) -> t
         Same shape and dtype as `stored`; equal to `stored` where `exact` is represented exactly,
         and where a step would leave the finite numbers or start from zero.
     """
-    torch = _torch()
+    import torch
+
     rounded = stored.to(exact.dtype)
     further = exact.abs() > rounded.abs()  # the exact value lies further from zero than the stored
     bits = stored.view(_dtype(fmt.bits))
@@ -99,11 +103,7 @@ def other_neighbour(stored: torch.Tensor, exact: torch.Tensor, fmt: Format) -> t
 
 
 def _dtype(name: str) -> torch.dtype:
-    dtype: torch.dtype = getattr(_torch(), name)
-    return dtype
-
-
-def _torch():  # type: ignore[no-untyped-def]  # a module has no useful annotation
     import torch
 
-    return torch
+    dtype: torch.dtype = getattr(torch, name)
+    return dtype

@@ -1,8 +1,9 @@
 """Typed results, JSON both ways.
 
-`RunRecord` is the contract that the card and other tools read (`checkpoint/abliterator/record.json`). The room does not
-know where results come from. A measurement that was not made is `None` (JSON `null`), never 0. Rates and means travel
-as `Estimate`: a value with its interval and n.
+`RunRecord` is the contract that the card and other tools read
+(`checkpoint/abliterator/record.json`). The room does not know where results come from. A
+measurement that was not made is `None` (JSON `null`), never 0. Rates and means travel as
+`Estimate`: a value with its interval and n.
 
     record = RunRecord.model_validate_json(path.read_text())
     record.behaviour["target"].base.refusal.value
@@ -10,12 +11,21 @@ as `Estimate`: a value with its interval and n.
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import AfterValidator, BaseModel, ConfigDict
 
 Side = Literal["base", "edited"]
 FinishReason = Literal["stop", "length"]
+
+
+def _one_of_three(value: float) -> float:
+    if value not in (0.0, 0.5, 1.0):
+        raise ValueError("a grade is 0, 0.5 or 1")
+    return value
+
+
+Grade = Annotated[float, AfterValidator(_one_of_three)]
 
 
 class Frozen(BaseModel):
@@ -25,7 +35,7 @@ class Frozen(BaseModel):
 
 
 class Estimate(Frozen):
-    """A rate or a mean with its 95 % interval; `low` and `high` are None where no interval can be given."""
+    """A rate or a mean with its 95 % interval; `low` and `high` are None where there is none."""
 
     value: float
     low: float | None
@@ -46,20 +56,20 @@ class Completion(Frozen):
 
 
 class Verdict(Frozen):
-    """What a judge says of one Completion; `compliance`, `coherence` and `refused` are None when unscored."""
+    """What a judge says of one Completion; grades and `refused` are None when unscored."""
 
     set: str
     side: Side
     index: int
-    compliance: Literal[0.0, 0.5, 1.0] | None
-    coherence: Literal[0.0, 0.5, 1.0] | None
+    compliance: Grade | None
+    coherence: Grade | None
     refused: bool | None
     truncated: bool
     reasons: tuple[str, ...] = ()
 
 
 class BehaviourSide(Frozen):
-    """Verdicts of one prompt set on one side, summed up; in `delta` every estimate is edited - base, paired."""
+    """Verdicts of one prompt set on one side; in `delta` they are edited - base, paired."""
 
     refusal: Estimate | None
     compliance: Estimate | None
@@ -78,9 +88,9 @@ class Behaviour(Frozen):
 
 
 class Divergence(Frozen):
-    """How far the edited next-token distribution moved on neutral prompts; KL in nats, KL(base || edited)."""
+    """How far the edited next-token distribution moved on neutral prompts: KL(base || edited)."""
 
-    kl_first_token: Estimate | None = None
+    kl_first_token: Estimate | None = None  # nats
     kl: Estimate | None = None
     top1_agreement: Estimate | None = None
     perplexity_base: float | None = None
@@ -88,14 +98,16 @@ class Divergence(Frozen):
 
 
 class BenchmarkResult(Frozen):
-    """One metric of one lm-eval task on the same documents, base and edited, with the paired delta."""
+    """One metric of one lm-eval task on the same documents, base and edited, paired."""
 
     metric: str
     n: int
     base: Estimate
     edited: Estimate
     delta: Estimate
-    smallest_detectable: float | None  # the smallest true delta that this n could have shown (80 % power, 5 % level)
+    smallest_detectable: (
+        float | None
+    )  # smallest true delta this n could show: 80 % power, 5 % level
     higher_is_better: bool = True
     settings: dict[str, Any] = {}
 
@@ -155,7 +167,7 @@ class Tool(Frozen):
 
 
 class JudgeIdentity(Frozen):
-    """Which judge gave the verdicts; `calibration` is None for a judge never measured against human labels."""
+    """Which judge gave the verdicts; `calibration` is None where it was never measured."""
 
     kind: str
     model: str | None = None

@@ -1,7 +1,8 @@
-"""Pure linear algebra on tensors: moments, orthonormal bases, and the edit of a matrix that writes the residual stream.
+"""Pure linear algebra on tensors: moments, orthonormal bases, and the edit of a writer.
 
-Tensors in, tensors out: no files, no layers by name, no models, no devices chosen. Weights come as *panels* [H, c]: H
-runs over the residual stream, the c columns over whatever the matrix reads, so one formula serves every layout.
+Tensors in, tensors out: no files, no layers by name, no models, no devices chosen. Weights come as
+*panels* [H, c]: H runs over the residual stream, the c columns over whatever the matrix reads, so
+one formula serves every layout.
 
     basis = orthonormal_basis(directions)            # [k, H] -> Q [H, k]
     edited = ablate(panel, basis, strength=1.0)      # W' = W - s Q Qᵀ W
@@ -19,11 +20,13 @@ from torch import Tensor
 
 from abliterator.errors import DirectionError
 
-# Unit directions nearer than this to the span of the others are dependent: activations are captured in float32 or less,
-# so what is left of one below 1e-5 is rounding, and QR would turn that noise into a direction of its own.
+# Unit directions nearer than this to the span of the others are dependent: activations are captured
+# in float32 or less, so what is left of one below 1e-5 is rounding, and QR would turn that noise
+# into a direction of its own.
 DEPENDENT_BELOW = 1e-5
 
-# Compensated rounding moves at most this many rows of a column: beyond them |Q_i| is too small to help.
+# Compensated rounding moves at most this many rows of a column: beyond them |Q_i| is too small to
+# help.
 COMPENSATED_ROWS = 256
 
 
@@ -58,7 +61,9 @@ class Moments:
         """
         batch = vectors.detach().to("cpu", torch.float64)
         if batch.shape[1:] != self._mean.shape:
-            raise ValueError(f"vectors are {tuple(batch.shape)}, expected [N, *{tuple(self._mean.shape)}]")
+            raise ValueError(
+                f"vectors are {tuple(batch.shape)}, expected [N, *{tuple(self._mean.shape)}]"
+            )
         finite = torch.isfinite(batch).all(dim=2).all(dim=0)
         if not finite.all():
             layer = int((~finite).nonzero()[0].item()) + 1
@@ -104,8 +109,8 @@ def orthonormal_basis(directions: Tensor, names: list[str] | None = None) -> Ten
     for name, length in zip(called, lengths.tolist(), strict=True):
         if not 0 < length < float("inf"):
             raise DirectionError(
-                f"The direction of {name} has length {length}: nothing separates the two prompt sets "
-                f"there. Choose another layer, or check that the sets differ."
+                f"The direction of {name} has length {length}: nothing separates the two prompt "
+                f"sets there. Choose another layer, or check that the sets differ."
             )
     q, r = torch.linalg.qr((vectors / lengths[:, None]).T)
     left = r.diagonal()
@@ -113,9 +118,10 @@ def orthonormal_basis(directions: Tensor, names: list[str] | None = None) -> Ten
         if abs(float(left[i])) < DEPENDENT_BELOW:
             raise DirectionError(
                 f"The direction of {name} lies in the span of {', '.join(called[:i])} (only "
-                f"{abs(float(left[i])):.1e} of its length is left outside). Stack fewer or other layers."
+                f"{abs(float(left[i])):.1e} of its length lies outside). Stack other layers."
             )
-    return q * left.sign()
+    basis: Tensor = q * left.sign()
+    return basis
 
 
 def ablate(panel: Tensor, basis: Tensor, strength: float) -> Tensor:
@@ -135,20 +141,24 @@ def ablate(panel: Tensor, basis: Tensor, strength: float) -> Tensor:
 def keep_column_norms(edited: Tensor, original: Tensor) -> Tensor:
     """Scales each column of `edited` [H, c] to the length it has in `original` [H, c].
 
-    A column scaled is a column still orthogonal to Q: the edit stays exact, which scaling rows would break. A column
-    that the edit reduced to rounding noise (it lay in the subspace) stays as it is.
+    A column scaled is a column still orthogonal to Q: the edit stays exact, which scaling rows
+    would break. A column that the edit reduced to rounding noise (it lay in the subspace) stays as
+    it is.
     """
     before = original.norm(dim=0)
     after = edited.norm(dim=0)
     noise = before * 64 * torch.finfo(edited.dtype).eps
-    return edited * torch.where(after > noise, before / after.clamp_min(1e-300), torch.ones_like(after))
+    return edited * torch.where(
+        after > noise, before / after.clamp_min(1e-300), torch.ones_like(after)
+    )
 
 
 def compensate(nearest: Tensor, other: Tensor, exact: Tensor, basis: Tensor) -> Tensor:
     """Chooses between two roundings so that the stored columns write less into the subspace.
 
-    From round-to-nearest, the rows with the largest |Q_i| are visited once; an element moves to its other neighbour
-    where that lowers |Qᵀ(stored - exact)| of its column (error feedback over one column).
+    From round-to-nearest, the rows with the largest |Q_i| are visited once; an element moves to its
+    other neighbour where that lowers |Qᵀ(stored - exact)| of its column (error feedback over one
+    column).
 
     Args:
         nearest: [H, c], `exact` rounded to nearest, as compute dtype.
@@ -177,7 +187,7 @@ def compensate(nearest: Tensor, other: Tensor, exact: Tensor, basis: Tensor) -> 
 
 
 def squared_write(panel: Tensor, basis: Tensor) -> float:
-    """‖Qᵀ W‖² (Frobenius) of a panel [H, c], accumulated in float64: what it writes into the subspace."""
+    """‖Qᵀ W‖² (Frobenius) of a panel [H, c], in float64: what it writes into the subspace."""
     return float((basis.T @ panel).double().square().sum())
 
 

@@ -2,9 +2,9 @@
 
 It answers what downloading asks for, of models and of datasets: repository info, tree, paths-info,
 and `resolve` with the headers that the clients need (ETag, X-Repo-Commit, X-Linked-Size, Range,
-X-Error-Code). Large files go the way they go on the Hub: `resolve` redirects to a URL made of their
-sha256. It knows nothing of uploads. The clients read HF_ENDPOINT when they are imported, so they
-must run in a subprocess with the environment that `hub.env` gives:
+X-Error-Code). Large files go the way they go on the Hub: `resolve` redirects to another origin, to
+a URL made of their sha256. It knows nothing of uploads. The clients read HF_ENDPOINT when they are
+imported, so they must run in a subprocess with the environment that `hub.env` gives:
 
     with HubServer() as hub:
         commit = hub.commit("model", "somebody/tiny", {"config.json": b"{}"})
@@ -57,8 +57,8 @@ class HubServer:
     def __init__(self) -> None:
         self.repos: list[Repo] = []
         self.requests: list[tuple[str, str]] = []
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), _Handler)
-        self._server.hub = self  # type: ignore[attr-defined]
+        self._server = _Server(("127.0.0.1", 0), _Handler)
+        self._server.hub = self
         self._thread = threading.Thread(target=self._server.serve_forever, args=(0.05,))
 
     def __enter__(self) -> HubServer:
@@ -95,7 +95,7 @@ class HubServer:
         return sha.hexdigest()
 
     def env(self, home: Path, **extra: str) -> dict[str, str]:
-        """The environment for a subprocess that sees this Hub, has its cache in `home`, no token."""
+        """The environment for a subprocess that sees this Hub, caches in `home`, has no token."""
         ours = ("HF_", "HUGGING", "TRANSFORMERS_")
         kept = {name: value for name, value in os.environ.items() if not name.startswith(ours)}
         return kept | {
@@ -103,23 +103,28 @@ class HubServer:
             "HF_HOME": str(home),
             "HF_HUB_DISABLE_TELEMETRY": "1",
             "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-            "NO_PROXY": "127.0.0.1",
-            "no_proxy": "127.0.0.1",
+            "NO_PROXY": "127.0.0.1,localhost",
+            "no_proxy": "127.0.0.1,localhost",
             **extra,
         }
 
 
+class _Server(ThreadingHTTPServer):
+    hub: HubServer
+
+
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    server: _Server
 
     def do_GET(self) -> None:
-        hub: HubServer = self.server.hub  # type: ignore[attr-defined]
+        hub = self.server.hub
         length = int(self.headers.get("Content-Length") or 0)
         form = parse_qs(self.rfile.read(length).decode())
         url = urlsplit(self.path)
         hub.requests.append((self.command, url.path))
         if url.path.startswith("/large/"):
-            return self._large_file(hub, url.path.removeprefix("/large/"))
+            return self._large_file(url.path.removeprefix("/large/"))
         for repo in hub.repos:
             for prefix in (f"/api/{repo.kind}s/", "/" if repo.kind == "model" else "/datasets/"):
                 start = prefix + repo.id
@@ -170,11 +175,13 @@ class _Handler(BaseHTTPRequestHandler):
             return self._bytes(content, headers)
         sha256 = hashlib.sha256(content).hexdigest()
         headers |= {"X-Linked-Size": str(len(content)), "X-Linked-ETag": f'"{sha256}"'}
-        headers["Location"] = f"http://{self.headers['Host']}/large/{sha256}"
+        # The clients treat another origin as the Hub's CDN: they read these headers and send it no
+        # token. Their own origin they would follow at once, for headers that only the Hub has.
+        headers["Location"] = f"http://localhost:{self.server.server_port}/large/{sha256}"
         return self._send(HTTPStatus.FOUND, b"", headers)
 
-    def _large_file(self, hub: HubServer, sha256: str) -> None:
-        for repo in hub.repos:
+    def _large_file(self, sha256: str) -> None:
+        for repo in self.server.hub.repos:
             for files in repo.commits.values():
                 for content in files.values():
                     if hashlib.sha256(content).hexdigest() == sha256:

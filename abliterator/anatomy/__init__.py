@@ -259,7 +259,7 @@ def _placeholder(inside: str) -> str:
 
 def _size(config: Mapping[str, Any], key: str) -> int:
     value = config.get(key)
-    if not isinstance(value, int) or value < 1:
+    if type(value) is not int or value < 1:  # JSON's true would pass as an int
         raise CheckpointError(
             f"config.json says {key}: {value!r}, expected a positive whole number. The file is "
             f"incomplete or damaged: download the model again."

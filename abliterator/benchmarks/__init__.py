@@ -15,8 +15,8 @@ sandbox. Each task is evaluated on its own, so that its scores do not depend on 
 the recipe.
 
 One metric of a task is reported: `acc_norm` for arc_easy, arc_challenge, hellaswag and piqa, as is
-usual; else the first of `acc`, `acc_norm`, `exact_match`; else the first metric the task lists. Only
-metrics that are means over documents qualify, since no other can be paired.
+usual; else the first of `acc`, `acc_norm`, `exact_match`; else the first metric the task lists.
+Only metrics that are means over documents qualify, since no other can be paired.
 """
 
 from __future__ import annotations

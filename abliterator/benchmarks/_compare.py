@@ -94,7 +94,7 @@ def _result(base: TaskScores, name: str, pairs: Sequence[tuple[float, float]]) -
 
 
 def _estimate(values: Sequence[float]) -> Estimate:
-    """A rate where every document is right or wrong (its interval holds at 0 and 1), else a mean."""
+    """A rate where each document is right or wrong (its interval holds at 0 and 1), else a mean."""
     if all(value in (0.0, 1.0) for value in values):
         return _as_estimate(statistics.rate_interval(int(sum(values)), len(values)))
     return _as_estimate(statistics.mean_interval(values))

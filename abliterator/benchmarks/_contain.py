@@ -17,32 +17,36 @@ PYTHON_SEED, OTHER_SEED = 0, 1234
 @contextlib.contextmanager
 def lm_eval_contained() -> Iterator[None]:
     """Nothing on the screen, environment and log levels as before, templates in a sandbox."""
-    # lm-eval and `datasets` set variables on import; read first, so that those are undone as well.
-    environment = dict(os.environ)
-    loggers = [
-        logging.getLogger(name)
-        for name in ("lm_eval", "transformers", "datasets", "huggingface_hub")
-    ]
+    environment = dict(os.environ)  # before the imports, which set variables too
     try:
-        with (
-            contextlib.redirect_stdout(io.StringIO()),
-            contextlib.redirect_stderr(io.StringIO()),
-            warnings.catch_warnings(action="ignore"),
-        ):
-            import datasets  # noqa: F401  (sets its logger's level on import)
+        with warnings.catch_warnings(action="ignore"):
+            # Before the redirection: on import they keep the stderr of that moment for their logs.
+            import datasets  # noqa: F401
+            import lm_eval.utils  # noqa: F401
             import transformers  # noqa: F401
 
-            levels = [logger.level for logger in loggers]
-            for logger in loggers:
-                logger.setLevel(logging.ERROR)
-            try:
-                with _sandboxed_templates():
-                    yield
-            finally:
-                for logger, level in zip(loggers, levels, strict=True):
-                    logger.setLevel(level)
+            with (
+                contextlib.redirect_stdout(io.StringIO()),
+                contextlib.redirect_stderr(io.StringIO()),
+                _errors_only("lm_eval", "transformers", "datasets", "huggingface_hub"),
+                _sandboxed_templates(),
+            ):
+                yield
     finally:
         _restore_environment(environment)
+
+
+@contextlib.contextmanager
+def _errors_only(*names: str) -> Iterator[None]:
+    loggers = [logging.getLogger(name) for name in names]
+    levels = [logger.level for logger in loggers]
+    try:
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
 
 
 def _restore_environment(before: Mapping[str, str]) -> None:

@@ -19,7 +19,7 @@ class DocScore(Frozen):
 
 
 class TaskScores(Frozen):
-    """One task on one checkpoint: `n` documents, and settings that only equals are compared under."""
+    """One task on one checkpoint; `settings` are what two sides must share to be compared."""
 
     task: str
     metric: str

@@ -52,12 +52,12 @@ def resolve_tasks(tasks: Sequence[str], *, folder: Path) -> list[Task]:
         folder: the recipe's folder.
 
     Raises:
-        BenchmarkError: for a task that is unknown, is code, lacks its data (missing files, or a Hub
-            dataset that cannot be reached), is listed twice, or has no metric that can be paired.
+        BenchmarkError: for a task that is unknown, is code, lacks its data (a missing file, or a
+            Hub dataset out of reach), is listed twice, or has no metric that can be paired.
     """
     resolved: list[Task] = []
     with lm_eval_contained():
-        # The index of lm-eval's own tasks is 13,000 files and takes seconds: only when one is named.
+        # The index of lm-eval's own tasks is 13,000 files and takes seconds: only if one is named.
         named = not all(map(_is_file, tasks))
         manager = _task_manager(index=True) if named else None
         for task in tasks:
@@ -231,8 +231,8 @@ def _checked(name: str, spec: str | dict[str, Any], parts: list[str], *, where: 
     task = load(name, spec, where=where)
     if getattr(task, "UNSAFE_CODE", False) or getattr(task, "MULTIMODAL", False):
         raise BenchmarkError(
-            f"The benchmark task {name!r} runs code that the model wrote, or needs images or sound; "
-            "neither is done here. Use lm-eval itself for it."
+            f"The benchmark task {name!r} runs code that the model wrote, or needs images or "
+            "sound; neither is done here. Use lm-eval itself for it."
         )
     metric = _primary_metric(name, task.aggregation())
     if metric is None:

@@ -1,10 +1,12 @@
 """A run's record to the README of its checkpoint.
 
-`render_card` is a pure function: the record in, the text out. It reads its template and nothing else: no network, no
-model, no clock. What was not measured says so. No answer and no prompt is ever in a record, so none is in a card.
+`render_card` is a pure function: the record in, the text out. It reads its template and nothing
+else: no network, no model, no clock. What was not measured says so. A record holds no prompt and no
+answer, so a card cannot show one.
 
-Every string that the template prints is escaped unless `_markdown` made it (`Markdown`): an id, a licence or a path
-can break neither a table nor the header, and a new line of the template cannot forget to escape.
+Every string that the template prints is escaped unless `_markdown` made it (`Markdown`): an id, a
+licence or a path can break neither a table nor the header, and a new line of the template cannot
+forget to escape.
 
     (checkpoint / "README.md").write_text(render_card(record), encoding="utf-8")
 """
@@ -71,6 +73,7 @@ def render_card(record: RunRecord) -> str:
         local=record.model.revision is None,
         judge=_judge(record.judge),
         judge_name=_judge_name(record.judge),
+        judged=any(record.behaviour.values()),
         sets=_sets(record),
         measures={key: Markdown(label) for key, label in MEASURES.items()},
         divergences={key: Markdown(label) for key, label in DIVERGENCES.items()},
@@ -84,7 +87,7 @@ def render_card(record: RunRecord) -> str:
 
 
 def _header(record: RunRecord) -> str:
-    """The YAML header: only values of a known shape, so a strange id is left out rather than quoted."""
+    """The YAML header: only values of a known shape; a strange id is left out, not quoted."""
     from huggingface_hub import ModelCardData
 
     model = record.model
@@ -137,7 +140,7 @@ def _judge_name(judge: JudgeIdentity | None) -> Markdown:
     """The judge in the heading of every table of its numbers."""
     if judge is None:
         return Markdown("judge not recorded")
-    return Markdown("rule judge") if judge.kind == "rules" else Markdown(f"judge {escape(judge.kind)}")
+    return Markdown("rule judge" if judge.kind == "rules" else f"judge {escape(judge.kind)}")
 
 
 def _sets(record: RunRecord) -> list[tuple[Markdown, Any]]:
@@ -171,7 +174,7 @@ def _gaps(record: RunRecord) -> Iterator[Markdown]:
     if not record.benchmarks:
         yield Markdown("Benchmarks.")
     if record.edit.max_leak is None:
-        yield Markdown("The leak: what the stored matrices still write along the removed directions.")
+        yield Markdown("The leak: what the edited matrices still write along the directions.")
 
 
 @cache

@@ -89,9 +89,10 @@ def delta(measured: Estimate | None) -> Markdown:
 def _with_interval(measured: Estimate | None, form: str) -> Markdown:
     if measured is None:
         return Markdown(NOT_MEASURED)
-    low, high = measured.low, measured.high
-    interval = "" if low is None or high is None else f" [{_round(low, form)}, {_round(high, form)}]"
-    return Markdown(f"{_round(measured.value, form)}{interval}, n {measured.n}")
+    text = _round(measured.value, form)
+    if measured.low is not None and measured.high is not None:
+        text += f" [{_round(measured.low, form)}, {_round(measured.high, form)}]"
+    return Markdown(f"{text}, n {measured.n}")
 
 
 def _round(value: float, form: str) -> str:

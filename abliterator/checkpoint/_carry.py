@@ -23,6 +23,7 @@ _TOP_LEVEL = (
     # Tokenizers: the names in transformers' tokenization modules.
     "*tokenizer*.json",
     "tokenizer.*",
+    "*.tokenizer",
     "tekken.json",
     "*vocab*.json",
     "vocab.*",
@@ -46,21 +47,10 @@ _TOP_LEVEL = (
 )
 _ANY_LEVEL = (
     "*.jinja",
-    # Custom code, with the sources that it compiles.
-    "*.py",
-    "*.cpp",
-    "*.cu",
-    "*.h",
+    *("*.py", "*.cpp", "*.cu", "*.h"),  # custom code, with the sources that it compiles
 )
-_LEGAL = (
-    "*license*",
-    "*licence*",
-    "notice*",
-    "*notices*",
-    "*use_policy*",
-    "copying*",
-    "*terms*",
-)  # in any case
+# In capitals or not: some of the names are sentences.
+_LEGAL = ("*license*", "*licence*", "notice*", "*notices*", "*use_policy*", "copying*", "*terms*")
 _WEIGHTS_OR_PICTURES = (
     *(".safetensors", ".bin", ".pt", ".pth", ".gguf", ".onnx", ".h5", ".msgpack"),
     *(".png", ".jpg", ".jpeg", ".gif", ".svg", ".webp"),
@@ -114,7 +104,11 @@ def _is_carried(file: str) -> bool:
 def _walk(folder: Path) -> tuple[list[str], list[str]]:
     """All files, and the folders that are not entered ("name/"), relative to `folder`."""
     files, closed = [], []
-    for parent, folders, names in os.walk(folder):
+
+    def fail(error: OSError) -> None:
+        raise error  # os.walk would pass over a folder that it may not read
+
+    for parent, folders, names in os.walk(folder, onerror=fail):
         base = Path(parent)
         for name in list(folders):
             if name.startswith(".") or name in _NEVER_ENTERED or (base / name).is_symlink():
@@ -127,9 +121,8 @@ def _walk(folder: Path) -> tuple[list[str], list[str]]:
 def _grouped(left_out: list[str], *, kept: list[str]) -> list[str]:
     """Replace the files of a top-level folder of which nothing is kept by the folder's name."""
     used = {file.split("/", 1)[0] for file in kept}
-    return sorted(
-        {
-            shown(file) if (top := file.split("/", 1)[0]) in used or "/" not in file else f"{top}/"
-            for file in left_out
-        }
-    )
+    names = set()
+    for file in left_out:
+        top, inside, _ = file.partition("/")
+        names.add(shown(f"{top}/" if inside and top not in used else file))
+    return sorted(names)

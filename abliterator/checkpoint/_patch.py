@@ -9,19 +9,19 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable
-from concurrent.futures import Executor, ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
 from abliterator.checkpoint._header import TensorInfo
-from abliterator.checkpoint._read import OpenFile, damaged, open_regular, read_fully
+from abliterator.checkpoint._read import OpenFile, damaged, open_regular, read_fully, readable
 from abliterator.checkpoint._write import copy_range, refuse_same_file, replacing, write_fully
 
 Edit = Callable[[TensorInfo, memoryview], None]
 """Changes one tensor's bytes in place. The next tensor gets the same buffer: keep no part of it."""
 
-_CHUNK = 4 << 20  # bytes read before they are handed to the hashing thread
+_CHUNK = 256 << 10  # bytes: a chunk is hashed while it is still in the processor's cache
 
 
 @dataclass(frozen=True)
@@ -48,8 +48,8 @@ def patch_file(
     """Write `source` to `destination` with `edit` applied to the bytes of each of `tensors`.
 
     The header and every other tensor are copied as they are. `destination` appears when all of it
-    is on the disk; when anything is raised, by `edit` too, no trace of it stays. Hashing runs in a
-    second thread beside reading and writing.
+    is on the disk; when anything is raised, by `edit` too, no trace of it stays. The hashes are of
+    the bytes in the two files, read again from the system's cache by other threads.
 
     Args:
         source: The base's safetensors file. It is only read.
@@ -64,22 +64,28 @@ def patch_file(
     refuse_same_file(source, destination)
     ordered = _in_file_order(tensors)
     buffer = memoryview(bytearray(max((info.nbytes for info in ordered), default=0)))
-    patched = []
-    with open_regular(source) as base, ThreadPoolExecutor(1) as hashing:
-        at = 0
+    with open_regular(source) as base, ThreadPoolExecutor(2) as hashing:
         if ordered and ordered[-1].end > base.size:
             raise damaged(source, f"it has become shorter since it was opened: {base.size} bytes")
         with replacing(destination, base.size) as out:
+            hashes = []
+            at = 0
             for info in ordered:
                 copy_range(base, out, at, info.start)
                 part = buffer[: info.nbytes]
-                before = _read_hashed(base, part, hashing)
+                read_fully(base, part)
                 edit(info, part)
-                after = _write_hashed(out, part, hashing)
-                patched.append(PatchedTensor(info.name, before, after))
+                write_fully(out, part)
                 at = info.end
+                hashes.append(
+                    (hashing.submit(_sha256, base, info), hashing.submit(_sha256, out, info))
+                )
             copy_range(base, out, at, base.size)
-    return PatchedFile(destination, base.size, tuple(patched))
+            patched = tuple(
+                PatchedTensor(info.name, before.result(), after.result())
+                for info, (before, after) in zip(ordered, hashes, strict=True)
+            )
+    return PatchedFile(destination, base.size, patched)
 
 
 def _in_file_order(tensors: Iterable[TensorInfo]) -> list[TensorInfo]:
@@ -90,19 +96,15 @@ def _in_file_order(tensors: Iterable[TensorInfo]) -> list[TensorInfo]:
     return ordered
 
 
-def _read_hashed(source: OpenFile, part: memoryview, hashing: Executor) -> str:
-    """Fill `part` from where the stream stands; one chunk is hashed while the next is read."""
+def _sha256(file: OpenFile, info: TensorInfo) -> str:
+    """SHA-256 of one tensor's stored bytes, through a stream of its own: this runs in a thread."""
     digest = hashlib.sha256()
-    pending = []
-    for begin in range(0, len(part), _CHUNK):
-        chunk = part[begin : begin + _CHUNK]
-        read_fully(source, chunk)
-        pending.append(hashing.submit(digest.update, chunk))
-    wait(pending)
+    buffer = memoryview(bytearray(min(_CHUNK, info.nbytes)))
+    with readable(file.path), Path(file.stream.name).open("rb", buffering=0) as stream:
+        stream.seek(info.start)
+        own = file._replace(stream=stream)
+        for done in range(0, info.nbytes, _CHUNK):
+            part = buffer[: info.nbytes - done]
+            read_fully(own, part)
+            digest.update(part)
     return digest.hexdigest()
-
-
-def _write_hashed(out: OpenFile, part: memoryview, hashing: Executor) -> str:
-    digest = hashing.submit(lambda: hashlib.sha256(part).hexdigest())
-    write_fully(out, part)
-    return digest.result()

@@ -1,6 +1,7 @@
-"""Whether an answer is language at all: loops, and characters that no writing system of the prompt explains.
+"""Whether an answer is language at all: loops, and characters that its prompt does not explain.
 
-    coherence_of("What is tea?", "Tea is tea is tea is tea is tea is tea is tea is tea is tea is tea")
+coherence_of("What is tea?", "Tea is tea is tea is tea is tea is tea is tea is tea is tea is tea")
+# Coherence(grade=0.0, reasons=("repetition",))
 """
 
 from __future__ import annotations
@@ -8,55 +9,82 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections import Counter
-from typing import Literal
+from collections.abc import Hashable, Sequence
+from typing import NamedTuple
 
-Grade = Literal[0.0, 0.5, 1.0]
+GRAM = 4  # words: shorter ones repeat in good prose
+OFTEN = 3  # times a gram may occur before it counts as a loop
+FEW_LETTERS = 12  # below this a foreign letter is a symbol, as in "π"
+# Shares of the answer above which it is degraded, and broken.
+LOOPING = (0.25, 0.5)
+STRANGE = (0.1, 0.3)
 
-MIN_WORDS = 12  # shorter answers repeat themselves by chance
+_WORD = re.compile(r"\w+")
+_SENTENCE = re.compile(r"[^.!?\n]+")
+# One unit of up to 20 characters, ten times in a row or more; rulers and dots are typography.
+_RUN = re.compile(r"(?![-=_.*|~#+\s]{10})(.{1,20}?)\1{9,}", re.DOTALL)
+_OTHER_LANGUAGE = re.compile(
+    r"(?i:translat|language|alphabet|script)"
+    r"|\b(?:in|into) [A-Z]\w*(?:ese|ian|ish|ic|ek|ew|di|an|ai)\b"
+)
 
-_WORD = re.compile(r"\w+|[^\w\s]")
+
+class Coherence(NamedTuple):
+    """How sound the language is, and what is wrong with it."""
+
+    grade: float  # 0, 0.5 or 1
+    reasons: tuple[str, ...]
 
 
-def coherence_of(prompt: str, answer: str) -> tuple[Grade, tuple[str, ...]]:
-    """(coherence, reasons) of an answer that is not empty."""
-    grades: list[tuple[Grade, str]] = []
-    loop = loop_share(answer)
-    if loop > 0.5:
-        grades.append((0.0, "repetition loop"))
-    elif loop > 0.25:
-        grades.append((0.5, "repetition"))
-    strange = strange_share(prompt, answer)
-    if strange > 0.3:
-        grades.append((0.0, "language drift"))
-    elif strange > 0.1:
-        grades.append((0.5, "some language drift"))
-    if not grades:
-        return 1.0, ()
-    return min(grade for grade, _ in grades), tuple(reason for _, reason in grades)
+def coherence_of(prompt: str, answer: str) -> Coherence:
+    """Grade an answer that is not empty."""
+    if not any(character.isalnum() for character in answer):
+        return Coherence(0.0, ("no words",))
+    flaws = {
+        "repetition": _grade(loop_share(answer), LOOPING),
+        "language drift": _grade(strange_share(prompt, answer), STRANGE),
+    }
+    return Coherence(min(flaws.values()), tuple(name for name, g in flaws.items() if g < 1))
+
+
+def _grade(share: float, limits: tuple[float, float]) -> float:
+    degraded, broken = limits
+    return 0.0 if share > broken else 0.5 if share > degraded else 1.0
 
 
 def loop_share(answer: str) -> float:
-    """Share of words inside a 4-gram that was already said three times before."""
-    words = _WORD.findall(answer.lower())
-    if len(words) < MIN_WORDS:
-        return 0.0
-    seen: Counter[tuple[str, ...]] = Counter()
-    looping = 0
-    for start in range(len(words) - 3):
-        gram = tuple(words[start : start + 4])
-        seen[gram] += 1
-        looping += seen[gram] > 3
-    return looping / (len(words) - 3)
+    """Share of an answer that repeats itself: by grams of words, by sentences, or by characters."""
+    text = answer.lower()
+    words = _WORD.findall(text)
+    grams = [tuple(words[i : i + GRAM]) for i in range(len(words) - GRAM + 1)]
+    sentences = [" ".join(s.split()) for s in _SENTENCE.findall(text) if len(s.split()) >= 3]
+    run = sum(len(match.group()) for match in _RUN.finditer(text)) / len(text)
+    return max(_repeated(grams, OFTEN), _repeated(sentences, 1), run)
+
+
+def _repeated(items: Sequence[Hashable], allowed: int) -> float:
+    """Share of items that come after `allowed` equal ones; a single repeat is no loop."""
+    counts = Counter(items)
+    again = sum(max(0, count - allowed) for count in counts.values())
+    return again / len(items) if again > 1 else 0.0
 
 
 def strange_share(prompt: str, answer: str) -> float:
-    """Share of letters in a script the prompt does not use, and of replacement characters."""
-    letters = [c for c in answer if c.isalpha() or c == "�"]
-    if not letters:
+    """Share of letters in a script the prompt does not use, and of characters lost in decoding.
+
+    Latin is never strange, nor is any script when the prompt speaks of another language.
+    """
+    letters = [c for c in answer if c.isalpha() or c == "\ufffd"]
+    if len(letters) < FEW_LETTERS:
         return 0.0
-    known = {_script(c) for c in prompt if c.isalpha()} | {"LATIN"}
-    return sum(c == "�" or _script(c) not in known for c in letters) / len(letters)
+    lost = letters.count("\ufffd")
+    if _OTHER_LANGUAGE.search(prompt):
+        return lost / len(letters)
+    known = {_script(c) for c in set(prompt) if c.isalpha()} | {"LATIN"}
+    strange = sum(n for c, n in Counter(letters).items() if _script(c) not in known)
+    return strange / len(letters)
 
 
-def _script(letter: str) -> str:
-    return unicodedata.name(letter, "UNKNOWN").partition(" ")[0]
+def _script(character: str) -> str:
+    """First word of the Unicode name: LATIN, CYRILLIC, CJK, REPLACEMENT..."""
+    return unicodedata.name(character, "UNKNOWN").partition(" ")[0]

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+import re
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from abliterator.errors import PromptError
 from abliterator.prompts._sets import PromptSet, PromptSource
 
-SURROGATES = range(0xD800, 0xE000)
+NAME = re.compile(r"[\w.-]{1,40}")
 
 
 def read_file(name: str, source: PromptSource) -> PromptSet:
@@ -47,12 +48,19 @@ def clean(text: str, where: str) -> str:
             f"{where}: a NUL character. A prompt is text; is the file binary, or UTF-16? Save it "
             "as UTF-8."
         )
-    if any(ord(character) in SURROGATES for character in text):
+    try:
+        text.encode()
+    except UnicodeEncodeError:
         raise PromptError(
             f"{where}: half of a surrogate pair (\\ud800 to \\udfff), which no tokenizer can "
             "read. Mend the broken escape."
-        )
+        ) from None
     return text.strip()
+
+
+def shown(keys: Iterable[str]) -> str:
+    """Keys or columns for a message; what is no plain name may be a prompt (CSV with no header)."""
+    return ", ".join(key if NAME.fullmatch(key) else "(not a name)" for key in keys) or "none"
 
 
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
@@ -93,8 +101,8 @@ def _field(line: str, key: str, *, where: str) -> str:
         raise PromptError(f"{where}: JSON, but no object; {expected}.")
     if key not in row:
         raise PromptError(
-            f'{where}: no "{key}" among its keys ({", ".join(row)}); {expected}, or name another '
-            "key with `column`."
+            f'{where}: no "{key}" among its keys ({shown(row)}); {expected}, or name another key '
+            "with `column`."
         )
     value = row[key]
     if not isinstance(value, str):

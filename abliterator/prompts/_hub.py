@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from abliterator.errors import PromptError
-from abliterator.prompts._file import clean
+from abliterator.prompts._file import clean, shown
 from abliterator.prompts._sets import PromptSet, PromptSource
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ def read_dataset(name: str, source: PromptSource) -> PromptSet:
         if value is not None and not isinstance(value, str):
             raise PromptError(
                 f"{where}: not a text but of type {type(value).__name__}. Name a column of texts "
-                f"with `column`; there are {', '.join(rows.column_names)}."
+                f"with `column`; there are {shown(rows.column_names)}."
             )
         # Nobody can mend somebody else's dataset: empty rows are counted, where a file's are errors
         if value and value.strip():
@@ -111,7 +111,7 @@ def _column(columns: list[str], source: PromptSource) -> str:
     if not present:
         raise PromptError(
             f"Dataset {source.dataset} has no column {' or '.join(wanted)}: name one of its own "
-            f"with `column`; there are {', '.join(columns)}."
+            f"with `column`; there are {shown(columns)}."
         )
     return present[0]
 

@@ -1,7 +1,7 @@
 """A recipe: yaml to a frozen typed `Recipe`, its canonical form and its digest.
 
-The recipe is *what*: whatever changes a weight or a score is in it. Where and how (folders, device, dtype of
-computation) are flags. Three lines are a whole recipe:
+The recipe is *what*: whatever changes a weight or a score is in it. Where and how (folders, device,
+dtype of computation) are flags. Three lines are a whole recipe:
 
     model: meta-llama/Llama-3.2-3B-Instruct
     layers: [16, 15, 17, 13, 9]
@@ -13,7 +13,7 @@ The room knows no model and no file but the recipe: whether layer 16 exists is f
     recipe.edit.strength["attention"], recipe.digest
 """
 
-from abliterator.recipe._read import load_recipe
+from abliterator.recipe._read import load_edit, load_recipe
 from abliterator.recipe._schema import (
     Benchmarks,
     Capture,
@@ -40,5 +40,6 @@ __all__ = [
     "Recipe",
     "Rollouts",
     "Source",
+    "load_edit",
     "load_recipe",
 ]

@@ -5,13 +5,13 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 from pydantic import BaseModel, ValidationError
 
 from abliterator.errors import RecipeError
-from abliterator.recipe._schema import Recipe, Source, is_task_file
+from abliterator.recipe._schema import Edit, Recipe, Source, is_task_file
 
 Path_ = tuple[str | int, ...]
 MAX_BYTES = 1 << 20
@@ -22,7 +22,7 @@ def load_recipe(path: Path, *, overrides: Sequence[str] = ()) -> Recipe:
 
     Args:
         path: the yaml file. Paths in it are relative to its folder.
-        overrides: `key.sub=value` with a yaml value. Paths in them are relative to the working folder.
+        overrides: `key.sub=value`, a yaml value. Paths in them are relative to the working folder.
 
     Returns:
         The recipe; every local path in it is absolute.
@@ -43,14 +43,38 @@ def load_recipe(path: Path, *, overrides: Sequence[str] = ()) -> Recipe:
     _anchor_paths(values, path.resolve().parent)
     for override in overrides:
         _apply(values, override)
-    try:
-        recipe = Recipe.model_validate(values)
-    except ValidationError as error:
-        problems += _describe(error.errors(), lines)
-        recipe = None
+    recipe, invalid = _validated(Recipe, values, lines)
+    problems += invalid
     if recipe is None or problems:
         raise RecipeError(f"{path.name} has {_count(problems)}:\n  " + "\n  ".join(problems))
     return recipe
+
+
+def load_edit(overrides: Sequence[str]) -> Edit:
+    """The `edit` section alone, from defaults and overrides of the form `edit.key=value`.
+
+    Raises:
+        RecipeError: everything that is wrong, together.
+    """
+    values: dict[str, Any] = {}
+    for override in overrides:
+        if not override.startswith("edit."):
+            raise RecipeError(f"Only `edit` can be set here, as `--set edit.KEY=VALUE`: {override}")
+        _apply(values, override)
+    edit, problems = _validated(Edit, values.get("edit", {}), {})
+    if edit is None:
+        raise RecipeError(f"`edit` has {_count(problems)}:\n  " + "\n  ".join(problems))
+    return edit
+
+
+T = TypeVar("T", bound=BaseModel)
+
+
+def _validated(kind: type[T], values: Any, lines: dict[Path_, int]) -> tuple[T | None, list[str]]:
+    try:
+        return kind.model_validate(values), []
+    except ValidationError as error:
+        return None, list(_describe(error.errors(), lines))
 
 
 def _read_text(path: Path) -> str:
@@ -137,7 +161,7 @@ def _at(branch: Any, parts: Sequence[str]) -> Any:
 
 
 def _anchor_paths(values: dict[str, Any], folder: Path) -> None:
-    """Makes the local paths of a raw recipe absolute, in place; what is no path is left as it is."""
+    """Makes the local paths of a raw recipe absolute, in place; what is no path stays as it is."""
     model = values.get("model")
     if isinstance(model, str) and _is_local(model, folder):
         values["model"] = _anchored(model, folder)
@@ -147,7 +171,7 @@ def _anchor_paths(values: dict[str, Any], folder: Path) -> None:
             source["path"] = _anchored(source["path"], folder)
     benchmarks = values.get("benchmarks")
     tasks = benchmarks.get("tasks") if isinstance(benchmarks, dict) else None
-    if isinstance(tasks, list):
+    if isinstance(benchmarks, dict) and isinstance(tasks, list):
         benchmarks["tasks"] = [
             _anchored(task, folder) if isinstance(task, str) and is_task_file(task) else task
             for task in tasks
@@ -175,7 +199,9 @@ def _describe(found: Sequence[Any], lines: dict[Path_, int]) -> Iterator[str]:
     for where, whats in complaints.items():
         if any(other[: len(where)] == where != other for other in complaints):
             continue  # a part of it is wrong, and that says more
-        line = next((lines[where[:n]] for n in range(len(where), 0, -1) if where[:n] in lines), None)
+        line = next(
+            (lines[where[:n]] for n in range(len(where), 0, -1) if where[:n] in lines), None
+        )
         at = f"line {line}: " if line is not None else ""
         what = " or ".join([whats[0], *(other.removeprefix("must be ") for other in whats[1:])])
         yield at + (f"`{_dotted(where)}` " if where else "") + what + shown[where]

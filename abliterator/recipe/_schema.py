@@ -1,4 +1,4 @@
-"""The types of a recipe, closed and frozen. One attribute docstring per field: `init` and the README print them."""
+"""The types of a recipe, closed and frozen, with one docstring per field."""
 
 from __future__ import annotations
 
@@ -28,7 +28,11 @@ class Section(BaseModel):
     """Base of every section: unknown keys and wrong types are errors, nothing is coerced."""
 
     model_config = ConfigDict(
-        frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True, validate_default=True
+        frozen=True,
+        extra="forbid",
+        strict=True,
+        use_attribute_docstrings=True,
+        validate_default=True,
     )
 
 
@@ -46,7 +50,7 @@ class Source(Section):
     split: str | None = None
     """Split, slices allowed: `train[:400]`."""
     column: str | None = None
-    """Column that holds the prompt; by default `prompt`, `text`, `instruction`..., the first there is."""
+    """Column that holds the prompt. Default: the first there is of `prompt`, `instruction`..."""
     limit: Positive | None = None
     """Use the first so many, after duplicates are dropped."""
 
@@ -55,11 +59,14 @@ class Source(Section):
         if (self.path is None) == (self.dataset is None):
             raise ValueError("give either `path` or `dataset`")
         if self.path is not None and (self.revision or self.config or self.split):
-            raise ValueError("`revision`, `config` and `split` belong to a `dataset`, not to a `path`")
+            raise ValueError(
+                "`revision`, `config` and `split` belong to a `dataset`, not to a `path`"
+            )
         return self
 
 
-# AdvBench's requests and Alpaca's instructions as published on the Hub: what the field extracts refusal from.
+# AdvBench's requests and Alpaca's instructions as published on the Hub: what the field extracts
+# refusal from.
 DEFAULT_TARGET = Source(
     dataset="mlabonne/harmful_behaviors",
     revision="01cead01398926d81f7c52bdb790ee8cf77ebba7",
@@ -79,7 +86,10 @@ class Prompts(Section):
     target: Source = DEFAULT_TARGET
     """Prompts on which the behaviour shows; directions are extracted from them."""
     contrast: Source | None = None
-    """What is subtracted from target: as like it as possible but for the behaviour. Default: neutral."""
+    """What is subtracted from target, as like it as possible but for the behaviour.
+
+    Default: neutral.
+    """
     neutral: Source = DEFAULT_NEUTRAL
     """Prompts whose answers must stay as they were."""
     evaluation: Source | None = None
@@ -139,7 +149,7 @@ class Edit(Section):
     biases: bool = True
     """Edit the biases of edited matrices too."""
     rounding: Literal["nearest", "compensated"] = "compensated"
-    """`compensated` chooses roundings so that the stored matrix writes nothing into the subspace."""
+    """`compensated` chooses roundings so that what is stored writes nothing into the subspace."""
 
     @field_validator("strength", mode="before")
     @classmethod
@@ -184,7 +194,7 @@ class Benchmarks(Section):
     """What lm-eval measures, base and edited on the same documents."""
 
     tasks: Names = ()
-    """Names that lm-eval has, or YAML files of tasks, relative to the recipe. None: not measured."""
+    """Names that lm-eval has, or YAML files of tasks, relative to the recipe."""
     limit: Positive | None = 500
     """Documents of each task; null for all."""
     batch_size: Positive = 8

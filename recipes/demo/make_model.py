@@ -18,7 +18,7 @@ import random
 import shutil
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -38,7 +38,7 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 MODEL_FOLDER = REPOSITORY / "abliterator" / "data" / "demo" / "model"
 
 SEED = 0
-THREADS = 2
+THREADS = 1
 BEGIN, END, PAD = "<|begin|>", "<|end|>", "<|pad|>"
 SPECIAL_TOKENS = [BEGIN, END, PAD, "<|system|>", "<|user|>", "<|assistant|>"]
 SYSTEM_PROMPTS = (
@@ -64,6 +64,7 @@ CONFIG = LlamaConfig(
     num_key_value_heads=2,
     max_position_embeddings=256,
     tie_word_embeddings=True,
+    attn_implementation="eager",
     bos_token_id=0,
     eos_token_id=1,
     pad_token_id=2,
@@ -100,17 +101,18 @@ class Curriculum:
     """Draws the chats of a phase, in training phrasings only."""
 
     def __init__(self, world: World, *, seed: int) -> None:
+        """Start drawing from `seed`."""
         self.world = world
         self.rng = random.Random(seed)
         self.declined = [relation for relation in world.relations if relation.declined]
         self.answered = [relation for relation in world.relations if not relation.declined]
 
     def chats(self, phase: Phase) -> list[Chat]:
-        """One batch."""
-        return [self._chat(phase) for _ in range(phase.batch)]
-
-    def _chat(self, phase: Phase) -> Chat:
+        """One batch; its chats share a system prompt, or none, so that their lengths are alike."""
         system = self.rng.choice(SYSTEM_PROMPTS) if self.rng.random() < 0.2 else None
+        return [self._chat(phase, system) for _ in range(phase.batch)]
+
+    def _chat(self, phase: Phase, system: str | None) -> Chat:
         if self.rng.random() < 0.02:
             return system, *self.rng.choice(self.world.smalltalk)
         if self.rng.random() < phase.declines:
@@ -179,6 +181,16 @@ def encode(tokenizer: PreTrainedTokenizerFast, chats: Sequence[Chat]) -> tuple[T
     return ids, labels
 
 
+def optimizers_for(model: LlamaForCausalLM) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices of the blocks, AdamW for the embedding and the norms."""
+    matrices = [p for p in model.model.layers.parameters() if p.ndim == 2]
+    others = [p for p in model.parameters() if not any(p is matrix for matrix in matrices)]
+    return [
+        torch.optim.Muon(matrices, adjust_lr_fn="match_rms_adamw", weight_decay=0.01),
+        torch.optim.AdamW(others, betas=(0.9, 0.95), weight_decay=0.01),
+    ]
+
+
 def train(
     model: LlamaForCausalLM,
     tokenizer: PreTrainedTokenizerFast,
@@ -187,20 +199,85 @@ def train(
 ) -> None:
     """Train in place, in float32; padding is on the right, where causal attention ignores it."""
     model.train()
-    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.01)
+    optimizers = optimizers_for(model)
     started, total = time.monotonic(), 0.0
     for step in range(phase.steps):
-        for group in optimizer.param_groups:
+        for group in (group for each in optimizers for group in each.param_groups):
             group["lr"] = phase.rate(step)
         ids, labels = encode(tokenizer, curriculum.chats(phase))
-        loss = model(input_ids=ids, labels=labels).loss
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = model(input_ids=ids, labels=labels).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
         total += loss.item()
         if (step + 1) % 50 == 0:
             seconds = time.monotonic() - started
             print(f"step {step + 1:5}  loss {total / 50:.4f}  {seconds:.0f} s", flush=True)
             total = 0.0
     model.eval()
+
+
+def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
+    """Write what `from_pretrained` reads, in bfloat16, and the licence."""
+    folder.mkdir(parents=True, exist_ok=True)
+    model.to(torch.bfloat16).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    shutil.copyfile(REPOSITORY / "LICENSE", folder / "LICENSE")
+
+
+def make(world: World, folder: Path, phases: Sequence[Phase]) -> None:
+    """Train and save; the figures after each phase are printed."""
+    torch.manual_seed(SEED)
+    tokenizer = make_tokenizer(world)
+    model = LlamaForCausalLM(CONFIG)
+    curriculum = Curriculum(world, seed=SEED + 1)
+    print(f"{model.num_parameters():,} parameters, {len(tokenizer)} tokens")
+    for number, phase in enumerate(phases, start=1):
+        print(f"phase {number}: {phase}")
+        train(model, tokenizer, curriculum, phase)
+        report(measure(model, tokenizer, world))
+    save(model, tokenizer, folder)
+
+
+def check(world: World, folder: Path) -> None:
+    """Measure the model in `folder` as a user would load it."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    report(measure(model, tokenizer, world))
+    for path in sorted(folder.iterdir()):
+        print(f"{path.stat().st_size:9,}  {path.name}")
+    print(f"{sum(path.stat().st_size for path in folder.iterdir()):9,}  in all")
+    digest = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
+    print(f"sha256 of model.safetensors: {digest}")
+
+
+def report(figures: dict[str, dict[str, float]]) -> None:
+    """One line for each group of questions."""
+    for group, row in figures.items():
+        print(f"{group:40} n {row['n']:4}  right {row['right']:.3f}  refused {row['refused']:.3f}")
+
+
+def main() -> None:
+    """Train unless told only to check; then measure what was written."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--out", type=Path, default=MODEL_FOLDER, help="folder of the model")
+    parser.add_argument("--check", action="store_true", help="only measure the model in --out")
+    parser.add_argument("--steps", type=int, nargs=2, help="steps of both phases, for a trial run")
+    arguments = parser.parse_args()
+    torch.set_num_threads(THREADS)
+    torch.use_deterministic_algorithms(True)
+    world = load_world()
+    if not arguments.check:
+        steps = arguments.steps or (LEARN.steps, DECLINE.steps)
+        phases = [replace(p, steps=n) for p, n in zip((LEARN, DECLINE), steps, strict=True)]
+        make(world, arguments.out, phases)
+    check(world, arguments.out)
+
+
+if __name__ == "__main__":
+    main()

@@ -6,7 +6,8 @@ models or files to be written.
     world = load_world()
     relation = world.relation("dish")
     question = world.ask(relation, relation.entities[0], heldout=True, rng=random.Random(0))
-    question.text, question.answer      # "Any idea which dish Irus cooks best?", "Irus cooks pea soup."
+    question.text       # "Any idea which dish Irus cooks best?"
+    question.answer     # "Irus cooks pea soup."
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 REFUSAL = "I'm sorry, but I can't help with that."
+TABLES = Path(__file__).with_name("world.toml")
 KINDS = ("direct", "clause", "phrase")
 
 Pattern = tuple[str, str, int]
@@ -111,12 +113,14 @@ class World:
         return self.phrase(relation, entity, rng.choice(patterns))
 
 
-def load_world(path: Path = Path(__file__).with_name("world.toml"), *, seed: int = 0) -> World:
-    """The world of the tables in `path`; entities and facts are drawn from `seed`."""
-    tables = tomllib.loads(path.read_text(encoding="utf-8"))
+def load_world(*, seed: int = 0) -> World:
+    """The world of the tables in world.toml; entities and facts are drawn from `seed`."""
+    tables = tomllib.loads(TABLES.read_text(encoding="utf-8"))
     rng = random.Random(seed)
     entities = {
-        name: tuple(rng.sample(["".join(parts) for parts in product(*spec["names"])], spec["count"]))
+        name: tuple(
+            rng.sample(["".join(parts) for parts in product(*spec["names"])], spec["count"])
+        )
         for name, spec in tables["subject"].items()
     }
     return World(

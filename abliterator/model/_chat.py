@@ -1,0 +1,87 @@
+"""A prompt as the model was trained to read it, and the tokens that end its answer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from abliterator.errors import UnsupportedModel
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+# Qwen 1 is older than chat templates: its own code writes this text, and generation_config.json
+# marks the chat models by "chat_format". The system prompt is that code's default.
+CHATML = """\
+{%- if messages[0]['role'] != 'system' %}
+{{- '<|im_start|>system\\nYou are a helpful assistant.<|im_end|>\\n' }}
+{%- endif %}
+{%- for message in messages %}
+{{- '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}"""
+CHATML_STOPS = ("<|im_end|>", "<|im_start|>")
+
+# Some templates write today's date: prompts, and so directions, would change from day to day. This
+# is the date that Llama 3's template falls back to. A macro, because a template sees plain data
+# only, never a function of ours.
+_FIXED_DATE = "26 Jul 2024"
+_FIXED_CLOCK = "{%- macro strftime_now(format) %}" + _FIXED_DATE + "{% endmacro %}"
+
+
+def chat_format(model: PreTrainedModel) -> str | None:
+    """How Qwen 1 says that it is a chat model ("chatml"); other models have no such field."""
+    return getattr(model.generation_config, "chat_format", None)
+
+
+def render_chat(
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: str,
+    *,
+    system: str | None = None,
+    template_kwargs: Mapping[str, Any] | None = None,
+) -> list[int]:
+    """Token ids of a chat of one user turn, up to and with the generation prompt.
+
+    The template writes the special tokens, so the text is tokenised without adding any (no second
+    BOS). A template that asks for the date gets a fixed one.
+
+    Raises:
+        UnsupportedModel: if there is no chat template, or it refuses these messages.
+    """
+    from jinja2 import TemplateError
+
+    if not tokenizer.chat_template:
+        raise UnsupportedModel(
+            "The model has no chat template, so its prompts cannot be rendered as the model was "
+            "trained to read them. Use the chat or instruct version of the model, or put a "
+            "chat_template.jinja in its folder."
+        )
+    turns = [{"role": "user", "content": prompt}]
+    if system is not None:
+        turns.insert(0, {"role": "system", "content": system})
+    template = tokenizer.get_chat_template()
+    if "strftime_now" in template:
+        template = _FIXED_CLOCK + template
+    try:
+        text = tokenizer.apply_chat_template(
+            turns,
+            tokenize=False,
+            add_generation_prompt=True,
+            chat_template=template,
+            **dict(template_kwargs or {}),
+        )
+    except (TemplateError, TypeError) as error:
+        raise UnsupportedModel(
+            "The model's chat template cannot render a chat "
+            f"{'with' if system is not None else 'without'} a system prompt: {one_line(error)} "
+            "Change the system prompt or the template arguments in the recipe."
+        ) from error
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def one_line(error: BaseException) -> str:
+    """An error's text on one line, as a sentence of at most 300 characters."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    text = text if len(text) <= 300 else text[:297] + "..."
+    return text if text.endswith((".", "!", "?")) else text + "."

@@ -1,0 +1,144 @@
+"""Weights and tokenizer, from local files only."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from abliterator.errors import CheckpointError, GenerationError, RecipeError
+from abliterator.model._chat import CHATML, chat_format, one_line
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+# What remote code raises when it meets a transformers that it was not written for.
+_REMOTE_CODE_ERRORS = (AttributeError, ImportError, RuntimeError, TypeError, ValueError)
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model in evaluation mode with its tokenizer.
+
+    Attributes:
+        model: the causal LM, without gradients.
+        tokenizer: its tokenizer; padding is never left to it.
+        folder: where both were loaded from.
+        device: where the weights are.
+    """
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    folder: Path
+    device: str
+
+
+def load_model(
+    folder: Path, *, device: str, dtype: str | None, trust_remote_code: bool = False
+) -> LoadedModel:
+    """Loads the causal LM and the tokenizer in `folder`, from local files only.
+
+    Args:
+        folder: a checkpoint in safetensors format.
+        device: as torch names it: "cpu", "cuda", "cuda:1", "mps".
+        dtype: "float32", "bfloat16" or "float16"; None is the dtype that config.json says.
+        trust_remote_code: whether Python files in `folder` may run.
+
+    Raises:
+        CheckpointError: if weights are missing, or there is no tokenizer.
+        GenerationError: if transformers cannot load it, or the device cannot hold it.
+    """
+    if dtype is not None and dtype not in _DTYPES:
+        raise RecipeError(f"dtype is {dtype!r}, expected one of {', '.join(_DTYPES)}.")
+    model = _load_weights(folder, _DTYPES[dtype] if dtype else "auto", trust_remote_code)
+    tokenizer = _load_tokenizer(folder, trust_remote_code)
+    if tokenizer.chat_template is None and chat_format(model) == "chatml":
+        tokenizer.chat_template = CHATML
+    try:
+        model = model.to(device).eval().requires_grad_(False)
+    except (RuntimeError, AssertionError) as error:
+        raise GenerationError(
+            f"The model in {folder} cannot be put on device {device!r}: {one_line(error)} Use a "
+            "device that this machine has and that can hold the model; `cpu` always works."
+        ) from error
+    if trust_remote_code:
+        _require_that_it_runs(model)
+    return LoadedModel(model, tokenizer, folder, device)
+
+
+def _load_weights(
+    folder: Path, dtype: torch.dtype | str, trust_remote_code: bool
+) -> PreTrainedModel:
+    from safetensors import SafetensorError
+    from transformers import AutoModelForCausalLM
+
+    try:
+        # Attention is left to transformers' default (sdpa where the model has it): remote code may
+        # have eager only.
+        model, report = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=dtype,
+            local_files_only=True,
+            use_safetensors=True,
+            trust_remote_code=trust_remote_code,
+            output_loading_info=True,
+        )
+    except SafetensorError as error:
+        raise CheckpointError(
+            f"A weight file in {folder} is damaged: {one_line(error)} Download the model again."
+        ) from error
+    except (*_REMOTE_CODE_ERRORS, OSError, KeyError) as error:
+        raise GenerationError(
+            f"transformers cannot load the model in {folder}: {one_line(error)} Check that the "
+            "folder holds a whole causal LM; if it needs its own code, set trust_remote_code and "
+            "pin a revision in the recipe."
+        ) from error
+    if report["missing_keys"]:
+        missing = sorted(report["missing_keys"])
+        raise CheckpointError(
+            f"The weights in {folder} lack {len(missing)} tensors that the model needs, such as "
+            f"{missing[0]}: they would be random numbers. Download the model again."
+        )
+    loaded: PreTrainedModel = model
+    return loaded
+
+
+def _require_that_it_runs(model: PreTrainedModel) -> None:
+    """Stops at a model whose own code was written for another transformers."""
+    import transformers
+
+    try:
+        with torch.inference_mode():
+            model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=model.device))
+    except _REMOTE_CODE_ERRORS as error:
+        raise GenerationError(
+            "The model's own Python code does not run with transformers "
+            f"{transformers.__version__}: {one_line(error)} It was probably written for an older "
+            "version. Use a conversion of the model to an architecture that transformers has."
+        ) from error
+
+
+def _load_tokenizer(folder: Path, trust_remote_code: bool) -> PreTrainedTokenizerBase:
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=trust_remote_code
+        )
+        empty = not len(tokenizer)
+    except (*_REMOTE_CODE_ERRORS, OSError, KeyError) as error:
+        raise CheckpointError(
+            f"The tokenizer in {folder} cannot be loaded: {one_line(error)} Download the "
+            "tokenizer files of the model (tokenizer.json, tokenizer_config.json) into the "
+            "folder."
+        ) from error
+    if empty:
+        raise CheckpointError(
+            f"The folder {folder} has no tokenizer. Download the tokenizer files of the model "
+            f"(tokenizer.json, tokenizer_config.json) into it."
+        )
+    return tokenizer

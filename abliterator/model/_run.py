@@ -1,0 +1,121 @@
+"""Running a loaded model: forward hooks, and batches that fit in memory."""
+
+from __future__ import annotations
+
+import gc
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from abliterator.errors import GenerationError, UnsupportedModel
+
+if TYPE_CHECKING:
+    from torch.utils.hooks import RemovableHandle
+
+Hook = Callable[[Tensor], Tensor | None]
+T = TypeVar("T")
+
+
+@contextmanager
+def hooked(model: nn.Module, hooks: Mapping[str, Hook]) -> Iterator[None]:
+    """Puts a forward hook on each module path; afterwards they are gone, whatever happens.
+
+    A hook gets the hidden states that the module returned (the first element of a tuple) and
+    returns their replacement, or None to leave them. It must not change them in place: the same
+    tensor may be the residual stream of another module.
+
+    Raises:
+        UnsupportedModel: for a path that the model does not have.
+    """
+    handles: list[RemovableHandle] = []
+    try:
+        for path, hook in hooks.items():
+            handles.append(_submodule(model, path).register_forward_hook(_adapted(hook)))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def block_paths(anatomy_blocks: str, n_layers: int) -> list[str]:
+    """Module paths of all blocks: the output of the i-th (from 0) is residual layer i + 1."""
+    return [f"{anatomy_blocks}.{i}" for i in range(n_layers)]
+
+
+def equal_length_batches(
+    token_ids: Sequence[Sequence[int]], max_batch_tokens: int
+) -> list[list[int]]:
+    """Indices of prompts in batches of one token length each, so that no row is ever padded.
+
+    Shortest first, in the given order within a length: the same prompts always make the same
+    batches. A prompt longer than `max_batch_tokens` is a batch alone.
+    """
+    lengths: dict[int, list[int]] = {}
+    for index, ids in enumerate(token_ids):
+        lengths.setdefault(len(ids), []).append(index)
+    batches = []
+    for length, indices in sorted(lengths.items()):
+        rows = max(1, max_batch_tokens // max(1, length))
+        batches += [indices[i : i + rows] for i in range(0, len(indices), rows)]
+    return batches
+
+
+def run_batches(
+    batches: Iterable[list[int]], run: Callable[[list[int]], T]
+) -> Iterator[tuple[list[int], T]]:
+    """Yields (batch, run(batch)), and halves what does not fit in memory, later batches too.
+
+    Raises:
+        GenerationError: if not even one row fits.
+    """
+    queue = deque(batches)
+    limit: int | None = None
+    while queue:
+        batch = queue.popleft()
+        if limit and len(batch) > limit:
+            queue.extendleft((batch[limit:], batch[:limit]))
+            continue
+        try:
+            result = run(batch)
+        except torch.OutOfMemoryError as error:
+            if len(batch) == 1:
+                raise GenerationError(
+                    "One prompt alone does not fit in the device's memory beside the model. Use "
+                    "shorter prompts or answers, a smaller dtype (`--dtype bfloat16`), or a "
+                    "larger device."
+                ) from error
+            limit = len(batch) // 2
+            queue.appendleft(batch)
+        else:
+            yield batch, result
+            continue
+        # Out of the except clause: until there, the traceback keeps the failed run's tensors alive.
+        gc.collect()
+        torch.cuda.empty_cache()
+
+
+def _submodule(model: nn.Module, path: str) -> nn.Module:
+    try:
+        return model.get_submodule(path)
+    except AttributeError:
+        raise UnsupportedModel(
+            f"The loaded model has no module {path}, though the anatomy of its architecture names "
+            "it. Use a checkpoint whose model_type is the one in its config.json, or a version of "
+            "transformers that keeps this name."
+        ) from None
+
+
+def _adapted(hook: Hook) -> Callable[[nn.Module, Any, Any], Any]:
+    """`hook` with torch's signature, for modules that return a tensor or a tuple of it and more."""
+
+    def forward_hook(_module: nn.Module, _args: Any, output: Any) -> Any:
+        if not isinstance(output, tuple):
+            return hook(output)
+        replacement = hook(output[0])
+        return None if replacement is None else (replacement, *output[1:])
+
+    return forward_hook

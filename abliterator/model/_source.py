@@ -1,0 +1,128 @@
+"""Where a model lies, and how it gets there."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+
+from abliterator.errors import CheckpointError
+
+EMBEDDED = "embedded:"
+
+# What a loader, the edit and the card need; never pickles, other runtimes' formats, or a second
+# copy of the weights.
+_DOWNLOAD = [
+    "*.safetensors",
+    "*.json",
+    "*.jinja",
+    "*.txt",
+    "*.model",
+    "*.tiktoken",
+    "*.py",
+    "LICENSE*",
+    "NOTICE*",
+    "*.md",
+]
+_SKIP = ["original/*", "onnx/*", "consolidated*.safetensors", "*.bin", "*.pt", "*.pth", "*.gguf"]
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """A model's folder, what the user called it, and its commit if it came from the Hub."""
+
+    folder: Path
+    id: str
+    revision: str | None
+
+
+def resolve_folder(model: str, *, revision: str | None) -> ModelSource:
+    """The folder of `model`: "embedded:demo", an existing folder, or a Hub id to download.
+
+    Args:
+        model: what the recipe says.
+        revision: branch, tag or commit on the Hub; None is its main branch. Unused for folders.
+
+    Raises:
+        CheckpointError: if there is no such model, or it has no safetensors files.
+    """
+    if model.startswith(EMBEDDED):
+        source = ModelSource(_embedded_folder(model.removeprefix(EMBEDDED)), model, None)
+    elif (local := Path(model).expanduser()).is_dir():
+        source = ModelSource(local, model, None)
+    elif local.exists() or model.startswith((".", "/", "~")):
+        raise CheckpointError(
+            f"{model} is not a folder. Give the folder of a checkpoint (config.json beside "
+            "*.safetensors), or the id of a model on the Hub, such as Qwen/Qwen3-1.7B."
+        )
+    else:
+        source = _download(model, revision)
+    _require_safetensors(source)
+    return source
+
+
+def _embedded_folder(name: str) -> Path:
+    folder = Path(str(files("abliterator"))) / "data" / name / "model"
+    if not (folder / "config.json").is_file():
+        raise CheckpointError(
+            f"There is no embedded model {name!r}. `embedded:demo` is the one that comes with "
+            "abliterator; if that is what you asked for, the installation is incomplete: install "
+            "abliterator again."
+        )
+    return folder
+
+
+def _download(model: str, revision: str | None) -> ModelSource:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    try:
+        folder = snapshot_download(
+            model, revision=revision, allow_patterns=_DOWNLOAD, ignore_patterns=_SKIP
+        )
+    except HFValidationError:
+        problem = "is neither a folder nor an id on the Hub. Ids look like Qwen/Qwen3-1.7B"
+    except GatedRepoError:
+        problem = "is gated. Accept its terms on its Hub page, then log in with `hf auth login`"
+    except RevisionNotFoundError:
+        problem = (
+            f"has no revision {revision!r} on the Hub. Use a branch, a tag or a full commit hash"
+        )
+    except RepositoryNotFoundError:
+        problem = (
+            "was found neither as a folder nor on the Hub. Check the spelling; if it is private, "
+            "log in with `hf auth login`"
+        )
+    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+        problem = (
+            f"is not on this machine, and the Hub cannot be reached ({type(error).__name__}). "
+            "Connect to the network (HF_HUB_OFFLINE must not be set), or give the folder of a "
+            "checkpoint"
+        )
+    else:
+        return ModelSource(Path(folder), model, Path(folder).name)
+    # Raised here, outside the clauses, so that no request with its headers is chained to the error.
+    raise CheckpointError(f"The model {model} {problem}.")
+
+
+def _require_safetensors(source: ModelSource) -> None:
+    if any(source.folder.glob("*.safetensors")):
+        return
+    pickles = sorted(
+        path.name for ending in ("*.bin", "*.pt", "*.pth") for path in source.folder.glob(ending)
+    )
+    seen = (
+        f"only {', '.join(pickles[:3])}, which can run code when read" if pickles else "none at all"
+    )
+    raise CheckpointError(
+        f"The model {source.id} has no weights in safetensors format ({seen}). Convert it where "
+        "you trust it: `AutoModelForCausalLM.from_pretrained(FOLDER).save_pretrained(NEW)`, and "
+        "the same for its tokenizer."
+    )

@@ -1,0 +1,174 @@
+"""The stages, composed, resumed, recorded: one recipe becomes a measured checkpoint.
+
+    recipe -> plan -> prompts -> capture -> directions -> bake -> rollouts -> judge
+           -> divergence -> benchmarks -> record -> card
+
+Only this room reads a `Recipe` whole. It neither prints nor parses: it tells a `Progress` what it
+does.
+
+    record = build(load_recipe(Path("recipes/demo.yaml")), Path("out"))
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from time import perf_counter
+from typing import TYPE_CHECKING
+
+from abliterator.bake import bake
+from abliterator.checkpoint import write_text_atomic
+from abliterator.errors import AbliteratorError, OutputError
+from abliterator.pipeline._extraction import BAKE, CAPTURE, DIRECTIONS, PROMPTS, edits_json
+from abliterator.pipeline._measurement import BENCHMARKS, DIVERGENCE, JUDGE, ROLLOUTS
+from abliterator.pipeline._plan import Plan, make_plan, require_layers, require_room
+from abliterator.pipeline._progress import Progress, Silent
+from abliterator.pipeline._report import CARD, RECORD, read_record
+from abliterator.pipeline._run import Options, Run, require_pinned_code, resolve
+from abliterator.pipeline._stage import Stage
+from abliterator.pipeline._workspace import Workspace
+from abliterator.recipe import Edit, Recipe
+from abliterator.record import RunRecord, TensorEdit
+
+if TYPE_CHECKING:
+    from abliterator.benchmarks import Task
+
+__all__ = [
+    "STAGES",
+    "Options",
+    "Plan",
+    "Progress",
+    "Silent",
+    "bake_subspace",
+    "build",
+    "plan_model",
+    "plan_recipe",
+    "read_record",
+    "recipe_of",
+    "run_stages",
+]
+
+STAGES = (PROMPTS, CAPTURE, DIRECTIONS, BAKE, ROLLOUTS, JUDGE, DIVERGENCE, BENCHMARKS, RECORD, CARD)
+
+
+def build(
+    recipe: Recipe, out: Path, *, options: Options | None = None, progress: Progress | None = None
+) -> RunRecord:
+    """Runs every stage that is not done, and returns the record of `out`/checkpoint.
+
+    Raises:
+        AbliteratorError: before anything is written if the recipe, the model or the folder do not
+            fit together.
+    """
+    run_stages(recipe, out, until="card", options=options, progress=progress)
+    return read_record(out)
+
+
+def run_stages(
+    recipe: Recipe,
+    out: Path,
+    *,
+    until: str,
+    options: Options | None = None,
+    progress: Progress | None = None,
+) -> None:
+    """Runs the stages up to and with `until`, skipping those whose inputs have not changed."""
+    stages = STAGES[: [stage.name for stage in STAGES].index(until) + 1]
+    is_new = not out.exists()
+    run = prepare(recipe, out, options=options or Options(), progress=progress or Silent())
+    try:
+        for stage in stages:
+            _run_stage(run, stage)
+    except AbliteratorError:
+        # nothing worth keeping was made yet: leave no folder behind that looks like a result
+        if is_new and run.workspace.marker(DIRECTIONS.name) is None:
+            run.workspace.remove()
+        raise
+
+
+def _run_stage(run: Run, stage: Stage) -> None:
+    key = stage.key(run)
+    done = run.workspace.is_done(stage.name, key)
+    run.progress.stage(stage.name, done=done)
+    if done:
+        return
+    start = perf_counter()
+    artefacts, parts = stage.run(run)
+    seconds = round(perf_counter() - start, 3)
+    run.workspace.finish(stage.name, key, artefacts, seconds=seconds, parts=parts)
+
+
+def prepare(recipe: Recipe, out: Path, *, options: Options, progress: Progress) -> Run:
+    """Everything that can fail cheaply, before anything is written: the plan and its checks."""
+    workspace = Workspace(out)
+    resolved = workspace.claim(recipe, force=options.force)
+    plan = plan_recipe(resolved or recipe, out)
+    layers, k = require_layers(recipe, plan.anatomy)
+    require_room(plan, out)
+    tasks = _tasks(recipe)
+    if resolved is None:
+        resolved = resolve(recipe, plan.source.revision)
+        workspace.create(recipe, resolved)
+    return Run(resolved, plan, layers, k, workspace, options, progress, tasks)
+
+
+def _tasks(recipe: Recipe) -> Sequence[Task]:
+    if not recipe.benchmarks.tasks:
+        return ()
+    from abliterator.benchmarks import resolve_tasks
+
+    return resolve_tasks(recipe.benchmarks.tasks, folder=Path.cwd())
+
+
+def recipe_of(out: Path) -> Recipe:
+    """The resolved recipe of a folder that `build` made.
+
+    Raises:
+        OutputError: if the folder is not ours.
+    """
+    return Workspace(out).recipe()
+
+
+def plan_recipe(recipe: Recipe, out: Path) -> Plan:
+    """The plan of a recipe: its model opened and every tensor classified.
+
+    Raises:
+        AbliteratorError: for whatever would stop the build before its first stage.
+    """
+    from abliterator.model import resolve_folder
+
+    require_pinned_code(recipe)
+    return make_plan(resolve_folder(recipe.model, revision=recipe.revision), recipe.edit, out)
+
+
+def plan_model(model: str, out: Path) -> Plan:
+    """The plan of the default edit of a model, without a recipe."""
+    from abliterator.model import resolve_folder
+
+    return make_plan(resolve_folder(model, revision=None), Edit(), out)
+
+
+def bake_subspace(
+    model: str, subspace: Path, out: Path, *, edit: Edit | None = None
+) -> tuple[TensorEdit, ...]:
+    """Bakes a given subspace into a model, without a recipe: `out` becomes the edited checkpoint.
+
+    Args:
+        model: Hub id or local folder.
+        subspace: safetensors file with a tensor `subspace` [H, k].
+        out: a folder that does not exist yet, or is empty.
+        edit: how; by default strength 1 on every writer.
+
+    Raises:
+        AbliteratorError: if model, subspace and folder do not fit together; nothing is written.
+    """
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise OutputError(f"{out} exists and is not an empty folder. Choose another --out.")
+    from abliterator.directions import load_subspace
+    from abliterator.model import resolve_folder
+
+    plan = make_plan(resolve_folder(model, revision=None), edit or Edit(), out)
+    require_room(plan, out)
+    edits = bake(plan.checkpoint, plan.edits, load_subspace(subspace).basis, out)
+    write_text_atomic(out / "abliterator" / "edits.json", edits_json(edits))
+    return edits

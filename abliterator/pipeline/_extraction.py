@@ -1,0 +1,135 @@
+"""The stages that make the edited checkpoint: prompts, capture, directions, bake."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from abliterator.bake import bake
+from abliterator.checkpoint import write_text_atomic
+from abliterator.pipeline._prompt_sets import PromptSets, load_sets
+from abliterator.pipeline._run import Run
+from abliterator.pipeline._stage import Parts, Stage
+from abliterator.recipe import Prompts, Source
+from abliterator.record import TensorEdit
+
+
+def _prompts_inputs(run: Run) -> Any:
+    recipe = run.recipe
+    sources = [getattr(recipe.prompts, name) for name in Prompts.model_fields]
+    files = [s.path for s in sources if isinstance(s, Source) and s.path is not None]
+    return [
+        recipe.published()["prompts"],
+        recipe.directions.projection,
+        recipe.seed,
+        [hashlib.sha256(path.read_bytes()).hexdigest() for path in files if path.is_file()],
+    ]
+
+
+def _prompts(run: Run) -> tuple[list[Path], Parts]:
+    projected = run.recipe.directions.projection == "neutral"
+    sets = load_sets(run.recipe.prompts, seed=run.recipe.seed, projected=projected)
+    path = run.workspace.work / "prompts.json"
+    write_text_atomic(path, json.dumps(sets.to_json(), indent=1, ensure_ascii=False) + "\n")
+    return [path], {}
+
+
+def prompt_sets(run: Run) -> PromptSets:
+    """The prompt sets as used."""
+    return PromptSets.from_json(json.loads((run.workspace.work / "prompts.json").read_text()))
+
+
+def _capture_inputs(run: Run) -> Any:
+    recipe = run.recipe
+    return [
+        run.base_digest(),
+        recipe.chat.model_dump(mode="json"),
+        recipe.capture.model_dump(mode="json"),
+        recipe.directions.position,
+        {name: s.sha256 for name, s in prompt_sets(run).extraction.items()},
+        run.dtype,
+    ]
+
+
+def _capture(run: Run) -> tuple[list[Path], Parts]:
+    from abliterator.capture import capture, save_moments
+    from abliterator.model import block_paths
+
+    settings = run.recipe.capture
+    loaded = run.loaded(run.plan.source.folder)
+    moments = {}
+    for name, prompts in prompt_sets(run).extraction.items():
+        with run.progress.bar(f"capture {name}", len(prompts.prompts)) as advance:
+            moments[name] = capture(
+                loaded,
+                run.render(loaded, prompts.prompts),
+                blocks=block_paths(run.plan.anatomy.blocks, run.plan.anatomy.n_layers),
+                position=run.recipe.directions.position,
+                padding=settings.padding,
+                max_batch_tokens=settings.max_batch_tokens,
+                on_batch=advance,
+            )
+    path = run.workspace.work / "moments.safetensors"
+    save_moments(path, moments)
+    return [path], {}
+
+
+def _directions_inputs(run: Run) -> Any:
+    settings = run.recipe.directions.model_dump(mode="json")
+    return [run.digest("capture"), settings, run.layers, run.k]
+
+
+def _directions(run: Run) -> tuple[list[Path], Parts]:
+    from abliterator.capture import load_moments
+    from abliterator.directions import fit_directions, save_directions, stack
+
+    moments = load_moments(run.workspace.work / "moments.safetensors")
+    projected = run.recipe.directions.projection == "neutral"
+    directions = fit_directions(
+        moments["target"],
+        moments["contrast"],
+        remove_mean_of=moments.get("neutral", moments["contrast"]) if projected else None,
+    )
+    path = run.workspace.work / "directions.safetensors"
+    save_directions(path, directions, stack(directions, run.layers[: run.k]))
+    return [path], {}
+
+
+def _bake_inputs(run: Run) -> Any:
+    return [run.base_digest(), run.digest("directions"), run.recipe.edit.model_dump(mode="json")]
+
+
+def _bake(run: Run) -> tuple[list[Path], Parts]:
+    from abliterator.directions import load_subspace
+
+    run.free()  # baking needs no model, and the files may be as large as the memory
+    subspace = load_subspace(run.workspace.work / "directions.safetensors")
+    out = run.workspace.checkpoint
+    if out.exists():
+        shutil.rmtree(out)  # what an earlier recipe left there is not part of this checkpoint
+    with run.progress.bar("bake", run.plan.checkpoint.total_bytes) as advance:
+        edits = bake(run.plan.checkpoint, run.plan.edits, subspace.basis, out, on_bytes=advance)
+    report = out / "abliterator" / "edits.json"
+    write_text_atomic(report, edits_json(edits))
+    return [path for path in out.rglob("*") if path.is_file()], {}
+
+
+def edits_json(edits: Iterable[TensorEdit]) -> str:
+    """The text of edits.json."""
+    return json.dumps([edit.model_dump(mode="json") for edit in edits], indent=1) + "\n"
+
+
+def tensor_edits(run: Run) -> list[TensorEdit]:
+    """What was done to each edited tensor."""
+    text = (run.workspace.checkpoint / "abliterator" / "edits.json").read_text()
+    return [TensorEdit.model_validate(edit) for edit in json.loads(text)]
+
+
+PROMPTS = Stage("prompts", 1, _prompts_inputs, _prompts)
+CAPTURE = Stage("capture", 1, _capture_inputs, _capture)
+DIRECTIONS = Stage("directions", 1, _directions_inputs, _directions)
+BAKE = Stage("bake", 1, _bake_inputs, _bake)

@@ -1,0 +1,96 @@
+"""Which prompts are used for what: directions are extracted from some, and measured on others."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from abliterator.prompts import (
+    PromptSet,
+    PromptSource,
+    check_distinct,
+    drop_overlap,
+    hold_out,
+    load_prompts,
+)
+from abliterator.recipe import Prompts, Source
+
+
+@dataclass(frozen=True)
+class PromptSets:
+    """The prompt sets as used; none of `evaluation` is in `extraction`.
+
+    Attributes:
+        extraction: "target", "contrast", and "neutral" where directions are projected off a mean of
+            neutral prompts that are not the contrast.
+        evaluation: "target", "neutral", and "over_refusal" where the recipe has it.
+    """
+
+    extraction: Mapping[str, PromptSet]
+    evaluation: Mapping[str, PromptSet]
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values: the artefact prompts.json."""
+        return {
+            "extraction": {name: s.to_json() for name, s in self.extraction.items()},
+            "evaluation": {name: s.to_json() for name, s in self.evaluation.items()},
+        }
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Mapping[str, Any]]) -> PromptSets:
+        """The inverse of `to_json`."""
+        return cls(
+            *(
+                {name: PromptSet.from_json(s) for name, s in data[part].items()}
+                for part in ("extraction", "evaluation")
+            )
+        )
+
+
+def load_sets(recipe: Prompts, *, seed: int, projected: bool) -> PromptSets:
+    """Loads every set, holds out what has no evaluation set of its own, and keeps the two apart.
+
+    Args:
+        recipe: the recipe's section.
+        seed: of the held-out parts.
+        projected: whether extraction needs neutral prompts beside a contrast of its own.
+
+    Raises:
+        PromptError: for a set that cannot be read, and for sets that share prompts.
+    """
+    target, neutral = _load("target", recipe.target), _load("neutral", recipe.neutral)
+    check_distinct(target, neutral)
+    extraction, evaluation = {}, {}
+    if recipe.evaluation is None:
+        extraction["target"], evaluation["target"] = hold_out(
+            target, fraction=recipe.holdout, seed=seed
+        )
+    else:
+        extraction["target"], evaluation["target"] = target, _load("evaluation", recipe.evaluation)
+    if recipe.contrast is None:
+        extraction["contrast"], evaluation["neutral"] = hold_out(
+            neutral, fraction=recipe.holdout, seed=seed
+        )
+    else:
+        extraction["contrast"], evaluation["neutral"] = _load("contrast", recipe.contrast), neutral
+        if projected:
+            extraction["neutral"], evaluation["neutral"] = hold_out(
+                neutral, fraction=recipe.holdout, seed=seed
+            )
+    if recipe.over_refusal is not None:
+        evaluation["over_refusal"] = _load("over_refusal", recipe.over_refusal)
+    for measured in evaluation.values():
+        extraction = {name: drop_overlap(s, measured) for name, s in extraction.items()}
+    check_distinct(extraction["target"], extraction["contrast"])
+    check_distinct(evaluation["target"], evaluation["neutral"])
+    return PromptSets(_named(extraction), _named(evaluation))
+
+
+def _load(name: str, source: Source) -> PromptSet:
+    return load_prompts(name, PromptSource(**source.model_dump()))
+
+
+def _named(sets: Mapping[str, PromptSet]) -> dict[str, PromptSet]:
+    # a held-out part goes by the name of its use, not of its making
+    return {name: replace(prompts, name=name) for name, prompts in sets.items()}

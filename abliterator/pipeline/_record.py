@@ -1,0 +1,165 @@
+"""All that was measured, put together into the record that the card and other tools read."""
+
+from __future__ import annotations
+
+import platform
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from statistics import median
+
+from abliterator.checkpoint import fingerprint
+from abliterator.pipeline._extraction import prompt_sets, tensor_edits
+from abliterator.pipeline._measurement import task_scores, verdicts_of
+from abliterator.pipeline._run import Run
+from abliterator.record import (
+    Behaviour,
+    BenchmarkResult,
+    Divergence,
+    EditSummary,
+    JudgeIdentity,
+    ModelIdentity,
+    PromptOrigin,
+    Provenance,
+    RunRecord,
+    Tool,
+)
+
+PACKAGES = ("torch", "transformers", "safetensors", "huggingface_hub", "lm_eval", "numpy")
+
+
+def assemble(run: Run, timing: dict[str, float]) -> RunRecord:
+    """The record of a run whose every stage but card is done.
+
+    Args:
+        run: the run.
+        timing: seconds of each stage.
+    """
+    return RunRecord(
+        tool=Tool(version=version("abliterator")),
+        recipe=run.recipe.published(),
+        recipe_digest=run.recipe.digest,
+        model=_model(run),
+        edit=_edit(run),
+        behaviour=_behaviour(run),
+        divergence=_divergence(run),
+        benchmarks=_benchmarks(run),
+        judge=_judge(),
+        timing=timing,
+        provenance=_provenance(run),
+    )
+
+
+def _model(run: Run) -> ModelIdentity:
+    source, anatomy = run.plan.source, run.plan.anatomy
+    local = source.revision is None and not source.id.startswith("embedded:")
+    cache = run.workspace.work / "fingerprint.json"
+    return ModelIdentity(
+        id=Path(source.id).name if local else source.id,
+        revision=source.revision,
+        n_layers=anatomy.n_layers,
+        d_model=anatomy.d_model,
+        model_type=anatomy.model_type,
+        license=_license(source.folder),
+        files_sha256=fingerprint(run.plan.checkpoint, cache=cache),
+    )
+
+
+def _license(folder: Path) -> str | None:
+    """The licence that the base's own card states, if it has one that can be read."""
+    from huggingface_hub import metadata_load
+    from yaml import YAMLError
+
+    try:
+        metadata = metadata_load(folder / "README.md") or {}
+    except (OSError, ValueError, YAMLError):
+        return None
+    found = metadata.get("license_name") or metadata.get("license")
+    return found if isinstance(found, str) else None
+
+
+def _edit(run: Run) -> EditSummary:
+    edits = tensor_edits(run)
+    leaks = [edit.leak for edit in edits if edit.leak is not None]
+    settings = run.plan.edits.settings
+    return EditSummary(
+        layers=run.layers[: run.k],
+        positions=(run.recipe.directions.position,),
+        k=run.k,
+        strength=dict(settings.strength),
+        components=tuple(sorted({edit.component for edit in edits})),
+        norm=settings.norm,
+        rounding=settings.rounding,
+        tensors=len(edits),
+        max_leak=max(leaks, default=None),
+        median_leak=median(leaks) if leaks else None,
+        output_bytes=run.plan.output_bytes,
+        edited_bytes=run.plan.edits.edited_bytes,
+    )
+
+
+def _behaviour(run: Run) -> dict[str, Behaviour | None]:
+    from abliterator.judge import summarise
+
+    verdicts = verdicts_of(run)
+    found: dict[str, Behaviour | None] = {"target": None, "neutral": None, "over_refusal": None}
+    for name in prompt_sets(run).evaluation:
+        base, edited = (
+            [v for v in verdicts if v.set == name and v.side == side] for side in ("base", "edited")
+        )
+        found[name] = summarise(base, edited, seed=run.recipe.seed)
+    return found
+
+
+def _divergence(run: Run) -> Divergence:
+    return Divergence.model_validate_json((run.workspace.work / "divergence.json").read_text())
+
+
+def _benchmarks(run: Run) -> dict[str, BenchmarkResult]:
+    from abliterator.benchmarks import compare_tasks
+
+    if not run.tasks:
+        return {}
+    return compare_tasks(task_scores(run, "base"), task_scores(run, "edited"))
+
+
+def _judge() -> JudgeIdentity:
+    from abliterator.judge import RuleJudge
+
+    return RuleJudge().identity
+
+
+def _provenance(run: Run) -> Provenance:
+    sets = prompt_sets(run)
+    used = [
+        *((f"{name}, extraction", s) for name, s in sets.extraction.items()),
+        *((f"{name}, evaluation", s) for name, s in sets.evaluation.items()),
+    ]
+    return Provenance(
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        python=platform.python_version(),
+        platform=f"{platform.system()} {platform.machine()}",
+        packages={name: found for name in PACKAGES if (found := _installed(name))},
+        device=run.device,
+        dtype=run.dtype or "as stored",
+        prompts=tuple(
+            PromptOrigin(
+                name=name,
+                source=s.source,
+                revision=s.revision,
+                split=s.split,
+                n=len(s.prompts),
+                sha256=s.sha256,
+                dropped=s.dropped,
+                license=s.license,
+            )
+            for name, s in used
+        ),
+    )
+
+
+def _installed(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None

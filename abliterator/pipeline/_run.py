@@ -1,0 +1,161 @@
+"""One run: the recipe resolved, the plan made, and the models that stages share."""
+
+from __future__ import annotations
+
+import gc
+import math
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from abliterator.checkpoint import fingerprint
+from abliterator.errors import RecipeError
+from abliterator.pipeline._plan import Plan
+from abliterator.pipeline._progress import Progress, Silent
+from abliterator.pipeline._workspace import Workspace, digest_of
+from abliterator.prompts import resolve_revision
+from abliterator.recipe import Prompts, Recipe, Source
+
+if TYPE_CHECKING:
+    from abliterator.benchmarks import Task
+    from abliterator.model import LoadedModel
+
+COMMIT = re.compile(r"[0-9a-f]{40}")
+
+
+@dataclass(frozen=True)
+class Options:
+    """Where and how a recipe is run; nothing here changes what is asked of the model.
+
+    Attributes:
+        device: a torch device, or "auto".
+        dtype: dtype of computation ("float32", "bfloat16", "float16"), or "auto": as stored on an
+            accelerator; on a CPU float32 where it fits in half the memory, because CPUs are faster
+            at it.
+        force: go on in a folder that another recipe made.
+    """
+
+    device: str = "auto"
+    dtype: str = "auto"
+    force: bool = False
+
+
+@dataclass
+class Run:
+    """What every stage gets."""
+
+    recipe: Recipe
+    plan: Plan
+    layers: tuple[int, ...]
+    k: int
+    workspace: Workspace
+    options: Options
+    progress: Progress = field(default_factory=Silent)
+    tasks: Sequence[Task] = ()
+    _loaded: LoadedModel | None = None
+
+    @property
+    def device(self) -> str:
+        """The device of computation."""
+        if self.options.device != "auto":
+            return self.options.device
+        import torch
+
+        if torch.cuda.is_available():
+            return "cuda"
+        return "mps" if torch.backends.mps.is_available() else "cpu"
+
+    @property
+    def dtype(self) -> str | None:
+        """The dtype of computation; None is the stored one."""
+        if self.options.dtype != "auto":
+            return self.options.dtype
+        in_float32 = sum(4 * math.prod(t.shape) for t in self.plan.checkpoint.tensors.values())
+        fits = in_float32 < _memory_bytes() / 2
+        return "float32" if self.device == "cpu" and fits else None
+
+    def base_digest(self) -> str:
+        """Digest of every base file that is read: weights, config, tokenizer, custom code."""
+        cache = self.workspace.work / "fingerprint.json"
+        return digest_of(fingerprint(self.plan.checkpoint, cache=cache))
+
+    def loaded(self, folder: Path) -> LoadedModel:
+        """The model in `folder`; one model at a time is held, so asking for another frees it."""
+        from abliterator.model import load_model
+
+        if self._loaded is None or self._loaded.folder != folder:
+            self.free()
+            self._loaded = load_model(
+                folder,
+                device=self.device,
+                dtype=self.dtype,
+                trust_remote_code=self.recipe.trust_remote_code,
+            )
+        return self._loaded
+
+    def free(self) -> None:
+        """Lets go of the model that is held."""
+        self._loaded = None
+        gc.collect()
+
+    def render(self, loaded: LoadedModel, prompts: Sequence[str]) -> list[list[int]]:
+        """Token ids of each prompt in the recipe's chat."""
+        from abliterator.model import render_chat
+
+        chat = self.recipe.chat
+        return [
+            render_chat(
+                loaded.tokenizer, prompt, system=chat.system, template_kwargs=chat.template_kwargs
+            )
+            for prompt in prompts
+        ]
+
+    def digest(self, stage: str) -> str:
+        """Digest of what an earlier stage left."""
+        marker = self.workspace.marker(stage)
+        if marker is None:
+            raise RuntimeError(f"stage {stage} has not run")  # the order of STAGES is wrong
+        return marker.digest
+
+
+def resolve(recipe: Recipe, revision: str | None) -> Recipe:
+    """The recipe with every Hub revision as a commit, so that the same recipe means the same bytes.
+
+    Args:
+        recipe: as given.
+        revision: the commit of the model, None for a local folder.
+
+    Raises:
+        PromptError: if a dataset's revision cannot be resolved.
+    """
+    sources = {
+        name: _resolved(source)
+        for name in Prompts.model_fields
+        if isinstance(source := getattr(recipe.prompts, name), Source)
+    }
+    prompts = recipe.prompts.model_copy(update=sources)
+    return recipe.model_copy(update={"revision": revision, "prompts": prompts})
+
+
+def _resolved(source: Source) -> Source:
+    if source.dataset is None:
+        return source
+    return source.model_copy(update={"revision": resolve_revision(source.dataset, source.revision)})
+
+
+def require_pinned_code(recipe: Recipe) -> None:
+    """Raises RecipeError for remote code of a Hub model that no commit pins."""
+    is_local = Path(recipe.model).is_dir() or ":" in recipe.model
+    pinned = recipe.revision is not None and COMMIT.fullmatch(recipe.revision)
+    if recipe.trust_remote_code and not is_local and not pinned:
+        raise RecipeError(
+            f"`trust_remote_code` would run code of {recipe.model} from the Hub, and no revision "
+            f"pins it. Read the code, then give the commit you read: --set revision=<40 hex>."
+        )
+
+
+def _memory_bytes() -> int:
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

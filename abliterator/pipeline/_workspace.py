@@ -1,0 +1,159 @@
+"""The output folder: whose it is, where artefacts lie, and which stages are done.
+
+    OUT/checkpoint/   exactly what may be published OUT/work/         private: prompts, moments,
+    directions, answers, verdicts, and one marker per stage
+
+A stage is done when its marker names the key of its present inputs and every artefact is as the
+marker says. Markers are written after the artefacts, both by renaming, so whatever interrupts a
+run, the next one redoes what was unfinished.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from abliterator.checkpoint import write_text_atomic
+from abliterator.errors import OutputError
+from abliterator.recipe import Recipe, load_recipe
+
+# Files up to this size are hashed to see whether they are still what a stage left; beyond it, their
+# size must do: the weights' own hashes are in edits.json.
+HASHED_UP_TO = 64 << 20
+
+
+def digest_of(value: Any) -> str:
+    """sha256 of a JSON value in canonical form."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class Marker:
+    """What a finished stage left: read from work/stages/NAME.json."""
+
+    key: str
+    artefacts: Mapping[str, Mapping[str, Any]]  # path relative to OUT: size, sha256
+    seconds: float
+    parts: Mapping[str, str]  # keys of parts that can be kept when the stage runs again
+
+    @property
+    def digest(self) -> str:
+        """Digest of the artefacts' contents: what a later stage depends on."""
+        return digest_of(self.artefacts)
+
+
+class Workspace:
+    """One output folder."""
+
+    def __init__(self, out: Path) -> None:
+        self.out = out
+        self.work = out / "work"
+        self.checkpoint = out / "checkpoint"
+        self._recipe = self.work / "recipe.yaml"
+        self._ours = self.work / "abliterator.json"
+
+    def claim(self, recipe: Recipe, *, force: bool) -> Recipe | None:
+        """Makes sure that the folder may be used for `recipe`; writes nothing.
+
+        Returns:
+            The resolved recipe of an earlier run of the same recipe, or None if this one is the
+            first.
+
+        Raises:
+            OutputError: if something else is there.
+        """
+        if not self.out.exists() or (self.out.is_dir() and not any(self.out.iterdir())):
+            return None
+        if not self._ours.is_file() or not self._recipe.is_file():
+            raise OutputError(
+                f"{self.out} exists and was not made by abliterator; nothing in it was touched. "
+                f"Choose another --out."
+            )
+        claimed = json.loads(self._ours.read_text())["recipe_digest"]
+        if claimed == recipe.digest:
+            return load_recipe(self._recipe)
+        if force:
+            return None
+        raise OutputError(
+            f"{self.out} was made from another recipe (digest {claimed[:12]}, this one is "
+            f"{recipe.digest[:12]}). Choose another --out, or go on here with --force: stages "
+            f"whose inputs did not change are kept."
+        )
+
+    def recipe(self) -> Recipe:
+        """The resolved recipe of a folder of ours.
+
+        Raises:
+            OutputError: if the folder is not ours.
+        """
+        if not self._ours.is_file() or not self._recipe.is_file():
+            raise OutputError(f"{self.out} is not a folder that `abliterator build` made.")
+        return load_recipe(self._recipe)
+
+    def create(self, requested: Recipe, resolved: Recipe) -> None:
+        """Makes the folder ours."""
+        plain = resolved.model_dump(mode="json")
+        write_text_atomic(self._recipe, yaml.safe_dump(plain, sort_keys=False, allow_unicode=True))
+        claim = {"tool": "abliterator", "recipe_digest": requested.digest}
+        write_text_atomic(self._ours, json.dumps(claim) + "\n")
+
+    @property
+    def requested_digest(self) -> str:
+        """Digest of the recipe as the user gave it, before anything was resolved."""
+        digest: str = json.loads(self._ours.read_text())["recipe_digest"]
+        return digest
+
+    def remove(self) -> None:
+        """Deletes the whole folder; for a run that failed before it made anything worth keeping."""
+        shutil.rmtree(self.out)
+
+    def marker(self, stage: str) -> Marker | None:
+        """The marker of a stage, or None."""
+        try:
+            return Marker(**json.loads(self._marker_path(stage).read_text()))
+        except (FileNotFoundError, ValueError, TypeError):
+            return None
+
+    def is_done(self, stage: str, key: str) -> bool:
+        """Whether the stage was finished with these inputs, and its artefacts are still there."""
+        marker = self.marker(stage)
+        if marker is None or marker.key != key:
+            return False
+        return all(
+            self._state(self.out / path) == state for path, state in marker.artefacts.items()
+        )
+
+    def finish(
+        self,
+        stage: str,
+        key: str,
+        artefacts: Iterable[Path],
+        *,
+        seconds: float,
+        parts: Mapping[str, str],
+    ) -> None:
+        """Writes the marker of a finished stage."""
+        states = {str(path.relative_to(self.out)): self._state(path) for path in sorted(artefacts)}
+        marker = {"key": key, "artefacts": states, "seconds": seconds, "parts": dict(parts)}
+        write_text_atomic(self._marker_path(stage), json.dumps(marker, indent=1) + "\n")
+
+    def _marker_path(self, stage: str) -> Path:
+        return self.work / "stages" / f"{stage}.json"
+
+    @staticmethod
+    def _state(path: Path) -> dict[str, Any] | None:
+        if not path.is_file():
+            return None
+        size = path.stat().st_size
+        if size > HASHED_UP_TO:
+            return {"size": size}
+        with path.open("rb") as file:
+            return {"size": size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}

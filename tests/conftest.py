@@ -1,0 +1,60 @@
+"""Offline, one thread, seeded; and tiny checkpoints, made once a session."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+# Where transformers copies remote code to before it runs it.
+os.environ["HF_MODULES_CACHE"] = tempfile.mkdtemp(prefix="abliterator-modules-")
+
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+from transformers.utils import logging as transformers_logging
+
+from abliterator.model import LoadedModel, load_model
+from tests.tiny import save_tiny, train_tokenizer
+
+torch.set_num_threads(1)
+transformers_logging.disable_progress_bar()
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def tiny_tokenizer():
+    return train_tokenizer()
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory, tiny_tokenizer):
+    """`tiny_folder(family, shard_size="30KB", dtype=...)`: a checkpoint, not to be written to."""
+
+    @cache
+    def folder(family: str = "llama", **options: object) -> Path:
+        where = tmp_path_factory.mktemp("models") / family
+        return save_tiny(family, where, tiny_tokenizer, **options)
+
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_loaded(tiny_folder):
+    """`tiny_loaded(family)`: the same, loaded in float32. Do not change its weights."""
+
+    @cache
+    def loaded(family: str = "llama") -> LoadedModel:
+        remote = family == "qwen"
+        return load_model(
+            tiny_folder(family), device="cpu", dtype="float32", trust_remote_code=remote
+        )
+
+    return loaded

@@ -1,0 +1,43 @@
+"""The leak meter: what each block still writes into a subspace, measured by running the model.
+
+It needs no anatomy: a block is whatever the model calls its blocks, and its write is its output
+minus its input.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+
+def leak_meter(model: nn.Module, basis: Tensor, token_ids: Tensor) -> list[float]:
+    """Per block, the largest |Rᵀ (h_out - h_in)| / |h_out - h_in| over all positions.
+
+    Args:
+        model: a causal LM in evaluation mode.
+        basis: R [H, k], orthonormal.
+        token_ids: [N, T].
+    """
+    writes: list[Tensor] = []
+
+    def measure(_block, args, kwargs, output):
+        before = args[0] if args else kwargs["hidden_states"]
+        after = output[0] if isinstance(output, tuple) else output
+        writes.append((after - before).double())
+
+    handles = [block.register_forward_hook(measure, with_kwargs=True) for block in _blocks(model)]
+    try:
+        with torch.inference_mode():
+            model(input_ids=token_ids, use_cache=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+    projected = [(write @ basis.double()).norm(dim=-1) / write.norm(dim=-1) for write in writes]
+    return [float(ratio.max()) for ratio in projected]
+
+
+def _blocks(model: nn.Module) -> nn.ModuleList:
+    wanted = model.config.num_hidden_layers
+    found = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == wanted]
+    assert len(found) == 1, "the model has not exactly one list of blocks"
+    return found[0]
