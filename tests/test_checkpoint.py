@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import io
 import json
 import os
 import re
@@ -28,6 +29,7 @@ from abliterator.checkpoint import (
 )
 from abliterator.checkpoint import _fingerprint as fingerprint_room
 from abliterator.checkpoint import _write as write_room
+from abliterator.checkpoint._read import OpenFile, read_fully
 from abliterator.errors import CheckpointError
 
 SHAPES = {
@@ -309,7 +311,7 @@ def test_a_partial_file_of_a_killed_run_is_no_obstacle(single: Path, tmp_path: P
     assert not (tmp_path / ".out.partial").is_symlink()
 
 
-@pytest.mark.parametrize("call", ["posix_fallocate", "copy_file_range", "fsync"])
+@pytest.mark.parametrize("call", ["copy_file_range", "fsync"])
 def test_a_full_disk_says_how_much_is_needed(single, tmp_path, monkeypatch, call):
     base = Checkpoint.open(single)
 
@@ -320,6 +322,37 @@ def test_a_full_disk_says_how_much_is_needed(single, tmp_path, monkeypatch, call
     with pytest.raises(CheckpointError, match=f"it needs {base.total_bytes:,} bytes"):
         patch_all(base, tmp_path / "out", EDITED)
     assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_too_small_a_disk_is_met_before_the_work(single, tmp_path, monkeypatch):
+    base = Checkpoint.open(single)
+    monkeypatch.setattr(write_room, "free_bytes", lambda _path: base.total_bytes - 1)
+    touched = []
+    with pytest.raises(CheckpointError, match=f"bytes, {base.total_bytes - 1:,} are free"):
+        patch_all(base, tmp_path / "out", EDITED, lambda info, _: touched.append(info.name))
+    assert touched == []
+    assert not (tmp_path / "out").exists()
+
+
+class Stingy(io.FileIO):
+    """A stream that takes and gives three bytes at a time, as any unbuffered stream may."""
+
+    def readinto(self, buffer):
+        return super().readinto(memoryview(buffer)[:3])
+
+    def write(self, data):
+        return super().write(memoryview(data)[:3])
+
+
+def test_short_reads_and_writes_are_taken_up_again(tmp_path: Path):
+    path, data = tmp_path / "file", bytes(range(20))
+    with Stingy(path, "w") as stream:
+        write_room.write_fully(OpenFile(path, stream, 20), memoryview(data))
+    assert path.read_bytes() == data
+    buffer = bytearray(20)
+    with Stingy(path, "r") as stream:
+        read_fully(OpenFile(path, stream, 20), memoryview(buffer))
+    assert buffer == data
 
 
 def test_a_file_is_never_written_over_itself(single: Path, tmp_path: Path):

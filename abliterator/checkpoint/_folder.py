@@ -179,8 +179,11 @@ def _check_shard_name(index: Path, file: object) -> None:
 
 
 def _plain_path(file: str) -> bool:
-    odd = not (file.isprintable() and encodable(file)) or any(char in file for char in '\\:*?"<>|')
-    return not odd and all(part not in ("", ".", "..") for part in file.split("/"))
+    if len(file) > 255 or not file.isprintable() or not encodable(file):
+        return False
+    return not set(file) & set('\\:*?"<>|') and all(
+        part not in ("", ".", "..") for part in file.split("/")
+    )
 
 
 def _check_against_index(

@@ -26,9 +26,13 @@ _NOT_HERE = {
 def replacing(destination: Path, size: int) -> Iterator[OpenFile]:
     """A new file of `size` bytes that takes the place of `destination` when the block ends well.
 
-    It is called `.NAME.partial` until then, and is removed when anything is raised. Room for all
-    of it is reserved first, where the file system can, so that a full disk is met before the work.
+    It is called `.NAME.partial` until then, and is removed when anything is raised. A disk without
+    room for it is met before the work. (Not by posix_fallocate: where a file system cannot reserve
+    room, as on many network volumes, the C library does it by writing to every block.)
     """
+    free = free_bytes(destination)
+    if size > free:
+        raise _no_room(destination, size, free)
     partial = destination.with_name(f".{destination.name}.partial")
     try:
         with writable(destination, size):
@@ -36,8 +40,6 @@ def replacing(destination: Path, size: int) -> Iterator[OpenFile]:
             partial.unlink(missing_ok=True)  # of a run that was killed
             stream = partial.open("xb", buffering=0)
         with stream:
-            with writable(destination, size):
-                _reserve(stream.fileno(), size)
             yield OpenFile(destination, stream, size)
             with writable(destination, size):
                 os.fsync(stream.fileno())
@@ -125,15 +127,18 @@ def writable(destination: Path, size: int) -> Iterator[None]:
         yield
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise CheckpointError(
-                f"There is no room for {destination}: it needs {size:,} bytes, and "
-                f"{free_bytes(destination.parent):,} are free there. Free some space, or choose "
-                "an output folder on another disk."
-            ) from error
+            raise _no_room(destination, size, free_bytes(destination)) from error
         raise CheckpointError(
             f"{destination} cannot be written: {error.strerror or error}. Choose an output folder "
             "that you may write to."
         ) from error
+
+
+def _no_room(destination: Path, size: int, free: int) -> CheckpointError:
+    return CheckpointError(
+        f"There is no room for {destination}: it needs {size:,} bytes, {free:,} are free there. "
+        "Free some space, or choose an output folder on another disk."
+    )
 
 
 def _kernel_copy(source: OpenFile, out: OpenFile, at: int, count: int) -> int:
@@ -146,15 +151,6 @@ def _kernel_copy(source: OpenFile, out: OpenFile, at: int, count: int) -> int:
         if error.errno in _NOT_HERE:
             return 0
         raise
-
-
-def _reserve(descriptor: int, size: int) -> None:
-    if size and hasattr(os, "posix_fallocate"):
-        try:
-            os.posix_fallocate(descriptor, 0, size)
-        except OSError as error:
-            if error.errno not in _NOT_HERE:
-                raise
 
 
 def _sync_folder(folder: Path) -> None:

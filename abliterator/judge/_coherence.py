@@ -13,9 +13,9 @@ from collections.abc import Hashable, Sequence
 from typing import NamedTuple
 
 GRAM = 4  # words: shorter ones repeat in good prose
-OFTEN = 3  # times a gram may occur before it counts as a loop
 FEW_LETTERS = 12  # below this a foreign letter is a symbol, as in "π"
-# Shares of the answer above which it is degraded, and broken.
+# Shares of the answer above which it is degraded, and broken. Of 900 sound answers of two large
+# models, 95 in 100 repeat fewer than 1 gram in 14; the worst repeats 1 in 4.
 LOOPING = (0.25, 0.5)
 STRANGE = (0.1, 0.3)
 
@@ -23,6 +23,8 @@ _WORD = re.compile(r"\w+")
 _SENTENCE = re.compile(r"[^.!?\n]+")
 # One unit of up to 20 characters, ten times in a row or more; rulers and dots are typography.
 _RUN = re.compile(r"(?![-=_.*|~#+\s]{10})(.{1,20}?)\1{9,}", re.DOTALL)
+# Code repeats names by its nature; a loop inside it hardly ever reaches the closing fence.
+_CODE = re.compile(r"```.*?```", re.DOTALL)
 _OTHER_LANGUAGE = re.compile(
     r"(?i:translat|language|alphabet|script)"
     r"|\b(?:in|into) [A-Z]\w*(?:ese|ian|ish|ic|ek|ew|di|an|ai)\b"
@@ -54,18 +56,17 @@ def _grade(share: float, limits: tuple[float, float]) -> float:
 
 def loop_share(answer: str) -> float:
     """Share of an answer that repeats itself: by grams of words, by sentences, or by characters."""
-    text = answer.lower()
+    text = _CODE.sub("", answer.lower()) or answer.lower()
     words = _WORD.findall(text)
     grams = [tuple(words[i : i + GRAM]) for i in range(len(words) - GRAM + 1)]
     sentences = [" ".join(s.split()) for s in _SENTENCE.findall(text) if len(s.split()) >= 3]
     run = sum(len(match.group()) for match in _RUN.finditer(text)) / len(text)
-    return max(_repeated(grams, OFTEN), _repeated(sentences, 1), run)
+    return max(_repeated(grams), _repeated(sentences), run)
 
 
-def _repeated(items: Sequence[Hashable], allowed: int) -> float:
-    """Share of items that come after `allowed` equal ones; a single repeat is no loop."""
-    counts = Counter(items)
-    again = sum(max(0, count - allowed) for count in counts.values())
+def _repeated(items: Sequence[Hashable]) -> float:
+    """Share of items that were there before; a single repeat is no loop."""
+    again = len(items) - len(set(items))
     return again / len(items) if again > 1 else 0.0
 
 

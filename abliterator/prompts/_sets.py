@@ -86,8 +86,7 @@ class PromptSet:
 
 def normalised(prompt: str) -> str:
     """The form in which prompts are compared: NFKC, case folded, whitespace collapsed."""
-    folded = unicodedata.normalize("NFKC", prompt).casefold()
-    return " ".join(unicodedata.normalize("NFKC", folded).split())
+    return " ".join(unicodedata.normalize("NFKC", prompt).casefold().split())
 
 
 def hold_out(prompts: PromptSet, *, fraction: float, seed: int) -> tuple[PromptSet, PromptSet]:

@@ -31,12 +31,11 @@ def load_recipe(path: Path, *, overrides: Sequence[str] = ()) -> Recipe:
         RecipeError: everything that is wrong, together, each with its path and line.
     """
     text = _read_text(path)
-    root = _compose(text, path)
+    root, values = _parse(text, path)
     lines = dict(_lines(root))
     problems = [
         f"line {line}: `{_dotted(where)}` is given twice" for where, line in _duplicates(root)
     ]
-    values: Any = yaml.safe_load(text)
     if values is not None and not isinstance(values, dict):
         raise RecipeError(f"{path.name} is not a recipe: it must be a mapping of keys to values.")
     values = values or {}
@@ -91,15 +90,16 @@ def _read_text(path: Path) -> str:
         raise RecipeError(f"{path} is not UTF-8 text (byte {error.start}).") from error
 
 
-def _compose(text: str, path: Path) -> yaml.Node | None:
+def _parse(text: str, path: Path) -> tuple[yaml.Node | None, Any]:
+    """The yaml tree, which knows its lines and its duplicates, and the values."""
     try:
         # an alias can make a small file huge when it is walked, and no recipe needs one
         if any(isinstance(token, yaml.AliasToken) for token in yaml.scan(text)):
             raise RecipeError(f"{path.name} uses a yaml alias (`*name`); write the value out.")
-        return yaml.compose(text, Loader=yaml.SafeLoader)
+        return yaml.compose(text, Loader=yaml.SafeLoader), yaml.safe_load(text)
     except RecursionError:
         raise RecipeError(f"{path.name} is nested too deeply to be a recipe.") from None
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: a date that is none
         what = " ".join(str(error).split())
         raise RecipeError(f"{path.name} is not valid yaml: {what}") from error
 
@@ -181,7 +181,7 @@ def _anchor_paths(values: dict[str, Any], folder: Path) -> None:
 def _is_local(model: str, folder: Path) -> bool:
     if model.startswith((".", "/", "~")):
         return True
-    return ":" not in model and (folder / model).is_dir()
+    return bool(model) and ":" not in model and (folder / model).is_dir()
 
 
 def _anchored(path: str, folder: Path) -> str:

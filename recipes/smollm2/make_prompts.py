@@ -221,7 +221,8 @@ def main(model: Path, out: Path, candidates: Path | None, seed: int) -> None:
     """Write the prompt files to OUT, sampled from and sorted by the chat model in MODEL."""
     if candidates and candidates.is_file():
         rows = candidates.read_text("utf-8").splitlines()
-        found = [Candidate(**json.loads(row)) for row in rows]
+        kept = [Candidate(**json.loads(row)) for row in rows]
+        found = [c for c in kept if clean(c.prompt)]  # the unwanted words may be more by now
     else:
         found = make_candidates(model, seed)
         if candidates:

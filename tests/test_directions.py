@@ -1,0 +1,102 @@
+import json
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from abliterator.directions import (
+    Directions,
+    fit_directions,
+    load_subspace,
+    save_directions,
+    stack,
+)
+from abliterator.errors import DirectionError
+from abliterator.subspace import Moments, MomentSet
+
+L, H = 4, 16
+
+
+def moments(vectors: torch.Tensor) -> MomentSet:
+    found = Moments(L, H)
+    found.update(vectors)
+    return found.freeze()
+
+
+def test_a_planted_direction_is_recovered():
+    planted = torch.nn.functional.normalize(torch.randn(L, H), dim=1)
+    noise = torch.randn(400, L, H)
+    target, contrast = moments(noise[:200] + 3 * planted), moments(noise[200:])
+    found = fit_directions(target, contrast).vectors
+    cosines = torch.nn.functional.cosine_similarity(found, planted.double(), dim=1)
+    assert (cosines > 0.98).all()
+
+
+def test_projection_removes_the_neutral_mean_and_nothing_else():
+    target, contrast, neutral = (moments(torch.randn(9, L, H) + i) for i in range(3))
+    plain = fit_directions(target, contrast).vectors
+    projected = fit_directions(target, contrast, remove_mean_of=neutral).vectors
+    unit = torch.nn.functional.normalize(neutral.mean, dim=1)
+    assert (projected * unit).sum(dim=1).abs().max() < 1e-12
+    removed = plain - projected
+    along = (removed * unit).sum(dim=1, keepdim=True) * unit
+    torch.testing.assert_close(removed, along, rtol=0, atol=1e-12)
+
+
+def test_a_stack_keeps_the_order_of_preference():
+    directions = Directions(torch.randn(L, H, dtype=torch.float64))
+    found = stack(directions, (3, 1))
+    first = directions.vectors[2] / directions.vectors[2].norm()
+    assert found.layers == (3, 1)
+    torch.testing.assert_close(found.basis[:, 0], first)
+
+
+def test_dependent_layers_are_named():
+    vectors = torch.randn(L, H, dtype=torch.float64)
+    vectors[2] = -5 * vectors[0]
+    with pytest.raises(DirectionError, match=r"layer 3 lies in the span of layer 1"):
+        stack(Directions(vectors), (1, 3))
+
+
+def test_a_subspace_survives_its_file(tmp_path):
+    directions = Directions(torch.randn(L, H, dtype=torch.float64))
+    subspace = stack(directions, (2, 4))
+    save_directions(tmp_path / "d.safetensors", directions, subspace)
+    found = load_subspace(tmp_path / "d.safetensors")
+    assert found.layers == (2, 4)
+    torch.testing.assert_close(found.basis, subspace.basis, rtol=0, atol=1e-14)
+
+
+def test_somebody_elses_subspace_is_made_orthonormal(tmp_path):
+    raw = torch.randn(H, 2) * torch.tensor([5.0, 0.1])
+    save_file({"subspace": raw}, tmp_path / "q.safetensors", metadata={"layers": "third"})
+    found = load_subspace(tmp_path / "q.safetensors")
+    eye = torch.eye(2, dtype=torch.float64)
+    torch.testing.assert_close(found.basis.T @ found.basis, eye, rtol=0, atol=1e-12)
+    assert found.layers == ()
+
+
+@pytest.mark.parametrize(
+    ("tensors", "says"),
+    [
+        ({"other": torch.zeros(2)}, "it holds other"),
+        ({"subspace": torch.zeros(H)}, "shape"),
+        ({"subspace": torch.zeros(H, 2, dtype=torch.int32)}, "floating-point"),
+        ({"subspace": torch.zeros(H, 0)}, "k is 0"),
+        ({"subspace": torch.zeros(H, 1)}, "column 0"),
+        ({"subspace": torch.full((H, 1), float("nan"))}, "column 0"),
+        ({"subspace": torch.ones(H, 2)}, "column 1"),
+        ({"subspace": torch.ones(2, 3)}, "3 directions"),
+    ],
+)
+def test_files_without_a_subspace(tmp_path, tensors, says):
+    save_file(tensors, tmp_path / "q.safetensors")
+    with pytest.raises(DirectionError, match=says):
+        load_subspace(tmp_path / "q.safetensors")
+
+
+@pytest.mark.parametrize("content", [b"", b"not a tensor file", json.dumps({}).encode() * 9])
+def test_files_that_are_no_safetensors(tmp_path, content):
+    (tmp_path / "q.safetensors").write_bytes(content)
+    with pytest.raises(DirectionError, match=r"Cannot read a subspace"):
+        load_subspace(tmp_path / "q.safetensors")

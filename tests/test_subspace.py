@@ -1,0 +1,204 @@
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from abliterator.errors import DirectionError
+from abliterator.formats import FORMATS, other_neighbour
+from abliterator.subspace import (
+    Moments,
+    ablate,
+    compensate,
+    keep_column_norms,
+    orthonormal_basis,
+    squared_write,
+)
+
+H = 64
+
+
+def basis_of(k: int, seed: int = 0, dim: int = H) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return orthonormal_basis(torch.randn(k, dim, generator=generator))
+
+
+def panel(columns: int = 40, dtype: torch.dtype = torch.float64) -> torch.Tensor:
+    return torch.randn(H, columns, generator=torch.Generator().manual_seed(7)).to(dtype)
+
+
+# ---- moments
+
+
+@given(st.lists(st.integers(1, 5), min_size=1, max_size=5))
+@settings(max_examples=30, deadline=None)
+def test_streaming_moments_equal_one_batch(sizes):
+    vectors = torch.randn(sum(sizes), 3, 8, dtype=torch.float64) * 5 + 100
+    moments = Moments(3, 8)
+    for batch in vectors.split(sizes):
+        moments.update(batch)
+    found = moments.freeze()
+    assert found.n == len(vectors)
+    torch.testing.assert_close(found.mean, vectors.mean(dim=0), rtol=1e-13, atol=0)
+    oracle = ((vectors - vectors.mean(dim=0)) ** 2).sum(dim=0)
+    torch.testing.assert_close(found.m2, oracle, rtol=1e-9, atol=1e-9)
+
+
+def test_moments_keep_small_differences_beside_huge_activations():
+    """An attention sink of 24,900 must not swallow a difference of 1e-4 (float32 sums would)."""
+    moments = Moments(1, 2)
+    for _ in range(1000):
+        moments.update(torch.tensor([[[24_900.0, 1e-4]]], dtype=torch.float32))
+    assert moments.freeze().mean[0].tolist() == pytest.approx([24_900.0, 1e-4], rel=1e-7)
+
+
+def test_frozen_moments_do_not_change_with_later_updates():
+    moments = Moments(1, 2)
+    moments.update(torch.ones(1, 1, 2))
+    before = moments.freeze()
+    moments.update(torch.full((3, 1, 2), 9.0))
+    assert before.mean.tolist() == [[1.0, 1.0]]
+    assert before.n == 1
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_values_that_are_not_finite_name_their_layer(bad):
+    vectors = torch.zeros(2, 4, 3)
+    vectors[1, 2, 0] = bad
+    with pytest.raises(DirectionError, match="layer 3"):
+        Moments(4, 3).update(vectors)
+
+
+# ---- bases
+
+
+@pytest.mark.parametrize("k", [1, 2, 5])
+def test_a_basis_is_orthonormal_and_spans_the_directions(k):
+    directions = torch.randn(k, H) * torch.logspace(-3, 3, k)[:, None]
+    q = orthonormal_basis(directions)
+    assert q.shape == (H, k)
+    torch.testing.assert_close(q.T @ q, torch.eye(k, dtype=torch.float64), rtol=0, atol=1e-12)
+    left = directions.double() - directions.double() @ q @ q.T
+    assert left.norm() <= 1e-10 * directions.double().norm()
+
+
+def test_a_basis_of_one_is_the_unit_direction_with_its_sign():
+    direction = torch.randn(1, H)
+    unit = direction[0].double() / direction[0].double().norm()
+    torch.testing.assert_close(orthonormal_basis(direction)[:, 0], unit, rtol=0, atol=1e-14)
+
+
+def test_a_dependent_direction_is_named():
+    a, b = torch.randn(2, H, dtype=torch.float64)
+    with pytest.raises(DirectionError, match="layer 9"):
+        orthonormal_basis(torch.stack([a, b, 2 * a - 3 * b]), ["layer 4", "layer 5", "layer 9"])
+
+
+@pytest.mark.parametrize("length", [0.0, float("nan"), float("inf")])
+def test_a_direction_without_a_length_is_named(length):
+    directions = torch.randn(2, H)
+    directions[1, :] = length
+    with pytest.raises(DirectionError, match="layer 2"):
+        orthonormal_basis(directions, ["layer 1", "layer 2"])
+
+
+def test_more_directions_than_dimensions():
+    with pytest.raises(DirectionError, match="3 directions"):
+        orthonormal_basis(torch.randn(3, 2))
+
+
+# ---- the edit
+
+
+@pytest.mark.parametrize("k", [1, 3])
+def test_full_strength_leaves_nothing_and_is_idempotent(k):
+    w, q = panel(), basis_of(k)
+    edited = ablate(w, q, 1.0)
+    assert (q.T @ edited).norm() <= 1e-13 * (q.T @ w).norm()
+    torch.testing.assert_close(ablate(edited, q, 1.0), edited, rtol=0, atol=1e-14)
+
+
+@pytest.mark.parametrize("strength", [0.25, 0.5, 1.5])
+def test_a_strength_leaves_exactly_its_share(strength):
+    w, q = panel(), basis_of(2)
+    left = q.T @ ablate(w, q, strength)
+    torch.testing.assert_close(left, (1 - strength) * (q.T @ w), rtol=1e-11, atol=1e-12)
+
+
+def test_the_orthogonal_complement_is_unchanged_and_the_change_has_rank_k():
+    w, q = panel(), basis_of(3)
+    change = ablate(w, q, 1.0) - w
+    complement = torch.eye(H, dtype=torch.float64) - q @ q.T
+    assert (complement @ change).norm() <= 1e-13 * w.norm()
+    assert torch.linalg.matrix_rank(change, rtol=1e-10) == 3
+
+
+def test_the_edit_against_its_definition():
+    w, q = panel(), basis_of(2)
+    slow = torch.stack([c - 0.7 * sum((c @ v) * v for v in q.T) for c in w.T], dim=1)
+    torch.testing.assert_close(ablate(w, q, 0.7), slow, rtol=1e-12, atol=1e-13)
+
+
+def test_the_edit_is_on_the_output_side():
+    """`nn.Linear` weights are [out, in]: the edited layer writes nothing along Q, for any input."""
+    linear = torch.nn.Linear(H, H, bias=False).double()
+    q = basis_of(1)
+    x = torch.randn(5, H, dtype=torch.float64)
+    assert (linear(x) @ q).norm() > 0.1  # it does write there before
+    linear.weight.data = ablate(linear.weight.data, q, 1.0)
+    assert (linear(x) @ q).norm() < 1e-13
+    linear.weight.data = ablate(torch.randn(H, H).double().T, q, 1.0).T  # the wrong side
+    assert (linear(x) @ q).norm() > 0.1
+
+
+def test_kept_column_norms_keep_the_edit_exact():
+    w, q = panel(), basis_of(2)
+    edited = keep_column_norms(ablate(w, q, 1.0), w)
+    torch.testing.assert_close(edited.norm(dim=0), w.norm(dim=0), rtol=1e-12, atol=0)
+    assert (q.T @ edited).norm() <= 1e-13 * (q.T @ w).norm()
+    rows = ablate(w, q, 1.0)
+    rows = rows * (w.norm(dim=1) / rows.norm(dim=1))[:, None]
+    assert (q.T @ rows).norm() > 0.01 * (q.T @ w).norm()  # which is why rows are not offered
+
+
+def test_a_column_inside_the_subspace_is_not_blown_up():
+    q = basis_of(1)
+    w = torch.cat([q * 3, panel(1)], dim=1)
+    edited = keep_column_norms(ablate(w, q, 1.0), w)
+    assert edited[:, 0].norm() < 1e-12
+    assert torch.isfinite(edited).all()
+
+
+# ---- compensated rounding
+
+
+@pytest.mark.parametrize("name", ["BF16", "F16"])
+@pytest.mark.parametrize("k", [1, 4])
+def test_compensated_rounding_leaks_less_for_hardly_more_noise(name, k):
+    fmt = FORMATS[name]
+    q = basis_of(k, dim=1024).float()
+    stored = (0.02 * torch.randn(1024, 300)).to(fmt.stored_dtype).float()
+    exact = ablate(stored, q, 1.0)
+    nearest = exact.to(fmt.stored_dtype)
+    other = other_neighbour(nearest, exact, fmt)
+    choice = compensate(nearest.float(), other.float(), exact, q)
+    best = torch.where(choice, other, nearest).float()
+    wrote = squared_write(stored, q) ** 0.5
+    plain, compensated = (squared_write(w, q) ** 0.5 / wrote for w in (nearest.float(), best))
+    assert compensated < plain / 50
+    assert (best - exact).norm() < 1.05 * (nearest.float() - exact).norm()
+
+
+def test_every_stored_element_is_a_neighbour_of_the_exact_one():
+    fmt = FORMATS["BF16"]
+    exact = ablate(panel(50, torch.float32), basis_of(2).float(), 1.0)
+    nearest = exact.to(torch.bfloat16)
+    other = other_neighbour(nearest, exact, fmt)
+    low, high = torch.minimum(nearest, other).float(), torch.maximum(nearest, other).float()
+    assert ((low <= exact) & (exact <= high)).all()
+
+
+def test_nothing_is_moved_where_storing_is_exact():
+    fmt = FORMATS["F32"]
+    exact = panel(10, torch.float32).double()
+    nearest = exact.to(torch.float32)
+    assert torch.equal(other_neighbour(nearest, exact, fmt), nearest)
