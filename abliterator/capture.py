@@ -87,9 +87,7 @@ def load_moments(path: Path) -> dict[str, MomentSet]:
     tensors = load_file(path)
     names = {name.rpartition(".")[0] for name in tensors}
     return {
-        name: MomentSet(
-            int(tensors[f"{name}.n"]), tensors[f"{name}.mean"], tensors[f"{name}.m2"]
-        )
+        name: MomentSet(int(tensors[f"{name}.n"]), tensors[f"{name}.mean"], tensors[f"{name}.m2"])
         for name in sorted(names)
     }
 

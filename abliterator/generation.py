@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 
 from abliterator.errors import GenerationError
-from abliterator.model import CHATML_STOPS, LoadedModel, chat_format, run_batches
+from abliterator.model import LoadedModel, run_batches
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedModel
@@ -54,8 +54,6 @@ def stop_ids(loaded: LoadedModel) -> tuple[int, ...]:
         found.update(
             declared if isinstance(declared, list) else [] if declared is None else [declared]
         )
-    if chat_format(loaded.model) == "chatml":
-        found.update(loaded.tokenizer.convert_tokens_to_ids(list(CHATML_STOPS)))
     return tuple(sorted(found))
 
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import atexit
 import os
+import shutil
 import tempfile
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 # Where transformers copies remote code to before it runs it.
 os.environ["HF_MODULES_CACHE"] = tempfile.mkdtemp(prefix="abliterator-modules-")
+atexit.register(shutil.rmtree, os.environ["HF_MODULES_CACHE"], ignore_errors=True)
 
 from functools import cache
 from pathlib import Path

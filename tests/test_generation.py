@@ -145,9 +145,3 @@ def test_stop_ids_gather_every_declaration(tiny_loaded):
     assert stop_ids(dataclasses.replace(loaded, model=model)) == (2, 5, 7, 9)
     model.generation_config.eos_token_id = model.config.eos_token_id = None
     assert stop_ids(dataclasses.replace(loaded, model=model)) == (2,)
-
-
-def test_qwen_1_stops_at_its_turn_tokens(tiny_loaded):
-    loaded = tiny_loaded("qwen")
-    turn = loaded.tokenizer.convert_tokens_to_ids(["<|im_start|>", "<|im_end|>"])
-    assert {*turn, loaded.model.generation_config.eos_token_id} <= set(stop_ids(loaded))

@@ -211,6 +211,28 @@ def test_remote_code_runs_only_when_trusted(tiny_folder):
     assert type(loaded.model).__name__ == "QWenLMHeadModel"
 
 
+def test_remote_code_that_changes_weights_is_caught(tiny_folder, tmp_path):
+    folder = shutil.copytree(tiny_folder("qwen"), tmp_path / "model")
+    code = (folder / "modeling_qwen.py").read_text()
+    # As in Qwen 1: a buffer that is not stored has the module initialised, weights and all.
+    buffer = "self.base = config.rotary_emb_base\n"
+    initialiser = "    _supports_sdpa = True\n"
+    assert buffer in code
+    assert initialiser in code
+    code = code.replace(
+        buffer, buffer + "        self.register_buffer('b', torch.ones(1), persistent=False)\n"
+    )
+    code = code.replace(
+        initialiser,
+        initialiser + "    def _init_weights(self, module):\n"
+        "        for name, parameter in module.named_parameters():\n"
+        "            if name == 'c_proj.weight': parameter.data.normal_()\n",
+    )
+    (folder / "modeling_qwen.py").write_text(code)
+    with pytest.raises(GenerationError, match=r"changed transformer\.h\.\d\.attn\.c_proj"):
+        load_model(folder, device="cpu", dtype=None, trust_remote_code=True)
+
+
 @pytest.mark.parametrize("where", ["__init__", "forward"])
 def test_remote_code_of_another_age_is_a_named_error(tiny_folder, tmp_path, where):
     folder = shutil.copytree(tiny_folder("qwen"), tmp_path / where)
@@ -282,18 +304,6 @@ def test_a_template_that_refuses_a_system_prompt(with_template):
 def test_a_prompt_does_not_know_what_day_it_is(with_template, template):
     tokenizer = with_template(template)
     assert tokenizer.decode(render_chat(tokenizer, "eat")) == "26 Jul 2024"
-
-
-def test_qwen_1_has_its_chat_format_without_a_template(tiny_loaded):
-    tokenizer = tiny_loaded("qwen").tokenizer
-    text = tokenizer.decode(render_chat(tokenizer, "eat"))
-    assert text == (
-        "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
-        "<|im_start|>user\neat<|im_end|>\n<|im_start|>assistant\n"
-    )
-    assert "be brief<|im_end|>\n<|im_start|>user" in tokenizer.decode(
-        render_chat(tokenizer, "eat", system="be brief")
-    )
 
 
 # Hooks

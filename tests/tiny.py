@@ -134,11 +134,12 @@ def _random(family: str) -> torch.nn.Module:
 def _random_qwen() -> torch.nn.Module:
     from tests.remote_qwen.modeling_qwen import QWenConfig, QWenLMHeadModel
 
-    return QWenLMHeadModel(QWenConfig(**_SIZES))
+    own = {"seq_length": 256, "kv_channels": 8, "rotary_pct": 1.0, "rotary_emb_base": 500.0}
+    return QWenLMHeadModel(QWenConfig(**_SIZES, **own, no_bias=True, layer_norm_epsilon=1e-6))
 
 
 def _add_remote_code(folder: Path) -> None:
-    """Qwen 1's chat models: own code, no chat template, ChatML marked in generation_config."""
+    """Makes the folder run our code in place of Qwen 1's."""
     shutil.copy(Path(__file__).parent / "remote_qwen" / "modeling_qwen.py", folder)
     config = json.loads((folder / "config.json").read_text())
     config["auto_map"] = {
@@ -146,7 +147,3 @@ def _add_remote_code(folder: Path) -> None:
         "AutoModelForCausalLM": "modeling_qwen.QWenLMHeadModel",
     }
     (folder / "config.json").write_text(json.dumps(config))
-    (folder / "chat_template.jinja").unlink()
-    (folder / "generation_config.json").write_text(
-        json.dumps({"chat_format": "chatml", "eos_token_id": 3, "pad_token_id": 3})
-    )

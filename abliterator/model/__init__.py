@@ -11,18 +11,16 @@ today in a prompt. It does not know what hooks compute, nor which modules matter
         loaded.model(torch.tensor([ids]))
 """
 
-from abliterator.model._chat import CHATML_STOPS, chat_format, render_chat
+from abliterator.model._chat import render_chat
 from abliterator.model._load import LoadedModel, load_model
 from abliterator.model._run import Hook, block_paths, equal_length_batches, hooked, run_batches
 from abliterator.model._source import ModelSource, resolve_folder
 
 __all__ = [
-    "CHATML_STOPS",
     "Hook",
     "LoadedModel",
     "ModelSource",
     "block_paths",
-    "chat_format",
     "equal_length_batches",
     "hooked",
     "load_model",

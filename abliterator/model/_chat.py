@@ -1,4 +1,4 @@
-"""A prompt as the model was trained to read it, and the tokens that end its answer."""
+"""A prompt as the model was trained to read it."""
 
 from __future__ import annotations
 
@@ -8,30 +8,13 @@ from typing import TYPE_CHECKING, Any
 from abliterator.errors import UnsupportedModel
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-# Qwen 1 is older than chat templates: its own code writes this text, and generation_config.json
-# marks the chat models by "chat_format". The system prompt is that code's default.
-CHATML = """\
-{%- if messages[0]['role'] != 'system' %}
-{{- '<|im_start|>system\\nYou are a helpful assistant.<|im_end|>\\n' }}
-{%- endif %}
-{%- for message in messages %}
-{{- '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}
-{%- endfor %}
-{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}"""
-CHATML_STOPS = ("<|im_end|>", "<|im_start|>")
+    from transformers import PreTrainedTokenizerBase
 
 # Some templates write today's date: prompts, and so directions, would change from day to day. This
 # is the date that Llama 3's template falls back to. A macro, because a template sees plain data
 # only, never a function of ours.
 _FIXED_DATE = "26 Jul 2024"
 _FIXED_CLOCK = "{%- macro strftime_now(format) %}" + _FIXED_DATE + "{% endmacro %}"
-
-
-def chat_format(model: PreTrainedModel) -> str | None:
-    """How Qwen 1 says that it is a chat model ("chatml"); other models have no such field."""
-    return getattr(model.generation_config, "chat_format", None)
 
 
 def render_chat(

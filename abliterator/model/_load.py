@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from abliterator.errors import CheckpointError, GenerationError, RecipeError
-from abliterator.model._chat import CHATML, chat_format, one_line
+from abliterator.model._chat import one_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -56,8 +56,6 @@ def load_model(
         raise RecipeError(f"dtype is {dtype!r}, expected one of {', '.join(_DTYPES)}.")
     model = _load_weights(folder, _DTYPES[dtype] if dtype else "auto", trust_remote_code)
     tokenizer = _load_tokenizer(folder, trust_remote_code)
-    if tokenizer.chat_template is None and chat_format(model) == "chatml":
-        tokenizer.chat_template = CHATML
     try:
         model = model.to(device).eval().requires_grad_(False)
     except (RuntimeError, AssertionError) as error:
@@ -66,6 +64,7 @@ def load_model(
             "device that this machine has and that can hold the model; `cpu` always works."
         ) from error
     if trust_remote_code:
+        _require_stored_weights(model, folder)
         _require_that_it_runs(model)
     return LoadedModel(model, tokenizer, folder, device)
 
@@ -105,6 +104,26 @@ def _load_weights(
         )
     loaded: PreTrainedModel = model
     return loaded
+
+
+def _require_stored_weights(model: PreTrainedModel, folder: Path) -> None:
+    """Stops at a model whose own code overwrote what was loaded.
+
+    Initialisers older than transformers 5 do: Qwen 1's gives attn.c_proj new random numbers.
+    """
+    from safetensors import safe_open
+
+    parameters = dict(model.named_parameters())
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, "pt") as stored:
+            for name in stored.keys() & parameters.keys():
+                found = parameters[name].cpu()
+                if not torch.equal(found, stored.get_tensor(name).to(found.dtype)):
+                    raise GenerationError(
+                        f"The model's own Python code changed {name} after it was loaded: it was "
+                        "probably written for an older transformers. Use a conversion of the "
+                        "model to an architecture that transformers has."
+                    )
 
 
 def _require_that_it_runs(model: PreTrainedModel) -> None:

@@ -1,8 +1,8 @@
-"""Turn a Qwen 1 checkpoint (Qwen-1.8B-Chat, 7B, 14B, 72B) into a Qwen 2 folder with the same function.
+"""Turn a Qwen 1 checkpoint (Qwen-1.8B-Chat, 7B, 14B, 72B) into a Qwen 2 folder that does the same.
 
 Qwen 1 runs Python from its repository, which transformers 5 can no longer run. Its architecture is
-that of Qwen 2, with q, k and v in one tensor: the weights are renamed and c_attn is cut in three, so
-that every number stays what it was, and no code of the repository is run.
+that of Qwen 2 with q, k and v in one tensor: the weights are renamed and c_attn is cut in three,
+so that every number stays what it was, and no code of the repository is run.
 
     hf download Qwen/Qwen-1_8B-Chat --local-dir qwen-1.8b-chat-original
     python recipes/qwen1/make_model.py qwen-1.8b-chat-original qwen-1.8b-chat
@@ -66,7 +66,6 @@ def convert_config(old: dict[str, Any]) -> dict[str, Any]:
         "eos_token_id": None,  # see generation_config.json
         "hidden_act": "silu",
         "hidden_size": old["hidden_size"],
-        "initializer_range": old["initializer_range"],
         "intermediate_size": old["intermediate_size"] // 2,  # Qwen 1 counts gate and up together
         "max_position_embeddings": old["seq_length"],
         "num_attention_heads": old["num_attention_heads"],
@@ -134,7 +133,9 @@ def convert_tokenizer(vocabulary: Path, *, chat: bool) -> Any:
     raw = Tokenizer(models.BPE(vocab, merges, ignore_merges=True))
     raw.normalizer = normalizers.NFC()
     split = pre.Split(Regex(WORDS), behavior="isolated")
-    raw.pre_tokenizer = pre.Sequence([split, pre.ByteLevel(add_prefix_space=False, use_regex=False)])
+    raw.pre_tokenizer = pre.Sequence(
+        [split, pre.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
     raw.decoder = decoders.ByteLevel()
     raw.add_special_tokens([AddedToken(t, normalized=False, special=True) for t in SPECIAL])
     tokenizer = PreTrainedTokenizerFast(
@@ -148,6 +149,7 @@ def convert_tokenizer(vocabulary: Path, *, chat: bool) -> Any:
 
 
 def write_json(path: Path, value: Any) -> None:
+    """Writes indented JSON."""
     path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
 
@@ -173,6 +175,7 @@ def convert(folder: Path, out: Path) -> None:
 @click.argument("folder", type=click.Path(path_type=Path, exists=True, file_okay=False))
 @click.argument("out", type=click.Path(path_type=Path))
 def main(folder: Path, out: Path) -> None:
+    """The command line: its help is the text at the top of this file."""
     if out.exists():
         raise click.ClickException(f"{out} exists already. Give a new folder.")
     convert(folder, out)

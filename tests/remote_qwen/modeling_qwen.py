@@ -11,11 +11,6 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 
 class QWenConfig(PretrainedConfig):
     model_type = "qwen"
-    hidden_size = 32
-    num_hidden_layers = 3
-    num_attention_heads = 4
-    intermediate_size = 64
-    vocab_size = 512
     tie_word_embeddings = False
 
 
@@ -28,10 +23,21 @@ class RMSNorm(nn.Module):
         return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6) * self.weight
 
 
+def rotated(x, start, base):
+    """Rotary positions from `start` on, on [batch, heads, length, width]."""
+    half = x.shape[-1] // 2
+    positions = torch.arange(start, start + x.shape[2], dtype=torch.float32)
+    angles = torch.outer(positions, base ** -(torch.arange(half) / half))
+    turn = torch.polar(torch.ones_like(angles), angles)
+    turned = torch.complex(x[..., :half].float(), x[..., half:].float()) * turn
+    return torch.cat((turned.real, turned.imag), dim=-1).type_as(x)
+
+
 class Attention(nn.Module):
     def __init__(self, config, index):
         super().__init__()
         self.heads, self.index = config.num_attention_heads, index
+        self.base = config.rotary_emb_base
         self.c_attn = nn.Linear(config.hidden_size, 3 * config.hidden_size)
         self.c_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
 
@@ -41,6 +47,8 @@ class Attention(nn.Module):
             part.view(batch, length, self.heads, -1).transpose(1, 2)
             for part in self.c_attn(x).chunk(3, dim=-1)
         )
+        start = cache.get_seq_length(self.index) if cache is not None else 0
+        q, k = rotated(q, start, self.base), rotated(k, start, self.base)
         if cache is not None:
             k, v = cache.update(k, v, self.index)
         out = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
