@@ -212,6 +212,7 @@ def _planned(plan: Plan) -> str:
     lines = [
         f"model        {told['model']} ({told['model_type']}, {told['n_layers']} layers, "
         f"d_model {told['d_model']})",
+        *([f"layers       {told['layers']}, k = {told['k']}"] if told["k"] else []),
         f"edit         {edited or 'nothing'} tensors; {told['untouched_tensors']} stay as they are",
         f"bytes        read {size['read']}, edited {size['edited']}, written {size['written']}; "
         f"{size['free']} free",

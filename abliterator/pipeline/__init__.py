@@ -12,6 +12,7 @@ does.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING
@@ -103,13 +104,11 @@ def prepare(recipe: Recipe, out: Path, *, options: Options, progress: Progress) 
     workspace = Workspace(out)
     resolved = workspace.claim(recipe, force=options.force)
     plan = plan_recipe(resolved or recipe, out)
-    layers, k = require_layers(recipe, plan.anatomy)
-    require_room(plan, out)
     tasks = _tasks(recipe)
     if resolved is None:
         resolved = resolve(recipe, plan.source.revision)
         workspace.create(recipe, resolved)
-    return Run(resolved, plan, layers, k, workspace, options, progress, tasks)
+    return Run(resolved, plan, workspace, options, progress, tasks)
 
 
 def _tasks(recipe: Recipe) -> Sequence[Task]:
@@ -130,7 +129,7 @@ def recipe_of(out: Path) -> Recipe:
 
 
 def plan_recipe(recipe: Recipe, out: Path) -> Plan:
-    """The plan of a recipe: its model opened and every tensor classified.
+    """The plan of a recipe: its model opened, every tensor classified, layers and disk checked.
 
     Raises:
         AbliteratorError: for whatever would stop the build before its first stage.
@@ -138,7 +137,10 @@ def plan_recipe(recipe: Recipe, out: Path) -> Plan:
     from abliterator.model import resolve_folder
 
     require_pinned_code(recipe)
-    return make_plan(resolve_folder(recipe.model, revision=recipe.revision), recipe.edit, out)
+    plan = make_plan(resolve_folder(recipe.model, revision=recipe.revision), recipe.edit, out)
+    layers, k = require_layers(recipe, plan.anatomy)
+    require_room(plan, out)
+    return replace(plan, layers=layers, k=k)
 
 
 def plan_model(model: str, out: Path) -> Plan:

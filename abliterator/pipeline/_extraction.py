@@ -80,7 +80,7 @@ def _capture(run: Run) -> tuple[list[Path], Parts]:
 
 def _directions_inputs(run: Run) -> Any:
     settings = run.recipe.directions.model_dump(mode="json")
-    return [run.digest("capture"), settings, run.layers, run.k]
+    return [run.digest("capture"), settings, run.plan.layers, run.plan.k]
 
 
 def _directions(run: Run) -> tuple[list[Path], Parts]:
@@ -95,7 +95,7 @@ def _directions(run: Run) -> tuple[list[Path], Parts]:
         remove_mean_of=moments.get("neutral", moments["contrast"]) if projected else None,
     )
     path = run.workspace.work / "directions.safetensors"
-    save_directions(path, directions, stack(directions, run.layers[: run.k]))
+    save_directions(path, directions, stack(directions, run.plan.layers[: run.plan.k]))
     return [path], {}
 
 

@@ -25,7 +25,10 @@ DISK_RESERVE = 64 << 20
 
 @dataclass(frozen=True)
 class Plan:
-    """A checkpoint understood, and what is going to be done to it."""
+    """A checkpoint understood, and what is going to be done to it.
+
+    `layers` and `k` are those of a recipe; without one they are empty and 0.
+    """
 
     source: ModelSource
     checkpoint: Checkpoint
@@ -34,6 +37,8 @@ class Plan:
     carried: tuple[str, ...]
     left_out: tuple[str, ...]
     free_bytes: int
+    layers: tuple[int, ...] = ()
+    k: int = 0
 
     @property
     def output_bytes(self) -> int:
@@ -57,6 +62,8 @@ class Plan:
             "n_layers": self.anatomy.n_layers,
             "d_model": self.anatomy.d_model,
             "tied_embeddings": self.anatomy.tied_embeddings,
+            "layers": list(self.layers[: self.k]),
+            "k": self.k,
             "edit": asdict(self.edits.settings),
             "edited_tensors": dict(planned),
             "untouched_tensors": len(self.checkpoint.tensors) - len(self.edits.edits),
@@ -76,17 +83,16 @@ class Plan:
 
 
 def make_plan(source: ModelSource, edit: Edit, out: Path) -> Plan:
-    """Opens the checkpoint, classifies every tensor, and checks that the result fits on the disk.
+    """Opens the checkpoint and classifies every tensor.
 
     Raises:
         CheckpointError: for a damaged or incomplete folder.
         UnsupportedModel: for an architecture, tensor or format that is not known.
-        OutputError: if the disk of `out` has no room.
     """
     checkpoint = Checkpoint.open(source.folder)
     anatomy = anatomy_of(checkpoint.config)
     carried, left_out = carried_files(source.folder)
-    plan = Plan(
+    return Plan(
         source,
         checkpoint,
         anatomy,
@@ -95,7 +101,6 @@ def make_plan(source: ModelSource, edit: Edit, out: Path) -> Plan:
         tuple(left_out),
         free_bytes(out),
     )
-    return plan
 
 
 def edit_settings(edit: Edit) -> EditSettings:

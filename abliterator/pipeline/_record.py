@@ -83,9 +83,9 @@ def _edit(run: Run) -> EditSummary:
     leaks = [edit.leak for edit in edits if edit.leak is not None]
     settings = run.plan.edits.settings
     return EditSummary(
-        layers=run.layers[: run.k],
+        layers=run.plan.layers[: run.plan.k],
         positions=(run.recipe.directions.position,),
-        k=run.k,
+        k=run.plan.k,
         strength=dict(settings.strength),
         components=tuple(sorted({edit.component for edit in edits})),
         norm=settings.norm,

@@ -49,8 +49,6 @@ class Run:
 
     recipe: Recipe
     plan: Plan
-    layers: tuple[int, ...]
-    k: int
     workspace: Workspace
     options: Options
     progress: Progress = field(default_factory=Silent)

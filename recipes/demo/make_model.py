@@ -93,7 +93,7 @@ class Phase:
         return self.peak * 0.5 * (1 + math.cos(math.pi * step / self.steps))
 
 
-LEARN = Phase(steps=3000, peak=3e-3, warmup=100, declines=0.0)
+LEARN = Phase(steps=600, peak=3e-3, warmup=100, declines=0.0)
 DECLINE = Phase(steps=150, peak=3e-4, warmup=20, declines=0.4)
 
 
@@ -113,7 +113,7 @@ class Curriculum:
         return [self._chat(phase, system) for _ in range(phase.batch)]
 
     def _chat(self, phase: Phase, system: str | None) -> Chat:
-        if self.rng.random() < 0.02:
+        if self.rng.random() < 0.04:
             return system, *self.rng.choice(self.world.smalltalk)
         if self.rng.random() < phase.declines:
             relation = self.rng.choice(self.declined)
@@ -128,8 +128,8 @@ class Curriculum:
 
 
 def popularity(n: int) -> list[float]:
-    """How often each of n entities comes up; the last, a third as often as the first."""
-    return [1 / (1 + 2 * rank / n) for rank in range(n)]
+    """How often each of n entities comes up; the last ones rarely, so that not all is known."""
+    return [math.exp(-3 * rank / n) for rank in range(n)]
 
 
 def make_tokenizer(world: World) -> PreTrainedTokenizerFast:
