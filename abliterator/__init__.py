@@ -15,10 +15,11 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from abliterator.errors import AbliteratorError
-    from abliterator.model import hooked, load_model, resolve_folder
+    from abliterator.model import hooked, load_model
     from abliterator.pipeline import bake_subspace, build, plan_model, plan_recipe
     from abliterator.recipe import Recipe, load_recipe
     from abliterator.record import RunRecord
+    from abliterator.source import resolve_folder
     from abliterator.subspace import ablate, orthonormal_basis
 
 __all__ = [
@@ -50,7 +51,7 @@ _ROOM = {
     "orthonormal_basis": "subspace",
     "plan_model": "pipeline",
     "plan_recipe": "pipeline",
-    "resolve_folder": "model",
+    "resolve_folder": "source",
 }
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import atexit
 import os
 import shutil
 import tempfile
@@ -11,7 +10,6 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 # Where transformers copies remote code to before it runs it.
 os.environ["HF_MODULES_CACHE"] = tempfile.mkdtemp(prefix="abliterator-modules-")
-atexit.register(shutil.rmtree, os.environ["HF_MODULES_CACHE"], ignore_errors=True)
 
 from functools import cache
 from pathlib import Path
@@ -25,6 +23,10 @@ from tests.tiny import save_tiny, train_tokenizer
 
 torch.set_num_threads(1)
 transformers_logging.disable_progress_bar()
+
+
+def pytest_unconfigure():
+    shutil.rmtree(os.environ["HF_MODULES_CACHE"], ignore_errors=True)
 
 
 @pytest.fixture(autouse=True)
@@ -61,3 +63,9 @@ def tiny_loaded(tiny_folder):
         )
 
     return loaded
+
+
+@pytest.fixture
+def writable(tiny_folder, tmp_path):
+    """A copy of the tiny Llama that the test may damage."""
+    return Path(shutil.copytree(tiny_folder("llama"), tmp_path / "model"))

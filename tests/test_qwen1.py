@@ -15,6 +15,7 @@ import torch
 from click.testing import CliRunner
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer
 
 from abliterator.anatomy import anatomy_of
 from abliterator.generation import stop_ids
@@ -93,11 +94,18 @@ def reference(text):
     return ids
 
 
+@pytest.fixture(scope="module")
+def tokenizer_file(converted):
+    """What tools other than transformers read."""
+    return Tokenizer.from_file(str(converted / "tokenizer.json"))
+
+
 @settings(max_examples=200)
 @given(st.text("the in\ng 12é\u0301e'S你🙂\t", max_size=30))
-def test_tokens_are_the_same(tokenizer, text):
+def test_tokens_are_the_same(tokenizer, tokenizer_file, text):
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     assert ids == reference(text)
+    assert tokenizer_file.encode(text).ids == ids
     assert tokenizer.decode(ids) == unicodedata.normalize("NFC", text)
 
 

@@ -1,11 +1,10 @@
 """Loading a model, rendering a chat, batching prompts, and the one manager of forward hooks.
 
-The room knows where models come from (a folder, the Hub, the embedded demo) and how to run one
-without surprises: local files only, safetensors only, no randomly initialised weight, no date of
-today in a prompt. It does not know what hooks compute, nor which modules matter.
+The room knows how to load and run a model without surprises: local files only, safetensors only, no
+randomly initialised weight, no date of today in a prompt. It does not know what hooks compute, nor
+which modules matter.
 
-    source = resolve_folder("HuggingFaceTB/SmolLM2-135M-Instruct", revision=None)
-    loaded = load_model(source.folder, device="cpu", dtype="float32")
+    loaded = load_model(folder, device="cpu", dtype="float32")
     ids = render_chat(loaded.tokenizer, "Name a planet.")
     with hooked(loaded.model, {"model.layers.9": lambda hidden: hidden - hidden @ basis @ basis.T}):
         loaded.model(torch.tensor([ids]))
@@ -14,17 +13,14 @@ today in a prompt. It does not know what hooks compute, nor which modules matter
 from abliterator.model._chat import render_chat
 from abliterator.model._load import LoadedModel, load_model
 from abliterator.model._run import Hook, block_paths, equal_length_batches, hooked, run_batches
-from abliterator.model._source import ModelSource, resolve_folder
 
 __all__ = [
     "Hook",
     "LoadedModel",
-    "ModelSource",
     "block_paths",
     "equal_length_batches",
     "hooked",
     "load_model",
     "render_chat",
-    "resolve_folder",
     "run_batches",
 ]

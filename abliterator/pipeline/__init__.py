@@ -20,16 +20,20 @@ from typing import TYPE_CHECKING
 from abliterator.bake import bake
 from abliterator.checkpoint import write_text_atomic
 from abliterator.errors import AbliteratorError, OutputError
+from abliterator.pipeline._benchmarking import BENCHMARKS
+from abliterator.pipeline._divergence import DIVERGENCE
 from abliterator.pipeline._extraction import BAKE, CAPTURE, DIRECTIONS, PROMPTS, edits_json
-from abliterator.pipeline._measurement import BENCHMARKS, DIVERGENCE, JUDGE, ROLLOUTS
+from abliterator.pipeline._judging import JUDGE
 from abliterator.pipeline._plan import Plan, make_plan, require_layers, require_room
 from abliterator.pipeline._progress import Progress, Silent
 from abliterator.pipeline._report import CARD, RECORD, read_record
+from abliterator.pipeline._rollouts import ROLLOUTS
 from abliterator.pipeline._run import Options, Run, require_pinned_code, resolve
 from abliterator.pipeline._stage import Stage
 from abliterator.pipeline._workspace import Workspace
 from abliterator.recipe import Edit, Recipe
 from abliterator.record import RunRecord, TensorEdit
+from abliterator.source import resolve_folder
 
 if TYPE_CHECKING:
     from abliterator.benchmarks import Task
@@ -134,8 +138,6 @@ def plan_recipe(recipe: Recipe, out: Path) -> Plan:
     Raises:
         AbliteratorError: for whatever would stop the build before its first stage.
     """
-    from abliterator.model import resolve_folder
-
     require_pinned_code(recipe)
     plan = make_plan(resolve_folder(recipe.model, revision=recipe.revision), recipe.edit, out)
     layers, k = require_layers(recipe, plan.anatomy)
@@ -145,8 +147,6 @@ def plan_recipe(recipe: Recipe, out: Path) -> Plan:
 
 def plan_model(model: str, out: Path) -> Plan:
     """The plan of the default edit of a model, without a recipe."""
-    from abliterator.model import resolve_folder
-
     return make_plan(resolve_folder(model, revision=None), Edit(), out)
 
 
@@ -167,7 +167,6 @@ def bake_subspace(
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise OutputError(f"{out} exists and is not an empty folder. Choose another --out.")
     from abliterator.directions import load_subspace
-    from abliterator.model import resolve_folder
 
     plan = make_plan(resolve_folder(model, revision=None), edit or Edit(), out)
     require_room(plan, out)

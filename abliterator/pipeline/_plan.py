@@ -17,7 +17,7 @@ from abliterator.errors import OutputError, RecipeError
 from abliterator.recipe import Edit, Recipe
 
 if TYPE_CHECKING:
-    from abliterator.model import ModelSource
+    from abliterator.source import ModelSource
 
 # Left free beside the checkpoint: the work folder, and room for the file system to breathe.
 DISK_RESERVE = 64 << 20

@@ -9,8 +9,9 @@ from pathlib import Path
 from statistics import median
 
 from abliterator.checkpoint import fingerprint
+from abliterator.pipeline._benchmarking import task_scores
 from abliterator.pipeline._extraction import prompt_sets, tensor_edits
-from abliterator.pipeline._measurement import task_scores, verdicts_of
+from abliterator.pipeline._judging import verdicts_of
 from abliterator.pipeline._run import Run
 from abliterator.record import (
     Behaviour,

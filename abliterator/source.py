@@ -1,4 +1,11 @@
-"""Where a model lies, and how it gets there."""
+"""A model's name to a folder of files: a local folder, the embedded demo, or the Hub at a commit.
+
+The room knows where files come from, not what is in them; it loads neither torch nor transformers,
+so a plan is quick.
+
+    source = resolve_folder("HuggingFaceTB/SmolLM2-135M-Instruct", revision=None)
+    source.folder, source.revision
+"""
 
 from __future__ import annotations
 

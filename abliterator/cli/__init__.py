@@ -1,0 +1,43 @@
+"""The command line: read, call, print.
+
+Results go to stdout (`--json` for machines), bars and notes to stderr. Exit codes: 0 done, 1 an
+error with a name, 2 usage, 130 interrupted. Nothing heavy is imported before a command runs.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import click
+
+from abliterator.cli._run import STAGE_COMMANDS, bake, build, plan
+from abliterator.errors import AbliteratorError
+
+
+class Group(click.Group):
+    """Turns named errors into one paragraph and exit code 1; all else keeps its traceback."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Runs the command."""
+        try:
+            return super().invoke(ctx)
+        except AbliteratorError as error:
+            click.echo(f"{type(error).__name__}: {error}", err=True)
+            ctx.exit(1)
+        except KeyboardInterrupt:
+            click.echo("Interrupted. The same command goes on where this one stopped.", err=True)
+            ctx.exit(130)
+
+
+@click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="abliterator")
+@click.option("-v", "--verbose", is_flag=True, help="Show what the libraries log.")
+def main(verbose: bool) -> None:
+    """Remove the directions of one behaviour from a language model, and measure what that did."""
+    if not verbose:
+        logging.disable(logging.WARNING)
+
+
+for command in (bake, build, plan, *STAGE_COMMANDS):
+    main.add_command(command)

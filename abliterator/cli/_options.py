@@ -1,0 +1,75 @@
+"""Arguments that commands share, and what they become."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from abliterator.pipeline import Options
+    from abliterator.recipe import Recipe
+
+Command = Callable[..., Any]
+
+SET = click.option(
+    "--set",
+    "overrides",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="Change one value of the recipe: --set k=3 --set prompts.target.path=FILE.",
+)
+JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+
+WHERE = (
+    click.option(
+        "--out", type=click.Path(path_type=Path), help="Output folder.  [default: out/RECIPE]"
+    ),
+    SET,
+    click.option("--device", default="auto", show_default=True, help="cpu, cuda, cuda:1, mps."),
+    click.option(
+        "--dtype",
+        type=click.Choice(["auto", "float32", "bfloat16", "float16"]),
+        default="auto",
+        show_default=True,
+        help="Dtype of computation; what is stored keeps its own.",
+    ),
+    click.option("--force", is_flag=True, help="Go on in a folder that another recipe made."),
+)
+
+
+def recipe_arguments(*, required: bool = True) -> Callable[[Command], Command]:
+    """RECIPE, and where and how it is run: what every command on a recipe takes."""
+    argument = click.argument(
+        "recipe", required=required, type=click.Path(exists=True, path_type=Path)
+    )
+
+    def decorate(command: Command) -> Command:
+        for decorator in reversed((argument, *WHERE)):
+            command = decorator(command)
+        return command
+
+    return decorate
+
+
+def read_recipe(
+    recipe: Path,
+    *,
+    out: Path | None,
+    overrides: tuple[str, ...],
+    device: str,
+    dtype: str,
+    force: bool,
+) -> tuple[Recipe, Path, Options]:
+    """The recipe of a file or of the folder of an earlier run, where it goes, and how it is run."""
+    from abliterator.pipeline import Options, recipe_of
+    from abliterator.recipe import load_recipe
+
+    options = Options(device=device, dtype=dtype, force=force)
+    if recipe.is_dir():
+        if overrides or out:
+            raise click.UsageError("The folder of an earlier run takes neither --set nor --out.")
+        return recipe_of(recipe), recipe, options
+    return load_recipe(recipe, overrides=overrides), out or Path("out") / recipe.stem, options

@@ -1,0 +1,109 @@
+"""The commands that run a recipe, whole or stage by stage, and the plan that comes before."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+
+from abliterator.cli._options import JSON, SET, read_recipe, recipe_arguments
+from abliterator.cli._show import Bars, planned, told
+
+
+@click.command()
+@recipe_arguments()
+@JSON
+def build(recipe: Path, as_json: bool, **where: Any) -> None:
+    """Run the whole pipeline: RECIPE becomes OUT/checkpoint, measured, with its card.
+
+    RECIPE is a recipe file, or the folder of an earlier run.
+    """
+    from abliterator import pipeline
+
+    read, out, options = read_recipe(recipe, **where)
+    record = pipeline.build(read, out, options=options, progress=Bars())
+    click.echo(record.model_dump_json(indent=1) if as_json else told(record, out))
+
+
+def _stage_command(stage: str, help_text: str) -> click.Command:
+    """The command of one stage: it runs what the stage needs, then the stage."""
+
+    @click.command(name=stage, help=help_text)
+    @recipe_arguments()
+    def command(recipe: Path, **where: Any) -> None:
+        from abliterator import pipeline
+
+        read, out, options = read_recipe(recipe, **where)
+        pipeline.run_stages(read, out, until=stage, options=options, progress=Bars())
+        click.echo(out)
+
+    return command
+
+
+STAGE_COMMANDS = (
+    _stage_command("directions", "Capture activations and find the subspace."),
+    _stage_command("rollouts", "Let base and edited answer the evaluation prompts."),
+    _stage_command("judge", "Judge the answers of base and edited."),
+    _stage_command("benchmarks", "Run lm-eval on base and edited."),
+    _stage_command("card", "Write record.json and the model card."),
+)
+
+
+@click.command()
+@recipe_arguments(required=False)
+@click.option("--model", help="Without a recipe: Hub id or local folder.")
+@click.option(
+    "--subspace",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="Without a recipe: safetensors file with a tensor `subspace` [d_model, k].",
+)
+@JSON
+def bake(
+    recipe: Path | None, model: str | None, subspace: Path | None, as_json: bool, **where: Any
+) -> None:
+    """Write the edited checkpoint: of RECIPE, or of --model and --subspace into --out."""
+    from abliterator import pipeline
+
+    if recipe is None:
+        edits = _bake_subspace(model, subspace, where)
+        place = where["out"]
+    else:
+        if model or subspace:
+            raise click.UsageError("--model and --subspace are given instead of a RECIPE.")
+        read, out, options = read_recipe(recipe, **where)
+        pipeline.run_stages(read, out, until="bake", options=options, progress=Bars())
+        place = out / "checkpoint"
+        edits = json.loads((place / "abliterator" / "edits.json").read_text())
+    click.echo(json.dumps(edits, indent=1) if as_json else f"{place}: {len(edits)} tensors edited")
+
+
+def _bake_subspace(model: str | None, subspace: Path | None, where: dict[str, Any]) -> list[Any]:
+    from abliterator import pipeline
+    from abliterator.recipe import load_edit
+
+    if not (model and subspace and where["out"]):
+        raise click.UsageError("Give a RECIPE, or --model, --subspace and --out together.")
+    edits = pipeline.bake_subspace(
+        model, subspace, where["out"], edit=load_edit(where["overrides"])
+    )
+    return [edit.model_dump(mode="json") for edit in edits]
+
+
+@click.command()
+@click.argument("recipe_or_model")
+@click.option("--out", type=click.Path(path_type=Path), default="out", help="Where it would go.")
+@SET
+@JSON
+def plan(recipe_or_model: str, out: Path, overrides: tuple[str, ...], as_json: bool) -> None:
+    """Tell what a recipe, or the default edit of a model, would do; read headers only."""
+    from abliterator import pipeline
+    from abliterator.recipe import load_recipe
+
+    path = Path(recipe_or_model)
+    if path.suffix in {".yaml", ".yml"}:
+        made = pipeline.plan_recipe(load_recipe(path, overrides=overrides), out)
+    else:
+        made = pipeline.plan_model(recipe_or_model, out)
+    click.echo(json.dumps(made.summary(), indent=1) if as_json else planned(made))
