@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -78,14 +80,15 @@ def _load_weights(
     try:
         # Attention is left to transformers' default (sdpa where the model has it): remote code may
         # have eager only.
-        model, report = AutoModelForCausalLM.from_pretrained(
-            folder,
-            dtype=dtype,
-            local_files_only=True,
-            use_safetensors=True,
-            trust_remote_code=trust_remote_code,
-            output_loading_info=True,
-        )
+        with _no_bar():
+            model, report = AutoModelForCausalLM.from_pretrained(
+                folder,
+                dtype=dtype,
+                local_files_only=True,
+                use_safetensors=True,
+                trust_remote_code=trust_remote_code,
+                output_loading_info=True,
+            )
     except SafetensorError as error:
         raise CheckpointError(
             f"A weight file in {folder} is damaged: {one_line(error)} Download the model again."
@@ -104,6 +107,20 @@ def _load_weights(
         )
     loaded: PreTrainedModel = model
     return loaded
+
+
+@contextmanager
+def _no_bar() -> Iterator[None]:
+    """Keeps transformers' own bar off the terminal: whoever loads a model shows progress."""
+    from transformers.utils import logging
+
+    was_on = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if was_on:
+            logging.enable_progress_bar()
 
 
 def _require_stored_weights(model: PreTrainedModel, folder: Path) -> None:

@@ -10,13 +10,15 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from abliterator.checkpoint import write_text_atomic
 from abliterator.pipeline._run import Run
 from abliterator.pipeline._workspace import digest_of
 from abliterator.record import Estimate, Frozen
-from abliterator.statistics import Interval
+
+if TYPE_CHECKING:
+    from abliterator.statistics import Interval
 
 Parts = Mapping[str, str]
 
