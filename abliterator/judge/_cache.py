@@ -1,0 +1,86 @@
+"""A write-through cache of a judge's replies, so that no paid call is made twice.
+
+One SQLite file. A reply is on disk before it is used; what a killed process had in flight is all
+it can lose. Keys hold everything that a reply depends on, and no text is cut.
+
+    with ReplyCache(Path("work/judge.sqlite")) as cache:
+        cache.put("key", Reply(text="{}", finish_reason="stop"), cost=0.0)
+        cache.get("key").text
+"""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+from pathlib import Path
+from types import TracebackType
+from typing import NamedTuple, Self
+
+from abliterator.errors import JudgeError
+
+_TABLE = """CREATE TABLE IF NOT EXISTS replies (
+    key TEXT PRIMARY KEY, judge TEXT NOT NULL, reply TEXT NOT NULL, cost REAL NOT NULL
+) WITHOUT ROWID"""
+
+
+class Reply(NamedTuple):
+    """What a server said, and about itself; token counts are 0 where it did not say."""
+
+    text: str
+    finish_reason: str | None = None
+    model: str | None = None
+    fingerprint: str | None = None
+    rung: str | None = None
+    input_tokens: int = 0
+    cached_tokens: int = 0
+    output_tokens: int = 0
+
+
+class ReplyCache:
+    """Replies by key; `judge` sets apart the totals of different judges in one file."""
+
+    def __init__(self, path: Path, *, judge: str = "") -> None:
+        self._judge = judge
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            self._db = sqlite3.connect(path, isolation_level=None, timeout=30)
+            # a commit survives the death of the process; a sync per reply would guard no more
+            self._db.execute("PRAGMA journal_mode=WAL")
+            self._db.execute("PRAGMA synchronous=NORMAL")
+            self._db.execute(_TABLE)
+        except sqlite3.Error as error:
+            raise JudgeError(
+                f"The judge's cache {path} cannot be used ({error}). Free the disk or unlock the "
+                "file; if it is damaged, delete it: its replies are then asked for again."
+            ) from None
+
+    def get(self, key: str) -> Reply | None:
+        """The reply to a call that was made before."""
+        row = self._db.execute("SELECT reply FROM replies WHERE key = ?", (key,)).fetchone()
+        return Reply(**json.loads(row[0])) if row else None
+
+    def put(self, key: str, reply: Reply, *, cost: float) -> None:
+        """Keeps a reply; on disk when this returns."""
+        row = (key, self._judge, json.dumps(reply._asdict()), cost)
+        self._db.execute("INSERT OR REPLACE INTO replies VALUES (?, ?, ?, ?)", row)
+
+    def totals(self) -> tuple[int, float]:
+        """(calls, cost) of all that this judge was ever asked through this file."""
+        query = "SELECT count(*), coalesce(sum(cost), 0) FROM replies WHERE judge = ?"
+        calls, cost = self._db.execute(query, (self._judge,)).fetchone()
+        return int(calls), float(cost)
+
+    def close(self) -> None:
+        """Closes the file."""
+        self._db.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
