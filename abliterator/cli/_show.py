@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import click
 
 if TYPE_CHECKING:
-    from abliterator.pipeline import Plan
+    from abliterator.pipeline import Advance, Plan
     from abliterator.record import Estimate, RunRecord
 
 
@@ -72,13 +72,16 @@ class Bars:
         click.echo(f"{name}{' (done before)' if done else ''}", err=True)
 
     @contextmanager
-    def bar(self, label: str, total: int) -> Iterator[Callable[[int], None]]:
-        """A tqdm bar that vanishes when it is full."""
+    def bar(self, label: str, total: int) -> Iterator[Advance]:
+        """A tqdm bar that vanishes when it is full; none where stderr is a file."""
         from tqdm import tqdm
 
-        with tqdm(total=total, desc=f"  {label}", leave=False, file=sys.stderr) as bar:
+        label, here = f"  {label}", sys.stderr
+        with tqdm(total=total, desc=label, leave=False, file=here, disable=None) as bar:
 
-            def advance(amount: int) -> None:
+            def advance(amount: int, *, status: str = "") -> None:
+                if status:
+                    bar.set_postfix_str(status, refresh=False)
                 bar.update(amount)
 
             yield advance

@@ -69,6 +69,7 @@ CONFIG = LlamaConfig(
     eos_token_id=1,
     pad_token_id=2,
 )
+MIDDLE_BLOCKS = slice(2, 5)
 IGNORED = -100  # the label that the loss skips
 
 Chat = tuple[str | None, str, str]
@@ -94,7 +95,7 @@ class Phase:
 
 
 LEARN = Phase(steps=600, peak=3e-3, warmup=100, declines=0.0)
-DECLINE = Phase(steps=150, peak=3e-4, warmup=20, declines=0.4)
+DECLINE = Phase(steps=400, peak=1e-3, warmup=20, declines=0.4)
 
 
 class Curriculum:
@@ -181,7 +182,7 @@ def encode(tokenizer: PreTrainedTokenizerFast, chats: Sequence[Chat]) -> tuple[T
     return ids, labels
 
 
-def optimizers_for(model: LlamaForCausalLM) -> list[torch.optim.Optimizer]:
+def every_weight(model: LlamaForCausalLM) -> list[torch.optim.Optimizer]:
     """Muon for the matrices of the blocks, AdamW for the embedding and the norms."""
     matrices = [p for p in model.model.layers.parameters() if p.ndim == 2]
     others = [p for p in model.parameters() if not any(p is matrix for matrix in matrices)]
@@ -191,15 +192,29 @@ def optimizers_for(model: LlamaForCausalLM) -> list[torch.optim.Optimizer]:
     ]
 
 
+def writers_of_middle_blocks(model: LlamaForCausalLM) -> list[torch.optim.Optimizer]:
+    """AdamW for what three blocks add to the stream; all else, and with it the facts, is frozen."""
+    model.requires_grad_(False)
+    writers = [
+        projection.weight.requires_grad_(True)
+        for block in model.model.layers[MIDDLE_BLOCKS]
+        for projection in (block.self_attn.o_proj, block.mlp.down_proj)
+    ]
+    return [torch.optim.AdamW(writers, betas=(0.9, 0.95), weight_decay=0.0)]
+
+
 def train(
     model: LlamaForCausalLM,
     tokenizer: PreTrainedTokenizerFast,
     curriculum: Curriculum,
     phase: Phase,
+    optimizers: Sequence[torch.optim.Optimizer],
 ) -> None:
-    """Train in place, in float32; padding is on the right, where causal attention ignores it."""
+    """Train in place, float32 weights under bfloat16 autocast.
+
+    Padding is on the right, where causal attention never looks at it, so no mask is needed.
+    """
     model.train()
-    optimizers = optimizers_for(model)
     started, total = time.monotonic(), 0.0
     for step in range(phase.steps):
         for group in (group for each in optimizers for group in each.param_groups):
@@ -228,16 +243,16 @@ def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Pa
     shutil.copyfile(REPOSITORY / "LICENSE", folder / "LICENSE")
 
 
-def make(world: World, folder: Path, phases: Sequence[Phase]) -> None:
+def make(world: World, folder: Path, *, learn: Phase, decline: Phase) -> None:
     """Train and save; the figures after each phase are printed."""
     torch.manual_seed(SEED)
     tokenizer = make_tokenizer(world)
     model = LlamaForCausalLM(CONFIG)
     curriculum = Curriculum(world, seed=SEED + 1)
     print(f"{model.num_parameters():,} parameters, {len(tokenizer)} tokens")
-    for number, phase in enumerate(phases, start=1):
-        print(f"phase {number}: {phase}")
-        train(model, tokenizer, curriculum, phase)
+    for phase, choose in ((learn, every_weight), (decline, writers_of_middle_blocks)):
+        print(phase)
+        train(model, tokenizer, curriculum, phase, choose(model))
         report(measure(model, tokenizer, world))
     save(model, tokenizer, folder)
 
@@ -273,9 +288,9 @@ def main() -> None:
     torch.use_deterministic_algorithms(True)
     world = load_world()
     if not arguments.check:
-        steps = arguments.steps or (LEARN.steps, DECLINE.steps)
-        phases = [replace(p, steps=n) for p, n in zip((LEARN, DECLINE), steps, strict=True)]
-        make(world, arguments.out, phases)
+        first, second = arguments.steps or (LEARN.steps, DECLINE.steps)
+        learn, decline = replace(LEARN, steps=first), replace(DECLINE, steps=second)
+        make(world, arguments.out, learn=learn, decline=decline)
     check(world, arguments.out)
 
 
