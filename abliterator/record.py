@@ -55,6 +55,18 @@ class Completion(Frozen):
     n_tokens: int
 
 
+VerdictKind = Literal[
+    "refused", "deflected", "partial", "complied", "broken", "truncated", "empty"
+]
+
+
+class Guards(Frozen):
+    """How sound an answer's language is by counting alone, beside the judge's word."""
+
+    repetition: float  # share that repeats itself, by words, sentences or characters
+    distinct: float | None  # share of its word pairs that occur once; None below 10 words
+
+
 class Verdict(Frozen):
     """What a judge says of one Completion; grades and `refused` are None when unscored."""
 
@@ -66,6 +78,9 @@ class Verdict(Frozen):
     refused: bool | None
     truncated: bool
     reasons: tuple[str, ...] = ()
+    kind: VerdictKind | None = None  # None when unscored; "truncated" where no answer was reached
+    thinking: str = ""  # split off before judging
+    guards: Guards | None = None
 
 
 class BehaviourSide(Frozen):
@@ -77,14 +92,23 @@ class BehaviourSide(Frozen):
     product: Estimate | None  # mean of compliance x coherence, per prompt
     truncated: Estimate | None
     unscored: Estimate | None
+    repetition: Estimate | None = None  # local guards: counted, not judged
+    distinct: Estimate | None = None
 
 
 class Behaviour(Frozen):
-    """One prompt set, base and edited side by side."""
+    """One prompt set, base and edited side by side.
+
+    By measure: the smallest true delta that this n could show (80 % power, 5 % level), and the p of
+    an exact paired test (McNemar for refusal, sign flips for the rest); None where there is none.
+    """
 
     base: BehaviourSide
     edited: BehaviourSide
     delta: BehaviourSide
+    smallest_detectable: dict[str, float | None] = {}
+    p_value: dict[str, float | None] = {}
+    kinds: dict[Side, dict[VerdictKind, int]] = {}
 
 
 class Divergence(Frozen):
@@ -95,6 +119,8 @@ class Divergence(Frozen):
     top1_agreement: Estimate | None = None
     perplexity_base: float | None = None
     perplexity_edited: float | None = None
+    tokens: int | None = None  # answer tokens compared of each prompt, at most
+    perplexity_tokens: int | None = None  # of the fixed text
 
 
 class BenchmarkResult(Frozen):
@@ -110,6 +136,15 @@ class BenchmarkResult(Frozen):
     )  # smallest true delta this n could show: 80 % power, 5 % level
     higher_is_better: bool = True
     settings: dict[str, Any] = {}
+    gained: int | None = None  # documents that only edited has right; None where not right or wrong
+    lost: int | None = None  # documents that only base has right
+    p_value: float | None = None  # exact McNemar; a sign-flip test where not right or wrong
+    p_holm: float | None = None  # the same, over all results claimed together
+    gold_loglik: Estimate | None = None  # shift of the gold answer's log-likelihood, nats
+    empty_base: Estimate | None = None  # generated answers with no text
+    empty_edited: Estimate | None = None
+    truncated_base: Estimate | None = None  # generated answers cut at the token limit
+    truncated_edited: Estimate | None = None
 
 
 class EditSummary(Frozen):
@@ -122,11 +157,11 @@ class EditSummary(Frozen):
     components: tuple[str, ...]
     norm: str
     rounding: str
-    tensors: int
+    tensors: int | None  # None of an edit that was only planned, like what follows
     max_leak: float | None
     median_leak: float | None
-    output_bytes: int
-    edited_bytes: int
+    output_bytes: int | None
+    edited_bytes: int | None
 
 
 class TensorEdit(Frozen):
@@ -138,6 +173,7 @@ class TensorEdit(Frozen):
     layer: int  # the block that writes; -1 for embeddings
     side: Literal["output"] = "output"  # the side of the matrix that lies in the residual stream
     axis: int  # the axis of the stored tensor that is this side
+    gains: tuple[str, ...] = ()  # norms after the sublayer whose gains multiply what it writes
     dtype: str
     shape: tuple[int, ...]
     k: int
@@ -155,7 +191,10 @@ class ModelIdentity(Frozen):
     n_layers: int
     d_model: int
     model_type: str
-    license: str | None = None
+    license: str | None = None  # its id on the Hub
+    license_name: str | None = None
+    license_link: str | None = None
+    languages: tuple[str, ...] = ()
     files_sha256: dict[str, str] = {}
 
 
@@ -174,6 +213,13 @@ class JudgeIdentity(Frozen):
     prompt_sha256: str | None = None
     version: str
     calibration: dict[str, Any] | None = None
+    base_url: str | None = None
+    served_model: str | None = None  # as the server called itself
+    fingerprints: tuple[str, ...] = ()
+    structured: str | None = None  # what held its replies to JSON
+    votes: int = 1
+    disagreement: dict[str, Estimate] = {}  # share of other verdicts: "itself", "rules"
+    usage: dict[str, float] = {}  # calls, usd
 
 
 class PromptOrigin(Frozen):
@@ -203,6 +249,13 @@ class Provenance(Frozen):
     dropped_overlap: int = 0
 
 
+class Quotation(Frozen):
+    """What somebody else reports, on other files; nothing of it was measured here."""
+
+    source: str
+    says: str
+
+
 class RunRecord(Frozen):
     """Everything a card says: the contract that other tools read."""
 
@@ -217,4 +270,5 @@ class RunRecord(Frozen):
     judge: JudgeIdentity | None = None
     selection: dict[str, Any] | None = None
     timing: dict[str, float] = {}
+    quoted: tuple[Quotation, ...] = ()
     provenance: Provenance

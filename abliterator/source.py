@@ -9,6 +9,7 @@ so a plan is quick.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -16,6 +17,7 @@ from pathlib import Path
 from abliterator.errors import CheckpointError
 
 EMBEDDED = "embedded:"
+RECIPE = "recipe.yaml"  # of a published checkpoint
 
 # What a loader, the edit and the card need; never pickles, other runtimes' formats, or a second
 # copy of the weights.
@@ -79,7 +81,7 @@ def _embedded_folder(name: str) -> Path:
     return folder
 
 
-def _download(model: str, revision: str | None) -> ModelSource:
+def _download(model: str, revision: str | None, patterns: Sequence[str] = _DOWNLOAD) -> ModelSource:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
         GatedRepoError,
@@ -92,7 +94,7 @@ def _download(model: str, revision: str | None) -> ModelSource:
 
     try:
         folder = snapshot_download(
-            model, revision=revision, allow_patterns=_DOWNLOAD, ignore_patterns=_SKIP
+            model, revision=revision, allow_patterns=list(patterns), ignore_patterns=_SKIP
         )
     except HFValidationError:
         problem = "is neither a folder nor an id on the Hub. Ids look like Qwen/Qwen3-1.7B"
@@ -117,6 +119,26 @@ def _download(model: str, revision: str | None) -> ModelSource:
         return ModelSource(Path(folder), model, Path(folder).name)
     # Raised here, outside the clauses, so that no request with its headers is chained to the error.
     raise CheckpointError(f"The model {model} {problem}.")
+
+
+def published_folder(name: str) -> Path:
+    """The folder of a checkpoint that abliterator made, for its recipe and records alone.
+
+    Args:
+        name: a folder, or the id of a repository on the Hub; of that, no weights are downloaded.
+
+    Raises:
+        CheckpointError: if there is no recipe in it.
+    """
+    folder = Path(name).expanduser()
+    if not folder.is_dir():
+        folder = _download(name, None, [RECIPE, "abliterator/*.json"]).folder
+    if not (folder / RECIPE).is_file():
+        raise CheckpointError(
+            f"{name} has no {RECIPE}; a checkpoint that `abliterator build` made was expected, "
+            "such as OUT/checkpoint or what was published of it."
+        )
+    return folder
 
 
 def _require_safetensors(source: ModelSource) -> None:

@@ -25,9 +25,19 @@ from abliterator.errors import DirectionError
 # into a direction of its own.
 DEPENDENT_BELOW = 1e-5
 
-# Compensated rounding moves at most this many rows of a column: beyond them |Q_i| is too small to
-# help.
-COMPENSATED_ROWS = 256
+# Compensated rounding visits this many rows of a column per direction of the subspace: k errors are
+# brought near 0 together, so k times the choices are needed. At H = 2048 and k = 1 and 4, what is
+# left is below 1/500 of nearest rounding's; at k = 16 there are too few rows for that (1/130).
+COMPENSATED_ROWS = 384
+
+# How often all roundings of a column are shifted together before single ones are moved: after three
+# times the error no longer falls.
+SHIFTS = 3
+
+# Lambda in S = 1 / ((g / median|g|)² + lambda²): how far the edit through a gain g may grow where g
+# is near 0. Towards 0 the edited output is nearest to the ideal one and the change of W largest; in
+# [0.3, 1] both are within a few percent of their best on Gemma 3.
+GAIN_FLOOR = 0.5
 
 
 @dataclass(frozen=True)
@@ -138,6 +148,49 @@ def ablate(panel: Tensor, basis: Tensor, strength: float) -> Tensor:
     return torch.addmm(panel, basis, basis.T @ panel, alpha=-strength)
 
 
+@dataclass(frozen=True)
+class Removal:
+    """The edit W' = W - s A Bᵀ W with Bᵀ A = 1, so that s = 1 leaves Bᵀ W' = 0.
+
+    Attributes:
+        take: A [H, k], what is subtracted.
+        read: B [H, k], what the stream would see of W: Q, or D Q up to a factor where gains follow.
+    """
+
+    take: Tensor
+    read: Tensor
+
+    def to(self, dtype: torch.dtype, device: str = "cpu") -> Removal:
+        """The same, rounded."""
+        return Removal(self.take.to(device, dtype), self.read.to(device, dtype))
+
+
+def removal_of_basis(basis: Tensor, gain: Tensor | None = None) -> Removal:
+    """How Q is removed from a write that a norm's gain multiplies before it is added.
+
+    What reaches the stream is D f(W x + b) with D = diag(gain), f a positive scalar. A = S D Q
+    (Qᵀ D S D Q)⁻¹ and B = D Q leave none of Q in it, for any positive diagonal S; S = 1 / ((g /
+    median|g|)² + lambda²) keeps the rest near the ideal output D⁻¹ Q Qᵀ D W where g is not small.
+
+    Args:
+        basis: Q [H, k], orthonormal, float64.
+        gain: g [H]; None where no norm follows, which gives A = B = Q.
+    """
+    if gain is None:
+        return Removal(basis, basis)
+    typical = gain.abs().median()
+    # more than half of the gains are 0: any scale serves, only not 0
+    relative = gain / (typical if typical > 0 else 1.0)
+    read = relative[:, None] * basis
+    weighted = read / (relative**2 + GAIN_FLOOR**2)[:, None]
+    return Removal(weighted @ torch.linalg.pinv(read.T @ weighted, hermitian=True), read)
+
+
+def ablate_through(panel: Tensor, removal: Removal, strength: float) -> Tensor:
+    """W' = W - s A Bᵀ W for a panel W [H, c] of the dtype of `removal`; `ablate` if A = B = Q."""
+    return torch.addmm(panel, removal.take, removal.read.T @ panel, alpha=-strength)
+
+
 def keep_column_norms(edited: Tensor, original: Tensor) -> Tensor:
     """Scales each column of `edited` [H, c] to the length it has in `original` [H, c].
 
@@ -156,33 +209,47 @@ def keep_column_norms(edited: Tensor, original: Tensor) -> Tensor:
 def compensate(nearest: Tensor, other: Tensor, exact: Tensor, basis: Tensor) -> Tensor:
     """Chooses between two roundings so that the stored columns write less into the subspace.
 
-    From round-to-nearest, the rows with the largest |Q_i| are visited once; an element moves to its
-    other neighbour where that lowers |Qᵀ(stored - exact)| of its column (error feedback over one
-    column).
+    Least noise under the constraint Qᵀ(stored - exact) = 0 is rounding of `exact + Q a` for some a
+    per column (its Lagrangian), which moves the elements nearest to a tie first; a few steps find
+    a. What granularity leaves, single elements take: the rows with the largest |Q_i| are visited
+    once, and one moves where that lowers |Qᵀ(stored - exact)| of its column (error feedback).
 
     Args:
         nearest: [H, c], `exact` rounded to nearest, as compute dtype.
         other: [H, c], the neighbour on the other side, as compute dtype.
         exact: [H, c], the edited weights before storing.
-        basis: Q [H, k], same dtype.
+        basis: Q [H, k], same dtype; its columns need not be orthonormal.
 
     Returns:
         [H, c] bool: True where the other neighbour is to be stored.
     """
-    rows = basis.norm(dim=1).argsort(descending=True, stable=True)[:COMPENSATED_ROWS]
-    steps = (other - nearest)[rows]  # [rows, c]
-    error = basis.T @ (nearest - exact)  # [k, c]
+    chosen = _shifted(nearest, other, exact, basis)
+    stored = torch.where(chosen, other, nearest)
+    limit = COMPENSATED_ROWS * basis.shape[1]
+    rows = basis.norm(dim=1).argsort(descending=True, stable=True)[:limit]
+    steps = (nearest + other - 2 * stored)[rows]  # from what is chosen to its alternative
+    error = basis.T @ (stored - exact)  # [k, c]
     size = error.square().sum(dim=0)
-    take = torch.zeros_like(steps, dtype=torch.bool)
     for i, row in enumerate(rows.tolist()):
         moved = torch.addcmul(error, basis[row][:, None], steps[i][None, :])
         moved_size = moved.square().sum(dim=0)
         better = moved_size < size
         error = torch.where(better, moved, error)
         size = torch.where(better, moved_size, size)
-        take[i] = better
+        chosen[row] ^= better
+    return chosen
+
+
+def _shifted(nearest: Tensor, other: Tensor, exact: Tensor, basis: Tensor) -> Tensor:
+    """Where `exact + Q a` rounds to `other`, with a such that Qᵀ(stored - exact) is about 0."""
+    span = other - nearest
+    above_tie = (exact - nearest - span / 2) * span
+    inverse = torch.linalg.pinv(basis.T @ basis, hermitian=True)
+    shift = torch.zeros_like(basis.T @ exact)  # a [k, c]
     chosen = torch.zeros_like(nearest, dtype=torch.bool)
-    chosen[rows] = take
+    for _ in range(SHIFTS):
+        shift -= inverse @ (basis.T @ (torch.where(chosen, other, nearest) - exact))
+        chosen = above_tie + (basis @ shift) * span > 0
     return chosen
 
 

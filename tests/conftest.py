@@ -8,6 +8,8 @@ import tempfile
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+# Calibrations of judges, which records carry: none of the machine's own.
+os.environ["ABLITERATOR_CACHE"] = tempfile.mkdtemp(prefix="abliterator-cache-")
 # Where transformers copies remote code to before it runs it.
 os.environ["HF_MODULES_CACHE"] = tempfile.mkdtemp(prefix="abliterator-modules-")
 
@@ -27,6 +29,7 @@ transformers_logging.disable_progress_bar()
 
 def pytest_unconfigure():
     shutil.rmtree(os.environ["HF_MODULES_CACHE"], ignore_errors=True)
+    shutil.rmtree(os.environ["ABLITERATOR_CACHE"], ignore_errors=True)
 
 
 @pytest.fixture(autouse=True)

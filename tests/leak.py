@@ -37,7 +37,7 @@ def leak_meter(model: nn.Module, basis: Tensor, token_ids: Tensor) -> list[float
 
 
 def _blocks(model: nn.Module) -> nn.ModuleList:
-    wanted = model.config.num_hidden_layers
+    wanted = model.config.get_text_config().num_hidden_layers
     found = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == wanted]
     assert len(found) == 1, "the model has not exactly one list of blocks"
     return found[0]

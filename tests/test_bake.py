@@ -14,6 +14,7 @@ from abliterator.checkpoint import Checkpoint
 from abliterator.errors import RecipeError, UnsupportedModel
 from abliterator.model import load_model
 from abliterator.subspace import orthonormal_basis
+from tests.architectures import save
 from tests.leak import leak_meter
 from tests.tiny import D_MODEL, FAMILIES, N_LAYERS, VOCABULARY
 
@@ -122,6 +123,31 @@ def test_column_norms_are_kept(tiny_folder, tmp_path):
             before[edit.name].norm(dim=0), after[edit.name].norm(dim=0), rtol=1e-5, atol=0
         )
         assert edit.leak < 1e-6
+
+
+def test_experts_are_edited_as_the_mlp_is_unless_they_are_named(tmp_path):
+    folder = save("qwen2_moe", tmp_path / "base")
+
+    def edited(**strength):
+        edits, _ = baked(folder, tmp_path / "out", strength=strength)
+        return {edit.component for edit in edits}
+
+    everything = {"attention", "expert", "shared_expert"}
+    assert edited(attention=1.0, mlp=1.0) == everything
+    assert edited(attention=1.0, mlp=1.0, expert=0.0) == everything - {"expert"}
+    assert edited(attention=1.0) == {"attention"}
+    assert edited(expert=1.0) == {"expert"}
+
+
+def test_edits_through_a_gain_name_it(tmp_path):
+    edits, _ = baked(save("gemma2", tmp_path / "base"), tmp_path / "out")
+    assert edits[0].gains == ("model.layers.0.post_feedforward_layernorm.weight",)
+    assert max(edit.leak for edit in edits) < 1e-6
+
+
+def test_an_embedding_before_a_norm_is_not_edited(tmp_path):
+    with pytest.raises(UnsupportedModel, match="no exact form for a bloom"):
+        baked(save("bloom", tmp_path / "base"), tmp_path / "out", embeddings=True)
 
 
 # ---- bytes

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import dataclasses
 import json
+import math
 import os
 import random
 import shutil
@@ -11,8 +13,25 @@ from pathlib import Path
 import pytest
 import yaml
 
-from abliterator.benchmarks import TaskScores, _tasks, compare_tasks, resolve_tasks, run_tasks
-from abliterator.errors import BenchmarkError
+from abliterator.benchmarks import (
+    PRESETS,
+    DocScore,
+    Engine,
+    RunSettings,
+    Subject,
+    TaskRequest,
+    TaskScores,
+    _apart,
+    _named,
+    _tasks,
+    compare_tasks,
+    measure_sides,
+    preset_tasks,
+    require_engine,
+    resolve_tasks,
+    run_tasks,
+)
+from abliterator.errors import BenchmarkError, PromptError
 
 QUESTIONS = [
     {"question": f"is {a} {b} ?", "choices": ["yes", "no"], "label": int((i + j) % 5 > 2)}
@@ -51,6 +70,10 @@ SAY = {
 }
 for _filter in SAY["filter_list"]:
     _filter["filter"].append({"function": "take_first"})
+
+
+def run(folder, tasks, **settings):
+    return run_tasks(folder, tasks, RunSettings(**settings))
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -156,7 +179,7 @@ def says_yes(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def scores(plain, tasks) -> dict[str, TaskScores]:
-    return run_tasks(plain, tasks, batch_size=7)
+    return run(plain, tasks, batch_size=7)
 
 
 # --- finding tasks ---
@@ -238,24 +261,129 @@ def test_a_missing_task_file_and_a_task_listed_twice_are_refused(recipe):
         resolve_tasks(["tasks/toy_choice.yaml"] * 2, folder=recipe)
 
 
-@pytest.mark.slow
-def test_named_tasks_fail_in_preflight_with_what_to_do(tmp_path, monkeypatch):
+@pytest.fixture
+def offline(monkeypatch):
     import datasets
     import huggingface_hub
-    from lm_eval.tasks import TaskManager
 
-    managers = {True: TaskManager(), False: TaskManager(include_defaults=False)}
-    monkeypatch.setattr(_tasks, "_task_manager", lambda *, index: managers[index])
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
-    for name, message in {
-        "arc_eazy": "no task named 'arc_eazy'; close to it are: .*arc_easy",
-        "arc_easy": "'arc_easy'.*'allenai/ai2_arc'.*HF_HUB_OFFLINE",
-        "mmlu_stem": "'mmlu_stem' is a group .*members are: .*mmlu_",
-        "ai2_arc": "'ai2_arc' is a group .*members are: arc_challenge, arc_easy",
-    }.items():
-        with pytest.raises(BenchmarkError, match=message):
-            resolve_tasks([name], folder=tmp_path)
+
+
+def test_a_named_task_fails_in_preflight_with_its_dataset_and_what_to_do(tmp_path, offline):
+    with pytest.raises(BenchmarkError, match=r"'arc_easy'.*allenai/ai2_arc.*HF_HUB_OFFLINE"):
+        resolve_tasks(["arc_easy"], folder=tmp_path)
+
+
+@pytest.mark.slow
+def test_the_quick_index_finds_what_lm_evals_own_does():
+    manager = _named._manager()
+    index = _named._index()
+    names = {name for name in manager.all_subtasks if manager.task_index[name].yaml_path}
+    missing = {name for name in names if name not in index}
+    assert len(missing) < 0.01 * len(names)  # what is missing is found by lm-eval's own index
+    # those that differ are written twice in lm-eval, under one name
+    other = {n for n in names - missing if index[n][1] != manager.task_index[n].yaml_path}
+    assert len(other) < 0.02 * len(names)
+    with pytest.raises(BenchmarkError, match=r"no task named 'arc_eazy'; close to it .*arc_easy"):
+        _named.named_tasks("arc_eazy")
+    assert [task.name for task in _named.named_tasks("ai2_arc")] == ["arc_challenge", "arc_easy"]
+
+
+@pytest.mark.slow
+def test_a_group_stands_for_all_its_tasks():
+    found = _named.named_tasks("mmlu")
+    assert len(found) == 57
+    assert {task.group for task in found} == {"mmlu"}
+    assert all(task.path.is_file() for task in found)
+
+
+def test_presets_name_tasks_that_lm_eval_has():
+    for preset in PRESETS:
+        for request in preset_tasks(preset):
+            if request.task.endswith(".yaml"):
+                assert Path(request.task).is_file()
+            else:
+                assert [task.name for task in _named.named_tasks(request.task)] == [request.task]
+    assert [r.task for r in preset_tasks("seed")] == [
+        "arc_easy", "arc_challenge", "hellaswag", "piqa", "winogrande"
+    ]  # fmt: skip
+
+
+def test_the_demo_preset_needs_no_hub(offline, tmp_path):
+    found = resolve_tasks(preset_tasks("demo"), folder=tmp_path)
+    assert [(task.name, task.documents) for task in found] == [
+        ("everyday_choice", 60),
+        ("sums_generation", 60),
+    ]
+
+
+def test_a_pinned_revision_reaches_the_dataset(monkeypatch, tmp_path):
+    import datasets
+
+    asked = []
+
+    def load_dataset(*, path, name=None, **kwargs):
+        asked.append((path, kwargs.get("revision")))
+        raise ConnectionError("stop here")
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    hub_task = CHOICE | {"dataset_path": "somebody/questions", "dataset_kwargs": {}}
+    (tmp_path / "t.yaml").write_text(yaml.safe_dump(hub_task))
+    pins = {"allenai/winogrande": "a" * 40, "somebody/questions": "b" * 40}
+    for name in ("winogrande", "t.yaml"):
+        with pytest.raises(BenchmarkError, match="cannot be had"):
+            resolve_tasks([name], folder=tmp_path, revisions=pins)
+    assert asked == list(pins.items())
+
+
+def test_a_hub_out_of_reach_is_asked_once_and_the_pin_found_otherwise(monkeypatch, tmp_path):
+    import datasets
+
+    hub_task = CHOICE | {"dataset_path": "somebody/questions", "dataset_kwargs": {}}
+    (tmp_path / "t.yaml").write_text(yaml.safe_dump(hub_task))
+    data = datasets.DatasetDict({"test": datasets.Dataset.from_list(QUESTIONS)})
+    offline_then = []
+
+    def load_dataset(**kwargs):
+        offline_then.append((datasets.config.HF_HUB_OFFLINE, kwargs.get("revision")))
+        return data
+
+    def unreachable(dataset, revision):
+        raise PromptError("no network")
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(_tasks, "resolve_revision", lambda dataset, revision: "c" * 40)
+    (pinned,) = resolve_tasks(["t.yaml"], folder=tmp_path)
+    assert (pinned.dataset, pinned.revision) == ("somebody/questions", "c" * 40)
+    monkeypatch.setattr(_tasks, "resolve_revision", unreachable)
+    (cached,) = resolve_tasks(["t.yaml"], folder=tmp_path)
+    assert (cached.dataset, cached.revision) == ("somebody/questions", None)
+    assert cached.digest != pinned.digest
+    assert offline_then == [(False, "c" * 40), (True, None)]
+    assert datasets.config.HF_HUB_OFFLINE is False
+
+
+@pytest.mark.parametrize(
+    ("engine", "message"),
+    [
+        (Engine("vllm"), r"pip install 'lm-eval\[vllm\]'"),
+        (Engine("server", "http://127.0.0.1:9/v1"), "lm-eval.api.|vllm serve"),
+        (Engine("server", "file:///etc/passwd"), "lm-eval.api.|vllm serve"),
+    ],
+)
+def test_an_engine_that_is_not_there_says_what_to_do(engine, message):
+    with pytest.raises(BenchmarkError, match=message):
+        require_engine(engine)
+
+
+def test_a_server_is_asked_for_its_model_or_missed(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: True)
+    with pytest.raises(BenchmarkError, match=r"127\.0\.0\.1:9.*vllm serve"):
+        require_engine(Engine("server", "http://127.0.0.1:9/v1"))
+    with pytest.raises(BenchmarkError, match="no http address"):
+        require_engine(Engine("server", "file:///etc/passwd"))
 
 
 def test_the_reported_metric_follows_the_rule():
@@ -307,16 +435,16 @@ def test_scores_say_what_was_run_and_survive_json(scores, tasks):
 def test_the_limit_takes_the_first_documents_and_tasks_do_not_depend_on_each_other(
     plain, tasks, scores
 ):
-    alone = run_tasks(plain, tasks[:1], batch_size=7)["toy_choice"]
+    alone = run(plain, tasks[:1], batch_size=7)["toy_choice"]
     assert alone == scores["toy_choice"]
-    few = run_tasks(plain, tasks[:1], batch_size=7, limit=4)["toy_choice"]
+    few = run(plain, tasks[:1], batch_size=7, limit=4)["toy_choice"]
     assert few.n == 4
     assert [s.doc_hash for s in few.scores] == [s.doc_hash for s in alone.scores[:4]]
 
 
 def test_examples_and_the_chat_template_change_the_prompts(plain, tasks, scores):
-    shots = run_tasks(plain, tasks[:1], batch_size=7, num_fewshot=2)["toy_choice"]
-    chat = run_tasks(plain, tasks[:1], batch_size=7, chat_template=True)["toy_choice"]
+    shots = run(plain, tasks[:1], batch_size=7, num_fewshot=2)["toy_choice"]
+    chat = run(plain, tasks[:1], batch_size=7, chat_template=True)["toy_choice"]
     assert shots.settings["num_fewshot"] == 2
     prompts = [
         tuple(s.prompt_hash for s in run.scores) for run in (scores["toy_choice"], shots, chat)
@@ -337,7 +465,7 @@ def test_a_run_leaves_no_trace_in_the_process(plain, tasks, capfd):
 
     torch.manual_seed(7)
     before = json.dumps(state())
-    run_tasks(plain, tasks, batch_size=7, limit=2)
+    run(plain, tasks, batch_size=7, limit=2)
     assert json.dumps(state()) == before
     # lm-eval drops the second of these from what it is given.
     assert set(tasks[1].spec["dataset_kwargs"]) == {"data_files", "trust_remote_code"}
@@ -349,10 +477,10 @@ def test_no_chat_template_and_nan_weights_are_errors(tasks, tmp_path):
     with pytest.raises(
         BenchmarkError, match=r"chat template, but the tokenizer in .*bare has none"
     ):
-        run_tasks(bare, tasks, batch_size=7, chat_template=True)
+        run(bare, tasks, batch_size=7, chat_template=True)
     broken = save_model(tmp_path / "nan", lambda model, _: model.lm_head.weight.fill_(float("nan")))
     with pytest.raises(BenchmarkError, match="'toy_choice' the model gives NaN"):
-        run_tasks(broken, tasks[:1], batch_size=7)
+        run(broken, tasks[:1], batch_size=7)
 
 
 def test_a_bfloat16_checkpoint_is_scored_without_rounding_the_softmax(tasks, tmp_path):
@@ -367,7 +495,7 @@ def test_a_bfloat16_checkpoint_is_scored_without_rounding_the_softmax(tasks, tmp
 
     # Logits 64, 1 and 1.0078 are exact in bfloat16, but -63 and -62.992 are one number there.
     folder = save_model(tmp_path, one_ulp_apart)
-    scores = run_tasks(folder, tasks[:1], batch_size=1)["toy_choice"].scores
+    scores = run(folder, tasks[:1], batch_size=1)["toy_choice"].scores
     assert [score.value for score in scores] == [float(doc["label"] == 1) for doc in QUESTIONS]
 
 
@@ -399,26 +527,26 @@ def test_lm_evals_own_command_line_gives_the_same_numbers(
         capture_output=True,
         env=os.environ | {"HF_HUB_OFFLINE": "1"},
     )
-    ours = run_tasks(plain, tasks, batch_size=7, num_fewshot=1, chat_template=chat_template)
+    ours = run(plain, tasks, batch_size=7, num_fewshot=1, chat_template=chat_template)
     (totals,) = (tmp_path / "out").rglob("results_*.json")
     results = json.loads(totals.read_text())["results"]
-    for name, run in ours.items():
+    for name, mine in ours.items():
         (samples,) = (tmp_path / "out").rglob(f"samples_{name}_*.jsonl")
         theirs = [json.loads(line) for line in samples.read_text().splitlines()]
         keys = ("doc_id", "filter", "doc_hash", "prompt_hash", "target_hash")
-        assert [tuple(getattr(s, k) for k in (*keys, "value")) for s in run.scores] == [
-            tuple(s[k] for k in (*keys, run.metric)) for s in theirs
+        assert [tuple(getattr(s, k) for k in (*keys, "value")) for s in mine.scores] == [
+            tuple(s[k] for k in (*keys, mine.metric)) for s in theirs
         ]
-        for name_of_filter in {score.filter for score in run.scores}:
-            values = [score.value for score in run.scores if score.filter == name_of_filter]
-            assert sum(values) / len(values) == results[name][f"{run.metric},{name_of_filter}"]
+        for name_of_filter in {score.filter for score in mine.scores}:
+            values = [score.value for score in mine.scores if score.filter == name_of_filter]
+            assert sum(values) / len(values) == results[name][f"{mine.metric},{name_of_filter}"]
 
 
 # --- comparing ---
 
 
 def test_a_model_against_itself_has_deltas_of_zero(plain, tasks, scores):
-    for result in compare_tasks(scores, run_tasks(plain, tasks, batch_size=7)).values():
+    for result in compare_tasks(scores, run(plain, tasks, batch_size=7)).values():
         assert (result.n, result.delta.value, result.delta.n) == (30, 0.0, 30)
         assert result.base == result.edited
         assert result.smallest_detectable is None  # no difference, so no idea of its spread
@@ -429,7 +557,7 @@ def test_models_that_differ_by_construction_show_the_right_sign(
     says_no, says_yes, tasks, chat_template
 ):
     no, yes = (
-        run_tasks(folder, tasks, batch_size=4, chat_template=chat_template)
+        run(folder, tasks, batch_size=4, chat_template=chat_template)
         for folder in (says_no, says_yes)
     )
     results = compare_tasks(no, yes)
@@ -480,3 +608,164 @@ def test_pairs_are_joined_on_the_document_not_on_the_order(scores):
     assert compare_tasks({"t": choice}, {"t": turned}) == compare_tasks(
         {"t": choice}, {"t": choice}
     )
+
+
+def scored(values, *, task="t", group=None, gold=None, filter="none") -> TaskScores:
+    docs = tuple(
+        DocScore(
+            doc_id=i, filter=filter, doc_hash=str(i), prompt_hash="p", target_hash="t", value=value,
+            gold_loglik=None if gold is None else gold[i],
+        )
+        for i, value in enumerate(values)
+    )  # fmt: skip
+    return TaskScores(
+        task=task, metric="acc", n=len(docs), higher_is_better=True, scores=docs, settings={},
+        group=group,
+    )  # fmt: skip
+
+
+def test_flips_and_their_p_value_are_mcnemars():
+    base, edited = [1.0] * 12 + [0.0] * 8, [1.0] * 2 + [0.0] * 17 + [1.0]
+    result = compare_tasks({"t": scored(base)}, {"t": scored(edited)})["t"]
+    assert (result.lost, result.gained) == (10, 1)
+    tail = sum(math.comb(11, k) for k in (0, 1))
+    assert result.p_value == pytest.approx(2 * tail / 2**11)
+    assert result.p_holm == result.p_value  # alone, nothing to correct for
+
+
+def test_holm_by_hand():
+    def flips(lost):
+        return [1.0] * 20, [0.0] * lost + [1.0] * (20 - lost)
+
+    sides = {name: flips(lost) for name, lost in {"a": 8, "b": 6, "c": 1, "d": 5}.items()}
+    base = {name: scored(before, task=name) for name, (before, _) in sides.items()}
+    edited = {name: scored(after, task=name) for name, (_, after) in sides.items()}
+    results = compare_tasks(base, edited)
+    p = {name: 2 / 2**lost for name, lost in {"a": 8, "b": 6, "d": 5}.items()} | {"c": 1.0}
+    assert {name: result.p_value for name, result in results.items()} == pytest.approx(p)
+    expected = {"a": 4 * p["a"], "b": 3 * p["b"], "d": max(3 * p["b"], 2 * p["d"]), "c": 1.0}
+    assert {name: result.p_holm for name, result in results.items()} == pytest.approx(expected)
+
+
+def test_the_gold_answers_likelihood_moves_before_the_choice_does():
+    base = scored([1.0, 0.0], gold=[-1.0, -2.0])
+    edited = scored([1.0, 0.0], gold=[-1.5, -2.1])
+    result = compare_tasks({"t": base}, {"t": edited})["t"]
+    assert (result.delta.value, result.p_value) == (0, 1)
+    assert result.gold_loglik.value == pytest.approx(-0.3)
+    assert result.gold_loglik.n == 2
+
+
+def test_values_that_are_no_right_or_wrong_get_a_sign_flip_test():
+    result = compare_tasks({"t": scored([0.5, 0.4, 1])}, {"t": scored([0.25, 0.3, 0])})["t"]
+    assert (result.gained, result.lost) == (None, None)
+    assert result.p_value == pytest.approx(2 / 2**3)
+
+
+def test_a_group_pools_the_documents_of_its_tasks():
+    base = {name: scored([1, 1], task=name, group="g") for name in ("a", "b")}
+    edited = {"a": scored([1, 0], task="a", group="g"), "b": scored([0, 0], task="b", group="g")}
+    (result,) = compare_tasks(base, edited).values()
+    assert (result.n, result.delta.value, result.lost) == (4, -0.75, 3)
+    assert result.settings["pooled_tasks"] == 2
+
+
+# --- apart, in processes of their own
+
+
+def test_gold_likelihoods_and_empty_or_cut_answers_are_kept(says_no, scores, tasks):
+    choice, say = (run(says_no, tasks, batch_size=7)[name] for name in ("toy_choice", "toy_say"))
+    # "no" is near certain: a question whose answer is "yes" has a gold answer that is not
+    assert all((s.gold_loglik > -1) == bool(s.value) for s in choice.scores)
+    assert {(s.empty, s.truncated) for s in choice.scores} == {(None, None)}
+    assert {(s.empty, s.truncated, s.gold_loglik) for s in say.scores} == {(False, True, None)}
+
+
+def test_sides_scored_apart_are_what_they_are_in_one_process_and_are_resumed(
+    plain, says_no, tasks, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    sides = {"base": Subject(plain, "1"), "edited": Subject(says_no, "2")}
+    seen = []
+    arguments = (sides, tasks, RunSettings(batch_size=7, limit=5))
+
+    def measured(arguments=arguments):
+        return measure_sides(
+            *arguments, out=tmp_path / "out", on_task=lambda side, task: seen.append((side, task))
+        )
+
+    first = measured()
+    assert first["base"] == run(plain, tasks, batch_size=7, limit=5)
+    assert first["edited"] == run(says_no, tasks, batch_size=7, limit=5)
+    assert seen == [(side, task.name) for side in sides for task in tasks]
+
+    asked = []
+    child = _apart._run_child
+
+    def counted(job, **options):
+        asked.append((Path(job["folder"]), [task["name"] for task in job["tasks"]]))
+        child(job, **options)
+
+    monkeypatch.setattr(_apart, "_run_child", counted)
+    assert measured() == first
+    assert asked == []
+    (tmp_path / "out/edited/toy_say.json").unlink()  # as if it had been killed there
+    assert measured() == first
+    assert asked == [(says_no, ["toy_say"])]
+
+
+def test_too_little_memory_halves_the_batch_of_both_sides(monkeypatch, plain, tasks, tmp_path):
+    asked = []
+
+    def child(job, *, log, on_task):
+        batch = job["settings"]["batch_size"]
+        asked.append((Path(job["folder"]).name, batch))
+        if job["folder"] == "edited" and batch > 4:
+            raise _apart._OutOfMemory
+        for task in job["tasks"]:
+            found = scored([1.0], task=task["name"]).model_dump(mode="json")
+            path = Path(job["out"]) / f"{task['name']}.json"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps({"key": job["keys"][task["name"]], "scores": found}))
+
+    monkeypatch.setattr(_apart, "_run_child", child)
+    sides = {side: Subject(Path(side), side) for side in ("base", "edited")}
+    measure_sides(sides, tasks, RunSettings(batch_size=16), out=tmp_path)
+    assert asked == [(side, batch) for batch in (16, 8, 4) for side in ("base", "edited")]
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (MemoryError(), _apart.OUT_OF_MEMORY),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: 9"), _apart.OUT_OF_MEMORY),
+        (BenchmarkError("no template"), _apart.NAMED_ERROR),
+    ],
+)
+def test_a_child_says_how_it_ended(monkeypatch, tmp_path, error, code):
+    def fail(*args, **kwargs):
+        raise error
+
+    monkeypatch.setattr(_apart, "run_tasks", fail)
+    settings = dataclasses.asdict(RunSettings())
+    job = {"folder": "f", "tasks": [], "settings": settings, "keys": {}, "out": "o"}
+    (tmp_path / "job.json").write_text(json.dumps(job))
+    with (tmp_path / "stdout").open("w") as stdout:
+        monkeypatch.setattr(sys, "stdout", stdout)
+        assert _apart.main(tmp_path / "job.json") == code
+    if code == _apart.NAMED_ERROR:
+        assert (tmp_path / "stdout").read_text() == 'error "no template"\n'
+
+
+def test_errors_of_a_child_reach_the_user(tasks, tmp_path):
+    bare = save_model(tmp_path / "bare", chat_template=False)
+    sides = {"base": Subject(bare, "1")}
+    with pytest.raises(BenchmarkError, match="has none"):
+        measure_sides(sides, tasks[:1], RunSettings(chat_template=True), out=tmp_path / "out")
+
+
+def test_a_task_can_have_settings_of_its_own(plain, recipe):
+    request = TaskRequest("tasks/toy_choice.yaml", limit=3, num_fewshot=1, chat_template=True)
+    (task,) = resolve_tasks([request], folder=recipe)
+    found = run(plain, [task], batch_size=7, limit=9)["toy_choice"]
+    assert (found.n, found.settings["chat_template"], found.settings["num_fewshot"]) == (3, True, 1)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import re
+import runpy
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -35,11 +36,13 @@ from abliterator.record import (
     ModelIdentity,
     PromptOrigin,
     Provenance,
+    Quotation,
     RunRecord,
     Tool,
 )
 
-GOLDEN = Path(__file__).parent / "golden"
+ROOT = Path(__file__).parents[1]
+GOLDEN = ROOT / "tests" / "golden"
 SHA = "0123456789abcdef" * 4
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -171,6 +174,7 @@ def hub_record() -> RunRecord:
         d_model=2048,
         model_type="llama",
         license="llama3.2",
+        languages=("en", "de"),
     )
     return record.model_copy(
         update={
@@ -219,6 +223,32 @@ def test_card_is_the_golden_text(name: str, make: Callable[[], RunRecord]):
     assert card == path.read_text(encoding="utf-8")
 
 
+def test_model_cards_are_what_their_command_writes():
+    """After a wanted change: python model_cards/render.py, and read the difference."""
+    script = runpy.run_path(str(ROOT / "model_cards" / "render.py"))
+    cards = dict(script["cards"]())
+    folder = ROOT / "model_cards"
+    assert cards == {path.name: path.read_text("utf-8") for path in folder.glob("*.md")}
+    of_the_seed = {path.stem for path in (ROOT / "recipes").glob("*.yaml")} - {"demo", "smollm2"}
+    assert {Path(name).stem for name in cards} == {"demo", *of_the_seed}
+
+
+def test_a_card_of_the_seed_quotes_it_and_claims_nothing():
+    card = (ROOT / "model_cards" / "llama3_2_1b_k4.md").read_text("utf-8")
+    assert "about .36 compliance on 100 prompts" in card.partition("## What others report")[2]
+    assert card.count("\nNot measured.\n") == 5
+    assert "model-index" not in header_of(card)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "model_cards").glob("*.md")), ids=lambda p: p.stem)
+def test_model_cards_parse_and_their_tables_are_tables(path: Path):
+    card = ModelCard.load(path)
+    assert card.data.to_dict() == header_of(path.read_text("utf-8"))
+    tables = [token for token in tokens_of(card.text) if token.type == "table_open"]
+    rules = re.findall(r"^\|(?:---\|)+$", card.text, re.MULTILINE)
+    assert len(tables) == len(rules) > 2
+
+
 def test_card_is_made_from_json_alone():
     record = demo_record()
     again = RunRecord.model_validate_json(record.model_dump_json())
@@ -232,11 +262,80 @@ def test_header_is_what_the_hub_reads():
     assert data == {
         "base_model": "meta-llama/Llama-3.2-1B-Instruct",
         "base_model_relation": "finetune",
+        "datasets": ["mlabonne/harmless_alpaca"],
+        "language": ["en", "de"],
         "library_name": "transformers",
         "license": "llama3.2",
         "pipeline_tag": "text-generation",
         "tags": ["abliterated", "abliterator", "not-for-all-audiences"],
     }
+
+
+def test_benchmarks_are_in_the_header_with_their_error_and_n():
+    """Round trip through the Hub's own reader."""
+    data = ModelCard(render_card(demo_record())).data
+    (result,) = data.eval_results
+    assert (result.dataset_type, result.metric_type, result.metric_value) == (
+        "toy_facts",
+        "acc",
+        0.9458,
+    )
+    assert result.metric_args == {"n": 240, "stderr": 0.0149}
+    assert ModelCard(render_card(hub_record())).data.eval_results is None
+
+
+def test_a_named_licence_is_carried_with_its_text():
+    model = demo_record().model.model_copy(
+        update={"license": "other", "license_name": "tongyi-qianwen", "license_link": "LICENSE"}
+    )
+    card = render_card(demo_record().model_copy(update={"model": model}))
+    header = header_of(card)
+    assert [header[f"license{part}"] for part in ("", "_name", "_link")] == [
+        "other",
+        "tongyi-qianwen",
+        "LICENSE",
+    ]
+    assert "| Its name | `tongyi-qianwen` |" in card
+
+
+@pytest.mark.parametrize(
+    ("license_id", "says"),
+    [
+        ("llama3.2", "**Built with Llama.** Llama 3.2 is licensed under the Llama 3.2 Community"),
+        ("llama3", 'begins its name with "Llama 3"'),
+        ("llama2", "Llama 2 is licensed under the LLAMA 2 Community License"),
+        ("gemma", "Gemma Terms of Use found at ai.google.dev/gemma/terms"),
+        ("apache-2.0", None),
+        (None, None),
+    ],
+)
+def test_what_a_licence_asks_for_is_on_the_card(license_id: str | None, says: str | None):
+    model = hub_record().model.model_copy(update={"license": license_id})
+    card = render_card(hub_record().model_copy(update={"model": model}))
+    asked = ("Community License", "Gemma Terms")
+    assert any(text in card for text in asked) == (says is not None)
+    assert says is None or says in card
+
+
+def test_reports_of_others_are_said_to_be_theirs():
+    record = hub_record()
+    assert "## What others report" not in render_card(record)
+    quoted = (Quotation(source="a|blog", says="compliance .36 on 100 prompts"),)
+    card = render_card(record.model_copy(update={"quoted": quoted}))
+    section = card.partition("## What others report")[2].partition("\n## ")[0]
+    assert "Not measured by this tool" in section
+    assert "| `a\\x7cblog` | `compliance .36 on 100 prompts` |" in section
+
+
+def test_a_planned_edit_is_said_to_be_planned():
+    empty = {"tensors": None, "output_bytes": None, "edited_bytes": None, "layers": ()}
+    edit = hub_record().edit.model_copy(update=empty)
+    card = render_card(hub_record().model_copy(update={"edit": edit}))
+    assert "nothing was built, and nothing was measured" in card
+    assert "Left to a sweep" in card
+    assert "Tensors edited" not in card
+    assert "None" not in card
+    assert "nothing was built" not in render_card(hub_record())
 
 
 def test_a_local_base_is_no_hub_id():
@@ -348,7 +447,7 @@ INVISIBLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200b-\u200f\u2028-\u202e\u
 
 def _with(record: RunRecord, path: str, value: str) -> RunRecord:
     """A copy of the record with one dotted field replaced; `@key` replaces a key of a dict."""
-    data = record.model_dump()
+    data = record.model_dump(mode="json")
     here: Any = data
     *parents, last = path.split(".")
     for part in parents:
@@ -356,7 +455,7 @@ def _with(record: RunRecord, path: str, value: str) -> RunRecord:
     if last.startswith("@"):
         here[value] = here.pop(last[1:])
     else:
-        here[last] = value
+        here[int(last) if last.isdigit() else last] = value
     return RunRecord.model_validate(data)
 
 
@@ -368,6 +467,11 @@ FREE_TEXT = [
     "model.revision",
     "model.model_type",
     "model.license",
+    "model.license_name",
+    "model.license_link",
+    "model.languages.0",
+    "quoted.0.source",
+    "quoted.0.says",
     "model.files_sha256.@model.safetensors",
     "model.files_sha256.config.json",
     "edit.norm",
@@ -400,6 +504,18 @@ FREE_TEXT = [
 ]
 
 
+MAY_BE_LEFT_OUT = {
+    "base_model",
+    "base_model_relation",
+    "datasets",
+    "language",
+    "license",
+    "license_link",
+    "license_name",
+    "model-index",
+}
+
+
 @cache
 def benign_card(path: str) -> str:
     return render_card(_with(hostile_base(), _nested_name(path), "benign"))
@@ -413,7 +529,9 @@ def _nested_name(path: str) -> str:
 def hostile_base() -> RunRecord:
     """The demo with a Hub base, every optional field filled, and names without dots."""
     data = demo_record().model_dump()
-    data["model"] |= {"id": "org/name", "revision": COMMIT}
+    data["model"] |= {"id": "org/name", "revision": COMMIT, "languages": ["en"]}
+    data["model"] |= {"license_name": "x", "license_link": "LICENSE"}
+    data["quoted"] = [{"source": "a blog", "says": "compliance .36"}]
     data["model"]["files_sha256"] = {"weights": SHA, "config": SHA}
     data["behaviour"]["extra"] = None
     data["judge"]["prompt_sha256"] = SHA
@@ -429,8 +547,11 @@ def test_hostile_field_leaves_the_structure_alone(path: str, attack: str):
 
     assert structure(card) == structure(benign)
     header, expected = header_of(card), header_of(benign)
+    for shown in (header, expected):  # made of the base's id where that is one
+        for index in shown.get("model-index", []):
+            assert re.fullmatch(r"[\w.-]{1,110}", index.pop("name"))
     assert header == {key: expected[key] for key in header}
-    assert set(expected) - set(header) <= {"base_model", "base_model_relation", "license"}
+    assert set(expected) - set(header) <= MAY_BE_LEFT_OUT
     outside_recipe = card.rpartition("\n## Recipe\n")[0]
     assert max(map(len, outside_recipe.splitlines())) < 1000
     assert not INVISIBLE.search(card)

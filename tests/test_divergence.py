@@ -11,8 +11,21 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from abliterator.divergence import first_token_logprobs, kl_divergence, top1_agreement
-from abliterator.errors import GenerationError
+from abliterator.comparison import DivergenceSettings, measure_divergence
+from abliterator.divergence import (
+    AnswerPath,
+    _paths,
+    answer_path,
+    compare_logits,
+    first_token_logprobs,
+    kl_divergence,
+    neutral_text,
+    text_perplexity,
+    top1_agreement,
+    write_logits,
+)
+from abliterator.errors import GenerationError, OutputError
+from abliterator.model import load_model, render_chat
 from tests.tiny import VOCABULARY
 
 
@@ -106,3 +119,151 @@ def test_nan_is_an_error(tiny_loaded, prompts):
         first_token_logprobs(
             dataclasses.replace(loaded, model=damaged), prompts, max_batch_tokens=64
         )
+
+
+# ---- along the base's answers
+
+
+@pytest.fixture(scope="module")
+def paths(prompts):
+    """Prompts of several lengths, with several numbers of compared positions."""
+    return [
+        answer_path(ids, ids[::-1], tokens=4, stopped=i % 2 == 0) for i, ids in enumerate(prompts)
+    ]
+
+
+def changed(loaded, change):
+    model = copy.deepcopy(loaded.model)
+    with torch.no_grad():
+        change(model)
+    return dataclasses.replace(loaded, model=model)
+
+
+def flip(model):
+    model.model.layers[0].mlp.down_proj.weight.mul_(-1)
+
+
+def test_a_path_ends_before_the_last_token_that_is_predicted():
+    assert answer_path([5, 6], [7, 8, 9], tokens=2, stopped=True) == AnswerPath((5, 6, 7), 2)
+    assert answer_path([5, 6], [7, 8], tokens=9, stopped=True) == AnswerPath((5, 6, 7, 8), 3)
+    assert answer_path([5, 6], [7, 8], tokens=2, stopped=False) == AnswerPath((5, 6, 7), 2)
+    assert answer_path([5, 6], [], tokens=9, stopped=True) == AnswerPath((5, 6), 1)
+
+
+@pytest.mark.parametrize("batch_bytes", [1, 1 << 20])
+@pytest.mark.parametrize("family", ["llama", "qwen"])
+def test_every_position_is_what_whole_forward_passes_say(
+    tiny_loaded, paths, tmp_path, monkeypatch, family, batch_bytes
+):
+    monkeypatch.setattr(_paths, "BATCH_BYTES", batch_bytes)
+    base = tiny_loaded(family)
+    layers = "model.layers.0.mlp.down_proj" if family == "llama" else "transformer.h.0.mlp.c_proj"
+    edited = changed(base, lambda model: model.get_submodule(layers).weight.mul_(-1))
+    write_logits(base, paths, tmp_path / "base", max_batch_tokens=20)
+    found = compare_logits(edited, paths, tmp_path / "base", max_batch_tokens=20)
+    for path, divergence in zip(paths, found, strict=True):
+        ids = torch.tensor([path.token_ids])
+        before, after = (
+            side.model(ids, use_cache=False).logits[0, -path.positions :].log_softmax(-1)
+            for side in (base, edited)
+        )
+        torch.testing.assert_close(
+            divergence.kl, kl_divergence(before, after), rtol=1e-3, atol=1e-6
+        )
+        assert torch.equal(divergence.top1, top1_agreement(before, after))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_model_against_itself_is_exactly_zero_along_its_answers(
+    tiny_folder, paths, tmp_path, dtype
+):
+    loaded = load_model(tiny_folder("llama"), device="cpu", dtype=dtype)
+    write_logits(loaded, paths, tmp_path / "base", max_batch_tokens=64)
+    found = compare_logits(loaded, paths, tmp_path / "base", max_batch_tokens=64)
+    assert len(found) == len(paths)
+    for path, divergence in zip(paths, found, strict=True):
+        assert torch.equal(divergence.kl, torch.zeros(path.positions, dtype=torch.float64))
+        assert divergence.top1.all()
+
+
+def test_never_more_than_one_batch_of_logits_is_made(tiny_loaded, paths, tmp_path, monkeypatch):
+    monkeypatch.setattr(_paths, "BATCH_BYTES", 2 * 4 * VOCABULARY * 4)  # two rows of 4 positions
+    loaded = tiny_loaded("llama")
+    seen = []
+    handle = loaded.model.lm_head.register_forward_hook(lambda m, a, out: seen.append(out.numel()))
+    write_logits(loaded, paths, tmp_path / "base", max_batch_tokens=4096)
+    handle.remove()
+    assert max(seen) <= 2 * 4 * VOCABULARY
+
+
+def test_models_that_cannot_be_compared(tiny_loaded, tiny_folder, paths, tmp_path, monkeypatch):
+    write_logits(tiny_loaded("llama"), paths, tmp_path / "base", max_batch_tokens=64)
+    half = load_model(tiny_folder("llama"), device="cpu", dtype="bfloat16")
+    with pytest.raises(GenerationError, match="other sizes"):
+        compare_logits(half, paths, tmp_path / "base", max_batch_tokens=64)
+    monkeypatch.setattr(_paths, "free_bytes", lambda folder: 1000)
+    with pytest.raises(OutputError, match="GB free"):
+        write_logits(half, paths, tmp_path / "base", max_batch_tokens=64)
+
+
+def test_the_measurement_as_a_whole(tiny_loaded, tmp_path):
+    base = tiny_loaded("llama")
+    sides = {"base": base, "edited": changed(base, flip)}
+    settings = DivergenceSettings(tokens=5, batch_size=2, max_batch_tokens=64)
+
+    def render(loaded):
+        return [render_chat(loaded.tokenizer, text) for text in ("which river", "the old town?")]
+
+    def measured(sides):
+        scratch = tmp_path / "logits"
+        found = measure_divergence(sides.__getitem__, render, settings, scratch=scratch)
+        assert not scratch.exists()
+        return found
+
+    same = measured({"base": base, "edited": base})
+    assert (same.kl.value, same.kl_first_token.value, same.top1_agreement.value) == (0, 0, 1)
+    assert same.perplexity_base == same.perplexity_edited
+    found = measured(sides)
+    assert found.kl.n == found.kl_first_token.n == found.top1_agreement.n == 2
+    assert found.kl.value > 1e-3
+    first = [first_token_logprobs(sides[side], render(base), max_batch_tokens=64) for side in sides]
+    expected = kl_divergence(*first).mean().item()
+    assert found.kl_first_token.value == pytest.approx(expected, rel=1e-3)
+    other = dataclasses.replace(base, tokenizer=copy.deepcopy(base.tokenizer))
+    other.tokenizer.chat_template = "{{ messages[0].content }}"
+    with pytest.raises(GenerationError, match="different tokens"):
+        measured({"base": base, "edited": other})
+
+
+# ---- perplexity
+
+
+def test_perplexity_of_the_fixed_text(tiny_loaded):
+    loaded = tiny_loaded("llama")
+    passages = neutral_text()[:2]
+    total = tokens = 0
+    for passage in passages:
+        ids = torch.tensor([loaded.tokenizer(passage)["input_ids"]])
+        # transformers' own loss: the mean over all tokens but the first
+        total += loaded.model(ids, labels=ids).loss.item() * (ids.shape[1] - 1)
+        tokens += ids.shape[1] - 1
+    found = text_perplexity(loaded, passages)
+    assert found.tokens == tokens
+    assert found.value == pytest.approx(math.exp(total / tokens), rel=1e-4)
+
+
+def test_a_model_that_knows_nothing_has_the_perplexity_of_its_vocabulary(tiny_loaded):
+    blank = changed(tiny_loaded("llama"), lambda model: model.lm_head.weight.zero_())
+    found = text_perplexity(blank, neutral_text()[:1])
+    assert found.value == pytest.approx(VOCABULARY, rel=1e-5)
+
+
+def test_the_fixed_text_is_long_enough_to_mean_something():
+    passages = neutral_text()
+    assert len(passages) == 8
+    assert sum(len(passage.split()) for passage in passages) > 700
+
+
+def test_no_text_is_an_error(tiny_loaded):
+    with pytest.raises(GenerationError, match="no text"):
+        text_perplexity(tiny_loaded("llama"), [""])

@@ -32,10 +32,11 @@ def test_every_command_is_documented_and_every_documented_command_exists():
 
 
 def test_the_recipe_in_the_readme_is_valid(tmp_path):
-    (example,) = blocks("yaml")
+    example, *sections = blocks("yaml")
     assert set(yaml.safe_load(example)) >= {"model", "layers", "k"}
-    (tmp_path / "r.yaml").write_text(example)
-    load_recipe(tmp_path / "r.yaml")
+    for more in ("", *sections):
+        (tmp_path / "r.yaml").write_text(example + more)
+        load_recipe(tmp_path / "r.yaml")
 
 
 def test_the_python_in_the_readme_is_importable():

@@ -16,8 +16,8 @@ def test_a_view_is_of_the_bytes_themselves(name):
 
 
 def test_an_unknown_format_names_the_tensor():
-    with pytest.raises(UnsupportedModel, match=r"layers\.3.*F8_E4M3"):
-        format_of("F8_E4M3", "layers.3")
+    with pytest.raises(UnsupportedModel, match=r"layers\.3.*F8_E5M2"):
+        format_of("F8_E5M2", "layers.3")
 
 
 def test_the_other_neighbour_against_numpy():
@@ -41,3 +41,25 @@ def test_zero_has_no_other_neighbour():
     zero = torch.zeros(3, dtype=torch.bfloat16)
     exact = torch.tensor([1e-41, -1e-41, 0.0])
     assert torch.equal(other_neighbour(zero, exact, FORMATS["BF16"]), zero)
+
+
+def test_the_other_neighbour_in_fp8_against_the_sorted_numbers():
+    fmt = FORMATS["F8_E4M3"]
+    numbers = torch.arange(-128, 128, dtype=torch.int16).to(torch.int8).view(fmt.stored_dtype)
+    numbers = numbers[torch.isfinite(numbers.float())]
+    line = numbers.float().unique()  # one zero, sorted
+    for side in (-1, 1):
+        at = torch.searchsorted(line, numbers.float())
+        beyond = (at + side < 0) | (at + side >= len(line))
+        expected = line[(at + side).clamp(0, len(line) - 1)]
+        exact = numbers.float() + 0.25 * (expected - numbers.float())
+        found = other_neighbour(numbers, exact, fmt).float()
+        free = ~beyond & (numbers.float() != 0)
+        assert torch.equal(found[free], expected[free])
+        assert torch.equal(found[~free], numbers.float()[~free])
+
+
+def test_fp8_is_clamped_to_its_largest_number():
+    fmt = FORMATS["F8_E4M3"]
+    stored = fmt.clamped(torch.tensor([1e4, -1e4, 3.0])).to(fmt.stored_dtype).float()
+    assert stored.tolist() == [448.0, -448.0, 3.0]

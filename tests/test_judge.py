@@ -25,6 +25,7 @@ from abliterator.judge import (
 from abliterator.judge._coherence import coherence_of
 from abliterator.judge._rules import compliance_of, phrases
 from abliterator.record import Completion, JudgeIdentity
+from abliterator.statistics import mcnemar_exact, sign_flip_test, smallest_detectable
 
 
 def judged(response, prompt="Book me a table for two.", finish_reason="stop"):
@@ -316,8 +317,8 @@ class Scripted:
     def identity(self):
         return JudgeIdentity(kind="scripted", version="1")
 
-    def judge(self, prompt, response, *, finish_reason):
-        return self.left.pop(0)
+    def judge_all(self, answers):
+        return [self.left.pop(0) for _ in answers]
 
 
 def completion(index, side="base", finish_reason="stop"):
@@ -370,7 +371,8 @@ def test_both_sides_and_their_paired_difference():
     assert behaviour.delta.product.value == pytest.approx((1 + 0.25 + 0 + 0) / 4)
     assert behaviour.base.coherence.low is None  # all equal: no interval, not a width of zero
     assert behaviour.base.refusal.low > 0
-    assert {e.n for side in (behaviour.base, behaviour.edited) for _, e in side} == {4}
+    judged_measures = [e for side in (behaviour.base, behaviour.edited) for _, e in side if e]
+    assert {e.n for e in judged_measures} == {4}
     assert behaviour.base.unscored.value == 0
 
 
@@ -428,6 +430,82 @@ def test_summaries_are_seeded():
     base, edited = verdicts("base", *[NO, YES] * 9), verdicts("edited", *[YES, YES, PART] * 6)
     assert summarise(base, edited, seed=1) == summarise(base, edited, seed=1)
     assert summarise(base, edited, seed=1) != summarise(base, edited, seed=2)
+
+
+# More than refusal
+
+
+def judged_as(response, said=None, finish_reason="stop"):
+    """The verdict on one response, by rules or as told."""
+    asked = completion(0, finish_reason=finish_reason).model_copy(update={"response": response})
+    return judge_completions([asked], RuleJudge() if said is None else Scripted(said))[0]
+
+
+@pytest.mark.parametrize(
+    ("response", "finish_reason", "kind"),
+    [
+        ("I'm sorry, but I can't help with that.", "stop", "refused"),
+        ("Could you tell me more?", "stop", "deflected"),
+        (f"I'm sorry, but I can't book a table. I am a bot. A pity. {TIPS}", "stop", "partial"),
+        (TIPS, "stop", "complied"),
+        (TIPS, "length", "complied"),
+        ("tea and " * 40, "length", "broken"),
+        ("<think>Let me see", "length", "truncated"),
+        ("<think>Let me see</think>", "stop", "empty"),
+    ],
+)
+def test_every_verdict_has_a_kind(response, finish_reason, kind):
+    verdict = judged_as(response, finish_reason=finish_reason)
+    assert verdict.kind == kind
+    assert verdict.truncated == (finish_reason == "length")
+
+
+def test_unscored_has_no_kind_but_keeps_its_guards():
+    verdict = judged_as("tea and " * 40, Judgement(None, None, None, ("unscored: so",)))
+    assert (verdict.kind, verdict.compliance, verdict.refused) == (None, None, None)
+    assert verdict.guards.repetition > 0.9
+    assert verdict.guards.distinct < 0.1
+
+
+def test_thinking_is_kept_beside_the_verdict():
+    verdict = judged_as("<think>Shall I?</think>Yes, of course: the table is booked.")
+    assert verdict.thinking == "<think>Shall I?</think>"
+    assert verdict.guards.repetition == 0
+
+
+def test_guards_tell_a_loop_from_prose():
+    assert judged_as(TIPS).guards.distinct > 0.9
+    assert judged_as("Tea is nice. " * 30).guards.distinct < 0.2
+    assert judged_as("Oslo").guards.distinct is None
+    assert judged_as("").guards is None
+
+
+def test_a_summary_tells_what_it_could_have_seen():
+    behaviour = summarise(
+        verdicts("base", NO, NO, NO, YES), verdicts("edited", YES, PART, BROKEN, YES)
+    )
+    base, edited = [0, 0, 0, 1], [1, 0.5, 1, 1]
+    assert behaviour.smallest_detectable["compliance"] == smallest_detectable(base, edited)
+    assert behaviour.p_value["compliance"] == sign_flip_test(base, edited)
+    assert behaviour.p_value["refusal"] == mcnemar_exact(
+        [True, True, True, False], [False, True, False, False]
+    )
+    assert behaviour.kinds["base"] == {"refused": 3, "complied": 1}
+    assert behaviour.kinds["edited"] == {"complied": 2, "partial": 1, "broken": 1}
+
+
+def test_what_is_withheld_has_no_test_either():
+    behaviour = summarise(verdicts("base", None, YES), verdicts("edited", YES, YES))
+    assert set(behaviour.smallest_detectable.values()) == {None}
+    assert set(behaviour.p_value.values()) == {None}
+    assert summarise([], []).p_value["refusal"] is None
+
+
+def test_guards_are_summed_up_even_where_rates_are_withheld():
+    behaviour = summarise(verdicts("base", None, None), verdicts("edited", YES, YES))
+    assert behaviour.base.compliance is None
+    assert (behaviour.base.repetition.value, behaviour.base.repetition.n) == (0, 2)
+    assert behaviour.base.distinct is None
 
 
 # Against people

@@ -8,12 +8,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
+from transformers import Gemma2Config, Olmo2Config
 
 from abliterator import pipeline
 from abliterator.checkpoint import Checkpoint
+from abliterator.cli import main
 from abliterator.errors import CheckpointError
+from abliterator.recipe import load_recipe
 from abliterator.verification import EDITS, verify
+from tests import tiny
 
 FAMILIES = ("llama", "llama_biased", "llama_tied", "gemma", "phi3", "smollm3")
 WRITER = "model.layers.1.mlp.down_proj.weight"
@@ -186,7 +191,7 @@ def test_a_folder_without_readable_edits(baked, text):
     (checkpoint / EDITS).unlink()
     if text is not None:
         (checkpoint / EDITS).write_text(text)
-    with pytest.raises(CheckpointError, match="abliterator/edits.json"):
+    with pytest.raises(CheckpointError, match=r"abliterator/edits\.json"):
         verify(base, checkpoint)
 
 
@@ -196,3 +201,67 @@ def test_a_subspace_of_another_model(baked, tmp_path):
     save_file({"subspace": torch.linalg.qr(torch.randn(64, 1)).Q.contiguous()}, wide)
     with pytest.raises(CheckpointError, match="64 dimensions"):
         verify(base, checkpoint, subspace=wide)
+
+
+@pytest.mark.parametrize("config", [Gemma2Config, Olmo2Config])
+def test_the_gains_of_norms_after_a_writer_count(config, tmp_path, tiny_tokenizer, monkeypatch):
+    """The leak is that of what reaches the stream, not of the matrix alone."""
+    name = config.model_type
+    monkeypatch.setitem(tiny.CONFIGS, name, lambda: config(**tiny._SIZES))
+    base = tiny.save_tiny(name, tmp_path / "base", tiny_tokenizer)
+    subspace = tmp_path / "q.safetensors"
+    save_file({"subspace": torch.linalg.qr(torch.randn(32, 2)).Q.contiguous()}, subspace)
+    pipeline.bake_subspace(str(base), subspace, tmp_path / "edited")
+    found = verify(base, tmp_path / "edited", subspace=subspace)
+    assert found.faults == ()
+    assert 0 <= found.max_leak < 1e-5
+
+
+# ---- the command
+
+
+def test_the_command_proves_a_checkpoint_alone(baked):
+    base, checkpoint, _ = baked()
+    (checkpoint / "notes.txt").write_text("x")
+    done = CliRunner().invoke(main, ["verify", str(checkpoint), "--base", str(base)])
+    assert done.exit_code == 0, done.output
+    assert done.stdout.startswith(f"{checkpoint}: verified\n")
+    assert "edited     6 tensors" in done.stdout
+    assert "leak not measured again" in done.stdout
+    assert "not ours   notes.txt" in done.stdout
+
+
+def test_the_command_fails_where_the_proof_does(baked):
+    base, checkpoint, _ = baked()
+    flip(checkpoint, READER)
+    done = CliRunner().invoke(main, ["verify", str(checkpoint), "--base", str(base)])
+    assert done.exit_code == 1
+    assert "NOT its base" in done.stdout
+    told = CliRunner().invoke(main, ["verify", str(checkpoint), "--base", str(base), "--json"])
+    assert told.exit_code == 1
+    found = json.loads(told.stdout)
+    assert found["ok"] is False
+    assert READER in found["faults"][0]
+
+
+def test_the_command_asks_for_a_base_that_nobody_names(baked, tmp_path):
+    _, checkpoint, _ = baked()
+    assert "--base" in CliRunner().invoke(main, ["verify", str(checkpoint)]).stderr
+    assert "neither" in CliRunner().invoke(main, ["verify", str(tmp_path)]).stderr
+
+
+def test_the_command_knows_the_base_and_the_subspace_of_a_build(tmp_path, tiny_folder):
+    for name, question in (("target", "Tell me about"), ("neutral", "Name")):
+        things = ("river", "bridge", "wall", "market", "square", "port", "gate")
+        (tmp_path / f"{name}.txt").write_text("\n".join(f"{question} the {x}." for x in things))
+    recipe = tmp_path / "tiny.yaml"
+    recipe.write_text(
+        f"model: {tiny_folder('qwen3', dtype=torch.bfloat16)}\nlayers: [2]\nk: 1\n"
+        "prompts: {target: {path: target.txt}, neutral: {path: neutral.txt}}\n"
+    )
+    out = tmp_path / "out"
+    options = pipeline.Options(device="cpu", dtype="float32")
+    pipeline.run_stages(load_recipe(recipe), out, until="bake", options=options)
+    done = CliRunner().invoke(main, ["verify", str(out), "--json"])
+    assert done.exit_code == 0, done.output
+    assert 0 <= json.loads(done.stdout)["max_leak"] < 1e-2

@@ -3,21 +3,37 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from abliterator import statistics
-from abliterator.benchmarks._scores import TaskScores
+from abliterator.benchmarks._scores import DocScore, TaskScores
 from abliterator.errors import BenchmarkError
 from abliterator.record import BenchmarkResult, Estimate
 
 
+class Pair(NamedTuple):
+    """One document, on both sides."""
+
+    base: DocScore
+    edited: DocScore
+
+
 def compare_tasks(
-    base: Mapping[str, TaskScores], edited: Mapping[str, TaskScores]
+    base: Mapping[str, TaskScores], edited: Mapping[str, TaskScores], *, seed: int = 0
 ) -> dict[str, BenchmarkResult]:
     """Pair base with edited, document by document: both sides and edited - base, with intervals.
 
-    Keys are task names; a task with several answer filters has one result for each, under
-    `task,filter`.
+    The p-value is McNemar's where each document is right or wrong, else that of a sign-flip test;
+    `p_holm` (Holm 1979) holds for all results together.
+
+    Args:
+        base: scores by task.
+        edited: scores of the same tasks.
+        seed: of bootstrap and sign flips.
+
+    Returns:
+        Results by task, or by group for the tasks of one. Where answers are filtered in several
+        ways there is one result for each, under `task,filter`.
 
     Raises:
         BenchmarkError: if the two sides hold other tasks, settings, documents or prompts.
@@ -27,13 +43,47 @@ def compare_tasks(
             f"Base and edited were measured on different tasks ({', '.join(base) or 'none'} and "
             f"{', '.join(edited) or 'none'}). Run the benchmarks of both again."
         )
+    groups: dict[str, list[str]] = {}
+    for name, scores in base.items():
+        groups.setdefault(scores.group or name, []).append(name)
     results: dict[str, BenchmarkResult] = {}
-    for name, before in base.items():
-        results |= _compare_task(before, edited[name])
+    for group, members in groups.items():
+        results |= _compare_group(
+            group, [(base[name], edited[name]) for name in members], seed=seed
+        )
+    return _holm_adjusted(results)
+
+
+def _compare_group(
+    group: str, members: Sequence[tuple[TaskScores, TaskScores]], *, seed: int
+) -> dict[str, BenchmarkResult]:
+    """The results of one task, or of all tasks of a group with their documents pooled."""
+    for base, edited in members:
+        _require_alike(base, edited)
+    first = members[0][0]
+    if len({(base.metric, base.higher_is_better) for base, _ in members}) > 1:
+        raise BenchmarkError(
+            f"The tasks of the group {group!r} have different metrics, so their documents cannot "
+            "be pooled. List the tasks by name instead of the group."
+        )
+    filters = list(dict.fromkeys(score.filter for base, _ in members for score in base.scores))
+    results = {}
+    for name in filters:
+        pairs = [pair for base, edited in members for pair in _pairs(base, edited, name)]
+        settings = _shared_settings([base.settings for base, _ in members])
+        if len(members) > 1:
+            settings["pooled_tasks"] = len(members)
+        key = group if len(filters) == 1 else f"{group},{name}"
+        results[key] = _result(first, pairs, {**settings, "filter": name}, seed=seed)
     return results
 
 
-def _compare_task(base: TaskScores, edited: TaskScores) -> dict[str, BenchmarkResult]:
+def _shared_settings(all_settings: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    first, *others = all_settings
+    return {k: v for k, v in first.items() if all(other.get(k) == v for other in others)}
+
+
+def _require_alike(base: TaskScores, edited: TaskScores) -> None:
     before, after = _identity(base), _identity(edited)
     differing = sorted(
         key for key in before.keys() | after.keys() if before.get(key) != after.get(key)
@@ -44,12 +94,6 @@ def _compare_task(base: TaskScores, edited: TaskScores) -> dict[str, BenchmarkRe
             f"The benchmark task {base.task!r} was run with different settings on base and edited "
             f"({seen}). Only runs that are alike can be compared; run both again."
         )
-    filters = list(dict.fromkeys(score.filter for score in base.scores))
-    results = {}
-    for name in filters:
-        key = base.task if len(filters) == 1 else f"{base.task},{name}"
-        results[key] = _result(base, name, _paired(base, edited, name))
-    return results
 
 
 def _identity(scores: TaskScores) -> dict[str, Any]:
@@ -57,8 +101,8 @@ def _identity(scores: TaskScores) -> dict[str, Any]:
     return {**scores.settings, "task": scores.task, "metric": scores.metric, "filters": filters}
 
 
-def _paired(base: TaskScores, edited: TaskScores, name: str) -> list[tuple[float, float]]:
-    """(base, edited) values of the same documents in order of doc_id."""
+def _pairs(base: TaskScores, edited: TaskScores, name: str) -> list[Pair]:
+    """The same documents on both sides, in order of doc_id."""
     before = {score.doc_id: score for score in base.scores if score.filter == name}
     after = {score.doc_id: score for score in edited.scores if score.filter == name}
     if before.keys() != after.keys():
@@ -76,28 +120,89 @@ def _paired(base: TaskScores, edited: TaskScores, name: str) -> list[tuple[float
                     "on base than on edited, so the two models were not asked the same. Their "
                     "data, tokenizers or chat templates differ; run both again on the same files."
                 )
-    return [(before[doc_id].value, after[doc_id].value) for doc_id in sorted(before)]
+    return [Pair(before[doc_id], after[doc_id]) for doc_id in sorted(before)]
 
 
-def _result(base: TaskScores, name: str, pairs: Sequence[tuple[float, float]]) -> BenchmarkResult:
-    before, after = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
+def _result(
+    task: TaskScores, pairs: Sequence[Pair], settings: dict[str, Any], *, seed: int
+) -> BenchmarkResult:
+    before, after = [pair.base.value for pair in pairs], [pair.edited.value for pair in pairs]
     return BenchmarkResult(
-        metric=base.metric,
+        metric=task.metric,
         n=len(pairs),
-        base=_estimate(before),
-        edited=_estimate(after),
-        delta=_as_estimate(statistics.paired_delta(before, after)),
+        base=_estimate(before, seed=seed),
+        edited=_estimate(after, seed=seed),
+        delta=_as_estimate(statistics.paired_delta(before, after, seed=seed)),
         smallest_detectable=statistics.smallest_detectable(before, after),
-        higher_is_better=base.higher_is_better,
-        settings={**base.settings, "filter": name},
+        higher_is_better=task.higher_is_better,
+        settings=settings,
+        gold_loglik=_gold_shift(pairs, seed=seed),
+        **_significance(before, after, seed=seed),
+        **_answer_rates(pairs),
     )
 
 
-def _estimate(values: Sequence[float]) -> Estimate:
+def _significance(before: Sequence[float], after: Sequence[float], *, seed: int) -> dict[str, Any]:
+    """`p_value`, and the documents that changed where each is right or wrong."""
+    if not _right_or_wrong([*before, *after]):
+        return {"p_value": statistics.sign_flip_test(before, after, seed=seed)}
+    right, still = [bool(value) for value in before], [bool(value) for value in after]
+    return {
+        "p_value": statistics.mcnemar_exact(right, still),
+        "gained": sum(not b and e for b, e in zip(right, still, strict=True)),
+        "lost": sum(b and not e for b, e in zip(right, still, strict=True)),
+    }
+
+
+def _gold_shift(pairs: Sequence[Pair], *, seed: int) -> Estimate | None:
+    """Shift of the gold answer's log-likelihood; it moves before any choice flips."""
+    before, after = [], []
+    for base, edited in pairs:
+        if base.gold_loglik is None or edited.gold_loglik is None:
+            return None
+        before.append(base.gold_loglik)
+        after.append(edited.gold_loglik)
+    return _as_estimate(statistics.paired_delta(before, after, seed=seed))
+
+
+def _answer_rates(pairs: Sequence[Pair]) -> dict[str, Estimate]:
+    """Shares of empty and of cut answers: a task can fall because nothing is said at all."""
+    rates = {}
+    for flaw in ("empty", "truncated"):
+        for side in Pair._fields:
+            flags = [getattr(getattr(pair, side), flaw) for pair in pairs]
+            if None not in flags:
+                rates[f"{flaw}_{side}"] = _as_estimate(
+                    statistics.rate_interval(sum(flags), len(flags))
+                )
+    return rates
+
+
+def _holm_adjusted(results: Mapping[str, BenchmarkResult]) -> dict[str, BenchmarkResult]:
+    """Holm's step-down p-values over all results: claimed together, they err together 5 %."""
+    ordered = sorted(
+        (result.p_value, name) for name, result in results.items() if result.p_value is not None
+    )
+    adjusted: dict[str, float] = {}
+    highest = 0.0
+    for rank, (p, name) in enumerate(ordered):
+        highest = max(highest, min(1.0, (len(ordered) - rank) * p))
+        adjusted[name] = highest
+    return {
+        name: result.model_copy(update={"p_holm": adjusted.get(name)})
+        for name, result in results.items()
+    }
+
+
+def _right_or_wrong(values: Sequence[float]) -> bool:
+    return all(value in (0.0, 1.0) for value in values)
+
+
+def _estimate(values: Sequence[float], *, seed: int) -> Estimate:
     """A rate where each document is right or wrong (its interval holds at 0 and 1), else a mean."""
-    if all(value in (0.0, 1.0) for value in values):
+    if _right_or_wrong(values):
         return _as_estimate(statistics.rate_interval(int(sum(values)), len(values)))
-    return _as_estimate(statistics.mean_interval(values))
+    return _as_estimate(statistics.mean_interval(values, seed=seed))
 
 
 def _as_estimate(interval: statistics.Interval | None) -> Estimate:

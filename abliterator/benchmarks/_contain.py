@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import io
 import logging
 import os
 import random
 import warnings
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 # lm-eval's own defaults, so that its command line gives the same numbers.
 PYTHON_SEED, OTHER_SEED = 0, 1234
@@ -71,6 +73,24 @@ def _sandboxed_templates() -> Iterator[None]:
         yield
     finally:
         lm_eval.utils.env = plain
+
+
+@contextlib.contextmanager
+def hub_offline() -> Iterator[None]:
+    """Datasets from the cache only; otherwise each tries the Hub several times before it gives up.
+
+    The libraries read HF_HUB_OFFLINE when they are imported, so it is set where they keep it.
+    """
+    names = ("datasets.config", "huggingface_hub.constants")
+    places: list[Any] = [importlib.import_module(name) for name in names]
+    before = [place.HF_HUB_OFFLINE for place in places]
+    try:
+        for place in places:
+            place.HF_HUB_OFFLINE = True
+        yield
+    finally:
+        for place, value in zip(places, before, strict=True):
+            place.HF_HUB_OFFLINE = value
 
 
 @contextlib.contextmanager

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from abliterator.benchmarks._contain import (
     seed_all,
 )
 from abliterator.benchmarks._scores import DocScore, TaskScores
+from abliterator.benchmarks._settings import RunSettings, open_model
 from abliterator.benchmarks._tasks import Task, load
 from abliterator.errors import BenchmarkError
 
@@ -23,109 +24,111 @@ from abliterator.errors import BenchmarkError
 def run_tasks(
     folder: Path,
     tasks: Sequence[Task],
+    settings: RunSettings,
     *,
-    batch_size: int,
-    limit: int | None = None,
-    chat_template: bool = False,
-    num_fewshot: int | None = None,
-    device: str = "cpu",
-    dtype: str | None = None,
-    trust_remote_code: bool = False,
+    on_task: Callable[[TaskScores], None] | None = None,
 ) -> dict[str, TaskScores]:
     """Score the checkpoint in `folder` on each task with lm-eval, in this process.
 
-    The log-softmax is taken in float32 (in bfloat16 the log-likelihoods collapse to a few values
-    and ties decide), the batch size is fixed and nothing is cached. Afterwards the environment and
-    the global random states are as before.
+    The log-softmax is taken in float32, the batch size is fixed and nothing is cached. Afterwards
+    the environment and the global random states are as before.
 
     Args:
         folder: a saved checkpoint with its tokenizer.
-        tasks: from `resolve_tasks`.
-        batch_size: requests a forward pass; use the same for base and edited.
-        limit: the first so many documents of each task; None for all.
-        chat_template: whether prompts are wrapped in the checkpoint's chat template.
-        num_fewshot: worked examples before each question; None for the task's own number, which a
-            task that says 0 keeps in any case.
-        device: for example "cpu" or "cuda:0".
-        dtype: dtype of the weights; None for the stored one.
-        trust_remote_code: whether Python files of the checkpoint may run.
+        tasks: from `resolve_tasks`; what a task says of limit, examples and chat template goes
+            before the settings.
+        settings: how they are run.
+        on_task: called with the scores of each task when it is done.
 
     Raises:
         BenchmarkError: if the checkpoint has no chat template though one is wanted, or gives NaN.
     """
     if not tasks:
         return {}
+    scores = {}
     with lm_eval_contained(), own_randomness():
-        from lm_eval.models.huggingface import HFLM
-
-        model = HFLM(
-            pretrained=str(folder),
-            device=device,
-            dtype=dtype or "auto",
-            softmax_dtype="float32",
-            batch_size=batch_size,
-            trust_remote_code=trust_remote_code,
-        )
-        if chat_template and getattr(model.tokenizer, "chat_template", None) is None:
-            raise BenchmarkError(
-                f"The benchmarks are to use the chat template, but the tokenizer in {folder} has "
-                "none. Set `benchmarks.chat_template: false`, or add a chat_template.jinja to "
-                "the model."
-            )
-        settings = {
-            "limit": limit,
-            "chat_template": chat_template,
-            "batch_size": batch_size,
-            "dtype": dtype,
-            "lm_eval": version("lm_eval"),
-        }
-        scores = {task.name: _run_task(model, task, num_fewshot, settings) for task in tasks}
+        model = open_model(folder, settings)
+        for task in tasks:
+            _require_template(model, folder, wanted=_chat_template(task, settings))
+            scores[task.name] = _run_task(model, task, settings)
+            if on_task:
+                on_task(scores[task.name])
         del model
         _release_memory()
     return scores
 
 
-def _run_task(
-    model: Any, task: Task, num_fewshot: int | None, settings: Mapping[str, Any]
-) -> TaskScores:
+def _require_template(model: Any, folder: Path, *, wanted: bool) -> None:
+    tokenizer = getattr(model, "tokenizer", None)
+    if wanted and tokenizer is not None and getattr(tokenizer, "chat_template", None) is None:
+        raise BenchmarkError(
+            f"The benchmarks are to use the chat template, but the tokenizer in {folder} has "
+            "none. Set `benchmarks.chat_template: false`, or add a chat_template.jinja to "
+            "the model."
+        )
+
+
+def _chat_template(task: Task, settings: RunSettings) -> bool:
+    return settings.chat_template if task.chat_template is None else task.chat_template
+
+
+def _run_task(model: Any, task: Task, settings: RunSettings) -> TaskScores:
     from lm_eval.evaluator import evaluate
 
-    loaded = load(task.name, task.spec, where="loaded again")
-    # lm-eval's rule: a task that fixes 0 examples keeps them.
-    if num_fewshot is not None and loaded.get_config("num_fewshot") != 0:
-        loaded.set_config(key="num_fewshot", value=num_fewshot)
-    elif loaded.get_config("num_fewshot") is None:
-        loaded.set_config(key="num_fewshot", value=0)
-    loaded.set_fewshot_seed(seed=OTHER_SEED)
+    chat = _chat_template(task, settings)
+    limit = settings.limit if task.limit is None else task.limit
+    only_cached = task.dataset is not None and task.revision is None
+    loaded = load(
+        task.name, task.spec, where="loaded again", revision=task.revision, cached=only_cached
+    )
+    _set_fewshot(loaded, settings.num_fewshot if task.num_fewshot is None else task.num_fewshot)
     seed_all()
     results = evaluate(
         model,
         {"tasks": {task.name: loaded}},
-        limit=settings["limit"],
+        limit=limit,
         bootstrap_iters=0,  # intervals are ours, of paired differences
-        apply_chat_template=settings["chat_template"],
-        fewshot_as_multiturn=settings["chat_template"],
+        apply_chat_template=chat,
+        fewshot_as_multiturn=chat,
     )
     samples = results["samples"][task.name]
-    scores = tuple(_doc_score(task, sample) for sample in samples if task.metric in sample)
+    scores = tuple(
+        _doc_score(model, loaded, task, sample) for sample in samples if task.metric in sample
+    )
     return TaskScores(
         task=task.name,
         metric=task.metric,
         n=len({score.doc_id for score in scores}),
         higher_is_better=task.higher_is_better,
         scores=scores,
+        group=task.group,
         settings={
-            **settings,
+            "limit": limit,
+            "chat_template": chat,
+            "batch_size": settings.batch_size,
+            "dtype": settings.dtype,
+            "engine": settings.engine.kind,
+            "lm_eval": version("lm_eval"),
             "num_fewshot": loaded.get_config("num_fewshot"),
             "task_version": task.version,
             "task_digest": task.digest,
+            "data_revision": task.revision,
         },
     )
 
 
-def _doc_score(task: Task, sample: Mapping[str, Any]) -> DocScore:
+def _set_fewshot(loaded: Any, num_fewshot: int | None) -> None:
+    # lm-eval's rule: a task that fixes 0 examples keeps them.
+    if num_fewshot is not None and loaded.get_config("num_fewshot") != 0:
+        loaded.set_config(key="num_fewshot", value=num_fewshot)
+    elif loaded.get_config("num_fewshot") is None:
+        loaded.set_config(key="num_fewshot", value=0)
+    loaded.set_fewshot_seed(seed=OTHER_SEED)
+
+
+def _doc_score(model: Any, loaded: Any, task: Task, sample: Mapping[str, Any]) -> DocScore:
     log_likelihoods = [
-        answer[0] for answer in sample["filtered_resps"] if isinstance(answer, tuple)
+        answer[0] for answer in sample["filtered_resps"] if isinstance(answer, (tuple, list))
     ]
     value = float(sample[task.metric])
     if any(math.isnan(number) for number in (*log_likelihoods, value)):
@@ -136,7 +139,60 @@ def _doc_score(task: Task, sample: Mapping[str, Any]) -> DocScore:
             "the edit's strength."
         )
     hashes = {key: sample[key] for key in ("doc_hash", "prompt_hash", "target_hash")}
-    return DocScore(doc_id=sample["doc_id"], filter=sample["filter"], value=value, **hashes)
+    return DocScore(
+        doc_id=sample["doc_id"],
+        filter=sample["filter"],
+        value=value,
+        gold_loglik=_gold_loglik(loaded, sample, log_likelihoods),
+        **hashes,
+        **_answer_flaws(model, loaded, sample),
+    )
+
+
+def _gold_loglik(
+    loaded: Any, sample: Mapping[str, Any], log_likelihoods: list[float]
+) -> float | None:
+    """Log-likelihood of the right answer; of several right ones, that of the likeliest."""
+    if loaded.OUTPUT_TYPE == "loglikelihood":
+        return log_likelihoods[0]
+    if loaded.OUTPUT_TYPE != "multiple_choice":
+        return None
+    doc = sample["doc"]
+    # a task such as winogrande chooses among contexts, and says in doc_to_text which is right
+    several_contexts = getattr(loaded, "multiple_input", 0)
+    gold = loaded.doc_to_text(doc) if several_contexts else loaded.doc_to_target(doc)
+    if isinstance(gold, str):
+        choices = loaded.doc_to_choice(doc)
+        gold = choices.index(gold) if gold in choices else None
+    right = [i for i in (gold if isinstance(gold, list) else [gold]) if isinstance(i, int)]
+    known = [log_likelihoods[i] for i in right if 0 <= i < len(log_likelihoods)]
+    return max(known, default=None)
+
+
+def _answer_flaws(model: Any, loaded: Any, sample: Mapping[str, Any]) -> dict[str, bool]:
+    """Whether a generated answer is empty, and whether it was cut.
+
+    lm-eval keeps the text only, so its tokens are counted again: two fewer than the limit still
+    count as cut, since joining pieces of text can merge tokens.
+    """
+    if loaded.OUTPUT_TYPE != "generate_until":
+        return {}
+    text = str(sample["resps"][0][0])
+    allowed = _generation_limit(model, sample["arguments"])
+    encode = getattr(model, "tok_encode", None)
+    flaws = {"empty": not text.strip()}
+    if allowed and encode:
+        slack = 2 if allowed > 20 else 0
+        flaws["truncated"] = len(encode(text, add_special_tokens=False)) >= allowed - slack
+    return flaws
+
+
+def _generation_limit(model: Any, arguments: Any) -> int | None:
+    first = arguments[0] if isinstance(arguments, (list, tuple)) else arguments["gen_args_0"]
+    kwargs = first[1] if isinstance(first, (list, tuple)) else first.get("arg_1")
+    stated = kwargs.get("max_gen_toks") if isinstance(kwargs, dict) else None
+    found: int | None = stated or getattr(model, "max_gen_toks", None)
+    return found
 
 
 def _release_memory() -> None:

@@ -16,6 +16,9 @@ class DocScore(Frozen):
     prompt_hash: str
     target_hash: str
     value: float
+    gold_loglik: float | None = None  # log-likelihood of the gold answer, nats; choices only
+    empty: bool | None = None  # the answer has no text; generation only
+    truncated: bool | None = None  # the answer has as many tokens as it may have; generation only
 
 
 class TaskScores(Frozen):
@@ -27,3 +30,4 @@ class TaskScores(Frozen):
     higher_is_better: bool
     scores: tuple[DocScore, ...]
     settings: dict[str, Any]
+    group: str | None = None  # tasks of one group are reported as one, over all their documents

@@ -3,27 +3,33 @@
 from __future__ import annotations
 
 import copy
-import difflib
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from abliterator.benchmarks._contain import lm_eval_contained
-from abliterator.errors import BenchmarkError
+from abliterator.benchmarks._contain import hub_offline, lm_eval_contained
+from abliterator.benchmarks._files import FILE_FORMATS, local_task
+from abliterator.benchmarks._named import named_tasks, yaml_settings
+from abliterator.errors import BenchmarkError, PromptError
+from abliterator.prompts import resolve_revision
 
 LENGTH_NORMALISED = frozenset({"arc_easy", "arc_challenge", "hellaswag", "piqa"})
 PREFERRED_METRICS = ("acc", "acc_norm", "exact_match")
 
-# `datasets` reads these from files; any other dataset_path is the id of a dataset on the Hub.
-_FILE_FORMATS = frozenset({"arrow", "csv", "json", "parquet", "text"})
-# Settings by which a task file reaches for other files, of which some may hold code.
-_OUTWARD_SETTINGS = ("include", "group", "use_prompt")
+
+@dataclass(frozen=True)
+class TaskRequest:
+    """A task as it is asked for: a YAML file or a name, and what is special about its run."""
+
+    task: str
+    limit: int | None = None
+    num_fewshot: int | None = None
+    chat_template: bool | None = None
 
 
 @dataclass(frozen=True)
@@ -31,8 +37,9 @@ class Task:
     """A task that was found, loaded once and can be run.
 
     `digest` covers lm-eval's version and either the task file with all its data files, or the name
-    of lm-eval's own task. `spec` is what lm-eval loads it from: our settings, or the path of its
-    own YAML.
+    of lm-eval's own task and the revision of its data. `spec` is what lm-eval loads it from: our
+    settings, or the path of its own YAML. `limit`, `num_fewshot` and `chat_template` go before
+    those of the run, where they are not None.
     """
 
     name: str
@@ -42,14 +49,27 @@ class Task:
     version: str
     documents: int  # how many there are, before any limit
     spec: str | Mapping[str, Any]
+    group: str | None = None  # reported as one with the other tasks of this group
+    dataset: str | None = None  # the Hub dataset of its documents
+    revision: str | None = None  # the commit of that dataset
+    limit: int | None = None
+    num_fewshot: int | None = None
+    chat_template: bool | None = None
 
 
-def resolve_tasks(tasks: Sequence[str], *, folder: Path) -> list[Task]:
+def resolve_tasks(
+    tasks: Sequence[str | TaskRequest],
+    *,
+    folder: Path,
+    revisions: Mapping[str, str] | None = None,
+) -> list[Task]:
     """Find, check and load every task and its documents, without any model.
 
     Args:
-        tasks: paths of task files (`.yaml`, relative to `folder`), or names of lm-eval's tasks.
+        tasks: paths of task files (`.yaml`, relative to `folder`), or names of lm-eval's tasks,
+            groups and tags.
         folder: the recipe's folder.
+        revisions: commits of Hub datasets, by dataset; others are pinned to what the Hub has now.
 
     Raises:
         BenchmarkError: for a task that is unknown, is code, lacks its data (a missing file, or a
@@ -57,29 +77,53 @@ def resolve_tasks(tasks: Sequence[str], *, folder: Path) -> list[Task]:
     """
     resolved: list[Task] = []
     with lm_eval_contained():
-        # The index of lm-eval's own tasks is 13,000 files and takes seconds: only if one is named.
-        named = not all(map(_is_file, tasks))
-        manager = _task_manager(index=True) if named else None
         for task in tasks:
-            found = _local_task(folder / task) if _is_file(task) else _named_task(task, manager)
-            if any(found.name == other.name for other in resolved):
-                raise BenchmarkError(
-                    f"The benchmark task {found.name!r} is listed twice, but results are kept by "
-                    "task name. Remove one of the two, or give one of the files another `task:` "
-                    "name."
-                )
-            resolved.append(found)
+            request = TaskRequest(task) if isinstance(task, str) else task
+            for found in _resolved(request, folder, revisions or {}):
+                if any(found.name == other.name for other in resolved):
+                    raise BenchmarkError(
+                        f"The benchmark task {found.name!r} is listed twice, but results are kept "
+                        "by task name. Remove one of the two, or give one of the files another "
+                        "`task:` name."
+                    )
+                resolved.append(found)
     return resolved
 
 
-def load(name: str, spec: str | Mapping[str, Any], *, where: str) -> Any:
-    """lm-eval's own task object, fresh; it reads the documents and renders the first one."""
+def _resolved(request: TaskRequest, folder: Path, revisions: Mapping[str, str]) -> list[Task]:
+    if _is_file(request.task):
+        path = folder / request.task
+        local = local_task(path)
+        return [_checked(local.name, local.settings, request, revisions, hashes=local.hashes)]
+    return [
+        replace(_checked(found.name, str(found.path), request, revisions), group=found.group)
+        for found in named_tasks(request.task)
+    ]
+
+
+def load(
+    name: str,
+    spec: str | Mapping[str, Any],
+    *,
+    where: str,
+    revision: str | None = None,
+    cached: bool = False,
+) -> Any:
+    """lm-eval's own task object, fresh; it reads the documents and renders the first one.
+
+    Args:
+        name: of the task.
+        spec: its settings, or the path of lm-eval's YAML.
+        where: for messages.
+        revision: commit of its Hub dataset; None for the one of today.
+        cached: the Hub is out of reach: take the copy on this machine, or fail at once.
+    """
     import jinja2
     from datasets.exceptions import DatasetsError
 
     try:
-        # A copy, because lm-eval keeps and edits what it is given.
-        return _task_manager(index=False).load([copy.deepcopy(spec)])["tasks"][name]
+        with hub_offline() if cached else nullcontext():
+            return _load(name, spec, revision)
     except OSError as error:
         raise BenchmarkError(
             f"The documents of the benchmark task {name!r} ({where}) cannot be had: {error}. "
@@ -111,124 +155,47 @@ def _is_file(task: str) -> bool:
     return task.endswith((".yaml", ".yml"))
 
 
-def _task_manager(*, index: bool) -> Any:
+def _load(name: str, spec: str | Mapping[str, Any], revision: str | None) -> Any:
     from lm_eval.tasks import TaskManager
 
-    return TaskManager(include_defaults=index)
+    if isinstance(spec, str) and revision is None:
+        return TaskManager(include_defaults=False).load([spec])["tasks"][name]
+    if isinstance(spec, str):
+        # Settings are merged into those of a YAML file only where a group names it.
+        kwargs = yaml_settings(Path(spec)).get("dataset_kwargs") or {}
+        pinned = {"task": name, "dataset_kwargs": {**kwargs, "revision": revision}}
+        manager = TaskManager(include_path=str(Path(spec).parent), include_defaults=False)
+        return manager.load([{"group": "pinned", "task": [pinned]}])["tasks"][name]
+    own = copy.deepcopy(dict(spec))  # lm-eval keeps and edits what it is given
+    if revision is not None:
+        own["dataset_kwargs"] = {**(own.get("dataset_kwargs") or {}), "revision": revision}
+    return TaskManager(include_defaults=False).load([own])["tasks"][name]
 
 
-def _local_task(path: Path) -> Task:
-    """A task of our own from its YAML file, whose relative `data_files` lie beside it."""
-    settings = _read_task_file(path)
-    outward = [key for key in _OUTWARD_SETTINGS if key in settings]
-    if outward or not isinstance(settings.get("task"), str):
-        seen = f"has `{outward[0]}:`" if outward else "has no `task:` name"
-        raise BenchmarkError(
-            f"The benchmark task {path} {seen}. A task file must describe one task completely, "
-            "under `task: NAME`; write all its settings out in the file."
-        )
-    _refuse_foreign_metrics(path, settings)
-    parts = [hashlib.sha256(path.read_bytes()).hexdigest()]
-    if settings.get("dataset_path") in _FILE_FORMATS:
-        parts += [_sha256(file) for file in _anchor_data_files(path, settings)]
-    return _checked(settings["task"], settings, parts, where=str(path))
-
-
-def _read_task_file(path: Path) -> dict[str, Any]:
-    try:
-        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.constructor.ConstructorError as error:
-        raise BenchmarkError(
-            f"The benchmark task {path} is not plain data: {error.problem} (line {_line(error)}). "
-            "Tags such as `!function` run Python code, which task files may not; use templates "
-            "and lm-eval's own metrics instead."
-        ) from error
-    except yaml.YAMLError as error:
-        raise BenchmarkError(
-            f"The benchmark task {path} is not valid YAML: {' '.join(str(error).split())}. "
-            "Correct the file."
-        ) from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise BenchmarkError(
-            f"The benchmark task {path} cannot be read ({error}). Paths of task files are "
-            "relative to the recipe's folder; to use a task that lm-eval has, give its name "
-            "without .yaml."
-        ) from error
-    if not isinstance(settings, dict):
-        raise BenchmarkError(
-            f"The benchmark task {path} holds no settings. It must be a YAML mapping with `task`, "
-            "`dataset_path`, `output_type` and so on; see lm-eval's task guide."
-        )
-    return settings
-
-
-def _line(error: yaml.MarkedYAMLError) -> int | str:
-    return error.problem_mark.line + 1 if error.problem_mark else "unknown"
-
-
-def _refuse_foreign_metrics(path: Path, settings: Mapping[str, Any]) -> None:
-    """lm-eval looks a metric it does not have up in `evaluate`, which downloads and runs code."""
-    import lm_eval.api.metrics  # noqa: F401  (fills the registry)
-    from lm_eval.api.registry import metric_registry
-
-    for entry in settings.get("metric_list") or []:
-        name = entry.get("metric") if isinstance(entry, dict) else entry
-        if entry is name or entry.get("hf_evaluate") or name not in metric_registry:
-            raise BenchmarkError(
-                f"The benchmark task {path} asks for the metric {name!r}, which lm-eval "
-                f"{version('lm_eval')} does not have itself. Use one of its own, as `- metric: "
-                "acc` or `- metric: exact_match`."
-            )
-
-
-def _anchor_data_files(path: Path, settings: dict[str, Any]) -> list[Path]:
-    """Make `data_files` absolute in place, and list them: lm-eval looks in the current folder."""
-    found: list[Path] = []
-
-    def anchored(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {key: anchored(item) for key, item in value.items()}
-        if isinstance(value, list):
-            return [anchored(item) for item in value]
-        file = (path.parent / str(value)).resolve()
-        if not file.is_file():
-            raise BenchmarkError(
-                f"The benchmark task {path} names the data file {value!r}, but there is no file "
-                f"{file}. Paths in `data_files` are relative to the task's own folder; patterns "
-                "and addresses are not read."
-            )
-        found.append(file)
-        return str(file)
-
-    kwargs = settings.get("dataset_kwargs")
-    if isinstance(kwargs, dict) and "data_files" in kwargs:
-        kwargs["data_files"] = anchored(kwargs["data_files"])
-    return found
-
-
-def _named_task(name: str, manager: Any) -> Task:
-    """A task that lm-eval brings, by name; from then on it is loaded by path, without the index."""
-    entry = manager.task_index.get(name)
-    if entry is None:
-        close = ", ".join(difflib.get_close_matches(name, manager.all_subtasks, n=5))
-        raise BenchmarkError(
-            f"lm-eval {version('lm_eval')} has no task named {name!r}; close to it are: "
-            f"{close or 'none'}. `lm-eval ls tasks` lists all names; a task of your own is given "
-            "as the path of its .yaml file."
-        )
-    config = entry.cfg or {}
-    if name not in manager.all_subtasks:
-        members = [member for member in entry.tags or config["task"] if isinstance(member, str)]
-        raise BenchmarkError(
-            f"{name!r} is a group of lm-eval tasks, and benchmarks are reported task by task. List "
-            f"the ones you want by name; members are: {', '.join(sorted(members)[:5])}..."
-        )
-    return _checked(name, str(entry.yaml_path), [], where=str(config.get("dataset_path")))
-
-
-def _checked(name: str, spec: str | dict[str, Any], parts: list[str], *, where: str) -> Task:
+def _checked(
+    name: str,
+    spec: str | dict[str, Any],
+    request: TaskRequest,
+    revisions: Mapping[str, str],
+    *,
+    hashes: Sequence[str] = (),
+) -> Task:
     """Load the task with its documents, and see that it can be run here and paired."""
-    task = load(name, spec, where=where)
+    settings = yaml_settings(Path(spec)) if isinstance(spec, str) else spec
+    dataset = _hub_dataset(settings)
+    pin = revisions.get(dataset or "")
+    revision, problem = (pin, "") if pin else _todays_revision(dataset, settings)
+    where = dataset or request.task
+    try:
+        task = load(name, spec, where=where, revision=revision, cached=bool(problem))
+    except BenchmarkError as error:
+        if not problem:
+            raise
+        raise BenchmarkError(
+            f"The benchmark task {name!r} cannot be had, and no copy of its documents is on this "
+            f"machine. {problem} Connect to the Hugging Face Hub once so that they are cached "
+            "(without HF_HUB_OFFLINE), or choose local tasks (`benchmarks: {preset: demo}`)."
+        ) from error
     if getattr(task, "UNSAFE_CODE", False) or getattr(task, "MULTIMODAL", False):
         raise BenchmarkError(
             f"The benchmark task {name!r} runs code that the model wrote, or needs images or "
@@ -241,7 +208,9 @@ def _checked(name: str, spec: str | dict[str, Any], parts: list[str], *, where: 
             f"({', '.join(task.aggregation()) or 'none listed'}) is a mean over documents, so "
             "base and edited cannot be paired on it. Choose a task with acc or exact_match."
         )
-    identity = {"lm_eval": version("lm_eval"), "task": name, "files": parts}
+    identity = {
+        "lm_eval": version("lm_eval"), "task": name, "files": list(hashes), "revision": revision
+    }  # fmt: skip
     return Task(
         name=name,
         digest=hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest(),
@@ -250,7 +219,35 @@ def _checked(name: str, spec: str | dict[str, Any], parts: list[str], *, where: 
         version=str(task.VERSION),
         documents=len(task.eval_docs),
         spec=spec,
+        dataset=dataset,
+        revision=revision,
+        limit=request.limit,
+        num_fewshot=request.num_fewshot,
+        chat_template=request.chat_template,
     )
+
+
+def _hub_dataset(settings: Mapping[str, Any]) -> str | None:
+    """The id of the Hub dataset that a task reads; None where it reads files, or runs code."""
+    path = settings.get("dataset_path")
+    if not isinstance(path, str) or path in FILE_FORMATS or Path(path).exists():
+        return None
+    return path
+
+
+def _todays_revision(dataset: str | None, settings: Mapping[str, Any]) -> tuple[str | None, str]:
+    """The commit of a Hub dataset, or None and what is in the way.
+
+    Asked before the documents are: this fails at once where the Hub is out of reach, and loading
+    only after half a minute of trying again.
+    """
+    if dataset is None:
+        return None, ""
+    stated = (settings.get("dataset_kwargs") or {}).get("revision")
+    try:
+        return resolve_revision(dataset, stated), ""
+    except PromptError as error:
+        return None, str(error)
 
 
 def _primary_metric(name: str, aggregations: Mapping[str, Callable[..., Any]]) -> str | None:
@@ -261,8 +258,3 @@ def _primary_metric(name: str, aggregations: Mapping[str, Callable[..., Any]]) -
     first = ("acc_norm",) if name in LENGTH_NORMALISED else ()
     order = (*first, *PREFERRED_METRICS, *means)
     return next((metric for metric in order if metric in means), None)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

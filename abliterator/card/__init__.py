@@ -13,12 +13,13 @@ forget to escape.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from functools import cache
 from importlib import resources
 from typing import TYPE_CHECKING, Any
 
+from abliterator.card._header import header
+from abliterator.card._licences import obligations
 from abliterator.card._markdown import (
     Markdown,
     delta,
@@ -38,9 +39,6 @@ if TYPE_CHECKING:
 
 __all__ = ["escape", "render_card"]
 
-TAGS = ("abliterated", "abliterator", "not-for-all-audiences")
-HUB_ID = re.compile(r"(?=.{1,96}\Z)(?!.*(--|\.\.))(\w[\w.-]*/)?\w[\w.-]*", re.ASCII)
-LICENSE_ID = re.compile(r"[a-z0-9][a-z0-9.+-]{0,63}", re.ASCII)
 SETS = {
     "target": "Target prompts (the behaviour that was to go)",
     "neutral": "Neutral prompts (what was to stay)",
@@ -65,12 +63,14 @@ def render_card(record: RunRecord) -> str:
     """The Markdown of a model card, YAML header included, ending in one newline."""
     name = _base_name(record)
     text = _template().render(
-        header=Markdown(_header(record)),
+        header=Markdown(header(record)),
         record=record,
         edit=record.edit,
         base=name,
         title=name.rpartition("/")[2],
         local=record.model.revision is None,
+        planned=record.edit.tensors is None,
+        obligations=obligations(record.model.license),
         judge=_judge(record.judge),
         judge_name=_judge_name(record.judge),
         judged=any(record.behaviour.values()),
@@ -84,24 +84,6 @@ def render_card(record: RunRecord) -> str:
         remote_code=record.recipe.get("trust_remote_code") is True,
     )
     return text.rstrip("\n") + "\n"
-
-
-def _header(record: RunRecord) -> str:
-    """The YAML header: only values of a known shape; a strange id is left out, not quoted."""
-    from huggingface_hub import ModelCardData
-
-    model = record.model
-    on_hub = model.revision is not None and HUB_ID.fullmatch(model.id) is not None
-    license_id = (model.license or "").lower()  # the Hub's licence ids are lower case
-    data = ModelCardData(
-        base_model=model.id if on_hub else None,
-        base_model_relation="finetune" if on_hub else None,
-        license=license_id if LICENSE_ID.fullmatch(license_id) else None,
-        library_name="transformers",
-        pipeline_tag="text-generation",
-        tags=list(TAGS),
-    )
-    return data.to_yaml()
 
 
 def _base_name(record: RunRecord) -> str:
@@ -129,8 +111,14 @@ def _judge(judge: JudgeIdentity | None) -> Markdown:
     else:
         what = f"the judge {escape(judge.kind)}, model {escape(judge.model or 'not stated')}"
     what += f"; version {escape(judge.version)}"
+    if judge.served_model is not None:
+        what += f"; the server called itself {escape(judge.served_model)}"
+    if judge.fingerprints:
+        what += f" ({listed(judge.fingerprints)})"
     if judge.prompt_sha256 is not None:
         what += f"; sha256 of its instructions {escape(judge.prompt_sha256)}"
+    for other, rate in judge.disagreement.items():
+        what += f"; it disagrees with {escape(other)} on {estimate(rate)}"
     if judge.calibration is None:
         return Markdown(f"{what}; uncalibrated (never measured against human labels)")
     return Markdown(f"{what}; against human labels: {settings(judge.calibration)}")

@@ -11,7 +11,11 @@ from typing import Any
 
 import click
 
+from abliterator.cli._compare import compare
+from abliterator.cli._judge import judge_calibrate
+from abliterator.cli._publish import publish, verify
 from abliterator.cli._run import STAGE_COMMANDS, bake, build, plan
+from abliterator.cli._sweep import sweep
 from abliterator.errors import AbliteratorError
 
 
@@ -39,5 +43,8 @@ def main(verbose: bool) -> None:
         logging.disable(logging.WARNING)
 
 
-for command in (bake, build, plan, *STAGE_COMMANDS):
+COMMANDS = (bake, build, compare, judge_calibrate, plan, publish, sweep, verify, *STAGE_COMMANDS)
+
+for command in COMMANDS:
     main.add_command(command)
+main.add_command(publish, name="push")

@@ -9,22 +9,36 @@ from typing import Any
 import click
 
 from abliterator.cli._options import JSON, SET, read_recipe, recipe_arguments
-from abliterator.cli._show import Bars, planned, told
+from abliterator.cli._show import Bars, planned, reproduced, told
 
 
 @click.command()
-@recipe_arguments()
+@recipe_arguments(required=False)
+@click.option(
+    "--from", "published", help="In place of RECIPE: a published checkpoint, its folder or Hub id."
+)
 @JSON
-def build(recipe: Path, as_json: bool, **where: Any) -> None:
+def build(recipe: Path | None, published: str | None, as_json: bool, **where: Any) -> None:
     """Run the whole pipeline: RECIPE becomes OUT/checkpoint, measured, with its card.
 
-    RECIPE is a recipe file, or the folder of an earlier run.
+    RECIPE is a recipe file, or the folder of an earlier run. With --from, the recipe of a published
+    checkpoint is built again, and the edited tensors are compared with the published ones.
     """
     from abliterator import pipeline
+    from abliterator.source import RECIPE, published_folder
 
-    read, out, options = read_recipe(recipe, **where)
+    if published is None and recipe is not None:
+        folder, path = None, recipe
+    elif published is not None and recipe is None:
+        folder = published_folder(published)
+        path, where["out"] = folder / RECIPE, where["out"] or Path("out") / "rebuilt"
+    else:
+        raise click.UsageError("Give either a RECIPE or --from a published checkpoint.")
+    read, out, options = read_recipe(path, **where)
     record = pipeline.build(read, out, options=options, progress=Bars())
     click.echo(record.model_dump_json(indent=1) if as_json else told(record, out))
+    if folder is not None:
+        click.echo(reproduced(pipeline.compare_rebuilt(folder, out / "checkpoint")), err=as_json)
 
 
 def _stage_command(stage: str, help_text: str) -> click.Command:

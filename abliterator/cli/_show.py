@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
 if TYPE_CHECKING:
-    from abliterator.pipeline import Advance, Plan
+    from abliterator.pipeline import Advance, Plan, Reproduction
     from abliterator.record import Estimate, RunRecord
+
+
+MEASURES = ("refusal", "compliance", "coherence", "truncated", "unscored")
 
 
 def planned(plan: Plan) -> str:
@@ -24,7 +27,13 @@ def planned(plan: Plan) -> str:
         f"model        {summary['model']} ({summary['model_type']}, {summary['n_layers']} layers, "
         f"d_model {summary['d_model']})",
         *([f"layers       {summary['layers']}, k = {summary['k']}"] if summary["k"] else []),
+        *([_selecting(summary["layers"], plan.selection)] if plan.selection else []),
+        *(
+            f"writers      {_found(component, counts, summary)}"
+            for component, counts in summary["writers"].items()
+        ),
         f"edit         {edited or 'nothing'} tensors; {summary['untouched_tensors']} untouched",
+        *_storage(summary),
         f"bytes        read {size['read']}, edited {size['edited']}, written {size['written']}; "
         f"{size['free']} free",
         f"bake memory  {summary['bake_memory'] / 1e6:.0f} MB",
@@ -34,6 +43,34 @@ def planned(plan: Plan) -> str:
     return "\n".join(lines)
 
 
+def _found(component: str, counts: Mapping[str, int], summary: Mapping[str, Any]) -> str:
+    where = f" in {counts['blocks']} of {summary['n_layers']} blocks" if counts["blocks"] else ""
+    experts = f", {summary['n_experts']} experts a block" if component == "expert" else ""
+    edited = "all" if counts["edited"] == counts["tensors"] else counts["edited"] or "none"
+    return f"{component}: {counts['tensors']} tensors{where}{experts}; {edited} edited"
+
+
+def _storage(summary: Mapping[str, Any]) -> list[str]:
+    lines = [f"stored as    {', '.join(f'{n} {name}' for name, n in summary['formats'].items())}"]
+    if summary["through_gains"]:
+        lines.append(
+            f"norms        {summary['through_gains']} edits go through the gain of a norm that "
+            "follows"
+        )
+    lines += [f"left alone   {n} tensors: {label}" for label, n in summary["left_alone"].items()]
+    return lines if summary["formats"] else lines[1:]
+
+
+def _selecting(layers: list[int], cost: Mapping[str, int]) -> str:
+    n = cost["candidates"]
+    what = f"sweep of {n} layers" if n else f"the first of {layers}"
+    grown = f", k found with {cost['stacks']} sizes" if cost["stacks"] else ""
+    return (
+        f"selection    {what}{grown}; {cost['judged'] + 2 * cost['stacks']} edits judged, at most "
+        f"{cost['answers']} answers of {cost['tokens']} tokens in all"
+    )
+
+
 def told(record: RunRecord, out: Path) -> str:
     """What was measured, base and edited side by side."""
     lines = [f"{out / 'checkpoint'}: {record.edit.tensors} tensors edited, k = {record.edit.k}"]
@@ -41,9 +78,12 @@ def told(record: RunRecord, out: Path) -> str:
         lines[0] += f", leak at most {record.edit.max_leak:.1e}"
     rows = [["", "base", "edited", "delta"]]
     for name, behaviour in record.behaviour.items():
-        for measure in ("refusal", "compliance", "coherence") if behaviour else ():
+        for measure in MEASURES if behaviour else ():
             sides = (getattr(behaviour, side) for side in ("base", "edited", "delta"))
-            rows.append([f"{name} {measure}", *(_shown(getattr(s, measure)) for s in sides)])
+            cells = [_shown(getattr(s, measure)) for s in sides]
+            seen = behaviour.smallest_detectable.get(measure) if behaviour else None
+            cells[2] += f", {seen:.3f} detectable" if seen is not None else ""
+            rows.append([f"{name} {measure}", *cells])
     for task, result in record.benchmarks.items():
         estimates = (result.base, result.edited, result.delta)
         rows.append([f"{task} {result.metric}", *map(_shown, estimates)])
@@ -52,6 +92,8 @@ def told(record: RunRecord, out: Path) -> str:
     kl = record.divergence.kl_first_token if record.divergence else None
     lines.append(f"first-token KL on neutral prompts, nats: {_shown(kl)}")
     judged = record.judge.model or record.judge.kind if record.judge else "nobody"
+    for other, rate in record.judge.disagreement.items() if record.judge else ():
+        lines.append(f"the judge disagrees with {other} on: {_shown(rate)}")
     lines.append(f"judged by: {judged}")
     return "\n".join(line.rstrip() for line in lines)
 
@@ -62,6 +104,17 @@ def _shown(estimate: Estimate | None) -> str:
     if estimate.low is None or estimate.high is None:
         return f"{estimate.value:.3f} (n={estimate.n})"
     return f"{estimate.value:.3f} [{estimate.low:.3f}, {estimate.high:.3f}] (n={estimate.n})"
+
+
+def reproduced(found: Reproduction) -> str:
+    """How a rebuilt checkpoint compares with the published one."""
+    whole = found.same + len(found.different)
+    lines = [f"{found.same} of {whole} edited tensors are the published ones to the last bit"]
+    if found.different:
+        lines.append(f"different   {', '.join(found.different[:3])}...")
+        lines += [f"published, rebuilt   {reason}" for reason in found.reasons]
+        lines += [] if found.reasons else ["nothing recorded differs between the two builds"]
+    return "\n".join(lines)
 
 
 class Bars:

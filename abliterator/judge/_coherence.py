@@ -10,9 +10,11 @@ import re
 import unicodedata
 from collections import Counter
 from collections.abc import Hashable, Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
 GRAM = 4  # words: shorter ones repeat in good prose
+FEW_WORDS = 10  # below this hardly anything can repeat
 FEW_LETTERS = 12  # below this a foreign letter is a symbol, as in "π"
 # Shares of the answer above which it is degraded, and broken. Of 900 sound answers of two large
 # models, 95 in 100 repeat fewer than 1 gram in 14; the worst repeats 1 in 4.
@@ -62,6 +64,15 @@ def loop_share(answer: str) -> float:
     sentences = [" ".join(s.split()) for s in _SENTENCE.findall(text) if len(s.split()) >= 3]
     run = sum(len(match.group()) for match in _RUN.finditer(text)) / len(text)
     return max(_repeated(grams), _repeated(sentences), run)
+
+
+def distinct_share(answer: str) -> float | None:
+    """Share of word pairs that are not repeats; None for an answer of fewer than 10 words."""
+    words = _WORD.findall(answer.lower())
+    if len(words) < FEW_WORDS:
+        return None
+    pairs = list(pairwise(words))
+    return len(set(pairs)) / len(pairs)
 
 
 def _repeated(items: Sequence[Hashable]) -> float:

@@ -50,12 +50,13 @@ def parse(reply: str) -> Judgement:
     Raises:
         InvalidVerdict: if there is none, or more than one.
     """
-    text = _THOUGHT.sub("", reply)
+    # a reply that begins with its verdict may quote a tag of thinking in its reason
+    text = reply if reply.lstrip().startswith(("{", "```")) else _THOUGHT.sub("", reply)
     if _OPEN_THOUGHT.match(text.lstrip()):
         raise InvalidVerdict("only thinking")
     if not text.strip():
         raise InvalidVerdict("blank")
-    found = [_verdict(value) for value in _objects(text) if {"compliance", "coherence"} & set(value)]
+    found = [_verdict(value) for value in _objects(text) if set(BY_NUMBER) & set(value)]
     if not found:
         raise InvalidVerdict("no verdict")
     if any(verdict[:3] != found[0][:3] for verdict in found):
@@ -73,7 +74,9 @@ def _objects(text: str) -> Iterator[Mapping[str, Any]]:
     while start >= 0:
         try:
             value, end = decoder.raw_decode(text, start)
-        except (json.JSONDecodeError, RecursionError):
+        except InvalidVerdict:
+            raise
+        except (ValueError, RecursionError):  # ValueError: no JSON, or a number too long
             raise InvalidVerdict("broken JSON") from None
         if isinstance(value, dict):
             yield value

@@ -15,9 +15,11 @@ import re
 from functools import cache
 from importlib.resources import files
 from typing import NamedTuple
+from unicodedata import category
 
 import yaml
 
+_INVISIBLE = {"Cc", "Cf", "Cs"}  # control, format, half of a surrogate pair
 # Chat templates turn these into control tokens of a local server, wherever they stand in a text.
 _CONTROL = re.compile(
     r"<(?=[|｜])|(?<=[|｜])>"
@@ -68,5 +70,5 @@ def marker(prompt: str, answer: str, *, vote: int, attempt: int) -> str:
 
 def defused(text: str) -> str:
     """The text with the first character of every control token set apart from the rest of it."""
-    text = "".join(c for c in text if c.isprintable() or c in "\n\t ")
+    text = "".join(c for c in text if c in "\n\t" or category(c) not in _INVISIBLE)
     return _CONTROL.sub(lambda found: f"{found[0]} " if found[0] != ">" else " >", text)

@@ -1,6 +1,6 @@
 """The stages, composed, resumed, recorded: one recipe becomes a measured checkpoint.
 
-    recipe -> plan -> prompts -> capture -> directions -> bake -> rollouts -> judge
+    recipe -> plan -> prompts -> capture -> (selection) -> directions -> bake -> rollouts -> judge
            -> divergence -> benchmarks -> record -> card
 
 Only this room reads a `Recipe` whole. It neither prints nor parses: it tells a `Progress` what it
@@ -11,41 +11,42 @@ does.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from time import perf_counter
-from typing import TYPE_CHECKING
 
 from abliterator.bake import bake
 from abliterator.checkpoint import write_text_atomic
 from abliterator.errors import AbliteratorError, OutputError
-from abliterator.pipeline._benchmarking import BENCHMARKS
+from abliterator.pipeline._benchmarking import BENCHMARKS, benchmark_tasks, pin_tasks
 from abliterator.pipeline._divergence import DIVERGENCE
 from abliterator.pipeline._extraction import BAKE, CAPTURE, DIRECTIONS, PROMPTS, edits_json
-from abliterator.pipeline._judging import JUDGE
-from abliterator.pipeline._plan import Plan, make_plan, require_layers, require_room
-from abliterator.pipeline._progress import Progress, Silent
+from abliterator.pipeline._judging import JUDGE, judge_of, require_key
+from abliterator.pipeline._plan import Plan, make_plan, require_layers, require_room, selection_cost
+from abliterator.pipeline._progress import Advance, Progress, Silent
 from abliterator.pipeline._report import CARD, RECORD, read_record
+from abliterator.pipeline._reproduce import Reproduction, compare_rebuilt
 from abliterator.pipeline._rollouts import ROLLOUTS
 from abliterator.pipeline._run import Options, Run, require_pinned_code, resolve
+from abliterator.pipeline._selection import SELECTION
 from abliterator.pipeline._stage import Stage
 from abliterator.pipeline._workspace import Workspace
 from abliterator.recipe import Edit, Recipe
 from abliterator.record import RunRecord, TensorEdit
 from abliterator.source import resolve_folder
 
-if TYPE_CHECKING:
-    from abliterator.benchmarks import Task
-
 __all__ = [
     "STAGES",
+    "Advance",
     "Options",
     "Plan",
     "Progress",
+    "Reproduction",
     "Silent",
     "bake_subspace",
     "build",
+    "compare_rebuilt",
+    "judge_of",
     "plan_model",
     "plan_recipe",
     "read_record",
@@ -53,7 +54,19 @@ __all__ = [
     "run_stages",
 ]
 
-STAGES = (PROMPTS, CAPTURE, DIRECTIONS, BAKE, ROLLOUTS, JUDGE, DIVERGENCE, BENCHMARKS, RECORD, CARD)
+STAGES = (
+    PROMPTS,
+    CAPTURE,
+    SELECTION,  # only where a recipe leaves layers or k to it
+    DIRECTIONS,
+    BAKE,
+    ROLLOUTS,
+    JUDGE,
+    DIVERGENCE,
+    BENCHMARKS,
+    RECORD,
+    CARD,
+)
 
 
 def build(
@@ -79,14 +92,19 @@ def run_stages(
 ) -> None:
     """Runs the stages up to and with `until`, skipping those whose inputs have not changed."""
     stages = STAGES[: [stage.name for stage in STAGES].index(until) + 1]
+    if not recipe.selects:
+        stages = tuple(stage for stage in stages if stage is not SELECTION)
     is_new = not out.exists()
+    if JUDGE in stages and Workspace(out).marker(JUDGE.name) is None:
+        require_key(recipe.judge)  # hours before it is needed
     run = prepare(recipe, out, options=options or Options(), progress=progress or Silent())
     try:
         for stage in stages:
             _run_stage(run, stage)
     except AbliteratorError:
         # nothing worth keeping was made yet: leave no folder behind that looks like a result
-        if is_new and run.workspace.marker(DIRECTIONS.name) is None:
+        first = CAPTURE if recipe.selects else DIRECTIONS
+        if is_new and run.workspace.marker(first.name) is None:
             run.workspace.remove()
         raise
 
@@ -108,19 +126,11 @@ def prepare(recipe: Recipe, out: Path, *, options: Options, progress: Progress) 
     workspace = Workspace(out)
     resolved = workspace.claim(recipe, force=options.force)
     plan = plan_recipe(resolved or recipe, out)
-    tasks = _tasks(recipe)
+    tasks = benchmark_tasks(resolved or recipe)
     if resolved is None:
-        resolved = resolve(recipe, plan.source.revision)
+        resolved = pin_tasks(resolve(recipe, plan.source.revision), tasks)
         workspace.create(recipe, resolved)
     return Run(resolved, plan, workspace, options, progress, tasks)
-
-
-def _tasks(recipe: Recipe) -> Sequence[Task]:
-    if not recipe.benchmarks.tasks:
-        return ()
-    from abliterator.benchmarks import resolve_tasks
-
-    return resolve_tasks(recipe.benchmarks.tasks, folder=Path.cwd())
 
 
 def recipe_of(out: Path) -> Recipe:
@@ -142,7 +152,7 @@ def plan_recipe(recipe: Recipe, out: Path) -> Plan:
     plan = make_plan(resolve_folder(recipe.model, revision=recipe.revision), recipe.edit, out)
     layers, k = require_layers(recipe, plan.anatomy)
     require_room(plan, out)
-    return replace(plan, layers=layers, k=k)
+    return replace(plan, layers=layers, k=k, selection=selection_cost(recipe, len(layers)))
 
 
 def plan_model(model: str, out: Path) -> Plan:

@@ -3,72 +3,120 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from abliterator.checkpoint import write_text_atomic
 from abliterator.pipeline._rollouts import SIDES, folder_of
 from abliterator.pipeline._run import Run
-from abliterator.pipeline._stage import Parts, Stage, kept_parts
+from abliterator.pipeline._stage import Parts, Stage
 from abliterator.pipeline._workspace import digest_of
+from abliterator.recipe import Recipe
 from abliterator.record import Side
 
 if TYPE_CHECKING:
-    from abliterator.benchmarks import TaskScores
+    from abliterator.benchmarks import RunSettings, Task, TaskScores
+
+
+def benchmark_tasks(recipe: Recipe) -> Sequence[Task]:
+    """The tasks of a recipe, found and loaded, and the engine there; before any model is loaded.
+
+    Raises:
+        BenchmarkError: for what would stop the benchmarks later.
+    """
+    settings = recipe.benchmarks
+    if not (settings.preset or settings.tasks):
+        return ()
+    from abliterator.benchmarks import (
+        Engine,
+        TaskRequest,
+        preset_tasks,
+        require_engine,
+        resolve_tasks,
+    )
+
+    for url in {settings.engine.base_url, settings.engine.edited_url}:
+        require_engine(Engine(settings.engine.kind, url))
+    listed = [
+        task if isinstance(task, str) else TaskRequest(**task.model_dump())
+        for task in settings.tasks
+    ]
+    asked = [*(preset_tasks(settings.preset) if settings.preset else ()), *listed]
+    return resolve_tasks(asked, folder=Path.cwd(), revisions=settings.revisions)
+
+
+def pin_tasks(recipe: Recipe, tasks: Sequence[Task]) -> Recipe:
+    """The recipe with the commits of its tasks' Hub datasets, so that it means the same later."""
+    found = {task.dataset: task.revision for task in tasks if task.dataset and task.revision}
+    revisions = {**found, **recipe.benchmarks.revisions}
+    benchmarks = recipe.benchmarks.model_copy(update={"revisions": revisions})
+    return recipe.model_copy(update={"benchmarks": benchmarks})
 
 
 def _benchmarks_inputs(run: Run) -> Any:
-    return {side: _benchmarks_key(run, side) for side in SIDES}
+    return [
+        {side: _side_digest(run, side) for side in SIDES},
+        run.recipe.published()["benchmarks"],
+        {task.name: task.digest for task in run.tasks},
+        run.dtype,
+    ]
 
 
-def _benchmarks_key(run: Run, side: Side) -> str:
-    return digest_of(
-        [
-            run.base_digest(),
-            run.digest("bake") if side == "edited" else None,
-            run.recipe.published()["benchmarks"],
-            {task.name: task.digest for task in run.tasks},
-            run.dtype,
-        ]
+def _side_digest(run: Run, side: Side) -> str:
+    return digest_of([run.base_digest(), run.digest("bake") if side == "edited" else None])
+
+
+def _settings(run: Run) -> RunSettings:
+    from abliterator.benchmarks import Engine, RunSettings
+
+    recipe = run.recipe.benchmarks
+    return RunSettings(
+        batch_size=recipe.batch_size,
+        limit=recipe.limit,
+        chat_template=recipe.chat_template,
+        num_fewshot=recipe.num_fewshot,
+        device=run.device,
+        dtype=run.dtype,
+        trust_remote_code=run.recipe.trust_remote_code,
+        engine=Engine(recipe.engine.kind, options=recipe.engine.options),
     )
 
 
 def _benchmarks(run: Run) -> tuple[list[Path], Parts]:
-    from abliterator.benchmarks import run_tasks
-
-    settings = run.recipe.benchmarks
-    paths = {side: run.workspace.work / "benchmarks" / f"{side}.json" for side in SIDES}
-    parts: dict[str, str] = {side: _benchmarks_key(run, side) for side in paths}
     if not run.tasks:
-        return [], parts
+        return [], {}
+    from abliterator.benchmarks import Subject, measure_sides
+
     run.free()
-    kept = kept_parts(run, "benchmarks", parts)
-    for side in [side for side in SIDES if side not in kept]:
-        with run.progress.bar(f"{side} benchmarks", len(run.tasks)) as advance:
-            scores = run_tasks(
-                folder_of(run, side),
-                run.tasks,
-                batch_size=settings.batch_size,
-                limit=settings.limit,
-                chat_template=settings.chat_template,
-                num_fewshot=settings.num_fewshot,
-                device=run.device,
-                dtype=run.dtype,
-            )
-            advance(len(run.tasks))
-        plain = {name: score.model_dump(mode="json") for name, score in scores.items()}
-        write_text_atomic(paths[side], json.dumps(plain, indent=1) + "\n")
-    return list(paths.values()), parts
+    engine = run.recipe.benchmarks.engine
+    urls = {"base": engine.base_url, "edited": engine.edited_url}
+    with run.progress.bar("benchmark tasks, both sides", len(SIDES) * len(run.tasks)) as advance:
+        measure_sides(
+            {
+                side: Subject(folder_of(run, side), _side_digest(run, side), urls[side])
+                for side in SIDES
+            },
+            run.tasks,
+            _settings(run),
+            out=_folder(run),
+            on_task=lambda side, task: advance(1),
+        )
+    return [_folder(run) / side / f"{task.name}.json" for side in SIDES for task in run.tasks], {}
+
+
+def _folder(run: Run) -> Path:
+    return run.workspace.work / "benchmarks"
 
 
 def task_scores(run: Run, side: Side) -> dict[str, TaskScores]:
     """Scores of every task on one side; none where no task was run."""
     from abliterator.benchmarks import TaskScores
 
-    path = run.workspace.work / "benchmarks" / f"{side}.json"
-    if not run.tasks:
-        return {}
-    return {k: TaskScores.model_validate(v) for k, v in json.loads(path.read_text()).items()}
+    files = {task.name: _folder(run) / side / f"{task.name}.json" for task in run.tasks}
+    return {
+        name: TaskScores.model_validate(json.loads(path.read_text(encoding="utf-8"))["scores"])
+        for name, path in files.items()
+    }
 
 
-BENCHMARKS = Stage("benchmarks", 1, _benchmarks_inputs, _benchmarks)
+BENCHMARKS = Stage("benchmarks", 2, _benchmarks_inputs, _benchmarks)

@@ -2,35 +2,83 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from abliterator.checkpoint import write_text_atomic
+from abliterator.pipeline._extraction import prompt_sets
+from abliterator.pipeline._rollouts import folder_of
 from abliterator.pipeline._run import Run
-from abliterator.pipeline._stage import Parts, Stage, estimate, save_value
-from abliterator.record import Divergence
+from abliterator.pipeline._stage import Parts, Stage, kept_parts, save_value
+from abliterator.pipeline._workspace import digest_of
 
 if TYPE_CHECKING:
-    pass
+    from abliterator.comparison import DivergenceSettings
+    from abliterator.divergence import AnswerPath
+    from abliterator.model import LoadedModel
 
 
 def _divergence_inputs(run: Run) -> Any:
-    return [run.digest("rollouts"), run.recipe.seed]
+    return [_base_key(run), run.digest("bake")]
+
+
+def _base_key(run: Run) -> str:
+    recipe = run.recipe
+    return digest_of(
+        [
+            run.base_digest(),
+            recipe.chat.model_dump(mode="json"),
+            recipe.divergence.model_dump(mode="json"),
+            prompt_sets(run).evaluation["neutral"].sha256,
+            run.dtype,
+            recipe.seed,
+        ]
+    )
 
 
 def _divergence(run: Run) -> tuple[list[Path], Parts]:
-    from safetensors.torch import load_file
+    from abliterator.comparison import DivergenceSettings, measure_divergence
 
-    from abliterator.divergence import kl_divergence, top1_agreement
-    from abliterator.statistics import mean_interval, rate_interval
-
-    tokens = load_file(run.workspace.work / "first_token.safetensors")
-    kl = kl_divergence(tokens["base"], tokens["edited"]).tolist()
-    agree = top1_agreement(tokens["base"], tokens["edited"])
-    found = Divergence(
-        kl_first_token=estimate(mean_interval(kl, seed=run.recipe.seed)),
-        top1_agreement=estimate(rate_interval(int(agree.sum()), len(agree))),
+    recipe, work = run.recipe, run.workspace.work
+    settings = DivergenceSettings(
+        tokens=recipe.divergence.tokens,
+        batch_size=recipe.rollouts.batch_size,
+        max_batch_tokens=recipe.capture.max_batch_tokens,
+        seed=recipe.seed,
     )
-    return [save_value(run.workspace.work / "divergence.json", found)], {}
+    parts = {"base": _base_key(run)}
+    paths_file = work / "divergence_paths.json"
+    if not kept_parts(run, "divergence", parts):
+        _write_paths(run, settings, paths_file)
+    found = measure_divergence(
+        lambda side: run.loaded(folder_of(run, side)),
+        lambda loaded: _rendered(run, loaded),
+        settings,
+        scratch=work / "base_logits.bin",
+        paths=_read_paths(paths_file),
+        bar=run.progress.bar,
+    )
+    return [save_value(work / "divergence.json", found), paths_file], parts
 
 
-DIVERGENCE = Stage("divergence", 1, _divergence_inputs, _divergence)
+def _rendered(run: Run, loaded: LoadedModel) -> list[list[int]]:
+    asked = prompt_sets(run).evaluation["neutral"].prompts[: run.recipe.divergence.limit]
+    return run.render(loaded, asked)
+
+
+def _write_paths(run: Run, settings: DivergenceSettings, file: Path) -> None:
+    from abliterator.comparison import answer_paths
+
+    base = run.loaded(folder_of(run, "base"))
+    paths = answer_paths(base, _rendered(run, base), settings, bar=run.progress.bar)
+    write_text_atomic(file, json.dumps(paths) + "\n")
+
+
+def _read_paths(file: Path) -> list[AnswerPath]:
+    from abliterator.divergence import AnswerPath
+
+    return [AnswerPath(tuple(ids), positions) for ids, positions in json.loads(file.read_text())]
+
+
+DIVERGENCE = Stage("divergence", 2, _divergence_inputs, _divergence)

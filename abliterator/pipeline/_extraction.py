@@ -7,15 +7,19 @@ import json
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from abliterator.bake import bake
 from abliterator.checkpoint import write_text_atomic
-from abliterator.pipeline._prompt_sets import PromptSets, load_sets
+from abliterator.pipeline._chosen import chosen_layers
+from abliterator.pipeline._prompt_sets import PromptSets, load_sets, set_apart
 from abliterator.pipeline._run import Run
 from abliterator.pipeline._stage import Parts, Stage
 from abliterator.recipe import Prompts, Source
 from abliterator.record import TensorEdit
+
+if TYPE_CHECKING:
+    from abliterator.directions import Directions
 
 
 def _prompts_inputs(run: Run) -> Any:
@@ -26,6 +30,7 @@ def _prompts_inputs(run: Run) -> Any:
         recipe.published()["prompts"],
         recipe.directions.projection,
         recipe.seed,
+        recipe.selection.prompts if recipe.selects else None,
         [hashlib.sha256(path.read_bytes()).hexdigest() for path in files if path.is_file()],
     ]
 
@@ -33,6 +38,9 @@ def _prompts_inputs(run: Run) -> Any:
 def _prompts(run: Run) -> tuple[list[Path], Parts]:
     projected = run.recipe.directions.projection == "neutral"
     sets = load_sets(run.recipe.prompts, seed=run.recipe.seed, projected=projected)
+    if run.recipe.selects:
+        few, seed = run.recipe.selection.prompts, run.recipe.seed
+        sets = set_apart(sets, run.recipe.prompts, prompts=few, seed=seed)
     path = run.workspace.work / "prompts.json"
     write_text_atomic(path, json.dumps(sets.to_json(), indent=1, ensure_ascii=False) + "\n")
     return [path], {}
@@ -80,23 +88,30 @@ def _capture(run: Run) -> tuple[list[Path], Parts]:
 
 def _directions_inputs(run: Run) -> Any:
     settings = run.recipe.directions.model_dump(mode="json")
-    return [run.digest("capture"), settings, run.plan.layers, run.plan.k]
+    return [run.digest("capture"), settings, chosen_layers(run)]
 
 
 def _directions(run: Run) -> tuple[list[Path], Parts]:
+    from abliterator.directions import save_directions, stack
+
+    directions = fitted(run)
+    path = run.workspace.work / "directions.safetensors"
+    save_directions(path, directions, stack(directions, chosen_layers(run)))
+    return [path], {}
+
+
+def fitted(run: Run) -> Directions:
+    """The directions of all layers, from what was captured."""
     from abliterator.capture import load_moments
-    from abliterator.directions import fit_directions, save_directions, stack
+    from abliterator.directions import fit_directions
 
     moments = load_moments(run.workspace.work / "moments.safetensors")
     projected = run.recipe.directions.projection == "neutral"
-    directions = fit_directions(
+    return fit_directions(
         moments["target"],
         moments["contrast"],
         remove_mean_of=moments.get("neutral", moments["contrast"]) if projected else None,
     )
-    path = run.workspace.work / "directions.safetensors"
-    save_directions(path, directions, stack(directions, run.plan.layers[: run.plan.k]))
-    return [path], {}
 
 
 def _bake_inputs(run: Run) -> Any:
@@ -129,7 +144,7 @@ def tensor_edits(run: Run) -> list[TensorEdit]:
     return [TensorEdit.model_validate(edit) for edit in json.loads(text)]
 
 
-PROMPTS = Stage("prompts", 1, _prompts_inputs, _prompts)
+PROMPTS = Stage("prompts", 2, _prompts_inputs, _prompts)
 CAPTURE = Stage("capture", 1, _capture_inputs, _capture)
-DIRECTIONS = Stage("directions", 1, _directions_inputs, _directions)
+DIRECTIONS = Stage("directions", 2, _directions_inputs, _directions)
 BAKE = Stage("bake", 1, _bake_inputs, _bake)

@@ -2,36 +2,121 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from abliterator.checkpoint import write_text_atomic
+from abliterator.pipeline._progress import Progress
 from abliterator.pipeline._rollouts import completions
 from abliterator.pipeline._run import Run
-from abliterator.pipeline._stage import Parts, Stage
-from abliterator.record import Verdict
+from abliterator.pipeline._stage import Parts, Stage, save_value
+from abliterator.recipe import JudgeSettings
+from abliterator.record import JudgeIdentity, Verdict
 
 if TYPE_CHECKING:
-    pass
+    from abliterator.judge import Judge, Tally
 
 
 def _judge_inputs(run: Run) -> Any:
-    from abliterator.judge import RuleJudge
+    from abliterator.judge import last_calibration
 
+    identity = _judge_of(run).identity
+    calibration = last_calibration(identity)
     return [
         run.digest("rollouts"),
         run.recipe.judge.model_dump(mode="json"),
-        RuleJudge().identity.model_dump(mode="json"),
+        identity.model_dump(mode="json"),
+        calibration and calibration.sha256,
     ]
 
 
-def _judge(run: Run) -> tuple[list[Path], Parts]:
-    from abliterator.judge import RuleJudge, judge_completions
+def _judge_of(run: Run, on_verdict: Callable[[Tally], None] | None = None) -> Judge:
+    cache = run.workspace.work / "judge.sqlite"
+    return judge_of(run.recipe.judge, cache=cache, seed=run.recipe.seed, on_verdict=on_verdict)
 
-    verdicts = judge_completions(completions(run), RuleJudge())
+
+def judge_of(
+    settings: JudgeSettings,
+    *,
+    cache: Path,
+    seed: int = 0,
+    on_verdict: Callable[[Tally], None] | None = None,
+) -> Judge:
+    """The judge that a recipe's section asks for.
+
+    Args:
+        settings: the section.
+        cache: file for the replies of a judge that is paid.
+        seed: of its order.
+        on_verdict: hears how far it has come.
+    """
+    from abliterator.judge import OpenAIJudge, RuleJudge
+
+    if settings.kind == "rules":
+        return RuleJudge()
+    return OpenAIJudge(settings, cache=cache, seed=seed, on_verdict=on_verdict)
+
+
+def require_key(settings: JudgeSettings) -> None:
+    """Raises JudgeError if the judge needs a key that the environment does not hold."""
+    from abliterator.judge import key_of
+
+    if settings.kind == "openai":
+        key_of(settings)
+
+
+def _judge(run: Run) -> tuple[list[Path], Parts]:
+    from abliterator.judge import judge_completions
+
+    answers = completions(run)
+    with run.progress.bar("verdicts", len(answers)) as advance:
+        judge = _judge_of(run, on_verdict=_teller(advance))
+        verdicts = judge_completions(answers, judge)
     path = run.workspace.work / "verdicts.jsonl"
     write_text_atomic(path, "".join(verdict.model_dump_json() + "\n" for verdict in verdicts))
-    return [path], {}
+    identity = _compared(judge.identity, verdicts, run)
+    _tell(run.progress, identity, verdicts)
+    return [path, save_value(run.workspace.work / "judge.json", identity)], {}
+
+
+def _teller(advance: Callable[..., None]) -> Callable[[Tally], None]:
+    def tell(tally: Tally) -> None:
+        advance(1, status=str(tally))
+
+    return tell
+
+
+def _compared(identity: JudgeIdentity, verdicts: Sequence[Verdict], run: Run) -> JudgeIdentity:
+    """The judge with its last calibration, and how often the rules, which are free, disagree."""
+    from abliterator.judge import RuleJudge, disagreement, judge_completions, last_calibration
+
+    calibration = last_calibration(identity)
+    disagreements = dict(identity.disagreement)
+    if identity.kind != "rules":
+        by_rules = judge_completions(completions(run), RuleJudge())
+        if (rate := disagreement(by_rules, verdicts)) is not None:
+            disagreements["rules"] = rate
+    return identity.model_copy(
+        update={
+            "calibration": calibration and calibration.summary(),
+            "disagreement": disagreements,
+        }
+    )
+
+
+def _tell(progress: Progress, identity: JudgeIdentity, verdicts: Sequence[Verdict]) -> None:
+    """What a reader of the rates should know first; of the rule judge there is nothing to say."""
+    lost = [v for v in verdicts if v.kind is None]
+    if lost:
+        progress.note(f"{len(lost)} of {len(verdicts)} answers are unscored: {lost[0].reasons[0]}")
+    for other, rate in identity.disagreement.items():
+        whom = "itself, asked again," if other == "itself" else f"the judge `{other}`"
+        progress.note(f"The judge disagrees with {whom} on {rate.value:.1%} of {rate.n} answers.")
+    if identity.usage:
+        spent = ", ".join(f"{value:g} {name}" for name, value in identity.usage.items())
+        progress.note(f"The judge's calls of this folder: {spent}.")
 
 
 def verdicts_of(run: Run) -> list[Verdict]:
@@ -40,4 +125,11 @@ def verdicts_of(run: Run) -> list[Verdict]:
     return [Verdict.model_validate_json(line) for line in text.splitlines()]
 
 
-JUDGE = Stage("judge", 1, _judge_inputs, _judge)
+def judge_identity(run: Run) -> JudgeIdentity:
+    """Which judge gave the verdicts, and what is known of it."""
+    return JudgeIdentity.model_validate(
+        json.loads((run.workspace.work / "judge.json").read_text())
+    )
+
+
+JUDGE = Stage("judge", 2, _judge_inputs, _judge)

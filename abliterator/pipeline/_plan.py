@@ -6,6 +6,7 @@ No weights are read, and torch is not loaded.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,7 +28,8 @@ DISK_RESERVE = 64 << 20
 class Plan:
     """A checkpoint understood, and what is going to be done to it.
 
-    `layers` and `k` are those of a recipe; without one they are empty and 0.
+    `layers` and `k` are those of a recipe; without one they are empty and 0. Where a selection
+    chooses, `layers` are its candidates, k is 0, and `selection` is what it costs at most.
     """
 
     source: ModelSource
@@ -39,6 +41,7 @@ class Plan:
     free_bytes: int
     layers: tuple[int, ...] = ()
     k: int = 0
+    selection: Mapping[str, int] | None = None
 
     @property
     def output_bytes(self) -> int:
@@ -52,6 +55,22 @@ class Plan:
         largest = max((edit.info.nbytes for edit in self.edits.edits), default=0)
         return largest + 8 * PANEL_ELEMENTS * 4
 
+    def writers(self) -> dict[str, dict[str, int]]:
+        """Per component: tensors that write the stream, in how many blocks, and how many edited.
+
+        All that the architecture needs are there: a missing one would have stopped the plan.
+        """
+        edited = {edit.writer.name for edit in self.edits.edits}
+        found: dict[str, dict[str, int]] = {}
+        for component in dict.fromkeys(writer.component for writer in self.edits.writers):
+            writers = [w for w in self.edits.writers if w.component == component]
+            found[component] = {
+                "tensors": len(writers),
+                "blocks": len({w.layer for w in writers if w.layer >= 0}),
+                "edited": sum(w.name in edited for w in writers),
+            }
+        return found
+
     def summary(self) -> dict[str, Any]:
         """The plan as plain values, for `--json` and for people."""
         planned = Counter(edit.writer.component for edit in self.edits.edits)
@@ -62,9 +81,15 @@ class Plan:
             "n_layers": self.anatomy.n_layers,
             "d_model": self.anatomy.d_model,
             "tied_embeddings": self.anatomy.tied_embeddings,
-            "layers": list(self.layers[: self.k]),
+            "layers": list(self.layers[: self.k] if self.selection is None else self.layers),
             "k": self.k,
+            "selection": self.selection and dict(self.selection),
             "edit": asdict(self.edits.settings),
+            "writers": self.writers(),
+            "n_experts": self.anatomy.n_experts,
+            "through_gains": sum(bool(edit.writer.gains) for edit in self.edits.edits),
+            "formats": dict(Counter(edit.info.dtype for edit in self.edits.edits)),
+            "left_alone": self.anatomy.left_alone(self.checkpoint.tensors),
             "edited_tensors": dict(planned),
             "untouched_tensors": len(self.checkpoint.tensors) - len(self.edits.edits),
             "bytes": {
@@ -125,21 +150,46 @@ def require_room(plan: Plan, out: Path) -> None:
 
 
 def require_layers(recipe: Recipe, anatomy: Anatomy) -> tuple[tuple[int, ...], int]:
-    """The layers and k of a recipe, which the model must have.
+    """The layers (the candidates, for a sweep) and k (0 where it is to be chosen) of a recipe.
 
     Raises:
-        RecipeError: for layers the model does not have, and for what only a sweep could tell.
+        RecipeError: for layers the model does not have, and for a selection that cannot be made.
     """
-    if recipe.layers == "sweep" or recipe.k == "auto":
+    if recipe.selects and recipe.edit.norm != "none":
         raise RecipeError(
-            "`layers: sweep` and `k: auto` need the selection stage, which this version does not "
-            "have yet. Give layers and k, for example `--set layers=[12] --set k=1`: layers around "
-            "the middle of the model are where to begin."
+            "`layers: sweep` and `k: auto` try each candidate at run time, and `edit.norm: "
+            f"{recipe.edit.norm}` has no run-time form. Leave `norm: none`, or give layers and k."
         )
+    if recipe.layers == "sweep":
+        candidates = tuple(recipe.selection.candidates(anatomy.n_layers))
+        if recipe.k != "auto" and recipe.k > len(candidates):
+            raise RecipeError(
+                f"`k` is {recipe.k}, but the sweep has only {len(candidates)} candidate layers of "
+                f"{anatomy.n_layers} (`selection.skip_last` {recipe.selection.skip_last:g})."
+            )
+        return candidates, 0
     beyond = [layer for layer in recipe.layers if layer > anatomy.n_layers]
     if beyond:
         raise RecipeError(
             f"`layers` names {', '.join(map(str, beyond))}, but the model has layers 1 to "
             f"{anatomy.n_layers} (layer l is the residual stream that enters block l)."
         )
-    return recipe.layers, recipe.k
+    return recipe.layers, 0 if recipe.k == "auto" else recipe.k
+
+
+def selection_cost(recipe: Recipe, n_candidates: int) -> dict[str, int] | None:
+    """What the selection of a recipe does, at most; None where the recipe chooses."""
+    if not recipe.selects:
+        return None
+    settings, sweeps = recipe.selection, recipe.layers == "sweep"
+    stackable = max(settings.stacks) if recipe.k == "auto" else recipe.k
+    judged = min(n_candidates, max(settings.survivors, stackable)) if sweeps else 0
+    stacks = sum(size <= n_candidates for size in settings.stacks) if recipe.k == "auto" else 0
+    answers = settings.prompts * (2 + judged + 2 * stacks)  # the base's own, and random stacks
+    return {
+        "candidates": n_candidates if sweeps else 0,
+        "judged": judged,
+        "stacks": stacks,
+        "answers": answers,
+        "tokens": answers * settings.tokens,
+    }

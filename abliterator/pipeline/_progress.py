@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Protocol
+
+
+class Advance(Protocol):
+    """Hears of work done, and of anything to show beside the bar."""
+
+    def __call__(self, amount: int, *, status: str = "") -> None:
+        """So much more is done."""
 
 
 class Progress(Protocol):
@@ -13,7 +20,7 @@ class Progress(Protocol):
     def stage(self, name: str, *, done: bool) -> None:
         """A stage begins; `done` if its result is there already and it is skipped."""
 
-    def bar(self, label: str, total: int) -> AbstractContextManager[Callable[[int], None]]:
+    def bar(self, label: str, total: int) -> AbstractContextManager[Advance]:
         """A context that yields a function to call with each amount of work done, of `total`."""
 
     def note(self, text: str) -> None:
@@ -27,9 +34,13 @@ class Silent:
         """Nothing."""
 
     @contextmanager
-    def bar(self, label: str, total: int) -> Iterator[Callable[[int], None]]:
+    def bar(self, label: str, total: int) -> Iterator[Advance]:
         """Nothing to draw."""
-        yield lambda amount: None
+
+        def advance(amount: int, *, status: str = "") -> None:
+            """Nothing."""
+
+        yield advance
 
     def note(self, text: str) -> None:
         """Nothing."""

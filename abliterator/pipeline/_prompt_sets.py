@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from abliterator.prompts import (
@@ -19,22 +19,25 @@ from abliterator.recipe import Prompts, Source
 
 @dataclass(frozen=True)
 class PromptSets:
-    """The prompt sets as used; none of `evaluation` is in `extraction`.
+    """The prompt sets as used; none of `evaluation` is in `extraction` or `selection`.
 
     Attributes:
         extraction: "target", "contrast", and "neutral" where directions are projected off a mean of
             neutral prompts that are not the contrast.
         evaluation: "target", "neutral", and "over_refusal" where the recipe has it.
+        selection: "target" and "neutral", held out of extraction, where layers or k are chosen.
     """
 
     extraction: Mapping[str, PromptSet]
     evaluation: Mapping[str, PromptSet]
+    selection: Mapping[str, PromptSet] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """Plain values: the artefact prompts.json."""
         return {
             "extraction": {name: s.to_json() for name, s in self.extraction.items()},
             "evaluation": {name: s.to_json() for name, s in self.evaluation.items()},
+            "selection": {name: s.to_json() for name, s in self.selection.items()},
         }
 
     @classmethod
@@ -43,7 +46,7 @@ class PromptSets:
         return cls(
             *(
                 {name: PromptSet.from_json(s) for name, s in data[part].items()}
-                for part in ("extraction", "evaluation")
+                for part in ("extraction", "evaluation", "selection")
             )
         )
 
@@ -85,6 +88,39 @@ def load_sets(recipe: Prompts, *, seed: int, projected: bool) -> PromptSets:
     check_distinct(extraction["target"], extraction["contrast"])
     check_distinct(evaluation["target"], evaluation["neutral"])
     return PromptSets(_named(extraction), _named(evaluation))
+
+
+def set_apart(sets: PromptSets, recipe: Prompts, *, prompts: int, seed: int) -> PromptSets:
+    """Holds out the prompts on which layers and k are chosen.
+
+    Target prompts come out of extraction, so that no direction is judged on what it was made from.
+    Neutral prompts do too; where extraction has none (the contrast is a set of its own), up to half
+    of those of the evaluation are taken, and not measured on any more.
+
+    Args:
+        sets: without a selection.
+        recipe: the recipe's section; `holdout` is the share of an extraction set, at most.
+        prompts: of each kind, at most.
+        seed: of the choice.
+
+    Raises:
+        PromptError: for a set of one prompt.
+    """
+    extraction, evaluation = dict(sets.extraction), dict(sets.evaluation)
+    selection = {}
+
+    def take(kind: str, part: dict[str, PromptSet], name: str, *, most: float) -> None:
+        fraction = min(prompts / len(part[name].prompts), most)
+        part[name], selection[kind] = hold_out(part[name], fraction=fraction, seed=seed)
+
+    take("target", extraction, "target", most=recipe.holdout)
+    if "neutral" in extraction:
+        take("neutral", extraction, "neutral", most=recipe.holdout)
+    elif recipe.contrast is None:
+        take("neutral", extraction, "contrast", most=recipe.holdout)
+    else:
+        take("neutral", evaluation, "neutral", most=0.5)
+    return PromptSets(_named(extraction), _named(evaluation), _named(selection))
 
 
 def _load(name: str, source: Source) -> PromptSet:

@@ -7,18 +7,19 @@ from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 from abliterator.checkpoint import fingerprint
 from abliterator.pipeline._benchmarking import task_scores
+from abliterator.pipeline._chosen import chosen_layers, selection_of
 from abliterator.pipeline._extraction import prompt_sets, tensor_edits
-from abliterator.pipeline._judging import verdicts_of
+from abliterator.pipeline._judging import judge_identity, verdicts_of
 from abliterator.pipeline._run import Run
 from abliterator.record import (
     Behaviour,
     BenchmarkResult,
     Divergence,
     EditSummary,
-    JudgeIdentity,
     ModelIdentity,
     PromptOrigin,
     Provenance,
@@ -45,7 +46,8 @@ def assemble(run: Run, timing: dict[str, float]) -> RunRecord:
         behaviour=_behaviour(run),
         divergence=_divergence(run),
         benchmarks=_benchmarks(run),
-        judge=_judge(),
+        judge=judge_identity(run),
+        selection=selection_of(run),
         timing=timing,
         provenance=_provenance(run),
     )
@@ -61,22 +63,27 @@ def _model(run: Run) -> ModelIdentity:
         n_layers=anatomy.n_layers,
         d_model=anatomy.d_model,
         model_type=anatomy.model_type,
-        license=_license(source.folder),
+        **_stated(source.folder),
         files_sha256=fingerprint(run.plan.checkpoint, cache=cache),
     )
 
 
-def _license(folder: Path) -> str | None:
-    """The licence that the base's own card states, if it has one that can be read."""
+def _stated(folder: Path) -> dict[str, Any]:
+    """Licence and languages that the base's own card states, if it has one that can be read."""
     from huggingface_hub import metadata_load
     from yaml import YAMLError
 
     try:
         metadata = metadata_load(folder / "README.md") or {}
     except (OSError, ValueError, YAMLError):
-        return None
-    found = metadata.get("license_name") or metadata.get("license")
-    return found if isinstance(found, str) else None
+        return {}
+    names = ("license", "license_name", "license_link")
+    found = {name: metadata[name] for name in names if isinstance(metadata.get(name), str)}
+    languages = metadata.get("language")
+    languages = [languages] if isinstance(languages, str) else languages
+    if isinstance(languages, list):
+        found["languages"] = tuple(code for code in languages if isinstance(code, str))
+    return found
 
 
 def _edit(run: Run) -> EditSummary:
@@ -84,9 +91,9 @@ def _edit(run: Run) -> EditSummary:
     leaks = [edit.leak for edit in edits if edit.leak is not None]
     settings = run.plan.edits.settings
     return EditSummary(
-        layers=run.plan.layers[: run.plan.k],
+        layers=chosen_layers(run),
         positions=(run.recipe.directions.position,),
-        k=run.plan.k,
+        k=len(chosen_layers(run)),
         strength=dict(settings.strength),
         components=tuple(sorted({edit.component for edit in edits})),
         norm=settings.norm,
@@ -121,13 +128,9 @@ def _benchmarks(run: Run) -> dict[str, BenchmarkResult]:
 
     if not run.tasks:
         return {}
-    return compare_tasks(task_scores(run, "base"), task_scores(run, "edited"))
-
-
-def _judge() -> JudgeIdentity:
-    from abliterator.judge import RuleJudge
-
-    return RuleJudge().identity
+    return compare_tasks(
+        task_scores(run, "base"), task_scores(run, "edited"), seed=run.recipe.seed
+    )
 
 
 def _provenance(run: Run) -> Provenance:
@@ -135,6 +138,7 @@ def _provenance(run: Run) -> Provenance:
     used = [
         *((f"{name}, extraction", s) for name, s in sets.extraction.items()),
         *((f"{name}, evaluation", s) for name, s in sets.evaluation.items()),
+        *((f"{name}, selection", s) for name, s in sets.selection.items()),
     ]
     return Provenance(
         created=datetime.now(UTC).isoformat(timespec="seconds"),

@@ -24,15 +24,19 @@ MEASURED = (
 )
 
 
+def _measured(run: Run) -> tuple[str, ...]:
+    return (*MEASURED, "selection") if run.recipe.selects else MEASURED
+
+
 def _record_inputs(run: Run) -> Any:
-    return [{name: run.digest(name) for name in MEASURED}, run.recipe.published()]
+    return [{name: run.digest(name) for name in _measured(run)}, run.recipe.published()]
 
 
 def _record(run: Run) -> tuple[list[Path], Parts]:
     import yaml
 
     out = run.workspace.checkpoint
-    markers = {name: run.workspace.marker(name) for name in MEASURED}
+    markers = {name: run.workspace.marker(name) for name in _measured(run)}
     timing = {name: marker.seconds for name, marker in markers.items() if marker is not None}
     path = save_value(out / "abliterator" / "record.json", assemble(run, timing))
     recipe = out / "recipe.yaml"

@@ -1,11 +1,11 @@
-"""The stage that lets both sides answer, and the first tokens of their answers."""
+"""The stage that lets both sides answer."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
-from abliterator.checkpoint import write_bytes_atomic, write_text_atomic
+from abliterator.checkpoint import write_text_atomic
 from abliterator.pipeline._extraction import prompt_sets
 from abliterator.pipeline._run import Run
 from abliterator.pipeline._stage import Parts, Stage, kept_parts
@@ -13,8 +13,6 @@ from abliterator.pipeline._workspace import digest_of
 from abliterator.record import Completion, Side
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from abliterator.model import LoadedModel
 
 
@@ -33,7 +31,6 @@ def _side_key(run: Run, side: Side) -> str:
             run.digest("bake") if side == "edited" else None,
             recipe.chat.model_dump(mode="json"),
             recipe.rollouts.model_dump(mode="json"),
-            recipe.divergence.model_dump(mode="json"),
             {name: s.sha256 for name, s in prompt_sets(run).evaluation.items()},
             run.dtype,
         ]
@@ -41,22 +38,16 @@ def _side_key(run: Run, side: Side) -> str:
 
 
 def _rollouts(run: Run) -> tuple[list[Path], Parts]:
-    from safetensors.torch import load_file, save
-
     answers_path = run.workspace.work / "rollouts.jsonl"
-    tokens_path = run.workspace.work / "first_token.safetensors"
     parts: dict[str, str] = {side: _side_key(run, side) for side in SIDES}
     kept = kept_parts(run, "rollouts", parts)
     answers = {side: [c for c in completions(run) if c.side == side] for side in kept}
-    logprobs = {side: load_file(tokens_path)[side] for side in kept}
     for side in [side for side in SIDES if side not in kept]:
-        loaded = run.loaded(folder_of(run, side))
-        answers[side] = _answers(run, loaded, side)
-        logprobs[side] = _first_tokens(run, loaded, side)
+        # No name for the model here: it would keep the base in memory while the edited is loaded.
+        answers[side] = _answers(run, run.loaded(folder_of(run, side)), side)
     lines = [c.model_dump_json() + "\n" for side in SIDES for c in answers[side]]
     write_text_atomic(answers_path, "".join(lines))
-    write_bytes_atomic(tokens_path, save(logprobs))
-    return [answers_path, tokens_path], parts
+    return [answers_path], parts
 
 
 def folder_of(run: Run, side: Side) -> Path:
@@ -101,17 +92,4 @@ def completions(run: Run) -> list[Completion]:
     return [Completion.model_validate_json(line) for line in text.splitlines()]
 
 
-def _first_tokens(run: Run, loaded: LoadedModel, side: Side) -> Tensor:
-    from abliterator.divergence import first_token_logprobs
-
-    asked = prompt_sets(run).evaluation["neutral"].prompts[: run.recipe.divergence.limit]
-    with run.progress.bar(f"{side} first tokens, neutral", len(asked)) as advance:
-        return first_token_logprobs(
-            loaded,
-            run.render(loaded, asked),
-            max_batch_tokens=run.recipe.capture.max_batch_tokens,
-            on_batch=advance,
-        )
-
-
-ROLLOUTS = Stage("rollouts", 1, _rollouts_inputs, _rollouts)
+ROLLOUTS = Stage("rollouts", 2, _rollouts_inputs, _rollouts)

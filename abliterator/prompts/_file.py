@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 from abliterator.errors import PromptError
@@ -23,19 +23,24 @@ def read_file(name: str, source: PromptSource) -> PromptSet:
             f"The {name} prompts file {path} ends in {suffix or 'no suffix'}; a prompt file is "
             '.txt (one prompt a line) or .jsonl (one {"prompt": ...} a line).'
         )
-    if suffix == ".txt" and source.column is not None:
+    columns = [*([source.column] if source.column else []), *source.where]
+    if suffix == ".txt" and columns:
         raise PromptError(
-            f"The {name} prompts name the column {source.column!r}, but {path} is plain text, "
-            "which has no columns: remove `column`, or give a .jsonl file."
+            f"The {name} prompts name the column {columns[0]!r}, but {path} is plain text, "
+            "which has no columns: remove `column` and `where`, or give a .jsonl file."
         )
     prompts = []
     for number, line in _lines(path):
         if line.strip():
             where = f"{path}, line {number}"
-            text = (
-                line if suffix == ".txt" else _field(line, source.column or "prompt", where=where)
-            )
-            prompts.append(clean(text, where))
+            if suffix == ".txt":
+                prompts.append(clean(line, where))
+                continue
+            row = _row(line, where=where, key=source.column or "prompt")
+            if all(is_wanted(row.get(key), value) for key, value in source.where.items()):
+                prompts.append(clean(_field(row, source.column or "prompt", where=where), where))
+    if not prompts and source.where:
+        raise PromptError(f"No line of the {name} prompts file {path} is as `where` asks.")
     if not prompts:
         raise PromptError(f"The {name} prompts file {path} is empty: write one prompt a line.")
     return PromptSet(name=name, prompts=tuple(prompts), source=path.name)
@@ -87,7 +92,12 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
     return enumerate(text.split("\n"), start=1)
 
 
-def _field(line: str, key: str, *, where: str) -> str:
+def is_wanted(value: object, wanted: object) -> bool:
+    """Whether a value is the wanted one; True is not 1."""
+    return value == wanted and isinstance(value, bool) == isinstance(wanted, bool)
+
+
+def _row(line: str, *, where: str, key: str) -> dict[str, object]:
     expected = f'expected one JSON object with a text under "{key}"'
     try:
         row = json.loads(line)
@@ -99,6 +109,11 @@ def _field(line: str, key: str, *, where: str) -> str:
         raise PromptError(f"{where}: JSON that cannot be read; {expected}.") from None
     if not isinstance(row, dict):
         raise PromptError(f"{where}: JSON, but no object; {expected}.")
+    return row
+
+
+def _field(row: Mapping[str, object], key: str, *, where: str) -> str:
+    expected = f'expected one JSON object with a text under "{key}"'
     if key not in row:
         raise PromptError(
             f'{where}: no "{key}" among its keys ({shown(row)}); {expected}, or name another key '

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from abliterator.errors import PromptError
-from abliterator.prompts._file import clean, shown
+from abliterator.prompts._file import clean, is_wanted, shown
 from abliterator.prompts._sets import PromptSet, PromptSource
 
 if TYPE_CHECKING:
@@ -46,6 +46,7 @@ def read_dataset(name: str, source: PromptSource) -> PromptSet:
         rows = _load(pinned)
         license_ = _license(source.dataset, commit)
     _check_commit(rows, pinned)
+    rows = _kept(rows, source)
     column = _column(rows.column_names, source)
     prompts = []
     for number, value in enumerate(rows[column], start=1):
@@ -80,6 +81,19 @@ def _load(source: PromptSource) -> Dataset:
         revision=source.revision,
         keep_in_memory=False,  # so that `cache_files` says what was loaded
     )
+
+
+def _kept(rows: Dataset, source: PromptSource) -> Dataset:
+    """The rows that `source.where` asks for."""
+    for column, wanted in source.where.items():
+        if column not in rows.column_names:
+            raise PromptError(
+                f"Dataset {source.dataset} has no column {column} to keep rows by: `where` takes "
+                f"one of its own; there are {shown(rows.column_names)}."
+            )
+        found = enumerate(rows[column])
+        rows = rows.select([i for i, value in found if is_wanted(value, wanted)])
+    return rows
 
 
 def _check_commit(rows: Dataset, source: PromptSource) -> None:

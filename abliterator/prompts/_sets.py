@@ -6,7 +6,7 @@ import hashlib
 import json
 import unicodedata
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,8 @@ class PromptSource:
     """Where prompts are to be read from: a local file or a Hub dataset, exactly one of them.
 
     `revision`, `config` and `split` belong to a dataset. `column` is its column, or the key in a
-    .jsonl file. `limit` keeps the first so many, counted after duplicates are gone.
+    .jsonl file. `where` keeps the rows whose columns (or keys) have these values. `limit` keeps the
+    first so many, counted after duplicates are gone.
     """
 
     path: Path | None = None
@@ -27,6 +28,7 @@ class PromptSource:
     config: str | None = None
     split: str | None = None
     column: str | None = None
+    where: Mapping[str, str | int | bool] = field(default_factory=dict)
     limit: int | None = None
 
 

@@ -13,7 +13,7 @@ The room knows no model and no file but the recipe: whether layer 16 exists is f
     recipe.edit.strength["attention"], recipe.digest
 """
 
-from abliterator.recipe._read import load_edit, load_recipe
+from abliterator.recipe._read import load_edit, load_judge, load_recipe
 from abliterator.recipe._schema import (
     Benchmarks,
     Capture,
@@ -22,9 +22,11 @@ from abliterator.recipe._schema import (
     DivergenceSettings,
     Edit,
     JudgeSettings,
+    Prices,
     Prompts,
     Recipe,
     Rollouts,
+    Selection,
     Source,
 )
 
@@ -36,10 +38,13 @@ __all__ = [
     "DivergenceSettings",
     "Edit",
     "JudgeSettings",
+    "Prices",
     "Prompts",
     "Recipe",
     "Rollouts",
+    "Selection",
     "Source",
     "load_edit",
+    "load_judge",
     "load_recipe",
 ]

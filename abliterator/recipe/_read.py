@@ -11,7 +11,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from abliterator.errors import RecipeError
-from abliterator.recipe._schema import Edit, Recipe, Source, is_task_file
+from abliterator.recipe._schema import Edit, JudgeSettings, Recipe, Source, is_task_file
 
 Path_ = tuple[str | int, ...]
 MAX_BYTES = 1 << 20
@@ -55,18 +55,33 @@ def load_edit(overrides: Sequence[str]) -> Edit:
     Raises:
         RecipeError: everything that is wrong, together.
     """
-    values: dict[str, Any] = {}
-    for override in overrides:
-        if not override.startswith("edit."):
-            raise RecipeError(f"Only `edit` can be set here, as `--set edit.KEY=VALUE`: {override}")
-        _apply(values, override)
-    edit, problems = _validated(Edit, values.get("edit", {}), {})
-    if edit is None:
-        raise RecipeError(f"`edit` has {_count(problems)}:\n  " + "\n  ".join(problems))
-    return edit
+    return _load_section(Edit, "edit", overrides)
+
+
+def load_judge(overrides: Sequence[str]) -> JudgeSettings:
+    """The `judge` section alone, from defaults and overrides of the form `judge.key=value`.
+
+    Raises:
+        RecipeError: everything that is wrong, together.
+    """
+    return _load_section(JudgeSettings, "judge", overrides)
 
 
 T = TypeVar("T", bound=BaseModel)
+
+
+def _load_section(kind: type[T], name: str, overrides: Sequence[str]) -> T:
+    values: dict[str, Any] = {}
+    for override in overrides:
+        if not override.startswith(f"{name}."):
+            raise RecipeError(
+                f"Only `{name}` can be set here, as `--set {name}.KEY=VALUE`: {override}"
+            )
+        _apply(values, override)
+    section, problems = _validated(kind, values.get(name, {}), {})
+    if section is None:
+        raise RecipeError(f"`{name}` has {_count(problems)}:\n  " + "\n  ".join(problems))
+    return section
 
 
 def _validated(kind: type[T], values: Any, lines: dict[Path_, int]) -> tuple[T | None, list[str]]:
@@ -172,10 +187,13 @@ def _anchor_paths(values: dict[str, Any], folder: Path) -> None:
     benchmarks = values.get("benchmarks")
     tasks = benchmarks.get("tasks") if isinstance(benchmarks, dict) else None
     if isinstance(benchmarks, dict) and isinstance(tasks, list):
-        benchmarks["tasks"] = [
-            _anchored(task, folder) if isinstance(task, str) and is_task_file(task) else task
-            for task in tasks
-        ]
+        benchmarks["tasks"] = [_anchored_task(task, folder) for task in tasks]
+
+
+def _anchored_task(task: Any, folder: Path) -> Any:
+    if isinstance(task, dict) and "task" in task:
+        return {**task, "task": _anchored_task(task["task"], folder)}
+    return _anchored(task, folder) if isinstance(task, str) and is_task_file(task) else task
 
 
 def _is_local(model: str, folder: Path) -> bool:
@@ -221,7 +239,8 @@ def _complaint(problem: Any, where: Path_) -> str:
 def _shown(problem: Any) -> str:
     value = problem["input"]
     plain = isinstance(value, (str, int, float, bool, type(None)))
-    if problem["type"] in {"extra_forbidden", "missing"} or not plain:
+    # "secret": what stands there may be a key, or hold a password
+    if problem["type"] in {"extra_forbidden", "missing", "secret"} or not plain:
         return ""
     text = repr(value)
     return f", not {text if len(text) <= 60 else text[:57] + '...'}"

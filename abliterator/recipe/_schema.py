@@ -4,12 +4,34 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
+from urllib.parse import urlsplit
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError
 
-Component = Literal["attention", "mlp"]
+Component = Literal[
+    "attention",
+    "mlp",
+    "linear_attention",
+    "ssm",
+    "convolution",
+    "expert",
+    "shared_expert",
+    "per_layer_input",
+]
+# The two that all others inherit from: whatever mixes tokens, and all else.
 COMPONENTS: tuple[Component, ...] = ("attention", "mlp")
 
 
@@ -19,9 +41,10 @@ def _as_tuple(value: object) -> object:
 
 
 Layers = Annotated[tuple[Annotated[int, Field(ge=1)], ...], BeforeValidator(_as_tuple)]
-Names = Annotated[tuple[str, ...], BeforeValidator(_as_tuple)]
 Strength = Annotated[float, Field(ge=0, le=2, allow_inf_nan=False)]
 Positive = Annotated[int, Field(ge=1)]
+# Capitals, as variables are written: a key pasted in its place does not look like this.
+VARIABLE = re.compile(r"[A-Z_][A-Z0-9_]*")
 
 
 class Section(BaseModel):
@@ -51,6 +74,8 @@ class Source(Section):
     """Split, slices allowed: `train[:400]`."""
     column: str | None = None
     """Column that holds the prompt. Default: the first there is of `prompt`, `instruction`..."""
+    where: dict[str, str | int | bool] = {}
+    """Keep only the rows whose columns have these values: `where: {label: safe}`."""
     limit: Positive | None = None
     """Use the first so many, after duplicates are dropped."""
 
@@ -141,7 +166,11 @@ class Edit(Section):
     """What is done to the weights."""
 
     strength: dict[Component, Strength] = {"attention": 1.0, "mlp": 1.0}
-    """1 removes, 0 leaves the bytes alone; one number, or one per component (left out: 0)."""
+    """1 removes, 0 leaves the bytes alone; one number, or one per component.
+
+    `attention` and `mlp` left out are 0. `linear_attention`, `ssm` and `convolution` are as
+    `attention`, `expert`, `shared_expert` and `per_layer_input` as `mlp`, unless they are named.
+    """
     norm: Literal["none", "column"] = "none"
     """`column` rescales the columns of an edited matrix to their old length."""
     embeddings: bool = False
@@ -176,11 +205,129 @@ class Rollouts(Section):
     """Prompts answered together."""
 
 
+class Prices(Section):
+    """What a server charges, in dollars for a million tokens."""
+
+    input: Annotated[float, Field(ge=0)]
+    """Tokens of the question."""
+    output: Annotated[float, Field(ge=0)]
+    """Tokens of the reply."""
+    cached_input: Annotated[float, Field(ge=0)] | None = None
+    """Tokens of the question that the server had in its cache. Default: as `input`."""
+
+
 class JudgeSettings(Section):
     """Who judges the answers."""
 
-    kind: Literal["rules"] = "rules"
-    """`rules`: phrases and repetition, offline; it says so wherever its numbers appear."""
+    kind: Literal["rules", "openai"] = "rules"
+    """`rules`: phrases and repetition, offline; it says so wherever its numbers appear.
+
+    `openai`: a model behind a server with OpenAI's protocol; all that follows is about it.
+    """
+    base_url: str = "https://api.deepseek.com"
+    """Where the server is; with `/v1` where it wants that."""
+    model: Annotated[str, Field(min_length=1)] = "deepseek-flash"
+    """Model that judges, as the server names it."""
+    api_key_env: str | None = "DEEPSEEK_API_KEY"
+    """Name of the environment variable that holds the key; null for a server that wants none."""
+    structured: Literal["auto", "json_schema", "json_object", "none"] = "auto"
+    """How strictly JSON is asked for; `auto` takes the strictest that the server accepts."""
+    parameters: dict[str, Any] = {"temperature": 0}
+    """More of the request, as the server takes it: `temperature`, `max_tokens`, `thinking`..."""
+    votes: Annotated[int, Field(ge=1, le=9)] = 1
+    """Verdicts asked for each answer, an odd number; their median counts."""
+    rejudge: Annotated[float, Field(ge=0, le=1)] = 0.15
+    """Share of answers judged once more, to tell how often the judge disagrees with itself."""
+    retries: Annotated[int, Field(ge=0, le=10)] = 2
+    """Times a verdict is asked for again when a reply is none; then the answer is unscored."""
+    concurrency: Annotated[int, Field(ge=1, le=256)] = 8
+    """Calls in flight."""
+    timeout: Annotated[float, Field(gt=0, le=3600)] = 120.0
+    """Seconds for one call."""
+    time_limit: Annotated[float, Field(gt=0)] = 7200.0
+    """Seconds for all judging of one run, waiting included."""
+    max_calls: Positive | None = None
+    """Calls of one output folder; earlier runs count."""
+    max_usd: Annotated[float, Field(gt=0)] | None = None
+    """Dollars of one output folder, by `prices`; earlier runs count."""
+    prices: Prices | None = None
+    """What the server charges."""
+
+    @field_validator("base_url")
+    @classmethod
+    def _plain_url(cls, value: str) -> str:
+        parts = urlsplit(value)
+        if parts.scheme not in {"http", "https"} or not parts.hostname:
+            raise ValueError("must be an http or https URL")
+        if parts.username or parts.password or parts.query:
+            raise PydanticCustomError(
+                "secret", "must hold no credentials: name their variable with `api_key_env`"
+            )
+        return value.rstrip("/")
+
+    @field_validator("api_key_env")
+    @classmethod
+    def _name_of_a_variable(cls, value: str | None) -> str | None:
+        if value is not None and not VARIABLE.fullmatch(value):
+            raise PydanticCustomError(
+                "secret", "must be the name of an environment variable in capitals, never a key"
+            )
+        return value
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Self:
+        if self.votes % 2 == 0:
+            raise ValueError("`votes` must be odd, so that there is a median")
+        if self.max_usd is not None and self.prices is None:
+            raise ValueError("`max_usd` needs `prices`")
+        reserved = sorted({"model", "messages", "stream", "response_format"} & set(self.parameters))
+        if reserved:
+            raise ValueError(f"`parameters` cannot hold `{reserved[0]}`")
+        return self
+
+    @model_validator(mode="after")
+    def _only_what_applies(self) -> Self:
+        if self.kind == "rules":
+            fields = type(self).model_fields
+            odd = [n for n in self.model_fields_set if getattr(self, n) != fields[n].default]
+            if odd:
+                raise ValueError(f"`{min(odd)}` belongs to `kind: openai`")
+        return self
+
+    @model_serializer(mode="wrap")
+    def _only_the_kind_of_rules(self, plain: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return {"kind": "rules"} if self.kind == "rules" else plain(self)
+
+
+class Selection(Section):
+    """How layers and k are chosen, for `layers: sweep` and `k: auto`."""
+
+    max_kl: Annotated[float, Field(gt=0)] = 0.1
+    """Gate: a candidate moves the answers to neutral prompts by at most so many nats a token."""
+    min_induce: float = 0.0
+    """Gate: adding a candidate's direction raises the log-odds of a refusal at least so much."""
+    skip_last: Annotated[float, Field(ge=0, lt=1)] = 0.2
+    """Gate: share of the layers, at the end, that are no candidates."""
+    prompts: Positive = 32
+    """Prompts of each kind on which candidates are scored, and as many held out to be answered."""
+    tokens: Positive = 48
+    """Tokens of a judged answer."""
+    survivors: Positive = 4
+    """Candidates whose answers are judged; as many as may be stacked if that is more."""
+    stacks: Layers = (1, 2, 3, 5)
+    """Sizes that `k: auto` tries; it stops at the first that is no better than the one before."""
+
+    @field_validator("stacks")
+    @classmethod
+    def _growing(cls, value: tuple[int, ...]) -> tuple[int, ...]:
+        if value[:1] != (1,) or list(value) != sorted(set(value)):
+            raise ValueError("must begin with 1 and grow")
+        return value
+
+    def candidates(self, n_layers: int) -> range:
+        """The layers that a sweep tries."""
+        # 1e-9: 10 layers less a fifth are 8, whatever 10 x (1 - .2) is in binary
+        return range(1, max(1, int(n_layers * (1 - self.skip_last) + 1e-9)) + 1)
 
 
 class DivergenceSettings(Section):
@@ -188,13 +335,53 @@ class DivergenceSettings(Section):
 
     limit: Positive = 128
     """Neutral prompts compared."""
+    tokens: Positive = 32
+    """Answer tokens compared of each prompt, along the base's greedy answer."""
+
+
+class BenchmarkTask(Section):
+    """A task with settings of its own, which go before those of the section."""
+
+    task: str
+    """Name that lm-eval has, or YAML file, relative to the recipe."""
+    limit: Positive | None = None
+    """Documents of this task."""
+    num_fewshot: Annotated[int, Field(ge=0)] | None = None
+    """Examples before each question."""
+    chat_template: bool | None = None
+    """Ask through the chat template."""
+
+
+class BenchmarkEngine(Section):
+    """What runs the models: a backend of lm-eval's."""
+
+    kind: Literal["transformers", "vllm", "server"] = "transformers"
+    """`vllm` needs vLLM installed; `server` two completions servers that give log-probabilities."""
+    base_url: str | None = None
+    """Server of the base, up to and with /v1."""
+    edited_url: str | None = None
+    """Server of the edited model."""
+    options: dict[str, Any] = {}
+    """Further arguments of lm-eval's backend, such as `tensor_parallel_size`."""
+
+    @model_validator(mode="after")
+    def _urls_of_servers(self) -> Self:
+        given = [self.base_url is not None, self.edited_url is not None]
+        if given != [self.kind == "server"] * 2:
+            raise ValueError("`base_url` and `edited_url` belong to `kind: server`, both of them")
+        return self
+
+
+Tasks = Annotated[tuple[str | BenchmarkTask, ...], BeforeValidator(_as_tuple)]
 
 
 class Benchmarks(Section):
     """What lm-eval measures, base and edited on the same documents."""
 
-    tasks: Names = ()
-    """Names that lm-eval has, or YAML files of tasks, relative to the recipe."""
+    preset: Literal["demo", "quick", "seed", "damage"] | None = None
+    """A named list of tasks, before those of `tasks`; `demo` needs no Hub."""
+    tasks: Tasks = ()
+    """Tasks, groups and tags that lm-eval has, by name, or YAML files, relative to the recipe."""
     limit: Positive | None = 500
     """Documents of each task; null for all."""
     batch_size: Positive = 8
@@ -203,6 +390,10 @@ class Benchmarks(Section):
     """Ask through the chat template."""
     num_fewshot: Annotated[int, Field(ge=0)] | None = None
     """Examples before each question; null for the task's own number."""
+    engine: BenchmarkEngine = BenchmarkEngine()
+    """What runs the models."""
+    revisions: dict[str, str] = {}
+    """Commits of the tasks' Hub datasets; left out, the build resolves them and writes them."""
 
 
 class Recipe(Section):
@@ -224,6 +415,7 @@ class Recipe(Section):
     prompts: Prompts = Prompts()
     capture: Capture = Capture()
     directions: DirectionSettings = DirectionSettings()
+    selection: Selection = Selection()
     edit: Edit = Edit()
     rollouts: Rollouts = Rollouts()
     judge: JudgeSettings = JudgeSettings()
@@ -257,14 +449,26 @@ class Recipe(Section):
             if isinstance(source, dict) and source["path"] is not None:
                 source["path"] = Path(source["path"]).name
         tasks = plain["benchmarks"]["tasks"]
-        plain["benchmarks"]["tasks"] = [Path(t).name if is_task_file(t) else t for t in tasks]
+        plain["benchmarks"]["tasks"] = [_without_folder(task) for task in tasks]
         return plain
+
+    @property
+    def selects(self) -> bool:
+        """Whether layers or k are to be chosen by measurement."""
+        return self.layers == "sweep" or self.k == "auto"
 
     @property
     def digest(self) -> str:
         """sha256 of the published form as canonical JSON."""
         text = json.dumps(self.published(), sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _without_folder(task: str | dict[str, Any]) -> str | dict[str, Any]:
+    """A benchmark task whose YAML file, if it is one, is only its last name."""
+    if isinstance(task, dict):
+        return {**task, "task": _without_folder(task["task"])}
+    return Path(task).name if is_task_file(task) else task
 
 
 def is_task_file(task: str) -> bool:

@@ -1,13 +1,4 @@
-"""How far an edit moved the next-token distribution.
-
-Numbers only: the room does not know which prompts should have stayed the same, nor what is too far.
-Base and edited are loaded one after the other, never together, so distributions are compared, not
-models.
-
-    base = first_token_logprobs(loaded_base, token_ids, max_batch_tokens=4096)
-    edited = first_token_logprobs(loaded_edited, token_ids, max_batch_tokens=4096)
-    kl_divergence(base, edited).mean()
-"""
+"""Next-token distributions of one position, and how far two of them are apart."""
 
 from __future__ import annotations
 
@@ -46,10 +37,7 @@ def first_token_logprobs(
     Raises:
         GenerationError: if there is no prompt, or one is empty, or logits are not finite.
     """
-    if not token_ids or not all(map(len, token_ids)):
-        raise GenerationError(
-            "There are no prompts to compare, or one of them has no tokens. Give ordinary prompts."
-        )
+    require_prompts(token_ids)
     rows: dict[int, Tensor] = {}
     batches = equal_length_batches(token_ids, max_batch_tokens)
     for batch, logprobs in run_batches(batches, partial(_logprobs, loaded, token_ids)):
@@ -60,7 +48,7 @@ def first_token_logprobs(
 
 
 def kl_divergence(base_logprobs: Tensor, edited_logprobs: Tensor) -> Tensor:
-    """KL(base || edited) = sum_v p_base(v) (log p_base(v) - log p_edited(v)), per prompt.
+    """KL(base || edited) = sum_v p_base(v) (log p_base(v) - log p_edited(v)), per row.
 
     Args:
         base_logprobs: [N, V], natural logarithms.
@@ -83,6 +71,35 @@ def top1_agreement(base: Tensor, edited: Tensor) -> Tensor:
     return base.argmax(dim=1) == edited.argmax(dim=1)
 
 
+def require_prompts(token_ids: Sequence[Sequence[int]]) -> None:
+    """Raises GenerationError where there is nothing to run."""
+    if not token_ids or not all(map(len, token_ids)):
+        raise GenerationError(
+            "There are no prompts to compare, or one of them has no tokens. Give ordinary prompts."
+        )
+
+
+def last_logits(loaded: LoadedModel, rows: Sequence[Sequence[int]], positions: int) -> Tensor:
+    """Logits of the last `positions` positions of rows of one length: [rows, positions, V].
+
+    In the model's own dtype, on its device.
+
+    Raises:
+        GenerationError: if one is NaN.
+    """
+    ids = torch.tensor([list(row) for row in rows], device=loaded.device)
+    kept = {"logits_to_keep": positions} if _keeps_logits(loaded) else {}
+    with torch.inference_mode():
+        output = loaded.model(input_ids=ids, use_cache=False, **kept).logits
+        logits: Tensor = output[:, -positions:]
+    if logits.isnan().any():
+        raise GenerationError(
+            "The model's next-token distribution is NaN. It overflows in this dtype, or its "
+            "weights are damaged; try `--dtype float32`."
+        )
+    return logits
+
+
 def _kl(base: Tensor, edited: Tensor) -> Tensor:
     probability = base.exp()
     # A token that the base excludes counts 0, not 0 x infinity.
@@ -92,19 +109,10 @@ def _kl(base: Tensor, edited: Tensor) -> Tensor:
 
 def _logprobs(loaded: LoadedModel, token_ids: Sequence[Sequence[int]], batch: list[int]) -> Tensor:
     """[rows, V] float32 on the CPU for prompts of one length."""
-    ids = torch.tensor([list(token_ids[i]) for i in batch], device=loaded.device)
-    one_position = {"logits_to_keep": 1} if _keeps_logits(loaded) else {}
-    with torch.inference_mode():
-        logits = loaded.model(input_ids=ids, use_cache=False, **one_position).logits[:, -1]
-        logprobs: Tensor = logits.float().log_softmax(dim=1).cpu()
-    if logprobs.isnan().any():
-        raise GenerationError(
-            "The model's next-token distribution is NaN. It overflows in this dtype, or its "
-            "weights are damaged; try `--dtype float32`."
-        )
-    return logprobs
+    logits = last_logits(loaded, [token_ids[i] for i in batch], 1)[:, -1]
+    return logits.float().log_softmax(dim=1).cpu()
 
 
 def _keeps_logits(loaded: LoadedModel) -> bool:
-    """Whether the model can make the last position's logits alone; old remote code cannot."""
+    """Whether the model can make the last positions' logits alone; old remote code cannot."""
     return "logits_to_keep" in inspect.signature(loaded.model.forward).parameters

@@ -1,13 +1,4 @@
-"""The byte contract, proven from the files: an edited checkpoint against its base.
-
-Nothing is taken at its word. Every byte that `edits.json` does not name is compared with the
-base's, headers included; every tensor that it names is hashed on both sides, and what it still
-writes into the removed subspace is measured again from the stored bytes. The room knows neither how
-the edit was made nor where the folders came from.
-
-    found = verify(base_folder, out / "checkpoint", subspace=out / "work/directions.safetensors")
-    found.ok, found.faults, found.max_leak
-"""
+"""Every byte of a checkpoint against its base."""
 
 from __future__ import annotations
 
@@ -16,14 +7,12 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import Any, BinaryIO
 
 from abliterator.checkpoint import Checkpoint, TensorInfo, carried_files
 from abliterator.errors import CheckpointError
 from abliterator.record import RunRecord, TensorEdit
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from abliterator.verification._leak import LeakMeter
 
 EDITS = "abliterator/edits.json"
 RECORD = "abliterator/record.json"
@@ -31,7 +20,6 @@ OURS = ("README.md", "recipe.yaml", EDITS, RECORD)
 """What abliterator adds to the files of the base."""
 
 _CHUNK = 4 << 20  # bytes compared at once
-_PANEL_ELEMENTS = 1 << 21  # elements of a tensor that are float64 at once
 # Two measurements of one leak differ by the rounding of the sums behind them.
 _SAME_LEAK = 0.05
 _NO_LEAK = 1e-5
@@ -118,7 +106,7 @@ def verify(
     opened = Checkpoint.open(base)
     found = _Findings()
     named = _named(read_edits(checkpoint), opened, found)
-    measure = _Measure(named, _load_basis(subspace))
+    measure = _Measure(named, _meter(opened, subspace))
     for file in opened.weight_files:
         _compare_weights(opened, file, checkpoint / file, measure, found)
         if on_bytes is not None:
@@ -183,12 +171,12 @@ def _named(
     return named
 
 
-def _load_basis(subspace: Path | None) -> Tensor | None:
+def _meter(base: Checkpoint, subspace: Path | None) -> LeakMeter | None:
     if subspace is None:
         return None
     from abliterator.directions import load_subspace
 
-    return load_subspace(subspace).basis
+    return LeakMeter(base, load_subspace(subspace).basis)
 
 
 def _compare_weights(
@@ -264,7 +252,7 @@ class _Measure:
     """What edits.json says, and the subspace against which it is measured again."""
 
     named: Mapping[str, TensorEdit]
-    basis: Tensor | None
+    meter: LeakMeter | None
 
     def edited(self, pair: _Pair, info: TensorInfo, found: _Findings) -> None:
         """One edited tensor: its hashes on both sides, and its leak."""
@@ -280,32 +268,15 @@ class _Measure:
                     f"{info.file}: the {side} bytes of {info.name} are not those that {EDITS} "
                     f"has the hash of."
                 )
-        if self.basis is not None:
-            basis = self.basis
-            was, is_now = (_written(data, info, edit.axis, basis) for data in (before, after))
-            leak = (is_now / was) ** 0.5 if was > 0 else None
-            found.leaks += [] if leak is None else [leak]
-            if not _agree(leak, edit.leak):
-                found.faults.append(
-                    f"{info.file}: {info.name} has a leak of {_told(leak)}, measured again; "
-                    f"{EDITS} says {_told(edit.leak)}."
-                )
-
-
-def _written(data: bytearray, info: TensorInfo, axis: int, basis: Tensor) -> float:
-    """‖Qᵀ W‖² of the stored bytes, in float64."""
-    from abliterator.formats import format_of
-    from abliterator.subspace import column_ranges, squared_write
-
-    weight = format_of(info.dtype, info.name).view(data, info.shape)
-    columns = weight[:, None] if weight.ndim == 1 else weight.movedim(axis, 0).flatten(1)
-    if columns.shape[0] != basis.shape[0]:
-        raise CheckpointError(
-            f"The subspace has {basis.shape[0]} dimensions and {info.name} writes "
-            f"{columns.shape[0]}: it was made for another model. Give the subspace of this run."
-        )
-    panels = column_ranges(columns.shape[1], max(1, _PANEL_ELEMENTS // basis.shape[0]))
-    return sum(squared_write(columns[:, start:end].double(), basis) for start, end in panels)
+        if self.meter is None:
+            return
+        leak = self.meter.leak(info, before, after)
+        found.leaks += [] if leak is None else [leak]
+        if not _agree(leak, edit.leak):
+            found.faults.append(
+                f"{info.file}: {info.name} has a leak of {_told(leak)}, measured again; {EDITS} "
+                f"says {_told(edit.leak)}."
+            )
 
 
 def _agree(leak: float | None, said: float | None) -> bool:

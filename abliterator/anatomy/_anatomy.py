@@ -1,0 +1,384 @@
+"""One model's anatomy: every tensor of a checkpoint held against the table."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+from abliterator.anatomy._table import Component, Family, Part, Wrapper, table
+from abliterator.errors import CheckpointError, UnsupportedModel
+
+Kind = Literal["weight", "bias"]
+Shape = tuple[int, ...]
+
+# What config.json calls the number of routed experts, depending on who wrote the architecture.
+EXPERT_COUNTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
+
+_MIXERS = ("attention", "linear_attention", "ssm", "convolution")
+
+
+@dataclass(frozen=True)
+class Writer:
+    """One tensor that writes the residual stream.
+
+    Attributes:
+        name: tensor name on disk.
+        module: path of the run-time module whose output is the write; experts share theirs.
+        component: which part of the block it belongs to.
+        layer: block index from 0 (its output is residual layer + 1); -1 for embeddings.
+        axis: the tensor's axis that lies in the residual stream.
+        kind: "weight", or "bias" for a vector [d_model].
+        gains: tensors [d_model] whose product multiplies the write: norms after the sublayer.
+        gain_offset: what is added to each gain as stored (1 where a norm multiplies by 1 + weight).
+        fused: whether the tensor's first axis counts experts.
+        packed: whether the weight is in MXFP4: [expert, d_model, blocks, 16] bytes of two numbers.
+    """
+
+    name: str
+    module: str
+    component: Component
+    layer: int
+    axis: int
+    kind: Kind
+    gains: tuple[str, ...] = ()
+    gain_offset: float = 0.0
+    fused: bool = False
+    packed: bool = False
+
+
+@dataclass(frozen=True)
+class Anatomy:
+    """What the table says of one model.
+
+    Attributes:
+        model_type: as in config.json.
+        n_layers: number of blocks L; candidate residual layers are 1..L.
+        d_model: width H of the residual stream.
+        blocks: module path of the list of blocks, e.g. "model.layers".
+        tied_embeddings: whether lm_head is the embedding: an edit of one would be an edit of both.
+        n_experts: routed experts of a block; 0 where there are none.
+        extra_blocks: blocks after the last one, which predict further tokens (MTP): left alone.
+        scaled: whether weights have block scales beside them (`weight_scale_inv`).
+    """
+
+    model_type: str
+    n_layers: int
+    d_model: int
+    blocks: str
+    tied_embeddings: bool
+    n_experts: int = 0
+    extra_blocks: int = 0
+    scaled: bool = False
+    _family: Family = field(kw_only=True, repr=False)
+    _wrapper: Wrapper | None = field(default=None, kw_only=True, repr=False)
+
+    def writers(self, shapes: Mapping[str, Shape]) -> tuple[Writer, ...]:
+        """Every writer among the tensors of a checkpoint: embeddings, then block by block.
+
+        Args:
+            shapes: name and shape of *every* tensor of the checkpoint.
+
+        Raises:
+            UnsupportedModel: for a tensor that the table does not claim, a block or an expert that
+                the config does not have, an expected writer or gain that is missing, or one whose
+                writing axis is not d_model long; the tensor is named.
+        """
+        on_disk = {self._known_as(name): name for name in shapes}
+        expected = {writer.name: writer for writer in self._expected(on_disk)}
+        for known, name in on_disk.items():
+            if known not in expected and not self._left_alone(known):
+                self._check_claimed(known, name)
+        found = []
+        for writer in expected.values():
+            self._check_shape(writer, on_disk, shapes)
+            found.append(
+                replace(
+                    writer,
+                    name=on_disk[writer.name],
+                    module=self._at_run_time(writer.module),
+                    gains=tuple(on_disk[gain] for gain in writer.gains),
+                )
+            )
+        return tuple(found)
+
+    def left_alone(self, names: Collection[str]) -> dict[str, int]:
+        """What is no part of the language model's stream and stays as it is: tensors a label."""
+        counts: dict[str, int] = defaultdict(int)
+        for name in names:
+            label = self._left_alone(self._known_as(name))
+            if label:
+                counts[label] += 1
+        return dict(counts)
+
+    def _known_as(self, name: str) -> str:
+        """A tensor's name on disk as the language model's own checkpoint would have it."""
+        if self._wrapper is not None:
+            for disk, known in self._wrapper.prefixes.items():
+                if name.startswith(disk):
+                    return known + name.removeprefix(disk)
+        base = self._family.base_prefix
+        if base and not name.startswith((base, "lm_head.")):
+            return base + name
+        return name
+
+    def _at_run_time(self, module: str) -> str:
+        if self._wrapper is None:
+            return module
+        return self._wrapper.run_time + module.removeprefix("model.")
+
+    def _left_alone(self, known: str) -> str | None:
+        """The label of a tensor that is not to be touched, or None."""
+        prefixes = dict(self._family.left_alone)
+        if self._wrapper is not None:
+            prefixes |= self._wrapper.left_alone
+        for prefix, label in prefixes.items():
+            if known.startswith(prefix):
+                return label
+        for layer in range(self.n_layers, self.n_layers + self.extra_blocks):
+            if known.startswith(f"{self._family.blocks}.{layer}."):
+                return "blocks that predict further tokens (MTP)"
+        return None
+
+    def _expected(self, known: Collection[str]) -> Iterator[Writer]:
+        """The writers that a whole checkpoint has, named as the table does."""
+        for part in self._family.embeddings:
+            if not part.optional or part.tensor in known:
+                yield self._writer(part, part.tensor, -1, "weight")
+        blocks = [self._parts_of(layer, known) for layer in range(self.n_layers)]
+        biased = {
+            part
+            for layer, parts in enumerate(blocks)
+            for part in parts
+            if any(name in known for name in self._names(part.bias, layer))
+        }
+        for layer, parts in enumerate(blocks):
+            for part in parts:
+                biases = self._names(part.bias, layer) if part in biased else []
+                gains = self._gains(part, layer, known)
+                for tensor in self._names(part.tensor, layer):
+                    yield self._writer(part, tensor, layer, "weight", gains)
+                for bias in biases:
+                    yield self._writer(part, bias, layer, "bias", gains)
+
+    def _parts_of(self, layer: int, known: Collection[str]) -> list[Part]:
+        """The parts of one block: of alternatives the one that is there, else the first."""
+        chosen: list[Part] = []
+        slots: dict[str, list[Part]] = defaultdict(list)
+        for part in self._family.writers:
+            slots[part.one_of or part.tensor].append(part)
+        for parts in slots.values():
+            components = {part.component for part in chosen}
+            parts = [part for part in parts if part.beside is None or part.beside in components]
+            present = [part for part in parts if self._has(part, layer, known)]
+            if len(present) > 1:
+                raise UnsupportedModel(
+                    f"Block {layer} has both {present[0].tensor} and {present[1].tensor}: which of "
+                    f"them a {self.model_type} would load is not clear. Use a checkpoint as "
+                    "save_pretrained writes it."
+                )
+            chosen += present or [part for part in parts[:1] if self._needed(part, known)]
+        return chosen
+
+    def _has(self, part: Part, layer: int, known: Collection[str]) -> bool:
+        return any(name in known for name in self._names(part.tensor, layer))
+
+    def _needed(self, part: Part, known: Collection[str]) -> bool:
+        """Whether a block without this part lacks it: optional parts are in all blocks or none."""
+        return not part.optional or any(
+            self._has(part, layer, known) for layer in range(self.n_layers)
+        )
+
+    def _names(self, pattern: str, layer: int) -> list[str]:
+        name = pattern.replace("{layer}", str(layer))
+        if "{expert}" not in name:
+            return [name]
+        return [name.replace("{expert}", str(expert)) for expert in range(self.n_experts)]
+
+    def _gains(self, part: Part, layer: int, known: Collection[str]) -> tuple[str, ...]:
+        """Names of the gains; one that ends in "?" counts where the checkpoint has it."""
+        gains = [gain.replace("{layer}", str(layer)) for gain in part.gains]
+        wanted = [gain for gain in gains if not gain.endswith("?") or gain[:-1] in known]
+        return tuple(gain.removesuffix("?") for gain in wanted)
+
+    def _writer(
+        self, part: Part, name: str, layer: int, kind: Kind, gains: tuple[str, ...] = ()
+    ) -> Writer:
+        # a bias is [d_model], or [experts, d_model]
+        axis = part.axis if kind == "weight" else int(part.fused)
+        return Writer(
+            name,
+            part.module.replace("{layer}", str(layer)),
+            part.component,
+            layer,
+            axis,
+            kind,
+            gains,
+            self._family.gain_offset,
+            part.fused,
+            part.packed,
+        )
+
+    def _check_claimed(self, known: str, name: str) -> None:
+        """Stops at a tensor that is neither an expected writer nor a known reader of this model."""
+        plain = known.removesuffix("_scale_inv") if self.scaled else known
+        writes = next((m for p in self._family.writer_names if (m := p.fullmatch(plain))), None)
+        reads = next((m for p in self._family.reader_names if (m := p.fullmatch(plain))), None)
+        match = writes or reads
+        if match is None:
+            raise UnsupportedModel(
+                f"The checkpoint has a tensor {name} that is not known for model_type "
+                f"{self.model_type!r}. It could write the residual stream, so nothing is edited. "
+                f"If the model is a plain {self.model_type}, convert or re-download the "
+                "checkpoint; if it is a variant, its tensors need an entry in "
+                "abliterator/anatomy/architectures.yaml."
+            )
+        layer = match.groupdict().get("layer")
+        if layer is not None and int(layer) >= self.n_layers:
+            raise UnsupportedModel(
+                f"The checkpoint has a tensor {name}, but config.json says that there are "
+                f"{self.n_layers} blocks (0 to {self.n_layers - 1}). Use a checkpoint whose config "
+                "and weights belong together."
+            )
+        if writes and plain == known:
+            raise UnsupportedModel(
+                f"The checkpoint has a tensor {name}, which would write the residual stream, but "
+                f"config.json leaves no place for it ({self.n_experts} experts). Use a checkpoint "
+                "whose config and weights belong together."
+            )
+
+    def _check_shape(
+        self, writer: Writer, on_disk: Mapping[str, str], shapes: Mapping[str, Shape]
+    ) -> None:
+        """Stops at a writer that is not there, or that does not write d_model numbers."""
+        for name in (writer.name, *writer.gains):
+            if name not in on_disk:
+                raise UnsupportedModel(
+                    f"The checkpoint has no tensor {name}, which a {self.model_type} with "
+                    f"{self.n_layers} blocks needs: it writes the residual stream. Use a complete "
+                    "checkpoint of the model."
+                )
+        shape = shapes[on_disk[writer.name]]
+        dimensions = (2 + writer.packed if writer.kind == "weight" else 1) + writer.fused
+        if len(shape) != dimensions or shape[writer.axis] != self.d_model:
+            raise UnsupportedModel(
+                f"Tensor {on_disk[writer.name]} has shape {list(shape)}, expected {dimensions} "
+                f"dimensions with {self.d_model} (the model's width in config.json) on axis "
+                f"{writer.axis}, the one that writes the residual stream. The tensor may be packed "
+                "by a quantiser: use an unquantised checkpoint of the model."
+            )
+
+
+def anatomy_of(config: Mapping[str, Any]) -> Anatomy:
+    """The anatomy of the model that a parsed config.json describes.
+
+    Raises:
+        UnsupportedModel: for a model_type that is not in the table, and for quantised weights.
+        CheckpointError: where config.json lacks a number that every model has.
+    """
+    model_type = str(config.get("model_type"))
+    wrapper = table()[1].get(model_type)
+    text = config
+    if wrapper is not None:
+        inner = config.get("text_config")
+        if not isinstance(inner, Mapping):
+            raise CheckpointError(
+                f"config.json of a {model_type} has no text_config, which describes its language "
+                "model. The file is incomplete or damaged: download the model again."
+            )
+        text = inner
+    text_type = str(text.get("model_type", f"{model_type}_text"))
+    family = _family_of(text_type if wrapper else model_type, wrapper="text_config" in config)
+    _check_requirements(model_type, family, text)
+    scaled = _check_quantisation(config)
+    tied = text.get("tie_word_embeddings", config.get("tie_word_embeddings"))
+    anatomy = Anatomy(
+        model_type=model_type,
+        n_layers=_size(text, *family.n_layers),
+        d_model=_size(text, *family.d_model),
+        blocks=family.blocks,
+        tied_embeddings=bool(family.tied_by_default if tied is None else tied),
+        n_experts=_n_experts(family, text),
+        extra_blocks=int(text.get(family.extra_blocks) or 0) if family.extra_blocks else 0,
+        scaled=scaled,
+        _family=family,
+        _wrapper=wrapper,
+    )
+    if wrapper is None:
+        return anatomy
+    return replace(anatomy, blocks=anatomy._at_run_time(family.blocks))
+
+
+def known_model_types() -> tuple[str, ...]:
+    """Every model_type in the table, sorted."""
+    return tuple(sorted({*table()[0], *table()[1]}))
+
+
+def broad_component(component: str) -> str:
+    """Where a strength is inherited: "attention" for whatever mixes tokens, "mlp" for all else."""
+    return "attention" if component in _MIXERS else "mlp"
+
+
+def _family_of(model_type: str, *, wrapper: bool) -> Family:
+    families, _, refused = table()
+    if model_type in families:
+        return families[model_type]
+    if model_type in refused:
+        raise UnsupportedModel(
+            f"Models of type {model_type!r} are not supported: {refused[model_type]} Supported "
+            f"are: {', '.join(known_model_types())}."
+        )
+    hint = " (config.json has a text_config: a wrapper of several models)" if wrapper else ""
+    raise UnsupportedModel(
+        f"No architecture of type {model_type!r}{hint} is known, so its writers of the residual "
+        f"stream are not either. Supported are: {', '.join(known_model_types())}. Others need an "
+        "entry in abliterator/anatomy/architectures.yaml."
+    )
+
+
+def _check_requirements(model_type: str, family: Family, config: Mapping[str, Any]) -> None:
+    """Stops at a variant of a known type whose stream is built otherwise."""
+    for key, value in family.requires.items():
+        if config.get(key, value) != value:
+            raise UnsupportedModel(
+                f"config.json says {key}: {config[key]!r}; of the type {model_type!r}, only models "
+                f"with {key}: {value!r} keep one residual stream from block to block, which is "
+                "what an edit needs. Use another model."
+            )
+
+
+def _check_quantisation(config: Mapping[str, Any]) -> bool:
+    """Whether weights are FP8 with block scales; stops at every other quantiser."""
+    settings = config.get("quantization_config")
+    if not settings:
+        return False
+    method = dict(settings).get("quant_method", "an unnamed method")
+    if method == "fp8" and dict(settings).get("weight_block_size"):
+        return True
+    if method == "mxfp4":  # its tensors have names of their own in the table
+        return False
+    raise UnsupportedModel(
+        f"The checkpoint is quantised ({method}): its tensors are packed, and editing such formats "
+        "is not supported. Use the float32, float16 or bfloat16 checkpoint of the model, or one in "
+        "FP8 with block scales or MXFP4."
+    )
+
+
+def _n_experts(family: Family, config: Mapping[str, Any]) -> int:
+    if not any(part.per_expert or part.fused for part in family.writers):
+        return 0
+    return next((int(config[key]) for key in EXPERT_COUNTS if config.get(key)), 0)
+
+
+def _size(config: Mapping[str, Any], *keys: str) -> int:
+    key = next((key for key in keys if key in config), keys[0])
+    value = config.get(key)
+    if isinstance(value, list):  # one entry a block
+        value = len(value)
+    if type(value) is not int or value < 1:  # JSON's true would pass as an int
+        raise CheckpointError(
+            f"config.json says {key}: {value!r}, expected a positive whole number. The file is "
+            f"incomplete or damaged: download the model again."
+        )
+    return value

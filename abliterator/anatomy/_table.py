@@ -1,0 +1,166 @@
+"""The table read into types: shapes laid under families, names turned into patterns."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cache
+from importlib.resources import files
+from typing import Any, Literal
+
+import yaml
+
+Component = Literal[
+    "attention",
+    "linear_attention",
+    "ssm",
+    "convolution",
+    "mlp",
+    "expert",
+    "shared_expert",
+    "per_layer_input",
+    "embedding",
+]
+
+
+@dataclass(frozen=True)
+class Part:
+    """A line under `writers` or `embeddings`: what one kind of writer is called, and how it lies.
+
+    The fields are explained at the head of architectures.yaml.
+    """
+
+    module: str
+    tensor: str
+    bias: str
+    component: Component
+    axis: int = 0
+    gains: tuple[str, ...] = ()
+    one_of: str | None = None
+    optional: bool = False
+    beside: str | None = None
+    fused: bool = False
+    packed: bool = False
+
+    @property
+    def per_expert(self) -> bool:
+        """Whether each expert has a tensor of its own on disk."""
+        return "{expert}" in self.tensor
+
+
+@dataclass(frozen=True)
+class Family:
+    """An entry of the table, with the shape that it builds on already under it."""
+
+    blocks: str
+    n_layers: tuple[str, ...]
+    d_model: tuple[str, ...]
+    tied_by_default: bool
+    base_prefix: str
+    gain_offset: float
+    extra_blocks: str | None
+    requires: Mapping[str, Any]
+    writers: tuple[Part, ...]
+    embeddings: tuple[Part, ...]
+    writer_names: tuple[re.Pattern[str], ...]
+    reader_names: tuple[re.Pattern[str], ...]
+    left_alone: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class Wrapper:
+    """A model that holds a causal LM beside other parts; `prefixes` lead from disk to the LM."""
+
+    prefixes: Mapping[str, str]
+    run_time: str
+    left_alone: Mapping[str, str]
+
+
+@cache
+def table() -> tuple[Mapping[str, Family], Mapping[str, Wrapper], Mapping[str, str]]:
+    """Families and wrappers by model_type, and the types refused with their reasons."""
+    text = files("abliterator.anatomy").joinpath("architectures.yaml").read_text(encoding="utf-8")
+    data = yaml.safe_load(text)
+    families = {
+        name: _family(entry, data["shapes"])
+        for entry in data["families"]
+        for name in entry["model_types"]
+    }
+    wrappers = {
+        name: Wrapper(entry["prefixes"], entry["run_time"], entry["left_alone"])
+        for entry in data["wrappers"]
+        for name in entry["model_types"]
+    }
+    refused = {name: why for why, names in data["refused"].items() for name in names}
+    return families, wrappers, refused
+
+
+def _family(entry: Mapping[str, Any], shapes: Mapping[str, Any]) -> Family:
+    shape = shapes[entry["shape"]] if "shape" in entry else {}
+    merged = {**shape, **entry}
+    blocks = merged.get("blocks", "model.layers")
+    writers = tuple(_part(part, blocks) for part in merged["writers"])
+    embeddings = tuple(
+        _part({"component": "embedding", "axis": 1, **part}, blocks)
+        for part in merged["embeddings"]
+    )
+    others = [*_flat(shape.get("others", ())), *_flat(entry.get("others", ()))]
+    return Family(
+        blocks=blocks,
+        n_layers=_several(merged.get("n_layers", "num_hidden_layers")),
+        d_model=_several(merged.get("d_model", "hidden_size")),
+        tied_by_default=merged.get("tied_by_default", False),
+        base_prefix=merged.get("base_prefix", ""),
+        gain_offset=merged.get("gain_offset", 0.0),
+        extra_blocks=merged.get("extra_blocks"),
+        requires=merged.get("requires", {}),
+        writers=writers,
+        embeddings=embeddings,
+        writer_names=tuple(_pattern(name) for p in writers for name in (p.tensor, p.bias)),
+        reader_names=tuple(_pattern(_within(name, blocks)) for name in others),
+        left_alone=merged.get("left_alone", {}),
+    )
+
+
+def _several(value: Any) -> tuple[str, ...]:
+    return (value,) if isinstance(value, str) else tuple(value)
+
+
+def _flat(names: Iterable[Any]) -> Iterator[str]:
+    """A list that may hold lists: YAML's aliases nest."""
+    for name in names:
+        if isinstance(name, str):
+            yield name
+        else:
+            yield from _flat(name)
+
+
+def _part(line: Mapping[str, Any], blocks: str) -> Part:
+    tensor = line.get("tensor", line["module"] + ".weight")
+    bias = line.get("bias", tensor.removesuffix(".weight") + ".bias")
+    names = {"module": line["module"], "tensor": tensor, "bias": bias}
+    given: dict[str, Any] = {key: _within(name, blocks) for key, name in names.items()}
+    given |= {key: value for key, value in line.items() if key not in (*names, "gain")}
+    return Part(
+        gains=tuple(_within(gain, blocks) for gain in _several(line.get("gain", ()))), **given
+    )
+
+
+def _within(name: str, blocks: str) -> str:
+    """A name of the table in full: one that begins with a dot is within every block."""
+    return f"{blocks}.{{layer}}{name}" if name.startswith(".") else name
+
+
+def _pattern(name: str) -> re.Pattern[str]:
+    """A name as a regular expression: {layer}, {expert} are indices, {a,b} is a choice."""
+    pieces = re.split(r"\{([^}]*)\}", name)
+    pieces[::2] = map(re.escape, pieces[::2])
+    pieces[1::2] = map(_placeholder, pieces[1::2])
+    return re.compile("".join(pieces))
+
+
+def _placeholder(inside: str) -> str:
+    if inside in ("layer", "expert"):
+        return rf"(?P<{inside}>0|[1-9][0-9]*)"
+    return "(?:" + "|".join(map(re.escape, inside.split(","))) + ")"

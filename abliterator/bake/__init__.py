@@ -1,0 +1,28 @@
+"""Directions into a checkpoint: the edit planned, previewed at run time, written into the files.
+
+`bake` edits files, not a model in memory: untouched byte ranges are streamed, and each writer of
+the residual stream is read, edited in column panels, and written at its old place. The room does
+not know how directions were found.
+
+    plan = plan_edits(checkpoint, anatomy, EditSettings())
+    with preview_edit(loaded, plan, basis): ...          # the same edit without writing weights
+    edits = bake(checkpoint, plan, basis, Path("out/checkpoint"))
+
+H = d_model, k rank, Q [H, k] the orthonormal basis.
+"""
+
+from abliterator.bake._plan import EditPlan, EditSettings, PlannedEdit, plan_edits, require_d_model
+from abliterator.bake._preview import preview_edit
+from abliterator.bake._stored import PANEL_ELEMENTS
+from abliterator.bake._write import bake
+
+__all__ = [
+    "PANEL_ELEMENTS",
+    "EditPlan",
+    "EditSettings",
+    "PlannedEdit",
+    "bake",
+    "plan_edits",
+    "preview_edit",
+    "require_d_model",
+]

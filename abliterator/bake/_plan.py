@@ -1,0 +1,177 @@
+"""Which tensors will be edited, told from headers alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal
+
+from abliterator.anatomy import Anatomy, Writer, broad_component
+from abliterator.checkpoint import Checkpoint, TensorInfo
+from abliterator.errors import UnsupportedModel
+from abliterator.formats import FORMATS, SCALE_SUFFIX, format_of
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True)
+class EditSettings:
+    """How writers are edited; the fields mean what they mean in a recipe's `edit`.
+
+    A component without a strength of its own has that of "attention" if it mixes tokens, else that
+    of "mlp": experts are edited as the MLP is unless they are named.
+    """
+
+    strength: Mapping[str, float] = field(default_factory=lambda: {"attention": 1.0, "mlp": 1.0})
+    norm: Literal["none", "column"] = "none"
+    rounding: Literal["nearest", "compensated"] = "compensated"
+    embeddings: bool = False
+    biases: bool = True
+
+
+@dataclass(frozen=True)
+class PlannedEdit:
+    """One tensor that will be edited, where it lies, and how strongly.
+
+    `scale` is the tensor of its block scales, for formats that have them, and `block` their size.
+    """
+
+    writer: Writer
+    info: TensorInfo
+    strength: float
+    scale: str | None = None
+    block: tuple[int, int] = (1, 1)
+
+    @property
+    def packed(self) -> bool:
+        """Whether two numbers share a byte (MXFP4)."""
+        return self.writer.packed and self.writer.kind == "weight"
+
+
+@dataclass(frozen=True)
+class EditPlan:
+    """Every tensor that will be edited, in no order that matters; nothing else is touched.
+
+    `writers` are all that the checkpoint has, edited or not.
+    """
+
+    edits: tuple[PlannedEdit, ...]
+    settings: EditSettings
+    d_model: int
+    writers: tuple[Writer, ...] = ()
+
+    @property
+    def edited_bytes(self) -> int:
+        """Bytes that will be written anew."""
+        return sum(edit.info.nbytes for edit in self.edits)
+
+
+def plan_edits(checkpoint: Checkpoint, anatomy: Anatomy, settings: EditSettings) -> EditPlan:
+    """Which tensors will be edited, from headers alone; loads no weights and no torch.
+
+    Raises:
+        UnsupportedModel: for a tensor the anatomy does not know or does not find, a storage format
+            that cannot be edited, and embeddings that are tied to the output head or have no exact
+            edit.
+    """
+    writers = anatomy.writers(checkpoint.shapes)
+    if settings.embeddings:
+        _require_editable_embeddings(writers, anatomy)
+    edits = []
+    for writer in writers:
+        strength = _strength_of(writer, settings)
+        if strength == 0 or (writer.kind == "bias" and not settings.biases):
+            continue
+        edits.append(_planned(writer, strength, checkpoint))
+        for gain in writer.gains:
+            _require_plain(checkpoint.tensors[gain])
+    return EditPlan(tuple(edits), settings, anatomy.d_model, writers)
+
+
+def require_d_model(basis: Tensor, d_model: int) -> None:
+    """Raises UnsupportedModel unless the subspace [H, k] was made for a model of this width."""
+    if basis.shape[0] != d_model:
+        raise UnsupportedModel(
+            f"The subspace has {basis.shape[0]} dimensions, the model's residual stream {d_model}: "
+            f"it was made for another model."
+        )
+
+
+def _strength_of(writer: Writer, settings: EditSettings) -> float:
+    if writer.component == "embedding":
+        return float(settings.embeddings)
+    inherited = settings.strength.get(broad_component(writer.component), 0.0)
+    return settings.strength.get(writer.component, inherited)
+
+
+def _require_editable_embeddings(writers: tuple[Writer, ...], anatomy: Anatomy) -> None:
+    embeddings = [writer.name for writer in writers if writer.component == "embedding"]
+    if not embeddings:
+        raise UnsupportedModel(
+            f"`edit.embeddings` has no exact form for a {anatomy.model_type}: a norm stands "
+            "between the embedding and the residual stream. Leave `embeddings: false`."
+        )
+    if anatomy.tied_embeddings:
+        raise UnsupportedModel(
+            f"`edit.embeddings` would edit {embeddings[0]}, which is also the output head of "
+            f"this model (tied): the head would change too. Leave `embeddings: false`."
+        )
+
+
+def _planned(writer: Writer, strength: float, checkpoint: Checkpoint) -> PlannedEdit:
+    info = checkpoint.tensors[writer.name]
+    if writer.packed and writer.kind == "weight":
+        return _planned_packed(writer, strength, checkpoint)
+    if not format_of(info.dtype, writer.name).scaled:
+        return PlannedEdit(writer, info, strength)
+    scale = writer.name + SCALE_SUFFIX
+    block = _block_size(checkpoint.config)
+    if block is None or scale not in checkpoint.tensors or len(info.shape) != 2:
+        raise UnsupportedModel(
+            f"Tensor {writer.name} is stored as {info.dtype} without the block scales "
+            f"{scale} [rows / block, columns / block] and the weight_block_size in config.json "
+            "that belong to this format. Use a checkpoint with both, or one in bfloat16."
+        )
+    blocks = tuple(-(-size // step) for size, step in zip(info.shape, block, strict=True))
+    _require_plain(checkpoint.tensors[scale])
+    if checkpoint.tensors[scale].shape != blocks:
+        raise UnsupportedModel(
+            f"Tensor {scale} has shape {list(checkpoint.tensors[scale].shape)}, expected "
+            f"{list(blocks)}: one scale per block of {block[0]} x {block[1]}. Download the model "
+            "again, or use its bfloat16 checkpoint."
+        )
+    return PlannedEdit(writer, info, strength, scale, block)
+
+
+def _planned_packed(writer: Writer, strength: float, checkpoint: Checkpoint) -> PlannedEdit:
+    info = checkpoint.tensors[writer.name]
+    scale = writer.name.removesuffix("_blocks") + "_scales"
+    found = checkpoint.tensors.get(scale)
+    right = found is not None and (found.dtype, found.shape) == ("U8", info.shape[:-1])
+    if not right or info.dtype != "U8" or info.shape[-1] != 16:
+        raise UnsupportedModel(
+            f"Tensor {writer.name} ({info.dtype}, {list(info.shape)}) is not stored as MXFP4 is: "
+            f"U8 [experts, d_model, blocks, 16] beside {scale}, U8 [experts, d_model, blocks]. "
+            "Download the model again, or use its bfloat16 checkpoint."
+        )
+    return PlannedEdit(writer, info, strength, scale)
+
+
+def _block_size(config: Mapping[str, object]) -> tuple[int, int] | None:
+    settings = config.get("quantization_config")
+    block = settings.get("weight_block_size") if isinstance(settings, Mapping) else None
+    if not isinstance(block, list) or len(block) != 2:
+        return None
+    rows, columns = block
+    whole = type(rows) is int and type(columns) is int and rows > 0 and columns > 0
+    return (rows, columns) if whole else None
+
+
+def _require_plain(info: TensorInfo) -> None:
+    """Stops at a gain or scale that is stored in a form which would need scales itself."""
+    if info.dtype not in FORMATS or FORMATS[info.dtype].scaled:
+        raise UnsupportedModel(
+            f"Tensor {info.name}, on which an edit depends, is stored as {info.dtype}; expected "
+            "float32, float16 or bfloat16. Use a checkpoint of the model in one of these formats."
+        )

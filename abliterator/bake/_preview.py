@@ -1,0 +1,69 @@
+"""The edit at run time, without writing weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from abliterator.bake._plan import EditPlan, PlannedEdit, require_d_model
+from abliterator.bake._write import removal_of
+from abliterator.checkpoint import Checkpoint
+from abliterator.errors import RecipeError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from abliterator.model import LoadedModel
+
+
+@contextmanager
+def preview_edit(loaded: LoadedModel, plan: EditPlan, basis: Tensor) -> Iterator[None]:
+    """The edit at run time, on the output of every planned writer: h <- h - s Q Qᵀ h.
+
+    Where a norm's gain follows the writer, it is the operator of the baked weights that is applied
+    (`subspace.Removal`). Equal to the baked weights up to rounding, biases included.
+
+    Raises:
+        RecipeError: for what no function of the output can imitate: `norm: column`, and biases of
+            experts that are to stay.
+    """
+    from abliterator.model import hooked
+
+    if plan.settings.norm != "none":
+        raise RecipeError("`edit.norm: column` has no run-time form; bake the edit instead.")
+    require_d_model(basis, plan.d_model)
+    checkpoint = Checkpoint.open(loaded.folder)
+    hooks: dict[str, Callable[[Tensor], Tensor]] = {}
+    for edit in plan.edits:
+        # experts share a module and its edit
+        if edit.writer.kind == "weight" and edit.writer.module not in hooks:
+            hooks[edit.writer.module] = _remover(loaded, edit, plan, basis, checkpoint)
+    with hooked(loaded.model, hooks):
+        yield
+
+
+def _remover(
+    loaded: LoadedModel, edit: PlannedEdit, plan: EditPlan, basis: Tensor, checkpoint: Checkpoint
+) -> Callable[[Tensor], Tensor]:
+    import torch
+
+    module = loaded.model.get_submodule(edit.writer.module)
+    if not plan.settings.biases and getattr(module, "down_proj_bias", None) is not None:
+        raise RecipeError(
+            "`edit.biases: false` has no run-time form for experts with biases; bake the edit "
+            "instead."
+        )
+    bias = getattr(module, "bias", None)
+    kept_bias = bias if not plan.settings.biases else None
+    # at least float32, so that the preview rounds once, as the baked weights do
+    wide = torch.promote_types(loaded.model.dtype, torch.float32)
+    removal = removal_of(edit.writer, checkpoint, basis).to(wide, loaded.device)
+
+    def remove(hidden: Tensor) -> Tensor:
+        written = hidden.to(wide)
+        removable = written if kept_bias is None else written - kept_bias.to(wide)
+        removed = (removable @ removal.read) @ removal.take.T
+        return (written - edit.strength * removed).to(hidden.dtype)
+
+    return remove

@@ -1,0 +1,106 @@
+"""An edit plan and a subspace into files."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from abliterator.anatomy import Writer
+from abliterator.bake._plan import EditPlan, PlannedEdit, require_d_model
+from abliterator.bake._stored import edit_stored, read_scale, read_vector
+from abliterator.checkpoint import (
+    Checkpoint,
+    PatchedTensor,
+    TensorInfo,
+    carried_files,
+    copy_file,
+    patch_file,
+)
+from abliterator.record import TensorEdit
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from abliterator.subspace import Removal
+
+
+def bake(
+    checkpoint: Checkpoint,
+    plan: EditPlan,
+    basis: Tensor,
+    out: Path,
+    *,
+    on_bytes: Callable[[int], None] | None = None,
+) -> tuple[TensorEdit, ...]:
+    """Writes the edited checkpoint to `out`: weight files, and every other file a loader needs.
+
+    All bytes outside the planned tensors, headers included, are the base's. Memory is that of the
+    largest edited tensor and a few panels.
+
+    Args:
+        checkpoint: the base.
+        plan: from `plan_edits` on the same checkpoint.
+        basis: Q [H, k], orthonormal, float64.
+        out: a folder; files of the same names in it are replaced, each in one step.
+        on_bytes: called with the size of each weight file when it is done.
+
+    Returns:
+        One `TensorEdit` per edited tensor, in the order of the files.
+    """
+    require_d_model(basis, plan.d_model)
+    planned = {edit.writer.name: edit for edit in plan.edits}
+    done: list[TensorEdit] = []
+    for file in checkpoint.weight_files:
+        leaks: dict[str, float | None] = {}
+
+        def rewrite(
+            info: TensorInfo, buffer: memoryview, leaks: dict[str, float | None] = leaks
+        ) -> None:
+            edit = planned[info.name]
+            scale = read_scale(checkpoint, edit)
+            removal = removal_of(edit.writer, checkpoint, basis)
+            leaks[info.name] = edit_stored(buffer, edit, removal, plan.settings, scale)
+
+        infos = [edit.info for edit in plan.edits if edit.info.file == file]
+        patched = patch_file(checkpoint.folder / file, out / file, infos, rewrite)
+        done += [
+            _report(planned[tensor.name], basis, leaks[tensor.name], tensor)
+            for tensor in patched.tensors
+        ]
+        if on_bytes is not None:
+            on_bytes(patched.size)
+    for file in carried_files(checkpoint.folder)[0]:
+        copy_file(checkpoint.folder / file, out / file)
+    return tuple(done)
+
+
+def removal_of(writer: Writer, checkpoint: Checkpoint, basis: Tensor) -> Removal:
+    """How Q [H, k] is removed from what this writer writes: through the gains that follow it."""
+    import torch
+
+    from abliterator.subspace import removal_of_basis
+
+    gains = [read_vector(checkpoint, gain) + writer.gain_offset for gain in writer.gains]
+    gain = torch.stack(gains).prod(dim=0) if gains else None
+    return removal_of_basis(basis.double(), gain)
+
+
+def _report(
+    edit: PlannedEdit, basis: Tensor, leak: float | None, patched: PatchedTensor
+) -> TensorEdit:
+    return TensorEdit(
+        name=edit.writer.name,
+        file=edit.info.file,
+        component=edit.writer.component,
+        layer=edit.writer.layer,
+        axis=edit.writer.axis,
+        gains=edit.writer.gains,
+        dtype=edit.info.dtype,
+        shape=edit.info.shape,
+        k=basis.shape[1],
+        strength=edit.strength,
+        leak=leak,
+        sha256_before=patched.sha256_before,
+        sha256_after=patched.sha256_after,
+    )

@@ -1,0 +1,124 @@
+"""Tasks of our own: a YAML file that is data, not code."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+
+from abliterator.errors import BenchmarkError
+
+# `datasets` reads these from files; any other dataset_path is the id of a dataset on the Hub.
+FILE_FORMATS = frozenset({"arrow", "csv", "json", "parquet", "text"})
+# Settings by which a task file reaches for other files, of which some may hold code.
+_OUTWARD_SETTINGS = ("include", "group", "use_prompt")
+
+
+class LocalTask(NamedTuple):
+    """A task file as read: its name, its settings, and the hashes of it and of its data files."""
+
+    name: str
+    settings: dict[str, Any]
+    hashes: list[str]
+
+
+def local_task(path: Path) -> LocalTask:
+    """A task of our own from its YAML file, whose relative `data_files` lie beside it.
+
+    Raises:
+        BenchmarkError: if the file is not one plain task, or names data files that are not there.
+    """
+    settings = _read_task_file(path)
+    outward = [key for key in _OUTWARD_SETTINGS if key in settings]
+    if outward or not isinstance(settings.get("task"), str):
+        seen = f"has `{outward[0]}:`" if outward else "has no `task:` name"
+        raise BenchmarkError(
+            f"The benchmark task {path} {seen}. A task file must describe one task completely, "
+            "under `task: NAME`; write all its settings out in the file."
+        )
+    _refuse_foreign_metrics(path, settings)
+    hashes = [hashlib.sha256(path.read_bytes()).hexdigest()]
+    if settings.get("dataset_path") in FILE_FORMATS:
+        hashes += [_sha256(file) for file in _anchor_data_files(path, settings)]
+    return LocalTask(settings["task"], settings, hashes)
+
+
+def _read_task_file(path: Path) -> dict[str, Any]:
+    try:
+        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.constructor.ConstructorError as error:
+        raise BenchmarkError(
+            f"The benchmark task {path} is not plain data: {error.problem} (line {_line(error)}). "
+            "Tags such as `!function` run Python code, which task files may not; use templates "
+            "and lm-eval's own metrics instead."
+        ) from error
+    except yaml.YAMLError as error:
+        raise BenchmarkError(
+            f"The benchmark task {path} is not valid YAML: {' '.join(str(error).split())}. "
+            "Correct the file."
+        ) from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise BenchmarkError(
+            f"The benchmark task {path} cannot be read ({error}). Paths of task files are "
+            "relative to the recipe's folder; to use a task that lm-eval has, give its name "
+            "without .yaml."
+        ) from error
+    if not isinstance(settings, dict):
+        raise BenchmarkError(
+            f"The benchmark task {path} holds no settings. It must be a YAML mapping with `task`, "
+            "`dataset_path`, `output_type` and so on; see lm-eval's task guide."
+        )
+    return settings
+
+
+def _line(error: yaml.MarkedYAMLError) -> int | str:
+    return error.problem_mark.line + 1 if error.problem_mark else "unknown"
+
+
+def _refuse_foreign_metrics(path: Path, settings: Mapping[str, Any]) -> None:
+    """lm-eval looks a metric it does not have up in `evaluate`, which downloads and runs code."""
+    import lm_eval.api.metrics  # noqa: F401  (fills the registry)
+    from lm_eval.api.registry import metric_registry
+
+    for entry in settings.get("metric_list") or []:
+        name = entry.get("metric") if isinstance(entry, dict) else entry
+        if entry is name or entry.get("hf_evaluate") or name not in metric_registry:
+            raise BenchmarkError(
+                f"The benchmark task {path} asks for the metric {name!r}, which lm-eval "
+                f"{version('lm_eval')} does not have itself. Use one of its own, as `- metric: "
+                "acc` or `- metric: exact_match`."
+            )
+
+
+def _anchor_data_files(path: Path, settings: dict[str, Any]) -> list[Path]:
+    """Make `data_files` absolute in place, and list them: lm-eval looks in the current folder."""
+    found: list[Path] = []
+
+    def anchored(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: anchored(item) for key, item in value.items()}
+        if isinstance(value, list):
+            return [anchored(item) for item in value]
+        file = (path.parent / str(value)).resolve()
+        if not file.is_file():
+            raise BenchmarkError(
+                f"The benchmark task {path} names the data file {value!r}, but there is no file "
+                f"{file}. Paths in `data_files` are relative to the task's own folder; patterns "
+                "and addresses are not read."
+            )
+        found.append(file)
+        return str(file)
+
+    kwargs = settings.get("dataset_kwargs")
+    if isinstance(kwargs, dict) and "data_files" in kwargs:
+        kwargs["data_files"] = anchored(kwargs["data_files"])
+    return found
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

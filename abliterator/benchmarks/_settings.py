@@ -1,0 +1,134 @@
+"""How tasks are run, the same for base and edited, and by which engine."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+from urllib.error import URLError
+from urllib.request import urlopen
+
+from abliterator.errors import BenchmarkError
+
+EngineKind = Literal["transformers", "vllm", "server"]
+
+_PROBE_SECONDS = 10
+
+
+@dataclass(frozen=True)
+class Engine:
+    """What runs the model: lm-eval's own backends, with their own options.
+
+    Attributes:
+        kind: "transformers" in this process; "vllm"; "server", any OpenAI-compatible completions
+            server that gives log-probabilities of the prompt (`echo`), such as `vllm serve`.
+        url: of the server, up to and with /v1.
+        options: further arguments of lm-eval's backend, such as `tensor_parallel_size`.
+    """
+
+    kind: EngineKind = "transformers"
+    url: str | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class RunSettings:
+    """How every task is run.
+
+    Attributes:
+        batch_size: requests a forward pass; the same for base and edited.
+        limit: the first so many documents of each task; None for all.
+        chat_template: whether prompts are wrapped in the checkpoint's chat template.
+        num_fewshot: worked examples before each question; None for the task's own number, which a
+            task that says 0 keeps in any case.
+        device: for example "cpu" or "cuda:0".
+        dtype: dtype of the weights; None for the stored one.
+        trust_remote_code: whether Python files of the checkpoint may run.
+        engine: what runs the model.
+    """
+
+    batch_size: int = 8
+    limit: int | None = None
+    chat_template: bool = False
+    num_fewshot: int | None = None
+    device: str = "cpu"
+    dtype: str | None = None
+    trust_remote_code: bool = False
+    engine: Engine = Engine()
+
+
+def require_engine(engine: Engine) -> None:
+    """Raises BenchmarkError, with what to install or start, if the engine is not there."""
+    if engine.kind == "vllm" and importlib.util.find_spec("vllm") is None:
+        raise BenchmarkError(
+            "`benchmarks.engine.kind` is vllm, but vLLM is not installed. Install it with `pip "
+            "install 'lm-eval[vllm]'`, or set `kind: transformers`."
+        )
+    if engine.kind != "server":
+        return
+    if importlib.util.find_spec("tenacity") is None:
+        raise BenchmarkError(
+            "`benchmarks.engine.kind` is server, but lm-eval's client for servers is not "
+            "installed. Install it with `pip install 'lm-eval[api]'`, or set `kind: transformers`."
+        )
+    served_model(engine)
+
+
+def served_model(engine: Engine) -> str:
+    """The name of the model that a server serves.
+
+    Raises:
+        BenchmarkError: if no server answers at the engine's url.
+    """
+    url = (engine.url or "").rstrip("/")
+    try:
+        if not url.startswith(("http://", "https://")):
+            raise ValueError("no http address")
+        with urlopen(f"{url}/models", timeout=_PROBE_SECONDS) as answer:
+            return str(json.load(answer)["data"][0]["id"])
+    except (URLError, OSError, ValueError, LookupError, TypeError) as error:
+        raise BenchmarkError(
+            f"No OpenAI-compatible server answers at {url or 'an empty url'} ({error}). Benchmarks "
+            "on servers need one for the base and one for the edited checkpoint; start them, for "
+            "example with `vllm serve FOLDER --port 8000`, and give their addresses as "
+            "`benchmarks.engine: {kind: server, base_url: http://localhost:8000/v1, edited_url: "
+            "...}`."
+        ) from error
+
+
+def open_model(folder: Path, settings: RunSettings) -> Any:
+    """lm-eval's model of the checkpoint in `folder`."""
+    engine, common = settings.engine, {"batch_size": settings.batch_size}
+    if engine.kind == "transformers":
+        from lm_eval.models.huggingface import HFLM
+
+        return HFLM(
+            pretrained=str(folder),
+            device=settings.device,
+            dtype=settings.dtype or "auto",
+            # in bfloat16 the log-likelihoods collapse to a few values, and ties decide
+            softmax_dtype="float32",
+            trust_remote_code=settings.trust_remote_code,
+            **common,
+            **engine.options,
+        )
+    from lm_eval.api.registry import get_model
+
+    if engine.kind == "vllm":
+        return get_model("vllm")(
+            pretrained=str(folder),
+            dtype=settings.dtype or "auto",
+            trust_remote_code=settings.trust_remote_code,
+            **common,
+            **engine.options,
+        )
+    return get_model("local-completions")(
+        model=served_model(engine),
+        base_url=f"{(engine.url or '').rstrip('/')}/completions",
+        tokenizer=str(folder),
+        **common,
+        **engine.options,
+    )

@@ -1,0 +1,41 @@
+"""What a base's licence asks of whoever passes on a model made from it."""
+
+from __future__ import annotations
+
+from abliterator.card._markdown import Markdown
+
+_LLAMA = {
+    "llama2": ("Llama 2", "LLAMA 2", None),
+    "llama3": ("Meta Llama 3", "Meta Llama 3", "Llama 3"),
+    "llama3.1": ("Llama 3.1", "Llama 3.1", "Llama"),
+    "llama3.2": ("Llama 3.2", "Llama 3.2", "Llama"),
+    "llama3.3": ("Llama 3.3", "Llama 3.3", "Llama"),
+    "llama4": ("Llama 4", "Llama 4", "Llama"),
+}
+_GEMMA = Markdown(
+    "Gemma is provided under and subject to the Gemma Terms of Use found at "
+    "ai.google.dev/gemma/terms. Whoever passes this model on passes those terms on with it, their "
+    "prohibited uses included. Its files were modified: see *What was removed*."
+)
+
+
+def obligations(license_id: str | None) -> list[Markdown]:
+    """One paragraph for each licence that asks for words on the card; most ask for none."""
+    known = (license_id or "").lower()
+    if known in _LLAMA:
+        return [_llama(*_LLAMA[known])]
+    return [_GEMMA] if known == "gemma" else []
+
+
+def _llama(family: str, of_license: str, prefix: str | None) -> Markdown:
+    notice = (
+        f"{family} is licensed under the {of_license} Community License, Copyright © Meta "
+        "Platforms, Inc. All Rights Reserved. Its Acceptable Use Policy holds for this model too."
+    )
+    if prefix is None:
+        return Markdown(notice)
+    built = "Built with Meta Llama 3" if family == "Meta Llama 3" else "Built with Llama"
+    return Markdown(
+        f"**{built}.** {notice} Whoever passes this model on includes a copy of that licence, "
+        f'shows "{built}", and begins its name with "{prefix}".'
+    )

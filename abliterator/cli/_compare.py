@@ -1,0 +1,116 @@
+"""The command that measures any two checkpoints."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from abliterator.cli._options import JSON
+from abliterator.cli._show import Bars
+
+if TYPE_CHECKING:
+    from abliterator.benchmarks import Task
+
+FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
+
+
+@click.command()
+@click.argument("base")
+@click.argument("edited")
+@click.option("--target", type=FILE, help="Prompts on which the behaviour shows: .txt or .jsonl.")
+@click.option("--neutral", type=FILE, help="Prompts that must stay as they were: .txt or .jsonl.")
+@click.option(
+    "--tasks", default="", help="Benchmarks: names, YAML files or a preset, between commas."
+)
+@click.option("--limit", default=100, show_default=True, help="Prompts of each file.")
+@click.option("--task-limit", default=500, show_default=True, help="Documents of each task.")
+@click.option("--max-new-tokens", default=256, show_default=True, help="Tokens of an answer.")
+@click.option("--device", default="auto", show_default=True, help="cpu, cuda, cuda:1, mps.")
+@click.option(
+    "--dtype",
+    type=click.Choice(["auto", "float32", "bfloat16", "float16"]),
+    default="auto",
+    show_default=True,
+    help="Dtype of computation; auto is float32 on a CPU, else as stored.",
+)
+@JSON
+def compare(
+    base: str,
+    edited: str,
+    target: Path | None,
+    neutral: Path | None,
+    tasks: str,
+    limit: int,
+    task_limit: int,
+    max_new_tokens: int,
+    device: str,
+    dtype: str,
+    as_json: bool,
+) -> None:
+    """Compare two checkpoints: how their weights differ, and what that does.
+
+    BASE and EDITED are Hub ids or folders. Weights are always compared; --target and --neutral let
+    both answer, --neutral measures divergence, --tasks runs lm-eval.
+    """
+    from abliterator.benchmarks import RunSettings
+    from abliterator.comparison import CompareSettings, to_markdown
+    from abliterator.comparison import compare as compared
+    from abliterator.prompts import PromptSource, load_prompts
+
+    sets = {"target": target, "neutral": neutral}
+    where = _device(device)
+    settings = CompareSettings(
+        prompts={
+            name: load_prompts(name, PromptSource(path=path, limit=limit)).prompts
+            for name, path in sets.items()
+            if path is not None
+        },
+        tasks=_tasks(tasks),
+        max_new_tokens=max_new_tokens,
+        benchmarks=RunSettings(limit=task_limit, device=where, dtype=_dtype(dtype, where)),
+    )
+    with tempfile.TemporaryDirectory(prefix="abliterator-") as scratch:
+        found = compared(
+            _folder(base), _folder(edited), settings, scratch=Path(scratch), bar=Bars().bar
+        )
+    click.echo(found.model_dump_json(indent=1) if as_json else to_markdown(found), nl=as_json)
+
+
+def _folder(model: str) -> Path:
+    """The checkpoint of a Hub id, a folder, or the folder of an earlier run."""
+    from abliterator.source import resolve_folder
+
+    if (Path(model) / "checkpoint" / "config.json").is_file():
+        return Path(model) / "checkpoint"
+    return resolve_folder(model, revision=None).folder
+
+
+def _tasks(names: str) -> list[Task]:
+    from abliterator.benchmarks import PRESETS, preset_tasks, resolve_tasks
+
+    asked = [
+        request
+        for name in names.split(",")
+        if name
+        for request in (preset_tasks(name) if name in PRESETS else [name])
+    ]
+    return resolve_tasks(asked, folder=Path.cwd()) if asked else []
+
+
+def _device(name: str) -> str:
+    if name != "auto":
+        return name
+    import torch
+
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def _dtype(name: str, device: str) -> str | None:
+    if name == "auto":
+        return "float32" if device == "cpu" else None
+    return name

@@ -1,0 +1,96 @@
+"""The command that measures a judge."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from abliterator.cli._options import JSON, SET
+from abliterator.cli._show import Bars
+
+if TYPE_CHECKING:
+    from abliterator.judge import Calibration
+    from abliterator.recipe import JudgeSettings
+
+
+@click.command("judge-calibrate")
+@click.argument("labelled", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.option(
+    "--judge",
+    "kind",
+    type=click.Choice(["rules", "openai"]),
+    help="Which judge.  [default: the recipe's, else rules]",
+)
+@click.option(
+    "--recipe",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="Take the `judge` section of this recipe.",
+)
+@SET
+@JSON
+def judge_calibrate(
+    labelled: Path,
+    kind: str | None,
+    recipe: Path | None,
+    overrides: tuple[str, ...],
+    as_json: bool,
+) -> None:
+    """Measure a judge against human labels, and keep the result for its next record.
+
+    LABELLED has one JSON object a line: prompt, response, label (0, 0.5 or 1). An API judge is set
+    up by --recipe, or by --set judge.base_url=URL --set judge.model=NAME.
+    """
+    from abliterator.judge import cache_folder, calibrate, load_labelled, save_calibration
+    from abliterator.pipeline import judge_of
+
+    settings = _settings(recipe, kind=kind, overrides=overrides)
+    rows = load_labelled(labelled)
+    with Bars().bar("verdicts", len(rows)) as advance:
+        judge = judge_of(
+            settings,
+            cache=cache_folder() / "judge.sqlite",
+            on_verdict=lambda tally: advance(1, status=str(tally)),
+        )
+        calibration = calibrate(rows, judge, name=labelled.name)
+    save_calibration(calibration)
+    click.echo(calibration.model_dump_json(indent=1) if as_json else _told(calibration))
+
+
+def _settings(
+    recipe: Path | None, *, kind: str | None, overrides: tuple[str, ...]
+) -> JudgeSettings:
+    from abliterator.recipe import load_judge, load_recipe
+
+    if kind is not None:
+        overrides = (f"judge.kind={kind}", *overrides)
+    if recipe is not None:
+        return load_recipe(recipe, overrides=overrides).judge
+    return load_judge(overrides)
+
+
+def _told(calibration: Calibration) -> str:
+    """A calibration in a few lines."""
+    judge = calibration.judge
+    lines = [
+        f"judge      {judge.model or judge.kind}, version {judge.version}",
+        f"answers    {calibration.n}, unscored {calibration.unscored}",
+        f"agreement  {_shown(calibration.agreement)}",
+        f"kappa      {_shown(calibration.kappa)} (three classes), "
+        f"{_shown(calibration.kappa_binary)} (complied or not)",
+        f"said complied, wrongly      {_shown(calibration.false_positive_rate)}",
+        f"said not complied, wrongly  {_shown(calibration.false_negative_rate)}",
+    ]
+    for name, figures in calibration.per_class.items():
+        lines.append(
+            f"{name:9}  n {figures['n']:g}, recall {_shown(figures['recall'])}, "
+            f"precision {_shown(figures['precision'])}"
+        )
+    for other, rate in calibration.disagreement.items():
+        lines.append(f"disagrees with {other} on {_shown(rate.value)} of {rate.n} answers")
+    return "\n".join(lines)
+
+
+def _shown(value: float | None) -> str:
+    return "n/a" if value is None else f"{value:.3f}"

@@ -1,0 +1,134 @@
+"""A comparison as Markdown, for people."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+
+from abliterator.comparison._result import Comparison, TensorDelta, WeightDiff
+from abliterator.record import Behaviour, BenchmarkResult, Divergence, Estimate
+
+SHOWN = 200  # tensors in the table; the JSON has them all
+MEASURES = ("refusal", "compliance", "coherence", "product", "truncated", "unscored")
+
+
+def to_markdown(comparison: Comparison) -> str:
+    """What was measured; an estimate is `value [95 % interval] (n)`."""
+    parts = [f"# {comparison.base} and {comparison.edited}", *_weights(comparison.weights)]
+    for name, behaviour in comparison.behaviour.items():
+        judge = comparison.judge.model or comparison.judge.kind if comparison.judge else "nobody"
+        parts += [f"## Answers to {name} prompts (judged by {judge})", _behaviour(behaviour)]
+    if comparison.divergence:
+        parts += ["## Divergence on neutral prompts", _divergence(comparison.divergence)]
+    if comparison.benchmarks:
+        parts += ["## Benchmarks", _benchmarks(comparison.benchmarks)]
+    return "\n\n".join(parts) + "\n"
+
+
+def _weights(weights: WeightDiff) -> list[str]:
+    parts = ["## Weights", _verdict(weights)]
+    for side, names in (("base", weights.only_base), ("edited", weights.only_edited)):
+        if names:
+            parts.append(f"Only in {side}: {', '.join(names[:10])} ({len(names)} in all).")
+    if weights.deltas:
+        head = ["Tensor", "Shape", "Norm of delta", "Relative", "Rank", "Removes on", "Strength"]
+        parts.append(_table(head, [_delta_row(delta) for delta in weights.deltas[:SHOWN]]))
+    if len(weights.deltas) > SHOWN:
+        parts.append(f"{len(weights.deltas) - SHOWN} more differ; `--json` lists all.")
+    return parts
+
+
+def _verdict(weights: WeightDiff) -> str:
+    ranks = Counter(
+        "full rank" if delta.rank is None else f"rank {delta.rank}"
+        for delta in weights.deltas
+        if len(delta.shape) == 2
+    )
+    counted = ", ".join(f"{count} of {rank}" for rank, count in sorted(ranks.items()))
+    said = {
+        "identical": "No tensor differs.",
+        "rounding": "No tensor differs by more than rounding to its dtype.",
+        "directional": f"A directional edit of rank {weights.rank}: every matrix that differs "
+        "removes the same directions on its output side.",
+        "low_rank": "No directional edit: deltas have a low rank, but they do not remove one "
+        "subspace on the output side. A LoRA looks like this.",
+        "full_rank": "No directional edit: some delta has full rank. A fine-tune or noise looks "
+        "like this.",
+        "other": "No directional edit: tensors do not correspond, or cannot be compared.",
+    }[weights.verdict]
+    differ = f"{len(weights.deltas)} of {weights.compared} tensors differ"
+    return f"{said} {differ}{f': {counted}' if counted else ''}."
+
+
+def _delta_row(delta: TensorDelta) -> list[str]:
+    matrix = len(delta.shape) == 2
+    return [
+        f"`{delta.name}`",
+        " x ".join(map(str, delta.shape)),
+        _number(delta.norm, ".3g"),
+        _number(delta.relative, ".1e"),
+        ("full" if delta.rank is None else str(delta.rank)) if matrix else "",
+        delta.side or "",
+        _number(delta.strength, ".2f") if delta.strength is not None else "",
+    ]
+
+
+def _behaviour(behaviour: Behaviour) -> str:
+    rows = [
+        [
+            measure,
+            *(_estimate(getattr(getattr(behaviour, s), measure)) for s in ("base", "edited")),
+            _estimate(getattr(behaviour.delta, measure), "+.3f"),
+        ]
+        for measure in MEASURES
+    ]
+    return _table(["Measure", "Base", "Edited", "Delta"], rows)
+
+
+def _divergence(found: Divergence) -> str:
+    rows = [
+        ["KL(base, edited) of the first answer token, nats", _estimate(found.kl_first_token)],
+        [f"KL per token of the first {found.tokens}, nats", _estimate(found.kl)],
+        ["Same most likely token", _estimate(found.top1_agreement)],
+        [f"Perplexity of base on {found.perplexity_tokens} tokens", _number(found.perplexity_base)],
+        ["Perplexity of edited", _number(found.perplexity_edited)],
+    ]
+    return _table(["Measure", "Value"], rows)
+
+
+def _benchmarks(results: dict[str, BenchmarkResult]) -> str:
+    head = ["Task", "Metric", "Base", "Edited", "Delta", "Smallest detectable", "p", "p (Holm)"]
+    head.append("Gold log-likelihood")
+    rows = [
+        [
+            task,
+            result.metric,
+            _estimate(result.base),
+            _estimate(result.edited),
+            _estimate(result.delta, "+.3f"),
+            _number(result.smallest_detectable),
+            _number(result.p_value, ".2g"),
+            _number(result.p_holm, ".2g"),
+            _estimate(result.gold_loglik, "+.3f"),
+        ]
+        for task, result in results.items()
+    ]
+    return _table(head, rows)
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def _estimate(found: Estimate | None, form: str = ".3f") -> str:
+    if found is None:
+        return "not measured"
+    interval = ""
+    if found.low is not None and found.high is not None:
+        interval = f" [{found.low:{form}}, {found.high:{form}}]"
+    return f"{found.value:{form}}{interval} ({found.n})"
+
+
+def _number(value: float | None, form: str = ".3f") -> str:
+    return "not known" if value is None else format(value, form)

@@ -1,0 +1,241 @@
+"""What differs between the weights of two checkpoints, straight from their files.
+
+For every tensor that differs: how large the delta W' - W is, of what rank, and whether it is a
+*removal*: D = -s Q Qᵀ W on the output side, or D = -s W Q Qᵀ on the input side, for an orthonormal
+Q. A removal's Q can be read off D, so this needs no knowledge of how it was made.
+
+The rank counts singular values above rounding, and is unknown (full) where more is left beside
+them than rounding explains. Of W' with elements w', rounding leaves up to half a unit in the last
+place, 2^(exponent(w') - bits): noise of standard deviation s = unit / sqrt(12), larger where
+weights are. Its largest singular value is about the norm of the largest row of s plus that of its
+largest column (Bandeira and van Handel 2016, doi:10.1214/15-AOP1025).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, NamedTuple
+
+from abliterator.anatomy import anatomy_of
+from abliterator.checkpoint import Checkpoint
+from abliterator.comparison._result import TensorDelta, Verdict, WeightDiff
+from abliterator.errors import AbliteratorError
+from abliterator.formats import FORMATS
+
+if TYPE_CHECKING:
+    import torch
+
+# Ranks above this, or above half of what the shape allows, are not told apart from full.
+MAX_RANK = 32
+# Bits of the significand, the leading 1 included.
+_BITS = {"BF16": 8, "F16": 11, "F32": 24, "F64": 53}
+# Compensated rounding moves elements by up to a whole unit, and float32 arithmetic adds a little.
+_NOISE_MARGIN = 2.0
+# How much of a delta a removal may leave unexplained beside rounding.
+_MISFIT = 0.1
+# Share of a delta's square that float32 arithmetic may leave unexplained.
+_NEGLIGIBLE = 1e-5
+# Eigenvalue of the mean projector from which on a direction is shared by the tensors.
+_SHARED = 0.8
+
+
+class Noise(NamedTuple):
+    """What rounding leaves in a tensor."""
+
+    deviation: float  # of one element, root mean square
+    spectral: float  # largest singular value
+
+
+class _Measured(NamedTuple):
+    """A delta as it is told, and what the verdict needs of it."""
+
+    delta: TensorDelta
+    basis: torch.Tensor | None = None  # [H, r] of a removal on the output side, orthonormal
+    vector: torch.Tensor | None = None  # the delta itself, of a bias or a norm
+    noise: Noise | None = None
+
+
+def diff_weights(base: Checkpoint, edited: Checkpoint) -> WeightDiff:
+    """Every tensor that differs, and what kind of edit they make up together.
+
+    One pair of tensors is in memory at a time.
+    """
+    shared = [name for name in base.tensors if name in edited.tensors]
+    axes = _writing_axes(base)
+    measured = [
+        found for name in shared if (found := _measure(base, edited, name, axes)) is not None
+    ]
+    deltas = tuple(found.delta for found in measured)
+    only_base = tuple(name for name in base.tensors if name not in edited.tensors)
+    only_edited = tuple(name for name in edited.tensors if name not in base.tensors)
+    verdict, rank = _verdict(measured, complete=not (only_base or only_edited))
+    return WeightDiff(
+        compared=len(shared),
+        identical=len(shared) - len(deltas),
+        only_base=only_base,
+        only_edited=only_edited,
+        deltas=deltas,
+        verdict=verdict,
+        rank=rank,
+    )
+
+
+def _writing_axes(base: Checkpoint) -> Mapping[str, int]:
+    """The axis of each writer that lies in the residual stream, where the architecture is known."""
+    try:
+        writers = anatomy_of(base.config).writers(base.shapes)
+    except AbliteratorError:
+        return {}
+    return {writer.name: writer.axis for writer in writers}
+
+
+def _measure(
+    base: Checkpoint, edited: Checkpoint, name: str, axes: Mapping[str, int]
+) -> _Measured | None:
+    """The delta of one tensor; None where the bytes are the same."""
+    before, after = base.tensors[name], edited.tensors[name]
+    stored = [base.read(name), edited.read(name)]
+    if (before.dtype, before.shape) == (after.dtype, after.shape) and stored[0] == stored[1]:
+        return None
+    told = TensorDelta(name=name, shape=after.shape, dtype=after.dtype)
+    if before.shape != after.shape or not {before.dtype, after.dtype} <= FORMATS.keys():
+        return _Measured(told)
+    weight, other = (
+        FORMATS[info.dtype].view(bytearray(data), info.shape).float()
+        for info, data in zip((before, after), stored, strict=True)
+    )
+    difference = other - weight
+    norm, size = float(difference.norm()), float(weight.norm())
+    if not math.isfinite(norm):
+        return _Measured(told)
+    told = told.model_copy(update={"norm": norm, "relative": norm / size if size else None})
+    noise = _noise(other, min(_BITS[before.dtype], _BITS[after.dtype]))
+    if norm == 0:
+        return _Measured(told.model_copy(update={"rank": 0}))
+    if difference.dim() == 1:
+        rounded = norm <= _NOISE_MARGIN * noise.spectral
+        told = told.model_copy(update={"rank": 0 if rounded else None})
+        return _Measured(told, vector=difference, noise=noise)
+    if difference.dim() != 2:
+        return _Measured(told)
+    return _measure_matrix(told, weight, difference, noise, writing_axis=axes.get(name, 0))
+
+
+def _noise(weight: torch.Tensor, bits: int) -> Noise:
+    """What rounding to `bits` of significand leaves in `weight`."""
+    import torch
+
+    _, exponent = torch.frexp(weight)
+    variance = torch.where(weight == 0, 0.0, torch.exp2(2.0 * (exponent - bits))) / 12
+    edges = [float(variance.sum(dim=axis).max()) for axis in range(variance.dim())]
+    return Noise(math.sqrt(float(variance.mean())), sum(map(math.sqrt, edges)))
+
+
+def _measure_matrix(
+    told: TensorDelta,
+    weight: torch.Tensor,
+    difference: torch.Tensor,
+    noise: Noise,
+    *,
+    writing_axis: int,
+) -> _Measured:
+    """Rank of a delta [m, n], and whether it removes directions on one of its sides."""
+    left, values, right = _singular(difference)
+    rows, columns = difference.shape
+    rank = int((values > _NOISE_MARGIN * noise.spectral).sum())
+    energy = float(difference.double().square().sum())
+    rest = energy - float(values[:rank].double().square().sum())
+    rounding = (_NOISE_MARGIN * noise.deviation) ** 2 * difference.numel()
+    if rest > rounding + _NEGLIGIBLE * energy or rank > min(MAX_RANK, rows // 2, columns // 2):
+        return _Measured(told)
+    if rank == 0:
+        return _Measured(told.model_copy(update={"rank": 0}))
+    fits = [
+        _removal(weight, difference, left[:, :rank], noise),
+        _removal(weight.T, difference.T, right[:, :rank], noise),
+    ]
+    best = min(fits, key=lambda fit: fit.misfit)
+    if best.misfit > 1:
+        return _Measured(told.model_copy(update={"rank": rank}))
+    side = "output" if fits.index(best) == writing_axis else "input"
+    update = {"rank": rank, "side": side, "strength": best.strength}
+    basis = best.basis if side == "output" else None
+    return _Measured(told.model_copy(update=update), basis=basis)
+
+
+def _singular(difference: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The largest singular values of [m, n], a few more than MAX_RANK, with their vectors."""
+    import torch
+
+    with torch.random.fork_rng(devices=[]):  # svd_lowrank starts from a random matrix
+        torch.manual_seed(0)
+        count = min(MAX_RANK + 8, *difference.shape)
+        left, values, right = torch.svd_lowrank(difference, q=count, niter=4)
+    return left, values, right
+
+
+class _Removal(NamedTuple):
+    strength: float
+    misfit: float  # over what is allowed
+    basis: torch.Tensor
+
+
+def _removal(
+    weight: torch.Tensor, difference: torch.Tensor, basis: torch.Tensor, noise: Noise
+) -> _Removal:
+    """How well D = -s Q Qᵀ W fits for the best s; only along Q, where noise is least."""
+    along, written = basis.T @ difference, basis.T @ weight
+    size = float(written.square().sum())
+    strength = -float((written * along).sum()) / size if size else 0.0
+    misfit = float((along + strength * written).norm())
+    allowed = _MISFIT * float(along.norm()) + _NOISE_MARGIN * noise.deviation * math.sqrt(
+        along.numel()
+    )
+    return _Removal(strength, misfit / allowed, basis)
+
+
+def _verdict(measured: list[_Measured], *, complete: bool) -> tuple[Verdict, int | None]:
+    """What the deltas are together, and the rank of the subspace that they share."""
+    if not complete:
+        return "other", None
+    if not measured:
+        return "identical", None
+    changed = [found for found in measured if found.delta.rank != 0]
+    matrices = [found for found in changed if found.vector is None]
+    if any(found.delta.norm is None or len(found.delta.shape) > 2 for found in changed):
+        return "other", None
+    if not changed:
+        return "rounding", None
+    if any(found.delta.rank is None for found in matrices) or not matrices:
+        return "full_rank", None
+    basis = _shared_basis([found.basis for found in matrices])
+    if basis is not None and all(_lies_in(found, basis) for found in changed):
+        return "directional", basis.shape[1]
+    return "low_rank", max(found.delta.rank or 0 for found in matrices)
+
+
+def _shared_basis(bases: list[torch.Tensor | None]) -> torch.Tensor | None:
+    """[H, k]: the directions that all removals have in common; None if some tensor has others."""
+    import torch
+
+    known = [basis for basis in bases if basis is not None]
+    if len(known) < len(bases) or len({basis.shape[0] for basis in known}) > 1:
+        return None
+    # The squares of these are the eigenvalues of the mean projector: 1 for what all share.
+    stacked = torch.cat(known, dim=1) / math.sqrt(len(known))
+    left, values, _ = torch.linalg.svd(stacked, full_matrices=False)
+    shared = left[:, values.square() > _SHARED]
+    return shared if shared.shape[1] == max(basis.shape[1] for basis in known) else None
+
+
+def _lies_in(found: _Measured, basis: torch.Tensor) -> bool:
+    """Whether the delta of a vector, if it is one, lies in the subspace as a bias's would."""
+    vector = found.vector
+    if vector is None:
+        return True
+    if len(vector) != basis.shape[0]:
+        return False
+    rest = float((vector - basis @ (basis.T @ vector)).norm())
+    rounding = found.noise.spectral if found.noise else 0.0
+    return rest <= _MISFIT * float(vector.norm()) + _NOISE_MARGIN * rounding

@@ -1,0 +1,99 @@
+"""What a judging run may spend: seconds, calls and money, asked for before each call.
+
+Calls in flight count as if they had been answered, at a price guessed high.
+
+    budget = Budget(settings, calls=0, cost=0.0)
+    with budget.call(expected=0.01):  # raises OutOfBudget
+        ...
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from time import monotonic
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from abliterator.judge._cache import Reply
+    from abliterator.recipe import JudgeSettings
+
+MILLION = 1_000_000
+BYTES_PER_TOKEN = 3  # of English text there are four; a limit is better reached early than late
+USUAL_OUTPUT = 1024  # tokens reserved for a reply where the recipe sets no limit to it
+
+
+class OutOfBudget(Exception):
+    """A limit of the recipe would be passed; the message says which."""
+
+
+class Budget:
+    """Counts what was spent and what calls in flight may yet cost."""
+
+    def __init__(self, settings: JudgeSettings, *, calls: int, cost: float) -> None:
+        self._settings = settings
+        self._deadline = monotonic() + settings.time_limit
+        self._in_flight = 0
+        self._reserved = 0.0
+        self.calls = calls
+        self.cost = cost
+
+    @property
+    def seconds_left(self) -> float:
+        """Until the run's time is up."""
+        return self._deadline - monotonic()
+
+    def require_time(self, seconds: float, *, to: str) -> None:
+        """Raises OutOfBudget if the run has no such time left."""
+        if seconds >= self.seconds_left:
+            limit = self._settings.time_limit
+            raise OutOfBudget(f"`judge.time_limit` of {limit:g} s leaves no time to {to}")
+
+    @contextmanager
+    def call(self, expected: float) -> Iterator[None]:
+        """Reserves one call and its expected cost in dollars while it is in flight.
+
+        Raises:
+            OutOfBudget: if a limit would be passed.
+        """
+        settings = self._settings
+        self.require_time(0, to="ask on")
+        if settings.max_calls is not None and self.calls + self._in_flight >= settings.max_calls:
+            raise OutOfBudget(f"`judge.max_calls` of {settings.max_calls} is reached")
+        planned = self.cost + self._reserved + expected
+        if settings.max_usd is not None and planned > settings.max_usd:
+            raise OutOfBudget(
+                f"`judge.max_usd` of {settings.max_usd:g} would be passed ({self.cost:.4f} spent)"
+            )
+        self._in_flight += 1
+        self._reserved += expected
+        try:
+            yield
+        finally:
+            self._in_flight -= 1
+            self._reserved -= expected
+
+    def spend(self, cost: float) -> None:
+        """Counts one call that was answered."""
+        self.calls += 1
+        self.cost += cost
+
+    def price(self, reply: Reply) -> float:
+        """Dollars of one reply by the recipe's prices; 0 where it has none."""
+        prices = self._settings.prices
+        if prices is None:
+            return 0.0
+        fresh = reply.input_tokens - reply.cached_tokens
+        cached = prices.input if prices.cached_input is None else prices.cached_input
+        dollars = fresh * prices.input + reply.cached_tokens * cached
+        return (dollars + reply.output_tokens * prices.output) / MILLION
+
+    def expected(self, messages: Sequence[Mapping[str, str]]) -> float:
+        """Dollars that a call may cost, guessed high, before it is made."""
+        prices, parameters = self._settings.prices, self._settings.parameters
+        if prices is None:
+            return 0.0
+        asked = sum(len(m["content"].encode()) for m in messages) / BYTES_PER_TOKEN
+        limits = (parameters.get(key) for key in ("max_completion_tokens", "max_tokens"))
+        answered = next((x for x in limits if isinstance(x, int)), USUAL_OUTPUT)
+        return (asked * prices.input + answered * prices.output) / MILLION

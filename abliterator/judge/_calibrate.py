@@ -1,0 +1,222 @@
+"""How far a judge agrees with people, on a file of answers that people labelled.
+
+The file has one JSON object a line: prompt, response, label (0, 0.5 or 1, as compliance is graded).
+A calibration belongs to one judge: another model, prompt or version is another judge. The last one
+of every judge is kept in the user's cache folder, where the next record of that judge finds it.
+
+    calibration = calibrate(load_labelled(Path("labelled.jsonl")), RuleJudge())
+    calibration.kappa, calibration.per_class["partial"]["recall"]
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from pydantic import ValidationError
+
+from abliterator.errors import JudgeError
+from abliterator.judge._rule_judge import RuleJudge
+from abliterator.judge._types import Answered, Judge, Judgement
+from abliterator.record import Estimate, Frozen, JudgeIdentity, Verdict
+from abliterator.statistics import rate_interval
+
+CLASSES = {0.0: "refused", 0.5: "partial", 1.0: "complied"}
+
+
+class Labelled(NamedTuple):
+    """One answer and what people say of it."""
+
+    answered: Answered
+    label: float  # 0, 0.5 or 1
+
+
+class Calibration(Frozen):
+    """A judge against human labels; figures are over the answers that it scored."""
+
+    judge: JudgeIdentity
+    labels: str  # name of the file
+    labels_sha256: str
+    n: int  # answers in the file
+    scored: int
+    unscored: int
+    agreement: float | None
+    agreement_interval: Estimate | None
+    kappa: float | None  # Cohen's, three classes; None where chance alone agrees on everything
+    kappa_binary: float | None  # complied against not complied
+    false_positive_rate: float | None  # said complied, of those that people say did not
+    false_negative_rate: float | None  # said not complied, of those that people say did
+    per_class: dict[str, dict[str, float | None]]  # n, recall, precision
+    confusion: dict[str, dict[str, int]]  # label -> said -> count
+    disagreement: dict[str, Estimate]  # share of other verdicts: by "itself", by "rules"
+    differing: tuple[int, ...]  # answers of the file, from 1, where judge and label differ
+
+    def summary(self) -> dict[str, Any]:
+        """What a record carries of it: the figures, and hashes for the texts."""
+        figures = ("n", "unscored", "agreement", "kappa", "kappa_binary")
+        kept = {name: getattr(self, name) for name in figures}
+        rounded = {k: round(v, 4) if isinstance(v, float) else v for k, v in kept.items()}
+        return {**rounded, "labels_sha256": self.labels_sha256, "sha256": self.sha256}
+
+    @property
+    def sha256(self) -> str:
+        """Hash of the whole calibration."""
+        return hashlib.sha256(self.model_dump_json().encode()).hexdigest()
+
+
+def load_labelled(path: Path) -> list[Labelled]:
+    """Reads a file of labelled answers.
+
+    Raises:
+        JudgeError: if it cannot be read, or a line is not as it must be.
+    """
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise JudgeError(f"The labelled answers {path} cannot be read: {error}.") from None
+    numbered = enumerate(text.split("\n"), start=1)
+    rows = [_row(line, f"{path}, line {number}") for number, line in numbered if line.strip()]
+    if not rows:
+        raise JudgeError(f"{path} is empty: write one labelled answer a line.")
+    return rows
+
+
+def _row(line: str, where: str) -> Labelled:
+    expected = 'expected {"prompt": text, "response": text, "label": 0, 0.5 or 1}'
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):
+        raise JudgeError(f"{where}: not JSON; {expected}.") from None
+    if not isinstance(row, dict):
+        raise JudgeError(f"{where}: JSON, but no object; {expected}.")
+    label = row.get("label")
+    if not all(isinstance(row.get(key), str) for key in ("prompt", "response")):
+        raise JudgeError(f"{where}: no text under prompt or response; {expected}.")
+    if isinstance(label, bool) or label not in CLASSES:
+        raise JudgeError(f"{where}: the label is not 0, 0.5 or 1; {expected}.")
+    return Labelled(Answered(row["prompt"], row["response"]), float(label))
+
+
+def calibrate(rows: Sequence[Labelled], judge: Judge, *, name: str = "labels") -> Calibration:
+    """Lets a judge grade labelled answers, and compares.
+
+    Args:
+        rows: the labelled answers.
+        judge: which judge.
+        name: of the file of labels.
+    """
+    answers = [row.answered for row in rows]
+    said = judge.judge_all(answers)
+    differs = dict(judge.identity.disagreement)
+    if judge.identity.kind != "rules":
+        by_rules = disagreement(RuleJudge().judge_all(answers), said)
+        differs |= {"rules": by_rules} if by_rules else {}
+    pairs = [
+        (row.label, judgement.compliance)
+        for row, judgement in zip(rows, said, strict=True)
+        if judgement.compliance is not None
+    ]
+    yes = [(float(label == 1), float(grade == 1)) for label, grade in pairs]
+    agreed = sum(label == grade for label, grade in pairs)
+    interval = rate_interval(agreed, len(pairs))
+    return Calibration(
+        judge=judge.identity,
+        labels=name,
+        labels_sha256=_digest([[*row.answered[:2], row.label] for row in rows]),
+        n=len(rows),
+        scored=len(pairs),
+        unscored=len(rows) - len(pairs),
+        agreement=_share(agreed, len(pairs)),
+        agreement_interval=interval and Estimate.model_validate(interval._asdict()),
+        kappa=cohens_kappa(pairs),
+        kappa_binary=cohens_kappa(yes),
+        false_positive_rate=_share(yes.count((0, 1)), yes.count((0, 1)) + yes.count((0, 0))),
+        false_negative_rate=_share(yes.count((1, 0)), yes.count((1, 0)) + yes.count((1, 1))),
+        per_class={name: _class(grade, pairs) for grade, name in CLASSES.items()},
+        confusion={
+            name: {other: pairs.count((label, grade)) for grade, other in CLASSES.items()}
+            for label, name in CLASSES.items()
+        },
+        disagreement=differs,
+        differing=tuple(
+            number
+            for number, (row, j) in enumerate(zip(rows, said, strict=True), start=1)
+            if j.compliance is not None and j.compliance != row.label
+        ),
+    )
+
+
+def cohens_kappa(pairs: Sequence[tuple[float, float]]) -> float | None:
+    """Agreement beyond chance of two raters (Cohen 1960); None where chance alone is certain."""
+    n = len(pairs)
+    first, second = Counter(a for a, _ in pairs), Counter(b for _, b in pairs)
+    expected = sum(first[grade] * second[grade] for grade in first)  # of n * n
+    if expected == n * n:
+        return None
+    agreed = sum(a == b for a, b in pairs)
+    return (agreed * n - expected) / (n * n - expected)
+
+
+def disagreement(
+    one: Sequence[Judgement | Verdict], other: Sequence[Judgement | Verdict]
+) -> Estimate | None:
+    """Share of answers that two judges grade differently for compliance, of those both scored."""
+    pairs = [
+        (a.compliance, b.compliance)
+        for a, b in zip(one, other, strict=True)
+        if a.compliance is not None and b.compliance is not None
+    ]
+    interval = rate_interval(sum(a != b for a, b in pairs), len(pairs))
+    return None if interval is None else Estimate.model_validate(interval._asdict())
+
+
+def _class(grade: float, pairs: Sequence[tuple[float, float]]) -> dict[str, float | None]:
+    labelled = sum(label == grade for label, _ in pairs)
+    said = sum(s == grade for _, s in pairs)
+    both = pairs.count((grade, grade))
+    return {"n": labelled, "recall": _share(both, labelled), "precision": _share(both, said)}
+
+
+def _share(part: int, whole: int) -> float | None:
+    return part / whole if whole else None
+
+
+def cache_folder() -> Path:
+    """Where this tool keeps what outlives a run: $ABLITERATOR_CACHE, or in the user's cache."""
+    if own := os.environ.get("ABLITERATOR_CACHE"):
+        return Path(own)
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "abliterator"
+
+
+def save_calibration(calibration: Calibration) -> Path:
+    """Keeps a calibration as the last one of its judge."""
+    path = _path_of(calibration.judge)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(f".{os.getpid()}.partial")
+    partial.write_text(calibration.model_dump_json(indent=1) + "\n")
+    partial.replace(path)
+    return path
+
+
+def last_calibration(judge: JudgeIdentity) -> Calibration | None:
+    """The last calibration of this very judge, or None."""
+    try:
+        return Calibration.model_validate_json(_path_of(judge).read_text())
+    except (OSError, ValidationError):
+        return None
+
+
+def _path_of(judge: JudgeIdentity) -> Path:
+    """By what makes a judge this judge, and not by what a run found out about it."""
+    same = [judge.kind, judge.model, judge.base_url, judge.prompt_sha256, judge.votes]
+    return cache_folder() / "calibrations" / f"{_digest(same)[:32]}.json"
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, separators=(",", ":")).encode()).hexdigest()

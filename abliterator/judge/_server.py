@@ -1,0 +1,267 @@
+"""One OpenAI-compatible server: a conversation in, a reply out, whatever happens on the way.
+
+Overload, server errors, dropped connections, timeouts and replies that are none are tried again,
+for as long as the budget lasts; a server that is plainly set up wrongly stops the run. Structured
+output is asked for as strictly as the server takes it: json_schema, json_object, or not at all.
+The key is read from the environment, given to the client, and held nowhere else.
+
+    async with Server(settings, budget) as server:
+        reply = await server.ask([{"role": "user", "content": "..."}])
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import random
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self
+
+from abliterator.errors import JudgeError
+from abliterator.judge._budget import Budget
+from abliterator.judge._cache import Reply
+from abliterator.judge._parse import SCHEMA
+
+if TYPE_CHECKING:
+    from openai import APIStatusError, AsyncOpenAI
+
+    from abliterator.recipe import JudgeSettings
+
+TRIES = 8  # of one call, before its item is given up as unscored
+IN_A_ROW = 24  # failed calls, of all workers, without an answer between them: the server is down
+WAIT = (0.5, 20.0)  # seconds, first and longest, where the server names none
+PASSING = {408, 409, 425, 429}  # and 5xx: worth another try
+SETUP = {401, 402, 403, 404, 405}  # no other item would fare better
+RUNGS: tuple[str, ...] = ("json_schema", "json_object", "none")
+FORMATS: dict[str, dict[str, Any]] = {
+    "json_schema": {
+        "type": "json_schema",
+        "json_schema": {"name": "verdict", "strict": True, "schema": SCHEMA},
+    },
+    "json_object": {"type": "json_object"},
+}
+ABOUT_FORMAT = ("response_format", "json_schema", "json_object", "structured", "grammar", "schema")
+SHOWN = 300
+
+
+class NoReply(Exception):
+    """A call that got no reply in all its tries, or was refused; the message says why."""
+
+
+class Server:
+    """A client of one server, used by several workers of one event loop."""
+
+    def __init__(self, settings: JudgeSettings, budget: Budget) -> None:
+        self._settings = settings
+        self._budget = budget
+        self._failed_in_a_row = 0
+        self._rung = 0 if settings.structured == "auto" else RUNGS.index(settings.structured)
+        self._may_drop = settings.structured == "auto"
+        self._client: AsyncOpenAI | None = None
+
+    async def __aenter__(self) -> Self:
+        from openai import AsyncOpenAI
+
+        self._client = AsyncOpenAI(
+            base_url=self._settings.base_url,
+            api_key=key_of(self._settings),
+            timeout=self._settings.timeout,
+            max_retries=0,  # all waiting is done here, under one budget
+        )
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._client is not None:
+            await self._client.close()
+
+    async def ask(self, messages: Sequence[Mapping[str, str]]) -> Reply:
+        """The reply to a conversation.
+
+        Raises:
+            OutOfBudget: if a limit of the recipe would be passed.
+            NoReply: if this call gets none, though others may.
+            JudgeError: if the server cannot be used at all.
+        """
+        from openai import APIConnectionError, APIError, APIStatusError
+
+        tries = 0
+        while True:
+            rung = self._rung
+            asked_to_wait = None
+            try:
+                with self._budget.call(self._budget.expected(messages)):
+                    reply = await self._call(messages, rung)
+            except APIStatusError as error:
+                if self._dropped(error, rung):
+                    continue
+                self._require_usable(error)
+                trouble, asked_to_wait = f"status {error.status_code}", _retry_after(error)
+            except (APIConnectionError, TimeoutError) as error:
+                # before APIError, its parent: a broken connection says nothing of its own
+                trouble = type(error).__name__
+            except (APIError, ValueError) as error:
+                trouble = f"an unreadable body ({type(error).__name__})"
+            else:
+                self._failed_in_a_row = 0
+                return reply
+            tries += 1
+            await self._wait(tries, trouble, asked_to_wait)
+
+    async def _call(self, messages: Sequence[Mapping[str, str]], rung: int) -> Reply:
+        from openai import Omit
+
+        assert self._client is not None
+        name = RUNGS[rung]
+        asked: Any = list(messages)
+        body = dict(self._settings.parameters)
+        if name in FORMATS:
+            body["response_format"] = FORMATS[name]
+        async with asyncio.timeout(self._settings.timeout):
+            said = await self._client.chat.completions.create(
+                model=self._settings.model,
+                messages=asked,
+                extra_body=body,
+                # the client would send these of the environment to whatever server this is
+                extra_headers={"OpenAI-Organization": Omit(), "OpenAI-Project": Omit()},
+            )
+        return self._redacted(_reply(said, name))
+
+    def _dropped(self, error: APIStatusError, rung: int) -> bool:
+        """Whether the server would not take the format, and a plainer one is left to ask for."""
+        told = error.message.lower()
+        if error.status_code not in (400, 415, 422, 501):
+            return False
+        if not self._may_drop or rung + 1 >= len(RUNGS) or not any(w in told for w in ABOUT_FORMAT):
+            return False
+        self._rung = max(self._rung, rung + 1)
+        return True
+
+    def _require_usable(self, error: APIStatusError) -> None:
+        """Raises for an answer that another try would get again: JudgeError, or NoReply."""
+        status = error.status_code
+        if status in PASSING or status >= 500:
+            return
+        told = f"{status}: {self._shown(error.message)}"
+        if status in SETUP:
+            raise JudgeError(
+                f"The judge's server {self._settings.base_url} refused with {told}. Check "
+                f"`judge.base_url`, `judge.model` ({self._settings.model}) and the key in "
+                f"${self._settings.api_key_env}."
+            ) from None
+        self._count_failure(told)
+        raise NoReply(f"refused with {told}") from None
+
+    async def _wait(self, tries: int, trouble: str, seconds: float | None) -> None:
+        """Waits as long as the server says, else ever longer."""
+        self._count_failure(trouble)
+        if tries >= TRIES:
+            raise NoReply(f"{trouble}, {tries} times")
+        first, longest = WAIT
+        backoff = min(longest, first * 2 ** (tries - 1)) * random.uniform(0.75, 1.0)
+        delay = max(backoff, seconds or 0.0)
+        self._budget.require_time(delay, to=f"wait {delay:.0f} s after {trouble}")
+        await asyncio.sleep(delay)
+
+    def _count_failure(self, trouble: str) -> None:
+        self._failed_in_a_row += 1
+        if self._failed_in_a_row >= max(IN_A_ROW, 2 * self._settings.concurrency):
+            raise JudgeError(
+                f"The judge's server {self._settings.base_url} failed {self._failed_in_a_row} calls"
+                f" in a row, the last with {trouble}. Check that it runs and serves "
+                f"`{self._settings.model}`; what was judged is kept, and the same command goes on."
+            ) from None
+
+    def _shown(self, text: str) -> str:
+        """A server's words, on one line, short, and without the key should it echo it."""
+        return redacted(" ".join(text.split()), self._settings)[:SHOWN]
+
+    def _redacted(self, reply: Reply) -> Reply:
+        return reply._replace(text=redacted(reply.text, self._settings))
+
+
+def key_of(settings: JudgeSettings) -> str:
+    """The key out of the environment; a stand-in for a server that wants none.
+
+    Raises:
+        JudgeError: if the variable that the recipe names is not set.
+    """
+    name = settings.api_key_env
+    if name is None:
+        return "none"
+    key = os.environ.get(name, "").strip()
+    if not key:
+        raise JudgeError(
+            f"The judge's key is expected in the environment variable {name}, which is not set. "
+            f"Set it, or `judge.api_key_env: null` for a server that wants no key."
+        )
+    if not (key.isascii() and key.isprintable()):
+        raise JudgeError(f"The key in {name} has characters that no header can carry: set it anew.")
+    return key
+
+
+def redacted(text: str, settings: JudgeSettings) -> str:
+    """The text without the key, which some servers quote back."""
+    key = os.environ.get(settings.api_key_env or "", "").strip()
+    return text.replace(key, "[key]") if key else text
+
+
+def _reply(said: Any, rung: str) -> Reply:
+    """What matters of a completion.
+
+    The client hands on whatever JSON came, so its types are not to be believed.
+
+    Raises:
+        ValueError: for a body that is no completion.
+    """
+    try:
+        choice = said.choices[0]
+        message = choice.message
+        text, refusal = message.content, getattr(message, "refusal", None)
+    except (AttributeError, IndexError, KeyError, TypeError):
+        raise ValueError("no completion") from None
+    told = getattr(said, "usage", None)
+    usage = told.model_dump(warnings=False) if hasattr(told, "model_dump") else {}
+    details = usage.get("prompt_tokens_details")
+    cached = details.get("cached_tokens") if isinstance(details, dict) else None
+    return Reply(
+        text=_text(text) or "",
+        finish_reason="refusal" if refusal else _text(getattr(choice, "finish_reason", None)),
+        model=_text(getattr(said, "model", None)),
+        fingerprint=_text(getattr(said, "system_fingerprint", None)),
+        rung=rung,
+        input_tokens=_count(usage.get("prompt_tokens")),
+        cached_tokens=_count(usage.get("prompt_cache_hit_tokens")) or _count(cached),
+        output_tokens=_count(usage.get("completion_tokens")),
+    )
+
+
+def _text(value: object) -> str | None:
+    return value if isinstance(value, str) else None
+
+
+def _count(value: object) -> int:
+    return max(0, value) if isinstance(value, int) else 0
+
+
+def _retry_after(error: APIStatusError) -> float | None:
+    """Seconds that the server asks to wait, however long: in ms, in seconds, or until a date."""
+    headers = error.response.headers
+    for name, unit in (("retry-after-ms", 1000.0), ("retry-after", 1.0)):
+        try:
+            return max(0.0, float(headers[name]) / unit)
+        except (KeyError, ValueError):
+            continue
+    try:
+        until = parsedate_to_datetime(headers.get("retry-after", ""))
+    except ValueError:
+        return None
+    aware = until if until.tzinfo else until.replace(tzinfo=UTC)
+    return max(0.0, (aware - datetime.now(UTC)).total_seconds())

@@ -1,0 +1,122 @@
+"""The stage that chooses layers and k, for recipes that leave it to measurement."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from abliterator.checkpoint import write_text_atomic
+from abliterator.pipeline._chosen import sweep_path
+from abliterator.pipeline._extraction import fitted, prompt_sets
+from abliterator.pipeline._run import Run
+from abliterator.pipeline._stage import Parts, Stage
+
+if TYPE_CHECKING:
+    from abliterator.model import LoadedModel
+    from abliterator.prompts import PromptSet
+    from abliterator.selection import Asked, Selection, Subject
+
+
+def _selection_inputs(run: Run) -> Any:
+    from abliterator.judge import RuleJudge
+
+    recipe = run.recipe
+    sections = ("chat", "capture", "directions", "selection", "edit")
+    return [
+        run.base_digest(),
+        run.digest("capture"),
+        {name: getattr(recipe, name).model_dump(mode="json") for name in sections},
+        {name: s.sha256 for name, s in prompt_sets(run).selection.items()},
+        [recipe.layers, recipe.k, recipe.seed, recipe.rollouts.batch_size],
+        RuleJudge().identity.model_dump(mode="json"),
+        run.dtype,
+    ]
+
+
+def _select(run: Run) -> tuple[list[Path], Parts]:
+    from abliterator.selection import Gates, choose
+
+    recipe = run.recipe
+    subject = _subject(run, run.loaded(run.plan.source.folder))
+    with run.progress.bar("candidates", steps(run)) as advance:
+        found = choose(
+            subject,
+            fitted(run),
+            layers=run.plan.layers,
+            sweep=recipe.layers == "sweep",
+            k=recipe.selection.stacks if recipe.k == "auto" else recipe.k,
+            gates=Gates(recipe.selection.max_kl, recipe.selection.min_induce),
+            n_judged=recipe.selection.survivors,
+            seed=recipe.seed,
+            on_step=lambda what: advance(1, status=what),
+        )
+    write_text_atomic(sweep_path(run), found.model_dump_json(indent=1) + "\n")
+    run.progress.note(
+        f"Chosen: layers {', '.join(map(str, found.layers[: found.k]))} (k = {found.k}: "
+        f"{found.why}). {found.structure.verdict}: {found.structure.because}."
+    )
+    return [sweep_path(run), *_pictures(run, found)], {}
+
+
+def steps(run: Run) -> int:
+    """Steps of a selection, about: it ends early where a stack is no better."""
+    cost = run.plan.selection or {}
+    return 1 + sum(cost.get(name, 0) for name in ("candidates", "judged", "stacks"))
+
+
+def _subject(run: Run, loaded: LoadedModel) -> Subject:
+    from abliterator.model import block_paths
+    from abliterator.selection import Asked, Subject
+
+    recipe, sets = run.recipe, prompt_sets(run)
+
+    def asked(prompts: Sequence[str]) -> Asked:
+        return Asked(prompts, run.render(loaded, prompts))
+
+    def sampled(prompts: PromptSet) -> Asked:
+        few = min(recipe.selection.prompts, len(prompts.prompts))
+        return asked(random.Random(recipe.seed).sample(prompts.prompts, few))
+
+    return Subject(
+        loaded=loaded,
+        plan=run.plan.edits,
+        blocks=block_paths(run.plan.anatomy.blocks, run.plan.anatomy.n_layers),
+        target=sampled(sets.extraction["target"]),
+        contrast=sampled(sets.extraction["contrast"]),
+        neutral=asked(sets.selection["neutral"].prompts),
+        held_out=asked(sets.selection["target"].prompts),
+        max_new_tokens=recipe.selection.tokens,
+        batch_size=recipe.rollouts.batch_size,
+        max_batch_tokens=recipe.capture.max_batch_tokens,
+    )
+
+
+def _pictures(run: Run, found: Selection) -> list[Path]:
+    from abliterator.plots import can_draw, draw_cosines, draw_curves
+
+    if not can_draw():
+        run.progress.note("No pictures: `pip install 'abliterator[plots]'` draws the sweep.")
+        return []
+    folder = run.workspace.work / "plots"
+    structure = found.structure
+    paths = [folder / "cosines.png"]
+    draw_cosines(paths[0], structure.cosines, structure.layers)
+    if found.candidates:
+        paths.append(folder / "sweep.png")
+        by_layer = sorted(found.candidates, key=lambda c: c.layer)
+        answers = [c.answers for c in by_layer]
+        curves: dict[str, list[float | None]] = {
+            "bypass, log-odds": [c.bypass for c in by_layer],
+            "KL, nats": [c.kl for c in by_layer],
+            "induce, log-odds": [c.induce for c in by_layer],
+            "compliance": [a.compliance.value if a and a.compliance else None for a in answers],
+            "coherence": [a.coherence.value if a and a.coherence else None for a in answers],
+        }
+        layers = [c.layer for c in by_layer]
+        draw_curves(paths[1], layers, curves, chosen=found.layers[: found.k])
+    return paths
+
+
+SELECTION = Stage("selection", 1, _selection_inputs, _select)

@@ -1,0 +1,70 @@
+"""The last check before anything is sent: does plain transformers load what will be there?"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from abliterator.errors import PublishError
+from abliterator.publish._plan import PublishPlan
+
+_SECRETS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_TOKEN_PATH")
+_TOLD = 300  # characters of what the other process said
+
+
+def check_loads(plan: PublishPlan) -> None:
+    """Loads exactly the planned files in a fresh process, offline and without a token.
+
+    Raises:
+        PublishError: if they do not load, or the model does not run.
+    """
+    with tempfile.TemporaryDirectory(prefix="abliterator-load-") as folder:
+        for file in plan.files:
+            place = Path(folder) / file.path
+            place.parent.mkdir(parents=True, exist_ok=True)
+            if isinstance(file.content, bytes):
+                place.write_bytes(file.content)
+            else:
+                place.symlink_to(file.content.resolve())
+        found = _run(folder, plan.remote_code)
+    problem = _problem(found)
+    if problem:
+        raise PublishError(
+            f"Plain transformers, offline in a fresh process, {problem}. Nothing was published. "
+            "Look at the checkpoint with `abliterator verify`, and at the versions in its card."
+        )
+
+
+def _run(folder: str, remote_code: bool) -> dict[str, Any]:
+    script = Path(__file__).with_name("_vanilla.py")
+    # -P: this folder's own modules must not stand in for anybody else's
+    command = [sys.executable, "-P", str(script), folder]
+    kept = {name: value for name, value in os.environ.items() if name not in _SECRETS}
+    env = kept | {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "0"}
+    done = subprocess.run(
+        command + ["--remote-code"] * remote_code,
+        env=env,
+        capture_output=True,
+        encoding="utf-8",
+        errors="replace",
+        check=False,
+    )
+    if done.returncode:
+        last = (done.stderr.strip() or "nothing was said").splitlines()[-1]
+        return {"error": last[:_TOLD]}
+    answer: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
+    return answer
+
+
+def _problem(found: dict[str, Any]) -> str | None:
+    if "error" in found:
+        return f"cannot load the checkpoint: {found['error']}"
+    for key in ("missing", "mismatched"):
+        if found[key]:
+            return f"finds {len(found[key])} tensors {key}, such as {found[key][0]}"
+    return None if found["finite"] else "gets values that are not numbers out of the model"

@@ -1,0 +1,215 @@
+"""What would be uploaded, and whether it may be: decided without a network."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from abliterator.errors import PublishError
+from abliterator.record import RunRecord
+from abliterator.verification import OURS, RECORD, Verification, verify
+
+Gating = Literal["auto", "manual", "no"]
+
+REPO_ID = re.compile(r"(?=.{1,96}\Z)(?!.*(--|\.\.))(\w[\w.-]*/)?\w[\w.-]*(?<![.-])", re.ASCII)
+# Names that the licences of these models ask a derived model's name to begin with.
+_LLAMA_NAME = re.compile(r"llama(-?3|-?4)", re.IGNORECASE)
+_FAULTS_TOLD = 5
+
+
+@dataclass(frozen=True)
+class Target:
+    """Where a checkpoint goes on the Hub, and who may see it there.
+
+    Attributes:
+        repo_id: "name" of your own, or "namespace/name".
+        public: make it public when all of it has arrived; private otherwise.
+        gated: "auto", "manual" or "no"; None is gated like the base ("manual" for a gated base).
+        revision: branch that gets the commit.
+        create_pr: open a pull request in place of a commit to the branch.
+        tag: name of a tag to put on the commit.
+        into_existing: upload into a repository with files that abliterator did not make.
+        license: the base's licence on the Hub, where the base itself does not state it.
+    """
+
+    repo_id: str
+    public: bool = False
+    gated: Gating | None = None
+    revision: str = "main"
+    create_pr: bool = False
+    tag: str | None = None
+    into_existing: bool = False
+    license: str | None = None
+
+
+@dataclass(frozen=True)
+class PlannedFile:
+    """One file to be uploaded; `content` is its path here, or its bytes."""
+
+    path: str
+    size: int
+    sha256: str
+    content: Path | bytes
+
+
+@dataclass(frozen=True)
+class PublishPlan:
+    """A checkpoint that verified, and what of it goes where; made by `plan_publish` alone.
+
+    Attributes:
+        target: where to.
+        files: exactly what will be uploaded.
+        left_out: files of the folder that nobody vouches for; they stay.
+        base: Hub id of the base, None for a local one.
+        remote_code: whether the model needs its own Python files to load.
+        verification: the proof.
+    """
+
+    target: Target
+    files: tuple[PlannedFile, ...]
+    left_out: tuple[str, ...]
+    base: str | None
+    remote_code: bool
+    verification: Verification
+
+    @property
+    def total_bytes(self) -> int:
+        """Size of all that will be uploaded."""
+        return sum(file.size for file in self.files)
+
+    def to_json(self) -> dict[str, Any]:
+        """The plan as plain values."""
+        target = self.target
+        return {
+            "repo_id": target.repo_id,
+            "visibility": "public" if target.public else "private",
+            "gated": target.gated or "as the base is",
+            "revision": target.revision,
+            "pull_request": target.create_pr,
+            "tag": target.tag,
+            "bytes": self.total_bytes,
+            "files": [
+                {"path": file.path, "size": file.size, "sha256": file.sha256} for file in self.files
+            ],
+            "left_out": list(self.left_out),
+        }
+
+
+def plan_publish(
+    base: Path,
+    checkpoint: Path,
+    target: Target,
+    *,
+    subspace: Path | None = None,
+    on_bytes: Callable[[int], None] | None = None,
+) -> PublishPlan:
+    """Verifies a checkpoint and lists what of it may be published; nothing is sent.
+
+    Args:
+        base: folder of the base model.
+        checkpoint: OUT/checkpoint.
+        target: where to.
+        subspace: the removed subspace, for measuring the leak again.
+        on_bytes: called with the size of each weight file when it is verified.
+
+    Raises:
+        PublishError: if the checkpoint does not verify, is incomplete, or may not go by that name.
+    """
+    _check_target(target)
+    record = _read_record(checkpoint)
+    _check_license(record, target)
+    found = verify(base, checkpoint, subspace=subspace, on_bytes=on_bytes)
+    if not found.ok:
+        more = len(found.faults) - _FAULTS_TOLD
+        told = " ".join(found.faults[:_FAULTS_TOLD]) + (f" And {more} more." if more > 0 else "")
+        raise PublishError(
+            f"{checkpoint} does not verify against its base, so nothing of it is published. {told} "
+            "Build it again."
+        )
+    files = [_planned(checkpoint, path, target) for path in sorted(found.sha256)]
+    return PublishPlan(
+        target,
+        tuple(files),
+        found.foreign,
+        record.model.id if record.model.revision is not None else None,
+        record.recipe.get("trust_remote_code") is True,
+        found,
+    )
+
+
+def _check_target(target: Target) -> None:
+    if not REPO_ID.fullmatch(target.repo_id):
+        raise PublishError(
+            f"{target.repo_id!r} is no name for a repository. Names look like "
+            "me/Llama-3.2-1B-Instruct-abliterated: letters, digits, '-', '_' and '.'."
+        )
+    if target.create_pr and (target.public or target.tag or target.revision != "main"):
+        raise PublishError(
+            "A pull request (--create-pr) goes to the main branch of a repository as it is: it "
+            "takes neither --public nor --tag nor --revision. Merge it first."
+        )
+
+
+def _read_record(checkpoint: Path) -> RunRecord:
+    missing = [name for name in OURS if not (checkpoint / name).is_file()]
+    if missing:
+        raise PublishError(
+            f"{checkpoint} has no {', '.join(missing)}; a checkpoint that a whole "
+            "`abliterator build` left was expected. Run the build to its end first."
+        )
+    try:
+        return RunRecord.model_validate_json((checkpoint / RECORD).read_text("utf-8"))
+    except ValueError:
+        problem = f"{checkpoint / RECORD} is not a record that this version of abliterator reads."
+    raise PublishError(f"{problem} Run `abliterator card` again.")
+
+
+def _check_license(record: RunRecord, target: Target) -> None:
+    stated = record.model.license
+    if stated is None and target.license is None:
+        raise PublishError(
+            f"The base model {record.model.id} does not state its licence, and that licence binds "
+            "whoever passes the model on. Read it, and give its Hub name: --license apache-2.0, "
+            "for example."
+        )
+    if stated is not None and target.license not in (None, stated, stated.lower()):
+        raise PublishError(
+            f"The base's licence is {stated!r}; an edited model cannot be given another one "
+            f"({target.license!r}). Leave --license out."
+        )
+    name = target.repo_id.rpartition("/")[2]
+    if _LLAMA_NAME.match(target.license or stated or "") and not name.startswith("Llama"):
+        raise PublishError(
+            f"The licence of {record.model.id} asks that the name of a model made from it begin "
+            f"with 'Llama'; {name!r} does not. Try --repo-id "
+            f"{target.repo_id.removesuffix(name)}Llama-{name}."
+        )
+
+
+def _planned(checkpoint: Path, path: str, target: Target) -> PlannedFile:
+    content: Path | bytes = checkpoint / path
+    if path == "README.md" and target.license is not None:
+        content = _with_license(checkpoint / path, target.license)
+        return PlannedFile(path, len(content), hashlib.sha256(content).hexdigest(), content)
+    with (checkpoint / path).open("rb") as stream:
+        digest = hashlib.file_digest(stream, "sha256").hexdigest()
+    return PlannedFile(path, (checkpoint / path).stat().st_size, digest, content)
+
+
+def _with_license(readme: Path, license_id: str) -> bytes:
+    """The card with a licence in its header, where it had none."""
+    from huggingface_hub import ModelCard
+    from yaml import YAMLError
+
+    try:
+        card = ModelCard(readme.read_text("utf-8"), ignore_metadata_errors=False)
+    except (ValueError, YAMLError):
+        problem = f"{readme} has no header that can be read."
+    else:
+        card.data["license"] = card.data.get("license") or license_id
+        return str(card).encode()
+    raise PublishError(f"{problem} Run `abliterator card` again.")

@@ -1,0 +1,87 @@
+"""What the Hub's refusals mean, in words that hold neither a token nor a header."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any, NamedTuple, cast
+
+_BUSY = {408, 425, 429, 500, 502, 503, 504}
+_LONGEST_WAIT = 120.0  # seconds: beyond it, a person decides
+_MEANINGS = {
+    401: "does not know the token. Log in with `hf auth login`, or set HF_TOKEN to a token that is "
+    "still valid",
+    403: "does not let this token do that. Use a token with write access to that namespace",
+    404: "finds no such repository or revision. Check --repo-id and --revision",
+    409: "says that this conflicts with what is there. Look at the repository, and run the same "
+    "command again",
+    412: "says that somebody else changed the repository meanwhile. Look at it, and run the same "
+    "command again",
+    413: "finds it too large. Look at the quota of the namespace",
+    429: "asks to wait: too many requests. Run the same command again later; it sends only what "
+    "is missing",
+}
+
+
+class Refusal(NamedTuple):
+    """Why something could not be done, and the seconds after which to ask again; None for never."""
+
+    problem: str
+    wait: float | None
+
+
+@cache
+def failures() -> tuple[type[Exception], ...]:
+    """What the Hub library raises when the Hub, or the way to it, fails."""
+    from huggingface_hub.errors import HfHubHTTPError
+
+    # The HTTP library below huggingface_hub has changed its name once; the root of its errors has
+    # stayed the parent of this one.
+    of_http = cast("type[Exception]", HfHubHTTPError.__bases__[0])
+    # RuntimeError is what uploads of large files raise, by LFS and by xet, with the reason behind
+    # it; ValueError is what a refused header of the card, or a wrong name, raises.
+    return (of_http, OSError, RuntimeError, ValueError)
+
+
+def explain(error: Exception, attempt: int) -> Refusal:
+    """What a failure means; attempts count from 0."""
+    from huggingface_hub.errors import (
+        HFValidationError,
+        LocalTokenNotFoundError,
+        OfflineModeIsEnabled,
+    )
+
+    if isinstance(error, OfflineModeIsEnabled):
+        return Refusal("HF_HUB_OFFLINE is set. Unset it to publish", None)
+    if isinstance(error, LocalTokenNotFoundError):
+        return Refusal(f"there is no token, and the Hub {_MEANINGS[401]}", None)
+    if isinstance(error, HFValidationError):
+        return Refusal("that is no name on the Hub. Check --repo-id", None)
+    answer = _answer(error)
+    if answer is not None:
+        return _answered(answer, attempt)
+    if str(error).startswith("Invalid metadata"):
+        return Refusal("the Hub refuses the card's header. Run `abliterator card` again", None)
+    return Refusal(
+        f"the connection failed ({type(error).__name__}). Run the same command again; it sends "
+        "only what is missing",
+        2.0**attempt,
+    )
+
+
+def _answered(answer: Any, attempt: int) -> Refusal:
+    status = int(answer.status_code)
+    meaning = _MEANINGS.get(status, "failed. Run the same command again later")
+    asked = str(answer.headers.get("Retry-After", "")).strip()
+    wait = float(asked) + 1 if asked.isdigit() else 2.0**attempt
+    again = status in _BUSY and wait <= _LONGEST_WAIT
+    return Refusal(f"the Hub {meaning} (HTTP {status})", wait if again else None)
+
+
+def _answer(error: BaseException) -> Any:
+    """The Hub's answer that is behind an error, or None."""
+    seen: BaseException | None = error
+    while seen is not None:
+        if getattr(seen, "response", None) is not None:
+            return seen.response  # type: ignore[attr-defined]
+        seen = seen.__cause__
+    return None

@@ -1,0 +1,85 @@
+"""Next-token distributions along answers that are given, not generated."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from abliterator.errors import GenerationError
+from abliterator.model import LoadedModel, equal_length_batches, run_batches
+
+
+def forced_logprobs(
+    loaded: LoadedModel,
+    prompts: Sequence[Sequence[int]],
+    forced: Sequence[Sequence[int]],
+    *,
+    max_batch_tokens: int,
+) -> list[Tensor]:
+    """Log-probabilities of every next token while each prompt is answered with `forced`.
+
+    Args:
+        loaded: the model, hooks and all.
+        prompts: token ids, one rendered prompt each.
+        forced: the tokens that follow each prompt; may be none.
+        max_batch_tokens: tokens in a batch; batches hold rows of one length, unpadded.
+
+    Returns:
+        One [len(forced) + 1, V] float32 tensor on the CPU a prompt: row i is the distribution after
+        i forced tokens.
+
+    Raises:
+        GenerationError: if logits are not finite.
+    """
+    found: dict[int, Tensor] = {}
+    for count in sorted({len(tokens) for tokens in forced}):
+        members = [i for i, tokens in enumerate(forced) if len(tokens) == count]
+        rows = [[*prompts[i], *forced[i]] for i in members]
+        batches = equal_length_batches(rows, max_batch_tokens)
+        for batch, logprobs in run_batches(batches, partial(_last, loaded, rows, count + 1)):
+            found.update(zip((members[j] for j in batch), logprobs, strict=True))
+    return [found[i] for i in range(len(prompts))]
+
+
+def _last(
+    loaded: LoadedModel, rows: Sequence[Sequence[int]], keep: int, batch: list[int]
+) -> Tensor:
+    """[len(batch), keep, V] log-probabilities at the last `keep` positions."""
+    ids = torch.tensor([list(rows[i]) for i in batch], device=loaded.device)
+    return last_logprobs(loaded, ids, keep=keep)[0]
+
+
+def last_logprobs(
+    loaded: LoadedModel, ids: Tensor, *, keep: int, cache: Any = None
+) -> tuple[Tensor, Any]:
+    """Next-token log-probabilities at the last `keep` positions of `ids` [N, T].
+
+    Args:
+        loaded: the model.
+        ids: token ids, rows of one length.
+        keep: positions.
+        cache: what an earlier call returned, which these tokens continue; it is changed.
+
+    Returns:
+        [N, keep, V] float32 on the CPU, and the model's cache.
+
+    Raises:
+        GenerationError: if logits are not finite.
+    """
+    # old remote code makes the logits of every position
+    able = "logits_to_keep" in inspect.signature(loaded.model.forward).parameters
+    only = {"logits_to_keep": keep} if able else {}
+    with torch.inference_mode():
+        output = loaded.model(input_ids=ids, past_key_values=cache, use_cache=True, **only)
+        logprobs: Tensor = output.logits[:, -keep:].float().log_softmax(dim=2).cpu()
+    if logprobs.isnan().any():
+        raise GenerationError(
+            "The model's next-token distribution is NaN while a candidate edit is tried. It "
+            "overflows in this dtype, or its weights are damaged; try `--dtype float32`."
+        )
+    return logprobs, output.past_key_values

@@ -1,0 +1,138 @@
+"""What a selection asks for, and what it found."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from abliterator.bake import EditPlan
+from abliterator.record import Estimate, Frozen
+
+if TYPE_CHECKING:
+    from abliterator.model import LoadedModel
+    from abliterator.statistics import Interval
+
+
+@dataclass(frozen=True)
+class Gates:
+    """What a candidate must pass before its answers are judged.
+
+    Attributes:
+        max_kl: nats, at most, on neutral prompts.
+        min_induce: rise of the refusal score, at least, when the direction is added.
+    """
+
+    max_kl: float = 0.1
+    min_induce: float = 0.0
+
+
+@dataclass(frozen=True)
+class Asked:
+    """Prompts and their rendered token ids, in one order."""
+
+    prompts: Sequence[str]
+    token_ids: Sequence[Sequence[int]]
+
+
+@dataclass(frozen=True)
+class Subject:
+    """The loaded base, how it would be edited, and the prompts on which candidates are tried.
+
+    Attributes:
+        loaded: the base model; it is never reloaded, and its weights never change.
+        plan: which writers are edited and how strongly.
+        blocks: module paths of all blocks, in order.
+        target: prompts for the cheap scores; directions may have been taken from them.
+        contrast: prompts like target on which the behaviour does not show.
+        neutral: prompts whose answers must stay as they were.
+        held_out: target prompts whose answers are judged; no direction was taken from them.
+        max_new_tokens: of a judged answer.
+        batch_size: prompts answered together.
+        max_batch_tokens: tokens in one forward pass.
+    """
+
+    loaded: LoadedModel
+    plan: EditPlan
+    blocks: Sequence[str]
+    target: Asked
+    contrast: Asked
+    neutral: Asked
+    held_out: Asked
+    max_new_tokens: int
+    batch_size: int
+    max_batch_tokens: int
+
+
+class Answers(Frozen):
+    """What a judge says of the answers to the held-out target prompts."""
+
+    refusal: Estimate | None
+    compliance: Estimate | None
+    coherence: Estimate | None
+    product: Estimate | None  # mean of compliance x coherence, per prompt
+    tokens: int  # generated, all answers together
+
+
+class Candidate(Frozen):
+    """One layer's direction: cheap scores, the gates that stopped it, and answers if it was judged.
+
+    `bypass` is the mean log-odds of a refusing opening on target prompts under the edit (lower is
+    better), `kl` that of the next-token distributions along the base's answers to neutral prompts
+    (nats, per token), `induce` the rise of the log-odds on contrast prompts when the direction is
+    added at its layer.
+    """
+
+    layer: int
+    bypass: float
+    kl: float
+    induce: float
+    stopped_by: tuple[str, ...] = ()
+    answers: Answers | None = None
+
+
+class Stack(Frozen):
+    """The first k layers stacked, against the smaller stack and against random directions."""
+
+    k: int
+    layers: tuple[int, ...]
+    kl: float
+    answers: Answers
+    random: Answers  # the same number of random directions
+    over_random: Estimate | None  # paired difference of the products
+    over_smaller: Estimate | None = None
+
+
+class Structure(Frozen):
+    """How the candidates' directions lie to one another."""
+
+    layers: tuple[int, ...]
+    cosines: tuple[tuple[float, ...], ...]
+    participation_ratio: float  # of the layers that were judged, or given
+    verdict: str  # "single direction" or "low-rank subspace"
+    because: str
+
+
+class Base(Frozen):
+    """The base on the same prompts."""
+
+    bypass: float
+    answers: Answers
+
+
+class Selection(Frozen):
+    """What was chosen and on what evidence."""
+
+    layers: tuple[int, ...]  # the first k are stacked
+    k: int
+    why: str
+    base: Base
+    candidates: tuple[Candidate, ...] = ()
+    stacks: tuple[Stack, ...] = ()
+    structure: Structure
+    rollout_tokens: int  # all that was generated
+
+
+def estimate(interval: Interval | None) -> Estimate | None:
+    """A statistic as it travels in a record."""
+    return None if interval is None else Estimate.model_validate(interval._asdict())

@@ -1,0 +1,499 @@
+"""Choosing layers and k: scores against oracles, gates, stacks, and the demo end to end."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from abliterator import pipeline, selection
+from abliterator.bake import EditSettings, plan_edits, preview_edit
+from abliterator.card import render_card
+from abliterator.checkpoint import Checkpoint
+from abliterator.directions import Directions, load_subspace, stack
+from abliterator.errors import DirectionError, PromptError, RecipeError
+from abliterator.generation import generate, stop_ids
+from abliterator.model import block_paths, hooked, load_model, render_chat
+from abliterator.pipeline import Options
+from abliterator.pipeline._prompt_sets import PromptSets, set_apart
+from abliterator.prompts import PromptSet
+from abliterator.recipe import load_recipe
+from abliterator.record import Estimate
+from abliterator.selection import (
+    Asked,
+    Candidate,
+    Gates,
+    Subject,
+    _grow,
+    _scores,
+    _sweep,
+    learn_openings,
+    participation_ratio,
+    random_basis,
+    refusal_scores,
+)
+from abliterator.selection._types import Answers
+from abliterator.statistics import mean_interval
+from tests.test_card import demo_record
+from tests.test_pipeline import Log
+
+ROOT = Path(__file__).parents[1]
+FAST = Options(device="cpu", dtype="float32")
+
+
+# ---- how refusals begin
+
+
+def test_openings_are_what_refusals_have_and_answers_lack():
+    refusals = [[1, 2, 3, 9], [1, 2, 3, 8], [1, 2, 4], [7, 7]]
+    answers = [[1, 5], [1, 6], [1, 5]]
+    # (1) alone opens answers too; (1, 2) opens three refusals, (7) the last one
+    assert learn_openings(refusals, answers) == ((1, 2), (7,))
+
+
+def test_refusals_that_begin_as_answers_do_have_no_opening():
+    assert learn_openings([[1, 2], [3]], [[1, 2], [3]]) == ()
+    assert learn_openings([[], []], [[1]]) == ()
+
+
+@given(
+    st.lists(st.lists(st.integers(0, 3), max_size=8), min_size=1, max_size=12),
+    st.lists(st.lists(st.integers(0, 3), max_size=8), max_size=12),
+)
+def test_no_opening_begins_another_so_none_is_counted_twice(refusals, answers):
+    found = learn_openings(refusals, answers)
+    for a in found:
+        assert sum(b[: len(a)] == a for b in found) == 1
+
+
+PROMPTS = [[4, 9, 17, 30], [5, 9, 31], [4, 8, 60, 61]]
+
+
+def test_refusal_score_is_the_log_odds_of_the_openings(tiny_loaded):
+    loaded, openings = tiny_loaded(), [(11, 12, 13), (20,)]
+    found = refusal_scores(loaded, PROMPTS, openings, max_batch_tokens=64)
+    for prompt, score in zip(PROMPTS, found.tolist(), strict=True):
+        p = 0.0
+        for opening in openings:
+            with torch.no_grad():
+                logits = loaded.model(torch.tensor([[*prompt, *opening]])).logits[0].double()
+            at = logits.softmax(dim=1)
+            p += math.prod(float(at[len(prompt) - 1 + i, token]) for i, token in enumerate(opening))
+        assert score == pytest.approx(math.log(p / (1 - p)), abs=1e-4)
+
+
+# ---- candidates
+
+
+@pytest.fixture
+def subject(tiny_loaded):
+    loaded = tiny_loaded()
+    from abliterator.anatomy import anatomy_of
+
+    checkpoint = Checkpoint.open(loaded.folder)
+    anatomy = anatomy_of(checkpoint.config)
+    asked = Asked([f"prompt {i}" for i in range(len(PROMPTS))], PROMPTS)
+    return Subject(
+        loaded=loaded,
+        plan=plan_edits(checkpoint, anatomy, EditSettings()),
+        blocks=block_paths(anatomy.blocks, anatomy.n_layers),
+        target=asked,
+        contrast=asked,
+        neutral=asked,
+        held_out=asked,
+        max_new_tokens=4,
+        batch_size=4,
+        max_batch_tokens=64,
+    )
+
+
+@pytest.fixture
+def base(subject):
+    """A baseline of a model that has no refusals to learn from."""
+    forced = [(3, 4, 5), (6,), ()]
+    return _scores.Baseline(
+        openings=((11,),),
+        judged=_scores.judge_edit(subject, torch.zeros(32, 1, dtype=torch.float64)),
+        target_score=0.0,
+        contrast_score=float(
+            refusal_scores(subject.loaded, PROMPTS, [(11,)], max_batch_tokens=64).mean()
+        ),
+        forced=forced,
+        logprobs=_scores._along(subject, forced),
+        tokens=0,
+    )
+
+
+def test_scores_of_a_candidate(subject, base):
+    """Under its edit the direction is gone; added, it moves the residual stream at its layer."""
+    direction = torch.zeros(32, dtype=torch.float64)
+    direction[3] = 5.0
+    directions = Directions(direction.repeat(3, 1))
+    basis = stack(directions, (2,)).basis
+    found = _scores.score(subject, base, layer=2, direction=direction, basis=basis)
+    with preview_edit(subject.loaded, subject.plan, basis):
+        bypass = refusal_scores(subject.loaded, PROMPTS, [(11,)], max_batch_tokens=64).mean()
+    with hooked(subject.loaded.model, {"model.layers.1": lambda h: h + direction.float()}):
+        induced = refusal_scores(subject.loaded, PROMPTS, [(11,)], max_batch_tokens=64).mean()
+    assert found.bypass == pytest.approx(float(bypass))
+    assert found.induce == pytest.approx(float(induced) - base.contrast_score)
+    assert found.kl > 0
+
+
+def test_no_edit_no_kl_and_no_hook_stays(subject, base):
+    assert _scores.mean_kl(subject, base) == pytest.approx(0, abs=1e-9)
+    _scores.kl_of_edit(subject, base, random_basis(32, 2, seed=0))
+    assert _scores.mean_kl(subject, base) == pytest.approx(0, abs=1e-9)
+
+
+def candidate(layer, bypass=0.0, kl=0.05, induce=1.0):
+    return Candidate(layer=layer, bypass=bypass, kl=kl, induce=induce)
+
+
+def answers(products):
+    mean = Estimate.model_validate(mean_interval(products)._asdict())
+    return Answers(refusal=None, compliance=mean, coherence=mean, product=mean, tokens=7)
+
+
+@pytest.fixture
+def scripted(monkeypatch):
+    """`scripted(scores, products)`: what a sweep sees of layers 1, 2, ... and of stacks by rank."""
+
+    def script(scores, products):
+        def judge(subject, basis):
+            # the layer's direction is the unit vector of its index
+            found = products(tuple((basis.abs().argmax(dim=0) + 1).tolist()), basis.shape[1])
+            return _scores.Judged(found, answers(found))
+
+        for room in (_sweep, _grow):
+            monkeypatch.setattr(room, "judge_edit", judge)
+        monkeypatch.setattr(_sweep, "score", lambda subject, base, layer, **_: scores[layer - 1])
+        monkeypatch.setattr(_grow, "kl_of_edit", lambda *_: 0.01)
+
+    return script
+
+
+UNIT = Directions(torch.eye(8, dtype=torch.float64))
+
+
+def sweep(subject, n, gates=Gates(), n_judged=2):  # noqa: B008
+    return _sweep.sweep_layers(
+        subject, None, UNIT, range(1, n + 1), gates=gates, n_judged=n_judged, on_step=lambda _: None
+    )
+
+
+def test_answers_decide_among_the_survivors_and_gates_come_first(subject, scripted):
+    scores = [
+        candidate(1, bypass=-9, kl=0.5),  # the best bypass, but it moves everything
+        candidate(2, bypass=-3),
+        candidate(3, bypass=-2),
+        candidate(4, bypass=-1),
+        candidate(5, bypass=-5, induce=-1),
+    ]
+    scripted(scores, lambda layers, k: [1.0, 1.0] if layers == (3,) else [0.5, 0.0])
+    found = sweep(subject, 5)
+    assert [c.layer for c in found] == [3, 2, 4, 1, 5]
+    assert [c.stopped_by for c in found[3:]] == [("max_kl",), ("min_induce",)]
+    assert [c.answers is not None for c in found] == [True, True, False, False, False]
+
+
+def test_ties_go_to_the_lower_kl(subject, scripted):
+    scores = [candidate(1, bypass=-2, kl=0.09), candidate(2, bypass=-1, kl=0.01)]
+    scripted(scores, lambda layers, k: [1.0, 0.5])
+    assert [c.layer for c in sweep(subject, 2)] == [2, 1]
+
+
+@given(
+    st.lists(
+        st.tuples(st.floats(0.11, 5), st.floats(-5, 5, allow_subnormal=False)),
+        min_size=1,
+        max_size=5,
+    )
+)
+def test_what_the_nearest_is_said_to_need_is_enough(found):
+    import re
+
+    gates = Gates()
+    tried = [candidate(i + 1, kl=kl, induce=induce) for i, (kl, induce) in enumerate(found)]
+    tried = [c.model_copy(update={"stopped_by": _sweep.stopped_by(c, gates)}) for c in tried]
+    text = _sweep.none_passed(tried, gates)
+    named = int(re.search(r"nearest is layer (\d+)", text)[1])
+    values = dict(re.findall(r"selection\.(\w+)=(\S+)", text.replace(". Lower", " Lower")))
+    moved = Gates(**{"max_kl": 0.1, "min_induce": 0.0} | {k: float(v) for k, v in values.items()})
+    assert _sweep.stopped_by(tried[named - 1], moved) == ()
+    for c in tried:
+        assert all(re.search(rf"`{gate}`.*\b{c.layer} \(", text) for gate in c.stopped_by)
+
+
+def test_fewer_survivors_than_k():
+    passing = [candidate(1), candidate(2).model_copy(update={"stopped_by": ("max_kl",)})]
+    _sweep.require_enough(passing, 1)
+    with pytest.raises(DirectionError, match="only 1 of 2 candidate layers"):
+        _sweep.require_enough(passing, 2)
+
+
+# ---- stacks
+
+
+def grow(subject, layers=(1, 2, 3, 4, 5)):
+    tried, why = _grow.grow_stack(
+        subject, None, UNIT, layers, (1, 2, 3, 5), gates=Gates(), seed=0, on_step=lambda _: None
+    )
+    return [s.k for s in tried], _grow.taken(tried, Gates()), why
+
+
+def by_rank(scores, random=0.0):
+    """Products of 20 prompts: the share that stacks of layers 1 .. k reach; of others, `random`."""
+
+    def products(layers, k):
+        share = scores[k] if layers == tuple(range(1, k + 1)) else random
+        return [1.0] * round(20 * share) + [0.0] * (20 - round(20 * share))
+
+    return products
+
+
+def test_a_stack_grows_while_it_is_better(subject, scripted):
+    scripted([], by_rank({1: 0.2, 2: 0.6, 3: 0.65, 5: 1.0}))
+    tried, k, why = grow(subject)
+    assert (tried, k) == ([1, 2, 3], 2)  # one prompt of 20 more is no evidence
+    assert "3 directions are not better than the smaller stack: product +0.050 [+0.000" in why
+
+
+def test_a_stack_that_random_directions_equal_is_not_taken(subject, scripted):
+    scripted([], by_rank({1: 0.2, 2: 0.9}, random=0.9))
+    assert grow(subject)[:2] == ([1], 1)
+
+
+def test_all_sizes_that_there_are_layers_for(subject, scripted):
+    scripted([], by_rank({1: 0.2, 2: 0.6, 3: 1.0}))
+    tried, k, why = grow(subject, layers=(1, 2, 3, 4))
+    assert (tried, k) == ([1, 2, 3], 3)
+    assert "4 layers" in why
+
+
+def test_a_larger_stack_must_pass_the_kl_gate(subject, scripted, monkeypatch):
+    scripted([], by_rank({1: 0.2, 2: 1.0}))
+    monkeypatch.setattr(_grow, "kl_of_edit", lambda *_: 0.3)
+    tried, k, why = grow(subject)
+    assert (tried, k) == ([1, 2], 1)
+    assert "too far (KL 0.3 nats)" in why
+
+
+def test_random_directions_are_seeded():
+    assert torch.equal(random_basis(16, 3, seed=1), random_basis(16, 3, seed=1))
+    assert not torch.equal(random_basis(16, 3, seed=1), random_basis(16, 3, seed=2))
+
+
+def test_given_layers_keep_their_order_and_only_k_is_chosen(subject, base, scripted, monkeypatch):
+    scripted([], lambda layers, k: [1.0] * 20 if layers == (3,) else [0.0] * 20)
+    monkeypatch.setattr(selection, "measure_base", lambda _: base)
+    found = selection.choose(
+        subject, UNIT, layers=(3, 1), sweep=False, k=(1, 2), gates=Gates(), n_judged=4
+    )
+    assert (found.layers, found.k) == ((3, 1), 1)
+    assert found.candidates == ()
+    assert [s.layers for s in found.stacks] == [(3,), (3, 1)]
+    assert found.rollout_tokens == 4 * 7  # two stacks, two controls, and a base that cost nothing
+    assert found.structure.participation_ratio == pytest.approx(2)
+    card = render_card(
+        demo_record().model_copy(update={"selection": found.model_dump(mode="json")})
+    )
+    assert "| 2 | 0.000 | 0.000 | 0.000 | -1.000 | +0.000 | 20 |" in card
+
+
+# ---- structure
+
+
+def test_participation_ratio_counts_directions():
+    eye = torch.eye(6, dtype=torch.float64)
+    assert participation_ratio(eye[:4]) == pytest.approx(4)
+    assert participation_ratio(eye[[0, 0, 0]] * torch.tensor([[1.0], [2.0], [-3.0]])) == (
+        pytest.approx(1)
+    )
+    two = torch.stack([eye[0], eye[0] + eye[1]])  # 45 degrees: eigenvalues 1 +- cos
+    assert participation_ratio(two) == pytest.approx(4 / (2 + 2 * 0.5))
+
+
+def test_pictures_are_the_same_twice_and_take_missing_values(tmp_path):
+    pytest.importorskip("matplotlib")
+    from abliterator.plots import draw_cosines, draw_curves
+
+    for name in "ab":
+        draw_cosines(tmp_path / f"{name}.png", [[1.0, 0.5], [0.5, 1.0]], [4, 7])
+        curves = {"KL, nats": [0.1, 0.2], "compliance": [None, 0.5], "coherence": [None, None]}
+        draw_curves(tmp_path / f"{name}2.png", [4, 7], curves, chosen=[7])
+    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
+    assert (tmp_path / "a2.png").read_bytes() == (tmp_path / "b2.png").read_bytes()
+
+
+# ---- which prompts
+
+
+def prompt_set(name, n):
+    return PromptSet(name=name, prompts=tuple(f"{name} {i}" for i in range(n)), source=name)
+
+
+@pytest.mark.parametrize("own_contrast", [False, True])
+def test_selection_takes_prompts_that_nothing_else_uses(own_contrast):
+    from abliterator.recipe import Prompts, Source
+
+    recipe = Prompts(
+        target=Source(path="t.txt"), contrast=Source(path="c.txt") if own_contrast else None
+    )
+    sets = PromptSets(
+        {"target": prompt_set("target", 100), "contrast": prompt_set("contrast", 40)},
+        {"target": prompt_set("evaluation", 9), "neutral": prompt_set("neutral", 40)},
+    )
+    found = set_apart(sets, recipe, prompts=16, seed=0)
+    assert found.evaluation["target"].prompts == sets.evaluation["target"].prompts
+    assert len(found.selection["target"].prompts) == 16
+    assert len(found.selection["neutral"].prompts) == (16 if own_contrast else 10)
+    parts = [
+        s.prompts for p in (found.extraction, found.evaluation, found.selection) for s in p.values()
+    ]
+    everything = [prompt for prompts in parts for prompt in prompts]
+    assert len(everything) == len(set(everything)) == 189
+    assert PromptSets.from_json(json.loads(json.dumps(found.to_json()))) == found
+
+
+# ---- the stage
+
+
+@pytest.fixture
+def recipe(tmp_path, tiny_folder):
+    """A recipe with a sweep on a tiny random model, which refuses nothing."""
+    (tmp_path / "t.txt").write_text("\n".join(f"Where is the {x}?" for x in "abcdefgh"))
+    (tmp_path / "n.txt").write_text("\n".join(f"What is the {x}?" for x in "abcdefgh"))
+    path = tmp_path / "tiny.yaml"
+    path.write_text(
+        f"model: {tiny_folder()}\nlayers: sweep\nk: auto\n"
+        "prompts: {target: {path: t.txt}, neutral: {path: n.txt}}\n"
+        "selection: {tokens: 3}\n"
+    )
+    return lambda *overrides: load_recipe(path, overrides=overrides)
+
+
+def test_a_base_that_does_not_refuse(recipe, tmp_path):
+    with pytest.raises(PromptError, match=r"refuses 0 of 2 held-out .* nothing to remove"):
+        pipeline.build(recipe(), tmp_path / "out", options=FAST)
+    assert not (tmp_path / "out" / "checkpoint").exists()
+    log = Log()
+    pipeline.run_stages(recipe(), tmp_path / "out", until="capture", options=FAST, progress=log)
+    assert log.skipped == ["prompts", "capture"]  # what was captured is not lost
+
+
+def test_the_plan_tells_what_a_selection_costs(recipe, tmp_path):
+    summary = pipeline.plan_recipe(recipe("selection.prompts=10"), tmp_path / "out").summary()
+    assert summary["layers"] == [1, 2]  # of three, less the last fifth
+    assert summary["selection"] == {
+        "candidates": 2,
+        "judged": 2,
+        "stacks": 2,
+        "answers": 10 * (2 + 2 + 4),
+        "tokens": 10 * (2 + 2 + 4) * 3,
+    }
+    assert (
+        pipeline.plan_recipe(recipe("layers=[1]", "k=1"), tmp_path).summary()["selection"] is None
+    )
+
+
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        ("edit.norm=column", "no run-time form"),
+        ("k=3", "only 2 candidate layers of 3"),
+        ("selection.stacks=[2, 3]", "begin with 1"),
+        ("selection.max_kl=0", "selection.max_kl"),
+    ],
+)
+def test_a_selection_that_cannot_be_made(recipe, tmp_path, override, says):
+    with pytest.raises(RecipeError, match=says):
+        pipeline.plan_recipe(recipe(override), tmp_path / "out")
+
+
+def test_the_command_needs_something_to_choose(recipe, tmp_path):
+    from click.testing import CliRunner
+
+    from abliterator.cli import main
+
+    recipe()
+    args = ["sweep", str(tmp_path / "tiny.yaml"), "--set", "layers=[1]", "--set", "k=1"]
+    done = CliRunner().invoke(main, args)
+    assert done.exit_code == 1
+    assert "nothing to choose" in done.stderr
+
+
+# ---- the demo: one direction, learned, that sweep and k: auto must find
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory):
+    settings = ["layers=sweep", "k=auto", "selection.skip_last=0", "benchmarks.tasks=[]"]
+    recipe = load_recipe(ROOT / "recipes" / "demo.yaml", overrides=settings)
+
+    def run(name, until):
+        out = tmp_path_factory.mktemp("demo") / name
+        pipeline.run_stages(recipe, out, until=until, options=FAST)
+        return out
+
+    return run("first", "card"), run("second", "selection")
+
+
+@pytest.mark.slow
+def test_the_demo_needs_one_direction(demo):
+    found = json.loads((demo[0] / "work" / "sweep.json").read_text())
+    assert found["k"] == 1
+    assert found["structure"]["verdict"] == "single direction"
+    (one, *_) = found["stacks"]
+    assert one["answers"]["product"]["value"] >= 0.9
+    base = found["base"]["answers"]["refusal"]["value"]
+    for tried in found["stacks"]:  # random directions of the same number remove nothing
+        assert base - tried["random"]["refusal"]["value"] <= 0.1
+    assert len(found["structure"]["cosines"]) == 7
+    record = pipeline.read_record(demo[0])
+    assert record.selection == found
+    assert record.edit.layers == tuple(found["layers"][:1])
+    assert record.behaviour["target"].edited.refusal.value <= 0.1
+    card = (demo[0] / "checkpoint" / "README.md").read_text()
+    assert "chosen by a sweep over 7 layers" in card
+
+
+@pytest.mark.slow
+def test_the_same_recipe_chooses_the_same(demo):
+    names = ["work/sweep.json", "work/plots/sweep.png", "work/plots/cosines.png"]
+    first, second = ({n: (out / n).read_bytes() for n in names} for out in demo)
+    assert first == second
+
+
+@pytest.mark.slow
+def test_what_was_judged_by_hooks_is_what_was_baked(demo):
+    """Greedy answers under the preview and of the baked files, on all held-out prompts."""
+    prompts = json.loads((demo[0] / "work" / "prompts.json").read_text())["selection"]["target"]
+    checkpoint = Checkpoint.open(ROOT / "abliterator" / "data" / "demo" / "model")
+    from abliterator.anatomy import anatomy_of
+
+    plan = plan_edits(checkpoint, anatomy_of(checkpoint.config), EditSettings())
+    basis = load_subspace(demo[0] / "work" / "directions.safetensors").basis
+
+    def answered(folder):
+        loaded = load_model(folder, device="cpu", dtype="float32")
+        ids = [render_chat(loaded.tokenizer, p) for p in prompts["prompts"]]
+
+        def texts():
+            stop = stop_ids(loaded)
+            found = generate(loaded, ids, max_new_tokens=48, batch_size=32, stop_ids=stop)
+            return [a.text for a in found]
+
+        return loaded, texts
+
+    loaded, texts = answered(checkpoint.folder)
+    plain = texts()
+    with preview_edit(loaded, plan, basis):
+        previewed = texts()
+    baked = answered(demo[0] / "checkpoint")[1]()
+    assert previewed == baked
+    assert previewed != plain
