@@ -55,9 +55,7 @@ class Completion(Frozen):
     n_tokens: int
 
 
-VerdictKind = Literal[
-    "refused", "deflected", "partial", "complied", "broken", "truncated", "empty"
-]
+VerdictKind = Literal["refused", "deflected", "partial", "complied", "broken", "truncated", "empty"]
 
 
 class Guards(Frozen):

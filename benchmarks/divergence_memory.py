@@ -9,6 +9,7 @@ differ.
 
 from __future__ import annotations
 
+import gc
 import resource
 import subprocess
 import sys
@@ -33,12 +34,14 @@ def load_alone(folder: Path) -> None:
 
 def diverge(folder: Path, count: int) -> None:
     """The whole measurement, the model against itself."""
-    held: list[LoadedModel] = []
+    held: dict[str, LoadedModel] = {}
 
     def load(side: str) -> LoadedModel:
-        held.clear()
-        held.append(load_model(folder, device="cpu", dtype="float32"))
-        return held[0]
+        if side not in held:  # asked for again: the same one, as in the pipeline
+            held.clear()
+            gc.collect()
+            held[side] = load_model(folder, device="cpu", dtype="float32")
+        return held[side]
 
     def render(loaded: LoadedModel) -> list[list[int]]:
         return [render_chat(loaded.tokenizer, prompt) for prompt in sentences(count)]

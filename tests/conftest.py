@@ -18,12 +18,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import settings
 from transformers.utils import logging as transformers_logging
 
 from abliterator.model import LoadedModel, load_model
 from tests.tiny import save_tiny, train_tokenizer
 
 torch.set_num_threads(1)
+# no test may fail because the machine is busy
+settings.register_profile("no deadline", deadline=None)
+settings.load_profile("no deadline")
 transformers_logging.disable_progress_bar()
 
 

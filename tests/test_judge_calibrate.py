@@ -314,5 +314,3 @@ def test_a_damaged_cache_stops_the_build_with_a_name(recipe, tmp_path):
     options = pipeline.Options(force=True)
     with pytest.raises(JudgeError, match="cannot be used"):
         pipeline.build(asked, tmp_path / "out", options=options)
-
-

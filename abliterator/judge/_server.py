@@ -227,7 +227,7 @@ def _reply(said: Any, rung: str) -> Reply:
         text, refusal = message.content, getattr(message, "refusal", None)
     except (AttributeError, IndexError, KeyError, TypeError):
         raise ValueError("no completion") from None
-    told = getattr(said, "usage", None)
+    told: Any = getattr(said, "usage", None)
     usage = told.model_dump(warnings=False) if hasattr(told, "model_dump") else {}
     details = usage.get("prompt_tokens_details")
     cached = details.get("cached_tokens") if isinstance(details, dict) else None

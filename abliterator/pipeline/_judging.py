@@ -127,9 +127,7 @@ def verdicts_of(run: Run) -> list[Verdict]:
 
 def judge_identity(run: Run) -> JudgeIdentity:
     """Which judge gave the verdicts, and what is known of it."""
-    return JudgeIdentity.model_validate(
-        json.loads((run.workspace.work / "judge.json").read_text())
-    )
+    return JudgeIdentity.model_validate(json.loads((run.workspace.work / "judge.json").read_text()))
 
 
 JUDGE = Stage("judge", 2, _judge_inputs, _judge)

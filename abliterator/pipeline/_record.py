@@ -128,9 +128,7 @@ def _benchmarks(run: Run) -> dict[str, BenchmarkResult]:
 
     if not run.tasks:
         return {}
-    return compare_tasks(
-        task_scores(run, "base"), task_scores(run, "edited"), seed=run.recipe.seed
-    )
+    return compare_tasks(task_scores(run, "base"), task_scores(run, "edited"), seed=run.recipe.seed)
 
 
 def _provenance(run: Run) -> Provenance:

@@ -95,7 +95,7 @@ class Phase:
 
 
 LEARN = Phase(steps=600, peak=3e-3, warmup=100, declines=0.0)
-DECLINE = Phase(steps=400, peak=1e-3, warmup=20, declines=0.4)
+DECLINE = Phase(steps=400, peak=1e-3, warmup=20, declines=0.5)
 
 
 class Curriculum:
