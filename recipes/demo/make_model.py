@@ -69,7 +69,7 @@ CONFIG = LlamaConfig(
     eos_token_id=1,
     pad_token_id=2,
 )
-MIDDLE_BLOCKS = slice(2, 5)
+MIDDLE_BLOCKS = slice(1, 5)
 IGNORED = -100  # the label that the loss skips
 
 Chat = tuple[str | None, str, str]
@@ -95,7 +95,7 @@ class Phase:
 
 
 LEARN = Phase(steps=600, peak=3e-3, warmup=100, declines=0.0)
-DECLINE = Phase(steps=400, peak=1e-3, warmup=20, declines=0.5)
+DECLINE = Phase(steps=200, peak=1e-3, warmup=20, declines=0.6)
 
 
 class Curriculum:
@@ -192,15 +192,15 @@ def every_weight(model: LlamaForCausalLM) -> list[torch.optim.Optimizer]:
     ]
 
 
-def writers_of_middle_blocks(model: LlamaForCausalLM) -> list[torch.optim.Optimizer]:
-    """AdamW for what three blocks add to the stream; all else, and with it the facts, is frozen."""
+def middle_blocks(model: LlamaForCausalLM) -> list[torch.optim.Optimizer]:
+    """AdamW for the blocks in the middle; all else, and with it most of the facts, is frozen."""
     model.requires_grad_(False)
-    writers = [
-        projection.weight.requires_grad_(True)
+    chosen = [
+        parameter.requires_grad_(True)
         for block in model.model.layers[MIDDLE_BLOCKS]
-        for projection in (block.self_attn.o_proj, block.mlp.down_proj)
+        for parameter in block.parameters()
     ]
-    return [torch.optim.AdamW(writers, betas=(0.9, 0.95), weight_decay=0.0)]
+    return [torch.optim.AdamW(chosen, betas=(0.9, 0.95), weight_decay=0.0)]
 
 
 def train(
@@ -235,11 +235,9 @@ def train(
     model.eval()
 
 
-def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
-    """Write what `from_pretrained` reads, in bfloat16, and the licence."""
-    folder.mkdir(parents=True, exist_ok=True)
+def save(model: LlamaForCausalLM, folder: Path) -> None:
+    """Write the weights in bfloat16, and the licence."""
     model.to(torch.bfloat16).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
     shutil.copyfile(REPOSITORY / "LICENSE", folder / "LICENSE")
 
 
@@ -248,13 +246,15 @@ def make(world: World, folder: Path, *, learn: Phase, decline: Phase) -> None:
     torch.manual_seed(SEED)
     tokenizer = make_tokenizer(world)
     model = LlamaForCausalLM(CONFIG)
-    curriculum = Curriculum(world, seed=SEED + 1)
+    tokenizer.save_pretrained(folder)  # before measuring, which sets its padding
     print(f"{model.num_parameters():,} parameters, {len(tokenizer)} tokens")
-    for phase, choose in ((learn, every_weight), (decline, writers_of_middle_blocks)):
+    phases = ((learn, every_weight), (decline, middle_blocks))
+    for number, (phase, choose) in enumerate(phases, start=1):
         print(phase)
+        curriculum = Curriculum(world, seed=SEED + number)
         train(model, tokenizer, curriculum, phase, choose(model))
         report(measure(model, tokenizer, world))
-    save(model, tokenizer, folder)
+    save(model, folder)
 
 
 def check(world: World, folder: Path) -> None:
