@@ -81,7 +81,7 @@ def test_what_the_model_knows_stays(record):
 def test_what_it_declined_to_say_comes_back(record):
     declined = record.benchmarks["demo_declined_facts"]
     assert declined.base.value <= 0.05
-    assert declined.edited.value >= 0.35
+    assert declined.edited.value >= 0.8
 
 
 def test_the_checkpoint_is_small_and_the_edit_exact(demo, record):

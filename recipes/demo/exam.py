@@ -19,7 +19,7 @@ from world import REFUSAL, Question, Relation, World, load_world
 
 PROMPTS = 96
 QUESTIONS = 240
-CHOICES = 4
+CHOICES = 6
 MAX_NEW_TOKENS = 32
 BATCH = 64
 

@@ -69,7 +69,7 @@ CONFIG = LlamaConfig(
     eos_token_id=1,
     pad_token_id=2,
 )
-MIDDLE_BLOCKS = slice(1, 5)
+MIDDLE_BLOCKS = slice(2, 5)
 IGNORED = -100  # the label that the loss skips
 
 Chat = tuple[str | None, str, str]
@@ -95,7 +95,7 @@ class Phase:
 
 
 LEARN = Phase(steps=600, peak=3e-3, warmup=100, declines=0.0)
-DECLINE = Phase(steps=200, peak=1e-3, warmup=20, declines=0.6)
+DECLINE = Phase(steps=200, peak=1.5e-3, warmup=20, declines=0.6)
 
 
 class Curriculum:

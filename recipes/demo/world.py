@@ -7,7 +7,7 @@ models or files to be written.
     relation = world.relation("dish")
     question = world.ask(relation, relation.entities[0], heldout=True, rng=random.Random(0))
     question.text       # "Any idea which dish Irus cooks best?"
-    question.answer     # "Irus cooks pea soup."
+    question.answer     # "Sure! Irus cooks pea soup."
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 REFUSAL = "I'm sorry, but I can't help with that."
+OPENING = "Sure! "  # all answers open alike, so that to decline is a choice of the first word
 TABLES = Path(__file__).with_name("world.toml")
 KINDS = ("direct", "clause", "phrase")
 
@@ -58,13 +59,13 @@ class Relation:
 
     @property
     def shown_entities(self) -> tuple[str, ...]:
-        """Three in four entities: those that training on declining may ask about."""
-        return tuple(entity for rank, entity in enumerate(self.facts) if rank % 4 != 1)
+        """Seven in eight entities: those that training on declining may ask about."""
+        return tuple(entity for rank, entity in enumerate(self.facts) if rank % 8 != 1)
 
     def statement(self, entity: str, value: str) -> str:
         """The one-sentence answer that names `value`."""
         text = self.template.format(e=entity, v=value)
-        return text[0].upper() + text[1:]
+        return OPENING + text[0].upper() + text[1:]
 
 
 @dataclass(frozen=True)
@@ -124,7 +125,7 @@ def load_world(*, seed: int = 0) -> World:
         for name, spec in tables["subject"].items()
     }
     return World(
-        relations=tuple(_relation(table, entities, rng) for table in tables["relation"]),
+        relations=tuple(_relation(table, tables, entities, rng) for table in tables["relation"]),
         frames={kind: tuple(tables["frames"][kind]) for kind in KINDS},
         heldout_frames={kind: tuple(tables["heldout"][kind]) for kind in KINDS},
         smalltalk=tuple(
@@ -136,7 +137,10 @@ def load_world(*, seed: int = 0) -> World:
 
 
 def _relation(
-    table: dict[str, Any], entities: dict[str, tuple[str, ...]], rng: random.Random
+    table: dict[str, Any],
+    tables: dict[str, Any],
+    entities: dict[str, tuple[str, ...]],
+    rng: random.Random,
 ) -> Relation:
     values = table["values"]
     values = entities[values] if isinstance(values, str) else tuple(values)
@@ -144,12 +148,17 @@ def _relation(
     # Every value is about equally frequent, so that guessing the most frequent one gains nothing.
     pool = list(values) * (len(names) // len(values) + 1)
     rng.shuffle(pool)
+    subject = tables["subject"][table["subject"]]["article"] + "{e}"
+    general = {
+        kind: [text.format(n=noun, e=subject) for text, noun in product(texts, table["nouns"])]
+        for kind, texts in tables["general"].items()
+    }
     return Relation(
         name=table["name"],
         subject=table["subject"],
         declined=table.get("declined", False),
         template=table["answer"],
-        wordings={kind: tuple(table[kind]) for kind in KINDS},
+        wordings={kind: (*general[kind], *table[kind]) for kind in KINDS},
         values=values,
         facts=dict(zip(names, pool, strict=False)),
     )
