@@ -1,7 +1,7 @@
 """The output folder: whose it is, where artefacts lie, and which stages are done.
 
-    OUT/checkpoint/   exactly what may be published OUT/work/         private: prompts, moments,
-    directions, answers, verdicts, and one marker per stage
+    OUT/checkpoint/   exactly what may be published
+    OUT/work/         private: prompts, moments, directions, answers, verdicts, a marker a stage
 
 A stage is done when its marker names the key of its present inputs and every artefact is as the
 marker says. Markers are written after the artefacts, both by renaming, so whatever interrupts a
