@@ -4,8 +4,9 @@ The room knows nothing of refusals or scores. What a model's own generation_conf
 sampling, penalties or lengths does not apply here: two models are compared, so only the weights may
 differ.
 
-    answers = generate(loaded, prompts, max_new_tokens=256, batch_size=16,
-    stop_ids=stop_ids(loaded)) answers[0].text, answers[0].finish_reason
+    stop = stop_ids(loaded)
+    answers = generate(loaded, prompts, max_new_tokens=256, batch_size=16, stop_ids=stop)
+    answers[0].text, answers[0].finish_reason
 """
 
 from __future__ import annotations

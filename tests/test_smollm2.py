@@ -101,7 +101,7 @@ def test_equal_length_batches_capture_what_one_by_one_does(folder):
 
 
 def test_hooks_on_every_writer_answer_as_the_baked_checkpoint_does(built, recipe, folder):
-    """In float32, where storing rounds nothing away that greedy decoding could see."""
+    """Baked in bfloat16: storing rounds, and may tip a greedy answer of a model this unsure."""
     plan = pipeline.plan_recipe(recipe, built)
     basis = load_subspace(built / "work" / "directions.safetensors").basis
     base = load_model(folder, device="cpu", dtype="float32")

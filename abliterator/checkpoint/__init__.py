@@ -7,11 +7,12 @@ only when all of it is on the disk. It does not know what an edit means, what a 
 how bytes become numbers; it never imports torch.
 
     base = Checkpoint.open(Path("Llama-3.2-1B-Instruct"))
-    names = ["model.layers.9.mlp.down_proj.weight"] for file in base.weight_files:
+    names = ["model.layers.9.mlp.down_proj.weight"]
+    for file in base.weight_files:
         edited = [base.tensors[name] for name in names if base.tensors[name].file == file]
-        patch_file(base.folder / file, out / file, edited, edit)  # edit(info, buffer) changes
-        buffer in place
-    carried, left_out = carried_files(base.folder) for file in carried:
+        patch_file(base.folder / file, out / file, edited, edit)  # edit changes a buffer in place
+    carried, left_out = carried_files(base.folder)
+    for file in carried:
         copy_file(base.folder / file, out / file)
 """
 
