@@ -13,22 +13,12 @@ The room knows no model and no file but the recipe: whether layer 16 exists is f
     recipe.edit.strength["attention"], recipe.digest
 """
 
+from abliterator.recipe._benchmarks import Benchmarks, DivergenceSettings
+from abliterator.recipe._edit import DirectionSettings, Edit, Selection
+from abliterator.recipe._judge import JudgeSettings, Prices, Rollouts
+from abliterator.recipe._prompts import Capture, Chat, Prompts, Source
 from abliterator.recipe._read import load_edit, load_judge, load_recipe
-from abliterator.recipe._schema import (
-    Benchmarks,
-    Capture,
-    Chat,
-    DirectionSettings,
-    DivergenceSettings,
-    Edit,
-    JudgeSettings,
-    Prices,
-    Prompts,
-    Recipe,
-    Rollouts,
-    Selection,
-    Source,
-)
+from abliterator.recipe._recipe import Recipe
 
 __all__ = [
     "Benchmarks",

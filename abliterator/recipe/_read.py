@@ -11,7 +11,11 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from abliterator.errors import RecipeError
-from abliterator.recipe._schema import Edit, JudgeSettings, Recipe, Source, is_task_file
+from abliterator.recipe._benchmarks import is_task_file
+from abliterator.recipe._edit import Edit
+from abliterator.recipe._judge import JudgeSettings
+from abliterator.recipe._prompts import Source
+from abliterator.recipe._recipe import Recipe
 
 Path_ = tuple[str | int, ...]
 MAX_BYTES = 1 << 20

@@ -1,0 +1,97 @@
+"""Directions, how they are chosen, and what is done to the weights."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import Field, field_validator, model_validator
+
+from abliterator.recipe._section import Layers, Positive, Section
+
+Component = Literal[
+    "attention",
+    "mlp",
+    "linear_attention",
+    "ssm",
+    "convolution",
+    "expert",
+    "shared_expert",
+    "per_layer_input",
+]
+# The two that all others inherit from: whatever mixes tokens, and all else.
+COMPONENTS: tuple[Component, ...] = ("attention", "mlp")
+Strength = Annotated[float, Field(ge=0, le=2, allow_inf_nan=False)]
+
+
+class DirectionSettings(Section):
+    """From moments to directions."""
+
+    estimator: Literal["mean_difference"] = "mean_difference"
+    """r = mean(target) - mean(contrast)."""
+    position: Annotated[int, Field(le=-1)] = -1
+    """Token of the prompt, from the end; -1 is the last one before the answer."""
+    projection: Literal["none", "neutral"] = "none"
+    """`neutral` removes the component along the neutral mean from every direction."""
+
+
+class Edit(Section):
+    """What is done to the weights."""
+
+    strength: dict[Component, Strength] = {"attention": 1.0, "mlp": 1.0}
+    """1 removes, 0 leaves the bytes alone; one number, or one per component.
+
+    `attention` and `mlp` left out are 0. `linear_attention`, `ssm` and `convolution` are as
+    `attention`, `expert`, `shared_expert` and `per_layer_input` as `mlp`, unless they are named.
+    """
+    norm: Literal["none", "column"] = "none"
+    """`column` rescales the columns of an edited matrix to their old length."""
+    embeddings: bool = False
+    """Edit the token embedding too; not possible where the output head is tied to it."""
+    biases: bool = True
+    """Edit the biases of edited matrices too."""
+    rounding: Literal["nearest", "compensated"] = "compensated"
+    """`compensated` chooses roundings so that what is stored writes nothing into the subspace."""
+
+    @field_validator("strength", mode="before")
+    @classmethod
+    def _strength_per_component(cls, value: Any) -> Any:
+        if isinstance(value, (int, float)) and not isinstance(value, bool):
+            return dict.fromkeys(COMPONENTS, float(value))
+        return value
+
+    @model_validator(mode="after")
+    def _does_something(self) -> Self:
+        if not any(self.strength.values()) and not self.embeddings:
+            raise ValueError("every strength is 0: nothing would be edited")
+        return self
+
+
+class Selection(Section):
+    """How layers and k are chosen, for `layers: sweep` and `k: auto`."""
+
+    max_kl: Annotated[float, Field(gt=0)] = 0.1
+    """Gate: a candidate moves the answers to neutral prompts by at most so many nats a token."""
+    min_induce: float = 0.0
+    """Gate: adding a candidate's direction raises the log-odds of a refusal at least so much."""
+    skip_last: Annotated[float, Field(ge=0, lt=1)] = 0.2
+    """Gate: share of the layers, at the end, that are no candidates."""
+    prompts: Positive = 32
+    """Prompts of each kind on which candidates are scored, and as many held out to be answered."""
+    tokens: Positive = 48
+    """Tokens of a judged answer."""
+    survivors: Positive = 4
+    """Candidates whose answers are judged; as many as may be stacked if that is more."""
+    stacks: Layers = (1, 2, 3, 5)
+    """Sizes that `k: auto` tries; it stops at the first that is no better than the one before."""
+
+    @field_validator("stacks")
+    @classmethod
+    def _growing(cls, value: tuple[int, ...]) -> tuple[int, ...]:
+        if value[:1] != (1,) or list(value) != sorted(set(value)):
+            raise ValueError("must begin with 1 and grow")
+        return value
+
+    def candidates(self, n_layers: int) -> range:
+        """The layers that a sweep tries."""
+        # 1e-9: 10 layers less a fifth are 8, whatever 10 x (1 - .2) is in binary
+        return range(1, max(1, int(n_layers * (1 - self.skip_last) + 1e-9)) + 1)

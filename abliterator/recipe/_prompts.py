@@ -1,0 +1,102 @@
+"""Prompts and how they become conversations."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import Field, model_validator
+
+from abliterator.recipe._section import Positive, Section
+
+
+class Source(Section):
+    """Where prompts come from: a local file, or a Hub dataset at a revision."""
+
+    path: Annotated[Path | None, Field(strict=False)] = None
+    """Local .txt (one prompt a line) or .jsonl (objects with `prompt`); relative to the recipe."""
+    dataset: str | None = None
+    """Hub dataset id."""
+    revision: str | None = None
+    """Commit of the dataset; left out, the build resolves it once and writes it down."""
+    config: str | None = None
+    """Configuration of the dataset, where it has several."""
+    split: str | None = None
+    """Split, slices allowed: `train[:400]`."""
+    column: str | None = None
+    """Column that holds the prompt. Default: the first there is of `prompt`, `instruction`..."""
+    where: dict[str, str | int | bool] = {}
+    """Keep only the rows whose columns have these values: `where: {label: safe}`."""
+    limit: Positive | None = None
+    """Use the first so many, after duplicates are dropped."""
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> Self:
+        if (self.path is None) == (self.dataset is None):
+            raise ValueError("give either `path` or `dataset`")
+        if self.path is not None and (self.revision or self.config or self.split):
+            raise ValueError(
+                "`revision`, `config` and `split` belong to a `dataset`, not to a `path`"
+            )
+        return self
+
+
+# AdvBench's requests and Alpaca's instructions as published on the Hub: what the field extracts
+# refusal from.
+DEFAULT_TARGET = Source(
+    dataset="mlabonne/harmful_behaviors",
+    revision="01cead01398926d81f7c52bdb790ee8cf77ebba7",
+    split="train",
+)
+DEFAULT_EVALUATION = DEFAULT_TARGET.model_copy(update={"split": "test"})
+DEFAULT_NEUTRAL = Source(
+    dataset="mlabonne/harmless_alpaca",
+    revision="02c6a92cfcf11bb0c387334f8146d149d65b587f",
+    split="train[:520]",
+)
+
+
+class Prompts(Section):
+    """The prompt sets."""
+
+    target: Source = DEFAULT_TARGET
+    """Prompts on which the behaviour shows; directions are extracted from them."""
+    contrast: Source | None = None
+    """What is subtracted from target, as like it as possible but for the behaviour.
+
+    Default: neutral.
+    """
+    neutral: Source = DEFAULT_NEUTRAL
+    """Prompts whose answers must stay as they were."""
+    evaluation: Source | None = None
+    """Held-out prompts on which the behaviour shows. Default: a part of target is held out."""
+    over_refusal: Source | None = None
+    """Benign prompts that look like target."""
+    holdout: Annotated[float, Field(gt=0, lt=1)] = 0.25
+    """Share held out for evaluation where no set of its own is given for it."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _default_evaluation(cls, values: Any) -> Any:
+        # the default evaluation set is the test split of the default target set, and fits no other
+        if isinstance(values, dict) and "target" not in values:
+            return {"evaluation": DEFAULT_EVALUATION, **values}
+        return values
+
+
+class Chat(Section):
+    """How a prompt becomes a conversation, alike for extraction, base and edited."""
+
+    system: str | None = None
+    """System prompt; left out, whatever the chat template itself does."""
+    template_kwargs: dict[str, Any] = {}
+    """Arguments of the chat template, such as `enable_thinking: false`."""
+
+
+class Capture(Section):
+    """How activations are captured."""
+
+    padding: Literal["none", "left"] = "none"
+    """`none` batches prompts of equal length, equal to one by one; `left` pads."""
+    max_batch_tokens: Positive = 4096
+    """Tokens in one forward pass."""

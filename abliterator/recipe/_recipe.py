@@ -1,0 +1,84 @@
+"""The recipe itself, closed and frozen, with one docstring per field."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import Field, field_validator, model_validator
+
+from abliterator.recipe._benchmarks import Benchmarks, DivergenceSettings, without_folder
+from abliterator.recipe._edit import DirectionSettings, Edit, Selection
+from abliterator.recipe._judge import JudgeSettings, Rollouts
+from abliterator.recipe._prompts import Capture, Chat, Prompts
+from abliterator.recipe._section import Layers, Positive, Section
+
+
+class Recipe(Section):
+    """What is to be made. Everything but `model`, `layers` and `k` has a default."""
+
+    model: Annotated[str, Field(min_length=1)]
+    """Hub id, local folder, or `embedded:demo`."""
+    layers: Layers | Literal["sweep"]
+    """Residual layers (1 .. n_layers) in order of preference; the first k are stacked."""
+    k: Positive | Literal["auto"]
+    """Rank of the subspace."""
+    revision: str | None = None
+    """Commit of the model; left out, the build resolves it once and writes it down."""
+    trust_remote_code: bool = False
+    """Run the model's own code; for a Hub model only at a pinned revision."""
+    seed: Annotated[int, Field(ge=0)] = 0
+    """Seed of splits and intervals."""
+    chat: Chat = Chat()
+    prompts: Prompts = Prompts()
+    capture: Capture = Capture()
+    directions: DirectionSettings = DirectionSettings()
+    selection: Selection = Selection()
+    edit: Edit = Edit()
+    rollouts: Rollouts = Rollouts()
+    judge: JudgeSettings = JudgeSettings()
+    divergence: DivergenceSettings = DivergenceSettings()
+    benchmarks: Benchmarks = Benchmarks()
+
+    @field_validator("layers")
+    @classmethod
+    def _distinct_layers(cls, value: Any) -> Any:
+        if value == ():
+            raise ValueError("no layer is given")
+        if isinstance(value, tuple) and len(set(value)) < len(value):
+            raise ValueError("a layer is given twice")
+        return value
+
+    @model_validator(mode="after")
+    def _enough_layers(self) -> Self:
+        if isinstance(self.layers, tuple) and isinstance(self.k, int) and self.k > len(self.layers):
+            raise ValueError(f"k is {self.k}, but only {len(self.layers)} layers are given")
+        return self
+
+    def published(self) -> dict[str, Any]:
+        """The recipe as plain values in which a local path is only its last name.
+
+        What a card and a published folder show: it does not depend on where files lie.
+        """
+        plain = self.model_dump(mode="json")
+        if Path(self.model).is_absolute():
+            plain["model"] = Path(self.model).name
+        for source in plain["prompts"].values():
+            if isinstance(source, dict) and source["path"] is not None:
+                source["path"] = Path(source["path"]).name
+        tasks = plain["benchmarks"]["tasks"]
+        plain["benchmarks"]["tasks"] = [without_folder(task) for task in tasks]
+        return plain
+
+    @property
+    def selects(self) -> bool:
+        """Whether layers or k are to be chosen by measurement."""
+        return self.layers == "sweep" or self.k == "auto"
+
+    @property
+    def digest(self) -> str:
+        """sha256 of the published form as canonical JSON."""
+        text = json.dumps(self.published(), sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(text.encode()).hexdigest()
