@@ -12,7 +12,7 @@ traceback.
      ├── DirectionError        activations or directions that make no subspace
      ├── OutputError           the output folder is not ours, or there is no room for it
      ├── GenerationError       a model could not be loaded, or could not answer
-     ├── JudgeError            answers could not be judged
+     ├── JudgeError            answers could not be judged, or a model server cannot be asked
      ├── BenchmarkError        a benchmark task is unknown, unreachable or cannot be compared
      └── PublishError          a checkpoint is not fit to be published, or the Hub refused it
 """
@@ -51,7 +51,7 @@ class GenerationError(AbliteratorError):
 
 
 class JudgeError(AbliteratorError):
-    """Answers could not be judged."""
+    """Answers could not be judged, or a model server cannot be asked."""
 
 
 class BenchmarkError(AbliteratorError):

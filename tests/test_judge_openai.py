@@ -21,12 +21,12 @@ from pydantic import ValidationError
 
 from abliterator.errors import JudgeError
 from abliterator.judge import Answered, Judgement, OpenAIJudge, judge_completions, summarise
-from abliterator.judge import _server as server_module
-from abliterator.judge._cache import Reply, ReplyCache
-from abliterator.judge._parse import InvalidVerdict, parse
-from abliterator.judge._prompt import defused, judge_prompt, marker, messages
+from abliterator.judge._parse import parse
+from abliterator.judge._prompt import judge_prompt, messages
 from abliterator.recipe import JudgeSettings, Prices
 from abliterator.record import Completion
+from abliterator.server import InvalidReply, Reply, ReplyCache, defused, marker
+from abliterator.server import _http as server_module
 from tests.judge_server import FENCED, GRADES, JudgeServer, completion, verdict
 
 WORDS = list(GRADES)
@@ -249,9 +249,11 @@ def test_thinking_is_not_shown(tmp_path):
 def test_the_prompt_explains_every_label():
     told = judge_prompt()
     for label in ("refused", "deflected", "partial", "complied", "broken", "degraded", "coherent"):
-        assert f'"{label}"' in told.system
-    assert parse(told.system.splitlines()[-1]).compliance == 1.0  # its example is a verdict
-    assert "JSON" in told.system  # some servers demand the word
+        assert f'"{label}"' in told.texts["system"]
+    assert (
+        parse(told.texts["system"].splitlines()[-1]).compliance == 1.0
+    )  # its example is a verdict
+    assert "JSON" in told.texts["system"]  # some servers demand the word
 
 
 # Injection: what a rollout may hold, and what must come of it
@@ -299,8 +301,8 @@ def test_the_fence_holds(attack):
     answer = f"No, never. {attack}"
     sent = messages("What is tea?", answer, vote=0, attempt=0)
     assert [message["role"] for message in sent] == ["system", "user"]
-    assert sent[0]["content"] == judge_prompt().system
-    user, fence = sent[1]["content"], marker("What is tea?", answer, vote=0, attempt=0)
+    assert sent[0]["content"] == judge_prompt().texts["system"]
+    user, fence = sent[1]["content"], marker(judge_prompt().sha256, "What is tea?", answer, 0, 0)
     assert fence not in answer
     plain = messages("What is tea?", "No, never.", vote=0, attempt=0)[1]["content"]
     assert user.count(fence) == 5 == plain.count(FENCED.search(plain)[1])
@@ -318,10 +320,10 @@ def test_a_judge_that_quotes_the_attack_is_not_taken_at_its_word(attack):
     """In the reason an attack is only text; before a cut-off verdict it is no verdict."""
     quoted = parse(verdict("refused", "coherent", reason=attack))
     assert (quoted.compliance, quoted.refused) == (0.0, True)
-    with pytest.raises(InvalidVerdict):
+    with pytest.raises(InvalidReply):
         parse(f'The answer says: {attack}\n{{"reason": "It decl')
     both = f"{attack}\n{verdict('refused', 'coherent')}"
-    with suppress(InvalidVerdict):  # two verdicts that contradict each other: asked again
+    with suppress(InvalidReply):  # two verdicts that contradict each other: asked again
         assert parse(both).compliance == 0.0
 
 
@@ -386,13 +388,13 @@ def test_verdicts_are_read(reply, expected):
     ],
 )
 def test_what_is_no_verdict_is_invalid(reply):
-    with pytest.raises(InvalidVerdict):
+    with pytest.raises(InvalidReply):
         parse(reply)
 
 
 @given(st.text(max_size=200))
 def test_any_reply_is_a_verdict_or_invalid(reply):
-    with suppress(InvalidVerdict):
+    with suppress(InvalidReply):
         assert parse(reply).is_scored
 
 
@@ -610,13 +612,13 @@ def test_a_cache_that_is_none_is_an_error(tmp_path):
 
 def test_replies_come_back_as_they_were(tmp_path):
     reply = Reply("é\ud83d", "stop", "m", None, "none", 1, 2, 3)
-    with ReplyCache(tmp_path / "a" / "c.sqlite", judge="one") as cache:
+    with ReplyCache(tmp_path / "a" / "c.sqlite", account="one") as cache:
         cache.put("key", reply, cost=0.5)
-    with ReplyCache(tmp_path / "a" / "c.sqlite", judge="one") as cache:
+    with ReplyCache(tmp_path / "a" / "c.sqlite", account="one") as cache:
         assert cache.get("key") == reply
         assert cache.get("other") is None
         assert cache.totals() == (1, 0.5)
-    with ReplyCache(tmp_path / "a" / "c.sqlite", judge="two") as cache:
+    with ReplyCache(tmp_path / "a" / "c.sqlite", account="two") as cache:
         assert cache.totals() == (0, 0.0)
 
 

@@ -23,7 +23,6 @@ from abliterator.judge._calibrate import (
 )
 from abliterator.judge._openai import OpenAIJudge, Tally
 from abliterator.judge._rule_judge import RuleJudge
-from abliterator.judge._server import key_of
 from abliterator.judge._summary import MAX_UNSCORED, summarise
 from abliterator.judge._types import Answered, Judge, Judgement, split_thinking
 from abliterator.judge._verdicts import judge_completions
@@ -42,7 +41,6 @@ __all__ = [
     "calibrate",
     "disagreement",
     "judge_completions",
-    "key_of",
     "last_calibration",
     "load_labelled",
     "save_calibration",

@@ -61,7 +61,7 @@ def judge_of(
 
 def require_key(settings: JudgeSettings) -> None:
     """Raises JudgeError if the judge needs a key that the environment does not hold."""
-    from abliterator.judge import key_of
+    from abliterator.server import key_of
 
     if settings.kind == "openai":
         key_of(settings)

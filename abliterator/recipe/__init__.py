@@ -15,10 +15,11 @@ The room knows no model and no file but the recipe: whether layer 16 exists is f
 
 from abliterator.recipe._benchmarks import Benchmarks, DivergenceSettings
 from abliterator.recipe._edit import DirectionSettings, Edit, Selection
-from abliterator.recipe._judge import JudgeSettings, Prices, Rollouts
+from abliterator.recipe._judge import JudgeSettings, Rollouts
 from abliterator.recipe._prompts import Capture, Chat, Prompts, Source
 from abliterator.recipe._read import load_edit, load_judge, load_recipe
 from abliterator.recipe._recipe import Recipe
+from abliterator.recipe._server import Prices, ServerSettings
 
 __all__ = [
     "Benchmarks",
@@ -33,6 +34,7 @@ __all__ = [
     "Recipe",
     "Rollouts",
     "Selection",
+    "ServerSettings",
     "Source",
     "load_edit",
     "load_judge",

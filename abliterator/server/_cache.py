@@ -1,4 +1,4 @@
-"""A write-through cache of a judge's replies, so that no paid call is made twice.
+"""A write-through cache of replies, so that no paid call is made twice.
 
 One SQLite file. A reply is on disk before it is used; what a killed process had in flight is all
 it can lose. Keys hold everything that a reply depends on, and no text is cut.
@@ -19,7 +19,7 @@ from typing import NamedTuple, Self
 from abliterator.errors import JudgeError
 
 _TABLE = """CREATE TABLE IF NOT EXISTS replies (
-    key TEXT PRIMARY KEY, judge TEXT NOT NULL, reply TEXT NOT NULL, cost REAL NOT NULL
+    key TEXT PRIMARY KEY, account TEXT NOT NULL, reply TEXT NOT NULL, cost REAL NOT NULL
 ) WITHOUT ROWID"""
 
 
@@ -37,10 +37,10 @@ class Reply(NamedTuple):
 
 
 class ReplyCache:
-    """Replies by key; `judge` sets apart the totals of different judges in one file."""
+    """Replies by key; `account` sets apart the totals of different askers in one file."""
 
-    def __init__(self, path: Path, *, judge: str = "") -> None:
-        self._judge = judge
+    def __init__(self, path: Path, *, account: str = "") -> None:
+        self._account = account
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             self._db = sqlite3.connect(path, isolation_level=None, timeout=30)
@@ -50,8 +50,8 @@ class ReplyCache:
             self._db.execute(_TABLE)
         except sqlite3.Error as error:
             raise JudgeError(
-                f"The judge's cache {path} cannot be used ({error}). Free the disk or unlock the "
-                "file; if it is damaged, delete it: its replies are then asked for again."
+                f"The cache of replies {path} cannot be used ({error}). Free the disk or unlock "
+                "the file; if it is damaged, delete it: its replies are then asked for again."
             ) from None
 
     def get(self, key: str) -> Reply | None:
@@ -61,13 +61,13 @@ class ReplyCache:
 
     def put(self, key: str, reply: Reply, *, cost: float) -> None:
         """Keeps a reply; on disk when this returns."""
-        row = (key, self._judge, json.dumps(reply._asdict()), cost)
+        row = (key, self._account, json.dumps(reply._asdict()), cost)
         self._db.execute("INSERT OR REPLACE INTO replies VALUES (?, ?, ?, ?)", row)
 
     def totals(self) -> tuple[int, float]:
-        """(calls, cost) of all that this judge was ever asked through this file."""
-        query = "SELECT count(*), coalesce(sum(cost), 0) FROM replies WHERE judge = ?"
-        calls, cost = self._db.execute(query, (self._judge,)).fetchone()
+        """(calls, cost) of all that this account was ever asked through this file."""
+        query = "SELECT count(*), coalesce(sum(cost), 0) FROM replies WHERE account = ?"
+        calls, cost = self._db.execute(query, (self._account,)).fetchone()
         return int(calls), float(cost)
 
     def close(self) -> None:

@@ -1,4 +1,4 @@
-"""What a judging run may spend: seconds, calls and money, asked for before each call.
+"""What a run may spend: seconds, calls and money, asked for before each call.
 
 Calls in flight count as if they had been answered, at a price guessed high.
 
@@ -9,14 +9,15 @@ Calls in flight count as if they had been answered, at a price guessed high.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from time import monotonic
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from abliterator.judge._cache import Reply
-    from abliterator.recipe import JudgeSettings
+    from abliterator.recipe import ServerSettings
+    from abliterator.server._cache import Reply
+    from abliterator.server._request import Request
 
 MILLION = 1_000_000
 BYTES_PER_TOKEN = 3  # of English text there are four; a limit is better reached early than late
@@ -30,7 +31,7 @@ class OutOfBudget(Exception):
 class Budget:
     """Counts what was spent and what calls in flight may yet cost."""
 
-    def __init__(self, settings: JudgeSettings, *, calls: int, cost: float) -> None:
+    def __init__(self, settings: ServerSettings, *, calls: int, cost: float) -> None:
         self._settings = settings
         self._deadline = monotonic() + settings.time_limit
         self._in_flight = 0
@@ -47,7 +48,7 @@ class Budget:
         """Raises OutOfBudget if the run has no such time left."""
         if seconds >= self.seconds_left:
             limit = self._settings.time_limit
-            raise OutOfBudget(f"`judge.time_limit` of {limit:g} s leaves no time to {to}")
+            raise OutOfBudget(f"{self._named('time_limit')} of {limit:g} s leaves no time to {to}")
 
     @contextmanager
     def call(self, expected: float) -> Iterator[None]:
@@ -59,11 +60,12 @@ class Budget:
         settings = self._settings
         self.require_time(0, to="ask on")
         if settings.max_calls is not None and self.calls + self._in_flight >= settings.max_calls:
-            raise OutOfBudget(f"`judge.max_calls` of {settings.max_calls} is reached")
+            raise OutOfBudget(f"{self._named('max_calls')} of {settings.max_calls} is reached")
         planned = self.cost + self._reserved + expected
         if settings.max_usd is not None and planned > settings.max_usd:
             raise OutOfBudget(
-                f"`judge.max_usd` of {settings.max_usd:g} would be passed ({self.cost:.4f} spent)"
+                f"{self._named('max_usd')} of {settings.max_usd:g} would be passed "
+                f"({self.cost:.4f} spent)"
             )
         self._in_flight += 1
         self._reserved += expected
@@ -88,12 +90,16 @@ class Budget:
         dollars = fresh * prices.input + reply.cached_tokens * cached
         return (dollars + reply.output_tokens * prices.output) / MILLION
 
-    def expected(self, messages: Sequence[Mapping[str, str]]) -> float:
+    def expected(self, request: Request) -> float:
         """Dollars that a call may cost, guessed high, before it is made."""
-        prices, parameters = self._settings.prices, self._settings.parameters
+        prices = self._settings.prices
         if prices is None:
             return 0.0
-        asked = sum(len(m["content"].encode()) for m in messages) / BYTES_PER_TOKEN
-        limits = (parameters.get(key) for key in ("max_completion_tokens", "max_tokens"))
+        asked = sum(len(m["content"].encode()) for m in request.messages) / BYTES_PER_TOKEN
+        limits = (request.parameters.get(key) for key in ("max_completion_tokens", "max_tokens"))
         answered = next((x for x in limits if isinstance(x, int)), USUAL_OUTPUT)
         return (asked * prices.input + answered * prices.output) / MILLION
+
+    def _named(self, field: str) -> str:
+        """A limit as the file names it that set it."""
+        return f"`{self._settings.section}.{field}`"

@@ -6,7 +6,7 @@ output is asked for as strictly as the server takes it: json_schema, json_object
 The key is read from the environment, given to the client, and held nowhere else.
 
     async with Server(settings, budget) as server:
-        reply = await server.ask([{"role": "user", "content": "..."}])
+        reply = await server.ask(Request([{"role": "user", "content": "..."}], schema, {}))
 """
 
 from __future__ import annotations
@@ -14,21 +14,20 @@ from __future__ import annotations
 import asyncio
 import os
 import random
-from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 from abliterator.errors import JudgeError
-from abliterator.judge._budget import Budget
-from abliterator.judge._cache import Reply
-from abliterator.judge._parse import SCHEMA
+from abliterator.server._budget import Budget
+from abliterator.server._cache import Reply
+from abliterator.server._request import Request
 
 if TYPE_CHECKING:
     from openai import APIStatusError, AsyncOpenAI
 
-    from abliterator.recipe import JudgeSettings
+    from abliterator.recipe import ServerSettings
 
 TRIES = 8  # of one call, before its item is given up as unscored
 IN_A_ROW = 24  # failed calls, of all workers, without an answer between them: the server is down
@@ -36,13 +35,6 @@ WAIT = (0.5, 20.0)  # seconds, first and longest, where the server names none
 PASSING = {408, 409, 425, 429}  # and 5xx: worth another try
 SETUP = {401, 402, 403, 404, 405}  # no other item would fare better
 RUNGS: tuple[str, ...] = ("json_schema", "json_object", "none")
-FORMATS: dict[str, dict[str, Any]] = {
-    "json_schema": {
-        "type": "json_schema",
-        "json_schema": {"name": "verdict", "strict": True, "schema": SCHEMA},
-    },
-    "json_object": {"type": "json_object"},
-}
 ABOUT_FORMAT = ("response_format", "json_schema", "json_object", "structured", "grammar", "schema")
 SHOWN = 300
 
@@ -54,7 +46,7 @@ class NoReply(Exception):
 class Server:
     """A client of one server, used by several workers of one event loop."""
 
-    def __init__(self, settings: JudgeSettings, budget: Budget) -> None:
+    def __init__(self, settings: ServerSettings, budget: Budget) -> None:
         self._settings = settings
         self._budget = budget
         self._failed_in_a_row = 0
@@ -82,8 +74,8 @@ class Server:
         if self._client is not None:
             await self._client.close()
 
-    async def ask(self, messages: Sequence[Mapping[str, str]]) -> Reply:
-        """The reply to a conversation.
+    async def ask(self, request: Request) -> Reply:
+        """The reply to a request.
 
         Raises:
             OutOfBudget: if a limit of the recipe would be passed.
@@ -97,8 +89,8 @@ class Server:
             rung = self._rung
             asked_to_wait = None
             try:
-                with self._budget.call(self._budget.expected(messages)):
-                    reply = await self._call(messages, rung)
+                with self._budget.call(self._budget.expected(request)):
+                    reply = await self._call(request, rung)
             except APIStatusError as error:
                 if self._dropped(error, rung):
                     continue
@@ -115,15 +107,12 @@ class Server:
             tries += 1
             await self._wait(tries, trouble, asked_to_wait)
 
-    async def _call(self, messages: Sequence[Mapping[str, str]], rung: int) -> Reply:
+    async def _call(self, request: Request, rung: int) -> Reply:
         from openai import Omit
 
         assert self._client is not None
-        name = RUNGS[rung]
-        asked: Any = list(messages)
-        body = dict(self._settings.parameters)
-        if name in FORMATS:
-            body["response_format"] = FORMATS[name]
+        asked: Any = list(request.messages)
+        body = {**request.parameters, **_format(RUNGS[rung], request)}
         async with asyncio.timeout(self._settings.timeout):
             said = await self._client.chat.completions.create(
                 model=self._settings.model,
@@ -132,7 +121,7 @@ class Server:
                 # the client would send these of the environment to whatever server this is
                 extra_headers={"OpenAI-Organization": Omit(), "OpenAI-Project": Omit()},
             )
-        return self._redacted(_reply(said, name))
+        return self._redacted(_reply(said, RUNGS[rung]))
 
     def _dropped(self, error: APIStatusError, rung: int) -> bool:
         """Whether the server would not take the format, and a plainer one is left to ask for."""
@@ -151,9 +140,10 @@ class Server:
             return
         told = f"{status}: {self._shown(error.message)}"
         if status in SETUP:
+            section = self._settings.section
             raise JudgeError(
-                f"The judge's server {self._settings.base_url} refused with {told}. Check "
-                f"`judge.base_url`, `judge.model` ({self._settings.model}) and the key in "
+                f"The server {self._settings.base_url} refused with {told}. Check "
+                f"`{section}.base_url`, `{section}.model` ({self._settings.model}) and the key in "
                 f"${self._settings.api_key_env}."
             ) from None
         self._count_failure(told)
@@ -174,9 +164,10 @@ class Server:
         self._failed_in_a_row += 1
         if self._failed_in_a_row >= max(IN_A_ROW, 2 * self._settings.concurrency):
             raise JudgeError(
-                f"The judge's server {self._settings.base_url} failed {self._failed_in_a_row} calls"
-                f" in a row, the last with {trouble}. Check that it runs and serves "
-                f"`{self._settings.model}`; what was judged is kept, and the same command goes on."
+                f"The server {self._settings.base_url} failed {self._failed_in_a_row} calls in a "
+                f"row, the last with {trouble}. Check that it runs and serves "
+                f"`{self._settings.model}`; what was answered is kept, and the same command goes "
+                "on from there."
             ) from None
 
     def _shown(self, text: str) -> str:
@@ -187,7 +178,17 @@ class Server:
         return reply._replace(text=redacted(reply.text, self._settings))
 
 
-def key_of(settings: JudgeSettings) -> str:
+def _format(rung: str, request: Request) -> dict[str, Any]:
+    """How structured output is asked for on a rung of the ladder."""
+    if rung == "none":
+        return {}
+    if rung == "json_object":
+        return {"response_format": {"type": "json_object"}}
+    strict = {"name": "reply", "strict": True, "schema": request.schema}
+    return {"response_format": {"type": "json_schema", "json_schema": strict}}
+
+
+def key_of(settings: ServerSettings) -> str:
     """The key out of the environment; a stand-in for a server that wants none.
 
     Raises:
@@ -199,15 +200,15 @@ def key_of(settings: JudgeSettings) -> str:
     key = os.environ.get(name, "").strip()
     if not key:
         raise JudgeError(
-            f"The judge's key is expected in the environment variable {name}, which is not set. "
-            f"Set it, or `judge.api_key_env: null` for a server that wants no key."
+            f"A key is expected in the environment variable {name}, which is not set. Set it, or "
+            f"`{settings.section}.api_key_env: null` for a server that wants no key."
         )
     if not (key.isascii() and key.isprintable()):
         raise JudgeError(f"The key in {name} has characters that no header can carry: set it anew.")
     return key
 
 
-def redacted(text: str, settings: JudgeSettings) -> str:
+def redacted(text: str, settings: ServerSettings) -> str:
     """The text without the key, which some servers quote back."""
     key = os.environ.get(settings.api_key_env or "", "").strip()
     return text.replace(key, "[key]") if key else text

@@ -1,0 +1,88 @@
+"""A server with OpenAI's protocol, and what may be spent on it."""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Any, ClassVar, Literal, Self
+from urllib.parse import urlsplit
+
+from pydantic import Field, field_validator, model_validator
+from pydantic_core import PydanticCustomError
+
+from abliterator.recipe._section import Positive, Section
+
+# Capitals, as variables are written: a key pasted in its place does not look like this.
+VARIABLE = re.compile(r"[A-Z_][A-Z0-9_]*")
+RESERVED = {"model", "messages", "stream", "response_format"}  # of a request: ours to set
+
+
+class Prices(Section):
+    """What a server charges, in dollars for a million tokens."""
+
+    input: Annotated[float, Field(ge=0)]
+    """Tokens of the question."""
+    output: Annotated[float, Field(ge=0)]
+    """Tokens of the reply."""
+    cached_input: Annotated[float, Field(ge=0)] | None = None
+    """Tokens of the question that the server had in its cache. Default: as `input`."""
+
+
+class ServerSettings(Section):
+    """Where a model is, and how it is asked."""
+
+    section: ClassVar[str] = "server"  # what a file calls these settings
+
+    base_url: str = "https://api.deepseek.com"
+    """Where the server is; with `/v1` where it wants that."""
+    model: Annotated[str, Field(min_length=1)] = "deepseek-flash"
+    """Model, as the server names it."""
+    api_key_env: str | None = "DEEPSEEK_API_KEY"
+    """Name of the environment variable that holds the key; null for a server that wants none."""
+    structured: Literal["auto", "json_schema", "json_object", "none"] = "auto"
+    """How strictly JSON is asked for; `auto` takes the strictest that the server accepts."""
+    parameters: dict[str, Any] = {"temperature": 0}
+    """More of the request, as the server takes it: `temperature`, `max_tokens`, `thinking`..."""
+    retries: Annotated[int, Field(ge=0, le=10)] = 2
+    """Times that something is asked again when a reply is none; then it goes without."""
+    concurrency: Annotated[int, Field(ge=1, le=256)] = 8
+    """Calls in flight."""
+    timeout: Annotated[float, Field(gt=0, le=3600)] = 120.0
+    """Seconds for one call."""
+    time_limit: Annotated[float, Field(gt=0)] = 7200.0
+    """Seconds for one run, waiting included."""
+    max_calls: Positive | None = None
+    """Calls for one output; earlier runs count."""
+    max_usd: Annotated[float, Field(gt=0)] | None = None
+    """Dollars for one output, by `prices`; earlier runs count."""
+    prices: Prices | None = None
+    """What the server charges."""
+
+    @field_validator("base_url")
+    @classmethod
+    def _plain_url(cls, value: str) -> str:
+        parts = urlsplit(value)
+        if parts.scheme not in {"http", "https"} or not parts.hostname:
+            raise ValueError("must be an http or https URL")
+        if parts.username or parts.password or parts.query:
+            raise PydanticCustomError(
+                "secret", "must hold no credentials: name their variable with `api_key_env`"
+            )
+        return value.rstrip("/")
+
+    @field_validator("api_key_env")
+    @classmethod
+    def _name_of_a_variable(cls, value: str | None) -> str | None:
+        if value is not None and not VARIABLE.fullmatch(value):
+            raise PydanticCustomError(
+                "secret", "must be the name of an environment variable in capitals, never a key"
+            )
+        return value
+
+    @model_validator(mode="after")
+    def _server_fits_together(self) -> Self:
+        if self.max_usd is not None and self.prices is None:
+            raise ValueError("`max_usd` needs `prices`")
+        reserved = sorted(RESERVED & set(self.parameters))
+        if reserved:
+            raise ValueError(f"`parameters` cannot hold `{reserved[0]}`")
+        return self

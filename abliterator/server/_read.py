@@ -1,0 +1,63 @@
+"""Strict reading of a reply that should be one JSON object, the same for every server and rung."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+_THOUGHT = re.compile(r"\A.*</think(?:ing)?>", re.DOTALL | re.IGNORECASE)
+_OPEN_THOUGHT = re.compile(r"<think(?:ing)?>", re.IGNORECASE)
+
+
+class InvalidReply(ValueError):
+    """A reply that is not what was asked for; the message says why, and quotes nothing of it."""
+
+
+def without_thinking(reply: str) -> str:
+    """The reply after its thinking, which some servers leave in the text.
+
+    Raises:
+        InvalidReply: if nothing is left.
+    """
+    # a reply that begins with its object may quote a tag of thinking inside it
+    text = reply if reply.lstrip().startswith(("{", "```")) else _THOUGHT.sub("", reply)
+    if _OPEN_THOUGHT.match(text.lstrip()):
+        raise InvalidReply("only thinking")
+    if not text.strip():
+        raise InvalidReply("blank")
+    return text
+
+
+def objects(text: str) -> Iterator[Mapping[str, Any]]:
+    """Every outermost JSON object in a text, fences and words around them aside.
+
+    One that is not whole ends the reading: what is quoted before a cut-off object would otherwise
+    pass for the model's own.
+
+    Raises:
+        InvalidReply: at broken JSON, a key given twice, or a number that is none.
+    """
+    decoder = json.JSONDecoder(object_pairs_hook=_once, parse_constant=_no_constant)
+    start = text.find("{")
+    while start >= 0:
+        try:
+            value, end = decoder.raw_decode(text, start)
+        except InvalidReply:
+            raise
+        except (ValueError, RecursionError):  # ValueError: no JSON, or a number too long
+            raise InvalidReply("broken JSON") from None
+        if isinstance(value, dict):
+            yield value
+        start = text.find("{", end)
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    if len({key for key, _ in pairs}) < len(pairs):
+        raise InvalidReply("a key given twice")
+    return dict(pairs)
+
+
+def _no_constant(name: str) -> Any:
+    raise InvalidReply(f"the number {name}")

@@ -1,0 +1,119 @@
+"""One run of questions to a server: through the cache, within the budget, until they are read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Self, TypeVar
+
+from abliterator.server._budget import Budget
+from abliterator.server._cache import Reply, ReplyCache
+from abliterator.server._http import NoReply, Server
+from abliterator.server._read import InvalidReply
+from abliterator.server._request import Request
+
+if TYPE_CHECKING:
+    from abliterator.recipe import ServerSettings
+
+COMPLETE = {"stop", "eos", "eos_token", None}  # reasons to finish that leave a whole reply
+
+T = TypeVar("T")
+
+
+class Unanswered(Exception):
+    """A question that got no valid reply in all its attempts; the message says why."""
+
+
+@dataclass
+class Heard:
+    """What a session cost, and what its servers said of themselves."""
+
+    calls: int = 0
+    cost: float = 0.0
+    invalid: int = 0
+    models: set[str] = field(default_factory=set)
+    fingerprints: set[str] = field(default_factory=set)
+    rungs: set[str] = field(default_factory=set)
+
+    def __str__(self) -> str:
+        return f"{self.calls} calls" + (f", ${self.cost:.4f}" if self.cost else "")
+
+
+class Session:
+    """Questions to one server.
+
+    Args:
+        settings: the server, and what may be spent on it.
+        cache: SQLite file of replies; the same file makes a run go on where it stopped.
+        account: sets apart what is spent by different askers in one file.
+    """
+
+    def __init__(self, settings: ServerSettings, *, cache: Path, account: str = "") -> None:
+        self._settings = settings
+        self._cache = ReplyCache(cache, account=account)
+        calls, cost = self._cache.totals()
+        self._budget = Budget(settings, calls=calls, cost=cost)
+        self._server = Server(settings, self._budget)
+        self.heard = Heard(calls, cost)
+
+    async def __aenter__(self) -> Self:
+        await self._server.__aenter__()
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._cache.close()
+        await self._server.__aexit__(kind, error, trace)
+
+    async def value(self, request: Callable[[int], Request], read: Callable[[str], T]) -> T:
+        """What `read` makes of the reply to a request, asked anew as long as replies are invalid.
+
+        Args:
+            request: the request of an attempt, from 0; every attempt words it a little differently.
+            read: raises InvalidReply for a reply that is not what was asked for.
+
+        Raises:
+            Unanswered: if no attempt got a valid reply.
+            OutOfBudget: if a limit would be passed.
+            JudgeError: if the server cannot be used at all.
+        """
+        why = ""
+        for attempt in range(1 + self._settings.retries):
+            try:
+                return read(await self._text(request(attempt)))
+            except NoReply as error:
+                raise Unanswered(f"no reply ({error})") from None
+            except InvalidReply as error:
+                self.heard.invalid += 1
+                why = str(error)
+        raise Unanswered(f"{1 + self._settings.retries} invalid replies, the last: {why}")
+
+    async def _text(self, request: Request) -> str:
+        key = request.key(self._settings)
+        reply = self._cache.get(key)
+        if reply is None:
+            reply = await self._server.ask(request)
+            cost = self._budget.price(reply)
+            self._cache.put(key, reply, cost=cost)
+            self._budget.spend(cost)
+        self._hear(reply)
+        if reply.finish_reason not in COMPLETE:
+            raise InvalidReply(f"finished by {reply.finish_reason}")
+        return reply.text
+
+    def _hear(self, reply: Reply) -> None:
+        heard = self.heard
+        for told, where in (
+            (reply.model, heard.models),
+            (reply.fingerprint, heard.fingerprints),
+            (reply.rung, heard.rungs),
+        ):
+            if told is not None:
+                where.add(told)
+        heard.calls, heard.cost = self._budget.calls, self._budget.cost
