@@ -1,6 +1,11 @@
 import hashlib
 import json
+import math
+import shutil
 import struct
+import subprocess
+import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -185,8 +190,40 @@ def test_a_strength_of_zero_leaves_a_component_alone(tiny_folder, tmp_path):
 def test_files_a_loader_needs_are_carried(tiny_folder, tmp_path):
     base = tiny_folder("qwen")
     baked(base, tmp_path / "out")
-    for name in ("config.json", "tokenizer.json", "modeling_qwen.py", "generation_config.json"):
+    for name in ("tokenizer.json", "modeling_qwen.py", "generation_config.json"):
         assert (tmp_path / "out" / name).read_bytes() == (base / name).read_bytes()
+
+
+def test_config_is_the_bases_but_for_what_would_be_false(tiny_folder, tmp_path):
+    base = Path(shutil.copytree(tiny_folder(), tmp_path / "base"))
+    before = json.loads((base / "config.json").read_text())
+    odd = {"_name_or_path": "/home/someone/x", "limit": [0.0, math.inf], "tiny": 1e-30}
+    odd |= {"auto_map": {"AutoConfig": "org/code--configuration.Config"}, "abliterator": {"old": 1}}
+    (base / "config.json").write_text(json.dumps({**odd, **before}))
+    baked(base, tmp_path / "out")
+    after = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert after.pop("abliterator") == {"version": version("abliterator")}
+    for false_now in ("_name_or_path", "abliterator"):
+        odd.pop(false_now)
+    assert after == {**odd, **before}
+    assert list(after) == [*odd, *(key for key in before if key not in odd)]
+
+
+def test_the_entry_in_the_config_goes_unnoticed(tiny_folder, tmp_path):
+    """Plain transformers, all its warnings on: not a word, and the entry is kept when saved."""
+    baked(tiny_folder("qwen3"), tmp_path / "out")
+    script = (
+        "import sys, transformers as t; t.utils.logging.set_verbosity_info()\n"
+        "config = t.AutoConfig.from_pretrained(sys.argv[1])\n"
+        "model = t.AutoModelForCausalLM.from_pretrained(sys.argv[1])\n"
+        "print(config.abliterator['version'], model.config.to_dict()['abliterator']['version'])"
+    )
+    command = [sys.executable, "-W", "error", "-c", script, str(tmp_path / "out")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == [version("abliterator")] * 2
+    told = done.stderr.replace("Model config", "").lower()
+    assert not any(word in told for word in ("warn", "unused", "unexpected", "ignor")), done.stderr
 
 
 # ---- the reported leak

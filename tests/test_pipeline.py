@@ -102,6 +102,22 @@ def test_a_recipe_becomes_a_measured_checkpoint(project, tmp_path):
     assert set(record.timing) >= {"capture", "bake", "rollouts"}
 
 
+def test_config_names_the_recipe_and_another_judge_bakes_nothing_again(project, tmp_path):
+    build(project(), tmp_path / "out")
+    config = tmp_path / "out" / "checkpoint" / "config.json"
+    first = json.loads(config.read_text())["abliterator"]["recipe_digest"]
+    assert first == pipeline.read_record(tmp_path / "out").recipe_digest
+    log = Log()
+    options = Options(device="cpu", dtype="float32", force=True)
+    changed = project("divergence.limit=3")
+    pipeline.build(changed, tmp_path / "out", options=options, progress=log)
+    assert {"bake", "rollouts", "judge"} <= set(log.skipped)
+    assert "config" in log.ran
+    record = pipeline.read_record(tmp_path / "out")
+    assert json.loads(config.read_text())["abliterator"]["recipe_digest"] == record.recipe_digest
+    assert record.recipe_digest != first
+
+
 def test_nothing_private_is_in_the_checkpoint(project, tmp_path):
     build(project(), tmp_path / "out")
     published = b"".join(files_of(tmp_path / "out" / "checkpoint").values())
@@ -164,7 +180,12 @@ def test_the_bases_answers_outlive_a_change_of_the_edit(project, tmp_path, monke
 
 @pytest.mark.parametrize(
     "lost",
-    ["work/moments.safetensors", "work/verdicts.jsonl", "checkpoint/model.safetensors"],
+    [
+        "checkpoint/config.json",
+        "work/moments.safetensors",
+        "work/verdicts.jsonl",
+        "checkpoint/model.safetensors",
+    ],
 )
 def test_what_was_lost_or_changed_is_made_again(project, tmp_path, lost):
     build(project(), tmp_path / "out")
@@ -253,7 +274,7 @@ def test_an_error_after_the_directions_keeps_them(project, tmp_path, monkeypatch
         build(project(), tmp_path / "out")
     monkeypatch.undo()
     _, log = build(project(), tmp_path / "out")
-    assert log.skipped == ["prompts", "capture", "directions", "bake"]
+    assert log.skipped == ["prompts", "capture", "directions", "bake", "config"]
 
 
 # ---- without a recipe

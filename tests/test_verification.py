@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -62,7 +63,8 @@ def test_what_bake_wrote_passes(baked, family, dtype):
     leaks = [edit["leak"] for edit in edits if edit["leak"] is not None]
     assert found.max_leak == pytest.approx(max(leaks), rel=0.05, abs=1e-6)
     assert found.foreign == ()
-    every_byte = sum(p.stat().st_size for p in base.iterdir() if p.name != "README.md")
+    changed = ("README.md", "config.json")
+    every_byte = sum(p.stat().st_size for p in base.iterdir() if p.name not in changed)
     assert found.identical_bytes + found.edited_bytes == every_byte
 
 
@@ -142,6 +144,52 @@ def test_a_leak_that_was_made_to_look_smaller(baked):
     found = verify(base, checkpoint, subspace=subspace)
     assert [WRITER in fault and "1.00e+00" in fault for fault in found.faults] == [True]
     assert verify(base, checkpoint).ok  # without a subspace nobody can tell
+
+
+def changed_config(base: Path, change: str) -> str:
+    """A config.json of `base` that abliterator would not have written."""
+    document = json.loads((base / "config.json").read_text())
+    if change == "the base's own":
+        return json.dumps(document, indent=2) + "\n"
+    entry: dict[str, object] = {"version": "0.1.0", "subspace_sha256": "a" * 64}
+    if change == "a number":
+        document["rms_norm_eps"] = 1e-5
+    elif change == "another key":
+        document["note"] = "x"
+    elif change == "a key less":
+        document.pop("rms_norm_eps")
+    elif change == "a false origin":
+        document["_name_or_path"] = "somebody/else"
+    else:
+        entry |= {
+            "free text in the entry": {"note": "x"},
+            "no digest": {"subspace_sha256": "<script>"},
+            "no version": {"version": "a b"},
+            "a list": {"version": ["0.1.0"]},
+            "two digests in one": {"recipe_digest": ["a" * 64]},
+        }[change]
+    return json.dumps({**document, "abliterator": entry}, indent=2) + "\n"
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        *("the base's own", "a number", "another key", "a key less", "a false origin"),
+        *("free text in the entry", "no digest", "no version", "a list", "two digests in one"),
+    ],
+)
+def test_one_config_is_allowed(baked, change):
+    base, checkpoint, _ = baked()
+    assert "rms_norm_eps" in (checkpoint / "config.json").read_text()
+    (checkpoint / "config.json").write_text(changed_config(base, change))
+    (fault,) = verify(base, checkpoint).faults
+    assert fault.startswith("config.json ")
+
+
+def test_a_config_names_the_subspace_where_there_was_no_recipe(baked):
+    _, checkpoint, subspace = baked()
+    entry = json.loads((checkpoint / "config.json").read_text())["abliterator"]
+    assert entry["subspace_sha256"] == hashlib.sha256(subspace.read_bytes()).hexdigest()
 
 
 @pytest.mark.parametrize("damage", ["missing", "short", "config", "tokenizer"])

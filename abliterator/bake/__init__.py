@@ -14,7 +14,7 @@ H = d_model, k rank, Q [H, k] the orthonormal basis.
 from abliterator.bake._plan import EditPlan, EditSettings, PlannedEdit, plan_edits, require_d_model
 from abliterator.bake._preview import preview_edit
 from abliterator.bake._stored import PANEL_ELEMENTS
-from abliterator.bake._write import bake
+from abliterator.bake._write import bake, write_config
 
 __all__ = [
     "PANEL_ELEMENTS",
@@ -25,4 +25,5 @@ __all__ = [
     "plan_edits",
     "preview_edit",
     "require_d_model",
+    "write_config",
 ]

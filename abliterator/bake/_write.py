@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -10,12 +11,15 @@ from abliterator.anatomy import Writer
 from abliterator.bake._plan import EditPlan, PlannedEdit, require_d_model
 from abliterator.bake._stored import edit_stored, read_scale, read_vector
 from abliterator.checkpoint import (
+    CONFIG_FILE,
     Checkpoint,
     PatchedTensor,
     TensorInfo,
     carried_files,
     copy_file,
+    edited_config,
     patch_file,
+    write_text_atomic,
 )
 from abliterator.record import TensorEdit
 
@@ -31,18 +35,20 @@ def bake(
     basis: Tensor,
     out: Path,
     *,
+    made_from: Mapping[str, str] | None = None,
     on_bytes: Callable[[int], None] | None = None,
 ) -> tuple[TensorEdit, ...]:
     """Writes the edited checkpoint to `out`: weight files, and every other file a loader needs.
 
-    All bytes outside the planned tensors, headers included, are the base's. Memory is that of the
-    largest edited tensor and a few panels.
+    All bytes outside the planned tensors, headers included, are the base's; config.json is what
+    `write_config` makes of it. Memory is that of the largest edited tensor and a few panels.
 
     Args:
         checkpoint: the base.
         plan: from `plan_edits` on the same checkpoint.
         basis: Q [H, k], orthonormal, float64.
         out: a folder; files of the same names in it are replaced, each in one step.
+        made_from: for config.json.
         on_bytes: called with the size of each weight file when it is done.
 
     Returns:
@@ -71,8 +77,25 @@ def bake(
         if on_bytes is not None:
             on_bytes(patched.size)
     for file in carried_files(checkpoint.folder)[0]:
-        copy_file(checkpoint.folder / file, out / file)
+        if file != CONFIG_FILE:
+            copy_file(checkpoint.folder / file, out / file)
+    write_config(checkpoint, out, made_from)
     return tuple(done)
+
+
+def write_config(
+    checkpoint: Checkpoint, out: Path, made_from: Mapping[str, str] | None = None
+) -> None:
+    """Writes config.json of the edited checkpoint, with an entry that says who edited it.
+
+    Args:
+        checkpoint: the base.
+        out: folder of the edited checkpoint.
+        made_from: what stands in the entry beside the version of abliterator: `recipe_digest`, or
+            `subspace_sha256` where there was no recipe.
+    """
+    entry = {"version": version("abliterator"), **(made_from or {})}
+    write_text_atomic(out / CONFIG_FILE, edited_config(checkpoint.config, entry))
 
 
 def removal_of(writer: Writer, checkpoint: Checkpoint, basis: Tensor) -> Removal:

@@ -17,8 +17,9 @@ how bytes become numbers; it never imports torch.
 """
 
 from abliterator.checkpoint._carry import carried_files
+from abliterator.checkpoint._config import CONFIG_ENTRY, edited_config
 from abliterator.checkpoint._fingerprint import fingerprint
-from abliterator.checkpoint._folder import Checkpoint
+from abliterator.checkpoint._folder import CONFIG_FILE, Checkpoint
 from abliterator.checkpoint._header import DTYPE_BITS, TensorInfo
 from abliterator.checkpoint._patch import Edit, PatchedFile, PatchedTensor, patch_file
 from abliterator.checkpoint._write import (
@@ -29,6 +30,8 @@ from abliterator.checkpoint._write import (
 )
 
 __all__ = [
+    "CONFIG_ENTRY",
+    "CONFIG_FILE",
     "DTYPE_BITS",
     "Checkpoint",
     "Edit",
@@ -37,6 +40,7 @@ __all__ = [
     "TensorInfo",
     "carried_files",
     "copy_file",
+    "edited_config",
     "fingerprint",
     "free_bytes",
     "patch_file",

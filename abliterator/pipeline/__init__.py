@@ -1,7 +1,7 @@
 """The stages, composed, resumed, recorded: one recipe becomes a measured checkpoint.
 
-    recipe -> plan -> prompts -> capture -> (selection) -> directions -> bake -> rollouts -> judge
-           -> divergence -> benchmarks -> record -> card
+    recipe -> plan -> prompts -> capture -> (selection) -> directions -> bake -> config -> rollouts
+           -> judge -> divergence -> benchmarks -> record -> card
 
 Only this room reads a `Recipe` whole. It neither prints nor parses: it tells a `Progress` what it
 does.
@@ -11,6 +11,7 @@ does.
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import replace
 from pathlib import Path
 from time import perf_counter
@@ -20,7 +21,14 @@ from abliterator.checkpoint import write_text_atomic
 from abliterator.errors import AbliteratorError, OutputError
 from abliterator.pipeline._benchmarking import BENCHMARKS, benchmark_tasks, pin_tasks
 from abliterator.pipeline._divergence import DIVERGENCE
-from abliterator.pipeline._extraction import BAKE, CAPTURE, DIRECTIONS, PROMPTS, edits_json
+from abliterator.pipeline._extraction import (
+    BAKE,
+    CAPTURE,
+    CONFIG,
+    DIRECTIONS,
+    PROMPTS,
+    edits_json,
+)
 from abliterator.pipeline._judging import JUDGE, judge_of, require_key
 from abliterator.pipeline._plan import Plan, make_plan, require_layers, require_room, selection_cost
 from abliterator.pipeline._progress import Advance, Progress, Silent
@@ -60,6 +68,7 @@ STAGES = (
     SELECTION,  # only where a recipe leaves layers or k to it
     DIRECTIONS,
     BAKE,
+    CONFIG,
     ROLLOUTS,
     JUDGE,
     DIVERGENCE,
@@ -180,6 +189,13 @@ def bake_subspace(
 
     plan = make_plan(resolve_folder(model, revision=None), edit or Edit(), out)
     require_room(plan, out)
-    edits = bake(plan.checkpoint, plan.edits, load_subspace(subspace).basis, out)
+    given = hashlib.sha256(subspace.read_bytes()).hexdigest()
+    edits = bake(
+        plan.checkpoint,
+        plan.edits,
+        load_subspace(subspace).basis,
+        out,
+        made_from={"subspace_sha256": given},
+    )
     write_text_atomic(out / "abliterator" / "edits.json", edits_json(edits))
     return edits

@@ -9,8 +9,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from abliterator.bake import bake
-from abliterator.checkpoint import write_text_atomic
+from abliterator.bake import bake, write_config
+from abliterator.checkpoint import CONFIG_FILE, write_text_atomic
 from abliterator.pipeline._chosen import chosen_layers
 from abliterator.pipeline._prompt_sets import PromptSets, load_sets, set_apart
 from abliterator.pipeline._run import Run
@@ -127,10 +127,31 @@ def _bake(run: Run) -> tuple[list[Path], Parts]:
     if out.exists():
         shutil.rmtree(out)  # what an earlier recipe left there is not part of this checkpoint
     with run.progress.bar("bake", run.plan.checkpoint.total_bytes) as advance:
-        edits = bake(run.plan.checkpoint, run.plan.edits, subspace.basis, out, on_bytes=advance)
+        edits = bake(
+            run.plan.checkpoint,
+            run.plan.edits,
+            subspace.basis,
+            out,
+            made_from=_made_from(run),
+            on_bytes=advance,
+        )
     report = out / "abliterator" / "edits.json"
     write_text_atomic(report, edits_json(edits))
-    return [path for path in out.rglob("*") if path.is_file()], {}
+    config = out / CONFIG_FILE  # left to the next stage
+    return [path for path in out.rglob("*") if path.is_file() and path != config], {}
+
+
+def _made_from(run: Run) -> dict[str, str]:
+    return {"recipe_digest": run.recipe.digest}
+
+
+def _config_inputs(run: Run) -> Any:
+    return [run.digest("bake"), _made_from(run)]
+
+
+def _config(run: Run) -> tuple[list[Path], Parts]:
+    write_config(run.plan.checkpoint, run.workspace.checkpoint, _made_from(run))
+    return [run.workspace.checkpoint / CONFIG_FILE], {}
 
 
 def edits_json(edits: Iterable[TensorEdit]) -> str:
@@ -147,4 +168,6 @@ def tensor_edits(run: Run) -> list[TensorEdit]:
 PROMPTS = Stage("prompts", 2, _prompts_inputs, _prompts)
 CAPTURE = Stage("capture", 1, _capture_inputs, _capture)
 DIRECTIONS = Stage("directions", 2, _directions_inputs, _directions)
-BAKE = Stage("bake", 1, _bake_inputs, _bake)
+BAKE = Stage("bake", 2, _bake_inputs, _bake)
+# Apart from the weights: it names the whole recipe, and another judge must not bake them again.
+CONFIG = Stage("config", 1, _config_inputs, _config)

@@ -90,6 +90,7 @@ def _edit(run: Run) -> EditSummary:
     edits = tensor_edits(run)
     leaks = [edit.leak for edit in edits if edit.leak is not None]
     settings = run.plan.edits.settings
+    written = (*run.plan.checkpoint.weight_files, *run.plan.carried)
     return EditSummary(
         layers=chosen_layers(run),
         positions=(run.recipe.directions.position,),
@@ -101,7 +102,7 @@ def _edit(run: Run) -> EditSummary:
         tensors=len(edits),
         max_leak=max(leaks, default=None),
         median_leak=median(leaks) if leaks else None,
-        output_bytes=run.plan.output_bytes,
+        output_bytes=sum((run.workspace.checkpoint / name).stat().st_size for name in written),
         edited_bytes=run.plan.edits.edited_bytes,
     )
 

@@ -3,84 +3,30 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
-from abliterator.checkpoint import Checkpoint, TensorInfo, carried_files
+from abliterator.checkpoint import CONFIG_FILE, Checkpoint, TensorInfo, carried_files
 from abliterator.errors import CheckpointError
-from abliterator.record import RunRecord, TensorEdit
+from abliterator.record import TensorEdit
+from abliterator.verification._beside import check_record, compare_carried, compare_config
+from abliterator.verification._findings import (
+    EDITS,
+    OURS,
+    Findings,
+    Verification,
+    read_edits,
+    sha256_of,
+    told_leak,
+)
 from abliterator.verification._leak import LeakMeter
-
-EDITS = "abliterator/edits.json"
-RECORD = "abliterator/record.json"
-OURS = ("README.md", "recipe.yaml", EDITS, RECORD)
-"""What abliterator adds to the files of the base."""
 
 _CHUNK = 4 << 20  # bytes compared at once
 # Two measurements of one leak differ by the rounding of the sums behind them.
 _SAME_LEAK = 0.05
 _NO_LEAK = 1e-5
-
-
-@dataclass(frozen=True)
-class Verification:
-    """What was found; `ok` if the checkpoint is its base with the edits of edits.json.
-
-    Attributes:
-        faults: one sentence each; empty if all holds.
-        tensors: tensors of the base.
-        edited: tensors that edits.json names.
-        identical_bytes: bytes, headers and files beside the weights included, equal to the base's.
-        edited_bytes: bytes of the edited tensors.
-        max_leak: largest |Qᵀ W'| / |Qᵀ W| measured again; None without a subspace.
-        base_sha256: sha256 of each weight and carried file of the base, by relative path.
-        sha256: the same of the checkpoint, with the files that abliterator adds.
-        foreign: files of the checkpoint folder that neither the base nor abliterator put there.
-    """
-
-    faults: tuple[str, ...]
-    tensors: int
-    edited: int
-    identical_bytes: int
-    edited_bytes: int
-    max_leak: float | None
-    base_sha256: Mapping[str, str]
-    sha256: Mapping[str, str]
-    foreign: tuple[str, ...]
-
-    @property
-    def ok(self) -> bool:
-        """Whether nothing was found that breaks the contract."""
-        return not self.faults
-
-    def to_json(self) -> dict[str, Any]:
-        """The findings as plain values."""
-        return {
-            "ok": self.ok,
-            "faults": list(self.faults),
-            "tensors": self.tensors,
-            "edited": self.edited,
-            "identical_bytes": self.identical_bytes,
-            "edited_bytes": self.edited_bytes,
-            "max_leak": self.max_leak,
-            "files": dict(self.sha256),
-            "foreign": list(self.foreign),
-        }
-
-
-@dataclass
-class _Findings:
-    """What accumulates while the files are read."""
-
-    faults: list[str] = field(default_factory=list)
-    identical_bytes: int = 0
-    edited_bytes: int = 0
-    leaks: list[float] = field(default_factory=list)
-    base_sha256: dict[str, str] = field(default_factory=dict)
-    sha256: dict[str, str] = field(default_factory=dict)
 
 
 def verify(
@@ -104,7 +50,7 @@ def verify(
             is wrong with the checkpoint's own bytes is a fault, not an error.
     """
     opened = Checkpoint.open(base)
-    found = _Findings()
+    found = Findings()
     named = _named(read_edits(checkpoint), opened, found)
     measure = _Measure(named, _meter(opened, subspace))
     for file in opened.weight_files:
@@ -113,11 +59,12 @@ def verify(
             on_bytes(opened.file_bytes[file])
     carried = carried_files(base)[0]
     for file in carried:
-        _compare_carried(base, checkpoint, file, found)
-    _check_record(checkpoint, named, found)
+        compare = compare_config if file == CONFIG_FILE else compare_carried
+        compare(opened, checkpoint / file, file, found)
+    check_record(checkpoint, named, found)
     for file in OURS:
         if (checkpoint / file).is_file():
-            found.sha256[file] = _sha256(checkpoint / file)
+            found.sha256[file] = sha256_of(checkpoint / file)
     return Verification(
         faults=tuple(found.faults),
         tensors=len(opened.tensors),
@@ -131,27 +78,8 @@ def verify(
     )
 
 
-def read_edits(checkpoint: Path) -> tuple[TensorEdit, ...]:
-    """The edits that a checkpoint folder says were made to its base.
-
-    Raises:
-        CheckpointError: if edits.json is missing or is not what abliterator writes.
-    """
-    path = checkpoint / EDITS
-    try:
-        return tuple(
-            TensorEdit.model_validate(edit) for edit in json.loads(path.read_text("utf-8"))
-        )
-    except (OSError, ValueError, TypeError) as error:
-        seen = "has no" if isinstance(error, OSError) else "has an unreadable"
-        raise CheckpointError(
-            f"{checkpoint} {seen} {EDITS}, which says what was edited; a checkpoint that "
-            "`abliterator build` or `abliterator bake` wrote was expected. Build it again."
-        ) from error
-
-
 def _named(
-    edits: tuple[TensorEdit, ...], base: Checkpoint, found: _Findings
+    edits: tuple[TensorEdit, ...], base: Checkpoint, found: Findings
 ) -> dict[str, TensorEdit]:
     """The edits by name; a fault for each that does not fit the base."""
     named: dict[str, TensorEdit] = {}
@@ -184,7 +112,7 @@ def _compare_weights(
     file: str,
     edited: Path,
     measure: _Measure,
-    found: _Findings,
+    found: Findings,
 ) -> None:
     """One weight file against the base's, from its header to its last byte."""
     size = base.file_bytes[file]
@@ -206,7 +134,7 @@ def _compare_weights(
     found.base_sha256[file], found.sha256[file] = pair.first.hexdigest(), pair.second.hexdigest()
 
 
-def _has_size(path: Path, file: str, size: int, found: _Findings) -> bool:
+def _has_size(path: Path, file: str, size: int, found: Findings) -> bool:
     if not path.is_file():
         found.faults.append(f"{file} is missing.")
     elif path.stat().st_size != size:
@@ -254,7 +182,7 @@ class _Measure:
     named: Mapping[str, TensorEdit]
     meter: LeakMeter | None
 
-    def edited(self, pair: _Pair, info: TensorInfo, found: _Findings) -> None:
+    def edited(self, pair: _Pair, info: TensorInfo, found: Findings) -> None:
         """One edited tensor: its hashes on both sides, and its leak."""
         edit = self.named[info.name]
         before, after = pair.read(info.nbytes)
@@ -274,8 +202,8 @@ class _Measure:
         found.leaks += [] if leak is None else [leak]
         if not _agree(leak, edit.leak):
             found.faults.append(
-                f"{info.file}: {info.name} has a leak of {_told(leak)}, measured again; {EDITS} "
-                f"says {_told(edit.leak)}."
+                f"{info.file}: {info.name} has a leak of {told_leak(leak)}, measured again; "
+                f"{EDITS} says {told_leak(edit.leak)}."
             )
 
 
@@ -283,53 +211,6 @@ def _agree(leak: float | None, said: float | None) -> bool:
     if leak is None or said is None:
         return leak is said
     return abs(leak - said) <= max(_NO_LEAK, _SAME_LEAK * said)
-
-
-def _told(leak: float | None) -> str:
-    return "none" if leak is None else f"{leak:.2e}"
-
-
-def _compare_carried(base: Path, checkpoint: Path, file: str, found: _Findings) -> None:
-    """One file beside the weights, which must be the base's."""
-    found.base_sha256[file] = _sha256(base / file)
-    if not (checkpoint / file).is_file():
-        found.faults.append(f"{file} is missing.")
-        return
-    found.sha256[file] = _sha256(checkpoint / file)
-    if found.sha256[file] == found.base_sha256[file]:
-        found.identical_bytes += (checkpoint / file).stat().st_size
-    else:
-        found.faults.append(f"{file} differs from the base's.")
-
-
-def _check_record(checkpoint: Path, named: Mapping[str, TensorEdit], found: _Findings) -> None:
-    """What record.json, and so the card, says of the edit and of the base; nothing if none is."""
-    path = checkpoint / RECORD
-    if not path.is_file():
-        return
-    try:
-        record = RunRecord.model_validate_json(path.read_text("utf-8"))
-    except ValueError:
-        found.faults.append(f"{RECORD} is not a record that this version of abliterator can read.")
-        return
-    if record.edit.tensors != len(named):
-        found.faults.append(
-            f"{RECORD} speaks of {record.edit.tensors} edited tensors, {EDITS} of {len(named)}."
-        )
-    leak = max((edit.leak for edit in named.values() if edit.leak is not None), default=None)
-    if record.edit.max_leak != leak:
-        found.faults.append(
-            f"{RECORD} says that the largest leak is {_told(record.edit.max_leak)}, {EDITS} "
-            f"{_told(leak)}."
-        )
-    for file, digest in record.model.files_sha256.items():
-        if found.base_sha256.get(file) != digest:
-            found.faults.append(f"{file} of the base is not the one that {RECORD} was made with.")
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _files_of(folder: Path) -> set[str]:

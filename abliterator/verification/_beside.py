@@ -1,0 +1,97 @@
+"""The files of a checkpoint beside its weights, against the base's."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+from abliterator.checkpoint import CONFIG_ENTRY, CONFIG_FILE, Checkpoint, edited_config
+from abliterator.record import RunRecord, TensorEdit
+from abliterator.verification._findings import EDITS, RECORD, Findings, sha256_of, told_leak
+
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+_ENTRY = {
+    "version": re.compile(r"\d[\w.+]{0,40}", re.ASCII),
+    "recipe_digest": _SHA256,
+    "subspace_sha256": _SHA256,
+}
+
+
+def compare_carried(base: Checkpoint, path: Path, file: str, found: Findings) -> None:
+    """One file beside the weights, which must be the base's."""
+    if not _hashed(base, path, file, found):
+        return
+    if found.sha256[file] == found.base_sha256[file]:
+        found.identical_bytes += path.stat().st_size
+    else:
+        found.faults.append(f"{file} differs from the base's.")
+
+
+def compare_config(base: Checkpoint, path: Path, file: str, found: Findings) -> None:
+    """config.json, which must be the one text that the base's and its own entry allow."""
+    if not _hashed(base, path, file, found):
+        return
+    text = path.read_bytes()
+    entry = _entry_of(text)
+    if entry is None:
+        found.faults.append(
+            f"{file} has no entry {CONFIG_ENTRY!r} with the version and the digest that "
+            "abliterator writes."
+        )
+    elif text != edited_config(base.config, entry).encode():
+        found.faults.append(
+            f"{file} differs from the base's by more than what abliterator changes in it."
+        )
+
+
+def _entry_of(config: bytes) -> dict[str, str] | None:
+    """The entry of a config.json, if it has the keys and values that `bake` writes."""
+    try:
+        entry = json.loads(config)[CONFIG_ENTRY]
+    except (ValueError, TypeError, KeyError, RecursionError):
+        return None
+    if not isinstance(entry, dict) or "version" not in entry or not entry.keys() <= _ENTRY.keys():
+        return None
+    sound = all(isinstance(v, str) and _ENTRY[key].fullmatch(v) for key, v in entry.items())
+    return entry if sound else None
+
+
+def _hashed(base: Checkpoint, path: Path, file: str, found: Findings) -> bool:
+    """Hashes a carried file on both sides; False, and a fault, where it is missing."""
+    found.base_sha256[file] = sha256_of(base.folder / file)
+    if not path.is_file():
+        found.faults.append(f"{file} is missing.")
+        return False
+    found.sha256[file] = sha256_of(path)
+    return True
+
+
+def check_record(checkpoint: Path, named: Mapping[str, TensorEdit], found: Findings) -> None:
+    """What record.json, and so the card, says of the edit and of the base; nothing if none is."""
+    path = checkpoint / RECORD
+    if not path.is_file():
+        return
+    try:
+        record = RunRecord.model_validate_json(path.read_text("utf-8"))
+    except ValueError:
+        found.faults.append(f"{RECORD} is not a record that this version of abliterator can read.")
+        return
+    config = checkpoint / CONFIG_FILE
+    entry = _entry_of(config.read_bytes()) if config.is_file() else None
+    if entry is not None and entry.get("recipe_digest") != record.recipe_digest:
+        found.faults.append(f"{CONFIG_FILE} names another recipe than {RECORD}.")
+    if record.edit.tensors != len(named):
+        found.faults.append(
+            f"{RECORD} speaks of {record.edit.tensors} edited tensors, {EDITS} of {len(named)}."
+        )
+    leak = max((edit.leak for edit in named.values() if edit.leak is not None), default=None)
+    if record.edit.max_leak != leak:
+        found.faults.append(
+            f"{RECORD} says that the largest leak is {told_leak(record.edit.max_leak)}, {EDITS} "
+            f"{told_leak(leak)}."
+        )
+    for file, digest in record.model.files_sha256.items():
+        if found.base_sha256.get(file) != digest:
+            found.faults.append(f"{file} of the base is not the one that {RECORD} was made with.")

@@ -1,0 +1,105 @@
+"""What a verification finds, and the names of the files that it reads."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from abliterator.errors import CheckpointError
+from abliterator.record import TensorEdit
+
+EDITS = "abliterator/edits.json"
+RECORD = "abliterator/record.json"
+OURS = ("README.md", "recipe.yaml", EDITS, RECORD)
+"""What abliterator adds to the files of the base."""
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What was found; `ok` if the checkpoint is its base with the edits of edits.json.
+
+    Attributes:
+        faults: one sentence each; empty if all holds.
+        tensors: tensors of the base.
+        edited: tensors that edits.json names.
+        identical_bytes: bytes, headers and files beside the weights included, equal to the base's.
+            config.json is not among them: it is the base's but for what would be false now.
+        edited_bytes: bytes of the edited tensors.
+        max_leak: largest |Qᵀ W'| / |Qᵀ W| measured again; None without a subspace.
+        base_sha256: sha256 of each weight and carried file of the base, by relative path.
+        sha256: the same of the checkpoint, with the files that abliterator adds.
+        foreign: files of the checkpoint folder that neither the base nor abliterator put there.
+    """
+
+    faults: tuple[str, ...]
+    tensors: int
+    edited: int
+    identical_bytes: int
+    edited_bytes: int
+    max_leak: float | None
+    base_sha256: Mapping[str, str]
+    sha256: Mapping[str, str]
+    foreign: tuple[str, ...]
+
+    @property
+    def ok(self) -> bool:
+        """Whether nothing was found that breaks the contract."""
+        return not self.faults
+
+    def to_json(self) -> dict[str, Any]:
+        """The findings as plain values."""
+        return {
+            "ok": self.ok,
+            "faults": list(self.faults),
+            "tensors": self.tensors,
+            "edited": self.edited,
+            "identical_bytes": self.identical_bytes,
+            "edited_bytes": self.edited_bytes,
+            "max_leak": self.max_leak,
+            "files": dict(self.sha256),
+            "foreign": list(self.foreign),
+        }
+
+
+@dataclass
+class Findings:
+    """What accumulates while the files are read."""
+
+    faults: list[str] = field(default_factory=list)
+    identical_bytes: int = 0
+    edited_bytes: int = 0
+    leaks: list[float] = field(default_factory=list)
+    base_sha256: dict[str, str] = field(default_factory=dict)
+    sha256: dict[str, str] = field(default_factory=dict)
+
+
+def read_edits(checkpoint: Path) -> tuple[TensorEdit, ...]:
+    """The edits that a checkpoint folder says were made to its base.
+
+    Raises:
+        CheckpointError: if edits.json is missing or is not what abliterator writes.
+    """
+    path = checkpoint / EDITS
+    try:
+        return tuple(
+            TensorEdit.model_validate(edit) for edit in json.loads(path.read_text("utf-8"))
+        )
+    except (OSError, ValueError, TypeError) as error:
+        seen = "has no" if isinstance(error, OSError) else "has an unreadable"
+        raise CheckpointError(
+            f"{checkpoint} {seen} {EDITS}, which says what was edited; a checkpoint that "
+            "`abliterator build` or `abliterator bake` wrote was expected. Build it again."
+        ) from error
+
+
+def told_leak(leak: float | None) -> str:
+    return "none" if leak is None else f"{leak:.2e}"
+
+
+def sha256_of(path: Path) -> str:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
