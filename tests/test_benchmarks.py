@@ -8,6 +8,7 @@ import random
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ import yaml
 
 from abliterator.benchmarks import (
     PRESETS,
+    Aggregate,
     DocScore,
     Engine,
     RunSettings,
@@ -294,8 +296,95 @@ def test_the_quick_index_finds_what_lm_evals_own_does():
 def test_a_group_stands_for_all_its_tasks():
     found = _named.named_tasks("mmlu")
     assert len(found) == 57
-    assert {task.group for task in found} == {"mmlu"}
     assert all(task.path.is_file() for task in found)
+    groups = [tuple(score.group for score in task.aggregates) for task in found]
+    assert Counter(groups) == {
+        ("mmlu", "mmlu_stem"): 19,
+        ("mmlu", "mmlu_other"): 13,
+        ("mmlu", "mmlu_social_sciences"): 12,
+        ("mmlu", "mmlu_humanities"): 13,
+    }
+    assert {score for task in found for score in task.aggregates if score.group == "mmlu"} == {
+        Aggregate(group="mmlu", metric="acc", by_size=True)
+    }
+
+
+TASK_FILES = {
+    "outer.yaml": """
+group: outer
+task: [inner, {task: alone, num_fewshot: 7}, {group: within, task: [small], fewshot_split: dev}]
+num_fewshot: 2
+""",
+    "inner.yaml": """
+group: inner
+task: [small, {task: other, test_split: dev}]
+num_fewshot: 3
+output_type: multiple_choice
+aggregate_metric_list: {metric: acc_norm, weight_by_size: false, filter_list: first}
+""",
+    "coded.yaml": "group: coded\ntask: [small]\nprocess_docs: !function utils.anything\n",
+    **{f"{name}.yaml": f"task: {name}\n" for name in ("small", "other", "alone")},
+}
+
+
+@pytest.fixture
+def lm_evals(tmp_path, monkeypatch):
+    """Task files in the place of lm-eval's own."""
+    for name, text in TASK_FILES.items():
+        (tmp_path / name).write_text(text)
+    monkeypatch.setattr(_named, "_folder", lambda: tmp_path)
+    _named._index.cache_clear()
+    yield tmp_path
+    _named._index.cache_clear()
+
+
+def test_groups_change_their_tasks_as_by_lm_eval(lm_evals):
+    """lm-eval's own factory is the oracle, but for the tasks that it would load data for."""
+    from lm_eval.tasks import TaskManager
+    from lm_eval.tasks._factory import TaskFactory
+
+    built = []
+
+    class Factory(TaskFactory):
+        def _build_task(self, entry, overrides):
+            built.append((entry.name, {k: v for k, v in overrides.items() if k != "task"}))
+            return type("Named", (), {"task_name": f"{len(built)}"})()
+
+    index = TaskManager(include_path=str(lm_evals), include_defaults=False).task_index
+    Factory().build(index["outer"], registry=index)
+    found = _named.named_tasks("outer")
+    assert [(task.name, task.overrides) for task in found] == built
+    assert [task.overrides["num_fewshot"] for task in found] == [2, 2, 7, 2]
+    scores = [[score.group for score in task.aggregates] for task in found]
+    assert scores == [["inner"], ["inner"], [], []]
+    assert found[0].aggregates[0] == Aggregate(
+        group="inner", metric="acc_norm", filters=("first",), by_size=False
+    )
+
+
+def test_a_group_that_hands_code_to_its_tasks_is_refused(lm_evals):
+    with pytest.raises(BenchmarkError, match=r"'coded' is a group .* functions of its own"):
+        _named.named_tasks("coded")
+
+
+def test_what_a_group_changes_reaches_the_task_and_its_digest(recipe, monkeypatch):
+    path = recipe / "tasks/toy_choice.yaml"
+    files = {"data_files": {"test": str(recipe / "tasks/data/questions.jsonl")}}
+    aggregate = Aggregate(group="g", metric="acc_norm")
+
+    def named(changes, aggregates):
+        task = _named.NamedTask(
+            "toy_choice", path, {"dataset_kwargs": files, **changes}, aggregates
+        )
+        monkeypatch.setattr(_tasks, "named_tasks", lambda name: [task])
+        (found,) = resolve_tasks(["g"], folder=recipe)
+        return found
+
+    plain, changed = named({}, ()), named({"num_fewshot": 3}, (aggregate,))
+    assert plain.digest != changed.digest
+    assert (plain.metric, changed.metric, changed.aggregates) == ("acc", "acc_norm", (aggregate,))
+    loaded = _tasks.load(changed.name, changed.spec, where="")
+    assert loaded.get_config("num_fewshot") == 3
 
 
 def test_presets_name_tasks_that_lm_eval_has():
@@ -305,6 +394,43 @@ def test_presets_name_tasks_that_lm_eval_has():
                 assert Path(request.task).is_file()
             else:
                 assert [task.name for task in _named.named_tasks(request.task)] == [request.task]
+
+
+def test_every_task_of_the_damage_preset_is_what_it_is_taken_for():
+    """By lm-eval's YAML alone: its data is on the Hub."""
+    expected = {
+        "lambada_openai": ("EleutherAI/lambada_openai", "loglikelihood", "acc"),
+        "truthfulqa_mc2": ("truthfulqa/truthful_qa", "multiple_choice", "acc"),
+        "piqa": ("baber/piqa", "multiple_choice", "acc_norm"),
+        "gsm8k": ("openai/gsm8k", "generate_until", "exact_match"),
+        "ifeval": ("google/IFEval", "generate_until", "prompt_level_strict_acc"),
+    }
+    generated = set()
+    for request in preset_tasks("damage"):
+        (found,) = _named.named_tasks(request.task)
+        settings = _named.yaml_settings(found.path)
+        metrics = {entry["metric"]: entry.get("aggregation") for entry in settings["metric_list"]}
+        if request.task.startswith("mmlu_"):
+            wanted = ("cais/mmlu", "multiple_choice", "acc")
+            assert [score.group for score in request.aggregates] == ["mmlu_subset"]
+        else:
+            wanted = expected.pop(request.task)
+        assert (settings["dataset_path"], settings["output_type"]) == wanted[:2]
+        assert metrics[wanted[2]] == "mean"
+        assert _tasks._primary_metric(request.task, _means(metrics)) == wanted[2]
+        if settings["output_type"] == "generate_until":
+            generated.add(request.task)
+            assert request.chat_template
+    assert (expected, generated) == ({}, {"gsm8k", "ifeval"})
+
+
+def _means(metrics):
+    from lm_eval.api.metrics import mean
+
+    return {name: mean if how == "mean" else None for name, how in metrics.items()}
+
+
+def test_the_seed_preset_has_the_seeds_tasks():
     assert [r.task for r in preset_tasks("seed")] == [
         "arc_easy", "arc_challenge", "hellaswag", "piqa", "winogrande"
     ]  # fmt: skip
@@ -461,14 +587,14 @@ def test_a_run_leaves_no_trace_in_the_process(plain, tasks, capfd):
     def state():
         numpy = np.random.get_state()[1].tolist()  # noqa: NPY002
         generators = [random.getstate(), numpy, torch.get_rng_state().tolist()]
-        return [dict(os.environ), generators, tasks[1].spec]
+        return [dict(os.environ), generators, tasks[1].spec.settings]
 
     torch.manual_seed(7)
     before = json.dumps(state())
     run(plain, tasks, batch_size=7, limit=2)
     assert json.dumps(state()) == before
     # lm-eval drops the second of these from what it is given.
-    assert set(tasks[1].spec["dataset_kwargs"]) == {"data_files", "trust_remote_code"}
+    assert set(tasks[1].spec.settings["dataset_kwargs"]) == {"data_files", "trust_remote_code"}
     assert capfd.readouterr() == ("", "")
 
 
@@ -610,7 +736,7 @@ def test_pairs_are_joined_on_the_document_not_on_the_order(scores):
     )
 
 
-def scored(values, *, task="t", group=None, gold=None, filter="none") -> TaskScores:
+def scored(values, *, task="t", aggregates=(), gold=None, filter="none") -> TaskScores:
     docs = tuple(
         DocScore(
             doc_id=i, filter=filter, doc_hash=str(i), prompt_hash="p", target_hash="t", value=value,
@@ -620,7 +746,7 @@ def scored(values, *, task="t", group=None, gold=None, filter="none") -> TaskSco
     )  # fmt: skip
     return TaskScores(
         task=task, metric="acc", n=len(docs), higher_is_better=True, scores=docs, settings={},
-        group=group,
+        aggregates=aggregates,
     )  # fmt: skip
 
 
@@ -662,12 +788,51 @@ def test_values_that_are_no_right_or_wrong_get_a_sign_flip_test():
     assert result.p_value == pytest.approx(2 / 2**3)
 
 
-def test_a_group_pools_the_documents_of_its_tasks():
-    base = {name: scored([1, 1], task=name, group="g") for name in ("a", "b")}
-    edited = {"a": scored([1, 0], task="a", group="g"), "b": scored([0, 0], task="b", group="g")}
-    (result,) = compare_tasks(base, edited).values()
-    assert (result.n, result.delta.value, result.lost) == (4, -0.75, 3)
-    assert result.settings["pooled_tasks"] == 2
+def test_a_group_has_a_row_for_each_task_and_one_for_all_their_documents():
+    group = (Aggregate(group="g", metric="acc"),)
+    base = {name: scored([1, 1], task=name, aggregates=group) for name in ("a", "b")}
+    edited = {
+        "a": scored([1, 0], task="a", aggregates=group),
+        "b": scored([0, 0], task="b", aggregates=group),
+    }
+    results = compare_tasks(base, edited)
+    assert [(name, r.n, r.delta.value, r.lost) for name, r in results.items()] == [
+        ("g", 4, -0.75, 3),
+        ("a", 2, -0.5, 1),
+        ("b", 2, -1.0, 2),
+    ]
+    assert (results["g"].settings["tasks"], results["g"].settings["mean_over"]) == (2, "documents")
+    assert results["g"].delta.low < -0.75 < results["g"].delta.high
+
+
+def test_a_group_that_counts_tasks_alike_gives_the_mean_of_their_means():
+    group = (Aggregate(group="g", metric="acc", by_size=False),)
+    sides = {"a": ([1, 1, 1, 1, 0, 0], [1, 1, 1, 0, 0, 0]), "b": ([1, 0], [0, 0])}
+    base, edited = (
+        {
+            name: scored(values[i], task=name, aggregates=group, gold=[float(i)] * len(values[i]))
+            for name, values in sides.items()
+        }
+        for i in (0, 1)
+    )
+    result = compare_tasks(base, edited)["g"]
+    assert result.n == 8
+    assert result.base.value == pytest.approx((4 / 6 + 1 / 2) / 2)
+    assert result.delta.value == pytest.approx((-1 / 6 - 1 / 2) / 2)
+    assert result.gold_loglik.value == pytest.approx(1)
+
+
+def test_a_group_counts_the_filters_and_the_metric_that_it_names():
+    only = (
+        Aggregate(group="g", metric="acc", filters=("strict",)),
+        Aggregate(group="g", metric="acc", filters=None),
+    )
+    both = scored([1, 1], aggregates=only[:1], filter="strict")
+    lax = scored([0, 1], filter="lax").scores
+    side = {"t": both.model_copy(update={"scores": (*both.scores, *lax)})}
+    assert list(compare_tasks(side, side)) == ["g", "t,strict", "t,lax"]
+    side = {"t": side["t"].model_copy(update={"aggregates": only[1:]})}
+    assert list(compare_tasks(side, side)) == ["g,strict", "g,lax", "t,strict", "t,lax"]
 
 
 # --- apart, in processes of their own

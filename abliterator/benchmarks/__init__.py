@@ -13,12 +13,14 @@ prompts.
 A task is a local YAML file in lm-eval's format, or the name of a task, group or tag that lm-eval
 brings. A local file is data, not code: tags such as `!function` are refused and its templates are
 rendered in a sandbox; lm-eval's own tasks may run code of lm-eval. Each task is evaluated on its
-own, so that its scores do not depend on which others are in the recipe. The tasks of a group are
-reported as one, over all their documents.
+own, so that its scores do not depend on which others are in the recipe. A tag is reported as its
+tasks. A group is, too, and where lm-eval gives it a score of its own, so do we: the mean over all
+documents, or over its tasks where the group says so.
 
 One metric of a task is reported: `acc_norm` for arc_easy, arc_challenge, hellaswag and piqa, as is
 usual; else the first of `acc`, `acc_norm`, `exact_match`; else the first metric the task lists.
-Only metrics that are means over documents qualify, since no other can be paired.
+Within a group, one that the group has a score of goes before those that it has none of. Only
+metrics that are means over documents qualify, since no other can be paired.
 """
 
 from __future__ import annotations
@@ -27,12 +29,13 @@ from abliterator.benchmarks._apart import Subject, measure_sides
 from abliterator.benchmarks._compare import compare_tasks
 from abliterator.benchmarks._presets import PRESETS, Preset, preset_tasks
 from abliterator.benchmarks._run import run_tasks
-from abliterator.benchmarks._scores import DocScore, TaskScores
+from abliterator.benchmarks._scores import Aggregate, DocScore, TaskScores
 from abliterator.benchmarks._settings import Engine, RunSettings, require_engine
 from abliterator.benchmarks._tasks import Task, TaskRequest, resolve_tasks
 
 __all__ = [
     "PRESETS",
+    "Aggregate",
     "DocScore",
     "Engine",
     "Preset",

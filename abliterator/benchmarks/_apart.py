@@ -102,7 +102,7 @@ def _measure_side(
         _run_child(
             {
                 "folder": str(subject.folder),
-                "tasks": [asdict(task) for task in missing],
+                "tasks": [task.model_dump(mode="json") for task in missing],
                 "settings": asdict(settings),
                 "keys": keys,
                 "out": str(folder),
@@ -120,7 +120,11 @@ def _measure_side(
 
 def _key(subject: Subject, task: Task, settings: RunSettings) -> str:
     """All that the scores of a task depend on."""
-    identity = {"checkpoint": subject.digest, "task": asdict(task), "settings": asdict(settings)}
+    identity = {
+        "checkpoint": subject.digest,
+        "task": task.model_dump(mode="json"),
+        "settings": asdict(settings),
+    }
     text = json.dumps(identity, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()
 
@@ -180,7 +184,10 @@ def main(job_file: Path) -> int:
 
     try:
         run_tasks(
-            Path(job["folder"]), [Task(**task) for task in job["tasks"]], settings, on_task=keep
+            Path(job["folder"]),
+            [Task.model_validate(task) for task in job["tasks"]],
+            settings,
+            on_task=keep,
         )
     except BenchmarkError as error:
         print(f"error {json.dumps(str(error))}", file=to_parent, flush=True)

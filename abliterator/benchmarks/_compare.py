@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from abliterator import statistics
-from abliterator.benchmarks._scores import DocScore, TaskScores
+from abliterator.benchmarks._scores import Aggregate, DocScore, TaskScores
 from abliterator.errors import BenchmarkError
 from abliterator.record import BenchmarkResult, Estimate
 
@@ -32,8 +32,8 @@ def compare_tasks(
         seed: of bootstrap and sign flips.
 
     Returns:
-        Results by task, or by group for the tasks of one. Where answers are filtered in several
-        ways there is one result for each, under `task,filter`.
+        Results by task, and by aggregate before the first of its tasks. Where answers are filtered
+        in several ways there is one result for each, under `task,filter`.
 
     Raises:
         BenchmarkError: if the two sides hold other tasks, settings, documents or prompts.
@@ -43,39 +43,68 @@ def compare_tasks(
             f"Base and edited were measured on different tasks ({', '.join(base) or 'none'} and "
             f"{', '.join(edited) or 'none'}). Run the benchmarks of both again."
         )
-    groups: dict[str, list[str]] = {}
+    members: dict[Aggregate, list[str]] = {}
     for name, scores in base.items():
-        groups.setdefault(scores.group or name, []).append(name)
+        _require_alike(scores, edited[name])
+        for aggregate in scores.aggregates:
+            members.setdefault(aggregate, []).append(name)
     results: dict[str, BenchmarkResult] = {}
-    for group, members in groups.items():
-        results |= _compare_group(
-            group, [(base[name], edited[name]) for name in members], seed=seed
-        )
+    for name, scores in base.items():
+        for aggregate in [found for found in scores.aggregates if members[found][0] == name]:
+            sides = [(base[member], edited[member]) for member in members[aggregate]]
+            results |= _compare_aggregate(aggregate, sides, seed=seed)
+        results |= _compare_task(scores, edited[name], seed=seed)
     return _holm_adjusted(results)
 
 
-def _compare_group(
-    group: str, members: Sequence[tuple[TaskScores, TaskScores]], *, seed: int
-) -> dict[str, BenchmarkResult]:
-    """The results of one task, or of all tasks of a group with their documents pooled."""
-    for base, edited in members:
-        _require_alike(base, edited)
-    first = members[0][0]
-    if len({(base.metric, base.higher_is_better) for base, _ in members}) > 1:
-        raise BenchmarkError(
-            f"The tasks of the group {group!r} have different metrics, so their documents cannot "
-            "be pooled. List the tasks by name instead of the group."
+def _compare_task(base: TaskScores, edited: TaskScores, *, seed: int) -> dict[str, BenchmarkResult]:
+    filters = _filters(base)
+    return {
+        base.task if len(filters) == 1 else f"{base.task},{name}": _result(
+            base, _pairs(base, edited, name), {**base.settings, "filter": name}, seed=seed
         )
-    filters = list(dict.fromkeys(score.filter for base, _ in members for score in base.scores))
+        for name in filters
+    }
+
+
+def _compare_aggregate(
+    aggregate: Aggregate, sides: Sequence[tuple[TaskScores, TaskScores]], *, seed: int
+) -> dict[str, BenchmarkResult]:
+    """The results of several tasks as one: their documents together, each with its weight."""
+    filters = dict.fromkeys(name for base, _ in sides for name in _filters(base))
+    counted = [name for name in filters if aggregate.filters is None or name in aggregate.filters]
     results = {}
-    for name in filters:
-        pairs = [pair for base, edited in members for pair in _pairs(base, edited, name)]
-        settings = _shared_settings([base.settings for base, _ in members])
-        if len(members) > 1:
-            settings["pooled_tasks"] = len(members)
-        key = group if len(filters) == 1 else f"{group},{name}"
-        results[key] = _result(first, pairs, {**settings, "filter": name}, seed=seed)
+    for name in counted:
+        tasks = [_pairs(base, edited, name) for base, edited in sides if name in _filters(base)]
+        pairs = [
+            pair
+            for task in tasks
+            for pair in (task if aggregate.by_size else _levelled(task, tasks))
+        ]
+        settings = {
+            **_shared_settings([base.settings for base, _ in sides]),
+            "filter": name,
+            "tasks": len(tasks),
+            "mean_over": "documents" if aggregate.by_size else "tasks",
+        }
+        key = aggregate.group if len(counted) == 1 else f"{aggregate.group},{name}"
+        results[key] = _result(sides[0][0], pairs, settings, seed=seed)
     return results
+
+
+def _levelled(task: Sequence[Pair], tasks: Sequence[Sequence[Pair]]) -> list[Pair]:
+    """The pairs of one task, weighted so that the mean over all documents is that over tasks."""
+    weight = sum(map(len, tasks)) / (len(tasks) * len(task))
+    return [Pair(*(_weighted(score, weight) for score in pair)) for pair in task]
+
+
+def _weighted(score: DocScore, weight: float) -> DocScore:
+    gold = None if score.gold_loglik is None else score.gold_loglik * weight
+    return score.model_copy(update={"value": score.value * weight, "gold_loglik": gold})
+
+
+def _filters(scores: TaskScores) -> list[str]:
+    return list(dict.fromkeys(score.filter for score in scores.scores))
 
 
 def _shared_settings(all_settings: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -97,8 +126,13 @@ def _require_alike(base: TaskScores, edited: TaskScores) -> None:
 
 
 def _identity(scores: TaskScores) -> dict[str, Any]:
-    filters = sorted({score.filter for score in scores.scores})
-    return {**scores.settings, "task": scores.task, "metric": scores.metric, "filters": filters}
+    return {
+        **scores.settings,
+        "task": scores.task,
+        "metric": scores.metric,
+        "filters": sorted(_filters(scores)),
+        "aggregates": scores.aggregates,
+    }
 
 
 def _pairs(base: TaskScores, edited: TaskScores, name: str) -> list[Pair]:

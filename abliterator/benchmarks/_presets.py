@@ -6,6 +6,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Literal, get_args
 
+from abliterator.benchmarks._scores import Aggregate
 from abliterator.benchmarks._tasks import TaskRequest
 
 Preset = Literal["demo", "quick", "seed", "damage"]
@@ -21,6 +22,7 @@ _MMLU = (
     "mmlu_philosophy",
     "mmlu_professional_medicine",
 )
+_MMLU_SUBSET = Aggregate(group="mmlu_subset", metric="acc")
 _LOCAL = ("everyday_choice.yaml", "sums_generation.yaml")
 
 
@@ -32,8 +34,8 @@ def preset_tasks(preset: Preset) -> list[TaskRequest]:
     - `quick`: the first 100 documents of three tasks.
     - `seed`: the five multiple-choice tasks of the tables that this project was started from.
     - `damage`: what an edit breaks first: next words (LAMBADA), truthfulness, knowledge (six
-      subjects of MMLU), common sense, and, through the chat template, sums worked out in many
-      steps and instructions followed to the letter.
+      subjects of MMLU, and as `mmlu_subset` all their documents), common sense, and, through the
+      chat template, sums worked out in many steps and instructions followed to the letter.
     """
     if preset == "demo":
         folder = Path(str(files("abliterator.benchmarks"))) / "local"
@@ -43,7 +45,8 @@ def preset_tasks(preset: Preset) -> list[TaskRequest]:
     if preset == "seed":
         return [TaskRequest(name) for name in _SEED]
     return [
-        *(TaskRequest(name) for name in ("lambada_openai", "truthfulqa_mc2", "piqa", *_MMLU)),
+        *(TaskRequest(name) for name in ("lambada_openai", "truthfulqa_mc2", "piqa")),
+        *(TaskRequest(name, aggregates=(_MMLU_SUBSET,)) for name in _MMLU),
         TaskRequest("gsm8k", limit=200, num_fewshot=5, chat_template=True),
         TaskRequest("ifeval", limit=200, chat_template=True),
     ]

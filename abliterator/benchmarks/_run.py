@@ -101,7 +101,7 @@ def _run_task(model: Any, task: Task, settings: RunSettings) -> TaskScores:
         n=len({score.doc_id for score in scores}),
         higher_is_better=task.higher_is_better,
         scores=scores,
-        group=task.group,
+        aggregates=task.aggregates,
         settings={
             "limit": limit,
             "chat_template": chat,

@@ -21,6 +21,15 @@ class DocScore(Frozen):
     truncated: bool | None = None  # the answer has as many tokens as it may have; generation only
 
 
+class Aggregate(Frozen):
+    """One score of several tasks, as an lm-eval group has it: the mean of one metric."""
+
+    group: str
+    metric: str
+    filters: tuple[str, ...] | None = None  # answer filters that have one; None for all
+    by_size: bool = True  # every document counts alike; otherwise every task does
+
+
 class TaskScores(Frozen):
     """One task on one checkpoint; `settings` are what two sides must share to be compared."""
 
@@ -30,4 +39,4 @@ class TaskScores(Frozen):
     higher_is_better: bool
     scores: tuple[DocScore, ...]
     settings: dict[str, Any]
-    group: str | None = None  # tasks of one group are reported as one, over all their documents
+    aggregates: tuple[Aggregate, ...] = ()  # that count this task, the widest first

@@ -12,11 +12,15 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from pydantic import Field
+
 from abliterator.benchmarks._contain import hub_offline, lm_eval_contained
 from abliterator.benchmarks._files import FILE_FORMATS, local_task
 from abliterator.benchmarks._named import named_tasks, yaml_settings
+from abliterator.benchmarks._scores import Aggregate
 from abliterator.errors import BenchmarkError, PromptError
 from abliterator.prompts import resolve_revision
+from abliterator.record import Frozen
 
 LENGTH_NORMALISED = frozenset({"arc_easy", "arc_challenge", "hellaswag", "piqa"})
 PREFERRED_METRICS = ("acc", "acc_norm", "exact_match")
@@ -30,16 +34,30 @@ class TaskRequest:
     limit: int | None = None
     num_fewshot: int | None = None
     chat_template: bool | None = None
+    aggregates: tuple[Aggregate, ...] = ()  # scores that count it together with other tasks
 
 
-@dataclass(frozen=True)
-class Task:
+class Spec(Frozen):
+    """What lm-eval builds a task from: a YAML file of its own, and settings that go before it.
+
+    A task of our own has no file; its settings are all there is.
+    """
+
+    path: str | None = None
+    settings: dict[str, Any] = Field(default_factory=dict)
+
+    def merged(self, *, functions: bool = False) -> dict[str, Any]:
+        """All settings, fresh; `functions` of lm-eval's files are their names unless wanted."""
+        in_file = yaml_settings(Path(self.path), functions=functions) if self.path else {}
+        return in_file | copy.deepcopy(self.settings)
+
+
+class Task(Frozen):
     """A task that was found, loaded once and can be run.
 
     `digest` covers lm-eval's version and either the task file with all its data files, or the name
-    of lm-eval's own task and the revision of its data. `spec` is what lm-eval loads it from: our
-    settings, or the path of its own YAML. `limit`, `num_fewshot` and `chat_template` go before
-    those of the run, where they are not None.
+    of lm-eval's own task, what its groups change of it, and the revision of its data. `limit`,
+    `num_fewshot` and `chat_template` go before those of the run, where they are not None.
     """
 
     name: str
@@ -48,8 +66,8 @@ class Task:
     higher_is_better: bool
     version: str
     documents: int  # how many there are, before any limit
-    spec: str | Mapping[str, Any]
-    group: str | None = None  # reported as one with the other tasks of this group
+    spec: Spec
+    aggregates: tuple[Aggregate, ...] = ()
     dataset: str | None = None  # the Hub dataset of its documents
     revision: str | None = None  # the commit of that dataset
     limit: int | None = None
@@ -94,16 +112,19 @@ def _resolved(request: TaskRequest, folder: Path, revisions: Mapping[str, str]) 
     if _is_file(request.task):
         path = folder / request.task
         local = local_task(path)
-        return [_checked(local.name, local.settings, request, revisions, hashes=local.hashes)]
-    return [
-        replace(_checked(found.name, str(found.path), request, revisions), group=found.group)
-        for found in named_tasks(request.task)
-    ]
+        spec = Spec(settings=local.settings)
+        return [_checked(local.name, spec, request, revisions, hashes=local.hashes)]
+    resolved = []
+    for found in named_tasks(request.task):
+        wanted = replace(request, aggregates=(*request.aggregates, *found.aggregates))
+        spec = Spec(path=str(found.path), settings=found.overrides)
+        resolved.append(_checked(found.name, spec, wanted, revisions))
+    return resolved
 
 
 def load(
     name: str,
-    spec: str | Mapping[str, Any],
+    spec: Spec,
     *,
     where: str,
     revision: str | None = None,
@@ -113,7 +134,7 @@ def load(
 
     Args:
         name: of the task.
-        spec: its settings, or the path of lm-eval's YAML.
+        spec: what it is built from.
         where: for messages.
         revision: commit of its Hub dataset; None for the one of today.
         cached: the Hub is out of reach: take the copy on this machine, or fail at once.
@@ -155,33 +176,27 @@ def _is_file(task: str) -> bool:
     return task.endswith((".yaml", ".yml"))
 
 
-def _load(name: str, spec: str | Mapping[str, Any], revision: str | None) -> Any:
+def _load(name: str, spec: Spec, revision: str | None) -> Any:
     from lm_eval.tasks import TaskManager
 
-    if isinstance(spec, str) and revision is None:
-        return TaskManager(include_defaults=False).load([spec])["tasks"][name]
-    if isinstance(spec, str):
-        # Settings are merged into those of a YAML file only where a group names it.
-        kwargs = yaml_settings(Path(spec)).get("dataset_kwargs") or {}
-        pinned = {"task": name, "dataset_kwargs": {**kwargs, "revision": revision}}
-        manager = TaskManager(include_path=str(Path(spec).parent), include_defaults=False)
-        return manager.load([{"group": "pinned", "task": [pinned]}])["tasks"][name]
-    own = copy.deepcopy(dict(spec))  # lm-eval keeps and edits what it is given
+    settings = spec.merged(functions=True)
+    settings.pop("group", None)  # where an old task names its group, it would pass for one
     if revision is not None:
-        own["dataset_kwargs"] = {**(own.get("dataset_kwargs") or {}), "revision": revision}
-    return TaskManager(include_defaults=False).load([own])["tasks"][name]
+        kwargs = settings.get("dataset_kwargs") or {}
+        settings["dataset_kwargs"] = {**kwargs, "revision": revision}
+    return TaskManager(include_defaults=False).load([settings])["tasks"][name]
 
 
 def _checked(
     name: str,
-    spec: str | dict[str, Any],
+    spec: Spec,
     request: TaskRequest,
     revisions: Mapping[str, str],
     *,
     hashes: Sequence[str] = (),
 ) -> Task:
     """Load the task with its documents, and see that it can be run here and paired."""
-    settings = yaml_settings(Path(spec)) if isinstance(spec, str) else spec
+    settings = spec.merged()
     dataset = _hub_dataset(settings)
     pin = revisions.get(dataset or "")
     revision, problem = (pin, "") if pin else _todays_revision(dataset, settings)
@@ -201,7 +216,7 @@ def _checked(
             f"The benchmark task {name!r} runs code that the model wrote, or needs images or "
             "sound; neither is done here. Use lm-eval itself for it."
         )
-    metric = _primary_metric(name, task.aggregation())
+    metric = _primary_metric(name, task.aggregation(), request.aggregates)
     if metric is None:
         raise BenchmarkError(
             f"No metric of the benchmark task {name!r} "
@@ -209,7 +224,8 @@ def _checked(
             "base and edited cannot be paired on it. Choose a task with acc or exact_match."
         )
     identity = {
-        "lm_eval": version("lm_eval"), "task": name, "files": list(hashes), "revision": revision
+        "lm_eval": version("lm_eval"), "task": name, "files": list(hashes), "revision": revision,
+        "changed": spec.settings if spec.path else {},
     }  # fmt: skip
     return Task(
         name=name,
@@ -219,6 +235,7 @@ def _checked(
         version=str(task.VERSION),
         documents=len(task.eval_docs),
         spec=spec,
+        aggregates=tuple(found for found in request.aggregates if found.metric == metric),
         dataset=dataset,
         revision=revision,
         limit=request.limit,
@@ -250,11 +267,16 @@ def _todays_revision(dataset: str | None, settings: Mapping[str, Any]) -> tuple[
         return None, str(error)
 
 
-def _primary_metric(name: str, aggregations: Mapping[str, Callable[..., Any]]) -> str | None:
+def _primary_metric(
+    name: str,
+    aggregations: Mapping[str, Callable[..., Any]],
+    wanted: Sequence[Aggregate] = (),
+) -> str | None:
     """The metric that is reported (the room's docstring has the rule); None if none qualifies."""
     from lm_eval.api.metrics import mean
 
     means = [metric for metric, aggregate in aggregations.items() if aggregate is mean]
     first = ("acc_norm",) if name in LENGTH_NORMALISED else ()
-    order = (*first, *PREFERRED_METRICS, *means)
-    return next((metric for metric in order if metric in means), None)
+    order = [metric for metric in (*first, *PREFERRED_METRICS, *means) if metric in means]
+    counted = {found.metric for found in wanted}
+    return next((metric for metric in order if metric in counted), next(iter(order), None))

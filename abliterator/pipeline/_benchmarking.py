@@ -119,4 +119,4 @@ def task_scores(run: Run, side: Side) -> dict[str, TaskScores]:
     }
 
 
-BENCHMARKS = Stage("benchmarks", 2, _benchmarks_inputs, _benchmarks)
+BENCHMARKS = Stage("benchmarks", 3, _benchmarks_inputs, _benchmarks)
