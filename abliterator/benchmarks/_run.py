@@ -191,7 +191,8 @@ def _generation_limit(model: Any, arguments: Any) -> int | None:
     first = arguments[0] if isinstance(arguments, (list, tuple)) else arguments["gen_args_0"]
     kwargs = first[1] if isinstance(first, (list, tuple)) else first.get("arg_1")
     stated = kwargs.get("max_gen_toks") if isinstance(kwargs, dict) else None
-    found: int | None = stated or getattr(model, "max_gen_toks", None)
+    # lm-eval's client for servers has no public name for it
+    found: int | None = stated or getattr(model, "max_gen_toks", None) or model._max_gen_toks
     return found
 
 

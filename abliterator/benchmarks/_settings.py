@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
-from urllib.error import URLError
-from urllib.request import urlopen
 
+from abliterator.benchmarks._server import open_server, require_server
 from abliterator.errors import BenchmarkError
 
 EngineKind = Literal["transformers", "vllm", "server"]
-
-_PROBE_SECONDS = 10
 
 
 @dataclass(frozen=True)
@@ -74,61 +70,25 @@ def require_engine(engine: Engine) -> None:
             "`benchmarks.engine.kind` is server, but lm-eval's client for servers is not "
             "installed. Install it with `pip install 'lm-eval[api]'`, or set `kind: transformers`."
         )
-    served_model(engine)
-
-
-def served_model(engine: Engine) -> str:
-    """The name of the model that a server serves.
-
-    Raises:
-        BenchmarkError: if no server answers at the engine's url.
-    """
-    url = (engine.url or "").rstrip("/")
-    try:
-        if not url.startswith(("http://", "https://")):
-            raise ValueError("no http address")
-        with urlopen(f"{url}/models", timeout=_PROBE_SECONDS) as answer:
-            return str(json.load(answer)["data"][0]["id"])
-    except (URLError, OSError, ValueError, LookupError, TypeError) as error:
-        raise BenchmarkError(
-            f"No OpenAI-compatible server answers at {url or 'an empty url'} ({error}). Benchmarks "
-            "on servers need one for the base and one for the edited checkpoint; start them, for "
-            "example with `vllm serve FOLDER --port 8000`, and give their addresses as "
-            "`benchmarks.engine: {kind: server, base_url: http://localhost:8000/v1, edited_url: "
-            "...}`."
-        ) from error
+    require_server(engine.url)
 
 
 def open_model(folder: Path, settings: RunSettings) -> Any:
     """lm-eval's model of the checkpoint in `folder`."""
-    engine, common = settings.engine, {"batch_size": settings.batch_size}
-    if engine.kind == "transformers":
-        from lm_eval.models.huggingface import HFLM
-
-        return HFLM(
-            pretrained=str(folder),
-            device=settings.device,
-            dtype=settings.dtype or "auto",
-            # in bfloat16 the log-likelihoods collapse to a few values, and ties decide
-            softmax_dtype="float32",
-            trust_remote_code=settings.trust_remote_code,
-            **common,
-            **engine.options,
-        )
-    from lm_eval.api.registry import get_model
-
-    if engine.kind == "vllm":
-        return get_model("vllm")(
-            pretrained=str(folder),
-            dtype=settings.dtype or "auto",
-            trust_remote_code=settings.trust_remote_code,
-            **common,
-            **engine.options,
-        )
-    return get_model("local-completions")(
-        model=served_model(engine),
-        base_url=f"{(engine.url or '').rstrip('/')}/completions",
-        tokenizer=str(folder),
-        **common,
+    engine = settings.engine
+    common = {
+        "batch_size": settings.batch_size,
+        "trust_remote_code": settings.trust_remote_code,
         **engine.options,
-    )
+    }
+    if engine.kind == "server":
+        return open_server(engine.url, tokenizer=folder, options=common)
+    common = {"pretrained": str(folder), "dtype": settings.dtype or "auto", **common}
+    if engine.kind == "vllm":
+        from lm_eval.api.registry import get_model
+
+        return get_model("vllm")(**common)
+    from lm_eval.models.huggingface import HFLM
+
+    # in bfloat16 the log-likelihoods collapse to a few values, and ties decide
+    return HFLM(device=settings.device, softmax_dtype="float32", **common)

@@ -1,0 +1,118 @@
+"""A server as lm-eval's model: it completes text, and tells log-probabilities of the prompt."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+from urllib.error import URLError
+from urllib.request import Request, urlopen
+
+from abliterator.errors import BenchmarkError
+
+_PROBE_SECONDS = 10
+_PROBE = "One two three four five."
+
+
+def require_server(url: str | None) -> None:
+    """See that a server answers, and that it tells log-probabilities of the prompt.
+
+    A server that takes `echo` and passes over it would give every choice the log-likelihood 0.
+
+    Raises:
+        BenchmarkError: with what to start.
+    """
+    model = served_model(url)
+    payload = {
+        "model": model, "prompt": _PROBE, "max_tokens": 1, "temperature": 0, "echo": True,
+        "logprobs": 1,
+    }  # fmt: skip
+    try:
+        found = _asked(url, "completions", payload)["choices"][0]["logprobs"]["token_logprobs"]
+        told = len(found) > 2 and all(isinstance(number, float) for number in found[1:-1])
+    except (OSError, ValueError, LookupError, TypeError):
+        told = False
+    if not told:
+        raise BenchmarkError(
+            f"The server at {url} does not tell log-probabilities of the prompt (`echo` with "
+            "`logprobs` on /v1/completions), without which multiple choice cannot be scored. "
+            "`vllm serve` and SGLang do; or set `benchmarks.engine.kind: transformers`."
+        )
+
+
+def served_model(url: str | None) -> str:
+    """The name of the model that a server serves.
+
+    Raises:
+        BenchmarkError: if no server answers at the url.
+    """
+    try:
+        return str(_asked(url, "models")["data"][0]["id"])
+    except (URLError, OSError, ValueError, LookupError, TypeError) as error:
+        raise BenchmarkError(
+            f"No OpenAI-compatible server answers at {url or 'an empty url'} ({error}). Benchmarks "
+            "on servers need one for the base and one for the edited checkpoint; start them, for "
+            "example with `vllm serve FOLDER --port 8000`, and give their addresses as "
+            "`benchmarks.engine: {kind: server, base_url: http://localhost:8000/v1, edited_url: "
+            "...}`."
+        ) from error
+
+
+def open_server(url: str | None, *, tokenizer: Path, options: Mapping[str, Any]) -> Any:
+    """lm-eval's client for the server at `url`, with the tokenizer of the checkpoint it serves.
+
+    lm-eval's client adds no BOS token, though its own in-process model does where the tokenizer
+    would; here both read the same tokens.
+    """
+    from lm_eval.api.registry import get_model
+
+    settings = {
+        "base_url": f"{_address(url)}/completions",
+        "tokenizer": str(tokenizer),
+        "tokenizer_backend": "huggingface",
+        **options,
+    }
+    model = get_model("local-completions")(model=served_model(url), **settings)
+    if options.get("add_bos_token") is None:
+        model.add_bos_token = None
+        model.tok_encode = partial(_encode, model.tokenizer)
+    return model
+
+
+def _encode(
+    tokenizer: Any,
+    text: str | tuple[str, ...],
+    *,
+    add_special_tokens: bool | None = None,
+    left_truncate_len: int | None = None,
+    **_: Any,
+) -> Any:
+    """Token ids of one or several texts, as HFLM has them: special ones unless they stand there."""
+    if not isinstance(text, str):
+        return [_encode(tokenizer, one, add_special_tokens=add_special_tokens) for one in text]
+    if add_special_tokens is None:
+        start = tokenizer.bos_token
+        add_special_tokens = not (start and text.startswith(start))
+    ids = tokenizer.encode(text, add_special_tokens=add_special_tokens)
+    return ids[-left_truncate_len:] if left_truncate_len else ids
+
+
+def _asked(url: str | None, path: str, payload: Mapping[str, Any] | None = None) -> Any:
+    """The JSON that the server answers; lm-eval sends the same key."""
+    headers = {
+        "Authorization": f"Bearer {os.environ.get('OPENAI_API_KEY', '')}",
+        "Content-Type": "application/json",
+    }
+    data = None if payload is None else json.dumps(payload).encode()
+    request = Request(f"{_address(url)}/{path}", data=data, headers=headers)
+    with urlopen(request, timeout=_PROBE_SECONDS) as answer:
+        return json.load(answer)
+
+
+def _address(url: str | None) -> str:
+    if not (url or "").startswith(("http://", "https://")):
+        raise ValueError("no http address")
+    return (url or "").rstrip("/")
