@@ -15,12 +15,13 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import torch
 
 from abliterator.errors import GenerationError
 from abliterator.model import LoadedModel, run_batches
+from abliterator.record import Completion, FinishReason, Side
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedModel
@@ -38,7 +39,7 @@ class Answer:
 
     text: str
     token_ids: tuple[int, ...]
-    finish_reason: Literal["stop", "length"]
+    finish_reason: FinishReason
 
 
 def stop_ids(loaded: LoadedModel) -> tuple[int, ...]:
@@ -102,6 +103,31 @@ def generate(
             if on_batch:
                 on_batch(len(batch))
     return [answers[i] for i in range(len(prompts))]
+
+
+def as_completions(
+    answers: Sequence[Answer], prompts: Sequence[str], *, set_name: str, side: Side
+) -> list[Completion]:
+    """Answers as lines of rollouts.jsonl: each with its prompt, and where it belongs.
+
+    Args:
+        answers: one a prompt, in their order.
+        prompts: as they were asked, before rendering.
+        set_name: the set they come from, such as "target".
+        side: which model answered.
+    """
+    return [
+        Completion(
+            set=set_name,
+            side=side,
+            index=index,
+            prompt=prompt,
+            response=answer.text,
+            finish_reason=answer.finish_reason,
+            n_tokens=len(answer.token_ids),
+        )
+        for index, (prompt, answer) in enumerate(zip(prompts, answers, strict=True))
+    ]
 
 
 def _greedy(loaded: LoadedModel, max_new_tokens: int, stop_ids: Sequence[int]) -> GenerationConfig:

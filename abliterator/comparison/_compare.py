@@ -128,9 +128,9 @@ def _behaviour(
 def _answers(
     loaded: LoadedModel, side: Side, settings: CompareSettings, bar: Bar
 ) -> list[Completion]:
-    from abliterator.generation import generate, stop_ids
+    from abliterator.generation import as_completions, generate, stop_ids
 
-    found = []
+    found: list[Completion] = []
     for name, prompts in settings.prompts.items():
         with bar(f"{side} answers, {name}", len(prompts)) as advance:
             answers = generate(
@@ -141,17 +141,7 @@ def _answers(
                 stop_ids=stop_ids(loaded),
                 on_batch=advance,
             )
-        for index, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
-            completion = Completion(
-                set=name,
-                side=side,
-                index=index,
-                prompt=prompt,
-                response=answer.text,
-                finish_reason=answer.finish_reason,
-                n_tokens=len(answer.token_ids),
-            )
-            found.append(completion)
+        found += as_completions(answers, prompts, set_name=name, side=side)
     return found
 
 

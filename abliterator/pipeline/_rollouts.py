@@ -55,10 +55,10 @@ def folder_of(run: Run, side: Side) -> Path:
 
 
 def _answers(run: Run, loaded: LoadedModel, side: Side) -> list[Completion]:
-    from abliterator.generation import generate, stop_ids
+    from abliterator.generation import as_completions, generate, stop_ids
 
     settings = run.recipe.rollouts
-    found = []
+    found: list[Completion] = []
     for name, prompts in prompt_sets(run).evaluation.items():
         asked = prompts.prompts[: settings.limit]
         with run.progress.bar(f"{side} answers, {name}", len(asked)) as advance:
@@ -71,18 +71,7 @@ def _answers(run: Run, loaded: LoadedModel, side: Side) -> list[Completion]:
                 stop_ids=stop_ids(loaded),
                 on_batch=advance,
             )
-        for index, (prompt, answer) in enumerate(zip(asked, answers, strict=True)):
-            found.append(
-                Completion(
-                    set=name,
-                    side=side,
-                    index=index,
-                    prompt=prompt,
-                    response=answer.text,
-                    finish_reason=answer.finish_reason,
-                    n_tokens=len(answer.token_ids),
-                )
-            )
+        found += as_completions(answers, asked, set_name=name, side=side)
     return found
 
 
