@@ -17,6 +17,7 @@ from abliterator.cli import main
 from abliterator.comparison import CompareSettings, Comparison, compare, diff_weights, to_markdown
 from abliterator.comparison._divergence import DivergenceSettings
 from abliterator.recipe import Edit
+from tests.judge_server import JudgeServer, verdict
 from tests.tiny import D_MODEL
 
 
@@ -235,6 +236,32 @@ def test_the_command(tiny_folder, tmp_path, prompts, monkeypatch):
     text = to_markdown(found)
     assert "A directional edit of rank 2" in text
     assert "| KL per token of the first 32, nats |" in text
+
+
+def test_another_judge_can_be_named(tiny_folder, prompts, monkeypatch):
+    monkeypatch.setenv("JUDGE_KEY", "k")
+    folder = str(tiny_folder("llama"))
+    arguments = ["compare", folder, folder, "--device", "cpu", "--max-new-tokens", "4", "--json"]
+    arguments += ["--target", str(prompts / "target.txt"), "--judge", "openai"]
+    with JudgeServer(reply=verdict("complied", "coherent"), key="k") as server:
+        for key, value in (("base_url", server.url), ("model", "m"), ("api_key_env", "JUDGE_KEY")):
+            arguments += ["--set", f"judge.{key}={value}"]
+        result = CliRunner().invoke(main, arguments, catch_exceptions=False)
+    found = Comparison.model_validate_json(result.stdout)
+    assert (found.judge.kind, found.judge.served_model) == ("openai", "judge-served")
+    target = found.behaviour["target"]
+    assert (target.base.compliance.value, target.delta.compliance.value) == (1, 0)
+    assert target.delta.compliance.n == 2
+    assert "(judged by m)" in to_markdown(found)
+
+
+def test_a_judge_without_its_key_stops_before_a_model_is_loaded(tiny_folder, prompts, monkeypatch):
+    monkeypatch.setattr("abliterator.model.load_model", None)
+    arguments = ["--target", str(prompts / "target.txt"), "--judge", "openai"]
+    arguments += ["--set", "judge.api_key_env=NO_SUCH_KEY"]
+    folder = str(tiny_folder("llama"))
+    result = CliRunner().invoke(main, ["compare", folder, folder, *arguments])
+    assert (result.exit_code, "NO_SUCH_KEY" in result.stderr) == (1, True)
 
 
 def test_the_command_without_options_needs_no_model(tiny_folder, monkeypatch):

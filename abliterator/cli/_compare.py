@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from abliterator.cli._options import JSON
+from abliterator.cli._options import JSON, judge_arguments, read_judge
 from abliterator.cli._show import Bars
 
 if TYPE_CHECKING:
@@ -36,6 +36,7 @@ FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
     show_default=True,
     help="Dtype of computation; auto is float32 on a CPU, else as stored.",
 )
+@judge_arguments
 @JSON
 def compare(
     base: str,
@@ -49,15 +50,19 @@ def compare(
     device: str,
     dtype: str,
     as_json: bool,
+    **asked: Any,
 ) -> None:
     """Compare two checkpoints: how their weights differ, and what that does.
 
     BASE and EDITED are Hub ids or folders. Weights are always compared; --target and --neutral let
-    both answer, --neutral measures divergence, --tasks runs lm-eval.
+    both answer, --neutral measures divergence, --tasks runs lm-eval. An API judge is set up by
+    --recipe, or by --set judge.base_url=URL --set judge.model=NAME.
     """
     from abliterator.benchmarks import RunSettings
     from abliterator.comparison import CompareSettings, to_markdown
     from abliterator.comparison import compare as compared
+    from abliterator.judge import cache_folder
+    from abliterator.pipeline import judge_of, require_key
     from abliterator.prompts import PromptSource, load_prompts
 
     sets = {"target": target, "neutral": neutral}
@@ -72,9 +77,12 @@ def compare(
         max_new_tokens=max_new_tokens,
         benchmarks=RunSettings(limit=task_limit, device=where, dtype=_dtype(dtype, where)),
     )
+    judge_settings = read_judge(**asked)
+    require_key(judge_settings)  # before any model answers
+    judge = judge_of(judge_settings, cache=cache_folder() / "judge.sqlite")
     with tempfile.TemporaryDirectory(prefix="abliterator-") as scratch:
         found = compared(
-            _folder(base), _folder(edited), settings, scratch=Path(scratch), bar=Bars().bar
+            _folder(base), _folder(edited), settings, judge, scratch=Path(scratch), bar=Bars().bar
         )
     click.echo(found.model_dump_json(indent=1) if as_json else to_markdown(found), nl=as_json)
 

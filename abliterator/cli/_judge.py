@@ -3,40 +3,22 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from abliterator.cli._options import JSON, SET
+from abliterator.cli._options import JSON, judge_arguments, read_judge
 from abliterator.cli._show import Bars
 
 if TYPE_CHECKING:
     from abliterator.judge import Calibration
-    from abliterator.recipe import JudgeSettings
 
 
 @click.command("judge-calibrate")
 @click.argument("labelled", type=click.Path(exists=True, dir_okay=False, path_type=Path))
-@click.option(
-    "--judge",
-    "kind",
-    type=click.Choice(["rules", "openai"]),
-    help="Which judge.  [default: the recipe's, else rules]",
-)
-@click.option(
-    "--recipe",
-    type=click.Path(exists=True, dir_okay=False, path_type=Path),
-    help="Take the `judge` section of this recipe.",
-)
-@SET
+@judge_arguments
 @JSON
-def judge_calibrate(
-    labelled: Path,
-    kind: str | None,
-    recipe: Path | None,
-    overrides: tuple[str, ...],
-    as_json: bool,
-) -> None:
+def judge_calibrate(labelled: Path, as_json: bool, **asked: Any) -> None:
     """Measure a judge against human labels, and keep the result for its next record.
 
     LABELLED has one JSON object a line: prompt, response, label (0, 0.5 or 1). An API judge is set
@@ -45,7 +27,7 @@ def judge_calibrate(
     from abliterator.judge import cache_folder, calibrate, load_labelled, save_calibration
     from abliterator.pipeline import judge_of
 
-    settings = _settings(recipe, kind=kind, overrides=overrides)
+    settings = read_judge(**asked)
     rows = load_labelled(labelled)
     with Bars().bar("verdicts", len(rows)) as advance:
         judge = judge_of(
@@ -56,18 +38,6 @@ def judge_calibrate(
         calibration = calibrate(rows, judge, name=labelled.name)
     save_calibration(calibration)
     click.echo(calibration.model_dump_json(indent=1) if as_json else _told(calibration))
-
-
-def _settings(
-    recipe: Path | None, *, kind: str | None, overrides: tuple[str, ...]
-) -> JudgeSettings:
-    from abliterator.recipe import load_judge, load_recipe
-
-    if kind is not None:
-        overrides = (f"judge.kind={kind}", *overrides)
-    if recipe is not None:
-        return load_recipe(recipe, overrides=overrides).judge
-    return load_judge(overrides)
 
 
 def _told(calibration: Calibration) -> str:

@@ -10,7 +10,7 @@ import click
 
 if TYPE_CHECKING:
     from abliterator.pipeline import Options
-    from abliterator.recipe import Recipe
+    from abliterator.recipe import JudgeSettings, Recipe
 
 Command = Callable[..., Any]
 
@@ -38,6 +38,42 @@ WHERE = (
     ),
     click.option("--force", is_flag=True, help="Go on in a folder that another recipe made."),
 )
+
+
+JUDGE = (
+    click.option(
+        "--judge",
+        "kind",
+        type=click.Choice(["rules", "openai"]),
+        help="Which judge.  [default: the recipe's, else rules]",
+    ),
+    click.option(
+        "--recipe",
+        type=click.Path(exists=True, dir_okay=False, path_type=Path),
+        help="Take the `judge` section of this recipe.",
+    ),
+    SET,
+)
+
+
+def judge_arguments(command: Command) -> Command:
+    """Which judge, and how it is set up."""
+    for decorator in reversed(JUDGE):
+        command = decorator(command)
+    return command
+
+
+def read_judge(
+    *, kind: str | None, recipe: Path | None, overrides: tuple[str, ...]
+) -> JudgeSettings:
+    """The judge that `judge_arguments` ask for."""
+    from abliterator.recipe import load_judge, load_recipe
+
+    if kind is not None:
+        overrides = (f"judge.kind={kind}", *overrides)
+    if recipe is not None:
+        return load_recipe(recipe, overrides=overrides).judge
+    return load_judge(overrides)
 
 
 def recipe_arguments(*, required: bool = True) -> Callable[[Command], Command]:

@@ -18,8 +18,15 @@ from abliterator.comparison._divergence import (
 )
 from abliterator.comparison._result import Comparison
 from abliterator.comparison._weights import diff_weights
-from abliterator.judge import RuleJudge, judge_completions, summarise
-from abliterator.record import Behaviour, BenchmarkResult, Completion, Divergence, Side
+from abliterator.judge import Judge, RuleJudge, judge_completions, last_calibration, summarise
+from abliterator.record import (
+    Behaviour,
+    BenchmarkResult,
+    Completion,
+    Divergence,
+    JudgeIdentity,
+    Side,
+)
 
 if TYPE_CHECKING:
     from abliterator.model import LoadedModel
@@ -46,16 +53,23 @@ class CompareSettings:
 
 
 def compare(
-    base: Path, edited: Path, settings: CompareSettings, *, scratch: Path, bar: Bar = no_bar
+    base: Path,
+    edited: Path,
+    settings: CompareSettings,
+    judge: Judge | None = None,
+    *,
+    scratch: Path,
+    bar: Bar = no_bar,
 ) -> Comparison:
     """Weights always, straight from the files; answers, divergence and benchmarks as asked for.
 
-    Answers are judged by the rule judge. One model is in memory at a time.
+    One model is in memory at a time.
 
     Args:
         base: checkpoint folder.
         edited: checkpoint folder.
         settings: what is measured.
+        judge: of the answers; left out, the rule judge.
         scratch: an empty folder; what is left there can be deleted.
         bar: shows progress.
 
@@ -66,9 +80,10 @@ def compare(
         "base": Checkpoint.open(base),
         "edited": Checkpoint.open(edited),
     }
+    judge = judge or RuleJudge()
     weights = diff_weights(checkpoints["base"], checkpoints["edited"])
     models = _OneAtATime({"base": base, "edited": edited}, settings.benchmarks)
-    behaviour = _behaviour(models.load, settings, bar)
+    behaviour = _behaviour(models.load, settings, judge, bar)
     divergence = _divergence(models.load, settings, scratch=scratch, bar=bar)
     models.free()
     return Comparison(
@@ -76,7 +91,7 @@ def compare(
         edited=edited.name,
         weights=weights,
         behaviour=behaviour,
-        judge=RuleJudge().identity if behaviour else None,
+        judge=_known(judge) if behaviour else None,
         divergence=divergence,
         benchmarks=_benchmarks(checkpoints, settings, scratch=scratch, bar=bar),
     )
@@ -106,23 +121,28 @@ class _OneAtATime:
 
 
 def _behaviour(
-    load: Callable[[Side], LoadedModel], settings: CompareSettings, bar: Bar
+    load: Callable[[Side], LoadedModel], settings: CompareSettings, judge: Judge, bar: Bar
 ) -> dict[str, Behaviour]:
-    """Both sides' answers to every prompt set, judged by the rules."""
+    """Both sides' answers to every prompt set, judged."""
     if not settings.prompts:
         return {}
     sides: tuple[Side, Side] = ("base", "edited")
-    verdicts = {
-        side: judge_completions(_answers(load(side), side, settings, bar), RuleJudge())
-        for side in sides
-    }
+    answers = [found for side in sides for found in _answers(load(side), side, settings, bar)]
+    verdicts = judge_completions(answers, judge)
     return {
         name: summarise(
-            *([verdict for verdict in verdicts[side] if verdict.set == name] for side in sides),
+            *([v for v in verdicts if (v.set, v.side) == (name, side)] for side in sides),
             seed=settings.divergence.seed,
         )
         for name in settings.prompts
     }
+
+
+def _known(judge: Judge) -> JudgeIdentity:
+    """The judge, with how well it agreed with people when that was last measured."""
+    calibration = last_calibration(judge.identity)
+    summary = calibration and calibration.summary()
+    return judge.identity.model_copy(update={"calibration": summary})
 
 
 def _answers(

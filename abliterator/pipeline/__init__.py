@@ -59,6 +59,7 @@ __all__ = [
     "plan_recipe",
     "read_record",
     "recipe_of",
+    "require_key",
     "run_stages",
 ]
 
