@@ -25,7 +25,6 @@ class Format:
     Attributes:
         name: as in a safetensors header.
         stored: dtype on disk.
-        bits: integer dtype of the same width.
         compute: dtype that edits are calculated in, wide enough that storing dominates the error.
         largest: largest finite number where storing would not saturate by itself, else None.
         scaled: whether blocks of numbers have a scale, in a tensor of its own (`SCALE_SUFFIX`).
@@ -33,7 +32,6 @@ class Format:
 
     name: str
     stored: str
-    bits: str
     compute: str
     largest: float | None = None
     scaled: bool = False
@@ -49,14 +47,10 @@ class Format:
         """`stored` as a torch dtype."""
         return _dtype(self.stored)
 
-    @property
-    def bits_dtype(self) -> torch.dtype:
-        """`bits` as a torch dtype."""
-        return _dtype(self.bits)
-
-    def clamped(self, numbers: torch.Tensor) -> torch.Tensor:
-        """`numbers`, no further from zero than the format reaches."""
-        return numbers if self.largest is None else numbers.clamp(-self.largest, self.largest)
+    def rounded(self, numbers: torch.Tensor) -> torch.Tensor:
+        """`numbers`, each rounded to the nearest representable one, in their own dtype."""
+        within = numbers if self.largest is None else numbers.clamp(-self.largest, self.largest)
+        return within.to(self.stored_dtype).to(numbers.dtype)
 
     @property
     def compute_dtype(self) -> torch.dtype:
@@ -67,12 +61,12 @@ class Format:
 FORMATS = {
     fmt.name: fmt
     for fmt in (
-        Format("BF16", "bfloat16", "int16", "float32"),
-        Format("F16", "float16", "int16", "float32"),
-        Format("F32", "float32", "int32", "float64"),
-        Format("F64", "float64", "int64", "float64"),
+        Format("BF16", "bfloat16", "float32"),
+        Format("F16", "float16", "float32"),
+        Format("F32", "float32", "float64"),
+        Format("F64", "float64", "float64"),
         # weights in FP8 are numbers in units of a block's scale, as DeepSeek and Qwen store them
-        Format("F8_E4M3", "float8_e4m3fn", "int8", "float32", largest=448.0, scaled=True),
+        Format("F8_E4M3", "float8_e4m3fn", "float32", largest=448.0, scaled=True),
     )
 }
 
@@ -96,39 +90,6 @@ def format_of(dtype: str, tensor: str) -> Format:
             f"Tensor {tensor} is stored as {dtype}; an edit can be stored in "
             f"{', '.join(FORMATS)}. Use a checkpoint of the model in one of these formats."
         ) from None
-
-
-def neighbours(numbers: torch.Tensor, fmt: Format) -> tuple[torch.Tensor, torch.Tensor]:
-    """The representable numbers on both sides of `numbers`, the nearer first, in their dtype."""
-    within = fmt.clamped(numbers)
-    nearest = within.to(fmt.stored_dtype)
-    other = other_neighbour(nearest, within, fmt)
-    return nearest.to(numbers.dtype), other.to(numbers.dtype)
-
-
-def other_neighbour(stored: torch.Tensor, exact: torch.Tensor, fmt: Format) -> torch.Tensor:
-    """The representable number on the other side of `exact`.
-
-    `stored` is `exact` rounded to nearest, so `exact` lies between `stored` and the result. IEEE
-    numbers of one sign are ordered like the integers of their bits: a neighbour is one step away.
-
-    Args:
-        stored: any shape, the format's stored dtype, finite.
-        exact: same shape, compute dtype.
-        fmt: the format of `stored`.
-
-    Returns:
-        Same shape and dtype as `stored`; equal to `stored` where `exact` is represented exactly,
-        and where a step would leave the finite numbers or start from zero.
-    """
-    import torch
-
-    rounded = stored.to(exact.dtype)
-    further = exact.abs() > rounded.abs()  # the exact value lies further from zero than the stored
-    bits = stored.view(_dtype(fmt.bits))
-    stepped = torch.where(further, bits + 1, bits - 1).view(stored.dtype)
-    usable = (exact != rounded) & (rounded != 0) & torch.isfinite(stepped.to(exact.dtype))
-    return torch.where(usable, stepped.view(bits.dtype), bits).view(stored.dtype)
 
 
 def mxfp4_numbers(blocks: torch.Tensor) -> torch.Tensor:
@@ -161,17 +122,13 @@ def mxfp4_scales(exponents: torch.Tensor) -> torch.Tensor:
     return scales.repeat_interleave(32, dim=1)
 
 
-def mxfp4_neighbours(numbers: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """`neighbours` in MXFP4; beyond the largest number there is none."""
+def mxfp4_rounded(numbers: torch.Tensor) -> torch.Tensor:
+    """`numbers`, each rounded to the nearest that MXFP4 can have, in their own dtype."""
     import torch
 
-    line = torch.tensor(sorted({*MXFP4_STEPS, *(-step for step in MXFP4_STEPS)}))
-    within = numbers.clamp(-MXFP4_STEPS[-1], MXFP4_STEPS[-1]).contiguous()
-    above = torch.searchsorted(line, within).clamp(min=1)
-    low, high = line[above - 1], line[above]
-    nearest = torch.where(high - within <= within - low, high, low)
-    other = torch.where(nearest == within, nearest, low + high - nearest)
-    return nearest, other
+    steps = torch.tensor(MXFP4_STEPS, dtype=numbers.dtype)
+    between = (steps[1:] + steps[:-1]) / 2
+    return steps[torch.searchsorted(between, numbers.abs().contiguous())].copysign(numbers)
 
 
 def _dtype(name: str) -> torch.dtype:

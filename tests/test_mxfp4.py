@@ -16,8 +16,8 @@ from abliterator.errors import UnsupportedModel
 from abliterator.formats import (
     MXFP4_STEPS,
     mxfp4_blocks,
-    mxfp4_neighbours,
     mxfp4_numbers,
+    mxfp4_rounded,
     mxfp4_scales,
 )
 from abliterator.subspace import orthonormal_basis
@@ -34,7 +34,7 @@ def quantised(weight):
     for expert in weight.transpose(1, 2):
         largest = expert.unflatten(1, (-1, 32)).abs().amax(-1)
         exponent = (torch.floor(torch.log2(largest)) - 2 + 127).to(torch.uint8)
-        numbers, _ = mxfp4_neighbours(expert / mxfp4_scales(exponent))
+        numbers = mxfp4_rounded(expert / mxfp4_scales(exponent))
         blocks.append(mxfp4_blocks(numbers))
         exponents.append(exponent)
     return torch.stack(blocks), torch.stack(exponents)
@@ -98,16 +98,11 @@ def test_packing_is_reversible():
     assert (float(low), float(high)) == (-6.0, 1.0)
 
 
-def test_neighbours_enclose_a_number():
+def test_rounding_against_the_sorted_numbers():
     numbers = torch.linspace(-7, 7, 501)[None]
-    nearest, other = mxfp4_neighbours(numbers)
-    line = torch.tensor([s * step for step in MXFP4_STEPS for s in (-1, 1)])
-    distance = (line[:, None] - numbers).abs()
-    assert torch.equal((nearest - numbers).abs()[0], distance.amin(0))
-    inside = (numbers.abs() < 6)[0]
-    between = (nearest - numbers)[0] * (other - numbers)[0]
-    assert (between[inside] <= 0).all()
-    assert (nearest[0, ~inside].abs() == 6).all()
+    line = torch.tensor([sign * step for step in MXFP4_STEPS for sign in (-1, 1)])
+    distance = (line[:, None] - numbers).abs().amin(0)
+    assert torch.equal((mxfp4_rounded(numbers) - numbers).abs()[0], distance)
 
 
 def test_the_leak_of_the_stored_blocks(mxfp4_folder, tmp_path):

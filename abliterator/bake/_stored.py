@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from functools import partial
 from typing import TYPE_CHECKING
 
 from abliterator.anatomy import Writer
@@ -13,10 +12,9 @@ from abliterator.formats import (
     FORMATS,
     format_of,
     mxfp4_blocks,
-    mxfp4_neighbours,
     mxfp4_numbers,
+    mxfp4_rounded,
     mxfp4_scales,
-    neighbours,
 )
 
 if TYPE_CHECKING:
@@ -26,7 +24,7 @@ if TYPE_CHECKING:
 
 # Elements of one panel: small enough for tens of megabytes in all, large enough that the loop over
 # panels is free.
-PANEL_ELEMENTS = 1 << 21
+PANEL_ELEMENTS = 1 << 19
 
 
 def edit_stored(
@@ -65,12 +63,14 @@ def _edit_panels(
     scale: Tensor | None,
 ) -> Iterator[tuple[float, float]]:
     fmt = format_of(edit.info.dtype, edit.info.name)
-    through = removal.to(fmt.compute_dtype)
+    change = _Change(removal.to(fmt.compute_dtype), edit, settings, fmt.rounded)
     scales = None if scale is None else next(residual_first(scale, edit.writer))
     for matrix in residual_first(fmt.view(buffer, edit.info.shape), edit.writer):
         for start, panel in _panels(matrix):
-            one = _panel_scale(panel, scales, start, edit).to(fmt.compute_dtype)
-            yield _edit_panel(panel, one, edit, through, settings)
+            one = None if scales is None else _panel_scale(panel, scales, start, edit)
+            stored, wrote, writes = change.apply(panel.to(fmt.compute_dtype), one)
+            panel.copy_(stored)
+            yield wrote, writes
 
 
 def _edit_packed(
@@ -85,16 +85,14 @@ def _edit_packed(
 
     if scale is None:
         raise ValueError(f"{edit.info.name} is packed and comes without scales")
-    through = removal.to(torch.float32)
+    change = _Change(removal.to(torch.float32), edit, settings, mxfp4_rounded)
     experts = torch.frombuffer(buffer, dtype=torch.uint8).view(edit.info.shape)
     width = max(1, PANEL_ELEMENTS // (32 * experts.shape[1]))
     for blocks, exponents in zip(experts, scale, strict=True):
         for start in range(0, blocks.shape[1], width):
             part = blocks[:, start : start + width]
             one = mxfp4_scales(exponents[:, start : start + width])
-            stored, wrote, writes = _edited(
-                mxfp4_numbers(part), one, edit, through, settings, mxfp4_neighbours
-            )
+            stored, wrote, writes = change.apply(mxfp4_numbers(part), one)
             part.copy_(mxfp4_blocks(stored))
             yield wrote, writes
 
@@ -136,65 +134,80 @@ def _panels(matrix: Tensor) -> Iterator[tuple[int, Tensor]]:
         yield start, matrix[:, start : start + width]
 
 
-def _panel_scale(panel: Tensor, scales: Tensor | None, start: int, edit: PlannedEdit) -> Tensor:
-    """What each stored number of a panel is multiplied by: [H, c], or [1, 1] where nothing is."""
+def _panel_scale(panel: Tensor, scales: Tensor, start: int, edit: PlannedEdit) -> Tensor:
+    """What each stored number of a panel [H, c] is multiplied by: [H, c] float32."""
     import torch
 
-    if scales is None:
-        return torch.ones(1, 1)
     rows, columns = edit.block if edit.writer.axis == 0 else reversed(edit.block)
     row = torch.arange(panel.shape[0]) // rows
     column = (start + torch.arange(panel.shape[1])) // columns
-    return scales[row[:, None], column[None, :]]
+    return scales[row[:, None], column[None, :]].float()
 
 
-def _edit_panel(
-    panel: Tensor, scale: Tensor, edit: PlannedEdit, removal: Removal, settings: EditSettings
-) -> tuple[float, float]:
-    """Edits one panel [H, c]; returns what it wrote into the subspace before and after, squared."""
-    fmt = FORMATS[edit.info.dtype]
-    stored, wrote, writes = _edited(
-        panel.to(fmt.compute_dtype), scale, edit, removal, settings, partial(neighbours, fmt=fmt)
-    )
-    panel.copy_(stored)
-    return wrote, writes
+class _Change:
+    """The edit of one tensor, applied to its panels.
+
+    `rounded` takes numbers in units of their scales to the nearest that can be stored.
+    """
+
+    def __init__(
+        self,
+        removal: Removal,
+        edit: PlannedEdit,
+        settings: EditSettings,
+        rounded: Callable[[Tensor], Tensor],
+    ) -> None:
+        from abliterator.subspace import compensating_rows
+
+        self._removal = removal
+        self._strength = edit.strength
+        # a bias is no matrix with columns that scale what was read: it has no norm to keep
+        self._keeps_norms = settings.norm == "column" and edit.writer.kind == "weight"
+        self._rounded = rounded
+        compensates = settings.rounding == "compensated"
+        self._rows = compensating_rows(removal.read) if compensates else None
+
+    def apply(self, stored: Tensor, scale: Tensor | None) -> tuple[Tensor, float, float]:
+        """Edits and rounds numbers [H, c] in units of `scale`; `stored` itself is used up.
+
+        Returns:
+            What is to be stored, and what was and is written into the subspace, squared.
+        """
+        from abliterator.subspace import keep_column_norms
+
+        read = self._removal.read
+        exact = stored if scale is None else stored.mul_(scale)
+        lengths = exact.norm(dim=0) if self._keeps_norms else None
+        wrote = self._removal.remove(exact, self._strength)
+        if lengths is not None:
+            exact = keep_column_norms(exact, lengths)
+        result = self._rounded(exact if scale is None else exact / scale)
+        writes = read.T @ (result if scale is None else result * scale)
+        if self._rows is not None:
+            writes = self._compensate(exact, result, scale, writes)
+        return result, _square(wrote), _square(writes)
+
+    def _compensate(
+        self, exact: Tensor, result: Tensor, scale: Tensor | None, writes: Tensor
+    ) -> Tensor:
+        """Rounds the rows of `result` that compensate once more; returns what it then writes."""
+        from abliterator.subspace import compensate
+
+        rows, read = self._rows, self._removal.read
+        scales = None if scale is None else scale[rows]
+
+        def store(numbers: Tensor, places: Tensor | None) -> Tensor:
+            if scales is None:
+                return self._rounded(numbers)
+            units = scales if places is None else scales.gather(0, places)
+            return self._rounded(numbers / units) * units
+
+        error = writes - read.T @ exact
+        before = result[rows] if scales is None else result[rows] * scales
+        after = compensate(exact[rows], error, read[rows], store)
+        result[rows] = after if scales is None else self._rounded(after / scales)
+        return writes + read[rows].T @ (after - before)
 
 
-def _edited(
-    stored: Tensor,
-    scale: Tensor,
-    edit: PlannedEdit,
-    removal: Removal,
-    settings: EditSettings,
-    either: Callable[[Tensor], tuple[Tensor, Tensor]],
-) -> tuple[Tensor, float, float]:
-    """Numbers [H, c] in units of `scale`, edited and rounded; and the squared writes."""
-    from abliterator.subspace import ablate_through, keep_column_norms, squared_write
-
-    original = stored * scale
-    exact = ablate_through(original, removal, edit.strength)
-    # a bias is no matrix with columns that scale what was read: it has no norm to keep
-    if settings.norm == "column" and edit.writer.kind == "weight":
-        exact = keep_column_norms(exact, original)
-    rounded = _rounded(exact, scale, removal, settings.rounding, either)
-    writes = squared_write(rounded * scale, removal.read)
-    return rounded, squared_write(original, removal.read), writes
-
-
-def _rounded(
-    exact: Tensor,
-    scale: Tensor,
-    removal: Removal,
-    rounding: str,
-    either: Callable[[Tensor], tuple[Tensor, Tensor]],
-) -> Tensor:
-    """The edited panel [H, c] in units of `scale`, every number representable."""
-    import torch
-
-    from abliterator.subspace import compensate
-
-    nearest, other = either(exact / scale)
-    if rounding == "nearest":
-        return nearest
-    choice = compensate(nearest * scale, other * scale, exact, removal.read)
-    return torch.where(choice, other, nearest)
+def _square(writes: Tensor) -> float:
+    return float(writes.double().square().sum())
