@@ -194,6 +194,7 @@ class ModelIdentity(Frozen):
     license_link: str | None = None
     languages: tuple[str, ...] = ()
     files_sha256: dict[str, str] = {}
+    gating: dict[str, Any] = {}  # what a gated base asks of its users: extra_gated_* of its card
 
 
 class Tool(Frozen):
@@ -234,7 +235,10 @@ class PromptOrigin(Frozen):
 
 
 class Provenance(Frozen):
-    """Versions and circumstances that a number depends on."""
+    """Versions and circumstances that a number depends on: the lock of a build.
+
+    Whoever builds the recipe again compares these first where a bit differs.
+    """
 
     created: str  # UTC, ISO 8601
     python: str
@@ -242,6 +246,8 @@ class Provenance(Frozen):
     packages: dict[str, str]
     device: str
     dtype: str
+    hardware: str | None = None  # what computes: a GPU's name, or a CPU's instruction set
+    digests: dict[str, str] = {}  # sha256 of what the weights were made from: moments, directions
     git_commit: str | None = None
     prompts: tuple[PromptOrigin, ...] = ()
     dropped_overlap: int = 0
@@ -269,4 +275,5 @@ class RunRecord(Frozen):
     selection: dict[str, Any] | None = None
     timing: dict[str, float] = {}
     quoted: tuple[Quotation, ...] = ()
+    pictures: dict[str, str] = {}  # sha256 by path in the checkpoint; the card shows them
     provenance: Provenance

@@ -129,6 +129,8 @@ def demo_record() -> RunRecord:
                 edited=rate(0.9458, 0.9096, 0.968, 240),
                 delta=rate(-0.0042, -0.0125, 0.0, 240),
                 smallest_detectable=0.0117,
+                gained=1,
+                lost=2,
                 settings={"num_fewshot": 0, "chat_template": False},
             )
         },
@@ -280,8 +282,98 @@ def test_benchmarks_are_in_the_header_with_their_error_and_n():
         "acc",
         0.9458,
     )
-    assert result.metric_args == {"n": 240, "stderr": 0.0149}
+    assert result.metric_args == {"n": 240, "stderr": 0.0146}  # sqrt(.9458 x .0542 / 239)
     assert ModelCard(render_card(hub_record())).data.eval_results is None
+
+
+@pytest.mark.parametrize(
+    ("change", "stderr"),
+    [
+        ({"gained": None}, 0.0149),  # no rate: half of the bootstrap's interval, by 1.96
+        ({"edited": rate(1.0, 0.984, 1.0, 240)}, None),  # all right: an error of 0 says too much
+        ({"edited": rate(1.0, None, None, 1)}, None),
+    ],
+)
+def test_the_error_in_the_header_is_measured_or_left_out(change: dict[str, Any], stderr: float):
+    result = demo_record().benchmarks["toy_facts"].model_copy(update=change)
+    card = render_card(demo_record().model_copy(update={"benchmarks": {"toy_facts": result}}))
+    (shown,) = ModelCard(card).data.eval_results
+    assert shown.metric_args.get("stderr") == stderr
+
+
+def test_what_a_gated_base_asks_of_its_users_is_asked_again():
+    gating = {
+        "extra_gated_prompt": "### TERMS\n---\nlicense: mit\n---\nBe \u202ekind.",
+        "extra_gated_fields": {
+            "Name": "text",
+            "Country": {"type": "country"},
+            "I agree": "checkbox",
+        },
+        "extra_gated_button_content": "Submit",
+        "extra_gated_heading": 7,
+        "extra_gated_else": "left out",
+    }
+    model = hub_record().model.model_copy(update={"gating": gating})
+    card = ModelCard(
+        render_card(hub_record().model_copy(update={"model": model})), ignore_metadata_errors=False
+    )
+    data = card.data.to_dict()
+    assert data["extra_gated_prompt"] == "### TERMS\n---\nlicense: mit\n---\nBe kind."
+    assert data["extra_gated_fields"] == gating["extra_gated_fields"]
+    assert data["extra_gated_button_content"] == "Submit"
+    assert data["license"] == "llama3.2"
+    assert not {"extra_gated_heading", "extra_gated_else"} & data.keys()
+    assert card.text.lstrip().startswith("# `Llama")
+
+
+def selection() -> dict[str, Any]:
+    """What a sweep of two layers finds, in short."""
+    found = {name: rate(0.5).model_dump() for name in ("refusal", "compliance", "coherence")}
+    answers = {**found, "product": rate(0.25).model_dump(), "tokens": 9}
+    scores = {"bypass": -1.0, "kl": 0.01, "induce": 2.0, "stopped_by": []}
+    return {
+        "layers": [3, 2],
+        "k": 1,
+        "why": "the recipe",
+        "base": {"bypass": 1.0, "answers": answers},
+        "candidates": [
+            {"layer": 2, **scores, "answers": None},
+            {"layer": 3, **scores, "answers": answers},
+        ],
+        "stacks": [],
+        "structure": {
+            "layers": [2, 3],
+            "cosines": [[1.0, 0.5], [0.5, 1.0]],
+            "participation_ratio": 1.6,
+            "verdict": "low-rank subspace",
+            "because": "...",
+        },
+        "rollout_tokens": 9,
+    }
+
+
+PICTURES = {"abliterator/cosines.png": SHA, "abliterator/sweep.png": SHA}
+
+
+def test_the_structure_is_told_and_the_pictures_are_shown_where_there_are_any():
+    record = demo_record().model_copy(update={"selection": selection()})
+    told = render_card(record)
+    assert "Structure of the behaviour in this model: `low-rank subspace`." in told
+    assert "participation ratio of 1.60" in told
+    images = [token.type for token in tokens_of(body_of(told)) if token.type == "image"]
+    assert images == []
+    shown = render_card(record.model_copy(update={"pictures": PICTURES}))
+    images = [token for token in tokens_of(body_of(shown)) if token.type == "image"]
+    assert [image.attrs["src"] for image in images] == list(PICTURES)
+    assert all(image.content for image in images)  # told in words where it cannot be seen
+
+
+def test_the_lock_is_on_the_card():
+    lock = {"hardware": "AVX2, 2 threads", "digests": {"directions": SHA}}
+    provenance = demo_record().provenance.model_copy(update=lock)
+    card = render_card(demo_record().model_copy(update={"provenance": provenance}))
+    assert "| Hardware | `AVX2, 2 threads` |" in card
+    assert f"| sha256 of `directions` | `{SHA}` |" in card
 
 
 def test_a_named_licence_is_carried_with_its_text():
@@ -470,6 +562,10 @@ FREE_TEXT = [
     "model.license_name",
     "model.license_link",
     "model.languages.0",
+    "model.gating.extra_gated_prompt",
+    "model.gating.@extra_gated_prompt",
+    "pictures.@abliterator/other",
+    "selection.structure.verdict",
     "quoted.0.source",
     "quoted.0.says",
     "model.files_sha256.@model.safetensors",
@@ -489,6 +585,9 @@ FREE_TEXT = [
     "provenance.platform",
     "provenance.device",
     "provenance.dtype",
+    "provenance.hardware",
+    "provenance.digests.directions",
+    "provenance.digests.@directions",
     "provenance.git_commit",
     "provenance.packages.torch",
     "provenance.packages.@torch",
@@ -512,6 +611,7 @@ MAY_BE_LEFT_OUT = {
     "license",
     "license_link",
     "license_name",
+    "extra_gated_prompt",
     "model-index",
 }
 
@@ -535,7 +635,10 @@ def hostile_base() -> RunRecord:
     data["model"]["files_sha256"] = {"weights": SHA, "config": SHA}
     data["behaviour"]["extra"] = None
     data["judge"]["prompt_sha256"] = SHA
-    data["provenance"]["git_commit"] = COMMIT
+    data["model"]["gating"] = {"extra_gated_prompt": "Be kind."}
+    data["selection"] = selection()
+    data["pictures"] = {**PICTURES, "abliterator/other": SHA}
+    data["provenance"] |= {"git_commit": COMMIT, "hardware": "x", "digests": {"directions": SHA}}
     return RunRecord.model_validate(data)
 
 
@@ -547,12 +650,14 @@ def test_hostile_field_leaves_the_structure_alone(path: str, attack: str):
 
     assert structure(card) == structure(benign)
     header, expected = header_of(card), header_of(benign)
-    for shown in (header, expected):  # made of the base's id where that is one
-        for index in shown.get("model-index", []):
+    for shown in (header, expected):
+        for index in shown.get("model-index", []):  # made of the base's id where that is one
             assert re.fullmatch(r"[\w.-]{1,110}", index.pop("name"))
+        # the one free text of the header, for the Hub's form: a licence may be in it
+        assert isinstance(shown.pop("extra_gated_prompt", ""), str)
     assert header == {key: expected[key] for key in header}
     assert set(expected) - set(header) <= MAY_BE_LEFT_OUT
-    outside_recipe = card.rpartition("\n## Recipe\n")[0]
+    outside_recipe = body_of(card).rpartition("\n## Recipe\n")[0]
     assert max(map(len, outside_recipe.splitlines())) < 1000
     assert not INVISIBLE.search(card)
     card.encode("utf-8")

@@ -6,6 +6,7 @@ it by one that stays.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import shutil
@@ -333,6 +334,24 @@ def test_a_file_added_by_hand_is_named_and_stays(hub, built, out, publish):
     assert plan.left_out == (".env", "notes.txt")
     assert not {"notes.txt", ".env"} & set(publish()["uploaded"])
     assert b"private" not in b"".join(on_hub(hub).values())
+
+
+def test_pictures_go_along_if_the_record_vouches_for_them(built, out):
+    picture = out / "checkpoint" / "abliterator" / "sweep.png"
+    picture.write_bytes(b"drawn")
+    plan = plan_publish(built[0], out / "checkpoint", Target(NAME))
+    assert plan.left_out == ("abliterator/sweep.png",)
+    path = out / "checkpoint" / "abliterator" / "record.json"
+    record = json.loads(path.read_text())
+    record["pictures"] = {"abliterator/sweep.png": hashlib.sha256(b"drawn").hexdigest()}
+    path.write_text(json.dumps(record))
+    plan = plan_publish(built[0], out / "checkpoint", Target(NAME))
+    assert plan.left_out == ()
+    assert "abliterator/sweep.png" in {file.path for file in plan.files}
+    for damage in (lambda: picture.write_bytes(b"another"), picture.unlink):
+        damage()
+        with pytest.raises(PublishError, match=r"sweep\.png is not the picture"):
+            plan_publish(built[0], out / "checkpoint", Target(NAME))
 
 
 @pytest.mark.parametrize("name", ["README.md", "recipe.yaml", "abliterator/record.json"])

@@ -68,7 +68,12 @@ def test_differences_of_the_circumstances_are_told(project, tmp_path):
     other = Path(shutil.copytree(published, tmp_path / "other"))
     assert compare_rebuilt(published, other) == (6, (), ())
     record = json.loads((other / RECORD).read_text())
-    record["provenance"] |= {"device": "cuda", "packages": {"torch": "0.1"}}
+    lock = record["provenance"]
+    assert lock["hardware"]
+    assert lock["digests"].keys() == {"moments", "directions"}
+    lock |= {"device": "cuda", "packages": {"torch": "0.1"}, "hardware": "H200"}
+    lock["digests"]["moments"] = "0" * 64
+    lock["prompts"][0]["sha256"] = "0" * 64
     (other / RECORD).write_text(json.dumps(record))
     assert compare_rebuilt(published, other).reasons == ()  # the bits are the same
     edits = json.loads((other / EDITS).read_text())
@@ -79,6 +84,9 @@ def test_differences_of_the_circumstances_are_told(project, tmp_path):
     assert edits[0]["name"] in found.different
     assert edits[-1]["name"] in found.different
     assert "device: cpu, cuda" in found.reasons
+    for what in ("hardware: ", "prompts of target, extraction: ", "sha256 of the moments: "):
+        assert any(reason.startswith(what) for reason in found.reasons)
+    assert not any("directions" in reason for reason in found.reasons)
     assert any(r.startswith("torch: ") and r.endswith(", 0.1") for r in found.reasons)
     (other / RECORD).write_text("{}")
     with pytest.raises(OutputError, match="how it was built"):

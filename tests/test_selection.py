@@ -1,5 +1,6 @@
 """Choosing layers and k: scores against oracles, gates, stacks, and the demo end to end."""
 
+import hashlib
 import json
 import math
 import shutil
@@ -39,6 +40,7 @@ from abliterator.selection import (
 )
 from abliterator.selection._types import Answers
 from abliterator.statistics import mean_interval
+from abliterator.verification import verify
 from tests.test_card import demo_record
 from tests.test_pipeline import Log
 
@@ -462,6 +464,14 @@ def test_the_demo_needs_one_direction(demo):
     assert record.behaviour["target"].edited.refusal.value <= 0.1
     card = (demo[0] / "checkpoint" / "README.md").read_text()
     assert "chosen by a sweep over 7 layers" in card
+    assert "(abliterator/cosines.png)" in card
+    assert "(abliterator/sweep.png)" in card
+    base = ROOT / "abliterator" / "data" / "demo" / "model"
+    proof = verify(base, demo[0] / "checkpoint")
+    assert proof.faults == proof.foreign == ()
+    for name, digest in record.pictures.items():
+        drawn = demo[0] / "work" / "plots" / Path(name).name
+        assert proof.sha256[name] == digest == hashlib.sha256(drawn.read_bytes()).hexdigest()
 
 
 @pytest.mark.slow

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from collections.abc import Iterator, Mapping
+from math import sqrt
+from typing import TYPE_CHECKING, Any
 
-from abliterator.record import Estimate, RunRecord
+from abliterator.card._markdown import without_invisible
+from abliterator.record import BenchmarkResult, RunRecord
 
 if TYPE_CHECKING:
     from huggingface_hub import EvalResult
@@ -19,6 +21,10 @@ LANGUAGE = re.compile(r"[a-z]{2,3}(-[A-Za-z0-9]{2,8}){0,2}", re.ASCII)
 PLAIN_NAME = re.compile(r"\w[\w.,-]{0,63}", re.ASCII)
 # Half of a 95 % interval is so many standard errors.
 _ERRORS_IN_HALF = 1.96
+GATING_TEXTS = tuple(
+    f"extra_gated_{x}" for x in ("prompt", "heading", "description", "button_content")
+)
+GATING_FIELDS = "extra_gated_fields"
 
 
 def header(record: RunRecord) -> str:
@@ -43,12 +49,23 @@ def header(record: RunRecord) -> str:
         # no results are None: an empty list would become an empty model-index
         eval_results=results or None,
         model_name=f"{(base or 'model').rpartition('/')[2]}-abliterated" if results else None,
+        **_gating(model.gating),
     )
     return data.to_yaml()
 
 
 def _fitting(pattern: re.Pattern[str], text: str | None) -> str | None:
     return text if text is not None and pattern.fullmatch(text) else None
+
+
+def _gating(asked: Mapping[str, Any]) -> dict[str, Any]:
+    """What the base asks of those who want access; the Hub shows it, as text, where it is gated."""
+    texts = {key: asked[key] for key in GATING_TEXTS if isinstance(asked.get(key), str)}
+    fields = asked.get(GATING_FIELDS)
+    if isinstance(fields, dict) and all(isinstance(kind, (str, dict)) for kind in fields.values()):
+        texts[GATING_FIELDS] = fields
+    visible: dict[str, Any] = without_invisible(texts)
+    return visible
 
 
 def _datasets(record: RunRecord) -> list[str]:
@@ -69,11 +86,21 @@ def _results(record: RunRecord) -> Iterator[EvalResult]:
                 dataset_name=f"{task} (lm-eval)",
                 metric_type=result.metric,
                 metric_value=round(result.edited.value, 4),
-                metric_args={"n": result.edited.n, **_standard_error(result.edited)},
+                metric_args={"n": result.edited.n, **_standard_error(result)},
             )
 
 
-def _standard_error(measured: Estimate) -> dict[str, float]:
-    if measured.low is None or measured.high is None:
+def _standard_error(result: BenchmarkResult) -> dict[str, float]:
+    """Of the edited model's mean; none where all documents are alike, for 0 would say too much.
+
+    Where each document is right or wrong it follows from the mean: sqrt(p (1 - p) / (n - 1)), as in
+    lm-eval. For other metrics the interval is a bootstrap's, whose half is 1.96 standard errors.
+    """
+    edited = result.edited
+    if edited.low is None or edited.high is None or edited.n < 2:
         return {}
-    return {"stderr": round((measured.high - measured.low) / 2 / _ERRORS_IN_HALF, 4)}
+    if result.gained is None:
+        error = (edited.high - edited.low) / 2 / _ERRORS_IN_HALF
+    else:
+        error = sqrt(max(0.0, edited.value * (1 - edited.value)) / (edited.n - 1))
+    return {"stderr": round(error, 4)} if error > 0 else {}

@@ -16,6 +16,7 @@ from abliterator.record import Estimate
 LONGEST = 100  # characters of a free-text value; a sha256 has 64, a Hub id at most 96
 LOCAL_PATH = re.compile(r"(?:file:|~[^/\\]*[/\\]|\.{1,2}[/\\]|[A-Za-z]:[/\\]|[/\\]).*", re.DOTALL)
 NOT_MEASURED = "Not measured"
+_INVISIBLE = {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"}  # Unicode's categories
 
 
 class Markdown(str):
@@ -66,6 +67,21 @@ def without_paths(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [without_paths(inner) for inner in value]
     return hide_path(value) if isinstance(value, str) else value
+
+
+def without_invisible(value: Any) -> Any:
+    """A copy of plain values (JSON) whose texts have no control or format characters but newlines.
+
+    Right-to-left marks and zero-width spaces are format characters.
+    """
+    if isinstance(value, dict):
+        return {without_invisible(key): without_invisible(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [without_invisible(inner) for inner in value]
+    if not isinstance(value, str):
+        return value
+    seen = (c for c in value if c == "\n" or unicodedata.category(c) not in _INVISIBLE)
+    return "".join(seen)
 
 
 def yaml_fence(values: dict[str, Any]) -> Markdown:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import platform
+import re
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -27,15 +29,20 @@ from abliterator.record import (
     Tool,
 )
 
-PACKAGES = ("torch", "transformers", "safetensors", "huggingface_hub", "lm_eval", "numpy")
+_GATING = re.compile("extra_gated_")
+PACKAGES = (
+    *("torch", "transformers", "tokenizers", "safetensors", "huggingface_hub"),
+    *("datasets", "lm_eval", "numpy"),
+)
 
 
-def assemble(run: Run, timing: dict[str, float]) -> RunRecord:
+def assemble(run: Run, timing: dict[str, float], pictures: dict[str, str]) -> RunRecord:
     """The record of a run whose every stage but card is done.
 
     Args:
         run: the run.
         timing: seconds of each stage.
+        pictures: sha256 of each picture of the card, by its path in the checkpoint.
     """
     return RunRecord(
         tool=Tool(version=version("abliterator")),
@@ -49,6 +56,7 @@ def assemble(run: Run, timing: dict[str, float]) -> RunRecord:
         judge=judge_identity(run),
         selection=selection_of(run),
         timing=timing,
+        pictures=pictures,
         provenance=_provenance(run),
     )
 
@@ -69,7 +77,7 @@ def _model(run: Run) -> ModelIdentity:
 
 
 def _stated(folder: Path) -> dict[str, Any]:
-    """Licence and languages that the base's own card states, if it has one that can be read."""
+    """What the base's own card, if it can be read, states: licence, languages, gating."""
     from huggingface_hub import metadata_load
     from yaml import YAMLError
 
@@ -78,7 +86,10 @@ def _stated(folder: Path) -> dict[str, Any]:
     except (OSError, ValueError, YAMLError):
         return {}
     names = ("license", "license_name", "license_link")
-    found = {name: metadata[name] for name in names if isinstance(metadata.get(name), str)}
+    found: dict[str, Any] = {
+        name: metadata[name] for name in names if isinstance(metadata.get(name), str)
+    }
+    found["gating"] = {key: metadata[key] for key in metadata if _GATING.match(str(key))}
     languages = metadata.get("language")
     languages = [languages] if isinstance(languages, str) else languages
     if isinstance(languages, list):
@@ -146,6 +157,8 @@ def _provenance(run: Run) -> Provenance:
         packages={name: found for name in PACKAGES if (found := _installed(name))},
         device=run.device,
         dtype=run.dtype or "as stored",
+        hardware=_hardware(run.device),
+        digests=_digests(run),
         prompts=tuple(
             PromptOrigin(
                 name=name,
@@ -160,6 +173,21 @@ def _provenance(run: Run) -> Provenance:
             for name, s in used
         ),
     )
+
+
+def _hardware(device: str) -> str:
+    import torch
+
+    if device.startswith("cuda"):
+        return torch.cuda.get_device_name(device)
+    if device == "cpu":
+        return f"{torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
+    return device
+
+
+def _digests(run: Run) -> dict[str, str]:
+    files = {name: run.workspace.work / f"{name}.safetensors" for name in ("moments", "directions")}
+    return {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in files.items()}
 
 
 def _installed(package: str) -> str | None:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 from typing import Any
 
-from abliterator.checkpoint import write_text_atomic
+from abliterator.checkpoint import copy_file, write_text_atomic
 from abliterator.errors import OutputError
 from abliterator.pipeline._record import assemble
 from abliterator.pipeline._run import Run
 from abliterator.pipeline._stage import Parts, Stage, save_value
 from abliterator.record import RunRecord
+from abliterator.verification import PICTURES
 
 MEASURED = (
     "prompts",
@@ -38,11 +40,32 @@ def _record(run: Run) -> tuple[list[Path], Parts]:
     out = run.workspace.checkpoint
     markers = {name: run.workspace.marker(name) for name in _measured(run)}
     timing = {name: marker.seconds for name, marker in markers.items() if marker is not None}
-    path = save_value(out / "abliterator" / "record.json", assemble(run, timing))
+    pictures = _pictures(run)
+    hashes = {
+        name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in pictures.items()
+    }
+    path = save_value(out / "abliterator" / "record.json", assemble(run, timing, hashes))
     recipe = out / "recipe.yaml"
     plain = yaml.safe_dump(run.recipe.published(), sort_keys=False, allow_unicode=True)
     write_text_atomic(recipe, plain)
-    return [path, recipe], {}
+    return [path, recipe, *pictures.values()], {}
+
+
+def _pictures(run: Run) -> dict[str, Path]:
+    """The selection's pictures, copied beside the record; those of an earlier run are removed."""
+    marker = run.workspace.marker("selection") if run.recipe.selects else None
+    drawn = (
+        {Path(path).name: run.workspace.out / path for path in marker.artefacts} if marker else {}
+    )
+    copied = {}
+    for name in PICTURES:
+        source, place = drawn.get(Path(name).name), run.workspace.checkpoint / name
+        if source is None:
+            place.unlink(missing_ok=True)
+        else:
+            copy_file(source, place)
+            copied[name] = place
+    return copied
 
 
 def _card_inputs(run: Run) -> Any:
@@ -69,5 +92,5 @@ def read_record(out: Path) -> RunRecord:
     return RunRecord.model_validate_json(path.read_text())
 
 
-RECORD = Stage("record", 1, _record_inputs, _record)
-CARD = Stage("card", 1, _card_inputs, _card)
+RECORD = Stage("record", 2, _record_inputs, _record)
+CARD = Stage("card", 2, _card_inputs, _card)

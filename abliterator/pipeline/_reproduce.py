@@ -54,12 +54,18 @@ def _record(folder: Path) -> RunRecord:
         ) from error
 
 
+def _prompts(record: RunRecord) -> dict[str, str]:
+    """sha256 of each prompt set as used."""
+    return {origin.name: origin.sha256 for origin in record.provenance.prompts}
+
+
 def _differences(then: RunRecord, now: RunRecord) -> Iterator[str]:
     """What could make the same recipe give other bits."""
     pairs = {
         "recipe digest": (then.recipe_digest, now.recipe_digest),
         "abliterator": (then.tool.version, now.tool.version),
         "device": (then.provenance.device, now.provenance.device),
+        "hardware": (then.provenance.hardware, now.provenance.hardware),
         "dtype of computation": (then.provenance.dtype, now.provenance.dtype),
         "python": (then.provenance.python, now.provenance.python),
         "platform": (then.provenance.platform, now.provenance.platform),
@@ -67,6 +73,8 @@ def _differences(then: RunRecord, now: RunRecord) -> Iterator[str]:
     for name, past, present in (
         ("", then.provenance.packages, now.provenance.packages),
         ("base file ", then.model.files_sha256, now.model.files_sha256),
+        ("prompts of ", _prompts(then), _prompts(now)),
+        ("sha256 of the ", then.provenance.digests, now.provenance.digests),
     ):
         for key in sorted({*past, *present}):
             pairs[name + key] = past.get(key, "none"), present.get(key, "none")

@@ -11,6 +11,13 @@ was made nor where the folders came from.
 """
 
 from abliterator.verification._compare import verify
-from abliterator.verification._findings import EDITS, OURS, RECORD, Verification, read_edits
+from abliterator.verification._findings import (
+    EDITS,
+    OURS,
+    PICTURES,
+    RECORD,
+    Verification,
+    read_edits,
+)
 
-__all__ = ["EDITS", "OURS", "RECORD", "Verification", "read_edits", "verify"]
+__all__ = ["EDITS", "OURS", "PICTURES", "RECORD", "Verification", "read_edits", "verify"]

@@ -9,7 +9,14 @@ from pathlib import Path
 
 from abliterator.checkpoint import CONFIG_ENTRY, CONFIG_FILE, Checkpoint, edited_config
 from abliterator.record import RunRecord, TensorEdit
-from abliterator.verification._findings import EDITS, RECORD, Findings, sha256_of, told_leak
+from abliterator.verification._findings import (
+    EDITS,
+    PICTURES,
+    RECORD,
+    Findings,
+    sha256_of,
+    told_leak,
+)
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _ENTRY = {
@@ -69,7 +76,10 @@ def _hashed(base: Checkpoint, path: Path, file: str, found: Findings) -> bool:
 
 
 def check_record(checkpoint: Path, named: Mapping[str, TensorEdit], found: Findings) -> None:
-    """What record.json, and so the card, says of the edit and of the base; nothing if none is."""
+    """What record.json, and so the card, says of the edit and of the base; nothing if none is.
+
+    The pictures that it vouches for are hashed, like the files that abliterator always writes.
+    """
     path = checkpoint / RECORD
     if not path.is_file():
         return
@@ -92,6 +102,12 @@ def check_record(checkpoint: Path, named: Mapping[str, TensorEdit], found: Findi
             f"{RECORD} says that the largest leak is {told_leak(record.edit.max_leak)}, {EDITS} "
             f"{told_leak(leak)}."
         )
+    for file in sorted(record.pictures.keys() & set(PICTURES)):
+        picture = checkpoint / file
+        if picture.is_file() and sha256_of(picture) == record.pictures[file]:
+            found.sha256[file] = record.pictures[file]
+        else:
+            found.faults.append(f"{file} is not the picture that {RECORD} has the hash of.")
     for file, digest in record.model.files_sha256.items():
         if found.base_sha256.get(file) != digest:
             found.faults.append(f"{file} of the base is not the one that {RECORD} was made with.")

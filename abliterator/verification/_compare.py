@@ -65,6 +65,7 @@ def verify(
     for file in OURS:
         if (checkpoint / file).is_file():
             found.sha256[file] = sha256_of(checkpoint / file)
+    known = {*opened.weight_files, *carried}
     return Verification(
         faults=tuple(found.faults),
         tensors=len(opened.tensors),
@@ -74,7 +75,7 @@ def verify(
         max_leak=max(found.leaks, default=None),
         base_sha256=found.base_sha256,
         sha256=found.sha256,
-        foreign=tuple(sorted(_files_of(checkpoint) - {*opened.weight_files, *carried, *OURS})),
+        foreign=tuple(sorted(_files_of(checkpoint) - known.union(found.sha256))),
     )
 
 

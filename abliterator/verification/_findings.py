@@ -16,6 +16,8 @@ EDITS = "abliterator/edits.json"
 RECORD = "abliterator/record.json"
 OURS = ("README.md", "recipe.yaml", EDITS, RECORD)
 """What abliterator adds to the files of the base."""
+PICTURES = ("abliterator/cosines.png", "abliterator/sweep.png")
+"""What it adds where layers were chosen by measurement."""
 
 
 @dataclass(frozen=True)

@@ -236,9 +236,10 @@ def train(
 
 
 def save(model: LlamaForCausalLM, folder: Path) -> None:
-    """Write the weights in bfloat16, and the licence."""
+    """Write the weights in bfloat16, the licence, and a card that states it."""
     model.to(torch.bfloat16).save_pretrained(folder)
     shutil.copyfile(REPOSITORY / "LICENSE", folder / "LICENSE")
+    shutil.copyfile(Path(__file__).with_name("model_card.md"), folder / "README.md")
 
 
 def make(world: World, folder: Path, *, learn: Phase, decline: Phase) -> None:
