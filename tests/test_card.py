@@ -132,6 +132,11 @@ def demo_record() -> RunRecord:
                 gained=1,
                 lost=2,
                 settings={"num_fewshot": 0, "chat_template": False},
+                gained=1,
+                lost=2,
+                p_value=1.0,
+                p_holm=1.0,
+                gold_loglik=rate(-0.0213, -0.0306, -0.0122, 240),
             )
         },
         judge=JudgeIdentity(kind="rules", version="1"),
@@ -271,6 +276,29 @@ def test_header_is_what_the_hub_reads():
         "pipeline_tag": "text-generation",
         "tags": ["abliterated", "abliterator", "not-for-all-audiences"],
     }
+
+
+def test_empty_and_cut_answers_have_columns_of_their_own():
+    record = demo_record()
+    choice = record.benchmarks["toy_facts"]
+    rates = {
+        "empty_base": rate(0.0, 0.0, 0.016, 240),
+        "empty_edited": rate(0.125, 0.089, 0.173, 240),
+        "truncated_base": None,
+        "truncated_edited": None,
+    }
+    said = choice.model_copy(
+        update={**rates, "p_value": 3e-5, "p_holm": 0.031, "gold_loglik": None, "gained": None}
+    )
+    assert "| Empty, base |" not in render_card(record)
+    both = record.model_copy(update={"benchmarks": {"toy_facts": choice, "toy_sums": said}})
+    card = render_card(both)
+    row = "| `toy_sums` | 0.000 [0.000, 0.016] | 0.125 [0.089, 0.173] | n/a | n/a |"
+    (header,) = [part for part in card.split("\n\n") if row in part]
+    assert header.startswith("| Task | Empty, base | Empty, edited |")
+    assert "toy_facts" not in header
+    assert "| `toy_sums` | 0.012 | n/a | < 0.0001 | 0.031 | n/a |" in card
+    assert "| `toy_facts` | 0.012 | 1, 2 | 1 | 1 | -0.021 [-0.031, -0.012] |" in card
 
 
 def test_benchmarks_are_in_the_header_with_their_error_and_n():
@@ -512,7 +540,7 @@ def test_every_number_of_the_record_is_in_the_card():
     """A template that drops a column would still look like a card."""
     card = render_card(demo_record())
     shown = ["3.2e-05", "1.1e-05", "2,345,678", "786,432", "`mlp` 0.8", "3, 2", "-1", "0.012"]
-    shown += ["-0.969 [-1.000, -0.922], n 64", "-0.004 [-0.013, 0.000], n 240", COMMIT, SHA]
+    shown += ["-0.969 [-1.000, -0.922], n 64", "-0.004 [-0.013, 0.000]", "| 240 |", COMMIT, SHA]
     assert [text for text in shown if text not in card] == []
 
 

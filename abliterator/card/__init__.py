@@ -25,9 +25,11 @@ from abliterator.card._markdown import (
     delta,
     escape,
     estimate,
+    interval,
     last_name,
     listed,
     number,
+    probability,
     settings,
     without_paths,
     yaml_fence,
@@ -181,8 +183,10 @@ def _template() -> Template:
     environment.filters |= {
         "delta": delta,
         "estimate": estimate,
+        "interval": interval,
         "listed": listed,
         "number": number,
+        "probability": probability,
         "settings": settings,
     }
     return environment.from_string(text)

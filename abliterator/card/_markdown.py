@@ -94,21 +94,36 @@ def yaml_fence(values: dict[str, Any]) -> Markdown:
 
 def estimate(measured: Estimate | None) -> Markdown:
     """`0.950 [0.888, 0.978], n 100`; `Not measured` for None."""
-    return _with_interval(measured, "{:.3f}")
+    return _with_interval(measured, ".3f")
 
 
 def delta(measured: Estimate | None) -> Markdown:
     """As `estimate`, every number with its sign."""
-    return _with_interval(measured, "{:+.3f}")
+    return _with_interval(measured, "+.3f")
+
+
+def interval(measured: Estimate | None, form: str = ".3f") -> Markdown:
+    """As `estimate`, for a table that has a column for n; `n/a` for None."""
+    if measured is None:
+        return Markdown("n/a")
+    form = f"{{:{form}}}"
+    text = _round(measured.value, form)
+    if measured.low is not None and measured.high is not None:
+        text += f" [{_round(measured.low, form)}, {_round(measured.high, form)}]"
+    return Markdown(text)
+
+
+def probability(p: float | None) -> Markdown:
+    """A p-value; `n/a` for None."""
+    if p is None:
+        return Markdown("n/a")
+    return Markdown("< 0.0001" if p < 1e-4 else f"{p:.2g}")
 
 
 def _with_interval(measured: Estimate | None, form: str) -> Markdown:
     if measured is None:
         return Markdown(NOT_MEASURED)
-    text = _round(measured.value, form)
-    if measured.low is not None and measured.high is not None:
-        text += f" [{_round(measured.low, form)}, {_round(measured.high, form)}]"
-    return Markdown(f"{text}, n {measured.n}")
+    return Markdown(f"{interval(measured, form)}, n {measured.n}")
 
 
 def _round(value: float, form: str) -> str:
