@@ -9,7 +9,6 @@ differ.
 
 from __future__ import annotations
 
-import gc
 import resource
 import subprocess
 import sys
@@ -18,7 +17,7 @@ from pathlib import Path
 
 from abliterator.comparison import DivergenceSettings, measure_divergence
 from abliterator.divergence import neutral_text
-from abliterator.model import LoadedModel, load_model, render_chat
+from abliterator.model import LoadedModel, load_model, release_memory, render_chat
 
 
 def sentences(count: int) -> list[str]:
@@ -39,7 +38,7 @@ def diverge(folder: Path, count: int) -> None:
     def load(side: str) -> LoadedModel:
         if side not in held:  # asked for again: the same one, as in the pipeline
             held.clear()
-            gc.collect()
+            release_memory()
             held[side] = load_model(folder, device="cpu", dtype="float32")
         return held[side]
 

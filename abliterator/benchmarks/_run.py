@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import math
 from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
@@ -45,6 +44,8 @@ def run_tasks(
     """
     if not tasks:
         return {}
+    from abliterator.model import release_memory
+
     scores = {}
     with lm_eval_contained(), own_randomness():
         model = open_model(folder, settings)
@@ -54,7 +55,7 @@ def run_tasks(
             if on_task:
                 on_task(scores[task.name])
         del model
-        _release_memory()
+        release_memory()
     return scores
 
 
@@ -194,11 +195,3 @@ def _generation_limit(model: Any, arguments: Any) -> int | None:
     # lm-eval's client for servers has no public name for it
     found: int | None = stated or getattr(model, "max_gen_toks", None) or model._max_gen_toks
     return found
-
-
-def _release_memory() -> None:
-    import torch
-
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()

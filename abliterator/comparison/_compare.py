@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -116,8 +115,12 @@ class _OneAtATime:
         return self._held[1]
 
     def free(self) -> None:
+        if self._held is None:
+            return
+        from abliterator.model import release_memory
+
         self._held = None
-        gc.collect()
+        release_memory()
 
 
 def _behaviour(

@@ -103,11 +103,14 @@ def compare_logits(
         GenerationError: if the two models have other vocabularies or dtypes, or logits are NaN.
     """
     found: dict[int, PathDivergence] = {}
+    buffer = bytearray()  # of one path, used again: many large ones leave holes in memory
     order = [i for batch in _batches(paths, max_batch_tokens, 0) for i in batch]
     with file.open("rb", buffering=0) as stream:
         logits = _logits(loaded, paths, max_batch_tokens, on_batch)
         for index, edited in zip(order, logits, strict=True):
-            base = _read(stream, edited).float().log_softmax(dim=1)
+            if len(buffer) < edited.nbytes:
+                buffer = bytearray(edited.nbytes)
+            base = _read(stream, edited, buffer).float().log_softmax(dim=1)
             edited = edited.float().log_softmax(dim=1)
             found[index] = PathDivergence(kl_divergence(base, edited), top1_agreement(base, edited))
         if stream.read(1):
@@ -121,14 +124,14 @@ _OTHER_SHAPE = (
 )
 
 
-def _read(stream: FileIO, like: Tensor) -> Tensor:
-    buffer = bytearray(like.numel() * like.element_size())
-    view, done = memoryview(buffer), 0
-    while done < len(buffer) and (got := stream.readinto(view[done:])):
+def _read(stream: FileIO, like: Tensor, buffer: bytearray) -> Tensor:
+    """The next logits of the file, which lie in `buffer` until the next call."""
+    view, done = memoryview(buffer)[: like.nbytes], 0
+    while done < len(view) and (got := stream.readinto(view[done:])):
         done += got
-    if done < len(buffer):
+    if done < len(view):
         raise GenerationError(_OTHER_SHAPE)
-    return torch.frombuffer(buffer, dtype=like.dtype).view(like.shape)
+    return torch.frombuffer(view, dtype=like.dtype).view(like.shape)
 
 
 def _logits(

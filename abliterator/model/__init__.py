@@ -12,7 +12,14 @@ which modules matter.
 
 from abliterator.model._chat import render_chat
 from abliterator.model._load import LoadedModel, load_model
-from abliterator.model._run import Hook, block_paths, equal_length_batches, hooked, run_batches
+from abliterator.model._run import (
+    Hook,
+    block_paths,
+    equal_length_batches,
+    hooked,
+    release_memory,
+    run_batches,
+)
 
 __all__ = [
     "Hook",
@@ -21,6 +28,7 @@ __all__ = [
     "equal_length_batches",
     "hooked",
     "load_model",
+    "release_memory",
     "render_chat",
     "run_batches",
 ]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import math
 import os
 import re
@@ -96,8 +95,12 @@ class Run:
 
     def free(self) -> None:
         """Lets go of the model that is held."""
+        if self._loaded is None:
+            return
+        from abliterator.model import release_memory
+
         self._loaded = None
-        gc.collect()
+        release_memory()
 
     def render(self, loaded: LoadedModel, prompts: Sequence[str]) -> list[list[int]]:
         """Token ids of each prompt in the recipe's chat."""
