@@ -132,8 +132,6 @@ def demo_record() -> RunRecord:
                 gained=1,
                 lost=2,
                 settings={"num_fewshot": 0, "chat_template": False},
-                gained=1,
-                lost=2,
                 p_value=1.0,
                 p_holm=1.0,
                 gold_loglik=rate(-0.0213, -0.0306, -0.0122, 240),
