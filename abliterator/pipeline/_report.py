@@ -93,4 +93,4 @@ def read_record(out: Path) -> RunRecord:
 
 
 RECORD = Stage("record", 2, _record_inputs, _record)
-CARD = Stage("card", 2, _card_inputs, _card)
+CARD = Stage("card", 3, _card_inputs, _card)
