@@ -76,6 +76,7 @@ _WANTED = {
 _MIXED = ["linear_attention", "full_attention", "linear_attention"]
 _CONV = ["conv", "full_attention", "conv"]
 _LATENT = {"num_key_value_heads": 4}
+_INDEXED = {**_LATENT, "index_n_heads": 2, "index_head_dim": 16, "index_topk": 4}
 _GEMMA4 = {
     "hidden_size_per_layer_input": 8,
     "layer_types": ["sliding_attention", "full_attention", "full_attention"],
@@ -85,19 +86,54 @@ _GEMMA4 = {
 
 # What one model_type needs besides, and what switches on its biases and its rarer parts.
 _OWN: dict[str, dict[str, Any]] = {
+    "axk1": _LATENT,
+    "axk2": _INDEXED,
+    "bailing_hybrid": {"layer_group_size": 3, **_LATENT},
     "bamba": {"attn_layer_indices": [1]},
+    "dbrx": {
+        "d_model": D_MODEL,
+        "n_heads": 4,
+        "n_layers": 3,
+        "max_seq_len": 64,
+        "attn_config": {"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 1e4},
+        "ffn_config": {
+            "ffn_hidden_size": 24,
+            "moe_num_experts": 4,
+            "moe_top_k": 2,
+            "hidden_size": 32,
+        },
+    },
     "deepseek_v2": _LATENT,
+    "deepseek_v32": _INDEXED,
     "deepseek_v3": _LATENT,
     "falcon": {"head_dim": None},
     "gemma4_text": _GEMMA4,
     "glm4_moe_lite": _LATENT,
+    "glm_moe_dsa": _INDEXED,
     "gpt_neo": {"attention_types": [[["global", "local"], 1], [["global"], 1]], "num_layers": 3},
     "granitemoehybrid": {"layer_types": _MIXED},
     "hyperclovax": {"use_post_norm": True},
     "jamba": {"attn_layer_offset": 1, "attn_layer_period": 3},
+    "kimi_linear": {
+        **_LATENT,
+        "linear_attn_config": {
+            "num_heads": 4,
+            "head_dim": 8,
+            "short_conv_kernel_size": 4,
+            "kda_layers": [1, 3],
+            "full_attn_layers": [2],
+        },
+    },
+    "lfm3": {"layer_types": _CONV},
     "lfm2": {"layer_types": _CONV, "block_auto_adjust_ff_dim": False},
     "lfm2_moe": {"layer_types": _CONV, "num_dense_layers": 1},
     "llama4_text": {"moe_layers": [1, 2]},
+    "mistral4": {**_LATENT, "head_dim": 16},
+    "olmo_hybrid": {"layer_types": _MIXED},
+    "recurrent_gemma": {"block_types": ["recurrent", "attention"], "lru_width": D_MODEL},
+    "xglm": {"d_model": D_MODEL, "num_layers": 3, "attention_heads": 4},
+    "xlstm": {"num_heads": 4},
+    "zamba2": {"layers_block_type": ["mamba", "hybrid", "hybrid"]},
     "mamba2": {"head_dim": 16, "num_heads": 4},
     "minicpm3": _LATENT,
     "nemotron_h": {
@@ -111,19 +147,29 @@ _OWN: dict[str, dict[str, Any]] = {
     "youtu": _LATENT,
 }
 
-# Models that hold a causal LM beside a vision tower, by the LM's own model_type.
-WRAPPED: dict[str, dict[str, Any]] = {
-    "gemma3": {"model_type": "gemma3_text"},
-    "gemma4": {"model_type": "gemma4_text", **_GEMMA4},
-    "llama4": {"model_type": "llama4_text", "moe_layers": [1, 2]},
-    "qwen3_5": {"model_type": "qwen3_5_text", "layer_types": _MIXED},
-    "qwen3_5_moe": {"model_type": "qwen3_5_moe_text", "layer_types": _MIXED},
+# Models that hold a causal LM beside a vision tower, whose tiny language model needs more than the
+# LM's own model_type does.
+_MROPE = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]}
+_WITH_MROPE = [
+    *("glm46v", "glm4v", "glm_ocr", "glmga", "paddleocr_vl", "qwen2_5_omni_thinker"),
+    *("qwen2_5_vl", "qwen2_vl", "qwen3_omni_moe_thinker", "qwen3_vl", "qwen3_vl_moe"),
+]
+_WRAPPED: dict[str, dict[str, Any]] = {
+    "gemma4": _GEMMA4,
+    "llama4": {"moe_layers": [1, 2]},
+    **{name: {"rope_parameters": _MROPE} for name in _WITH_MROPE},
+    "glm4v_moe": {"rope_parameters": {**_MROPE, "mrope_section": [1, 1, 0]}},
 }
+
+# Wrappers whose names transformers 5.23 saves wrongly when it turns them back to the published.
+SAVED_AS_LOADED = {"kimi_k25", "qianfan_ocr"}
 
 _VISION = {
     "hidden_size": 16,
+    "embed_dim": 16,
     "intermediate_size": 16,
     "num_hidden_layers": 1,
+    "num_layers": 1,
     "depth": 1,
     "num_attention_heads": 2,
     "num_heads": 2,
@@ -131,6 +177,12 @@ _VISION = {
     "image_size": 28,
     "patch_size": 14,
     "out_hidden_size": D_MODEL,
+    "d_model": 16,
+    "encoder_layers": 1,
+    "encoder_attention_heads": 2,
+    "encoder_ffn_dim": 16,
+    "output_dim": D_MODEL,
+    "vision_output_dim": D_MODEL,
 }
 
 # More than one shape of a type: the rarer parts on.
@@ -152,12 +204,18 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
 
 def build(name: str, *, seed: int = 0) -> torch.nn.Module:
     """A random model of a model_type or of a variant, gains and biases random too."""
-    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+    from transformers import (
+        MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+        AutoModelForCausalLM,
+        AutoModelForImageTextToText,
+    )
 
     torch.manual_seed(seed)
     model_type, own = VARIANTS.get(name, (name, _OWN.get(name, {})))
-    factory = AutoModelForImageTextToText if model_type in WRAPPED else AutoModelForCausalLM
-    model = factory.from_config(_config(model_type, own)).eval()
+    config = _config(model_type, own)
+    reads_images = type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    factory = AutoModelForImageTextToText if reads_images else AutoModelForCausalLM
+    model = factory.from_config(config).eval()
     randomise(model)
     return model
 
@@ -165,6 +223,8 @@ def build(name: str, *, seed: int = 0) -> torch.nn.Module:
 def save(name: str, folder: Path, *, dtype: torch.dtype = torch.float32, **options: Any) -> Path:
     """Saves `build(name)` without a tokenizer; `options` go to save_pretrained."""
     model = build(name)
+    if name in SAVED_AS_LOADED:
+        options = {"save_original_format": False, **options}
     if dtype != torch.float32:
         model.to(dtype)
     model.save_pretrained(folder, **options)
@@ -174,16 +234,25 @@ def save(name: str, folder: Path, *, dtype: torch.dtype = torch.float32, **optio
 def _config(model_type: str, own: dict[str, Any]) -> Any:
     from transformers import AutoConfig
 
-    if model_type in WRAPPED:
-        text = {**WRAPPED[model_type], **own}
-        return AutoConfig.for_model(
-            model_type,
-            text_config=_config(text.pop("model_type"), text).to_dict(),
-            vision_config=_VISION,
-        )
     blank = AutoConfig.for_model(model_type)
-    known = {*blank.to_dict(), *type(blank).attribute_map}
-    wanted = {key: value for key, value in _WANTED.items() if key in known} | own
-    return AutoConfig.for_model(
-        model_type, **{key: value for key, value in wanted.items() if value is not None}
-    )
+    if not _is_wrapper(blank):
+        return _sized(type(blank), _WANTED, own)
+    parts = {}
+    for key in type(blank).sub_configs:
+        part = getattr(blank, key)
+        if key == "text_config":
+            text = {**_OWN.get(part.model_type, {}), **_WRAPPED.get(model_type, {}), **own}
+            parts[key] = _sized(type(part), _WANTED, text).to_dict()
+        elif part is not None:
+            parts[key] = _sized(type(part), _VISION, {}).to_dict()
+    return AutoConfig.for_model(model_type, **parts)
+
+
+def _is_wrapper(config: Any) -> bool:
+    return config.get_text_config() is not config
+
+
+def _sized(config_class: Any, sizes: dict[str, Any], own: dict[str, Any]) -> Any:
+    known = {*config_class().to_dict(), *config_class.attribute_map}
+    wanted = {key: value for key, value in sizes.items() if key in known} | own
+    return config_class(**{key: value for key, value in wanted.items() if value is not None})

@@ -38,6 +38,13 @@ def leak_meter(model: nn.Module, basis: Tensor, token_ids: Tensor) -> list[float
 
 def _blocks(model: nn.Module) -> nn.ModuleList:
     wanted = model.config.get_text_config().num_hidden_layers
-    found = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == wanted]
+    found = {
+        path: module
+        for path, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) == wanted
+    }
+    if len(found) > 1:  # towers have lists of their own
+        text = ("language_model.layers", "text_model.layers")
+        found = {path: module for path, module in found.items() if path.endswith(text)}
     assert len(found) == 1, "the model has not exactly one list of blocks"
-    return found[0]
+    return next(iter(found.values()))

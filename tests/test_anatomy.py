@@ -220,12 +220,14 @@ def test_an_unknown_type_is_named_with_the_known_ones():
 
 def test_a_wrapper_of_several_models_is_refused():
     with pytest.raises(UnsupportedModel, match="text_config"):
-        anatomy_of({"model_type": "llava", "text_config": {"model_type": "llama"}})
+        anatomy_of({"model_type": "llava9", "text_config": {"model_type": "llama"}})
 
 
-@pytest.mark.parametrize("name", ["gemma3n", "minimax", "olmo_hybrid", "zamba2"])
+@pytest.mark.parametrize("name", ["gemma3n", "minimax", "longcat_flash", "rwkv"])
 def test_known_types_without_a_proof_are_refused_with_the_reason(name):
-    with pytest.raises(UnsupportedModel, match=f"'{name}' are not supported: (its|each) "):
+    with pytest.raises(
+        UnsupportedModel, match=f"'{name}' are not supported: (its|each|some|what) "
+    ):
         anatomy_of({"model_type": name, "num_hidden_layers": 2, "hidden_size": 8})
 
 
@@ -380,3 +382,39 @@ def test_reading_the_table_loads_no_torch():
         "known_model_types(); assert not {'torch', 'transformers'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", script], check=True)
+
+
+def test_an_older_config_says_what_the_text_half_is_outside():
+    flat = {"model_type": "qwen2_vl", "num_hidden_layers": 2, "hidden_size": 8, "vision_config": {}}
+    anatomy = anatomy_of(flat)
+    assert (anatomy.n_layers, anatomy.d_model) == (2, 8)
+    shapes = {
+        "model.embed_tokens.weight": (9, 8),
+        "visual.blocks.0.attn.proj.weight": (4, 4),
+        "lm_head.weight": (9, 8),
+    }
+    for layer in range(2):
+        shapes[f"model.layers.{layer}.self_attn.o_proj.weight"] = (8, 8)
+        shapes[f"model.layers.{layer}.mlp.down_proj.weight"] = (8, 5)
+    assert anatomy.writers(shapes)[1].module == "model.language_model.layers.0.self_attn.o_proj"
+    assert anatomy.left_alone(shapes) == {"vision tower": 1}
+
+
+def test_sizes_that_a_wrappers_text_config_leaves_out():
+    anatomy = anatomy_of({"model_type": "llava", "text_config": {"model_type": "llama"}})
+    assert (anatomy.n_layers, anatomy.d_model) == (32, 4096)
+
+
+@pytest.mark.parametrize(("shape", "axis"), [((4, 8, 6), 1), ((4, 6, 8), 2)])
+def test_experts_whose_order_the_loader_tells_by_length(shape, axis):
+    text = {"model_type": "qwen3_vl_moe_text", "num_hidden_layers": 1, "hidden_size": 8}
+    anatomy = anatomy_of({"model_type": "qwen3_vl_moe", "text_config": text})
+    experts = "model.language_model.layers.0.mlp.experts.down_proj"
+    shapes = {
+        "model.language_model.embed_tokens.weight": (9, 8),
+        "model.language_model.layers.0.self_attn.o_proj.weight": (8, 8),
+        experts: shape,
+    }
+    assert next(w for w in anatomy.writers(shapes) if w.name == experts).axis == axis
+    with pytest.raises(UnsupportedModel, match=r"experts.*is square"):
+        anatomy.writers({**shapes, experts: (4, 8, 8)})

@@ -18,6 +18,7 @@ from abliterator.anatomy._anatomy import (
     anatomy_of,
     broad_component,
     known_model_types,
+    refused_model_types,
 )
 from abliterator.anatomy._table import Component
 
@@ -30,4 +31,5 @@ __all__ = [
     "anatomy_of",
     "broad_component",
     "known_model_types",
+    "refused_model_types",
 ]

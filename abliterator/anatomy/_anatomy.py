@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -12,6 +12,7 @@ from abliterator.errors import CheckpointError, UnsupportedModel
 
 Kind = Literal["weight", "bias"]
 Shape = tuple[int, ...]
+Shapes = Mapping[str, Shape]
 
 # What config.json calls the number of routed experts, depending on who wrote the architecture.
 EXPERT_COUNTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
@@ -34,6 +35,7 @@ class Writer:
         gain_offset: what is added to each gain as stored (1 where a norm multiplies by 1 + weight).
         fused: whether the tensor's first axis counts experts.
         packed: whether the weight is in MXFP4: [expert, d_model, blocks, 16] bytes of two numbers.
+        either_order: whether the last two axes lie either way, to be told by their lengths.
     """
 
     name: str
@@ -46,6 +48,7 @@ class Writer:
     gain_offset: float = 0.0
     fused: bool = False
     packed: bool = False
+    either_order: bool = False
 
 
 @dataclass(frozen=True)
@@ -91,7 +94,8 @@ class Anatomy:
             if known not in expected and not self._left_alone(known):
                 self._check_claimed(known, name)
         found = []
-        for writer in expected.values():
+        for planned in expected.values():
+            writer = self._told_by_length(planned, on_disk, shapes)
             self._check_shape(writer, on_disk, shapes)
             found.append(
                 replace(
@@ -130,21 +134,19 @@ class Anatomy:
 
     def _left_alone(self, known: str) -> str | None:
         """The label of a tensor that is not to be touched, or None."""
-        prefixes = dict(self._family.left_alone)
-        if self._wrapper is not None:
-            prefixes |= self._wrapper.left_alone
-        for prefix, label in prefixes.items():
+        beside = self._wrapper.left_alone if self._wrapper is not None else {}
+        for prefix, label in beside.items():
             if known.startswith(prefix):
                 return label
-        for layer in range(self.n_layers, self.n_layers + self.extra_blocks):
-            if known.startswith(f"{self._family.blocks}.{layer}."):
-                return "blocks that predict further tokens (MTP)"
-        return None
+        extra = range(self.n_layers, self.n_layers + self.extra_blocks)
+        predictors = (*table().predictors.prefixes, *(f"{self._family.blocks}.{n}." for n in extra))
+        return "blocks that predict further tokens (MTP)" if known.startswith(predictors) else None
 
     def _expected(self, known: Collection[str]) -> Iterator[Writer]:
         """The writers that a whole checkpoint has, named as the table does."""
-        for part in self._family.embeddings:
-            if not part.optional or part.tensor in known:
+        for parts in _slots(self._family.embeddings):
+            present = [part for part in parts if part.tensor in known]
+            for part in present or [part for part in parts[:1] if not part.optional]:
                 yield self._writer(part, part.tensor, -1, "weight")
         blocks = [self._parts_of(layer, known) for layer in range(self.n_layers)]
         biased = {
@@ -165,10 +167,7 @@ class Anatomy:
     def _parts_of(self, layer: int, known: Collection[str]) -> list[Part]:
         """The parts of one block: of alternatives the one that is there, else the first."""
         chosen: list[Part] = []
-        slots: dict[str, list[Part]] = defaultdict(list)
-        for part in self._family.writers:
-            slots[part.one_of or part.tensor].append(part)
-        for parts in slots.values():
+        for parts in _slots(self._family.writers):
             components = {part.component for part in chosen}
             parts = [part for part in parts if part.beside is None or part.beside in components]
             present = [part for part in parts if self._has(part, layer, known)]
@@ -197,10 +196,13 @@ class Anatomy:
         return [name.replace("{expert}", str(expert)) for expert in range(self.n_experts)]
 
     def _gains(self, part: Part, layer: int, known: Collection[str]) -> tuple[str, ...]:
-        """Names of the gains; one that ends in "?" counts where the checkpoint has it."""
-        gains = [gain.replace("{layer}", str(layer)) for gain in part.gains]
-        wanted = [gain for gain in gains if not gain.endswith("?") or gain[:-1] in known]
-        return tuple(gain.removesuffix("?") for gain in wanted)
+        """Names of the gains: of several names the one that is there; with a "?", perhaps none."""
+        wanted = []
+        for names in part.gains:
+            names = tuple(name.replace("{layer}", str(layer)) for name in names)
+            present = [name for name in names if name.removesuffix("?") in known]
+            wanted += present[:1] or [name for name in names[:1] if not name.endswith("?")]
+        return tuple(name.removesuffix("?") for name in wanted)
 
     def _writer(
         self, part: Part, name: str, layer: int, kind: Kind, gains: tuple[str, ...] = ()
@@ -218,6 +220,7 @@ class Anatomy:
             self._family.gain_offset,
             part.fused,
             part.packed,
+            part.either_order and kind == "weight",
         )
 
     def _check_claimed(self, known: str, name: str) -> None:
@@ -269,6 +272,21 @@ class Anatomy:
                 "by a quantiser: use an unquantised checkpoint of the model."
             )
 
+    def _told_by_length(self, writer: Writer, on_disk: Mapping[str, str], shapes: Shapes) -> Writer:
+        """The writer with its axis where it is d_model long, as the loader itself tells it."""
+        name = on_disk.get(writer.name)
+        if name is None or not writer.either_order or len(shapes[name]) < 2:
+            return writer
+        rows, columns = shapes[name][-2:]
+        if rows == columns:
+            raise UnsupportedModel(
+                f"Tensor {name} is square ({list(shapes[name])}), and of a {self.model_type} "
+                "transformers tells the order of its axes from their lengths alone: which side "
+                "writes cannot be known. Use another model."
+            )
+        last = len(shapes[name]) - 1
+        return replace(writer, axis=last if columns == self.d_model else last - 1)
+
 
 def anatomy_of(config: Mapping[str, Any]) -> Anatomy:
     """The anatomy of the model that a parsed config.json describes.
@@ -278,18 +296,9 @@ def anatomy_of(config: Mapping[str, Any]) -> Anatomy:
         CheckpointError: where config.json lacks a number that every model has.
     """
     model_type = str(config.get("model_type"))
-    wrapper = table()[1].get(model_type)
-    text = config
-    if wrapper is not None:
-        inner = config.get("text_config")
-        if not isinstance(inner, Mapping):
-            raise CheckpointError(
-                f"config.json of a {model_type} has no text_config, which describes its language "
-                "model. The file is incomplete or damaged: download the model again."
-            )
-        text = inner
-    text_type = str(text.get("model_type", f"{model_type}_text"))
-    family = _family_of(text_type if wrapper else model_type, wrapper="text_config" in config)
+    wrapper = table().wrappers.get(model_type)
+    text = config if wrapper is None else _text_config(config, model_type)
+    family = _family_of(str(text.get("model_type")), wrapper="text_config" in config)
     _check_requirements(model_type, family, text)
     scaled = _check_quantisation(config)
     tied = text.get("tie_word_embeddings", config.get("tie_word_embeddings"))
@@ -300,7 +309,7 @@ def anatomy_of(config: Mapping[str, Any]) -> Anatomy:
         blocks=family.blocks,
         tied_embeddings=bool(family.tied_by_default if tied is None else tied),
         n_experts=_n_experts(family, text),
-        extra_blocks=int(text.get(family.extra_blocks) or 0) if family.extra_blocks else 0,
+        extra_blocks=max(int(text.get(key) or 0) for key in table().predictors.counted_by),
         scaled=scaled,
         _family=family,
         _wrapper=wrapper,
@@ -310,9 +319,28 @@ def anatomy_of(config: Mapping[str, Any]) -> Anatomy:
     return replace(anatomy, blocks=anatomy._at_run_time(family.blocks))
 
 
+def _text_config(config: Mapping[str, Any], model_type: str) -> Mapping[str, Any]:
+    """What a wrapper's config.json says of its language model; older files say it outside."""
+    flat = {**config, "model_type": f"{model_type}_text"} if "num_hidden_layers" in config else None
+    inner = config.get("text_config", flat)
+    if not isinstance(inner, Mapping):
+        raise CheckpointError(
+            f"config.json of a {model_type} has no text_config, which describes its language "
+            "model. The file is incomplete or damaged: download the model again."
+        )
+    text = {"model_type": f"{model_type}_text", **inner}
+    family = table().families.get(text["model_type"])
+    return {**family.sizes_left_out, **text} if family else text
+
+
 def known_model_types() -> tuple[str, ...]:
     """Every model_type in the table, sorted."""
-    return tuple(sorted({*table()[0], *table()[1]}))
+    return tuple(sorted({*table().families, *table().wrappers}))
+
+
+def refused_model_types() -> Mapping[str, str]:
+    """Every model_type that is deliberately not supported, with the reason."""
+    return table().refused
 
 
 def broad_component(component: str) -> str:
@@ -320,8 +348,16 @@ def broad_component(component: str) -> str:
     return "attention" if component in _MIXERS else "mlp"
 
 
+def _slots(parts: Iterable[Part]) -> Iterable[list[Part]]:
+    """Parts grouped into alternatives."""
+    slots: dict[str, list[Part]] = defaultdict(list)
+    for part in parts:
+        slots[part.one_of or part.tensor].append(part)
+    return slots.values()
+
+
 def _family_of(model_type: str, *, wrapper: bool) -> Family:
-    families, _, refused = table()
+    families, refused = table().families, table().refused
     if model_type in families:
         return families[model_type]
     if model_type in refused:

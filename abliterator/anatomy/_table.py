@@ -36,12 +36,13 @@ class Part:
     bias: str
     component: Component
     axis: int = 0
-    gains: tuple[str, ...] = ()
+    gains: tuple[tuple[str, ...], ...] = ()
     one_of: str | None = None
     optional: bool = False
     beside: str | None = None
     fused: bool = False
     packed: bool = False
+    either_order: bool = False
 
     @property
     def per_expert(self) -> bool:
@@ -59,13 +60,12 @@ class Family:
     tied_by_default: bool
     base_prefix: str
     gain_offset: float
-    extra_blocks: str | None
     requires: Mapping[str, Any]
     writers: tuple[Part, ...]
     embeddings: tuple[Part, ...]
     writer_names: tuple[re.Pattern[str], ...]
     reader_names: tuple[re.Pattern[str], ...]
-    left_alone: Mapping[str, str]
+    sizes_left_out: Mapping[str, int]
 
 
 @dataclass(frozen=True)
@@ -77,9 +77,27 @@ class Wrapper:
     left_alone: Mapping[str, str]
 
 
+@dataclass(frozen=True)
+class Predictors:
+    """What the blocks that predict further tokens are called, and what counts them."""
+
+    prefixes: tuple[str, ...]
+    counted_by: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Table:
+    """architectures.yaml: families and wrappers by model_type, and types refused by reason."""
+
+    families: Mapping[str, Family]
+    wrappers: Mapping[str, Wrapper]
+    predictors: Predictors
+    refused: Mapping[str, str]
+
+
 @cache
-def table() -> tuple[Mapping[str, Family], Mapping[str, Wrapper], Mapping[str, str]]:
-    """Families and wrappers by model_type, and the types refused with their reasons."""
+def table() -> Table:
+    """The table, read once."""
     text = files("abliterator.anatomy").joinpath("architectures.yaml").read_text(encoding="utf-8")
     data = yaml.safe_load(text)
     families = {
@@ -88,22 +106,34 @@ def table() -> tuple[Mapping[str, Family], Mapping[str, Wrapper], Mapping[str, s
         for name in entry["model_types"]
     }
     wrappers = {
-        name: Wrapper(entry["prefixes"], entry["run_time"], entry["left_alone"])
+        name: _wrapper(entry, data["wrapped"])
         for entry in data["wrappers"]
-        for name in entry["model_types"]
+        for name in _flat(entry["model_types"])
     }
-    refused = {name: why for why, names in data["refused"].items() for name in names}
-    return families, wrappers, refused
+    predictors = Predictors(**{key: tuple(names) for key, names in data["predictors"].items()})
+    refused = {name: why for why, names in data["refused"].items() for name in _flat(names)}
+    return Table(families, wrappers, predictors, refused)
+
+
+def _wrapper(entry: Mapping[str, Any], common: Mapping[str, Any]) -> Wrapper:
+    left_alone = {
+        before + name: label
+        for label, names in common["left_alone"].items()
+        for name in names
+        for before in ("", "model.")
+    }
+    return Wrapper(common["prefixes"], entry["run_time"], left_alone)
 
 
 def _family(entry: Mapping[str, Any], shapes: Mapping[str, Any]) -> Family:
     shape = shapes[entry["shape"]] if "shape" in entry else {}
     merged = {**shape, **entry}
     blocks = merged.get("blocks", "model.layers")
-    writers = tuple(_part(part, blocks) for part in merged["writers"])
+    writers = tuple(part for line in merged["writers"] for part in _parts(line, blocks))
     embeddings = tuple(
-        _part({"component": "embedding", "axis": 1, **part}, blocks)
-        for part in merged["embeddings"]
+        part
+        for line in merged["embeddings"]
+        for part in _parts({"component": "embedding", "axis": 1, **line}, blocks)
     )
     others = [*_flat(shape.get("others", ())), *_flat(entry.get("others", ()))]
     return Family(
@@ -113,13 +143,12 @@ def _family(entry: Mapping[str, Any], shapes: Mapping[str, Any]) -> Family:
         tied_by_default=merged.get("tied_by_default", False),
         base_prefix=merged.get("base_prefix", ""),
         gain_offset=merged.get("gain_offset", 0.0),
-        extra_blocks=merged.get("extra_blocks"),
         requires=merged.get("requires", {}),
         writers=writers,
         embeddings=embeddings,
         writer_names=tuple(_pattern(name) for p in writers for name in (p.tensor, p.bias)),
         reader_names=tuple(_pattern(_within(name, blocks)) for name in others),
-        left_alone=merged.get("left_alone", {}),
+        sizes_left_out=merged.get("sizes_left_out", {}),
     )
 
 
@@ -136,14 +165,23 @@ def _flat(names: Iterable[Any]) -> Iterator[str]:
             yield from _flat(name)
 
 
+def _parts(line: Mapping[str, Any], blocks: str) -> Iterator[Part]:
+    """A line of the table: as many parts as its tensor has names, of which a block has one."""
+    tensors = _several(line.get("tensor", line["module"] + ".weight"))
+    for tensor in tensors:
+        alternatives = {"one_of": line.get("one_of", line["module"])} if len(tensors) > 1 else {}
+        yield _part({**line, **alternatives, "tensor": tensor}, blocks)
+
+
 def _part(line: Mapping[str, Any], blocks: str) -> Part:
-    tensor = line.get("tensor", line["module"] + ".weight")
+    tensor = line["tensor"]
     bias = line.get("bias", tensor.removesuffix(".weight") + ".bias")
     names = {"module": line["module"], "tensor": tensor, "bias": bias}
     given: dict[str, Any] = {key: _within(name, blocks) for key, name in names.items()}
     given |= {key: value for key, value in line.items() if key not in (*names, "gain")}
+    gains = [gain.split("|") for gain in _several(line.get("gain", ()))]
     return Part(
-        gains=tuple(_within(gain, blocks) for gain in _several(line.get("gain", ()))), **given
+        gains=tuple(tuple(_within(name, blocks) for name in names) for names in gains), **given
     )
 
 

@@ -15,6 +15,7 @@ from abliterator.model._chat import one_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers.models.auto.auto_factory import _BaseAutoModelClass
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -75,13 +76,12 @@ def _load_weights(
     folder: Path, dtype: torch.dtype | str, trust_remote_code: bool
 ) -> PreTrainedModel:
     from safetensors import SafetensorError
-    from transformers import AutoModelForCausalLM
 
     try:
         # Attention is left to transformers' default (sdpa where the model has it): remote code may
         # have eager only.
         with _no_bar():
-            model, report = AutoModelForCausalLM.from_pretrained(
+            model, report = _factory(folder, trust_remote_code).from_pretrained(
                 folder,
                 dtype=dtype,
                 local_files_only=True,
@@ -107,6 +107,25 @@ def _load_weights(
         )
     loaded: PreTrainedModel = model
     return loaded
+
+
+def _factory(folder: Path, trust_remote_code: bool) -> type[_BaseAutoModelClass]:
+    """The class that loads the model: causal LMs as such, else text and images to text."""
+    from transformers import (
+        MODEL_FOR_CAUSAL_LM_MAPPING,
+        MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+        AutoConfig,
+        AutoModelForCausalLM,
+        AutoModelForImageTextToText,
+    )
+
+    config = AutoConfig.from_pretrained(
+        folder, local_files_only=True, trust_remote_code=trust_remote_code
+    )
+    causal = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
+    reads_images = not causal and type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    factory: type[_BaseAutoModelClass] = AutoModelForCausalLM
+    return AutoModelForImageTextToText if reads_images else factory
 
 
 @contextmanager
