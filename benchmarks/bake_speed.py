@@ -101,7 +101,12 @@ METHODS = {
 
 def run_once(method: str, base: Path, out: Path, k: int, *, synced: bool) -> None:
     """Runs one method in this process and prints its seconds and its memory above the start."""
-    import torch  # noqa: F401 - its memory belongs to the start
+    # imports belong to the start, with their time and their memory
+    import torch  # noqa: F401
+
+    import abliterator.anatomy
+    import abliterator.bake
+    import abliterator.subspace  # noqa: F401
 
     sync = os.fsync
     os.fsync = lambda descriptor: None

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -55,6 +56,18 @@ def bake(
         One `TensorEdit` per edited tensor, in the order of the files.
     """
     require_d_model(basis, plan.d_model)
+    with _one_thread():
+        return _bake(checkpoint, plan, basis, out, made_from, on_bytes)
+
+
+def _bake(
+    checkpoint: Checkpoint,
+    plan: EditPlan,
+    basis: Tensor,
+    out: Path,
+    made_from: Mapping[str, str] | None,
+    on_bytes: Callable[[int], None] | None,
+) -> tuple[TensorEdit, ...]:
     planned = {edit.writer.name: edit for edit in plan.edits}
     done: list[TensorEdit] = []
     for file in checkpoint.weight_files:
@@ -96,6 +109,22 @@ def write_config(
     """
     entry = {"version": version("abliterator"), **(made_from or {})}
     write_text_atomic(out / CONFIG_FILE, edited_config(checkpoint.config, entry))
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Torch on one thread: panels are too small to share, and files are hashed on another.
+
+    With one thread per core, each of thousands of small steps would wait for a core that hashes.
+    """
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def removal_of(writer: Writer, checkpoint: Checkpoint, basis: Tensor) -> Removal:
