@@ -952,6 +952,59 @@ def test_a_child_says_how_it_ended(monkeypatch, tmp_path, error, code):
         assert (tmp_path / "stdout").read_text() == 'error "no template"\n'
 
 
+def test_what_was_scored_before_a_kill_is_not_scored_again(plain, tasks, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    sides = {"base": Subject(plain, "1")}
+    settings = RunSettings(batch_size=7, limit=5)
+
+    def stop(side, task):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):  # the child is killed with it
+        measure_sides(sides, tasks, settings, out=tmp_path / "out", on_task=stop)
+    first = (tmp_path / "out/base/toy_choice.json").stat().st_mtime_ns
+    found = measure_sides(sides, tasks, settings, out=tmp_path / "out")
+    assert (tmp_path / "out/base/toy_choice.json").stat().st_mtime_ns == first
+    assert found["base"] == run(plain, tasks, batch_size=7, limit=5)
+
+
+def test_torchs_own_out_of_memory_reaches_the_parent_through_lm_eval(
+    plain, tasks, tmp_path, monkeypatch
+):
+    import torch
+    from transformers import LlamaForCausalLM
+
+    forward = LlamaForCausalLM.forward
+
+    def hungry(self, input_ids=None, **kwargs):
+        if len(input_ids) > 4:
+            torch.empty(2**50)  # 4 PiB: the allocator's own exception
+        return forward(self, input_ids=input_ids, **kwargs)
+
+    monkeypatch.setattr(LlamaForCausalLM, "forward", hungry)
+    asked = []
+
+    def child(job, *, log, on_task):
+        job_file = tmp_path / "job.json"
+        job_file.write_text(json.dumps(job))
+        asked.append(job["settings"]["batch_size"])
+        with (tmp_path / "stdout").open("w") as stdout, monkeypatch.context() as patch:
+            patch.setattr(sys, "stdout", stdout)
+            code = _apart.main(job_file)
+        if code == _apart.OUT_OF_MEMORY:
+            raise _apart._OutOfMemory
+        assert code == 0
+
+    monkeypatch.setattr(_apart, "_run_child", child)
+    sides = {side: Subject(plain, side) for side in ("base", "edited")}
+    settings = RunSettings(batch_size=16, limit=10)
+    found = measure_sides(sides, tasks[:1], settings, out=tmp_path / "out")
+    assert asked == [16, 8, 4, 4]
+    assert {side: found[side]["toy_choice"].settings["batch_size"] for side in sides} == {
+        "base": 4, "edited": 4
+    }  # fmt: skip
+
+
 def test_errors_of_a_child_reach_the_user(tasks, tmp_path):
     bare = save_model(tmp_path / "bare", chat_template=False)
     sides = {"base": Subject(bare, "1")}

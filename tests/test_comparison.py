@@ -281,6 +281,21 @@ def test_the_command_names_what_is_wrong(tiny_folder, tmp_path):
     assert "CheckpointError" in result.stderr
 
 
+def test_a_hub_task_out_of_reach_stops_before_a_model_is_loaded(tiny_folder, monkeypatch):
+    import datasets
+    import huggingface_hub
+
+    for place in (datasets.config, huggingface_hub.constants):
+        monkeypatch.setattr(place, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("abliterator.model.load_model", None)
+    monkeypatch.setattr("abliterator.comparison._compare.measure_sides", None)
+    folder = str(tiny_folder("llama"))
+    result = CliRunner().invoke(main, ["compare", folder, folder, "--tasks", "arc_easy"])
+    assert result.exit_code == 1
+    assert "allenai/ai2_arc" in result.stderr
+    assert "HF_HUB_OFFLINE" in result.stderr
+
+
 @pytest.mark.slow
 def test_benchmarks_are_part_of_it(tiny_folder, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))

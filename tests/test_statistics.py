@@ -152,6 +152,24 @@ def test_mean_interval_covers_the_true_mean(draw, monkeypatch):
 # Pairs
 
 
+@pytest.mark.parametrize(
+    ("n", "right", "gained", "lost"),
+    [(500, 0.7, 0.1, 0.08), (500, 0.7, 0.02, 0.03), (1000, 0.8, 0.02, 0.01)],
+)
+def test_paired_delta_covers_the_true_delta(n, right, gained, lost, monkeypatch):
+    """800 pairs of models on n documents, of which a few change; 1,000 resamples each."""
+    monkeypatch.setattr("abliterator.statistics.RESAMPLES", 1000)
+    rng = np.random.default_rng(0)
+    truth = (1 - right) * gained - right * lost
+    covered = 0
+    for trial in range(800):
+        base, flip = rng.random(n) < right, rng.random(n)
+        edited = np.where(base, flip >= lost, flip < gained)
+        found = paired_delta(base.astype(float).tolist(), edited.astype(float).tolist(), seed=trial)
+        covered += found.low <= truth <= found.high
+    assert 0.93 <= covered / 800 <= 0.97
+
+
 @given(VERDICTS)
 def test_delta_is_edited_minus_base(base):
     edited = [1 - value for value in base]
