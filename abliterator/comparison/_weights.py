@@ -36,6 +36,8 @@ _NOISE_MARGIN = 2.0
 _MISFIT = 0.1
 # Share of a delta's square that float32 arithmetic may leave unexplained.
 _NEGLIGIBLE = 1e-5
+# Singular value, over the largest, that float32 arithmetic and compensated rounding may leave.
+_FAINT = 1e-5
 # Eigenvalue of the mean projector from which on a direction is shared by the tensors.
 _SHARED = 0.8
 
@@ -143,7 +145,8 @@ def _measure_matrix(
     """Rank of a delta [m, n], and whether it removes directions on one of its sides."""
     left, values, right = _singular(difference)
     rows, columns = difference.shape
-    rank = int((values > _NOISE_MARGIN * noise.spectral).sum())
+    floor = max(_NOISE_MARGIN * noise.spectral, _FAINT * float(values[0]))
+    rank = int((values > floor).sum())
     energy = float(difference.double().square().sum())
     rest = energy - float(values[:rank].double().square().sum())
     rounding = (_NOISE_MARGIN * noise.deviation) ** 2 * difference.numel()
