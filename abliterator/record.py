@@ -273,6 +273,7 @@ class RunRecord(Frozen):
     benchmarks: dict[str, BenchmarkResult] = {}
     judge: JudgeIdentity | None = None
     selection: dict[str, Any] | None = None
+    tuning: dict[str, Any] | None = None
     timing: dict[str, float] = {}
     quoted: tuple[Quotation, ...] = ()
     pictures: dict[str, str] = {}  # sha256 by path in the checkpoint; the card shows them

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Literal
 
 from abliterator.anatomy import Anatomy, Writer, broad_component
@@ -60,6 +60,11 @@ class EditPlan:
     settings: EditSettings
     d_model: int
     writers: tuple[Writer, ...] = ()
+
+    def with_strengths(self, strengths: Mapping[str, float]) -> EditPlan:
+        """The same plan at other strengths, by module path of the writer; 0 leaves it out."""
+        edits = (replace(edit, strength=strengths[edit.writer.module]) for edit in self.edits)
+        return replace(self, edits=tuple(edit for edit in edits if edit.strength))
 
     @property
     def edited_bytes(self) -> int:

@@ -28,6 +28,7 @@ def planned(plan: Plan) -> str:
         f"d_model {summary['d_model']})",
         *([f"layers       {summary['layers']}, k = {summary['k']}"] if summary["k"] else []),
         *([_selecting(summary["layers"], plan.selection)] if plan.selection else []),
+        *([_tuning(plan.tuning)] if plan.tuning else []),
         *(
             f"writers      {_found(component, counts, summary)}"
             for component, counts in summary["writers"].items()
@@ -68,6 +69,13 @@ def _selecting(layers: list[int], cost: Mapping[str, int]) -> str:
     return (
         f"selection    {what}{grown}; {cost['judged'] + 2 * cost['stacks']} edits judged, at most "
         f"{cost['answers']} answers of {cost['tokens']} tokens in all"
+    )
+
+
+def _tuning(cost: Mapping[str, int]) -> str:
+    return (
+        f"tuning       {cost['steps']} steps by gradients; {cost['points']} points judged, each on "
+        f"{cost['answers_a_point']} answers of {cost['tokens']} tokens at most"
     )
 
 

@@ -1,6 +1,7 @@
 """The stages, composed, resumed, recorded: one recipe becomes a measured checkpoint.
 
-    recipe -> plan -> prompts -> capture -> (selection) -> directions -> bake -> config -> rollouts
+    recipe -> plan -> prompts -> capture -> (selection) -> (tuning) -> directions -> bake -> config
+           -> rollouts
            -> judge -> divergence -> benchmarks -> record -> card
 
 Only this room reads a `Recipe` whole. It neither prints nor parses: it tells a `Progress` what it
@@ -30,7 +31,14 @@ from abliterator.pipeline._extraction import (
     edits_json,
 )
 from abliterator.pipeline._judging import JUDGE, judge_of, require_key
-from abliterator.pipeline._plan import Plan, make_plan, require_layers, require_room, selection_cost
+from abliterator.pipeline._plan import (
+    Plan,
+    make_plan,
+    require_layers,
+    require_room,
+    selection_cost,
+    tuning_cost,
+)
 from abliterator.pipeline._progress import Advance, Progress, Silent
 from abliterator.pipeline._report import CARD, RECORD, read_record
 from abliterator.pipeline._reproduce import Reproduction, compare_rebuilt
@@ -38,6 +46,7 @@ from abliterator.pipeline._rollouts import ROLLOUTS
 from abliterator.pipeline._run import Options, Run, require_pinned_code, resolve
 from abliterator.pipeline._selection import SELECTION
 from abliterator.pipeline._stage import Stage
+from abliterator.pipeline._tuning import TUNING
 from abliterator.pipeline._workspace import Workspace
 from abliterator.recipe import Edit, Recipe
 from abliterator.record import RunRecord, TensorEdit
@@ -67,6 +76,7 @@ STAGES = (
     PROMPTS,
     CAPTURE,
     SELECTION,  # only where a recipe leaves layers or k to it
+    TUNING,  # only where it leaves strengths or directions to it
     DIRECTIONS,
     BAKE,
     CONFIG,
@@ -102,8 +112,8 @@ def run_stages(
 ) -> None:
     """Runs the stages up to and with `until`, skipping those whose inputs have not changed."""
     stages = STAGES[: [stage.name for stage in STAGES].index(until) + 1]
-    if not recipe.selects:
-        stages = tuple(stage for stage in stages if stage is not SELECTION)
+    unwanted = [SELECTION] * (not recipe.selects) + [TUNING] * (not recipe.tunes)
+    stages = tuple(stage for stage in stages if stage not in unwanted)
     is_new = not out.exists()
     if JUDGE in stages and Workspace(out).marker(JUDGE.name) is None:
         require_key(recipe.judge)  # hours before it is needed
@@ -113,7 +123,7 @@ def run_stages(
             _run_stage(run, stage)
     except AbliteratorError:
         # nothing worth keeping was made yet: leave no folder behind that looks like a result
-        first = CAPTURE if recipe.selects else DIRECTIONS
+        first = CAPTURE if recipe.selects or recipe.tunes else DIRECTIONS
         if is_new and run.workspace.marker(first.name) is None:
             run.workspace.remove()
         raise
@@ -162,7 +172,13 @@ def plan_recipe(recipe: Recipe, out: Path) -> Plan:
     plan = make_plan(resolve_folder(recipe.model, revision=recipe.revision), recipe.edit, out)
     layers, k = require_layers(recipe, plan.anatomy)
     require_room(plan, out)
-    return replace(plan, layers=layers, k=k, selection=selection_cost(recipe, len(layers)))
+    return replace(
+        plan,
+        layers=layers,
+        k=k,
+        selection=selection_cost(recipe, len(layers)),
+        tuning=tuning_cost(recipe),
+    )
 
 
 def plan_model(model: str, out: Path) -> Plan:

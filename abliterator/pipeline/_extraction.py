@@ -15,11 +15,13 @@ from abliterator.pipeline._chosen import chosen_layers
 from abliterator.pipeline._prompt_sets import PromptSets, load_sets, set_apart
 from abliterator.pipeline._run import Run
 from abliterator.pipeline._stage import Parts, Stage
+from abliterator.pipeline._tuned import planned_edits, tuned_inputs, tuned_subspace
 from abliterator.recipe import Prompts, Source
 from abliterator.record import TensorEdit
 
 if TYPE_CHECKING:
-    from abliterator.directions import Directions
+    from abliterator.directions import Directions, Subspace
+    from abliterator.prompts import PromptSet
 
 
 def _prompts_inputs(run: Run) -> Any:
@@ -30,15 +32,16 @@ def _prompts_inputs(run: Run) -> Any:
         recipe.published()["prompts"],
         recipe.directions.projection,
         recipe.seed,
-        recipe.selection.prompts if recipe.selects else None,
+        recipe.selection.prompts if recipe.selects or recipe.tunes else None,
+        recipe.tunes,
         [hashlib.sha256(path.read_bytes()).hexdigest() for path in files if path.is_file()],
     ]
 
 
 def _prompts(run: Run) -> tuple[list[Path], Parts]:
-    projected = run.recipe.directions.projection == "neutral"
-    sets = load_sets(run.recipe.prompts, seed=run.recipe.seed, projected=projected)
-    if run.recipe.selects:
+    neutral_too = run.recipe.directions.projection == "neutral" or run.recipe.tunes
+    sets = load_sets(run.recipe.prompts, seed=run.recipe.seed, neutral_too=neutral_too)
+    if run.recipe.selects or run.recipe.tunes:
         few, seed = run.recipe.selection.prompts, run.recipe.seed
         sets = set_apart(sets, run.recipe.prompts, prompts=few, seed=seed)
     path = run.workspace.work / "prompts.json"
@@ -58,9 +61,16 @@ def _capture_inputs(run: Run) -> Any:
         recipe.chat.model_dump(mode="json"),
         recipe.capture.model_dump(mode="json"),
         recipe.directions.position,
-        {name: s.sha256 for name, s in prompt_sets(run).extraction.items()},
+        {name: s.sha256 for name, s in _captured(run).items()},
         run.dtype,
     ]
+
+
+def _captured(run: Run) -> dict[str, PromptSet]:
+    """The sets whose moments a direction is made of."""
+    sets = prompt_sets(run).extraction
+    unused = {"neutral"} if run.recipe.directions.projection == "none" else set()
+    return {name: prompts for name, prompts in sets.items() if name not in unused}
 
 
 def _capture(run: Run) -> tuple[list[Path], Parts]:
@@ -70,7 +80,7 @@ def _capture(run: Run) -> tuple[list[Path], Parts]:
     settings = run.recipe.capture
     loaded = run.loaded(run.plan.source.folder)
     moments = {}
-    for name, prompts in prompt_sets(run).extraction.items():
+    for name, prompts in _captured(run).items():
         with run.progress.bar(f"capture {name}", len(prompts.prompts)) as advance:
             moments[name] = capture(
                 loaded,
@@ -88,16 +98,23 @@ def _capture(run: Run) -> tuple[list[Path], Parts]:
 
 def _directions_inputs(run: Run) -> Any:
     settings = run.recipe.directions.model_dump(mode="json")
-    return [run.digest("capture"), settings, chosen_layers(run)]
+    return [run.digest("capture"), settings, chosen_layers(run), tuned_inputs(run)]
 
 
 def _directions(run: Run) -> tuple[list[Path], Parts]:
-    from abliterator.directions import save_directions, stack
+    from abliterator.directions import save_directions
 
-    directions = fitted(run)
     path = run.workspace.work / "directions.safetensors"
-    save_directions(path, directions, stack(directions, chosen_layers(run)))
+    subspace = tuned_subspace(run, chosen_layers(run)) or extracted(run)
+    save_directions(path, fitted(run), subspace)
     return [path], {}
+
+
+def extracted(run: Run) -> Subspace:
+    """The subspace of the chosen layers, as activations give it."""
+    from abliterator.directions import stack
+
+    return stack(fitted(run), chosen_layers(run))
 
 
 def fitted(run: Run) -> Directions:
@@ -115,7 +132,8 @@ def fitted(run: Run) -> Directions:
 
 
 def _bake_inputs(run: Run) -> Any:
-    return [run.base_digest(), run.digest("directions"), run.recipe.edit.model_dump(mode="json")]
+    edit = run.recipe.edit.model_dump(mode="json")
+    return [run.base_digest(), run.digest("directions"), edit, tuned_inputs(run)]
 
 
 def _bake(run: Run) -> tuple[list[Path], Parts]:
@@ -129,7 +147,7 @@ def _bake(run: Run) -> tuple[list[Path], Parts]:
     with run.progress.bar("bake", run.plan.checkpoint.total_bytes) as advance:
         edits = bake(
             run.plan.checkpoint,
-            run.plan.edits,
+            planned_edits(run),
             subspace.basis,
             out,
             made_from=_made_from(run),

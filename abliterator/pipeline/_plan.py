@@ -29,7 +29,8 @@ class Plan:
     """A checkpoint understood, and what is going to be done to it.
 
     `layers` and `k` are those of a recipe; without one they are empty and 0. Where a selection
-    chooses, `layers` are its candidates, k is 0, and `selection` is what it costs at most.
+    chooses, `layers` are its candidates, k is 0, and `selection` is what it costs at most; `tuning`
+    is what a tuning costs.
     """
 
     source: ModelSource
@@ -42,6 +43,7 @@ class Plan:
     layers: tuple[int, ...] = ()
     k: int = 0
     selection: Mapping[str, int] | None = None
+    tuning: Mapping[str, int] | None = None
 
     @property
     def output_bytes(self) -> int:
@@ -84,6 +86,7 @@ class Plan:
             "layers": list(self.layers[: self.k] if self.selection is None else self.layers),
             "k": self.k,
             "selection": self.selection and dict(self.selection),
+            "tuning": self.tuning and dict(self.tuning),
             "edit": asdict(self.edits.settings),
             "writers": self.writers(),
             "n_experts": self.anatomy.n_experts,
@@ -131,7 +134,7 @@ def make_plan(source: ModelSource, edit: Edit, out: Path) -> Plan:
 def edit_settings(edit: Edit) -> EditSettings:
     """The recipe's section as the plain arguments that `bake` takes."""
     return EditSettings(
-        strength={str(component): s for component, s in edit.strength.items()},
+        strength={str(component): s for component, s in edit.strengths.items()},
         norm=edit.norm,
         rounding=edit.rounding,
         embeddings=edit.embeddings,
@@ -155,11 +158,7 @@ def require_layers(recipe: Recipe, anatomy: Anatomy) -> tuple[tuple[int, ...], i
     Raises:
         RecipeError: for layers the model does not have, and for a selection that cannot be made.
     """
-    if recipe.selects and recipe.edit.norm != "none":
-        raise RecipeError(
-            "`layers: sweep` and `k: auto` try each candidate at run time, and `edit.norm: "
-            f"{recipe.edit.norm}` has no run-time form. Leave `norm: none`, or give layers and k."
-        )
+    require_run_time_form(recipe)
     if recipe.layers == "sweep":
         candidates = tuple(recipe.selection.candidates(anatomy.n_layers))
         if recipe.k != "auto" and recipe.k > len(candidates):
@@ -193,3 +192,26 @@ def selection_cost(recipe: Recipe, n_candidates: int) -> dict[str, int] | None:
         "answers": answers,
         "tokens": answers * settings.tokens,
     }
+
+
+def tuning_cost(recipe: Recipe) -> dict[str, int] | None:
+    """What the tuning of a recipe does; None where nothing is tuned."""
+    if not recipe.tunes:
+        return None
+    tuning = recipe.tuning
+    return {
+        "steps": len(tuning.kl_weights) * tuning.steps,
+        "points": 1 + len(tuning.kl_weights) * len(tuning.scales),  # with the plain edit
+        "answers_a_point": recipe.selection.prompts,
+        "tokens": recipe.selection.tokens,
+    }
+
+
+def require_run_time_form(recipe: Recipe) -> None:
+    """Raises RecipeError for an edit that cannot be tried at run time though it has to be."""
+    if (recipe.selects or recipe.tunes) and recipe.edit.norm != "none":
+        raise RecipeError(
+            "`layers: sweep`, `k: auto`, `strength: auto` and `estimator: tuned` try edits at run "
+            f"time, and `edit.norm: {recipe.edit.norm}` has no run-time form. Leave `norm: none`, "
+            "or give layers, k and strengths."
+        )

@@ -23,7 +23,7 @@ class PromptSets:
 
     Attributes:
         extraction: "target", "contrast", and "neutral" where directions are projected off a mean of
-            neutral prompts that are not the contrast.
+            neutral prompts that are not the contrast, or tuned to leave such prompts alone.
         evaluation: "target", "neutral", and "over_refusal" where the recipe has it.
         selection: "target" and "neutral", held out of extraction, where layers or k are chosen.
     """
@@ -51,13 +51,13 @@ class PromptSets:
         )
 
 
-def load_sets(recipe: Prompts, *, seed: int, projected: bool) -> PromptSets:
+def load_sets(recipe: Prompts, *, seed: int, neutral_too: bool) -> PromptSets:
     """Loads every set, holds out what has no evaluation set of its own, and keeps the two apart.
 
     Args:
         recipe: the recipe's section.
         seed: of the held-out parts.
-        projected: whether extraction needs neutral prompts beside a contrast of its own.
+        neutral_too: whether extraction needs neutral prompts beside a contrast of its own.
 
     Raises:
         PromptError: for a set that cannot be read, and for sets that share prompts.
@@ -71,16 +71,17 @@ def load_sets(recipe: Prompts, *, seed: int, projected: bool) -> PromptSets:
         )
     else:
         extraction["target"], evaluation["target"] = target, _load("evaluation", recipe.evaluation)
-    if recipe.contrast is None:
-        extraction["contrast"], evaluation["neutral"] = hold_out(
-            neutral, fraction=recipe.holdout, seed=seed
-        )
-    else:
-        extraction["contrast"], evaluation["neutral"] = _load("contrast", recipe.contrast), neutral
-        if projected:
-            extraction["neutral"], evaluation["neutral"] = hold_out(
-                neutral, fraction=recipe.holdout, seed=seed
-            )
+    uses = ["contrast"] if recipe.contrast is None else ["neutral"] if neutral_too else []
+    if recipe.contrast is not None:
+        extraction["contrast"] = _load("contrast", recipe.contrast)
+    for use in uses:
+        if recipe.neutral_evaluation is None:
+            extraction[use], neutral = hold_out(neutral, fraction=recipe.holdout, seed=seed)
+        else:
+            extraction[use] = neutral
+    if recipe.neutral_evaluation is not None:
+        neutral = _load("neutral_evaluation", recipe.neutral_evaluation)
+    evaluation["neutral"] = neutral
     if recipe.over_refusal is not None:
         evaluation["over_refusal"] = _load("over_refusal", recipe.over_refusal)
     for measured in evaluation.values():

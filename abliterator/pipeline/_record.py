@@ -5,10 +5,11 @@ from __future__ import annotations
 import hashlib
 import platform
 import re
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from statistics import median
+from statistics import mean, median
 from typing import Any
 
 from abliterator.checkpoint import fingerprint
@@ -17,6 +18,7 @@ from abliterator.pipeline._chosen import chosen_layers, selection_of
 from abliterator.pipeline._extraction import prompt_sets, tensor_edits
 from abliterator.pipeline._judging import judge_identity, verdicts_of
 from abliterator.pipeline._run import Run
+from abliterator.pipeline._tuned import planned_edits, tuning_record
 from abliterator.record import (
     Behaviour,
     BenchmarkResult,
@@ -26,6 +28,7 @@ from abliterator.record import (
     PromptOrigin,
     Provenance,
     RunRecord,
+    TensorEdit,
     Tool,
 )
 
@@ -55,6 +58,7 @@ def assemble(run: Run, timing: dict[str, float], pictures: dict[str, str]) -> Ru
         benchmarks=_benchmarks(run),
         judge=judge_identity(run),
         selection=selection_of(run),
+        tuning=tuning_record(run),
         timing=timing,
         pictures=pictures,
         provenance=_provenance(run),
@@ -106,7 +110,7 @@ def _edit(run: Run) -> EditSummary:
         layers=chosen_layers(run),
         positions=(run.recipe.directions.position,),
         k=len(chosen_layers(run)),
-        strength=dict(settings.strength),
+        strength=_strengths(run, edits),
         components=tuple(sorted({edit.component for edit in edits})),
         norm=settings.norm,
         rounding=settings.rounding,
@@ -114,8 +118,18 @@ def _edit(run: Run) -> EditSummary:
         max_leak=max(leaks, default=None),
         median_leak=median(leaks) if leaks else None,
         output_bytes=sum((run.workspace.checkpoint / name).stat().st_size for name in written),
-        edited_bytes=run.plan.edits.edited_bytes,
+        edited_bytes=planned_edits(run).edited_bytes,
     )
+
+
+def _strengths(run: Run, edits: Sequence[TensorEdit]) -> dict[str, float]:
+    """Per component: the recipe's, or the mean of what was tuned."""
+    if not run.recipe.tunes:
+        return dict(run.plan.edits.settings.strength)
+    found: dict[str, list[float]] = {}
+    for edit in edits:
+        found.setdefault(edit.component, []).append(edit.strength)
+    return {component: round(mean(values), 4) for component, values in found.items()}
 
 
 def _behaviour(run: Run) -> dict[str, Behaviour | None]:

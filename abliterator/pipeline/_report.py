@@ -27,7 +27,8 @@ MEASURED = (
 
 
 def _measured(run: Run) -> tuple[str, ...]:
-    return (*MEASURED, "selection") if run.recipe.selects else MEASURED
+    chosen = ["selection"] * run.recipe.selects + ["tuning"] * run.recipe.tunes
+    return (*MEASURED, *chosen)
 
 
 def _record_inputs(run: Run) -> Any:

@@ -26,8 +26,8 @@ Strength = Annotated[float, Field(ge=0, le=2, allow_inf_nan=False)]
 class DirectionSettings(Section):
     """From moments to directions."""
 
-    estimator: Literal["mean_difference"] = "mean_difference"
-    """r = mean(target) - mean(contrast)."""
+    estimator: Literal["mean_difference", "tuned"] = "mean_difference"
+    """r = mean(target) - mean(contrast); `tuned` goes on from there by gradients (`tuning`)."""
     position: Annotated[int, Field(le=-1)] = -1
     """Token of the prompt, from the end; -1 is the last one before the answer."""
     projection: Literal["none", "neutral"] = "none"
@@ -37,8 +37,10 @@ class DirectionSettings(Section):
 class Edit(Section):
     """What is done to the weights."""
 
-    strength: dict[Component, Strength] = {"attention": 1.0, "mlp": 1.0}
+    strength: dict[Component, Strength] | Literal["auto"] = {"attention": 1.0, "mlp": 1.0}
     """1 removes, 0 leaves the bytes alone; one number, or one per component.
+
+    `auto` finds one for every writer by gradients (`tuning`).
 
     `attention` and `mlp` left out are 0. `linear_attention`, `ssm` and `convolution` are as
     `attention`, `expert`, `shared_expert` and `per_layer_input` as `mlp`, unless they are named.
@@ -59,9 +61,14 @@ class Edit(Section):
             return dict.fromkeys(COMPONENTS, float(value))
         return value
 
+    @property
+    def strengths(self) -> dict[Component, float]:
+        """Per component; where they are tuned, those of the plain edit, from which that starts."""
+        return dict.fromkeys(COMPONENTS, 1.0) if self.strength == "auto" else self.strength
+
     @model_validator(mode="after")
     def _does_something(self) -> Self:
-        if not any(self.strength.values()) and not self.embeddings:
+        if not any(self.strengths.values()) and not self.embeddings:
             raise ValueError("every strength is 0: nothing would be edited")
         return self
 

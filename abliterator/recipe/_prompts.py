@@ -70,6 +70,9 @@ class Prompts(Section):
     """Prompts whose answers must stay as they were."""
     evaluation: Source | None = None
     """Held-out prompts on which the behaviour shows. Default: a part of target is held out."""
+    neutral_evaluation: Source | None = None
+    """Held-out neutral prompts, on which divergence is measured. Default: neutral, or a part of it
+    where neutral prompts are used before."""
     over_refusal: Source | None = None
     """Benign prompts that look like target."""
     holdout: Annotated[float, Field(gt=0, lt=1)] = 0.25

@@ -14,6 +14,7 @@ from abliterator.recipe._edit import DirectionSettings, Edit, Selection
 from abliterator.recipe._judge import JudgeSettings, Rollouts
 from abliterator.recipe._prompts import Capture, Chat, Prompts
 from abliterator.recipe._section import Layers, Positive, Section
+from abliterator.recipe._tuning import Tuning
 
 
 class Recipe(Section):
@@ -37,6 +38,7 @@ class Recipe(Section):
     directions: DirectionSettings = DirectionSettings()
     selection: Selection = Selection()
     edit: Edit = Edit()
+    tuning: Tuning = Tuning()
     rollouts: Rollouts = Rollouts()
     judge: JudgeSettings = JudgeSettings()
     divergence: DivergenceSettings = DivergenceSettings()
@@ -76,6 +78,11 @@ class Recipe(Section):
     def selects(self) -> bool:
         """Whether layers or k are to be chosen by measurement."""
         return self.layers == "sweep" or self.k == "auto"
+
+    @property
+    def tunes(self) -> bool:
+        """Whether strengths or directions are to be found by gradients."""
+        return self.edit.strength == "auto" or self.directions.estimator == "tuned"
 
     @property
     def digest(self) -> str:

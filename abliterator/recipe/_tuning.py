@@ -1,0 +1,47 @@
+"""How strengths and directions are tuned, for `edit.strength: auto` and `estimator: tuned`."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BeforeValidator, Field, field_validator, model_validator
+
+from abliterator.recipe._section import Positive, Section, as_tuple
+
+Numbers = Annotated[
+    tuple[Annotated[float, Field(gt=0, allow_inf_nan=False)], ...], BeforeValidator(as_tuple)
+]
+
+
+class Tuning(Section):
+    """A descent by gradients, and which point of its front is taken."""
+
+    steps: Positive = 16
+    """Steps of the descent for each weight of the KL."""
+    prompts: Positive = 64
+    """Target prompts that lessons are made of, and as many of each kind that must stay."""
+    batch: Positive = 8
+    """Target prompts, and as many neutral ones, in a step."""
+    tokens: Positive = 12
+    """Tokens of an answer, from its beginning, that are learned from."""
+    kl_weights: Numbers = (20.0, 80.0)
+    """What a nat on neutral prompts costs; the descent goes on from one weight to the next."""
+    scales: Numbers = (1.0, 0.6)
+    """Each weight's result is also tried at these fractions of its strengths."""
+    prefer: Literal["product", "refusals_at_most", "kl_at_most"] = "product"
+    """Which point is taken: the best compliance x coherence, or the best within `at_most`."""
+    at_most: Annotated[float, Field(gt=0)] | None = None
+    """Share of refusals, or nats a token on neutral prompts, that `prefer` allows."""
+
+    @field_validator("kl_weights", "scales")
+    @classmethod
+    def _some(cls, value: Any) -> Any:
+        if not value:
+            raise ValueError("must hold a number")
+        return value
+
+    @model_validator(mode="after")
+    def _limit_of_a_preference(self) -> Self:
+        if (self.at_most is None) != (self.prefer == "product"):
+            raise ValueError("`at_most` belongs to `prefer: refusals_at_most` and `kl_at_most`")
+        return self
