@@ -102,7 +102,10 @@ def compare_logits(
     Raises:
         GenerationError: if the two models have other vocabularies or dtypes, or logits are NaN.
     """
-    found: dict[int, PathDivergence] = {}
+    # made before the large temporaries: small tensors kept among them would be holes in the heap
+    lengths = [path.positions for path in paths]
+    kl = torch.split(torch.empty(sum(lengths), dtype=torch.float64), lengths)
+    top1 = torch.split(torch.empty(sum(lengths), dtype=torch.bool), lengths)
     buffer = bytearray()  # of one path, used again: many large ones leave holes in memory
     order = [i for batch in _batches(paths, max_batch_tokens, 0) for i in batch]
     with file.open("rb", buffering=0) as stream:
@@ -112,10 +115,11 @@ def compare_logits(
                 buffer = bytearray(edited.nbytes)
             base = _read(stream, edited, buffer).float().log_softmax(dim=1)
             edited = edited.float().log_softmax(dim=1)
-            found[index] = PathDivergence(kl_divergence(base, edited), top1_agreement(base, edited))
+            kl[index].copy_(kl_divergence(base, edited))
+            top1[index].copy_(top1_agreement(base, edited))
         if stream.read(1):
             raise GenerationError(_OTHER_SHAPE)
-    return [found[i] for i in range(len(paths))]
+    return [PathDivergence(*both) for both in zip(kl, top1, strict=True)]
 
 
 _OTHER_SHAPE = (
