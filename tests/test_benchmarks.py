@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from abliterator import pipeline
 from abliterator.benchmarks import (
     PRESETS,
     Aggregate,
@@ -34,6 +35,7 @@ from abliterator.benchmarks import (
     run_tasks,
 )
 from abliterator.errors import BenchmarkError, PromptError
+from abliterator.recipe import load_recipe
 from tests.completions_server import CompletionsServer
 
 QUESTIONS = [
@@ -276,6 +278,15 @@ def offline(monkeypatch):
 def test_a_named_task_fails_in_preflight_with_its_dataset_and_what_to_do(tmp_path, offline):
     with pytest.raises(BenchmarkError, match=r"'arc_easy'.*allenai/ai2_arc.*HF_HUB_OFFLINE"):
         resolve_tasks(["arc_easy"], folder=tmp_path)
+
+
+def test_a_build_stops_at_a_hub_task_before_a_model_is_loaded(tmp_path, offline, monkeypatch):
+    demo = Path(__file__).parents[1] / "recipes" / "demo.yaml"
+    monkeypatch.setattr("abliterator.model.load_model", lambda *_, **__: pytest.fail("loaded"))
+    recipe = load_recipe(demo, overrides=["benchmarks.tasks=[arc_easy]"])
+    with pytest.raises(BenchmarkError, match=r"'arc_easy'.*allenai/ai2_arc"):
+        pipeline.build(recipe, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.slow
