@@ -13,6 +13,7 @@ traceback.
      ├── OutputError           the output folder is not ours, or there is no room for it
      ├── GenerationError       a model could not be loaded, or could not answer
      ├── JudgeError            answers could not be judged, or a model server cannot be asked
+     ├── PairsError            contrast pairs could not be made as asked
      ├── BenchmarkError        a benchmark task is unknown, unreachable or cannot be compared
      └── PublishError          a checkpoint is not fit to be published, or the Hub refused it
 """
@@ -52,6 +53,10 @@ class GenerationError(AbliteratorError):
 
 class JudgeError(AbliteratorError):
     """Answers could not be judged, or a model server cannot be asked."""
+
+
+class PairsError(AbliteratorError):
+    """Contrast pairs could not be made as asked."""
 
 
 class BenchmarkError(AbliteratorError):

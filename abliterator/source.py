@@ -33,6 +33,7 @@ _DOWNLOAD = [
     "NOTICE*",
     "*.md",
 ]
+_TOKENIZER = ["*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken"]
 _SKIP = ["original/*", "onnx/*", "consolidated*.safetensors", "*.bin", "*.pt", "*.pth", "*.gguf"]
 
 
@@ -119,6 +120,18 @@ def _download(model: str, revision: str | None, patterns: Sequence[str] = _DOWNL
         return ModelSource(Path(folder), model, Path(folder).name)
     # Raised here, outside the clauses, so that no request with its headers is chained to the error.
     raise CheckpointError(f"The model {model} {problem}.")
+
+
+def tokenizer_folder(model: str) -> Path:
+    """The folder of a model's tokenizer; of a Hub id, no weights are downloaded.
+
+    Raises:
+        CheckpointError: if there is no such model.
+    """
+    if model.startswith(EMBEDDED):
+        return _embedded_folder(model.removeprefix(EMBEDDED))
+    local = Path(model).expanduser()
+    return local if local.is_dir() else _download(model, None, _TOKENIZER).folder
 
 
 def published_folder(name: str) -> Path:

@@ -13,6 +13,7 @@ import click
 
 from abliterator.cli._compare import compare
 from abliterator.cli._judge import judge_calibrate
+from abliterator.cli._pairs import pairs
 from abliterator.cli._publish import publish, verify
 from abliterator.cli._run import STAGE_COMMANDS, bake, build, plan
 from abliterator.cli._sweep import sweep
@@ -43,7 +44,18 @@ def main(verbose: bool) -> None:
         logging.disable(logging.WARNING)
 
 
-COMMANDS = (bake, build, compare, judge_calibrate, plan, publish, sweep, verify, *STAGE_COMMANDS)
+COMMANDS = (
+    bake,
+    build,
+    compare,
+    judge_calibrate,
+    pairs,
+    plan,
+    publish,
+    sweep,
+    verify,
+    *STAGE_COMMANDS,
+)
 
 for command in COMMANDS:
     main.add_command(command)

@@ -11,7 +11,7 @@ which modules matter.
 """
 
 from abliterator.model._chat import render_chat
-from abliterator.model._load import LoadedModel, load_model
+from abliterator.model._load import LoadedModel, load_model, load_tokenizer
 from abliterator.model._run import (
     Hook,
     block_paths,
@@ -28,6 +28,7 @@ __all__ = [
     "equal_length_batches",
     "hooked",
     "load_model",
+    "load_tokenizer",
     "release_memory",
     "render_chat",
     "run_batches",

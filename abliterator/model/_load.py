@@ -58,7 +58,7 @@ def load_model(
     if dtype is not None and dtype not in _DTYPES:
         raise RecipeError(f"dtype is {dtype!r}, expected one of {', '.join(_DTYPES)}.")
     model = _load_weights(folder, _DTYPES[dtype] if dtype else "auto", trust_remote_code)
-    tokenizer = _load_tokenizer(folder, trust_remote_code)
+    tokenizer = load_tokenizer(folder, trust_remote_code=trust_remote_code)
     try:
         model = model.to(device).eval().requires_grad_(False)
     except (RuntimeError, AssertionError) as error:
@@ -177,7 +177,12 @@ def _require_that_it_runs(model: PreTrainedModel) -> None:
         ) from error
 
 
-def _load_tokenizer(folder: Path, trust_remote_code: bool) -> PreTrainedTokenizerBase:
+def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model's folder, without the model.
+
+    Raises:
+        CheckpointError: if there is none, or it cannot be read.
+    """
     from transformers import AutoTokenizer
 
     try:

@@ -16,8 +16,9 @@ The room knows no model and no file but the recipe: whether layer 16 exists is f
 from abliterator.recipe._benchmarks import Benchmarks, DivergenceSettings
 from abliterator.recipe._edit import DirectionSettings, Edit, Selection
 from abliterator.recipe._judge import JudgeSettings, Rollouts
+from abliterator.recipe._pairs import PairExample, PairsSpec
 from abliterator.recipe._prompts import Capture, Chat, Prompts, Source
-from abliterator.recipe._read import load_edit, load_judge, load_recipe
+from abliterator.recipe._read import load_edit, load_judge, load_pairs, load_recipe
 from abliterator.recipe._recipe import Recipe
 from abliterator.recipe._server import Prices, ServerSettings
 
@@ -29,6 +30,8 @@ __all__ = [
     "DivergenceSettings",
     "Edit",
     "JudgeSettings",
+    "PairExample",
+    "PairsSpec",
     "Prices",
     "Prompts",
     "Recipe",
@@ -38,5 +41,6 @@ __all__ = [
     "Source",
     "load_edit",
     "load_judge",
+    "load_pairs",
     "load_recipe",
 ]

@@ -14,6 +14,7 @@ from abliterator.errors import RecipeError
 from abliterator.recipe._benchmarks import is_task_file
 from abliterator.recipe._edit import Edit
 from abliterator.recipe._judge import JudgeSettings
+from abliterator.recipe._pairs import PairsSpec
 from abliterator.recipe._prompts import Source
 from abliterator.recipe._recipe import Recipe
 
@@ -34,6 +35,26 @@ def load_recipe(path: Path, *, overrides: Sequence[str] = ()) -> Recipe:
     Raises:
         RecipeError: everything that is wrong, together, each with its path and line.
     """
+    return _load(Recipe, path, overrides)
+
+
+def load_pairs(path: Path, *, overrides: Sequence[str] = ()) -> PairsSpec:
+    """Reads, overrides and validates what contrast pairs are to be made.
+
+    Args:
+        path: the yaml file. A local tokenizer in it is relative to its folder.
+        overrides: `key.sub=value`, a yaml value.
+
+    Raises:
+        RecipeError: everything that is wrong, together, each with its path and line.
+    """
+    return _load(PairsSpec, path, overrides)
+
+
+T = TypeVar("T", bound=BaseModel)
+
+
+def _load(kind: type[T], path: Path, overrides: Sequence[str]) -> T:
     text = _read_text(path)
     root, values = _parse(text, path)
     lines = dict(_lines(root))
@@ -46,11 +67,11 @@ def load_recipe(path: Path, *, overrides: Sequence[str] = ()) -> Recipe:
     _anchor_paths(values, path.resolve().parent)
     for override in overrides:
         _apply(values, override)
-    recipe, invalid = _validated(Recipe, values, lines)
+    read, invalid = _validated(kind, values, lines)
     problems += invalid
-    if recipe is None or problems:
+    if read is None or problems:
         raise RecipeError(f"{path.name} has {_count(problems)}:\n  " + "\n  ".join(problems))
-    return recipe
+    return read
 
 
 def load_edit(overrides: Sequence[str]) -> Edit:
@@ -69,9 +90,6 @@ def load_judge(overrides: Sequence[str]) -> JudgeSettings:
         RecipeError: everything that is wrong, together.
     """
     return _load_section(JudgeSettings, "judge", overrides)
-
-
-T = TypeVar("T", bound=BaseModel)
 
 
 def _load_section(kind: type[T], name: str, overrides: Sequence[str]) -> T:
@@ -181,9 +199,10 @@ def _at(branch: Any, parts: Sequence[str]) -> Any:
 
 def _anchor_paths(values: dict[str, Any], folder: Path) -> None:
     """Makes the local paths of a raw recipe absolute, in place; what is no path stays as it is."""
-    model = values.get("model")
-    if isinstance(model, str) and _is_local(model, folder):
-        values["model"] = _anchored(model, folder)
+    for key in ("model", "tokenizer"):
+        model = values.get(key)
+        if isinstance(model, str) and _is_local(model, folder):
+            values[key] = _anchored(model, folder)
     prompts = values.get("prompts")
     for source in prompts.values() if isinstance(prompts, dict) else ():
         if isinstance(source, dict) and isinstance(source.get("path"), str):

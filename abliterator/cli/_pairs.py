@@ -1,0 +1,78 @@
+"""The command that makes contrast pairs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from abliterator.cli._options import JSON, SET
+from abliterator.cli._show import Bars
+
+if TYPE_CHECKING:
+    from abliterator.pairs import Made, Ruler
+
+
+@click.command()
+@click.argument("spec", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.option(
+    "--out",
+    required=True,
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="File to write (.jsonl). Replies are kept beside it, under the same name, as .sqlite.",
+)
+@SET
+@JSON
+def pairs(spec: Path, out: Path, overrides: tuple[str, ...], as_json: bool) -> None:
+    """Make pairs of requests that differ in one behaviour, with a model behind a server.
+
+    SPEC is a yaml file: the behaviour, the two sides, categories, how many, and the server. A run
+    that was stopped goes on where it was, with the same command. A recipe takes the file as
+    `target: {path: FILE, where: {side: target}}`, and its contrast alike.
+    """
+    from abliterator.pairs import make_pairs, require_ours, save_pairs
+    from abliterator.recipe import load_pairs
+
+    asked = load_pairs(spec, overrides=overrides)
+    require_ours(out, asked)
+    ruler = _ruler(asked.tokenizer)
+    with Bars().bar("pairs", asked.per_category * len(asked.categories)) as advance:
+        made = make_pairs(
+            asked,
+            cache=out.with_suffix(".sqlite"),
+            ruler=ruler,
+            on_kept=lambda new, spent: advance(new, status=spent),
+        )
+    save_pairs(out, made, asked, ruler)
+    click.echo(_as_json(made) if as_json else _told(made, out, ruler))
+
+
+def _ruler(tokenizer: str | None) -> Ruler:
+    from abliterator.pairs import WORDS, Ruler
+
+    if tokenizer is None:
+        return WORDS
+    from abliterator.model import load_tokenizer
+    from abliterator.source import tokenizer_folder
+
+    tokens = load_tokenizer(tokenizer_folder(tokenizer))
+    return Ruler("tokens", lambda text: len(tokens.encode(text, add_special_tokens=False)))
+
+
+def _as_json(made: Made) -> str:
+    import json
+
+    kept = {name: len(of_it) for name, of_it in made.pairs.items()}
+    return json.dumps({**made._asdict(), "pairs": kept}, indent=1)
+
+
+def _told(made: Made, out: Path, ruler: Ruler) -> str:
+    """What was made, in a few lines."""
+    kept = ", ".join(f"{len(of_it)} {name}" for name, of_it in made.pairs.items())
+    dropped = ", ".join(f"{n} ({reason})" for reason, n in made.dropped.items()) or "none"
+    spent = f"{made.calls} calls" + (f", ${made.usd:.4f}" if made.usd else "")
+    return (
+        f"{out}: pairs {kept}; lengths matched in {ruler.unit}\n"
+        f"dropped: {dropped}\nby {', '.join(made.served) or 'a model without a name'}: {spent}"
+    )

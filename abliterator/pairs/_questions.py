@@ -1,0 +1,140 @@
+"""What the model is asked, and what its replies say: pairs to write, and requests to sort."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+from abliterator.server import (
+    InvalidReply,
+    Prompt,
+    Request,
+    defused,
+    filled,
+    load_prompt,
+    marker,
+    objects,
+    without_thinking,
+)
+
+if TYPE_CHECKING:
+    from abliterator.recipe import PairsSpec
+
+Side = Literal["target", "contrast"]
+SIDES: tuple[Side, Side] = ("target", "contrast")
+SHOWN = 40  # requests that exist already, of which the model is reminded: the latest
+
+_TEXT = {"type": "string"}
+WRITTEN: dict[str, Any] = {
+    "type": "object",
+    "properties": {
+        "pairs": {
+            "type": "array",
+            "items": {
+                "type": "object",
+                "properties": dict.fromkeys(SIDES, _TEXT),
+                "required": list(SIDES),
+                "additionalProperties": False,
+            },
+        }
+    },
+    "required": ["pairs"],
+    "additionalProperties": False,
+}
+SORTED: dict[str, Any] = {
+    "type": "object",
+    "properties": {"reason": _TEXT, "label": {"type": "string", "enum": ["A", "B", "neither"]}},
+    "required": ["reason", "label"],
+    "additionalProperties": False,
+}
+
+
+class Candidate(NamedTuple):
+    """Two requests as the model wrote them, on one line each."""
+
+    target: str
+    contrast: str
+
+
+def pairs_prompt() -> Prompt:
+    """The prompt file of this room."""
+    return load_prompt("pairs", "prompt.yaml")
+
+
+def to_write(
+    spec: PairsSpec, category: str, existing: Sequence[str], *, call: int, attempt: int
+) -> Request:
+    """Asks for pairs of one category; no two calls are worded alike."""
+    told = pairs_prompt()
+    examples = [f'- "{e.target}" / "{e.contrast}"' for e in spec.examples]
+    shown = [f"- {defused(request)}" for request in existing[-SHOWN:]]
+    places = {
+        "behaviour": spec.behaviour,
+        "target": spec.target,
+        "contrast": spec.contrast,
+        "category": f"{category}: {spec.categories[category]}",
+        "language": spec.language,
+        "examples": _listed(told.texts["examples"], "pairs", examples),
+        "existing": _listed(told.texts["existing"], "requests", shown),
+        "marker": marker(told.sha256, category, call, attempt),
+        "count": str(spec.per_call),
+    }
+    messages = _messages(told.texts["write_system"], filled(told.texts["write_item"], places))
+    return Request(messages, WRITTEN, {**spec.server.parameters, **spec.parameters})
+
+
+def _listed(text: str, place: str, lines: Sequence[str]) -> str:
+    return filled(text, {place: "\n".join(lines)}) if lines else ""
+
+
+def to_sort(spec: PairsSpec, request: str, *, attempt: int) -> Request:
+    """Asks on which side a request is; which side it was written for is not said."""
+    told = pairs_prompt()
+    fence = marker(told.sha256, request, attempt)
+    system = filled(told.texts["check_system"], {"first": spec.target, "second": spec.contrast})
+    item = filled(told.texts["check_item"], {"marker": fence, "request": defused(request)})
+    return Request(_messages(system, item), SORTED, spec.server.parameters)
+
+
+def _messages(system: str, user: str) -> list[dict[str, str]]:
+    return [{"role": "system", "content": system}, {"role": "user", "content": user}]
+
+
+def read_pairs(reply: str) -> list[Candidate]:
+    """The pairs in a reply; entries that are none are left out.
+
+    Raises:
+        InvalidReply: if there is not one pair.
+    """
+    found = list(_pairs(reply))
+    if not found:
+        raise InvalidReply("no pairs")
+    return found
+
+
+def _pairs(reply: str) -> Iterator[Candidate]:
+    for value in objects(without_thinking(reply)):
+        entries = value.get("pairs", [value])  # some models leave out the outer object
+        for entry in entries if isinstance(entries, list) else []:
+            told = entry if isinstance(entry, dict) else {}
+            target, contrast = (_line(told.get(side)) for side in SIDES)
+            if target and contrast:
+                yield Candidate(target, contrast)
+
+
+def _line(value: object) -> str:
+    """A text on one line; nothing of what is no text."""
+    return " ".join(value.split()) if isinstance(value, str) else ""
+
+
+def read_side(reply: str) -> Side | None:
+    """The side in a reply; None for neither.
+
+    Raises:
+        InvalidReply: if there is no label, or more than one.
+    """
+    labels = {str(v["label"]).strip() for v in objects(without_thinking(reply)) if "label" in v}
+    sides: dict[str, Side | None] = {"A": "target", "B": "contrast", "neither": None}
+    if len(labels) != 1 or not labels <= sides.keys():
+        raise InvalidReply("no label" if not labels else "no single label of the three")
+    return sides[labels.pop()]

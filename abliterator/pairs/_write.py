@@ -1,0 +1,71 @@
+"""Pairs as lines of JSON: one request a line, each with its side, its pair and where it is from."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from abliterator.checkpoint import write_text_atomic
+from abliterator.errors import OutputError
+from abliterator.pairs._make import Made
+from abliterator.pairs._questions import SIDES, pairs_prompt
+from abliterator.pairs._sift import Ruler
+
+if TYPE_CHECKING:
+    from abliterator.recipe import PairsSpec
+
+
+def rows(made: Made, spec: PairsSpec, ruler: Ruler) -> Iterator[dict[str, Any]]:
+    """One row for each request; the categories take turns, so that any beginning is balanced."""
+    prompt = pairs_prompt()
+    origin = {
+        "tokenizer": _without_folder(spec.tokenizer),  # None where words are counted
+        "model": spec.server.model,
+        "served_model": ", ".join(made.served),
+        "prompt_version": prompt.version,
+        "prompt_sha256": prompt.sha256,
+        "spec_sha256": spec.digest,
+    }
+    number = 0
+    for of_each in zip(*made.pairs.values(), strict=True):
+        for category, pair in zip(made.pairs, of_each, strict=True):
+            for side in SIDES:
+                text = getattr(pair, side)
+                yield {
+                    "prompt": text,
+                    "side": side,
+                    "pair": number,
+                    "category": category,
+                    ruler.unit: ruler.length(text),
+                    **origin,
+                }
+            number += 1
+
+
+def _without_folder(model: str | None) -> str | None:
+    """A model's name as others may read it: of a local path, the last name."""
+    return Path(model).name if model and Path(model).is_absolute() else model
+
+
+def save_pairs(path: Path, made: Made, spec: PairsSpec, ruler: Ruler) -> None:
+    """Writes the file, whole or not at all."""
+    lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows(made, spec, ruler))
+    write_text_atomic(path, "".join(lines))
+
+
+def require_ours(path: Path, spec: PairsSpec) -> None:
+    """Raises OutputError if something is there that this spec did not make."""
+    if not path.exists():
+        return
+    try:
+        with path.open(encoding="utf-8") as file:
+            ours = json.loads(file.readline())["spec_sha256"] == spec.digest
+    except (OSError, ValueError, KeyError, TypeError):
+        ours = False
+    if not ours:
+        raise OutputError(
+            f"{path} is there already, and was not made from this spec. Give another --out, or "
+            "move that file away."
+        )
