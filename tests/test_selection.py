@@ -4,6 +4,7 @@ import hashlib
 import json
 import math
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ from abliterator.checkpoint import Checkpoint
 from abliterator.directions import Directions, load_subspace, stack
 from abliterator.errors import DirectionError, PromptError, RecipeError
 from abliterator.generation import generate, stop_ids
+from abliterator.judge import Judgement, RuleJudge
 from abliterator.model import block_paths, hooked, load_model, render_chat
 from abliterator.pipeline import Options
 from abliterator.pipeline._prompt_sets import PromptSets, set_apart
@@ -33,6 +35,7 @@ from abliterator.selection import (
     _grow,
     _scores,
     _sweep,
+    judge_edit,
     learn_openings,
     participation_ratio,
     random_basis,
@@ -108,6 +111,7 @@ def subject(tiny_loaded):
         contrast=asked,
         neutral=asked,
         held_out=asked,
+        judge=RuleJudge(),
         max_new_tokens=4,
         batch_size=4,
         max_batch_tokens=64,
@@ -145,6 +149,26 @@ def test_scores_of_a_candidate(subject, base):
     assert found.bypass == pytest.approx(float(bypass))
     assert found.induce == pytest.approx(float(induced) - base.contrast_score)
     assert found.kl > 0
+
+
+class Picky:
+    """Scores no answer to the first prompt, and takes all others."""
+
+    identity = RuleJudge().identity
+
+    def judge_all(self, answers):
+        said = [Judgement(1.0, 0.5, False)] * len(answers)
+        return [Judgement(None, None, None), *said[1:]]
+
+
+def test_the_judge_that_is_given_judges_and_what_it_cannot_score_is_not_0(subject):
+    judged = judge_edit(replace(subject, judge=Picky()), random_basis(32, 1, seed=0))
+    assert judged.products == [None] + [0.5] * (len(PROMPTS) - 1)
+    assert judged.summary.product == Estimate(value=0.5, low=None, high=None, n=len(PROMPTS) - 1)
+    gain = _grow._gain(judged, judged, 0)
+    assert (gain.value, gain.n) == (0.0, len(PROMPTS) - 1)
+    nothing = judged._replace(products=[None] * len(PROMPTS))
+    assert _grow._gain(judged, nothing, 0) is None
 
 
 def test_no_edit_no_kl_and_no_hook_stays(subject, base):

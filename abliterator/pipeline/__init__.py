@@ -115,7 +115,9 @@ def run_stages(
     unwanted = [SELECTION] * (not recipe.selects) + [TUNING] * (not recipe.tunes)
     stages = tuple(stage for stage in stages if stage not in unwanted)
     is_new = not out.exists()
-    if JUDGE in stages and Workspace(out).marker(JUDGE.name) is None:
+    choosing = [SELECTION, TUNING] if recipe.selection.judge == "recipe" else []
+    judging = [stage for stage in (JUDGE, *choosing) if stage in stages]
+    if any(Workspace(out).marker(stage.name) is None for stage in judging):
         require_key(recipe.judge)  # hours before it is needed
     run = prepare(recipe, out, options=options or Options(), progress=progress or Silent())
     try:

@@ -37,6 +37,13 @@ def _judge_of(run: Run, on_verdict: Callable[[Tally], None] | None = None) -> Ju
     return judge_of(run.recipe.judge, cache=cache, seed=run.recipe.seed, on_verdict=on_verdict)
 
 
+def choosing_judge(run: Run) -> Judge:
+    """Who judges candidates and tuned points: the rules, which are free, or the recipe's judge."""
+    from abliterator.judge import RuleJudge
+
+    return _judge_of(run) if run.recipe.selection.judge == "recipe" else RuleJudge()
+
+
 def judge_of(
     settings: JudgeSettings,
     *,

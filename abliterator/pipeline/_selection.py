@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from abliterator.checkpoint import write_text_atomic
 from abliterator.pipeline._chosen import sweep_path
 from abliterator.pipeline._extraction import fitted, prompt_sets
+from abliterator.pipeline._judging import choosing_judge
 from abliterator.pipeline._run import Run
 from abliterator.pipeline._stage import Parts, Stage
 
@@ -20,8 +21,6 @@ if TYPE_CHECKING:
 
 
 def _selection_inputs(run: Run) -> Any:
-    from abliterator.judge import RuleJudge
-
     recipe = run.recipe
     sections = ("chat", "capture", "directions", "selection", "edit")
     return [
@@ -30,7 +29,7 @@ def _selection_inputs(run: Run) -> Any:
         {name: getattr(recipe, name).model_dump(mode="json") for name in sections},
         {name: s.sha256 for name, s in prompt_sets(run).selection.items()},
         [recipe.layers, recipe.k, recipe.seed, recipe.rollouts.batch_size],
-        RuleJudge().identity.model_dump(mode="json"),
+        choosing_judge(run).identity.model_dump(mode="json"),
         run.dtype,
     ]
 
@@ -87,6 +86,7 @@ def _subject(run: Run, loaded: LoadedModel) -> Subject:
         contrast=sampled(sets.extraction["contrast"]),
         neutral=asked(sets.selection["neutral"].prompts),
         held_out=asked(sets.selection["target"].prompts),
+        judge=choosing_judge(run),
         max_new_tokens=recipe.selection.tokens,
         batch_size=recipe.rollouts.batch_size,
         max_batch_tokens=recipe.capture.max_batch_tokens,

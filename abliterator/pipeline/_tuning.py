@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from abliterator.checkpoint import write_bytes_atomic, write_text_atomic
 from abliterator.pipeline._chosen import chosen_layers
 from abliterator.pipeline._extraction import extracted, prompt_sets
+from abliterator.pipeline._judging import choosing_judge
 from abliterator.pipeline._run import Run
 from abliterator.pipeline._stage import Parts, Stage
 from abliterator.pipeline._tuned import tuned_bases_path, tuning_path
@@ -21,8 +22,6 @@ if TYPE_CHECKING:
 
 
 def _tuning_inputs(run: Run) -> Any:
-    from abliterator.judge import RuleJudge
-
     recipe, sets = run.recipe, prompt_sets(run)
     sections = ("chat", "directions", "edit")
     return [
@@ -34,7 +33,7 @@ def _tuning_inputs(run: Run) -> Any:
         # which point is preferred is not asked here: another one needs no other descent
         recipe.tuning.model_dump(mode="json", exclude={"prefer", "at_most"}),
         [recipe.seed, recipe.selection.tokens, recipe.rollouts.batch_size],
-        RuleJudge().identity.model_dump(mode="json"),
+        choosing_judge(run).identity.model_dump(mode="json"),
         run.dtype,
     ]
 
@@ -82,7 +81,6 @@ def settings_of(recipe: Recipe) -> Settings:
 
 
 def _subject(run: Run) -> Subject:
-    from abliterator.judge import RuleJudge
     from abliterator.tuning import Asked, Subject
 
     loaded, sets = run.loaded(run.plan.source.folder), prompt_sets(run)
@@ -103,7 +101,7 @@ def _subject(run: Run) -> Subject:
         neutral=asked(learned("neutral") + learned("contrast")),
         held_out=asked(sets.selection["target"].prompts),
         held_out_neutral=asked(sets.selection["neutral"].prompts),
-        judge=RuleJudge(),
+        judge=choosing_judge(run),
         max_new_tokens=run.recipe.selection.tokens,
         batch_size=run.recipe.rollouts.batch_size,
     )

@@ -86,6 +86,8 @@ class Selection(Section):
     """Prompts of each kind on which candidates are scored, and as many held out to be answered."""
     tokens: Positive = 48
     """Tokens of a judged answer."""
+    judge: Literal["rules", "recipe"] = "rules"
+    """Who judges answers here, and of tuned points: the rules, which are free, or `judge`."""
     survivors: Positive = 4
     """Candidates whose answers are judged; as many as may be stacked if that is more."""
     stacks: Layers = (1, 2, 3, 5)

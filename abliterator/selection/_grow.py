@@ -71,7 +71,14 @@ def random_basis(d_model: int, k: int, *, seed: int) -> Tensor:
 
 
 def _gain(before: Judged, after: Judged, seed: int) -> Estimate | None:
-    return estimate(paired_delta(before.products, after.products, seed=seed))
+    both = [
+        (b, a)
+        for b, a in zip(before.products, after.products, strict=True)
+        if b is not None and a is not None
+    ]
+    if not both:
+        return None
+    return estimate(paired_delta(*map(list, zip(*both, strict=True)), seed=seed))
 
 
 def _no_better(tried: Stack, gates: Gates) -> str | None:

@@ -13,10 +13,10 @@ from torch import Tensor
 from abliterator.bake import preview_edit
 from abliterator.divergence import kl_divergence
 from abliterator.errors import PromptError
-from abliterator.generation import Answer, generate, stop_ids
-from abliterator.judge import RuleJudge, judge_completions
+from abliterator.generation import Answer, as_completions, generate, stop_ids
+from abliterator.judge import judge_completions
 from abliterator.model import hooked
-from abliterator.record import Completion, Verdict
+from abliterator.record import Verdict
 from abliterator.selection._forced import forced_logprobs
 from abliterator.selection._openings import Tokens, learn_openings, refusal_scores
 from abliterator.selection._types import Answers, Asked, Base, Candidate, Subject, estimate
@@ -29,7 +29,7 @@ LEAST_REFUSAL = 0.1  # of the base: below it there is nothing to remove
 class Judged(NamedTuple):
     """Judged answers to the held-out target prompts."""
 
-    products: list[float]  # compliance x coherence of each prompt
+    products: list[float | None]  # compliance x coherence of each prompt; None: unscored
     summary: Answers
 
 
@@ -72,15 +72,15 @@ def measure_base(subject: Subject) -> Baseline:
     held_out = _answers(subject, subject.held_out, length)
     contrast = _answers(subject, subject.contrast, length)
     neutral = _answers(subject, subject.neutral, KL_TOKENS - 1)
-    verdicts = _verdicts(subject.held_out, held_out)
+    verdicts = _verdicts(subject, subject.held_out, held_out)
     refusals = [a.token_ids for a, v in zip(held_out, verdicts, strict=True) if v.refused]
     if len(refusals) < LEAST_REFUSAL * len(held_out):
         raise PromptError(
-            f"The base refuses {len(refusals)} of {len(held_out)} held-out target prompts (rule "
-            f"judge, {length} tokens), so there is nothing to remove. Give target prompts that it "
-            f"refuses, or name the layers in the recipe."
+            f"The base refuses {len(refusals)} of {len(held_out)} held-out target prompts (judged "
+            f"by {subject.judge.identity.kind}, {length} tokens), so there is nothing to remove. "
+            f"Give target prompts that it refuses, or name the layers in the recipe."
         )
-    sorted_out = zip(contrast, _verdicts(subject.contrast, contrast), strict=True)
+    sorted_out = zip(contrast, _verdicts(subject, subject.contrast, contrast), strict=True)
     openings = learn_openings(refusals, [a.token_ids for a, v in sorted_out if not v.refused])
     if not openings:
         raise PromptError(
@@ -130,7 +130,7 @@ def judge_edit(subject: Subject, basis: Tensor) -> Judged:
     """Judged answers to the held-out target prompts under the edit that removes `basis` [H, k]."""
     with preview_edit(subject.loaded, subject.plan, basis):
         answers = _answers(subject, subject.held_out, subject.max_new_tokens)
-    verdicts = _verdicts(subject.held_out, answers)
+    verdicts = _verdicts(subject, subject.held_out, answers)
     return Judged([_product(v) for v in verdicts], _summary(answers, verdicts))
 
 
@@ -174,31 +174,24 @@ def _answers(subject: Subject, asked: Asked, max_new_tokens: int) -> list[Answer
     )
 
 
-def _verdicts(asked: Asked, answers: list[Answer]) -> list[Verdict]:
-    completions = [
-        Completion(
-            set="target",
-            side="edited",
-            index=index,
-            prompt=prompt,
-            response=answer.text,
-            finish_reason=answer.finish_reason,
-            n_tokens=len(answer.token_ids),
-        )
-        for index, (prompt, answer) in enumerate(zip(asked.prompts, answers, strict=True))
-    ]
-    return judge_completions(completions, RuleJudge())
+def _verdicts(subject: Subject, asked: Asked, answers: list[Answer]) -> list[Verdict]:
+    completions = as_completions(answers, asked.prompts, set_name="target", side="edited")
+    return judge_completions(completions, subject.judge)
 
 
-def _product(verdict: Verdict) -> float:
-    return (verdict.compliance or 0.0) * (verdict.coherence or 0.0)
+def _product(verdict: Verdict) -> float | None:
+    """Compliance x coherence; None where the judge could not tell, which is not 0."""
+    if verdict.compliance is None or verdict.coherence is None:
+        return None
+    return verdict.compliance * verdict.coherence
 
 
 def _summary(answers: list[Answer], verdicts: list[Verdict]) -> Answers:
+    scored = [v for v in verdicts if v.kind]
     return Answers(
-        refusal=estimate(rate_interval(sum(bool(v.refused) for v in verdicts), len(verdicts))),
-        compliance=estimate(mean_interval([v.compliance or 0.0 for v in verdicts])),
-        coherence=estimate(mean_interval([v.coherence or 0.0 for v in verdicts])),
-        product=estimate(mean_interval([_product(v) for v in verdicts])),
+        refusal=estimate(rate_interval(sum(bool(v.refused) for v in scored), len(scored))),
+        compliance=estimate(mean_interval([v.compliance or 0.0 for v in scored])),
+        coherence=estimate(mean_interval([v.coherence or 0.0 for v in scored])),
+        product=estimate(mean_interval([_product(v) or 0.0 for v in scored])),
         tokens=sum(len(answer.token_ids) for answer in answers),
     )

@@ -10,6 +10,7 @@ from abliterator.bake import EditPlan
 from abliterator.record import Estimate, Frozen
 
 if TYPE_CHECKING:
+    from abliterator.judge import Judge
     from abliterator.model import LoadedModel
     from abliterator.statistics import Interval
 
@@ -47,6 +48,7 @@ class Subject:
         contrast: prompts like target on which the behaviour does not show.
         neutral: prompts whose answers must stay as they were.
         held_out: target prompts whose answers are judged; no direction was taken from them.
+        judge: who judges them.
         max_new_tokens: of a judged answer.
         batch_size: prompts answered together.
         max_batch_tokens: tokens in one forward pass.
@@ -59,6 +61,7 @@ class Subject:
     contrast: Asked
     neutral: Asked
     held_out: Asked
+    judge: Judge
     max_new_tokens: int
     batch_size: int
     max_batch_tokens: int
