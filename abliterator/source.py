@@ -1,18 +1,26 @@
 """A model's name to a folder of files: a local folder, the embedded demo, or the Hub at a commit.
 
 The room knows where files come from, not what is in them; it loads neither torch nor transformers,
-so a plan is quick.
+so a plan is quick. For a plan, of what is on the Hub, the headers of the weights alone come here.
 
     source = resolve_folder("HuggingFaceTB/SmolLM2-135M-Instruct", revision=None)
     source.folder, source.revision
+
+    with headers_folder("Qwen/Qwen3-32B", revision=None) as source:
+        Checkpoint.open(source.folder)
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from importlib.resources import files
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
+from tempfile import TemporaryDirectory
+from typing import TypeVar
 
 from abliterator.errors import CheckpointError
 
@@ -36,6 +44,13 @@ _DOWNLOAD = [
 _TOKENIZER = ["*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken"]
 _SKIP = ["original/*", "onnx/*", "consolidated*.safetensors", "*.bin", "*.pt", "*.pth", "*.gguf"]
 
+# What opening a checkpoint reads, beside the headers of its weights.
+_READ = ("config.json", "model.safetensors.index.json")
+_LONGEST_JSON = 100_000_000  # bytes: safetensors' limit of a header; nothing larger is fetched
+_CONNECTIONS = 8  # the headers of 160 shards then take seconds
+
+T = TypeVar("T")
+
 
 @dataclass(frozen=True)
 class ModelSource:
@@ -44,6 +59,20 @@ class ModelSource:
     folder: Path
     id: str
     revision: str | None
+
+
+@dataclass(frozen=True)
+class _Listing:
+    """A model on the Hub at a commit: all names in it, and the bytes of what a build downloads."""
+
+    id: str
+    commit: str
+    names: tuple[str, ...]
+    sizes: Mapping[str, int]
+
+
+class _Unreachable(CheckpointError):
+    """The Hub could not be asked; what is on this machine may do."""
 
 
 def resolve_folder(model: str, *, revision: str | None) -> ModelSource:
@@ -56,19 +85,51 @@ def resolve_folder(model: str, *, revision: str | None) -> ModelSource:
     Raises:
         CheckpointError: if there is no such model, or it has no safetensors files.
     """
+    return _with_safetensors(_on_disk(model) or _download(model, revision))
+
+
+@contextmanager
+def headers_folder(model: str, *, revision: str | None) -> Iterator[ModelSource]:
+    """The folder of `model` for as long as the context lasts, to read headers and sizes from.
+
+    A model on the Hub that is not whole in the cache is not downloaded: its files are there by name
+    and size, but only config.json, the index and the headers of the weights have their content. The
+    rest is a hole in the file, which takes no room on a disk.
+
+    Args:
+        model: as for `resolve_folder`.
+        revision: as for `resolve_folder`.
+
+    Raises:
+        CheckpointError: if there is no such model, it has no safetensors files, or its server
+            cannot send parts of files.
+    """
+    source = _on_disk(model)
+    if source is None:
+        listing = None
+        with suppress(_Unreachable):
+            listing = _list(model, revision)
+        if listing is not None and not _is_cached(listing):
+            with TemporaryDirectory(prefix="abliterator-plan-") as scratch:
+                yield _lay_out(listing, Path(scratch))
+            return
+        commit = revision if listing is None else listing.commit
+        source = _download(model, commit, local_files_only=True)
+    yield _with_safetensors(source)
+
+
+def _on_disk(model: str) -> ModelSource | None:
+    """The model if it is embedded or a folder; None if it has to be an id on the Hub."""
     if model.startswith(EMBEDDED):
-        source = ModelSource(_embedded_folder(model.removeprefix(EMBEDDED)), model, None)
-    elif (local := Path(model).expanduser()).is_dir():
-        source = ModelSource(local, model, None)
-    elif local.exists() or model.startswith((".", "/", "~")):
+        return ModelSource(_embedded_folder(model.removeprefix(EMBEDDED)), model, None)
+    if (local := Path(model).expanduser()).is_dir():
+        return ModelSource(local, model, None)
+    if local.exists() or model.startswith((".", "/", "~")):
         raise CheckpointError(
             f"{model} is not a folder. Give the folder of a checkpoint (config.json beside "
             "*.safetensors), or the id of a model on the Hub, such as Qwen/Qwen3-1.7B."
         )
-    else:
-        source = _download(model, revision)
-    _require_safetensors(source)
-    return source
+    return None
 
 
 def _embedded_folder(name: str) -> Path:
@@ -82,21 +143,43 @@ def _embedded_folder(name: str) -> Path:
     return folder
 
 
-def _download(model: str, revision: str | None, patterns: Sequence[str] = _DOWNLOAD) -> ModelSource:
+def _download(
+    model: str,
+    revision: str | None,
+    patterns: Sequence[str] = _DOWNLOAD,
+    *,
+    local_files_only: bool = False,
+) -> ModelSource:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import (
+
+    folder = _ask_hub(
+        model,
+        revision,
+        lambda: snapshot_download(
+            model,
+            revision=revision,
+            allow_patterns=list(patterns),
+            ignore_patterns=_SKIP,
+            local_files_only=local_files_only,
+        ),
+    )
+    return ModelSource(Path(folder), model, Path(folder).name)
+
+
+def _ask_hub(model: str, revision: str | None, ask: Callable[[], T]) -> T:
+    """What `ask` returns; what the Hub or the way to it says against it is a CheckpointError."""
+    from huggingface_hub.errors import (  # type: ignore[attr-defined]
         GatedRepoError,
         HfHubHTTPError,
         HFValidationError,
-        LocalEntryNotFoundError,
+        HTTPError,
         RepositoryNotFoundError,
         RevisionNotFoundError,
     )
 
+    kind = CheckpointError
     try:
-        folder = snapshot_download(
-            model, revision=revision, allow_patterns=list(patterns), ignore_patterns=_SKIP
-        )
+        return ask()
     except HFValidationError:
         problem = "is neither a folder nor an id on the Hub. Ids look like Qwen/Qwen3-1.7B"
     except GatedRepoError:
@@ -110,16 +193,134 @@ def _download(model: str, revision: str | None, patterns: Sequence[str] = _DOWNL
             "was found neither as a folder nor on the Hub. Check the spelling; if it is private, "
             "log in with `hf auth login`"
         )
-    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
-        problem = (
-            f"is not on this machine, and the Hub cannot be reached ({type(error).__name__}). "
-            "Connect to the network (HF_HUB_OFFLINE must not be set), or give the folder of a "
-            "checkpoint"
-        )
-    else:
-        return ModelSource(Path(folder), model, Path(folder).name)
+    except (HTTPError, OSError) as error:  # the HTTP client's own, and what derives from it
+        if isinstance(error, HfHubHTTPError) and error.response.status_code == 401:
+            problem = (
+                "cannot be asked for: the Hub does not know the token. Log in with `hf auth "
+                "login`, or set HF_TOKEN to a token that is still valid"
+            )
+        else:
+            kind = _Unreachable
+            problem = (
+                f"is not on this machine, and the Hub cannot be reached ({type(error).__name__}). "
+                "Connect to the network (HF_HUB_OFFLINE must not be set), or give the folder of a "
+                "checkpoint"
+            )
     # Raised here, outside the clauses, so that no request with its headers is chained to the error.
-    raise CheckpointError(f"The model {model} {problem}.")
+    raise kind(f"The model {model} {problem}.")
+
+
+def _list(model: str, revision: str | None) -> _Listing:
+    from huggingface_hub import HfApi
+    from huggingface_hub.hf_api import RepoFile
+    from huggingface_hub.utils import filter_repo_objects  # type: ignore[attr-defined]
+
+    def ask() -> _Listing:
+        commit = str(HfApi().model_info(model, revision=revision).sha)
+        tree = HfApi().list_repo_tree(model, revision=commit, recursive=True)
+        sizes = {entry.path: entry.size for entry in tree if isinstance(entry, RepoFile)}
+        wanted = filter_repo_objects(sizes, allow_patterns=_DOWNLOAD, ignore_patterns=_SKIP)
+        return _Listing(model, commit, tuple(sizes), {name: sizes[name] for name in wanted})
+
+    listing = _ask_hub(model, revision, ask)
+    for name in listing.names:
+        path = PureWindowsPath(name)  # which knows the other systems' separators and roots too
+        if path.anchor or ".." in path.parts:
+            raise CheckpointError(
+                f"The model {model} has a file {name!a}, which is not a plain path inside it. "
+                "Nothing was written there; do not use this model."
+            )
+    return listing
+
+
+def _is_cached(listing: _Listing) -> bool:
+    from huggingface_hub import try_to_load_from_cache
+
+    return all(
+        isinstance(try_to_load_from_cache(listing.id, name, revision=listing.commit), str)
+        for name in listing.sizes
+    )
+
+
+def _lay_out(listing: _Listing, scratch: Path) -> ModelSource:
+    """Writes the files of a listing: those that are read, headers, and holes of their size."""
+    _require_safetensors(listing.id, listing.names)
+    folder = scratch / listing.id  # which the messages of whoever reads there then tell
+    known = _ask_hub(listing.id, listing.commit, partial(_fetch, listing))
+    try:
+        for name, size in listing.sizes.items():
+            path = folder / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with path.open("wb") as file:
+                file.write(known.get(name, b""))
+                file.truncate(size)
+    except OSError as error:
+        raise CheckpointError(
+            f"The headers of {listing.id} cannot be kept in {scratch}: {error.strerror or error}. "
+            "Set TMPDIR to a folder on another disk, or download the model and give its folder."
+        ) from error
+    return ModelSource(folder, listing.id, listing.commit)
+
+
+def _fetch(listing: _Listing) -> dict[str, bytes]:
+    """The whole of what opening a checkpoint reads, and how each weight file begins."""
+    from huggingface_hub import hf_hub_download
+
+    download = partial(hf_hub_download, listing.id, revision=listing.commit)
+    with TemporaryDirectory(prefix="abliterator-plan-") as cache:
+        known = {
+            name: Path(download(filename=name, cache_dir=cache)).read_bytes()
+            for name in _READ
+            if listing.sizes.get(name, _LONGEST_JSON + 1) <= _LONGEST_JSON
+        }
+    weights = [name for name in listing.sizes if name.endswith(".safetensors")]
+    with ThreadPoolExecutor(_CONNECTIONS) as pool:
+        return known | dict(zip(weights, pool.map(partial(_header, listing), weights), strict=True))
+
+
+def _header(listing: _Listing, name: str) -> bytes:
+    """The length of a safetensors header and the header; of an impossible length, that alone."""
+    prefix = _range(listing, name, 0, min(8, listing.sizes[name]))
+    length = int.from_bytes(prefix, "little")
+    if length > min(listing.sizes[name] - 8, _LONGEST_JSON):
+        return prefix
+    return prefix + _range(listing, name, 8, 8 + length)
+
+
+def _range(listing: _Listing, name: str, start: int, stop: int) -> bytes:
+    """Bytes `start` to `stop` (excluded) of a file on the Hub, and no byte more."""
+    from huggingface_hub import constants, hf_hub_url
+    from huggingface_hub.utils import (  # type: ignore[attr-defined]
+        build_hf_headers,
+        hf_raise_for_status,
+        http_stream_backoff,
+    )
+
+    content = b""
+    if start >= stop:
+        return content
+    asked = {"Range": f"bytes={start}-{stop - 1}", "Accept-Encoding": "identity"}
+    with http_stream_backoff(
+        "GET",
+        hf_hub_url(listing.id, name, revision=listing.commit),
+        headers=build_hf_headers() | asked,
+        timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT,
+        retry_on_exceptions=(),  # it cannot ask again for a body that breaks off
+    ) as response:
+        hf_raise_for_status(response)
+        if response.status_code == 206:
+            for chunk in response.iter_bytes():
+                content += chunk
+                if len(content) >= stop - start:
+                    break
+    if len(content) != stop - start:
+        raise CheckpointError(
+            f"The server of {listing.id} did not send the part of {name} that it was asked for "
+            f"(HTTP {response.status_code}, {len(content)} of {stop - start} bytes taken), and "
+            f"whole weights are not downloaded for a plan. Download them with `hf download "
+            f"{listing.id}`, and plan again."
+        )
+    return content
 
 
 def tokenizer_folder(model: str) -> Path:
@@ -154,17 +355,21 @@ def published_folder(name: str) -> Path:
     return folder
 
 
-def _require_safetensors(source: ModelSource) -> None:
-    if any(source.folder.glob("*.safetensors")):
+def _with_safetensors(source: ModelSource) -> ModelSource:
+    _require_safetensors(source.id, [path.name for path in source.folder.iterdir()])
+    return source
+
+
+def _require_safetensors(model: str, names: Iterable[str]) -> None:
+    top_level = sorted(name for name in names if "/" not in name)
+    if any(name.endswith(".safetensors") for name in top_level):
         return
-    pickles = sorted(
-        path.name for ending in ("*.bin", "*.pt", "*.pth") for path in source.folder.glob(ending)
-    )
+    pickles = [name for name in top_level if name.endswith((".bin", ".pt", ".pth"))]
     seen = (
         f"only {', '.join(pickles[:3])}, which can run code when read" if pickles else "none at all"
     )
     raise CheckpointError(
-        f"The model {source.id} has no weights in safetensors format ({seen}). Convert it where "
+        f"The model {model} has no weights in safetensors format ({seen}). Convert it where "
         "you trust it: `AutoModelForCausalLM.from_pretrained(FOLDER).save_pretrained(NEW)`, and "
         "the same for its tokenizer."
     )

@@ -23,6 +23,7 @@ import os
 import re
 import threading
 import time
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from http import HTTPStatus
@@ -35,6 +36,7 @@ Kind = Literal["model", "dataset"]
 Files = Mapping[str, bytes]
 
 LARGE_FILE_SUFFIXES = {".safetensors", ".parquet", ".bin", ".gguf"}
+_PIECE = 1 << 16  # bytes sent at once
 
 
 @dataclass
@@ -81,7 +83,8 @@ class HubServer:
 
     `requests` lists (method, path) of all that was asked, in order. `store` holds large files by
     sha256. With `token`, writing and private repositories need it. With `xet_store`, large files go
-    there and not through LFS.
+    there and not through LFS. `sent` counts the bytes of bodies by path; without `ranges`, files
+    are sent whole whatever part is asked for.
     """
 
     def __init__(self) -> None:
@@ -93,6 +96,8 @@ class HubServer:
         self.user = "somebody"
         self.xet_store: Path | None = None
         self.leaked_tokens: list[str] = []  # paths of other origins that were sent a token
+        self.ranges = True
+        self.sent: Counter[str] = Counter()
         self._server = _Server(("127.0.0.1", 0), _Handler)
         self._server.hub = self
         self._thread = threading.Thread(target=self._server.serve_forever, args=(0.05,))
@@ -260,7 +265,7 @@ class _Handler(BaseHTTPRequestHandler):
     def _bytes(self, content: bytes, headers: Mapping[str, str]) -> None:
         headers = {**headers, "Accept-Ranges": "bytes"}
         wanted = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range") or "")
-        if wanted is None:
+        if wanted is None or not self.server.hub.ranges:
             return self._send(HTTPStatus.OK, content, headers)
         start, stop = int(wanted[1]), len(content)
         if wanted[2]:
@@ -286,8 +291,15 @@ class _Handler(BaseHTTPRequestHandler):
             self.send_header(name, value)
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(body)
+        if self.command == "HEAD":
+            return
+        try:
+            for start in range(0, len(body), _PIECE):
+                piece = body[start : start + _PIECE]
+                self.wfile.write(piece)
+                self.server.hub.sent[urlsplit(self.path).path] += len(piece)
+        except ConnectionError:  # the client has enough
+            self.close_connection = True
 
 
 class _Uploads:

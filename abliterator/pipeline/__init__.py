@@ -50,7 +50,7 @@ from abliterator.pipeline._tuning import TUNING
 from abliterator.pipeline._workspace import Workspace
 from abliterator.recipe import Edit, Recipe
 from abliterator.record import RunRecord, TensorEdit
-from abliterator.source import resolve_folder
+from abliterator.source import ModelSource, headers_folder, resolve_folder
 
 __all__ = [
     "STAGES",
@@ -147,8 +147,10 @@ def prepare(recipe: Recipe, out: Path, *, options: Options, progress: Progress) 
     """Everything that can fail cheaply, before anything is written: the plan and its checks."""
     workspace = Workspace(out)
     resolved = workspace.claim(recipe, force=options.force)
-    plan = plan_recipe(resolved or recipe, out)
-    tasks = benchmark_tasks(resolved or recipe)
+    wanted = resolved or recipe
+    require_pinned_code(wanted)
+    plan = _plan_in(resolve_folder(wanted.model, revision=wanted.revision), wanted, out)
+    tasks = benchmark_tasks(wanted)
     if resolved is None:
         resolved = pin_tasks(resolve(recipe, plan.source.revision), tasks)
         workspace.create(recipe, resolved)
@@ -167,11 +169,19 @@ def recipe_of(out: Path) -> Recipe:
 def plan_recipe(recipe: Recipe, out: Path) -> Plan:
     """The plan of a recipe: its model opened, every tensor classified, layers and disk checked.
 
+    Of a model that is on the Hub alone, no weights are downloaded, so none can be read through the
+    plan's checkpoint.
+
     Raises:
         AbliteratorError: for whatever would stop the build before its first stage.
     """
     require_pinned_code(recipe)
-    plan = make_plan(resolve_folder(recipe.model, revision=recipe.revision), recipe.edit, out)
+    with headers_folder(recipe.model, revision=recipe.revision) as source:
+        return _plan_in(source, recipe, out)
+
+
+def _plan_in(source: ModelSource, recipe: Recipe, out: Path) -> Plan:
+    plan = make_plan(source, recipe.edit, out)
     layers, k = require_layers(recipe, plan.anatomy)
     require_room(plan, out)
     return replace(
@@ -184,8 +194,9 @@ def plan_recipe(recipe: Recipe, out: Path) -> Plan:
 
 
 def plan_model(model: str, out: Path) -> Plan:
-    """The plan of the default edit of a model, without a recipe."""
-    return make_plan(resolve_folder(model, revision=None), Edit(), out)
+    """The plan of the default edit of a model, without a recipe; like `plan_recipe`, of headers."""
+    with headers_folder(model, revision=None) as source:
+        return make_plan(source, Edit(), out)
 
 
 def bake_subspace(

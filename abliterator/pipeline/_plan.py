@@ -28,6 +28,7 @@ DISK_RESERVE = 64 << 20
 class Plan:
     """A checkpoint understood, and what is going to be done to it.
 
+    `carried` are the files that go along with the weights, and `carried_bytes` their size.
     `layers` and `k` are those of a recipe; without one they are empty and 0. Where a selection
     chooses, `layers` are its candidates, k is 0, and `selection` is what it costs at most; `tuning`
     is what a tuning costs.
@@ -38,6 +39,7 @@ class Plan:
     anatomy: Anatomy
     edits: EditPlan
     carried: tuple[str, ...]
+    carried_bytes: int
     left_out: tuple[str, ...]
     free_bytes: int
     layers: tuple[int, ...] = ()
@@ -48,8 +50,7 @@ class Plan:
     @property
     def output_bytes(self) -> int:
         """Size of the edited checkpoint's files."""
-        folder = self.checkpoint.folder
-        return self.checkpoint.total_bytes + sum((folder / n).stat().st_size for n in self.carried)
+        return self.checkpoint.total_bytes + self.carried_bytes
 
     @property
     def bake_memory(self) -> int:
@@ -126,6 +127,7 @@ def make_plan(source: ModelSource, edit: Edit, out: Path) -> Plan:
         anatomy,
         plan_edits(checkpoint, anatomy, edit_settings(edit)),
         tuple(carried),
+        sum((source.folder / name).stat().st_size for name in carried),
         tuple(left_out),
         free_bytes(out),
     )
