@@ -151,7 +151,7 @@ class EditSummary(Frozen):
     layers: tuple[int, ...]
     positions: tuple[int, ...]
     k: int
-    strength: dict[str, float]  # per component
+    strength: dict[str, float | dict[str, float]]  # per component, or per blocks ("9-24") of it
     components: tuple[str, ...]
     norm: str
     rounding: str

@@ -92,7 +92,14 @@ def test_biases_left_alone_leak(family, tiny_folder, tmp_path):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("settings", [{}, {"strength": {"attention": 1.0, "mlp": 0.3}}])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"strength": {"attention": 1.0, "mlp": 0.3}},
+        {"strength": {"attention": (1.0, 0.0, 0.4), "mlp": (0.0, 0.6, 1.0)}},
+    ],
+)
 def test_preview_and_baked_weights_agree(family, settings, tiny_folder, tiny_loaded, tmp_path):
     _, plan = baked(tiny_folder(family), tmp_path / "out", **settings)
     loaded, tokens = tiny_loaded(family), random_tokens()
@@ -185,6 +192,41 @@ def test_a_strength_of_zero_leaves_a_component_alone(tiny_folder, tmp_path):
     edits, plan = baked(tiny_folder(), tmp_path / "out", strength={"attention": 1.0, "mlp": 0.0})
     assert {edit.component for edit in edits} == {"attention"}
     assert len(plan.edits) == N_LAYERS
+
+
+def test_a_strength_by_block_is_what_the_stored_bytes_have(tiny_folder, tmp_path):
+    given = {"attention": (1.0, 0.0, 0.4), "mlp": (0.0, 0.6, 1.5)}
+    base = tiny_folder("llama", dtype=torch.bfloat16)
+    edits, _ = baked(base, tmp_path / "out", strength=given)
+    assert {(e.component, e.layer): e.strength for e in edits} == {
+        (component, layer): strength
+        for component, strengths in given.items()
+        for layer, strength in enumerate(strengths)
+        if strength
+    }
+    before, after = tensors_of(base), tensors_of(tmp_path / "out")
+    q = random_basis().double()
+    for edit in edits:
+        wrote, left = ((q.T @ w[edit.name].double()).norm() for w in (before, after))
+        assert float(left / wrote) == pytest.approx(abs(1 - edit.strength), abs=1e-3)
+    alone = before.keys() - {edit.name for edit in edits}
+    assert "model.layers.1.self_attn.o_proj.weight" in alone
+    assert all(before[name].equal(after[name]) for name in alone)
+
+
+def test_experts_have_the_mlps_strengths_by_block_too(tmp_path):
+    folder = save("qwen2_moe", tmp_path / "base")
+    _, plan = baked(folder, tmp_path / "all")
+    layers = {edit.writer.layer for edit in plan.edits}
+    last = [0.0] * max(layers) + [1.0]
+    edits, _ = baked(folder, tmp_path / "last", strength={"mlp": last})
+    assert {edit.component for edit in edits} == {"expert", "shared_expert"}
+    assert {edit.layer for edit in edits} == {max(layers)}
+
+
+def test_strengths_by_block_are_for_every_block(tiny_folder, tmp_path):
+    with pytest.raises(RecipeError, match=r"2 strengths are given for `mlp`.* has 3 blocks"):
+        baked(tiny_folder(), tmp_path / "out", strength={"mlp": (1.0, 1.0)})
 
 
 def test_files_a_loader_needs_are_carried(tiny_folder, tmp_path):

@@ -600,6 +600,7 @@ FREE_TEXT = [
     "edit.norm",
     "edit.rounding",
     "edit.strength.@mlp",
+    "edit.strength.expert.@9-24",
     "behaviour.@extra",
     "benchmarks.@toy_facts",
     "benchmarks.toy_facts.metric",
@@ -663,6 +664,7 @@ def hostile_base() -> RunRecord:
     data["behaviour"]["extra"] = None
     data["judge"]["prompt_sha256"] = SHA
     data["model"]["gating"] = {"extra_gated_prompt": "Be kind."}
+    data["edit"]["strength"]["expert"] = {"9-24": 0.6}
     data["selection"] = selection()
     data["pictures"] = {**PICTURES, "abliterator/other": SHA}
     data["provenance"] |= {"git_commit": COMMIT, "hardware": "x", "digests": {"directions": SHA}}

@@ -103,6 +103,31 @@ def test_a_recipe_becomes_a_measured_checkpoint(project, tmp_path):
     assert set(record.timing) >= {"capture", "bake", "rollouts"}
 
 
+def test_strengths_per_blocks_are_in_plan_record_and_card(project, tmp_path):
+    strength = ["edit.strength={attention: 1, mlp: {0-1: 0}}", "edit.strength.mlp.2=0.6"]
+    recipe = project(*strength)
+    summary = pipeline.plan_recipe(recipe, tmp_path / "out").summary()
+    assert json.loads(json.dumps(summary))["edit"]["strength"]["mlp"] == [0, 0, 0.6]
+    assert summary["edited_tensors"] == {"attention": 3, "mlp": 1}
+    record, _ = build(recipe, tmp_path / "out")
+    assert record.edit.strength == {"attention": 1, "mlp": {"0-1": 0, "2": 0.6}}
+    checkpoint = tmp_path / "out" / "checkpoint"
+    again = RunRecord.model_validate_json((checkpoint / "abliterator/record.json").read_text())
+    assert again == record
+    edits = json.loads((checkpoint / "abliterator" / "edits.json").read_text())
+    mlp = [(e["layer"], e["strength"]) for e in edits if e["component"] == "mlp"]
+    assert mlp == [(2, 0.6)]
+    card = (checkpoint / "README.md").read_text()
+    (row,) = (line for line in card.splitlines() if line.startswith("| Strength s"))
+    assert '"0-1": 0.0, "2": 0.6' in row
+    assert "by blocks, counted from 0; 0 in all others" in row
+
+
+def test_a_strength_of_a_block_the_model_does_not_have(project, tmp_path):
+    with pytest.raises(RecipeError, match=r"`edit.strength.mlp.1-3` names block 3, .* 0 to 2 "):
+        pipeline.plan_recipe(project("edit.strength.mlp.1-3=1"), tmp_path / "out")
+
+
 def test_config_names_the_recipe_and_another_judge_bakes_nothing_again(project, tmp_path):
     build(project(), tmp_path / "out")
     config = tmp_path / "out" / "checkpoint" / "config.json"

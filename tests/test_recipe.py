@@ -1,7 +1,7 @@
 import pytest
 
 from abliterator.errors import RecipeError
-from abliterator.recipe import Edit, load_edit, load_recipe
+from abliterator.recipe import Edit, Recipe, blocks_of, load_edit, load_recipe
 
 THREE_LINES = "model: somebody/model-1b-it\nlayers: [9, 10, 7]\nk: 2\n"
 
@@ -41,6 +41,21 @@ def test_a_strength_per_component(recipe):
     assert found.edit.strength == {"attention": 1}
 
 
+def test_a_strength_per_blocks(recipe):
+    text = THREE_LINES + "edit: {strength: {attention: 1, mlp: {1-8: 0, 9: 0.3, 10-24: 0.6}}}"
+    mlp = {"1-8": 0, "9": 0.3, "10-24": 0.6}
+    assert recipe(text).edit.strength == {"attention": 1, "mlp": mlp}
+    found = recipe(text, "edit.strength.mlp.9=0.5", "edit.strength.mlp.25-29=1")
+    assert found.edit.strength["mlp"] == mlp | {"9": 0.5, "25-29": 1}
+    assert found.digest != recipe(text).digest
+    assert Recipe.model_validate(found.published()) == found
+
+
+@pytest.mark.parametrize(("key", "blocks"), [("9", [9]), ("0-2", [0, 1, 2]), ("3-3", [3])])
+def test_blocks_have_both_ends(key, blocks):
+    assert list(blocks_of(key)) == blocks
+
+
 @pytest.mark.parametrize(
     ("change", "says"),
     [
@@ -57,6 +72,14 @@ def test_a_strength_per_component(recipe):
         ("edit: {strength: 3}", "less than or equal to 2"),
         ("edit: {strength: .nan}", "`edit.strength"),
         ("edit: {strength: 0}", "nothing would be edited"),
+        ("edit: {strength: {mlp: {1-8: 1, 8-9: 1}}}", "`edit.strength` gives `mlp` two .* block 8"),
+        ("edit: {strength: {mlp: {9: 1, 9-9: 1}}}", "two strengths in block 9"),
+        ("edit: {strength: {mlp: {8-1: 1}}}", "`edit.strength` names no blocks with '8-1'"),
+        ("edit: {strength: {mlp: {all: 1}}}", "names no blocks with 'all'"),
+        ("edit: {strength: {mlp: {-1: 1}}}", "names no blocks with '-1'"),
+        ("edit: {strength: {mlp: {1-8: 3}}}", "1 problem:\n.*`edit.strength.mlp.1-8` must be less"),
+        ("edit: {strength: {mlp: {1-8: 0}}}", "nothing would be edited"),
+        ("edit: {strength: {mlp: x}}", "`edit.strength.mlp` must be a valid number or a mapping"),
         ("edit: {norm: row}", "`edit.norm` must be 'none' or 'column'"),
         ("edit: {strenght: 1}", "did you mean `strength`"),
         ("edit: 3", "`edit` must be a mapping"),

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Literal
 
 from abliterator.anatomy import Anatomy, Writer, broad_component
 from abliterator.checkpoint import Checkpoint, TensorInfo
-from abliterator.errors import UnsupportedModel
+from abliterator.errors import RecipeError, UnsupportedModel
 from abliterator.formats import FORMATS, SCALE_SUFFIX, format_of
 
 if TYPE_CHECKING:
@@ -19,11 +19,14 @@ if TYPE_CHECKING:
 class EditSettings:
     """How writers are edited; the fields mean what they mean in a recipe's `edit`.
 
+    The strength of a component is one number, or one for every block of the model.
     A component without a strength of its own has that of "attention" if it mixes tokens, else that
     of "mlp": experts are edited as the MLP is unless they are named.
     """
 
-    strength: Mapping[str, float] = field(default_factory=lambda: {"attention": 1.0, "mlp": 1.0})
+    strength: Mapping[str, float | Sequence[float]] = field(
+        default_factory=lambda: {"attention": 1.0, "mlp": 1.0}
+    )
     norm: Literal["none", "column"] = "none"
     rounding: Literal["nearest", "compensated"] = "compensated"
     embeddings: bool = False
@@ -76,6 +79,7 @@ def plan_edits(checkpoint: Checkpoint, anatomy: Anatomy, settings: EditSettings)
     """Which tensors will be edited, from headers alone; loads no weights and no torch.
 
     Raises:
+        RecipeError: for strengths by block that are not one for every block.
         UnsupportedModel: for a tensor the anatomy does not know or does not find, a storage format
             that cannot be edited, and embeddings that are tied to the output head or have no exact
             edit.
@@ -83,6 +87,12 @@ def plan_edits(checkpoint: Checkpoint, anatomy: Anatomy, settings: EditSettings)
     writers = anatomy.writers(checkpoint.shapes)
     if settings.embeddings:
         _require_editable_embeddings(writers, anatomy)
+    for component, strength in settings.strength.items():
+        if isinstance(strength, Sequence) and len(strength) != anatomy.n_layers:
+            raise RecipeError(
+                f"{len(strength)} strengths are given for `{component}`, and the model has "
+                f"{anatomy.n_layers} blocks. Give one for every block, or one number."
+            )
     edits = []
     for writer in writers:
         strength = _strength_of(writer, settings)
@@ -107,7 +117,8 @@ def _strength_of(writer: Writer, settings: EditSettings) -> float:
     if writer.component == "embedding":
         return float(settings.embeddings)
     inherited = settings.strength.get(broad_component(writer.component), 0.0)
-    return settings.strength.get(writer.component, inherited)
+    strength = settings.strength.get(writer.component, inherited)
+    return strength[writer.layer] if isinstance(strength, Sequence) else strength
 
 
 def _require_editable_embeddings(writers: tuple[Writer, ...], anatomy: Anatomy) -> None:

@@ -15,7 +15,7 @@ from abliterator.anatomy import Anatomy, anatomy_of
 from abliterator.bake import PANEL_ELEMENTS, EditPlan, EditSettings, plan_edits
 from abliterator.checkpoint import Checkpoint, carried_files, free_bytes
 from abliterator.errors import OutputError, RecipeError
-from abliterator.recipe import Edit, Recipe
+from abliterator.recipe import Edit, Recipe, blocks_of
 
 if TYPE_CHECKING:
     from abliterator.source import ModelSource
@@ -116,6 +116,7 @@ def make_plan(source: ModelSource, edit: Edit, out: Path) -> Plan:
 
     Raises:
         CheckpointError: for a damaged or incomplete folder.
+        RecipeError: for strengths of blocks that the model does not have.
         UnsupportedModel: for an architecture, tensor or format that is not known.
     """
     checkpoint = Checkpoint.open(source.folder)
@@ -125,7 +126,7 @@ def make_plan(source: ModelSource, edit: Edit, out: Path) -> Plan:
         source,
         checkpoint,
         anatomy,
-        plan_edits(checkpoint, anatomy, edit_settings(edit)),
+        plan_edits(checkpoint, anatomy, edit_settings(edit, anatomy.n_layers)),
         tuple(carried),
         sum((source.folder / name).stat().st_size for name in carried),
         tuple(left_out),
@@ -133,15 +134,37 @@ def make_plan(source: ModelSource, edit: Edit, out: Path) -> Plan:
     )
 
 
-def edit_settings(edit: Edit) -> EditSettings:
-    """The recipe's section as the plain arguments that `bake` takes."""
+def edit_settings(edit: Edit, n_layers: int) -> EditSettings:
+    """The recipe's section as the plain arguments that `bake` takes.
+
+    Raises:
+        RecipeError: for strengths of blocks that a model of so many does not have.
+    """
     return EditSettings(
-        strength={str(component): s for component, s in edit.strengths.items()},
+        strength={str(c): _by_block(c, s, n_layers) for c, s in edit.strengths.items()},
         norm=edit.norm,
         rounding=edit.rounding,
         embeddings=edit.embeddings,
         biases=edit.biases,
     )
+
+
+def _by_block(
+    component: str, strength: float | dict[str, float], n_layers: int
+) -> float | tuple[float, ...]:
+    """One number, or one for every block: 0 where the recipe gives none."""
+    if not isinstance(strength, dict):
+        return strength
+    found = [0.0] * n_layers
+    for key, value in strength.items():
+        for block in blocks_of(key):
+            if block >= n_layers:
+                raise RecipeError(
+                    f"`edit.strength.{component}.{key}` names block {block}, but the model has "
+                    f"blocks 0 to {n_layers - 1} (layer l of `layers` enters block l)."
+                )
+            found[block] = value
+    return tuple(found)
 
 
 def require_room(plan: Plan, out: Path) -> None:

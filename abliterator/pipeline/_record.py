@@ -122,10 +122,10 @@ def _edit(run: Run) -> EditSummary:
     )
 
 
-def _strengths(run: Run, edits: Sequence[TensorEdit]) -> dict[str, float]:
+def _strengths(run: Run, edits: Sequence[TensorEdit]) -> dict[str, float | dict[str, float]]:
     """Per component: the recipe's, or the mean of what was tuned."""
     if not run.recipe.tunes:
-        return dict(run.plan.edits.settings.strength)
+        return {str(component): s for component, s in run.recipe.edit.strengths.items()}
     found: dict[str, list[float]] = {}
     for edit in edits:
         found.setdefault(edit.component, []).append(edit.strength)

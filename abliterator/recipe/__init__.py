@@ -14,7 +14,7 @@ The room knows no model and no file but the recipe: whether layer 16 exists is f
 """
 
 from abliterator.recipe._benchmarks import Benchmarks, DivergenceSettings
-from abliterator.recipe._edit import DirectionSettings, Edit, Selection
+from abliterator.recipe._edit import DirectionSettings, Edit, Selection, blocks_of
 from abliterator.recipe._judge import JudgeSettings, Rollouts
 from abliterator.recipe._pairs import PairExample, PairsSpec
 from abliterator.recipe._prompts import Capture, Chat, Prompts, Source
@@ -39,6 +39,7 @@ __all__ = [
     "Selection",
     "ServerSettings",
     "Source",
+    "blocks_of",
     "load_edit",
     "load_judge",
     "load_pairs",

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import re
+from collections import Counter
+from itertools import chain
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from abliterator.recipe._section import Layers, Positive, Section
 
@@ -21,6 +24,22 @@ Component = Literal[
 # The two that all others inherit from: whatever mixes tokens, and all else.
 COMPONENTS: tuple[Component, ...] = ("attention", "mlp")
 Strength = Annotated[float, Field(ge=0, le=2, allow_inf_nan=False)]
+# yaml reads the key 9 as a number
+Blocks = Annotated[str, BeforeValidator(lambda key: str(key) if type(key) is int else key)]
+_BLOCKS = re.compile("([0-9]{1,4})(?:-([0-9]{1,4}))?")
+
+
+def blocks_of(key: str) -> range:
+    """The blocks that a key of a component's strengths names: "9-24" (both ends), or "9" alone.
+
+    Raises:
+        ValueError: for a key that names no block.
+    """
+    found = _BLOCKS.fullmatch(key)
+    blocks = range(int(found[1]), int(found[2] or found[1]) + 1) if found else range(0)
+    if not blocks:
+        raise ValueError(f"names no blocks with {key!r}; write 9-24, or 9")
+    return blocks
 
 
 class DirectionSettings(Section):
@@ -37,10 +56,15 @@ class DirectionSettings(Section):
 class Edit(Section):
     """What is done to the weights."""
 
-    strength: dict[Component, Strength] | Literal["auto"] = {"attention": 1.0, "mlp": 1.0}
-    """1 removes, 0 leaves the bytes alone; one number, or one per component.
+    strength: dict[Component, Strength | dict[Blocks, Strength]] | Literal["auto"] = {
+        "attention": 1.0,
+        "mlp": 1.0,
+    }
+    """1 removes, 0 leaves the bytes alone; one number, one per component, or per blocks of one.
 
-    `auto` finds one for every writer by gradients (`tuning`).
+    `mlp: {0-8: 0.3, 9-24: 1}` counts blocks as `layers` and tensor names do: layer l enters block
+    l, so they are 0 to n_layers - 1, both ends included. Ranges do not overlap; a block in none
+    has 0. `auto` finds a strength for every writer by gradients (`tuning`).
 
     `attention` and `mlp` left out are 0. `linear_attention`, `ssm` and `convolution` are as
     `attention`, `expert`, `shared_expert` and `per_layer_input` as `mlp`, unless they are named.
@@ -61,14 +85,26 @@ class Edit(Section):
             return dict.fromkeys(COMPONENTS, float(value))
         return value
 
+    @field_validator("strength")
+    @classmethod
+    def _each_block_once(cls, value: Any) -> Any:
+        for component, strength in value.items() if isinstance(value, dict) else ():
+            ranges = map(blocks_of, strength if isinstance(strength, dict) else ())
+            counts = Counter(chain.from_iterable(ranges))
+            if counts and max(counts.values()) > 1:
+                twice = min(block for block, n in counts.items() if n > 1)
+                raise ValueError(f"gives `{component}` two strengths in block {twice}")
+        return value
+
     @property
-    def strengths(self) -> dict[Component, float]:
+    def strengths(self) -> dict[Component, float | dict[str, float]]:
         """Per component; where they are tuned, those of the plain edit, from which that starts."""
         return dict.fromkeys(COMPONENTS, 1.0) if self.strength == "auto" else self.strength
 
     @model_validator(mode="after")
     def _does_something(self) -> Self:
-        if not any(self.strengths.values()) and not self.embeddings:
+        given = [s.values() if isinstance(s, dict) else [s] for s in self.strengths.values()]
+        if not any(map(any, given)) and not self.embeddings:
             raise ValueError("every strength is 0: nothing would be edited")
         return self
 

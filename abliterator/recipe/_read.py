@@ -271,7 +271,7 @@ def _shown(problem: Any) -> str:
 
 def _without_branches(loc: Path_) -> Path_:
     """A pydantic location without the names of union branches, which no recipe contains."""
-    branches = {"int", "str", "float", "bool", "constrained-int"}
+    branches = {"int", "str", "float", "bool", "constrained-int", "constrained-float"}
     return tuple(
         part
         for i, part in enumerate(loc)
