@@ -212,3 +212,18 @@ def test_the_published_form_shows_no_folder(recipe, tmp_path):
 def test_a_recipe_is_frozen(recipe):
     with pytest.raises(ValueError, match="frozen"):
         recipe().k = 3
+
+
+def test_a_benchmarks_section_without_tasks_means_those_of_the_replication(tmp_path):
+    path = tmp_path / "recipe.yaml"
+
+    def benchmarks(section):
+        path.write_text("model: m\nlayers: [1]\nk: 1\n" + section)
+        return load_recipe(path).benchmarks
+
+    assert (benchmarks("").preset, benchmarks("").tasks) == (None, ())
+    assert benchmarks("benchmarks: {limit: 50}\n").preset == "seed"
+    assert benchmarks("benchmarks: {tasks: [piqa]}\n").preset is None
+    assert benchmarks("benchmarks: {tasks: []}\n").preset is None
+    kept = load_recipe(path).model_dump(mode="json")["benchmarks"]
+    assert (kept["preset"], kept["tasks"]) == (None, [])  # as a resolved recipe is read again

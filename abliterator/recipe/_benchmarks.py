@@ -56,7 +56,11 @@ Tasks = Annotated[tuple[str | BenchmarkTask, ...], BeforeValidator(as_tuple)]
 
 
 class Benchmarks(Section):
-    """What lm-eval measures, base and edited on the same documents."""
+    """What lm-eval measures, base and edited on the same documents.
+
+    A recipe without the section measures nothing; a section that names no tasks, the five of the
+    replication (`preset: seed`), which need the Hub.
+    """
 
     preset: Literal["demo", "quick", "seed", "damage"] | None = None
     """A named list of tasks, before those of `tasks`; `demo` needs no Hub."""
@@ -74,6 +78,13 @@ class Benchmarks(Section):
     """What runs the models."""
     revisions: dict[str, str] = {}
     """Commits of the tasks' Hub datasets; left out, the build resolves them and writes them."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _the_replications_tasks(cls, values: Any) -> Any:
+        if isinstance(values, dict) and not {"preset", "tasks"} & set(values):
+            return {**values, "preset": "seed"}
+        return values
 
 
 def without_folder(task: str | dict[str, Any]) -> str | dict[str, Any]:

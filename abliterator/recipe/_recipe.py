@@ -42,7 +42,7 @@ class Recipe(Section):
     rollouts: Rollouts = Rollouts()
     judge: JudgeSettings = JudgeSettings()
     divergence: DivergenceSettings = DivergenceSettings()
-    benchmarks: Benchmarks = Benchmarks()
+    benchmarks: Benchmarks = Benchmarks(tasks=())
 
     @field_validator("layers")
     @classmethod
