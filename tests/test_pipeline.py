@@ -78,7 +78,7 @@ def files_of(out: Path) -> dict[str, bytes]:
     return {str(p.relative_to(out)): p.read_bytes() for p in out.rglob("*") if p.is_file()}
 
 
-WHERE_ASKED = {"selection", "tuning"}
+WHERE_ASKED = {"selection", "tuning", "adapter"}
 ALL = [stage.name for stage in pipeline.STAGES if stage.name not in WHERE_ASKED]
 
 

@@ -7,10 +7,12 @@ not know how directions were found.
     plan = plan_edits(checkpoint, anatomy, EditSettings())
     with preview_edit(loaded, plan, basis): ...          # the same edit without writing weights
     edits = bake(checkpoint, plan, basis, Path("out/checkpoint"))
+    write_adapter(checkpoint, plan, basis, Path("out/adapter"), base_model="me/base")
 
 H = d_model, k rank, Q [H, k] the orthonormal basis.
 """
 
+from abliterator.bake._adapter import require_adapter_form, write_adapter
 from abliterator.bake._plan import EditPlan, EditSettings, PlannedEdit, plan_edits, require_d_model
 from abliterator.bake._preview import preview_edit
 from abliterator.bake._stored import PANEL_ELEMENTS
@@ -24,6 +26,8 @@ __all__ = [
     "bake",
     "plan_edits",
     "preview_edit",
+    "require_adapter_form",
     "require_d_model",
+    "write_adapter",
     "write_config",
 ]

@@ -47,9 +47,9 @@ def edit_stored(
         The leak |Bᵀ W'| / |Bᵀ W| measured on the bytes as stored (B = D Q, D the gains, or Q where
         there are none), or None if W wrote nothing into the subspace to begin with.
     """
-    panels = _edit_packed if edit.packed else _edit_panels
+    change_panels = _edit_packed if edit.packed else _edit_panels
     before = after = 0.0
-    for wrote, writes in panels(buffer, edit, removal, settings, scale):
+    for wrote, writes in change_panels(buffer, edit, removal, settings, scale):
         before += wrote
         after += writes
     return (after / before) ** 0.5 if before > 0 else None
@@ -66,7 +66,7 @@ def _edit_panels(
     change = _Change(removal.to(fmt.compute_dtype), edit, settings, fmt.rounded)
     scales = None if scale is None else next(residual_first(scale, edit.writer))
     for matrix in residual_first(fmt.view(buffer, edit.info.shape), edit.writer):
-        for start, panel in _panels(matrix):
+        for start, panel in panels(matrix):
             one = None if scales is None else _panel_scale(panel, scales, start, edit)
             stored, wrote, writes = change.apply(panel.to(fmt.compute_dtype), one)
             panel.copy_(stored)
@@ -128,7 +128,8 @@ def read_vector(checkpoint: Checkpoint, name: str) -> Tensor:
     return fmt.view(bytearray(checkpoint.read(name)), info.shape).to(torch.float64)
 
 
-def _panels(matrix: Tensor) -> Iterator[tuple[int, Tensor]]:
+def panels(matrix: Tensor) -> Iterator[tuple[int, Tensor]]:
+    """Views [H, c] of a matrix [H, n] with the first column of each."""
     width = max(1, PANEL_ELEMENTS // matrix.shape[0])
     for start in range(0, matrix.shape[1], width):
         yield start, matrix[:, start : start + width]

@@ -18,7 +18,7 @@ from functools import cache
 from importlib import resources
 from typing import TYPE_CHECKING, Any
 
-from abliterator.card._header import header
+from abliterator.card._header import adapter_header, header
 from abliterator.card._licences import obligations
 from abliterator.card._markdown import (
     Markdown,
@@ -39,7 +39,7 @@ from abliterator.record import BenchmarkResult, JudgeIdentity, PromptOrigin, Run
 if TYPE_CHECKING:
     from jinja2 import Template
 
-__all__ = ["escape", "render_card"]
+__all__ = ["escape", "render_adapter_card", "render_card"]
 
 SETS = {
     "target": "Target prompts (the behaviour that was to go)",
@@ -86,6 +86,22 @@ def render_card(record: RunRecord) -> str:
         remote_code=record.recipe.get("trust_remote_code") is True,
     )
     return text.rstrip("\n") + "\n"
+
+
+def render_adapter_card(record: RunRecord) -> str:
+    """The Markdown of the card that lies beside an adapter, ending in one newline."""
+    name, edit = escape(_base_name(record)), record.edit
+    return (
+        f"---\n{adapter_header(record).rstrip()}\n---\n\n"
+        f"# {name}, abliterated: the adapter\n\n"
+        f"The edit of {name} as a LoRA of rank {edit.k}: with it the model writes as the edited "
+        "checkpoint of the same run does, up to rounding. That checkpoint is what was measured; "
+        "its card has the figures.\n\n"
+        "```python\nfrom peft import PeftModel\n\n"
+        "model = PeftModel.from_pretrained(base, ADAPTER)  # base: the model named above\n"
+        "model = model.merge_and_unload()  # or leave it beside the base\n```\n\n"
+        f"Digest of the recipe: {escape(record.recipe_digest)}.\n"
+    )
 
 
 def _base_name(record: RunRecord) -> str:

@@ -31,17 +31,12 @@ def header(record: RunRecord) -> str:
     """The header, without its two rules."""
     from huggingface_hub import ModelCardData
 
-    model = record.model
-    base = model.id if model.revision is not None and HUB_ID.fullmatch(model.id) else None
+    base = _base(record)
     results = list(_results(record))
-    license_id = _fitting(LICENSE_ID, (model.license or "").lower())
     data = ModelCardData(
         base_model=base,
         base_model_relation="finetune" if base else None,
-        license=license_id,  # the Hub's licence ids are lower case
-        license_name=_fitting(LICENSE_ID, (model.license_name or "").lower()),
-        license_link=_fitting(LICENSE_LINK, model.license_link),
-        language=[code for code in model.languages if LANGUAGE.fullmatch(code)] or None,
+        **_terms(record),
         datasets=_datasets(record) or None,
         library_name="transformers",
         pipeline_tag="text-generation",
@@ -49,9 +44,44 @@ def header(record: RunRecord) -> str:
         # no results are None: an empty list would become an empty model-index
         eval_results=results or None,
         model_name=f"{(base or 'model').rpartition('/')[2]}-abliterated" if results else None,
-        **_gating(model.gating),
+        **_gating(record.model.gating),
     )
     return data.to_yaml()
+
+
+def adapter_header(record: RunRecord) -> str:
+    """The header of an adapter's card; without results, which were measured on the checkpoint."""
+    from huggingface_hub import ModelCardData
+
+    base = _base(record)
+    data = ModelCardData(
+        base_model=base,
+        base_model_relation="adapter" if base else None,
+        **_terms(record),
+        datasets=_datasets(record) or None,
+        library_name="peft",
+        pipeline_tag="text-generation",
+        tags=[*TAGS, "lora"],
+        **_gating(record.model.gating),
+    )
+    return data.to_yaml()
+
+
+def _base(record: RunRecord) -> str | None:
+    model = record.model
+    return model.id if model.revision is not None and HUB_ID.fullmatch(model.id) else None
+
+
+def _terms(record: RunRecord) -> dict[str, Any]:
+    """What the base's licence and languages are."""
+    model = record.model
+    return {
+        # the Hub's licence ids are lower case
+        "license": _fitting(LICENSE_ID, (model.license or "").lower()),
+        "license_name": _fitting(LICENSE_ID, (model.license_name or "").lower()),
+        "license_link": _fitting(LICENSE_LINK, model.license_link),
+        "language": [code for code in model.languages if LANGUAGE.fullmatch(code)] or None,
+    }
 
 
 def _fitting(pattern: re.Pattern[str], text: str | None) -> str | None:

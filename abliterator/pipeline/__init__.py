@@ -1,7 +1,7 @@
 """The stages, composed, resumed, recorded: one recipe becomes a measured checkpoint.
 
     recipe -> plan -> prompts -> capture -> (selection) -> (tuning) -> directions -> bake -> config
-           -> rollouts
+           -> (adapter) -> rollouts
            -> judge -> divergence -> benchmarks -> record -> card
 
 Only this room reads a `Recipe` whole. It neither prints nor parses: it tells a `Progress` what it
@@ -19,10 +19,11 @@ from time import perf_counter
 
 from abliterator.bake import bake
 from abliterator.checkpoint import write_text_atomic
-from abliterator.errors import AbliteratorError, OutputError
+from abliterator.errors import AbliteratorError, OutputError, RecipeError
 from abliterator.pipeline._benchmarking import BENCHMARKS, benchmark_tasks, pin_tasks
 from abliterator.pipeline._divergence import DIVERGENCE
 from abliterator.pipeline._extraction import (
+    ADAPTER,
     BAKE,
     CAPTURE,
     CONFIG,
@@ -34,6 +35,7 @@ from abliterator.pipeline._judging import JUDGE, judge_of, require_key
 from abliterator.pipeline._plan import (
     Plan,
     make_plan,
+    require_adapter,
     require_layers,
     require_room,
     selection_cost,
@@ -80,6 +82,7 @@ STAGES = (
     DIRECTIONS,
     BAKE,
     CONFIG,
+    ADAPTER,  # only where it asks for one
     ROLLOUTS,
     JUDGE,
     DIVERGENCE,
@@ -112,8 +115,8 @@ def run_stages(
 ) -> None:
     """Runs the stages up to and with `until`, skipping those whose inputs have not changed."""
     stages = STAGES[: [stage.name for stage in STAGES].index(until) + 1]
-    unwanted = [SELECTION] * (not recipe.selects) + [TUNING] * (not recipe.tunes)
-    stages = tuple(stage for stage in stages if stage not in unwanted)
+    asked = {SELECTION: recipe.selects, TUNING: recipe.tunes, ADAPTER: recipe.edit.adapts}
+    stages = tuple(stage for stage in stages if asked.get(stage, True))
     is_new = not out.exists()
     choosing = [SELECTION, TUNING] if recipe.selection.judge == "recipe" else []
     judging = [stage for stage in (JUDGE, *choosing) if stage in stages]
@@ -183,6 +186,7 @@ def plan_recipe(recipe: Recipe, out: Path) -> Plan:
 def _plan_in(source: ModelSource, recipe: Recipe, out: Path) -> Plan:
     plan = make_plan(source, recipe.edit, out)
     layers, k = require_layers(recipe, plan.anatomy)
+    require_adapter(recipe, plan)
     require_room(plan, out)
     return replace(
         plan,
@@ -215,6 +219,10 @@ def bake_subspace(
     """
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise OutputError(f"{out} exists and is not an empty folder. Choose another --out.")
+    if edit is not None and edit.adapts:
+        raise RecipeError(
+            "`edit.output` is a recipe's; a subspace baked alone has a checkpoint only."
+        )
     from abliterator.directions import load_subspace
 
     plan = make_plan(resolve_folder(model, revision=None), edit or Edit(), out)

@@ -1,4 +1,4 @@
-"""The stages that make the edited checkpoint: prompts, capture, directions, bake."""
+"""The stages that make the edited checkpoint: prompts, capture, directions, bake, adapter."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from abliterator.bake import bake, write_config
+from abliterator.bake import bake, write_adapter, write_config
 from abliterator.checkpoint import CONFIG_FILE, write_text_atomic
 from abliterator.pipeline._chosen import chosen_layers
 from abliterator.pipeline._prompt_sets import PromptSets, load_sets, set_apart
@@ -132,7 +132,7 @@ def fitted(run: Run) -> Directions:
 
 
 def _bake_inputs(run: Run) -> Any:
-    edit = run.recipe.edit.model_dump(mode="json")
+    edit = run.recipe.edit.model_dump(mode="json", exclude={"output"})
     return [run.base_digest(), run.digest("directions"), edit, tuned_inputs(run)]
 
 
@@ -172,6 +172,24 @@ def _config(run: Run) -> tuple[list[Path], Parts]:
     return [run.workspace.checkpoint / CONFIG_FILE], {}
 
 
+def _adapter_inputs(run: Run) -> Any:
+    return [run.digest("bake"), run.digest("directions"), run.base_id, run.plan.source.revision]
+
+
+def _adapter(run: Run) -> tuple[list[Path], Parts]:
+    from abliterator.directions import load_subspace
+
+    written = write_adapter(
+        run.plan.checkpoint,
+        planned_edits(run),
+        load_subspace(run.workspace.work / "directions.safetensors").basis,
+        run.workspace.adapter,
+        base_model=run.base_id,
+        revision=run.plan.source.revision,
+    )
+    return list(written), {}
+
+
 def edits_json(edits: Iterable[TensorEdit]) -> str:
     """The text of edits.json."""
     return json.dumps([edit.model_dump(mode="json") for edit in edits], indent=1) + "\n"
@@ -189,3 +207,4 @@ DIRECTIONS = Stage("directions", 2, _directions_inputs, _directions)
 BAKE = Stage("bake", 2, _bake_inputs, _bake)
 # Apart from the weights: it names the whole recipe, and another judge must not bake them again.
 CONFIG = Stage("config", 1, _config_inputs, _config)
+ADAPTER = Stage("adapter", 1, _adapter_inputs, _adapter)

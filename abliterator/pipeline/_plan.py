@@ -12,7 +12,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from abliterator.anatomy import Anatomy, anatomy_of
-from abliterator.bake import PANEL_ELEMENTS, EditPlan, EditSettings, plan_edits
+from abliterator.bake import (
+    PANEL_ELEMENTS,
+    EditPlan,
+    EditSettings,
+    plan_edits,
+    require_adapter_form,
+)
 from abliterator.checkpoint import Checkpoint, carried_files, free_bytes
 from abliterator.errors import OutputError, RecipeError
 from abliterator.recipe import Edit, Recipe, blocks_of
@@ -175,6 +181,12 @@ def require_room(plan: Plan, out: Path) -> None:
             f"The edited checkpoint needs {needed / 1e9:.2f} GB, and the disk of {out} has "
             f"{plan.free_bytes / 1e9:.2f} GB free. Make room, or choose another --out."
         )
+
+
+def require_adapter(recipe: Recipe, plan: Plan) -> None:
+    """Raises an AbliteratorError if the recipe asks for an adapter that its edit cannot have."""
+    if recipe.edit.adapts:
+        require_adapter_form(plan.edits)
 
 
 def require_layers(recipe: Recipe, anatomy: Anatomy) -> tuple[tuple[int, ...], int]:

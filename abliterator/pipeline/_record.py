@@ -67,10 +67,9 @@ def assemble(run: Run, timing: dict[str, float], pictures: dict[str, str]) -> Ru
 
 def _model(run: Run) -> ModelIdentity:
     source, anatomy = run.plan.source, run.plan.anatomy
-    local = source.revision is None and not source.id.startswith("embedded:")
     cache = run.workspace.work / "fingerprint.json"
     return ModelIdentity(
-        id=Path(source.id).name if local else source.id,
+        id=run.base_id,
         revision=source.revision,
         n_layers=anatomy.n_layers,
         d_model=anatomy.d_model,

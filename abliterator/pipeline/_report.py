@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +28,9 @@ MEASURED = (
 
 
 def _measured(run: Run) -> tuple[str, ...]:
-    chosen = ["selection"] * run.recipe.selects + ["tuning"] * run.recipe.tunes
-    return (*MEASURED, *chosen)
+    recipe = run.recipe
+    asked = {"selection": recipe.selects, "tuning": recipe.tunes, "adapter": recipe.edit.adapts}
+    return (*MEASURED, *(name for name, wanted in asked.items() if wanted))
 
 
 def _record_inputs(run: Run) -> Any:
@@ -74,11 +76,17 @@ def _card_inputs(run: Run) -> Any:
 
 
 def _card(run: Run) -> tuple[list[Path], Parts]:
-    from abliterator.card import render_card
+    from abliterator.card import render_adapter_card, render_card
 
-    path = run.workspace.checkpoint / "README.md"
-    write_text_atomic(path, render_card(read_record(run.workspace.out)))
-    return [path], {}
+    record = read_record(run.workspace.out)
+    cards = {run.workspace.checkpoint / "README.md": render_card(record)}
+    if run.recipe.edit.adapts:
+        cards[run.workspace.adapter / "README.md"] = render_adapter_card(record)
+    elif run.workspace.marker("adapter") is not None:
+        shutil.rmtree(run.workspace.adapter, ignore_errors=True)  # an earlier recipe's
+    for path, text in cards.items():
+        write_text_atomic(path, text)
+    return list(cards), {}
 
 
 def read_record(out: Path) -> RunRecord:

@@ -74,6 +74,13 @@ class Run:
         fits = in_float32 < _memory_bytes() / 2
         return "float32" if self.device == "cpu" and fits else None
 
+    @property
+    def base_id(self) -> str:
+        """The base's name as others may see it: of a local folder only the last part."""
+        source = self.plan.source
+        local = source.revision is None and not source.id.startswith("embedded:")
+        return Path(source.id).name if local else source.id
+
     def base_digest(self) -> str:
         """Digest of every base file that is read: weights, config, tokenizer, custom code."""
         cache = self.workspace.work / "fingerprint.json"

@@ -1,6 +1,7 @@
 """The output folder: whose it is, where artefacts lie, and which stages are done.
 
     OUT/checkpoint/   exactly what may be published
+    OUT/adapter/      the same edit as a LoRA, where the recipe asks for it
     OUT/work/         private: prompts, moments, directions, answers, verdicts, a marker a stage
 
 A stage is done when its marker names the key of its present inputs and every artefact is as the
@@ -57,6 +58,7 @@ class Workspace:
         self.out = out
         self.work = out / "work"
         self.checkpoint = out / "checkpoint"
+        self.adapter = out / "adapter"
         self._recipe = self.work / "recipe.yaml"
         self._ours = self.work / "abliterator.json"
 

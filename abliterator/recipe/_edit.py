@@ -77,6 +77,11 @@ class Edit(Section):
     """Edit the biases of edited matrices too."""
     rounding: Literal["nearest", "compensated"] = "compensated"
     """`compensated` chooses roundings so that what is stored writes nothing into the subspace."""
+    output: Literal["checkpoint", "adapter", "both"] = "checkpoint"
+    """`adapter` and `both` write the edit as a LoRA for PEFT too, to OUT/adapter.
+
+    The checkpoint is made in any case, for it is what is measured: the two mean the same.
+    """
 
     @field_validator("strength", mode="before")
     @classmethod
@@ -100,6 +105,11 @@ class Edit(Section):
     def strengths(self) -> dict[Component, float | dict[str, float]]:
         """Per component; where they are tuned, those of the plain edit, from which that starts."""
         return dict.fromkeys(COMPONENTS, 1.0) if self.strength == "auto" else self.strength
+
+    @property
+    def adapts(self) -> bool:
+        """Whether an adapter is written beside the checkpoint."""
+        return self.output != "checkpoint"
 
     @model_validator(mode="after")
     def _does_something(self) -> Self:

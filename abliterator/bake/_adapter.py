@@ -1,0 +1,132 @@
+"""The same edit as a low-rank adapter (LoRA) in PEFT's format, beside an untouched base."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from abliterator.bake._plan import EditPlan, PlannedEdit, require_d_model
+from abliterator.bake._stored import panels, residual_first
+from abliterator.bake._write import removal_of
+from abliterator.checkpoint import Checkpoint, write_bytes_atomic, write_text_atomic
+from abliterator.errors import RecipeError, UnsupportedModel
+from abliterator.formats import FORMATS
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+
+
+def require_adapter_form(plan: EditPlan) -> None:
+    """Stops at an edit that adds no product of two thin matrices to a linear module's weight.
+
+    Raises:
+        RecipeError: for `norm: column`, embeddings and biases, which the recipe can leave out.
+        UnsupportedModel: for weights that are no plain matrix [out, in] of a module of their own.
+    """
+    if plan.settings.norm != "none":
+        raise RecipeError(
+            f"`edit.norm: {plan.settings.norm}` has no low-rank form, which `edit.output` asks "
+            "for. Leave `norm: none`, or `output: checkpoint`."
+        )
+    # biases last: to leave them out helps only where the weights have a form
+    for edit in sorted(plan.edits, key=lambda edit: edit.writer.kind == "bias"):
+        _require_low_rank(edit)
+
+
+def write_adapter(
+    checkpoint: Checkpoint,
+    plan: EditPlan,
+    basis: Tensor,
+    out: Path,
+    *,
+    base_model: str,
+    revision: str | None = None,
+) -> tuple[Path, Path]:
+    """Writes the edit W' = W - s A Bᵀ W as a LoRA of rank k and scale 1 that PEFT loads.
+
+    `lora_A` is Bᵀ W [k, in] and `lora_B` is -s A [out, k] (`subspace.Removal`), in float32: merged
+    into the base they give the baked weights, up to rounding. Memory is that of the largest edited
+    tensor and the adapter.
+
+    Args:
+        checkpoint: the base.
+        plan: which writers are edited, and how strongly; as `require_adapter_form` wants it.
+        basis: Q [H, k], orthonormal, float64.
+        out: a folder; files of the same names in it are replaced, each in one step.
+        base_model: Hub id or name of the base, for PEFT's config.
+        revision: commit of the base.
+
+    Returns:
+        Paths of the config and of the weights.
+    """
+    from safetensors.torch import save
+
+    require_adapter_form(plan)
+    require_d_model(basis, plan.d_model)
+    tensors = {}
+    for edit in plan.edits:
+        reads, writes = _factors(checkpoint, edit, basis)
+        module = f"base_model.model.{edit.writer.module}"
+        tensors[f"{module}.lora_A.weight"] = reads
+        tensors[f"{module}.lora_B.weight"] = writes
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base_model,
+        "revision": revision,
+        "r": basis.shape[1],
+        "lora_alpha": basis.shape[1],  # PEFT multiplies by lora_alpha / r
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "target_modules": sorted(edit.writer.module for edit in plan.edits),
+        "inference_mode": True,
+    }
+    write_bytes_atomic(out / ADAPTER_WEIGHTS, save(tensors, metadata={"format": "pt"}))
+    write_text_atomic(out / ADAPTER_CONFIG, json.dumps(config, indent=1) + "\n")
+    return out / ADAPTER_CONFIG, out / ADAPTER_WEIGHTS
+
+
+def _factors(checkpoint: Checkpoint, edit: PlannedEdit, basis: Tensor) -> tuple[Tensor, Tensor]:
+    """Bᵀ W [k, in] and -s A [out, k] of one writer: calculated in float64, given in float32."""
+    import torch
+
+    removal = removal_of(edit.writer, checkpoint, basis)
+    stored = bytearray(checkpoint.read(edit.info.name))
+    weight = FORMATS[edit.info.dtype].view(stored, edit.info.shape)
+    (matrix,) = residual_first(weight, edit.writer)
+    reads = torch.cat([removal.read.T @ panel.double() for _, panel in panels(matrix)], dim=1)
+    return reads.float().contiguous(), (-edit.strength * removal.take).float().contiguous()
+
+
+def _require_low_rank(edit: PlannedEdit) -> None:
+    writer = edit.writer
+    if writer.kind == "bias":
+        raise RecipeError(
+            f"An adapter cannot edit the bias {writer.name}, and `edit.output` asks for one. Set "
+            "`edit.biases: false`, which leaves what the bias writes, or `output: checkpoint`."
+        )
+    if writer.component == "embedding":
+        raise RecipeError(
+            f"`edit.embeddings` would edit {writer.name}, which the adapter that `edit.output` "
+            "asks for leaves alone. Leave `embeddings: false`, or `output: checkpoint`."
+        )
+    plain = edit.info.dtype in FORMATS and not FORMATS[edit.info.dtype].scaled
+    if edit.packed or not plain:
+        raise _no_adapter(edit, f"is stored in blocks with scales ({edit.info.dtype})")
+    if writer.component == "expert" or writer.fused or len(edit.info.shape) != 2:
+        raise _no_adapter(edit, "belongs to experts, which share a module")
+    if writer.axis != 0:
+        raise _no_adapter(edit, "is stored [in, out], not as a linear module's [out, in]")
+    if writer.component == "ssm":
+        raise _no_adapter(edit, "is read by a state space's kernel past any adapter")
+
+
+def _no_adapter(edit: PlannedEdit, reason: str) -> UnsupportedModel:
+    return UnsupportedModel(
+        f"`edit.output` asks for an adapter, and {edit.writer.name} {reason}. "
+        "Set `edit.output: checkpoint`."
+    )
