@@ -1,8 +1,7 @@
 """The stages, composed, resumed, recorded: one recipe becomes a measured checkpoint.
 
     recipe -> plan -> prompts -> capture -> (selection) -> (tuning) -> directions -> bake -> config
-           -> (adapter) -> rollouts
-           -> judge -> divergence -> benchmarks -> record -> card
+           -> (adapter) -> rollouts -> judge -> divergence -> benchmarks -> record -> card
 
 Only this room reads a `Recipe` whole. It neither prints nor parses: it tells a `Progress` what it
 does.
