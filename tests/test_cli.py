@@ -5,8 +5,8 @@ import torch
 from click.testing import CliRunner
 from safetensors.torch import save_file
 
-from abliterator import pipeline
 from abliterator.cli import main
+from tests.test_pipeline import ALL
 
 
 @pytest.fixture
@@ -56,8 +56,7 @@ def test_stages_one_by_one_then_build_skips_them(run, recipe):
         done = run(stage, recipe, "--out", "o")
         assert done.exit_code == 0, (stage, done.stderr)
     done = run("build", "o")  # the folder of an earlier run is enough
-    # all stages but a selection and a tuning, which this recipe does not ask for
-    assert done.stderr.count("(done before)") == len(pipeline.STAGES) - 2
+    assert done.stderr.count("(done before)") == len(ALL)
 
 
 def test_sets_reach_the_recipe(run, recipe, tmp_path):
@@ -118,7 +117,6 @@ def test_named_errors_are_one_paragraph_without_a_traceback(run, recipe, tmp_pat
 
 
 def test_a_bug_keeps_its_traceback(run, recipe, monkeypatch):
-    from abliterator import pipeline
 
     monkeypatch.setattr(pipeline, "build", lambda *a, **k: 1 / 0)
     done = run("build", recipe)
@@ -126,7 +124,6 @@ def test_a_bug_keeps_its_traceback(run, recipe, monkeypatch):
 
 
 def test_an_interrupt_exits_130(run, recipe, monkeypatch):
-    from abliterator import pipeline
 
     def interrupt(*args, **kwargs):
         raise KeyboardInterrupt
