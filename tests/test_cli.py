@@ -5,6 +5,7 @@ import torch
 from click.testing import CliRunner
 from safetensors.torch import save_file
 
+from abliterator import pipeline
 from abliterator.cli import main
 from tests.test_pipeline import ALL
 
