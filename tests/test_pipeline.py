@@ -270,6 +270,51 @@ def test_killed_at_any_moment_the_same_command_gives_the_same_result(project, tm
     assert first.behaviour == second.behaviour
 
 
+HOLDER = """
+import sys
+from pathlib import Path
+from abliterator.pipeline._workspace import Workspace
+with Workspace(Path(sys.argv[1])).held():
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_two_runs_do_not_share_a_folder_and_a_killed_one_lets_go(project, tmp_path):
+    build(project(), tmp_path / "out")
+    before = files_of(tmp_path / "out")
+    holder = subprocess.Popen(
+        [sys.executable, "-c", HOLDER, str(tmp_path / "out")],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )
+    assert holder.stdout.readline() == b"held\n"
+    for recipe, force in ((project(), False), (project("k=1"), True)):
+        with pytest.raises(OutputError, match="Another run is at work"):
+            pipeline.build(recipe, tmp_path / "out", options=Options(device="cpu", force=force))
+    assert files_of(tmp_path / "out") == before
+    holder.kill()
+    holder.communicate()
+    _, log = build(project(), tmp_path / "out")
+    assert log.skipped == ALL
+
+
+@pytest.mark.parametrize(
+    "left", [[], ["lock"], ["lock", ".abliterator.json.partial"], ["lock", "abliterator.json"]]
+)
+def test_killed_while_it_claims_its_folder_a_run_goes_on(project, tmp_path, left):
+    recipe, work = project(), tmp_path / "out" / "work"
+    work.mkdir(parents=True)
+    for name in left:
+        (work / name).touch()
+    if "abliterator.json" in left:
+        claim = {"tool": "abliterator", "recipe_digest": recipe.digest}
+        (work / "abliterator.json").write_text(json.dumps(claim))
+    pipeline.run_stages(recipe, tmp_path / "out", until="prompts", options=FAST)
+    assert pipeline.recipe_of(tmp_path / "out").digest == recipe.digest
+    assert (work / "stages" / "prompts.json").is_file()
+
+
 # ---- refusals (more of them, through the command line, in test_bad_input)
 
 

@@ -25,6 +25,7 @@ from abliterator.checkpoint._patch import Edit, PatchedFile, PatchedTensor, patc
 from abliterator.checkpoint._write import (
     copy_file,
     free_bytes,
+    partial_of,
     write_bytes_atomic,
     write_text_atomic,
 )
@@ -43,6 +44,7 @@ __all__ = [
     "edited_config",
     "fingerprint",
     "free_bytes",
+    "partial_of",
     "patch_file",
     "write_bytes_atomic",
     "write_text_atomic",

@@ -26,14 +26,15 @@ _NOT_HERE = {
 def replacing(destination: Path, size: int) -> Iterator[OpenFile]:
     """A new file of `size` bytes that takes the place of `destination` when the block ends well.
 
-    It is called `.NAME.partial` until then, and is removed when anything is raised. A disk without
-    room for it is met before the work. (Not by posix_fallocate: where a file system cannot reserve
-    room, as on many network volumes, the C library does it by writing to every block.)
+    It is called `partial_of(destination)` until then, and is removed when anything is raised. A
+    disk without room for it is met before the work. (Not by posix_fallocate: where a file system
+    cannot reserve room, as on many network volumes, the C library does it by writing to every
+    block.)
     """
     free = free_bytes(destination)
     if size > free:
         raise _no_room(destination, size, free)
-    partial = destination.with_name(f".{destination.name}.partial")
+    partial = partial_of(destination)
     try:
         with writable(destination, size):
             destination.parent.mkdir(parents=True, exist_ok=True)
@@ -50,6 +51,11 @@ def replacing(destination: Path, size: int) -> Iterator[OpenFile]:
         with suppress(OSError):
             partial.unlink(missing_ok=True)
         raise
+
+
+def partial_of(destination: Path) -> Path:
+    """What a file is called until it is whole; a run that is killed may leave it."""
+    return destination.with_name(f".{destination.name}.partial")
 
 
 def copy_file(source: Path, destination: Path) -> int:

@@ -122,15 +122,17 @@ def run_stages(
     if any(Workspace(out).marker(stage.name) is None for stage in judging):
         require_key(recipe.judge)  # hours before it is needed
     run = prepare(recipe, out, options=options or Options(), progress=progress or Silent())
-    try:
-        for stage in stages:
-            _run_stage(run, stage)
-    except AbliteratorError:
-        # nothing worth keeping was made yet: leave no folder behind that looks like a result
-        first = CAPTURE if recipe.selects or recipe.tunes else DIRECTIONS
-        if is_new and run.workspace.marker(first.name) is None:
-            run.workspace.remove()
-        raise
+    with run.workspace.held():
+        run.workspace.create(recipe, run.recipe)
+        try:
+            for stage in stages:
+                _run_stage(run, stage)
+        except AbliteratorError:
+            # nothing worth keeping was made yet: leave no folder behind that looks like a result
+            first = CAPTURE if recipe.selects or recipe.tunes else DIRECTIONS
+            if is_new and run.workspace.marker(first.name) is None:
+                run.workspace.remove()
+            raise
 
 
 def _run_stage(run: Run, stage: Stage) -> None:
@@ -155,7 +157,6 @@ def prepare(recipe: Recipe, out: Path, *, options: Options, progress: Progress) 
     tasks = benchmark_tasks(wanted)
     if resolved is None:
         resolved = pin_tasks(resolve(recipe, plan.source.revision), tasks)
-        workspace.create(recipe, resolved)
     return Run(resolved, plan, workspace, options, progress, tasks)
 
 

@@ -4,7 +4,7 @@
     OUT/adapter/      the same edit as a LoRA, where the recipe asks for it
     OUT/work/         private: prompts, moments, directions, answers, verdicts, a marker a stage
 
-A stage is done when its marker names the key of its present inputs and every artefact is as the
+One run at a time works in it. A stage is done when its marker names the key of its present inputs and every artefact is as the
 marker says. Markers are written after the artefacts, both by renaming, so whatever interrupts a
 run, the next one redoes what was unfinished.
 """
@@ -14,14 +14,15 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from abliterator.checkpoint import write_text_atomic
+from abliterator.checkpoint import partial_of, write_text_atomic
 from abliterator.errors import OutputError
 from abliterator.recipe import Recipe, load_recipe
 
@@ -61,6 +62,30 @@ class Workspace:
         self.adapter = out / "adapter"
         self._recipe = self.work / "recipe.yaml"
         self._ours = self.work / "abliterator.json"
+        self._lock = self.work / "lock"
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Keeps every other run out of the folder; the system lets go when this one is killed.
+
+        Raises:
+            OutputError: if another run is at work in it.
+        """
+        from filelock import FileLock, Timeout
+
+        self.work.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(self._lock, blocking=False)
+        try:
+            lock.acquire()
+        except Timeout as error:
+            raise OutputError(
+                f"Another run is at work in {self.out}. Wait until it ends, or choose another "
+                "--out."
+            ) from error
+        try:
+            yield
+        finally:
+            lock.release()
 
     def claim(self, recipe: Recipe, *, force: bool) -> Recipe | None:
         """Makes sure that the folder may be used for `recipe`; writes nothing.
@@ -72,16 +97,16 @@ class Workspace:
         Raises:
             OutputError: if something else is there.
         """
-        if not self.out.exists() or (self.out.is_dir() and not any(self.out.iterdir())):
+        if not self.out.exists() or self._is_empty():
             return None
-        if not self._ours.is_file() or not self._recipe.is_file():
+        if not self._ours.is_file():
             raise OutputError(
                 f"{self.out} exists and was not made by abliterator; nothing in it was touched. "
                 f"Choose another --out."
             )
         claimed = json.loads(self._ours.read_text())["recipe_digest"]
         if claimed == recipe.digest:
-            return load_recipe(self._recipe)
+            return load_recipe(self._recipe) if self._recipe.is_file() else None
         if force:
             return None
         raise OutputError(
@@ -89,6 +114,12 @@ class Workspace:
             f"{recipe.digest[:12]}). Choose another --out, or go on here with --force: stages "
             f"whose inputs did not change are kept."
         )
+
+    def _is_empty(self) -> bool:
+        """Whether the folder holds no file but those of a run that was killed at its first step."""
+        begun = {self._lock, partial_of(self._ours)}
+        files = (path for path in self.out.rglob("*") if path.is_symlink() or not path.is_dir())
+        return self.out.is_dir() and all(path in begun for path in files)
 
     def recipe(self) -> Recipe:
         """The resolved recipe of a folder of ours.
@@ -101,11 +132,17 @@ class Workspace:
         return load_recipe(self._recipe)
 
     def create(self, requested: Recipe, resolved: Recipe) -> None:
-        """Makes the folder ours."""
-        plain = resolved.model_dump(mode="json")
-        write_text_atomic(self._recipe, yaml.safe_dump(plain, sort_keys=False, allow_unicode=True))
+        """Makes the folder ours, unless it is already.
+
+        Wherever this is killed, no claim stands beside what another recipe was resolved to.
+        """
+        if self._recipe.is_file() and self.requested_digest == requested.digest:
+            return
+        self._recipe.unlink(missing_ok=True)
         claim = {"tool": "abliterator", "recipe_digest": requested.digest}
         write_text_atomic(self._ours, json.dumps(claim) + "\n")
+        plain = resolved.model_dump(mode="json")
+        write_text_atomic(self._recipe, yaml.safe_dump(plain, sort_keys=False, allow_unicode=True))
 
     @property
     def requested_digest(self) -> str:
