@@ -15,6 +15,7 @@ from abliterator.model._load import LoadedModel, load_model, load_tokenizer
 from abliterator.model._run import (
     Hook,
     block_paths,
+    cache_name,
     equal_length_batches,
     hooked,
     release_memory,
@@ -25,6 +26,7 @@ __all__ = [
     "Hook",
     "LoadedModel",
     "block_paths",
+    "cache_name",
     "equal_length_batches",
     "hooked",
     "load_model",

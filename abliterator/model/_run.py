@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import inspect
 import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -97,6 +98,15 @@ def run_batches(
             continue
         # Out of the except clause: until there, the traceback keeps the failed run's tensors alive.
         release_memory()
+
+
+def cache_name(model: nn.Module) -> str:
+    """What a model calls the keys and values it goes on from, as argument and in its output.
+
+    `cache` from transformers 5.24 on, `past_key_values` before it and in models' own code.
+    """
+    taken = inspect.signature(model.forward).parameters
+    return "cache" if "cache" in taken else "past_key_values"
 
 
 def release_memory() -> None:

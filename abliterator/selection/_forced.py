@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from abliterator.errors import GenerationError
-from abliterator.model import LoadedModel, equal_length_batches, run_batches
+from abliterator.model import LoadedModel, cache_name, equal_length_batches, run_batches
 
 
 def forced_logprobs(
@@ -74,12 +74,13 @@ def last_logprobs(
     # old remote code makes the logits of every position
     able = "logits_to_keep" in inspect.signature(loaded.model.forward).parameters
     only = {"logits_to_keep": keep} if able else {}
+    name = cache_name(loaded.model)
     with torch.inference_mode():
-        output = loaded.model(input_ids=ids, past_key_values=cache, use_cache=True, **only)
+        output = loaded.model(input_ids=ids, use_cache=True, **{name: cache}, **only)
         logprobs: Tensor = output.logits[:, -keep:].float().log_softmax(dim=2).cpu()
     if logprobs.isnan().any():
         raise GenerationError(
             "The model's next-token distribution is NaN while a candidate edit is tried. It "
             "overflows in this dtype, or its weights are damaged; try `--dtype float32`."
         )
-    return logprobs, output.past_key_values
+    return logprobs, getattr(output, name)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from abliterator.model import cache_name
 from abliterator.tuning._types import Row
 
 if TYPE_CHECKING:
@@ -43,8 +44,8 @@ def answer_logprobs(loaded: LoadedModel, rows: Sequence[Row]) -> tuple[Tensor, .
         logits = loaded.model(
             input_ids=ids.to(loaded.device),
             attention_mask=mask.to(loaded.device),
-            past_key_values=cache,
             use_cache=cache is not None,
+            **{cache_name(loaded.model): cache},
         ).logits
     logprobs: Tensor = logits[0].float().log_softmax(dim=1)
     return torch.split(logprobs, [len(row.answer) for row in rows])
@@ -71,7 +72,8 @@ def _cache_of(loaded: LoadedModel, tokens: Sequence[int]) -> Any:
 
     ids = torch.tensor([tokens], device=loaded.device)
     with _head_at(loaded.model.get_output_embeddings(), torch.tensor([0]), torch.tensor([0])):
-        cache = loaded.model(input_ids=ids, use_cache=True).past_key_values
+        output = loaded.model(input_ids=ids, use_cache=True)
+    cache = getattr(output, cache_name(loaded.model))
     plain = type(cache) is DynamicCache and all(type(x) is DynamicLayer for x in cache.layers)
     return cache if plain else None
 
