@@ -4,9 +4,9 @@
     OUT/adapter/      the same edit as a LoRA, where the recipe asks for it
     OUT/work/         private: prompts, moments, directions, answers, verdicts, a marker a stage
 
-One run at a time works in it. A stage is done when its marker names the key of its present inputs and every artefact is as the
-marker says. Markers are written after the artefacts, both by renaming, so whatever interrupts a
-run, the next one redoes what was unfinished.
+One run at a time works in it. A stage is done when its marker names the key of its present inputs
+and every artefact is as the marker says. Markers are written after the artefacts, both by renaming,
+so whatever interrupts a run, the next one redoes what was unfinished.
 """
 
 from __future__ import annotations
