@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from importlib.resources import files
 from pathlib import Path, PureWindowsPath
@@ -44,8 +44,8 @@ _DOWNLOAD = [
 _TOKENIZER = ["*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken"]
 _SKIP = ["original/*", "onnx/*", "consolidated*.safetensors", "*.bin", "*.pt", "*.pth", "*.gguf"]
 
-# What opening a checkpoint reads, beside the headers of its weights.
-_READ = ("config.json", "model.safetensors.index.json")
+# What a plan reads, beside the headers of the weights.
+_READ = ("config.json", "model.safetensors.index.json", "tokenizer_config.json")
 _LONGEST_JSON = 100_000_000  # bytes: safetensors' limit of a header; nothing larger is fetched
 _CONNECTIONS = 8  # the headers of 160 shards then take seconds
 
@@ -54,11 +54,16 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class ModelSource:
-    """A model's folder, what the user called it, and its commit if it came from the Hub."""
+    """A model's folder, what the user called it, and its commit if it came from the Hub.
+
+    `gated` is whether the Hub gives it to those only who accepted its terms; False where the Hub
+    was not asked.
+    """
 
     folder: Path
     id: str
     revision: str | None
+    gated: bool = False
 
 
 @dataclass(frozen=True)
@@ -69,6 +74,7 @@ class _Listing:
     commit: str
     names: tuple[str, ...]
     sizes: Mapping[str, int]
+    gated: bool
 
 
 class _Unreachable(CheckpointError):
@@ -93,8 +99,8 @@ def headers_folder(model: str, *, revision: str | None) -> Iterator[ModelSource]
     """The folder of `model` for as long as the context lasts, to read headers and sizes from.
 
     A model on the Hub that is not whole in the cache is not downloaded: its files are there by name
-    and size, but only config.json, the index and the headers of the weights have their content. The
-    rest is a hole in the file, which takes no room on a disk.
+    and size, but only config.json, the index, tokenizer_config.json and the headers of the weights
+    have their content. The rest is a hole in the file, which takes no room on a disk.
 
     Args:
         model: as for `resolve_folder`.
@@ -115,6 +121,7 @@ def headers_folder(model: str, *, revision: str | None) -> Iterator[ModelSource]
             return
         commit = revision if listing is None else listing.commit
         source = _download(model, commit, local_files_only=True)
+        source = replace(source, gated=listing is not None and listing.gated)
     yield _with_safetensors(source)
 
 
@@ -216,11 +223,13 @@ def _list(model: str, revision: str | None) -> _Listing:
     from huggingface_hub.utils import filter_repo_objects  # type: ignore[attr-defined]
 
     def ask() -> _Listing:
-        commit = str(HfApi().model_info(model, revision=revision).sha)
+        info = HfApi().model_info(model, revision=revision)
+        commit = str(info.sha)
         tree = HfApi().list_repo_tree(model, revision=commit, recursive=True)
         sizes = {entry.path: entry.size for entry in tree if isinstance(entry, RepoFile)}
         wanted = filter_repo_objects(sizes, allow_patterns=_DOWNLOAD, ignore_patterns=_SKIP)
-        return _Listing(model, commit, tuple(sizes), {name: sizes[name] for name in wanted})
+        wanted_sizes = {name: sizes[name] for name in wanted}
+        return _Listing(model, commit, tuple(sizes), wanted_sizes, bool(info.gated))
 
     listing = _ask_hub(model, revision, ask)
     for name in listing.names:
@@ -259,11 +268,11 @@ def _lay_out(listing: _Listing, scratch: Path) -> ModelSource:
             f"The headers of {listing.id} cannot be kept in {scratch}: {error.strerror or error}. "
             "Set TMPDIR to a folder on another disk, or download the model and give its folder."
         ) from error
-    return ModelSource(folder, listing.id, listing.commit)
+    return ModelSource(folder, listing.id, listing.commit, listing.gated)
 
 
 def _fetch(listing: _Listing) -> dict[str, bytes]:
-    """The whole of what opening a checkpoint reads, and how each weight file begins."""
+    """The whole of what a plan reads, and how each weight file begins."""
     from huggingface_hub import hf_hub_download
 
     download = partial(hf_hub_download, listing.id, revision=listing.commit)

@@ -93,7 +93,8 @@ def test_a_plan_fetches_headers_and_says_what_the_folder_says(
     assert sent_of_weights(hub) == header_bytes(folder)
     assert header_bytes(folder) < sum(path.stat().st_size for path in files) / 20
     fetched = {path.rsplit("/", 1)[-1] for path in hub.sent if "/resolve/" in path}
-    assert fetched <= {"config.json", "model.safetensors.index.json"}
+    small = {"config.json", "model.safetensors.index.json", "tokenizer_config.json"}
+    assert fetched <= small
     assert not hub.leaked_tokens
 
 

@@ -22,7 +22,9 @@ HEAVY = ("torch", "transformers", "lm_eval", "datasets", "openai", "scipy", "num
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--help"], ["build", "--help"], ["plan", "PLAN"]], ids=["help", "build", "plan"]
+    "arguments",
+    [["--help"], ["build", "--help"], ["plan", "PLAN"], ["init", "PLAN"]],
+    ids=["help", "build", "plan", "init"],
 )
 def test_help_and_plan_import_nothing_heavy(arguments, tiny_folder):
     """Counted in a fresh process: what was imported, not how long it took."""

@@ -12,6 +12,7 @@ from typing import Any
 import click
 
 from abliterator.cli._compare import compare
+from abliterator.cli._init import init
 from abliterator.cli._judge import judge_calibrate
 from abliterator.cli._pairs import pairs
 from abliterator.cli._publish import publish, verify
@@ -48,6 +49,7 @@ COMMANDS = (
     bake,
     build,
     compare,
+    init,
     judge_calibrate,
     pairs,
     plan,

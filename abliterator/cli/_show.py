@@ -40,6 +40,7 @@ def planned(plan: Plan) -> str:
         f"bake memory  {summary['bake_memory'] / 1e6:.0f} MB",
         f"carried      {', '.join(summary['files']['carried'])}",
         f"left out     {', '.join(summary['files']['left_out']) or 'nothing'}",
+        *(f"note         {note}" for note in plan.notes),
     ]
     return "\n".join(lines)
 

@@ -30,6 +30,7 @@ from abliterator.pipeline._extraction import (
     PROMPTS,
     edits_json,
 )
+from abliterator.pipeline._init import first_recipe
 from abliterator.pipeline._judging import JUDGE, judge_of, require_key
 from abliterator.pipeline._plan import (
     Plan,
@@ -64,6 +65,7 @@ __all__ = [
     "bake_subspace",
     "build",
     "compare_rebuilt",
+    "first_recipe",
     "judge_of",
     "plan_model",
     "plan_recipe",

@@ -21,6 +21,7 @@ from abliterator.bake import (
 )
 from abliterator.checkpoint import Checkpoint, carried_files, free_bytes
 from abliterator.errors import OutputError, RecipeError
+from abliterator.pipeline._notes import notes_on
 from abliterator.recipe import Edit, Recipe, blocks_of
 
 if TYPE_CHECKING:
@@ -37,7 +38,7 @@ class Plan:
     `carried` are the files that go along with the weights, and `carried_bytes` their size.
     `layers` and `k` are those of a recipe; without one they are empty and 0. Where a selection
     chooses, `layers` are its candidates, k is 0, and `selection` is what it costs at most; `tuning`
-    is what a tuning costs.
+    is what a tuning costs. `notes` are what a user should know before anything heavy runs.
     """
 
     source: ModelSource
@@ -52,6 +53,7 @@ class Plan:
     k: int = 0
     selection: Mapping[str, int] | None = None
     tuning: Mapping[str, int] | None = None
+    notes: tuple[str, ...] = ()
 
     @property
     def output_bytes(self) -> int:
@@ -114,6 +116,7 @@ class Plan:
                 "carried": list(self.carried),
                 "left_out": list(self.left_out),
             },
+            "notes": list(self.notes),
         }
 
 
@@ -137,6 +140,7 @@ def make_plan(source: ModelSource, edit: Edit, out: Path) -> Plan:
         sum((source.folder / name).stat().st_size for name in carried),
         tuple(left_out),
         free_bytes(out),
+        notes=notes_on(source, checkpoint),
     )
 
 

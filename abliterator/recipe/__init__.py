@@ -14,6 +14,7 @@ The room knows no model and no file but the recipe: whether layer 16 exists is f
 """
 
 from abliterator.recipe._benchmarks import Benchmarks, DivergenceSettings
+from abliterator.recipe._draft import draft
 from abliterator.recipe._edit import DirectionSettings, Edit, Selection, blocks_of
 from abliterator.recipe._judge import JudgeSettings, Rollouts
 from abliterator.recipe._pairs import PairExample, PairsSpec
@@ -40,6 +41,7 @@ __all__ = [
     "ServerSettings",
     "Source",
     "blocks_of",
+    "draft",
     "load_edit",
     "load_judge",
     "load_pairs",

@@ -23,9 +23,12 @@ class Recipe(Section):
     model: Annotated[str, Field(min_length=1)]
     """Hub id, local folder, or `embedded:demo`."""
     layers: Layers | Literal["sweep"]
-    """Residual layers (1 .. n_layers) in order of preference; the first k are stacked."""
+    """Residual layers (1 .. n_layers) in order of preference; the first k are stacked.
+
+    `sweep` finds them by measurement (`selection`).
+    """
     k: Positive | Literal["auto"]
-    """Rank of the subspace."""
+    """Rank of the subspace; `auto` finds it by measurement (`selection`)."""
     revision: str | None = None
     """Commit of the model; left out, the build resolves it once and writes it down."""
     trust_remote_code: bool = False

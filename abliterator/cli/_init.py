@@ -1,0 +1,37 @@
+"""The command that writes a first recipe."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from abliterator.errors import OutputError
+
+
+@click.command()
+@click.argument("model")
+@click.option(
+    "--out",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="File to write; it must not exist.  [default: stdout]",
+)
+def init(model: str, out: Path | None) -> None:
+    """Write a commented recipe for MODEL: a Hub id, a folder, or embedded:demo.
+
+    It is made from config and headers alone. Layers and k are left to measurement; every other key
+    stands there as a comment, with its default.
+    """
+    from abliterator import pipeline
+    from abliterator.checkpoint import write_text_atomic
+
+    if out is not None and out.exists():
+        raise OutputError(
+            f"{out} exists, and a first recipe replaces nothing. Choose another --out."
+        )
+    text = pipeline.first_recipe(pipeline.plan_model(model, out or Path.cwd()))
+    if out is None:
+        click.echo(text, nl=False)
+    else:
+        write_text_atomic(out, text)
+        click.echo(out)
