@@ -2,7 +2,7 @@
 
 The room knows neither models nor weights: it reads moments of prompt sets and writes one artefact,
 directions.safetensors, with `directions` [L, H] (row l - 1 belongs to residual layer l) and
-`subspace` [H, k].
+`subspace` [H, k], or [L, H, k] where each block has one of its own.
 
     directions = fit_directions(target, contrast)
     subspace = stack(directions, layers=(16, 15, 17))
@@ -41,7 +41,8 @@ class Subspace:
     """The rank-k subspace that an edit removes.
 
     Attributes:
-        basis: Q [H, k] float64, orthonormal columns.
+        basis: Q [H, k] float64, orthonormal columns; or [L, H, k], of which Q[i] is removed from
+            what block i (0 .. L - 1) writes.
         layers: the residual layers whose directions it spans; empty where that is not known.
     """
 
@@ -89,10 +90,13 @@ def save_directions(path: Path, directions: Directions, subspace: Subspace) -> N
 
 
 def load_subspace(path: Path) -> Subspace:
-    """Reads `subspace` [H, k] from a safetensors file, ours or anybody's, and makes it orthonormal.
+    """Reads `subspace` from a safetensors file, ours or anybody's, and makes it orthonormal.
+
+    It is [H, k] for all blocks, or [L, H, k]: one for each block.
 
     Raises:
-        DirectionError: if the file cannot be read, lacks it, or its columns are dependent.
+        DirectionError: if the file cannot be read, lacks it, or its columns are dependent; the
+            column is named, and its block.
     """
     try:
         with safe_open(path, framework="pt") as file:
@@ -101,15 +105,31 @@ def load_subspace(path: Path) -> Subspace:
             metadata = file.metadata() or {}
     except (OSError, SafetensorError) as error:
         raise DirectionError(f"Cannot read a subspace from {path}: {error}.") from error
-    if found is None or found.ndim != 2 or not found.is_floating_point():
+    if found is None or found.ndim not in (2, 3) or not found.is_floating_point():
         raise DirectionError(
-            f"{path} must hold a floating-point tensor `subspace` of shape [d_model, k]; "
-            f"it holds {', '.join(names) or 'nothing'}."
+            f"{path} must hold a floating-point tensor `subspace` of shape [d_model, k], or "
+            "[n_layers, d_model, k] with one subspace a block; it holds "
+            f"{', '.join(names) or 'nothing'}"
+            f"{'' if found is None else f', `subspace` as {found.dtype} {list(found.shape)}'}."
         )
-    columns = [f"column {i}" for i in range(found.shape[1])]
-    if not columns:
-        raise DirectionError(f"`subspace` in {path} has shape {tuple(found.shape)}: k is 0.")
-    return Subspace(orthonormal_basis(found.T, columns), _layers(metadata))
+    if 0 in found.shape:
+        sizes = dict(zip(("n_layers", "d_model", "k")[-found.ndim :], found.shape, strict=True))
+        empty = next(name for name, size in sizes.items() if size == 0)
+        raise DirectionError(f"`subspace` in {path} has shape {list(found.shape)}: {empty} is 0.")
+    return Subspace(_orthonormal(found), _layers(metadata))
+
+
+def _orthonormal(found: Tensor) -> Tensor:
+    """Orthonormal columns with the span of those of [H, k], or of each of [L, H, k]."""
+    columns = [f"column {i}" for i in range(found.shape[-1])]
+    if found.ndim == 2:
+        return orthonormal_basis(found.T, columns)
+    return torch.stack(
+        [
+            orthonormal_basis(own.T, [f"block {i}, {column}" for column in columns])
+            for i, own in enumerate(found)
+        ]
+    )
 
 
 def _layers(metadata: dict[str, str]) -> tuple[int, ...]:

@@ -175,6 +175,7 @@ class TensorEdit(Frozen):
     dtype: str
     shape: tuple[int, ...]
     k: int
+    subspace: Literal["all", "block"] = "all"  # Q is that of all blocks, or of this block alone
     strength: float
     leak: float | None  # |Qᵀ W'| / |Qᵀ W| of the stored bytes; None if W wrote nothing there
     sha256_before: str

@@ -146,6 +146,11 @@ def orthonormal_basis(directions: Tensor, names: list[str] | None = None) -> Ten
     return basis
 
 
+def basis_of_block(basis: Tensor, block: int) -> Tensor:
+    """Q [H, k] of one block, from a basis [H, k] that all share or one for each [L, H, k]."""
+    return basis if basis.ndim == 2 else basis[block]
+
+
 def ablate(panel: Tensor, basis: Tensor, strength: float) -> Tensor:
     """W' = W - s Q Qᵀ W, on the output side (Arditi et al. 2024, eq. 5, for rank k).
 

@@ -148,7 +148,7 @@ def test_a_lora_and_directions_that_differ_are_no_directional_edit(tiny_folder, 
             weights[name].add_((torch.randn(D_MODEL, 2) @ torch.randn(2, 48)).bfloat16())
 
     def own_directions(weights):
-        for name in names:
+        for name in [*names, "model.layers.2.self_attn.o_proj.weight"]:
             q = torch.nn.functional.normalize(torch.randn(D_MODEL), dim=0)
             exact = weights[name].float()
             weights[name].copy_(exact - torch.outer(q, q @ exact))

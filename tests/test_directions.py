@@ -6,6 +6,7 @@ from safetensors.torch import save_file
 
 from abliterator.directions import (
     Directions,
+    Subspace,
     fit_directions,
     load_subspace,
     save_directions,
@@ -67,6 +68,16 @@ def test_a_subspace_survives_its_file(tmp_path):
     torch.testing.assert_close(found.basis, subspace.basis, rtol=0, atol=1e-14)
 
 
+def test_a_subspace_of_each_block_survives_its_file_and_is_made_orthonormal(tmp_path):
+    raw = torch.randn(L, H, 2, dtype=torch.float64)
+    save_directions(tmp_path / "d.safetensors", Directions(torch.randn(L, H)), Subspace(raw, (1,)))
+    found = load_subspace(tmp_path / "d.safetensors")
+    assert found.basis.shape == (L, H, 2)
+    for own, given in zip(found.basis, raw, strict=True):
+        torch.testing.assert_close(own.T @ own, torch.eye(2).double(), rtol=0, atol=1e-12)
+        assert torch.linalg.matrix_rank(torch.cat([own, given], dim=1)) == 2  # the same span
+
+
 def test_somebody_elses_subspace_is_made_orthonormal(tmp_path):
     raw = torch.randn(H, 2) * torch.tensor([5.0, 0.1])
     save_file({"subspace": raw}, tmp_path / "q.safetensors", metadata={"layers": "third"})
@@ -87,6 +98,9 @@ def test_somebody_elses_subspace_is_made_orthonormal(tmp_path):
         ({"subspace": torch.full((H, 1), float("nan"))}, "column 0"),
         ({"subspace": torch.ones(H, 2)}, "column 1"),
         ({"subspace": torch.ones(2, 3)}, "3 directions"),
+        ({"subspace": torch.zeros(1, 1, H, 2)}, r"\[n_layers, d_model, k\]"),
+        ({"subspace": torch.zeros(0, H, 2)}, "n_layers is 0"),
+        ({"subspace": torch.ones(2, H, 2)}, "block 0, column 1"),
     ],
 )
 def test_files_without_a_subspace(tmp_path, tensors, says):

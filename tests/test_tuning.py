@@ -144,6 +144,17 @@ def test_what_is_not_tuned_stays(tiny_loaded):
     assert hooks_of(subject.loaded.model) == hooks
 
 
+def test_a_subspace_of_each_block_is_tuned_block_by_block(tiny_loaded):
+    subject, quick = tiny_subject(tiny_loaded("llama")), Settings(steps=2, kl_weights=(1.0,))
+    lessons = Lessons(tuple(Lesson(r.prompt, (3, 4), r.answer) for r in ROWS), ROWS, 3)
+    shared = basis_of(2)
+    found = descend(subject, lessons, shared.expand(3, -1, -1), quick, on_step=lambda what: None)[0]
+    for own in found.basis:
+        torch.testing.assert_close(own.T @ own, torch.eye(2, dtype=torch.float64))
+        assert (own - shared).abs().max() > 1e-3
+    assert (found.basis[0] - found.basis[1]).abs().max() > 1e-3
+
+
 def test_the_same_seed_finds_the_same(tiny_loaded):
     subject = tiny_subject(tiny_loaded("llama"))
     lessons = Lessons(tuple(Lesson(r.prompt, (3, 4), r.answer) for r in ROWS), ROWS, 3)

@@ -9,11 +9,12 @@ not know how directions were found.
     edits = bake(checkpoint, plan, basis, Path("out/checkpoint"))
     write_adapter(checkpoint, plan, basis, Path("out/adapter"), base_model="me/base")
 
-H = d_model, k rank, Q [H, k] the orthonormal basis.
+H = d_model, k rank, Q [H, k] the orthonormal basis; wherever one is taken, a basis for each block
+[L, H, k] is too, L = n_layers: what block i writes loses Q[i].
 """
 
 from abliterator.bake._adapter import require_adapter_form, write_adapter
-from abliterator.bake._plan import EditPlan, EditSettings, PlannedEdit, plan_edits, require_d_model
+from abliterator.bake._plan import EditPlan, EditSettings, PlannedEdit, plan_edits, require_fit
 from abliterator.bake._preview import preview_edit
 from abliterator.bake._stored import PANEL_ELEMENTS
 from abliterator.bake._write import bake, write_config
@@ -27,7 +28,7 @@ __all__ = [
     "plan_edits",
     "preview_edit",
     "require_adapter_form",
-    "require_d_model",
+    "require_fit",
     "write_adapter",
     "write_config",
 ]

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from abliterator.bake._plan import EditPlan, PlannedEdit, require_d_model
+from abliterator.bake._plan import EditPlan, PlannedEdit, require_fit
 from abliterator.bake._stored import panels, residual_first
 from abliterator.bake._write import removal_of
 from abliterator.checkpoint import Checkpoint, write_bytes_atomic, write_text_atomic
@@ -55,7 +55,7 @@ def write_adapter(
     Args:
         checkpoint: the base.
         plan: which writers are edited, and how strongly; as `require_adapter_form` wants it.
-        basis: Q [H, k], orthonormal, float64.
+        basis: Q [H, k], or [L, H, k] with one a block, orthonormal, float64.
         out: a folder; files of the same names in it are replaced, each in one step.
         base_model: Hub id or name of the base, for PEFT's config.
         revision: commit of the base.
@@ -66,7 +66,7 @@ def write_adapter(
     from safetensors.torch import save
 
     require_adapter_form(plan)
-    require_d_model(basis, plan.d_model)
+    require_fit(basis, plan)
     tensors = {}
     for edit in plan.edits:
         reads, writes = _factors(checkpoint, edit, basis)
@@ -78,8 +78,8 @@ def write_adapter(
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base_model,
         "revision": revision,
-        "r": basis.shape[1],
-        "lora_alpha": basis.shape[1],  # PEFT multiplies by lora_alpha / r
+        "r": basis.shape[-1],
+        "lora_alpha": basis.shape[-1],  # PEFT multiplies by lora_alpha / r
         "lora_dropout": 0.0,
         "bias": "none",
         "target_modules": sorted(edit.writer.module for edit in plan.edits),

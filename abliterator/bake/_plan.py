@@ -62,6 +62,7 @@ class EditPlan:
     edits: tuple[PlannedEdit, ...]
     settings: EditSettings
     d_model: int
+    n_layers: int
     writers: tuple[Writer, ...] = ()
 
     def with_strengths(self, strengths: Mapping[str, float]) -> EditPlan:
@@ -101,15 +102,40 @@ def plan_edits(checkpoint: Checkpoint, anatomy: Anatomy, settings: EditSettings)
         edits.append(_planned(writer, strength, checkpoint))
         for gain in writer.gains:
             _require_plain(checkpoint.tensors[gain])
-    return EditPlan(tuple(edits), settings, anatomy.d_model, writers)
+    return EditPlan(tuple(edits), settings, anatomy.d_model, anatomy.n_layers, writers)
 
 
-def require_d_model(basis: Tensor, d_model: int) -> None:
-    """Raises UnsupportedModel unless the subspace [H, k] was made for a model of this width."""
-    if basis.shape[0] != d_model:
+def require_fit(basis: Tensor, plan: EditPlan) -> None:
+    """Stops at a subspace that is not one for the planned model.
+
+    Args:
+        basis: Q [H, k], or [L, H, k] with one a block.
+        plan: which writers are edited.
+
+    Raises:
+        UnsupportedModel: for another width or another number of blocks than the model's.
+        RecipeError: where embeddings are edited, to which no block's subspace belongs.
+    """
+    width = basis.shape[-2]
+    if width != plan.d_model:
         raise UnsupportedModel(
-            f"The subspace has {basis.shape[0]} dimensions, the model's residual stream {d_model}: "
+            f"The subspace has {width} dimensions, the model's residual stream {plan.d_model}: "
             f"it was made for another model."
+        )
+    if basis.ndim == 2:
+        return
+    if len(basis) != plan.n_layers:
+        raise UnsupportedModel(
+            f"There is a subspace for each of {len(basis)} blocks, and the model has "
+            f"{plan.n_layers}. Give one for every block (what block i writes loses the i-th), or "
+            "one for all, [d_model, k]."
+        )
+    outside = next((e.writer.name for e in plan.edits if e.writer.layer < 0), None)
+    if outside is not None:
+        raise RecipeError(
+            f"`edit.embeddings` would edit {outside}, which belongs to no block, and each block "
+            "has a subspace of its own. Leave `embeddings: false`, or give one subspace for all, "
+            "[d_model, k]."
         )
 
 

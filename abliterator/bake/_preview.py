@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from abliterator.bake._plan import EditPlan, PlannedEdit, require_d_model
+from abliterator.bake._plan import EditPlan, PlannedEdit, require_fit
 from abliterator.bake._write import removal_of
 from abliterator.checkpoint import Checkpoint
 from abliterator.errors import RecipeError
@@ -33,7 +33,7 @@ def preview_edit(
     Args:
         loaded: the base.
         plan: which writers are edited, and how strongly.
-        basis: Q [H, k]; gradients flow to it.
+        basis: Q [H, k], or [L, H, k] with one a block; gradients flow to it.
         strengths: by module path of the writer, instead of the plan's; gradients flow to tensors.
 
     Raises:
@@ -44,7 +44,7 @@ def preview_edit(
 
     if plan.settings.norm != "none":
         raise RecipeError("`edit.norm: column` has no run-time form; bake the edit instead.")
-    require_d_model(basis, plan.d_model)
+    require_fit(basis, plan)
     checkpoint = Checkpoint.open(loaded.folder)
     hooks: dict[str, Callable[[Tensor], Tensor]] = {}
     for edit in plan.edits:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from abliterator.anatomy import Writer
-from abliterator.bake._plan import EditPlan, PlannedEdit, require_d_model
+from abliterator.bake._plan import EditPlan, PlannedEdit, require_fit
 from abliterator.bake._stored import edit_stored, read_scale, read_vector
 from abliterator.checkpoint import (
     CONFIG_FILE,
@@ -47,7 +47,7 @@ def bake(
     Args:
         checkpoint: the base.
         plan: from `plan_edits` on the same checkpoint.
-        basis: Q [H, k], orthonormal, float64.
+        basis: Q [H, k], or [L, H, k] with one a block, orthonormal, float64.
         out: a folder; files of the same names in it are replaced, each in one step.
         made_from: for config.json.
         on_bytes: called with the size of each weight file when it is done.
@@ -55,7 +55,7 @@ def bake(
     Returns:
         One `TensorEdit` per edited tensor, in the order of the files.
     """
-    require_d_model(basis, plan.d_model)
+    require_fit(basis, plan)
     with _one_thread():
         return _bake(checkpoint, plan, basis, out, made_from, on_bytes)
 
@@ -128,14 +128,14 @@ def _one_thread() -> Iterator[None]:
 
 
 def removal_of(writer: Writer, checkpoint: Checkpoint, basis: Tensor) -> Removal:
-    """How Q [H, k] is removed from what this writer writes: through the gains that follow it."""
+    """How the Q of its block is removed from what a writer writes: through the gains after it."""
     import torch
 
-    from abliterator.subspace import removal_of_basis
+    from abliterator.subspace import basis_of_block, removal_of_basis
 
     gains = [read_vector(checkpoint, gain) + writer.gain_offset for gain in writer.gains]
     gain = torch.stack(gains).prod(dim=0) if gains else None
-    return removal_of_basis(basis.double(), gain)
+    return removal_of_basis(basis_of_block(basis, writer.layer).double(), gain)
 
 
 def _report(
@@ -150,7 +150,8 @@ def _report(
         gains=edit.writer.gains,
         dtype=edit.info.dtype,
         shape=edit.info.shape,
-        k=basis.shape[1],
+        k=basis.shape[-1],
+        subspace="all" if basis.ndim == 2 else "block",
         strength=edit.strength,
         leak=leak,
         sha256_before=patched.sha256_before,

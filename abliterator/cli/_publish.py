@@ -56,17 +56,24 @@ def _folders(out: Path, base: str | None) -> _Folders:
 @click.command()
 @click.argument("out", type=click.Path(exists=True, file_okay=False, path_type=Path))
 @BASE
+@click.option(
+    "--subspace",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="What was removed, to measure the leak again.  [default: the build's]",
+)
 @JSON
 @click.pass_context
-def verify(ctx: click.Context, out: Path, base: str | None, as_json: bool) -> None:
+def verify(
+    ctx: click.Context, out: Path, base: str | None, subspace: Path | None, as_json: bool
+) -> None:
     """Prove that OUT is its base but for the edits: every byte compared, the leak measured again.
 
     OUT is the folder of a build, or a checkpoint folder (also one from the Hub).
     """
     from abliterator.verification import verify as prove
 
-    base_folder, checkpoint, subspace = _folders(out, base)
-    found = prove(base_folder, checkpoint, subspace=subspace)
+    base_folder, checkpoint, own = _folders(out, base)
+    found = prove(base_folder, checkpoint, subspace=subspace or own)
     click.echo(json.dumps(found.to_json(), indent=1) if as_json else _told(found, checkpoint))
     if not found.ok:
         ctx.exit(1)

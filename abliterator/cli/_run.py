@@ -71,7 +71,8 @@ STAGE_COMMANDS = (
 @click.option(
     "--subspace",
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
-    help="Without a recipe: safetensors file with a tensor `subspace` [d_model, k].",
+    help="Without a recipe: safetensors file with a tensor `subspace` [d_model, k], or "
+    "[n_layers, d_model, k] with one a block.",
 )
 @JSON
 def bake(

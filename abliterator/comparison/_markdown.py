@@ -50,6 +50,8 @@ def _verdict(weights: WeightDiff) -> str:
         "rounding": "No tensor differs by more than rounding to its dtype.",
         "directional": f"A directional edit of rank {weights.rank}: every matrix that differs "
         "removes the same directions on its output side.",
+        "directional_by_block": f"A directional edit of rank {weights.rank}, block by block: every "
+        "matrix that differs removes directions of its block's own on its output side.",
         "low_rank": "No directional edit: deltas have a low rank, but they do not remove one "
         "subspace on the output side. A LoRA looks like this.",
         "full_rank": "No directional edit: some delta has full rank. A fine-tune or noise looks "

@@ -8,7 +8,9 @@ from pydantic import Field
 
 from abliterator.record import Behaviour, BenchmarkResult, Divergence, Frozen, JudgeIdentity
 
-Verdict = Literal["identical", "rounding", "directional", "low_rank", "full_rank", "other"]
+Verdict = Literal[
+    "identical", "rounding", "directional", "directional_by_block", "low_rank", "full_rank", "other"
+]
 
 
 class TensorDelta(Frozen):
@@ -28,9 +30,10 @@ class WeightDiff(Frozen):
     """All that differs between two checkpoints' weights.
 
     `verdict` is "directional" where every matrix that differs removes the same `rank` directions on
-    its output side, "low_rank" where all deltas have a small rank but are no such removal (a LoRA,
-    say), "full_rank" where some delta has none (a fine-tune, noise), "rounding" where nothing
-    differs by more than the stored dtype rounds, "other" for tensors that do not correspond.
+    its output side, "directional_by_block" where blocks have directions of their own, "low_rank"
+    where all deltas have a small rank but are no such removal (a LoRA, say), "full_rank" where some
+    delta has none (a fine-tune, noise), "rounding" where nothing differs by more than the stored
+    dtype rounds, "other" for tensors that do not correspond.
     """
 
     compared: int

@@ -17,7 +17,7 @@ import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, NamedTuple
 
-from abliterator.anatomy import anatomy_of
+from abliterator.anatomy import Writer, anatomy_of
 from abliterator.checkpoint import Checkpoint
 from abliterator.comparison._result import TensorDelta, Verdict, WeightDiff
 from abliterator.errors import AbliteratorError
@@ -56,6 +56,7 @@ class _Measured(NamedTuple):
     basis: torch.Tensor | None = None  # [H, r] of a removal on the output side, orthonormal
     vector: torch.Tensor | None = None  # the delta itself, of a bias or a norm
     noise: Noise | None = None
+    block: int | None = None  # that it is in, where the architecture is known
 
 
 def diff_weights(base: Checkpoint, edited: Checkpoint) -> WeightDiff:
@@ -64,10 +65,13 @@ def diff_weights(base: Checkpoint, edited: Checkpoint) -> WeightDiff:
     One pair of tensors is in memory at a time.
     """
     shared = [name for name in base.tensors if name in edited.tensors]
-    axes = _writing_axes(base)
-    measured = [
-        found for name in shared if (found := _measure(base, edited, name, axes)) is not None
-    ]
+    writers = _writers(base)
+    measured = []
+    for name in shared:
+        writer = writers.get(name)
+        found = _measure(base, edited, name, writing_axis=writer.axis if writer else 0)
+        if found is not None:
+            measured.append(found._replace(block=writer.layer if writer else None))
     deltas = tuple(found.delta for found in measured)
     only_base = tuple(name for name in base.tensors if name not in edited.tensors)
     only_edited = tuple(name for name in edited.tensors if name not in base.tensors)
@@ -83,17 +87,17 @@ def diff_weights(base: Checkpoint, edited: Checkpoint) -> WeightDiff:
     )
 
 
-def _writing_axes(base: Checkpoint) -> Mapping[str, int]:
-    """The axis of each writer that lies in the residual stream, where the architecture is known."""
+def _writers(base: Checkpoint) -> Mapping[str, Writer]:
+    """What writes the residual stream, by name; nothing where the architecture is not known."""
     try:
         writers = anatomy_of(base.config).writers(base.shapes)
     except AbliteratorError:
         return {}
-    return {writer.name: writer.axis for writer in writers}
+    return {writer.name: writer for writer in writers}
 
 
 def _measure(
-    base: Checkpoint, edited: Checkpoint, name: str, axes: Mapping[str, int]
+    base: Checkpoint, edited: Checkpoint, name: str, *, writing_axis: int
 ) -> _Measured | None:
     """The delta of one tensor; None where the bytes are the same."""
     before, after = base.tensors[name], edited.tensors[name]
@@ -121,7 +125,7 @@ def _measure(
         return _Measured(told, vector=difference, noise=noise)
     if difference.dim() != 2:
         return _Measured(told)
-    return _measure_matrix(told, weight, difference, noise, writing_axis=axes.get(name, 0))
+    return _measure_matrix(told, weight, difference, noise, writing_axis=writing_axis)
 
 
 def _noise(weight: torch.Tensor, bits: int) -> Noise:
@@ -215,7 +219,25 @@ def _verdict(measured: list[_Measured], *, complete: bool) -> tuple[Verdict, int
     basis = _shared_basis([found.basis for found in matrices])
     if basis is not None and all(_lies_in(found, basis) for found in changed):
         return "directional", basis.shape[1]
+    rank = _rank_by_block(changed)
+    if rank is not None:
+        return "directional_by_block", rank
     return "low_rank", max(found.delta.rank or 0 for found in matrices)
+
+
+def _rank_by_block(changed: list[_Measured]) -> int | None:
+    """The rank of what each block's writers lose, where every block has one subspace for them."""
+    blocks = {found.block for found in changed}
+    if None in blocks or len(blocks) < 2:
+        return None
+    ranks = set()
+    for block in blocks:
+        own = [found for found in changed if found.block == block]
+        basis = _shared_basis([found.basis for found in own if found.vector is None])
+        if basis is None or not all(_lies_in(found, basis) for found in own):
+            return None
+        ranks.add(basis.shape[1])
+    return ranks.pop() if len(ranks) == 1 else None
 
 
 def _shared_basis(bases: list[torch.Tensor | None]) -> torch.Tensor | None:
@@ -223,7 +245,7 @@ def _shared_basis(bases: list[torch.Tensor | None]) -> torch.Tensor | None:
     import torch
 
     known = [basis for basis in bases if basis is not None]
-    if len(known) < len(bases) or len({basis.shape[0] for basis in known}) > 1:
+    if not known or len(known) < len(bases) or len({basis.shape[0] for basis in known}) > 1:
         return None
     # The squares of these are the eigenvalues of the mean projector: 1 for what all share.
     stacked = torch.cat(known, dim=1) / math.sqrt(len(known))

@@ -212,7 +212,8 @@ def bake_subspace(
 
     Args:
         model: Hub id or local folder.
-        subspace: safetensors file with a tensor `subspace` [H, k].
+        subspace: safetensors file with a tensor `subspace` [H, k], or [L, H, k], of which Q[i] is
+            removed from what block i writes (L = n_layers); columns are made orthonormal.
         out: a folder that does not exist yet, or is empty.
         edit: how; by default strength 1 on every writer.
 

@@ -36,7 +36,7 @@ def descend(
     Args:
         subject: the model, and which writers are edited.
         lessons: from `make_lessons`.
-        basis: Q [H, k] of the start.
+        basis: Q [H, k] of the start, or [L, H, k] with one a block.
         settings: of the descent.
         on_step: called with each step that is done.
 

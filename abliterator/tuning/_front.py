@@ -27,7 +27,7 @@ class Yardstick:
 
     Args:
         subject: the model and the prompts.
-        start: Q [H, k] that the descent began with.
+        start: Q [H, k], or [L, H, k], that the descent began with.
         tokens: of the base's answers to neutral prompts, along which divergence is measured.
     """
 
@@ -54,7 +54,7 @@ class Yardstick:
         return Point(
             kl_weight=kl_weight,
             scale=scale,
-            cosine=float(torch.linalg.svdvals(self._start.double().T @ setting.basis)[-1]),
+            cosine=_cosine(self._start, setting.basis),
             kl=float(torch.cat(kl).mean()),
             kl_first_token=float(torch.stack([row[0] for row in kl]).mean()),
             refusal=_estimate(rate_interval(sum(bool(v.refused) for v in verdicts), len(verdicts))),
@@ -70,6 +70,11 @@ class Yardstick:
             return [
                 row for batch in batches for row in answer_logprobs(self._subject.loaded, batch)
             ]
+
+
+def _cosine(start: Tensor, basis: Tensor) -> float:
+    """The least singular value of Q_startᵀ Q, over all blocks where each has its own."""
+    return float(torch.linalg.svdvals(start.double().mT @ basis).min())
 
 
 def with_front(points: Sequence[Point]) -> list[Point]:

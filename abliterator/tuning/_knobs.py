@@ -22,6 +22,8 @@ SLOWEST = 0.1  # share of its rate that a leg ends with
 class Knobs:
     """Strengths as logits, one a writer's module, and directions as the columns of a matrix.
 
+    Where each block has a subspace of its own, there is a matrix for each.
+
     A strength starts half way to `STRONGEST`, where it can move both ways, unless it is not tuned.
     """
 
@@ -43,7 +45,7 @@ class Knobs:
         if self._fixed is not None:
             tuned = []
         if self._columns.requires_grad:
-            rate = DIRECTION_RATE * self._columns.shape[0] ** -0.5
+            rate = DIRECTION_RATE * self._columns.shape[-2] ** -0.5
             tuned.append({"params": [self._columns], "lr": rate})
         return torch.optim.Adam(tuned)
 
@@ -56,7 +58,7 @@ class Knobs:
 
     def setting(self) -> Setting:
         """As the knobs stand, without gradients."""
-        basis = orthonormal_basis(self._columns.detach().T)
+        basis = _orthonormal(self._columns.detach())
         strengths = self._strengths().detach().tolist()
         return Setting(basis, dict(zip(self._modules, strengths, strict=True))).scaled(1)
 
@@ -67,16 +69,23 @@ class Knobs:
         if not self._columns.requires_grad:
             return self._columns
         q, r = torch.linalg.qr(self._columns)
-        basis: Tensor = q * r.diagonal().sign()
+        basis: Tensor = q * r.diagonal(dim1=-2, dim2=-1).sign()[..., None, :]
         return basis
 
 
 def mean_of(settings: Sequence[Setting]) -> Setting:
     """The mean of edits that lie near to one another."""
-    basis = orthonormal_basis(torch.stack([s.basis for s in settings]).mean(dim=0).T)
+    basis = _orthonormal(torch.stack([s.basis for s in settings]).mean(dim=0))
     modules = settings[0].strengths
     mean = {m: sum(s.strengths[m] for s in settings) / len(settings) for m in modules}
     return Setting(basis, mean).scaled(1)
+
+
+def _orthonormal(columns: Tensor) -> Tensor:
+    """Q of columns [H, k], or of each block's [L, H, k]; float64."""
+    if columns.ndim == 2:
+        return orthonormal_basis(columns.T)
+    return torch.stack([orthonormal_basis(own.T) for own in columns])
 
 
 def slow_down(optimiser: torch.optim.Optimizer, share: float) -> None:

@@ -112,7 +112,7 @@ class Setting(NamedTuple):
     """An edit: Q and one strength a writer.
 
     Attributes:
-        basis: Q [H, k] float64, orthonormal columns.
+        basis: Q [H, k] float64, orthonormal columns; or [L, H, k] with one a block.
         strengths: by module path of the writer.
     """
 

@@ -41,8 +41,8 @@ def verify(
     Args:
         base: folder of the base model.
         checkpoint: folder of the edited one.
-        subspace: safetensors file with the removed subspace Q [H, k]; without it the leak is not
-            measured again.
+        subspace: safetensors file with the removed subspace Q [H, k], or [L, H, k] with one a
+            block; without it the leak is not measured again.
         on_bytes: called with the size of each weight file when it is done.
 
     Raises:

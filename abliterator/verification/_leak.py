@@ -20,13 +20,23 @@ _PANEL_ELEMENTS = 1 << 21  # elements of a tensor that are float64 at once
 
 
 class LeakMeter:
-    """Measures the writers of one base model against one subspace Q [H, k]."""
+    """Measures the writers of one base model against Q [H, k], or [L, H, k]: one a block.
+
+    Raises:
+        CheckpointError: for a subspace of each block of a model that has another number of them.
+    """
 
     def __init__(self, base: Checkpoint, basis: Tensor) -> None:
+        anatomy = anatomy_of(base.config)
+        if basis.ndim == 3 and len(basis) != anatomy.n_layers:
+            raise CheckpointError(
+                f"There is a subspace for each of {len(basis)} blocks, and the model has "
+                f"{anatomy.n_layers}: it was made for another model. Give the subspace of this run."
+            )
         self._base = base
         self._basis = basis.double()
         self._writers: dict[str, Writer] = {
-            writer.name: writer for writer in anatomy_of(base.config).writers(base.shapes)
+            writer.name: writer for writer in anatomy.writers(base.shapes)
         }
 
     def leak(self, info: TensorInfo, before: bytearray, after: bytearray) -> float | None:
@@ -42,15 +52,26 @@ class LeakMeter:
                 f"{info.name} was edited, but it does not write the residual stream of this model; "
                 "only tensors that do were expected. Build the checkpoint again."
             )
-        read = self._basis * self._gain(writer)
+        read = self._removed_from(writer) * self._gain(writer)
         was, is_now = (self._squared(data, info, writer, read) for data in (before, after))
         return (is_now / was) ** 0.5 if was > 0 else None
+
+    def _removed_from(self, writer: Writer) -> Tensor:
+        """[H, k]: the subspace that this writer should have lost."""
+        if self._basis.ndim == 2:
+            return self._basis
+        if writer.layer < 0:
+            raise CheckpointError(
+                f"{writer.name} was edited, but it belongs to no block, and each block has a "
+                "subspace of its own. Give the subspace that this checkpoint was made with."
+            )
+        return self._basis[writer.layer]
 
     def _gain(self, writer: Writer) -> Tensor:
         """[H, 1]: what multiplies the write on its way into the stream."""
         import torch
 
-        gain = torch.ones(self._basis.shape[0], 1, dtype=torch.float64)
+        gain = torch.ones(self._basis.shape[-2], 1, dtype=torch.float64)
         for name in writer.gains:
             gain = gain * (self._stored(name)[:, None] + writer.gain_offset)
         return gain
