@@ -25,6 +25,7 @@ from abliterator.record import Completion, FinishReason, Side
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedModel
+    from transformers.generation.streamers import BaseStreamer
 
 
 @dataclass(frozen=True)
@@ -105,6 +106,38 @@ def generate(
     return [answers[i] for i in range(len(prompts))]
 
 
+def stream(
+    loaded: LoadedModel,
+    prompt: Sequence[int],
+    *,
+    max_new_tokens: int,
+    stop_ids: Sequence[int],
+    on_text: Callable[[str], None],
+) -> None:
+    """The answer that `generate` gives to one prompt, told piece by piece as it comes.
+
+    Args:
+        loaded: the model.
+        prompt: token ids of a rendered prompt.
+        max_new_tokens: at most this many.
+        stop_ids: tokens that end the answer; they are not told.
+        on_text: hears each piece; together they are the text.
+    """
+    from transformers import TextStreamer
+
+    class Teller(TextStreamer):  # type: ignore[misc]
+        def put(self, value: torch.Tensor) -> None:
+            if self.next_tokens_are_prompt or value.item() not in stop_ids:
+                super().put(value)
+
+        def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+            on_text(text)
+
+    teller = Teller(loaded.tokenizer, skip_prompt=True, skip_special_tokens=True)
+    with _only(loaded.model, _greedy(loaded, max_new_tokens, stop_ids)):
+        _continuations(loaded, [prompt], [0], streamer=teller)
+
+
 def as_completions(
     answers: Sequence[Answer], prompts: Sequence[str], *, set_name: str, side: Side
 ) -> list[Completion]:
@@ -163,7 +196,10 @@ def _only(model: PreTrainedModel, config: GenerationConfig) -> Iterator[None]:
 
 
 def _continuations(
-    loaded: LoadedModel, prompts: Sequence[Sequence[int]], batch: list[int]
+    loaded: LoadedModel,
+    prompts: Sequence[Sequence[int]],
+    batch: list[int],
+    streamer: BaseStreamer | None = None,
 ) -> list[list[int]]:
     """What the model adds to each prompt in `batch`, padding after the stop token included."""
     width = max(len(prompts[i]) for i in batch)
@@ -172,7 +208,9 @@ def _continuations(
     mask = torch.tensor([[0] * (width - len(prompts[i])) + [1] * len(prompts[i]) for i in batch])
     with torch.inference_mode():
         output = loaded.model.generate(
-            input_ids=ids.to(loaded.device), attention_mask=mask.to(loaded.device)
+            input_ids=ids.to(loaded.device),
+            attention_mask=mask.to(loaded.device),
+            streamer=streamer,
         )
     rows: list[list[int]] = output[:, width:].tolist()
     return rows

@@ -11,6 +11,7 @@ from typing import Any
 
 import click
 
+from abliterator.cli._chat import chat
 from abliterator.cli._compare import compare
 from abliterator.cli._init import init
 from abliterator.cli._judge import judge_calibrate
@@ -48,6 +49,7 @@ def main(verbose: bool) -> None:
 COMMANDS = (
     bake,
     build,
+    chat,
     compare,
     init,
     judge_calibrate,

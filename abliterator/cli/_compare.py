@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from abliterator.cli._options import JSON, judge_arguments, read_judge
+from abliterator.cli._options import JSON, computing_arguments, judge_arguments, read_judge
 from abliterator.cli._show import Bars
 
 if TYPE_CHECKING:
@@ -28,14 +28,7 @@ FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 @click.option("--limit", default=100, show_default=True, help="Prompts of each file.")
 @click.option("--task-limit", default=500, show_default=True, help="Documents of each task.")
 @click.option("--max-new-tokens", default=256, show_default=True, help="Tokens of an answer.")
-@click.option("--device", default="auto", show_default=True, help="cpu, cuda, cuda:1, mps.")
-@click.option(
-    "--dtype",
-    type=click.Choice(["auto", "float32", "bfloat16", "float16"]),
-    default="auto",
-    show_default=True,
-    help="Dtype of computation; auto is float32 on a CPU, else as stored.",
-)
+@computing_arguments
 @judge_arguments
 @JSON
 def compare(
@@ -59,14 +52,16 @@ def compare(
     --recipe, or by --set judge.base_url=URL --set judge.model=NAME.
     """
     from abliterator.benchmarks import RunSettings
+    from abliterator.checkpoint import Checkpoint
     from abliterator.comparison import CompareSettings, to_markdown
     from abliterator.comparison import compare as compared
     from abliterator.judge import cache_folder
-    from abliterator.pipeline import judge_of, require_key
+    from abliterator.pipeline import Options, judge_of, require_key
     from abliterator.prompts import PromptSource, load_prompts
 
     sets = {"target": target, "neutral": neutral}
-    where = _device(device)
+    folder, options = _folder(base), Options(device=device, dtype=dtype)
+    computed = options.computing(Checkpoint.open(folder))
     settings = CompareSettings(
         prompts={
             name: load_prompts(name, PromptSource(path=path, limit=limit)).prompts
@@ -75,14 +70,14 @@ def compare(
         },
         tasks=_tasks(tasks),
         max_new_tokens=max_new_tokens,
-        benchmarks=RunSettings(limit=task_limit, device=where, dtype=_dtype(dtype, where)),
+        benchmarks=RunSettings(limit=task_limit, device=options.on, dtype=computed),
     )
     judge_settings = read_judge(**asked)
     require_key(judge_settings)  # before any model answers
     judge = judge_of(judge_settings, cache=cache_folder() / "judge.sqlite")
     with tempfile.TemporaryDirectory(prefix="abliterator-") as scratch:
         found = compared(
-            _folder(base), _folder(edited), settings, judge, scratch=Path(scratch), bar=Bars().bar
+            folder, _folder(edited), settings, judge, scratch=Path(scratch), bar=Bars().bar
         )
     click.echo(found.model_dump_json(indent=1) if as_json else to_markdown(found), nl=as_json)
 
@@ -106,19 +101,3 @@ def _tasks(names: str) -> list[Task]:
         for request in (preset_tasks(name) if name in PRESETS else [name])
     ]
     return resolve_tasks(asked, folder=Path.cwd()) if asked else []
-
-
-def _device(name: str) -> str:
-    if name != "auto":
-        return name
-    import torch
-
-    if torch.cuda.is_available():
-        return "cuda"
-    return "mps" if torch.backends.mps.is_available() else "cpu"
-
-
-def _dtype(name: str, device: str) -> str | None:
-    if name == "auto":
-        return "float32" if device == "cpu" else None
-    return name

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,11 +23,7 @@ SET = click.option(
 )
 JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 
-WHERE = (
-    click.option(
-        "--out", type=click.Path(path_type=Path), help="Output folder.  [default: out/RECIPE]"
-    ),
-    SET,
+COMPUTING = (
     click.option("--device", default="auto", show_default=True, help="cpu, cuda, cuda:1, mps."),
     click.option(
         "--dtype",
@@ -36,6 +32,14 @@ WHERE = (
         show_default=True,
         help="Dtype of computation; what is stored keeps its own.",
     ),
+)
+
+WHERE = (
+    click.option(
+        "--out", type=click.Path(path_type=Path), help="Output folder.  [default: out/RECIPE]"
+    ),
+    SET,
+    *COMPUTING,
     click.option("--force", is_flag=True, help="Go on in a folder that another recipe made."),
 )
 
@@ -56,11 +60,14 @@ JUDGE = (
 )
 
 
+def computing_arguments(command: Command) -> Command:
+    """On which device, and in which dtype."""
+    return _decorated(command, COMPUTING)
+
+
 def judge_arguments(command: Command) -> Command:
     """Which judge, and how it is set up."""
-    for decorator in reversed(JUDGE):
-        command = decorator(command)
-    return command
+    return _decorated(command, JUDGE)
 
 
 def read_judge(
@@ -83,11 +90,15 @@ def recipe_arguments(*, required: bool = True) -> Callable[[Command], Command]:
     )
 
     def decorate(command: Command) -> Command:
-        for decorator in reversed((argument, *WHERE)):
-            command = decorator(command)
-        return command
+        return _decorated(command, (argument, *WHERE))
 
     return decorate
+
+
+def _decorated(command: Command, decorators: Sequence[Callable[[Command], Command]]) -> Command:
+    for decorator in reversed(decorators):
+        command = decorator(command)
+    return command
 
 
 def read_recipe(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from abliterator.errors import UnsupportedModel
@@ -23,11 +23,13 @@ def render_chat(
     *,
     system: str | None = None,
     template_kwargs: Mapping[str, Any] | None = None,
+    before: Sequence[tuple[str, str]] = (),
 ) -> list[int]:
-    """Token ids of a chat of one user turn, up to and with the generation prompt.
+    """Token ids of a chat up to and with the generation prompt; of one user turn, or of more.
 
-    The template writes the special tokens, so the text is tokenised without adding any (no second
-    BOS). A template that asks for the date gets a fixed one.
+    `before` are the turns that went before `prompt`, each with its answer. The template writes the
+    special tokens, so the text is tokenised without adding any (no second BOS). A template that
+    asks for the date gets a fixed one.
 
     Raises:
         UnsupportedModel: if there is no chat template, or it refuses these messages.
@@ -40,9 +42,11 @@ def render_chat(
             "trained to read them. Use the chat or instruct version of the model, or put a "
             "chat_template.jinja in its folder."
         )
-    turns = [{"role": "user", "content": prompt}]
-    if system is not None:
-        turns.insert(0, {"role": "system", "content": system})
+    turns = [] if system is None else [{"role": "system", "content": system}]
+    for asked, answered in before:
+        turns.append({"role": "user", "content": asked})
+        turns.append({"role": "assistant", "content": answered})
+    turns.append({"role": "user", "content": prompt})
     template = tokenizer.get_chat_template()
     if "strftime_now" in template:
         template = _FIXED_CLOCK + template

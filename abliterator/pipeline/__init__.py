@@ -48,6 +48,7 @@ from abliterator.pipeline._rollouts import ROLLOUTS
 from abliterator.pipeline._run import Options, Run, require_pinned_code, resolve
 from abliterator.pipeline._selection import SELECTION
 from abliterator.pipeline._stage import Stage
+from abliterator.pipeline._talk import Talk, Turns, open_talk
 from abliterator.pipeline._tuning import TUNING
 from abliterator.pipeline._workspace import Workspace
 from abliterator.recipe import Edit, Recipe
@@ -62,11 +63,14 @@ __all__ = [
     "Progress",
     "Reproduction",
     "Silent",
+    "Talk",
+    "Turns",
     "bake_subspace",
     "build",
     "compare_rebuilt",
     "first_recipe",
     "judge_of",
+    "open_talk",
     "plan_model",
     "plan_recipe",
     "read_record",

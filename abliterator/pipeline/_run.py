@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from abliterator.checkpoint import fingerprint
+from abliterator.checkpoint import Checkpoint, fingerprint
 from abliterator.errors import RecipeError
 from abliterator.pipeline._plan import Plan
 from abliterator.pipeline._progress import Progress, Silent
@@ -41,6 +41,25 @@ class Options:
     dtype: str = "auto"
     force: bool = False
 
+    @property
+    def on(self) -> str:
+        """The device, as torch names it."""
+        if self.device != "auto":
+            return self.device
+        import torch
+
+        if torch.cuda.is_available():
+            return "cuda"
+        return "mps" if torch.backends.mps.is_available() else "cpu"
+
+    def computing(self, checkpoint: Checkpoint) -> str | None:
+        """The dtype in which a checkpoint is computed; None is the stored one."""
+        if self.dtype != "auto":
+            return self.dtype
+        in_float32 = sum(4 * math.prod(t.shape) for t in checkpoint.tensors.values())
+        fits = in_float32 < _memory_bytes() / 2
+        return "float32" if self.on == "cpu" and fits else None
+
 
 @dataclass
 class Run:
@@ -57,22 +76,12 @@ class Run:
     @property
     def device(self) -> str:
         """The device of computation."""
-        if self.options.device != "auto":
-            return self.options.device
-        import torch
-
-        if torch.cuda.is_available():
-            return "cuda"
-        return "mps" if torch.backends.mps.is_available() else "cpu"
+        return self.options.on
 
     @property
     def dtype(self) -> str | None:
         """The dtype of computation; None is the stored one."""
-        if self.options.dtype != "auto":
-            return self.options.dtype
-        in_float32 = sum(4 * math.prod(t.shape) for t in self.plan.checkpoint.tensors.values())
-        fits = in_float32 < _memory_bytes() / 2
-        return "float32" if self.device == "cpu" and fits else None
+        return self.options.computing(self.plan.checkpoint)
 
     @property
     def base_id(self) -> str:

@@ -121,13 +121,18 @@ class Workspace:
         files = (path for path in self.out.rglob("*") if path.is_symlink() or not path.is_dir())
         return self.out.is_dir() and all(path in begun for path in files)
 
+    @property
+    def is_ours(self) -> bool:
+        """Whether a run made the folder."""
+        return self._ours.is_file() and self._recipe.is_file()
+
     def recipe(self) -> Recipe:
         """The resolved recipe of a folder of ours.
 
         Raises:
             OutputError: if the folder is not ours.
         """
-        if not self._ours.is_file() or not self._recipe.is_file():
+        if not self.is_ours:
             raise OutputError(f"{self.out} is not a folder that `abliterator build` made.")
         return load_recipe(self._recipe)
 

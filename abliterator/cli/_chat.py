@@ -1,0 +1,101 @@
+"""The command that talks to a model, base and edited."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from typing import TYPE_CHECKING
+
+import click
+
+from abliterator.cli._options import computing_arguments
+
+if TYPE_CHECKING:
+    from abliterator.pipeline import Talk, Turns
+    from abliterator.record import Side
+
+
+@click.command()
+@click.argument("model")
+@click.option("--base", "only_base", is_flag=True, help="Talk to the base in place of the edited.")
+@click.option("--compare", is_flag=True, help="Let both answer, first the base.")
+@click.option("--max-new-tokens", type=click.IntRange(min=1), help="Tokens of an answer, at most.")
+@computing_arguments
+def chat(
+    model: str,
+    only_base: bool,
+    compare: bool,
+    max_new_tokens: int | None,
+    device: str,
+    dtype: str,
+) -> None:
+    """Talk to MODEL: the folder of a build, a checkpoint, or a Hub id.
+
+    Template, system prompt, stop tokens and length are the recipe's, and answers are greedy, as
+    those that were measured. Ctrl-C stops an answer, Ctrl-D ends, an empty line begins a new
+    conversation. Without a terminal, every line of stdin is a conversation of one prompt. Nothing
+    is kept.
+    """
+    from abliterator import pipeline
+
+    if only_base and compare:
+        raise click.UsageError("Give either --base or --compare.")
+    sides: tuple[Side, ...] = (
+        ("base", "edited") if compare else ("base" if only_base else "edited",)
+    )
+    options = pipeline.Options(device=device, dtype=dtype)
+    talk = pipeline.open_talk(model, sides=sides, max_new_tokens=max_new_tokens, options=options)
+    if sys.stdin.isatty():
+        converse(talk)
+        return
+    for line in sys.stdin:
+        for side in talk.speakers if line.strip() else ():
+            say(talk, side, line.strip(), ())
+
+
+def converse(talk: Talk) -> None:
+    """A conversation with each side, until the end of input."""
+    before: dict[Side, list[tuple[str, str]]] = {side: [] for side in talk.speakers}
+    for prompt in _typed():
+        for side, turns in before.items():
+            if not prompt:
+                turns.clear()
+                continue
+            told: list[str] = []
+            try:
+                say(talk, side, prompt, turns, told.append)
+            except KeyboardInterrupt:
+                click.echo(" (stopped)")
+            turns.append((prompt, "".join(told)))
+
+
+def say(
+    talk: Talk, side: Side, prompt: str, before: Turns, heard: Callable[[str], None] | None = None
+) -> None:
+    """One answer on stdout as it comes; `heard` is told the pieces too."""
+
+    def tell(text: str) -> None:
+        click.echo(text, nl=False)
+        sys.stdout.flush()
+        if heard is not None:
+            heard(text)
+
+    if len(talk.speakers) > 1:
+        click.secho(f"{side}: ", nl=False, bold=True)
+    talk.answer(side, prompt, before, tell)
+    click.echo()
+
+
+def _typed() -> Iterator[str]:
+    """What is typed, line by line; Ctrl-C drops a line."""
+    with suppress(ImportError):
+        import readline  # noqa: F401  lines can then be edited
+    while True:
+        try:
+            yield input("> ").strip()
+        except KeyboardInterrupt:
+            click.echo()
+        except EOFError:
+            click.echo()
+            return

@@ -1,0 +1,156 @@
+"""Talking to base and edited, as they were asked when they were measured."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeAlias
+
+from abliterator.checkpoint import Checkpoint
+from abliterator.errors import OutputError, RecipeError
+from abliterator.pipeline._plan import make_plan
+from abliterator.pipeline._rollouts import folder_of
+from abliterator.pipeline._run import Options, Run
+from abliterator.pipeline._tuned import planned_edits
+from abliterator.pipeline._workspace import Workspace
+from abliterator.recipe import Chat, Recipe, load_recipe
+from abliterator.record import Side
+from abliterator.source import RECIPE, resolve_folder
+
+if TYPE_CHECKING:
+    from abliterator.model import LoadedModel
+
+Turns = Sequence[tuple[str, str]]
+# the model of a side, and the edit that it needs while it answers
+Speaker: TypeAlias = "tuple[LoadedModel, Callable[[], AbstractContextManager[None]]]"
+
+
+@dataclass(frozen=True)
+class Talk:
+    """One side or both, loaded, with the recipe's chat.
+
+    Attributes:
+        speakers: who answers.
+        chat: how a prompt becomes a conversation.
+        max_new_tokens: of an answer.
+    """
+
+    speakers: dict[Side, Speaker]
+    chat: Chat
+    max_new_tokens: int
+
+    def answer(
+        self, side: Side, prompt: str, before: Turns, on_text: Callable[[str], None]
+    ) -> None:
+        """Answers greedily, with the stop tokens that measurements have.
+
+        Args:
+            side: who answers.
+            prompt: what is asked.
+            before: earlier turns of this side, each with its answer.
+            on_text: hears the answer piece by piece, thinking included.
+        """
+        from abliterator.generation import stop_ids, stream
+        from abliterator.model import render_chat
+
+        loaded, edit = self.speakers[side]
+        ids = render_chat(
+            loaded.tokenizer,
+            prompt,
+            system=self.chat.system,
+            template_kwargs=self.chat.template_kwargs,
+            before=before,
+        )
+        with edit():
+            stream(
+                loaded,
+                ids,
+                max_new_tokens=self.max_new_tokens,
+                stop_ids=stop_ids(loaded),
+                on_text=on_text,
+            )
+
+
+def open_talk(
+    name: str, *, sides: Sequence[Side], max_new_tokens: int | None, options: Options
+) -> Talk:
+    """Loads what is to be talked to.
+
+    Where both sides of a build are asked for, the base is loaded once and the edit is put on and
+    off at run time, which is equal to the baked weights up to rounding. An edit that has no such
+    form, or a checkpoint without its build, takes two models in memory.
+
+    Args:
+        name: the folder of a build, a checkpoint, or a Hub id.
+        sides: who is to answer.
+        max_new_tokens: of an answer; None for the recipe's, 256 where there is no recipe.
+        options: device and dtype.
+
+    Raises:
+        RecipeError: if the base is asked for and the checkpoint does not say which it is.
+        OutputError: if the build was not finished.
+    """
+    recipe: Recipe | None
+    if Workspace(Path(name)).is_ours:
+        run = _reopened(Path(name), options)
+        recipe, speakers = run.recipe, _of_build(run, sides)
+    else:
+        folder = resolve_folder(name, revision=None).folder
+        recipe = load_recipe(folder / RECIPE) if (folder / RECIPE).is_file() else None
+        speakers = {side: (_load(folder, side, recipe, options), nullcontext) for side in sides}
+    tokens = max_new_tokens or (recipe.rollouts.max_new_tokens if recipe else 256)
+    return Talk(speakers, recipe.chat if recipe else Chat(), tokens)
+
+
+def _reopened(out: Path, options: Options) -> Run:
+    """The run of a folder that was built, to look at."""
+    workspace = Workspace(out)
+    recipe = workspace.recipe()
+    if workspace.marker("config") is None:
+        raise OutputError(f"{out} has no edited checkpoint yet. Go on with `abliterator build`.")
+    plan = make_plan(resolve_folder(recipe.model, revision=recipe.revision), recipe.edit, out)
+    return Run(recipe, plan, workspace, options)
+
+
+def _of_build(run: Run, sides: Sequence[Side]) -> dict[Side, Speaker]:
+    from abliterator.bake import preview_edit
+    from abliterator.directions import load_subspace
+    from abliterator.model import load_model
+
+    if len(sides) > 1 and run.recipe.edit.norm == "none":
+        loaded = run.loaded(run.plan.source.folder)
+        subspace = load_subspace(run.workspace.work / "directions.safetensors")
+        edit = partial(preview_edit, loaded, planned_edits(run), subspace.basis)
+        return {side: (loaded, edit if side == "edited" else nullcontext) for side in sides}
+    trusted = run.recipe.trust_remote_code
+    return {
+        side: (
+            load_model(
+                folder_of(run, side), device=run.device, dtype=run.dtype, trust_remote_code=trusted
+            ),
+            nullcontext,
+        )
+        for side in sides
+    }
+
+
+def _load(folder: Path, side: Side, recipe: Recipe | None, options: Options) -> LoadedModel:
+    """A checkpoint, or the base that its recipe names."""
+    from abliterator.model import load_model
+
+    if side == "base":
+        if recipe is None:
+            raise RecipeError(
+                f"{folder.name} has no {RECIPE} that would say which model is its base. Leave out "
+                "`--base` and `--compare`, or give the folder of a build."
+            )
+        folder = resolve_folder(recipe.model, revision=recipe.revision).folder
+    return load_model(
+        folder,
+        device=options.on,
+        dtype=options.computing(Checkpoint.open(folder)),
+        trust_remote_code=recipe is not None and recipe.trust_remote_code,
+    )
