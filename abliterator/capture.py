@@ -1,4 +1,4 @@
-"""Prompts through a model, to the moments of its residual stream at one position of every layer.
+"""Prompts through a model, to its residual stream at some positions of every layer.
 
 The room does not know what the prompts mean or what is made of the moments. Residual l (1 to
 n_layers) is the output of block l - 1, taken from a hook on the block: transformers'
@@ -14,7 +14,7 @@ would compute alone.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -48,8 +48,7 @@ def capture(
         token_ids: one rendered prompt each.
         blocks: module paths of all blocks, in order.
         position: counted from the end of each prompt: -1 is its last token.
-        padding: "none" batches prompts of equal length; "left" pads in batches of mixed length,
-            which is how most tools do it, and costs exactness in low-precision dtypes.
+        padding: as `residuals` takes it.
         max_batch_tokens: tokens in a batch, padding included.
         on_batch: called with the number of prompts done after each batch.
 
@@ -59,18 +58,55 @@ def capture(
     Raises:
         DirectionError: without prompts, for a prompt with no token at `position`, for NaN.
     """
-    _check_positions(token_ids, position)
+    moments = Moments(len(blocks), loaded.model.config.hidden_size)
+    for batch, vectors in residuals(
+        loaded,
+        token_ids,
+        blocks=blocks,
+        positions=(position,),
+        padding=padding,
+        max_batch_tokens=max_batch_tokens,
+    ):
+        moments.update(vectors[:, 0])
+        if on_batch:
+            on_batch(len(batch))
+    return moments.freeze()
+
+
+def residuals(
+    loaded: LoadedModel,
+    token_ids: Sequence[Sequence[int]],
+    *,
+    blocks: Sequence[str],
+    positions: Sequence[int] = (-1,),
+    padding: Padding = "none",
+    max_batch_tokens: int = 4096,
+) -> Iterator[tuple[list[int], Tensor]]:
+    """The residual stream of every prompt at some positions of every layer, batch by batch.
+
+    Args:
+        loaded: the model.
+        token_ids: one rendered prompt each.
+        blocks: module paths of all blocks, in order.
+        positions: P of them, counted from the end of each prompt: -1 is its last token.
+        padding: "none" batches prompts of equal length; "left" pads in batches of mixed length,
+            which is how most tools do it, and costs exactness in low-precision dtypes.
+        max_batch_tokens: tokens in a batch, padding included.
+
+    Yields:
+        The indices of a batch's prompts, and their vectors [N, P, n_layers, d_model] in the dtype
+        of the model, on its device.
+
+    Raises:
+        DirectionError: without prompts, and for a prompt with no token at a position.
+    """
+    for position in positions:
+        _check_positions(token_ids, position)
     if padding == "none":
         batches = equal_length_batches(token_ids, max_batch_tokens)
     else:
         batches = _mixed_length_batches(token_ids, max_batch_tokens)
-    moments = Moments(len(blocks), loaded.model.config.hidden_size)
-    run = partial(_residuals, loaded, token_ids, blocks, position)
-    for batch, vectors in run_batches(batches, run):
-        moments.update(vectors)
-        if on_batch:
-            on_batch(len(batch))
-    return moments.freeze()
+    yield from run_batches(batches, partial(_residuals, loaded, token_ids, blocks, positions))
 
 
 def save_moments(path: Path, moments: Mapping[str, MomentSet]) -> None:
@@ -96,15 +132,15 @@ def _residuals(
     loaded: LoadedModel,
     token_ids: Sequence[Sequence[int]],
     blocks: Sequence[str],
-    position: int,
+    positions: Sequence[int],
     batch: list[int],
 ) -> Tensor:
-    """[N, L, H] residuals of the prompts in `batch`, in the dtype of the model."""
+    """[N, P, L, H] residuals of the prompts in `batch`, in the dtype of the model."""
     found: dict[str, Tensor] = {}
 
     def keep(path: str, hidden: Tensor) -> None:
-        # A copy: the slice alone would keep the residuals of all positions alive.
-        found[path] = hidden[:, position].clone()
+        # A copy, which a list of positions makes: a view would keep all positions alive.
+        found[path] = hidden[:, list(positions)]
 
     rows = [token_ids[i] for i in batch]
     inputs = (
@@ -118,7 +154,7 @@ def _residuals(
         loaded.model.base_model(
             **{k: v.to(loaded.device) for k, v in inputs.items()}, use_cache=False
         )
-    return torch.stack([found[path] for path in blocks], dim=1)
+    return torch.stack([found[path] for path in blocks], dim=2)
 
 
 def _left_padded(rows: Sequence[Sequence[int]]) -> dict[str, Tensor]:

@@ -11,9 +11,10 @@ directions.safetensors, with `directions` [L, H] (row l - 1 belongs to residual 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -22,7 +23,7 @@ from torch import Tensor
 
 from abliterator.checkpoint import write_bytes_atomic
 from abliterator.errors import DirectionError
-from abliterator.subspace import MomentSet, orthonormal_basis
+from abliterator.subspace import DEPENDENT_BELOW, MomentSet, orthonormal_basis
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,22 @@ class Directions:
     """
 
     vectors: Tensor
+
+
+class Place(NamedTuple):
+    """Where a direction is from.
+
+    Attributes:
+        layer: residual layer, 1 .. L.
+        position: token of the prompt, from its end.
+    """
+
+    layer: int
+    position: int = -1
+
+    def __str__(self) -> str:
+        """As people are told: the layer, and the position where it is not the last token."""
+        return f"{self.layer}" if self.position == -1 else f"{self.layer} at {self.position}"
 
 
 @dataclass(frozen=True)
@@ -68,15 +85,82 @@ def fit_directions(
     return Directions(vectors)
 
 
+def fit_shuffled(
+    target: tuple[MomentSet, MomentSet], contrast: tuple[MomentSet, MomentSet]
+) -> Directions:
+    """Directions of shuffled labels: a control that separates prompts, but not by the behaviour.
+
+    Half of the prompts of each kind against the other half of each kind: the difference between the
+    kinds cancels.
+
+    Args:
+        target: moments of all prompts, and of a random half of them.
+        contrast: the same.
+    """
+    apart = [
+        (half.mean - all_.mean) * all_.n / (all_.n - half.n) for all_, half in (target, contrast)
+    ]
+    return Directions((apart[0] + apart[1]) / 2)
+
+
 def stack(directions: Directions, layers: Sequence[int]) -> Subspace:
-    """Stacks the directions of `layers` (1 .. L, in order of preference) into an orthonormal basis.
+    """`stack_at` of layers at the one position there is."""
+    return stack_at({-1: directions}, [Place(layer) for layer in layers])
+
+
+def stack_at(directions: Mapping[int, Directions], places: Sequence[Place]) -> Subspace:
+    """Stacks the directions of `places`, in order of preference, into an orthonormal basis.
+
+    Args:
+        directions: by position.
+        places: layers 1 .. L at positions of `directions`.
 
     Raises:
-        DirectionError: if one has no length or depends on those before it; it names the layer.
+        DirectionError: if one has no length or depends on those before it; it names the place.
     """
-    chosen = directions.vectors[[layer - 1 for layer in layers]]
-    basis = orthonormal_basis(chosen, [f"layer {layer}" for layer in layers])
-    return Subspace(basis, tuple(layers))
+    chosen = torch.stack([directions[p.position].vectors[p.layer - 1] for p in places])
+    basis = orthonormal_basis(chosen, [f"layer {place}" for place in places])
+    return Subspace(basis, tuple(place.layer for place in places))
+
+
+def per_layer(directions: Directions, layers: Sequence[int]) -> Subspace:
+    """Each block loses the direction of its own layer, or of the nearest of `layers`.
+
+    Args:
+        directions: of L layers.
+        layers: those whose directions are used; layer i + 1 is what block i leaves, and of two
+            equally near the lower one serves.
+
+    Returns:
+        A basis [L, H, 1].
+
+    Raises:
+        DirectionError: if a direction has no length; it names the layer.
+    """
+    one_each = {layer: stack(directions, [layer]).basis for layer in layers}
+    n_layers = len(directions.vectors)
+    nearest = [min(layers, key=lambda at: (abs(at - block - 1), at)) for block in range(n_layers)]
+    return Subspace(torch.stack([one_each[layer] for layer in nearest]), tuple(layers))
+
+
+def within_layer(direction: Tensor, differences: Tensor) -> Tensor:
+    """A direction, then the principal components of the paired differences orthogonal to it.
+
+    Args:
+        direction: r [H], the mean of the differences, of any length.
+        differences: [N, H], target - contrast of each pair at one layer.
+
+    Returns:
+        [n, H] float64: r, then unit vectors, those along which the pairs differ most first; as many
+        as the differences have.
+    """
+    unit = torch.nn.functional.normalize(direction.double(), dim=0)
+    rest = differences.double()
+    rest = rest - (rest @ unit)[:, None] * unit
+    _, lengths, components = torch.linalg.svd(rest, full_matrices=False)
+    # what is left of a float32 number that should be 0 is no direction
+    real = lengths > DEPENDENT_BELOW * differences.double().norm()
+    return torch.cat([direction.double()[None], components[real]])
 
 
 def save_directions(path: Path, directions: Directions, subspace: Subspace) -> None:

@@ -14,7 +14,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -68,6 +67,7 @@ def generate(
     batch_size: int,
     stop_ids: Sequence[int],
     on_batch: Callable[[int], None] | None = None,
+    before_batch: Callable[[list[int]], None] = lambda rows: None,
 ) -> list[Answer]:
     """The most likely token at every step, until a stop token or `max_new_tokens`.
 
@@ -81,6 +81,7 @@ def generate(
         batch_size: prompts at a time.
         stop_ids: tokens that end an answer; they are not part of it.
         on_batch: called with the number of prompts done after each batch.
+        before_batch: called before each batch runs with the indices of its prompts, row by row.
 
     Returns:
         One answer a prompt, in the order of the prompts.
@@ -97,8 +98,13 @@ def generate(
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]), reverse=True)
     batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
     answers: dict[int, Answer] = {}
+
+    def run(batch: list[int]) -> list[list[int]]:
+        before_batch(batch)
+        return _continuations(loaded, prompts, batch)
+
     with _only(loaded.model, _greedy(loaded, max_new_tokens, stop_ids)):
-        for batch, rows in run_batches(batches, partial(_continuations, loaded, prompts)):
+        for batch, rows in run_batches(batches, run):
             for index, row in zip(batch, rows, strict=True):
                 answers[index] = _answer(loaded, row, stop_ids)
             if on_batch:

@@ -4,7 +4,7 @@ The room gets numbers and draws them; it does not know what was chosen or why. I
 `plots` (matplotlib), which is imported when something is drawn.
 
     draw_cosines(Path("cosines.png"), cosines, layers)
-    draw_curves(Path("sweep.png"), layers, {"KL, nats": kl, "product": product}, chosen=(9,))
+    draw_curves(Path("sweep.png"), [(8, -1), (9, -1)], {"KL, nats": [0.1, 0.2]}, chosen=(9,))
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 # Okabe & Ito (2008): told apart with any colour vision.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00")
+MARKS = ("o", "s", "^", "x")
 CHOSEN = "#999999"
 RATES = {"compliance", "coherence", "product"}  # drawn from 0 to 1: small differences look small
 WIDTH = 7.0  # inches; at 150 dots an inch a little over the width of a card
@@ -50,27 +51,50 @@ def draw_cosines(path: Path, cosines: Sequence[Sequence[float]], layers: Sequenc
 
 def draw_curves(
     path: Path,
-    layers: Sequence[int],
+    places: Sequence[tuple[int, int]],
     curves: Mapping[str, Sequence[float | None]],
     *,
     chosen: Sequence[int] = (),
 ) -> None:
-    """One panel a score over `layers`; None is left out, chosen layers have a line each."""
+    """One panel a score over layers, one line in it a position of the prompt.
+
+    Args:
+        path: of the picture.
+        places: layer and position of each value.
+        curves: the values of each score; None is left out.
+        chosen: layers that get a line across all panels.
+    """
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(WIDTH, 1.5 * len(curves) + 0.5), layout="constrained")
     panels = figure.subplots(len(curves), 1, sharex=True, squeeze=False)[:, 0]
+    positions = sorted({position for _, position in places}, reverse=True)
     for axes, (name, values), colour in zip(panels, curves.items(), COLOURS, strict=False):
-        points = [(x, y) for x, y in zip(layers, values, strict=True) if y is not None]
-        axes.plot(*zip(*points, strict=True), marker="o", markersize=4, color=colour)
+        for i, position in enumerate(positions):
+            points = [
+                (layer, value)
+                for (layer, at), value in zip(places, values, strict=True)
+                if at == position and value is not None
+            ]
+            # one line: the panel's colour; several: told apart by colour and mark
+            look = {"color": colour, "marker": "o"} if len(positions) == 1 else _look(i)
+            axes.plot(
+                *zip(*points, strict=True), markersize=4, label=f"position {position}", **look
+            )
         axes.set_ylabel(name)
         if name in RATES:
             axes.set_ylim(-0.05, 1.05)
         axes.grid(alpha=0.3)
         for layer in chosen:
             axes.axvline(layer, color=CHOSEN, linestyle="--", linewidth=1)
+    if len(positions) > 1:
+        panels[0].legend(fontsize="small", ncols=3)
     panels[-1].set_xlabel("layer (dashed: chosen)" if chosen else "layer")
     _save(figure, path)
+
+
+def _look(i: int) -> dict[str, str]:
+    return {"color": COLOURS[i % len(COLOURS)], "marker": MARKS[i // len(COLOURS) % len(MARKS)]}
 
 
 def _save(figure: Figure, path: Path) -> None:

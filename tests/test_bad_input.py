@@ -168,3 +168,42 @@ def test_a_write_that_fails_half_way_leaves_no_checkpoint(project):
     assert done.returncode == 1, done.stderr
     assert done.stderr.startswith("CheckpointError")
     assert not list(Path("out").rglob("*.safetensors*"))
+
+
+# ---- what a direction can be taken from
+
+
+def test_a_position_that_the_template_does_not_have(project):
+    refused(
+        "The chat template puts 7 tokens after every prompt, so `directions.position` can be -1 to "
+        "-7; it is -9.",
+        *("--set", "directions.position=-9"),
+    )
+
+
+def test_directions_of_no_length(project):
+    """A model that adds nothing: at the template's tokens all prompts are alike."""
+    path = Path("model/model.safetensors")
+    weights = load_file(path)
+    silent = {n: t * 0 if "o_proj" in n or "down_proj" in n else t for n, t in weights.items()}
+    save_file(silent, path, metadata={"format": "pt"})
+    refused("The direction of layer 2 has length 0.0: nothing separates the two prompt sets there.")
+
+
+def test_a_base_that_does_not_refuse(project):
+    done = CliRunner().invoke(main, ["sweep", "r.yaml", "--out", "out", "--set", "layers=sweep"])
+    assert done.exit_code == 1
+    assert "The base refuses 0 of 2 held-out target prompts" in done.stderr
+    assert "so there is nothing to remove." in done.stderr
+
+
+def test_prompts_of_the_evaluation_are_not_learned_from(project):
+    """They are dropped from extraction, and the record says how many."""
+    Path("e.txt").write_text("Where is the a now?\nWhere is the b now?\nWhere is the z now?")
+    arguments = ["--set", "prompts.evaluation.path=e.txt"]
+    done = CliRunner().invoke(main, ["directions", "r.yaml", "--out", "out", *arguments])
+    assert done.exit_code == 0, done.output
+    used = json.loads(Path("out/work/prompts.json").read_text())
+    assert used["extraction"]["target"]["dropped"] == 2
+    assert len(used["extraction"]["target"]["prompts"]) == 6
+    assert len(used["evaluation"]["target"]["prompts"]) == 3

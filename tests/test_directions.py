@@ -6,11 +6,16 @@ from safetensors.torch import save_file
 
 from abliterator.directions import (
     Directions,
+    Place,
     Subspace,
     fit_directions,
+    fit_shuffled,
     load_subspace,
+    per_layer,
     save_directions,
     stack,
+    stack_at,
+    within_layer,
 )
 from abliterator.errors import DirectionError
 from abliterator.subspace import Moments, MomentSet
@@ -114,3 +119,54 @@ def test_files_that_are_no_safetensors(tmp_path, content):
     (tmp_path / "q.safetensors").write_bytes(content)
     with pytest.raises(DirectionError, match=r"Cannot read a subspace"):
         load_subspace(tmp_path / "q.safetensors")
+
+
+def test_directions_within_a_layer_are_the_mean_then_what_pairs_differ_in():
+    generator = torch.Generator().manual_seed(0)
+    mean = torch.zeros(16)
+    mean[0] = 3.0
+    scale = torch.tensor([0.0, 5.0, 2.0, 1.0] + [0.0] * 12)
+    pairs = mean + torch.randn(400, 16, generator=generator) * scale
+    found = within_layer(pairs.mean(dim=0), pairs)
+    assert len(found) == 4  # pairs differ along three more dimensions
+    assert found[1:].abs().argmax(dim=1).tolist() == [1, 2, 3]
+    torch.testing.assert_close(found[1:] @ found[0], torch.zeros(3, dtype=torch.float64))
+    # oracle: eigenvectors of the covariance, once the mean's direction is projected out
+    unit = found[0] / found[0].norm()
+    rest = pairs.double() - (pairs.double() @ unit)[:, None] * unit
+    values, vectors = torch.linalg.eigh(rest.T @ rest)
+    assert float((vectors[:, -1] @ found[1]).abs()) == pytest.approx(1)
+    assert values[-1] > values[-2]
+
+
+def test_shuffled_labels_separate_prompts_but_not_kinds():
+    """Where the kinds differ and nothing else does, their direction is 0; one odd prompt shows."""
+    target, contrast = torch.ones(5, 2, 3), torch.zeros(4, 2, 3)
+    target[0, :, 1] = 9.0
+
+    def of(vectors):
+        found = Moments(2, 3)
+        found.update(vectors)
+        return found.freeze()
+
+    halves = [(of(target), of(target[1:3])), (of(contrast), of(contrast[:2]))]
+    found = fit_shuffled(*halves).vectors
+    expected = (target[1:3].mean(dim=0) - target[[0, 3, 4]].mean(dim=0)).double() / 2
+    torch.testing.assert_close(found, expected)
+    assert found[:, [0, 2]].abs().max() == 0
+
+
+def test_each_block_loses_the_direction_of_the_nearest_layer():
+    directions = Directions(torch.eye(5, 8, dtype=torch.float64))
+    found = per_layer(directions, (4, 1))
+    assert found.basis.shape == (5, 8, 1)
+    assert found.basis[:, :, 0].argmax(dim=1).tolist() == [0, 0, 3, 3, 3]
+    with pytest.raises(DirectionError, match="layer 2 has length 0"):
+        per_layer(Directions(torch.zeros(5, 8)), (2,))
+
+
+def test_places_say_their_position_where_it_is_not_the_last_token():
+    assert [str(Place(3)), str(Place(3, -2))] == ["3", "3 at -2"]
+    two = {-1: Directions(torch.eye(4)), -2: Directions(torch.zeros(4, 4))}
+    with pytest.raises(DirectionError, match="layer 3 at -2 has length 0"):
+        stack_at(two, [Place(1), Place(3, -2)])

@@ -1,6 +1,7 @@
 """Choosing layers and k: scores against oracles, gates, stacks, and the demo end to end."""
 
 import hashlib
+import itertools
 import json
 import math
 import shutil
@@ -17,32 +18,34 @@ from abliterator import pipeline, selection
 from abliterator.bake import EditSettings, bake, plan_edits, preview_edit
 from abliterator.card import render_card
 from abliterator.checkpoint import Checkpoint
-from abliterator.directions import Directions, load_subspace, stack
+from abliterator.directions import Directions, Place, load_subspace, stack
 from abliterator.errors import DirectionError, PromptError, RecipeError
-from abliterator.generation import generate, stop_ids
+from abliterator.generation import Answer, generate, stop_ids
 from abliterator.judge import Judgement, RuleJudge
 from abliterator.model import block_paths, hooked, load_model, render_chat
 from abliterator.pipeline import Options
 from abliterator.pipeline._prompt_sets import PromptSets, set_apart
 from abliterator.prompts import PromptSet
-from abliterator.recipe import load_recipe
-from abliterator.record import Estimate
+from abliterator.recipe import Selection, load_recipe
+from abliterator.record import Estimate, Verdict
 from abliterator.selection import (
     Asked,
     Candidate,
     Gates,
+    Pool,
+    Search,
     Subject,
     _grow,
+    _race,
     _scores,
     _sweep,
-    judge_edit,
+    judge_edits,
     learn_openings,
     participation_ratio,
     random_basis,
     refusal_scores,
 )
-from abliterator.selection._types import Answers
-from abliterator.statistics import mean_interval
+from abliterator.selection._rows import added, removed, unedited
 from abliterator.verification import verify
 from tests.test_card import demo_record
 from tests.test_pipeline import Log
@@ -124,13 +127,13 @@ def base(subject):
     forced = [(3, 4, 5), (6,), ()]
     return _scores.Baseline(
         openings=((11,),),
-        judged=_scores.judge_edit(subject, torch.zeros(32, 1, dtype=torch.float64)),
+        judged=judge_edits(subject, [torch.zeros(32, 1, dtype=torch.float64)])[0],
         target_score=0.0,
         contrast_score=float(
             refusal_scores(subject.loaded, PROMPTS, [(11,)], max_batch_tokens=64).mean()
         ),
         forced=forced,
-        logprobs=_scores._along(subject, forced),
+        logprobs=[logprobs for *_, logprobs in sorted(unedited(subject).along(forced))],
         tokens=0,
     )
 
@@ -141,7 +144,7 @@ def test_scores_of_a_candidate(subject, base):
     direction[3] = 5.0
     directions = Directions(direction.repeat(3, 1))
     basis = stack(directions, (2,)).basis
-    found = _scores.score(subject, base, layer=2, direction=direction, basis=basis)
+    (found,) = _scores.score(subject, base, Pool([Place(2)], {-1: directions}))
     with preview_edit(subject.loaded, subject.plan, basis):
         bypass = refusal_scores(subject.loaded, PROMPTS, [(11,)], max_batch_tokens=64).mean()
     with hooked(subject.loaded.model, {"model.layers.1": lambda h: h + direction.float()}):
@@ -162,28 +165,76 @@ class Picky:
 
 
 def test_the_judge_that_is_given_judges_and_what_it_cannot_score_is_not_0(subject):
-    judged = judge_edit(replace(subject, judge=Picky()), random_basis(32, 1, seed=0))
+    (judged,) = judge_edits(replace(subject, judge=Picky()), [random_basis(32, 1, seed=0)])
     assert judged.products == [None] + [0.5] * (len(PROMPTS) - 1)
     assert judged.summary.product == Estimate(value=0.5, low=None, high=None, n=len(PROMPTS) - 1)
     gain = _grow._gain(judged, judged, 0)
     assert (gain.value, gain.n) == (0.0, len(PROMPTS) - 1)
-    nothing = judged._replace(products=[None] * len(PROMPTS))
+    silent = tuple(v.model_copy(update={"compliance": None}) for v in judged.verdicts)
+    nothing = replace(judged, verdicts=silent)
     assert _grow._gain(judged, nothing, 0) is None
 
 
 def test_no_edit_no_kl_and_no_hook_stays(subject, base):
-    assert _scores.mean_kl(subject, base) == pytest.approx(0, abs=1e-9)
-    _scores.kl_of_edit(subject, base, random_basis(32, 2, seed=0))
-    assert _scores.mean_kl(subject, base) == pytest.approx(0, abs=1e-9)
+    assert _scores.mean_kl(unedited(subject), base) == [pytest.approx(0, abs=1e-9)]
+    with removed(subject, [random_basis(32, 2, seed=0)]) as edited:
+        assert _scores.mean_kl(edited, base)[0] > 1e-4
+    assert _scores.mean_kl(unedited(subject), base) == [pytest.approx(0, abs=1e-9)]
+
+
+def test_rows_under_edits_of_their_own_equal_one_edit_at_a_time(subject, base):
+    """Ranks, layers and prompts mixed in one batch; batches cut edits apart."""
+    bases = [random_basis(32, k, seed=k) for k in (1, 3, 2)] + [torch.zeros(32, 1).double()]
+    with removed(subject, bases) as edited:
+        refusal, kl = (
+            edited.refusal(subject.target, [(11, 12), (20,)]),
+            _scores.mean_kl(edited, base),
+        )
+        answers = edited.answers(PROMPTS, 4)
+    plain = unedited(subject)
+    for i, basis in enumerate(bases):
+        with preview_edit(subject.loaded, subject.plan, basis):
+            assert refusal[i] == pytest.approx(plain.refusal(subject.target, [(11, 12), (20,)])[0])
+            assert kl[i] == pytest.approx(_scores.mean_kl(plain, base)[0], abs=1e-6)
+            assert answers[i] == plain.answers(PROMPTS, 4)[0]
+    assert kl[3] == pytest.approx(0, abs=1e-9)
+    assert len(set(refusal)) == 4
+
+
+def test_directions_added_side_by_side_equal_one_at_a_time(subject):
+    layers, directions = [1, 3, 1], list(torch.randn(3, 32, dtype=torch.float64))
+    with added(subject, layers, directions) as steered:
+        together = steered.refusal(subject.target, [(11,)])
+    alone = []
+    for layer, direction in zip(layers, directions, strict=True):
+        with added(subject, [layer], [direction]) as steered:
+            alone += steered.refusal(subject.target, [(11,)])
+    assert together == pytest.approx(alone)
+    assert together != pytest.approx(unedited(subject).refusal(subject.target, [(11,)]) * 3)
 
 
 def candidate(layer, bypass=0.0, kl=0.05, induce=1.0):
     return Candidate(layer=layer, bypass=bypass, kl=kl, induce=induce)
 
 
-def answers(products):
-    mean = Estimate.model_validate(mean_interval(products)._asdict())
-    return Answers(refusal=None, compliance=mean, coherence=mean, product=mean, tokens=7)
+def said(products):
+    """Judged answers with these products."""
+    return _scores.Judged(
+        tuple(Answer("", (1,) * 7, "stop") for _ in products),
+        tuple(
+            Verdict(
+                set="target",
+                side="edited",
+                index=i,
+                compliance=product,
+                coherence=1.0,
+                refused=product == 0,
+                truncated=False,
+                kind="complied" if product else "refused",
+            )
+            for i, product in enumerate(products)
+        ),
+    )
 
 
 @pytest.fixture
@@ -191,25 +242,44 @@ def scripted(monkeypatch):
     """`scripted(scores, products)`: what a sweep sees of layers 1, 2, ... and of stacks by rank."""
 
     def script(scores, products):
-        def judge(subject, basis):
+        def judge(subject, bases, prompts=None):
             # the layer's direction is the unit vector of its index
-            found = products(tuple((basis.abs().argmax(dim=0) + 1).tolist()), basis.shape[1])
-            return _scores.Judged(found, answers(found))
+            found = [
+                products(tuple((basis.abs().argmax(dim=0) + 1).tolist()), basis.shape[1])
+                for basis in bases
+            ]
+            return [said(one if prompts is None else [one[i] for i in prompts]) for one in found]
 
-        for room in (_sweep, _grow):
-            monkeypatch.setattr(room, "judge_edit", judge)
-        monkeypatch.setattr(_sweep, "score", lambda subject, base, layer, **_: scores[layer - 1])
-        monkeypatch.setattr(_grow, "kl_of_edit", lambda *_: 0.01)
+        for room in (_race, _grow):
+            monkeypatch.setattr(room, "judge_edits", judge)
+        monkeypatch.setattr(_sweep, "score", lambda *_: scores)
+        monkeypatch.setattr(_grow, "mean_kl", lambda *_: [0.01])
 
     return script
 
 
-UNIT = Directions(torch.eye(8, dtype=torch.float64))
+UNIT = Directions(torch.eye(32, dtype=torch.float64))
 
 
-def sweep(subject, n, gates=Gates(), n_judged=2):  # noqa: B008
-    return _sweep.sweep_layers(
-        subject, None, UNIT, range(1, n + 1), gates=gates, n_judged=n_judged, on_step=lambda _: None
+def pool(*layers):
+    return Pool([Place(layer) for layer in layers], {-1: UNIT})
+
+
+def ask(subject, n):
+    """The subject with so many held-out prompts."""
+    return replace(subject, held_out=Asked([str(i) for i in range(n)], [[4]] * n))
+
+
+def sweep(subject, n, gates=Gates(), n_judged=2, prompts=2, schedule=None):  # noqa: B008
+    search = Search(gates=gates, survivors=n_judged)
+    return _sweep.sweep_places(
+        ask(subject, prompts),
+        None,
+        pool(*range(1, n + 1)),
+        replace(search, schedule=schedule) if schedule else search,
+        least=1,
+        stackable=1,
+        on_step=lambda _: None,
     )
 
 
@@ -232,6 +302,45 @@ def test_ties_go_to_the_lower_kl(subject, scripted):
     scores = [candidate(1, bypass=-2, kl=0.09), candidate(2, bypass=-1, kl=0.01)]
     scripted(scores, lambda layers, k: [1.0, 0.5])
     assert [c.layer for c in sweep(subject, 2)] == [2, 1]
+
+
+def test_most_candidates_answer_few_prompts(subject, scripted):
+    """8 candidates on 4 prompts, 4 on 8, 2 on 16; an answer is asked for once."""
+    asked = []
+
+    def products(layers, k):
+        asked.append(layers)
+        (layer,) = layers
+        return [1.0 if layer > i % 8 else 0.0 for i in range(16)]
+
+    scripted([candidate(i, bypass=-i) for i in range(1, 9)], products)
+    schedule = Selection(rungs=(4, 8)).schedule
+    found = sweep(subject, 8, n_judged=8, prompts=16, schedule=schedule)
+    assert [c.layer for c in found[:2]] == [8, 7]
+    assert [len(c.rungs) for c in found] == [3, 3, 2, 2, 1, 1, 1, 1]
+    assert [r.prompts for r in found[0].rungs] == [4, 8, 16]
+    assert [c.answers.product.n for c in found] == [16, 16, 8, 8, 4, 4, 4, 4]
+    assert sum(c.answers.tokens for c in found) == 7 * (4 * 8 + 4 * 4 + 8 * 2)
+    assert found[0].answers.product.value == 1.0
+
+
+@given(
+    st.lists(st.integers(1, 40), max_size=4, unique=True).map(sorted),
+    st.floats(0.05, 1),
+    st.integers(1, 30),
+    st.integers(1, 32),
+    st.integers(1, 5),
+)
+def test_a_schedule_ends_with_all_prompts_and_at_least_those_that_are_stacked(
+    rungs, keep, candidates, prompts, least
+):
+    found = Selection(rungs=tuple(rungs), keep=keep).schedule(candidates, prompts, least)
+    assert found[0][0] == candidates
+    assert found[-1][1] == prompts
+    assert found[-1][0] >= min(candidates, least)
+    for (n, few), (fewer, more) in itertools.pairwise(found):
+        assert n >= fewer >= 1
+        assert few < more
 
 
 @given(
@@ -266,9 +375,10 @@ def test_fewer_survivors_than_k():
 # ---- stacks
 
 
-def grow(subject, layers=(1, 2, 3, 4, 5)):
+def grow(subject, layers=(1, 2, 3, 4, 5), **more):
+    among = replace(pool(*layers), **more)
     tried, why = _grow.grow_stack(
-        subject, None, UNIT, layers, (1, 2, 3, 5), gates=Gates(), seed=0, on_step=lambda _: None
+        subject, None, among, among.places, (1, 2, 3, 5), search=Search(), on_step=lambda _: None
     )
     return [s.k for s in tried], _grow.taken(tried, Gates()), why
 
@@ -304,10 +414,42 @@ def test_all_sizes_that_there_are_layers_for(subject, scripted):
 
 def test_a_larger_stack_must_pass_the_kl_gate(subject, scripted, monkeypatch):
     scripted([], by_rank({1: 0.2, 2: 1.0}))
-    monkeypatch.setattr(_grow, "kl_of_edit", lambda *_: 0.3)
+    monkeypatch.setattr(_grow, "mean_kl", lambda *_: [0.3])
     tried, k, why = grow(subject)
     assert (tried, k) == ([1, 2], 1)
     assert "too far (KL 0.3 nats)" in why
+
+
+def test_a_stack_that_shuffled_labels_equal_is_not_taken(subject, scripted):
+    """The control's directions are those of layers 1, 2, ...: as good as the stack's own."""
+    turned = Directions(UNIT.vectors.roll(-8, dims=0))
+
+    def products(layers, k):
+        return [1.0] * 20 if layers[0] in (1, 9) else [0.0] * 20
+
+    scripted([], products)
+    tried, k, why = grow(subject, shuffled=[{-1: turned}])
+    assert (tried, k) == ([1], 1)
+    assert "not better than those of shuffled labels: product +0.000" in why
+
+
+def test_a_stack_within_a_layer(subject, scripted):
+    """Its first direction is the layer's, and its size is not bound by the number of layers."""
+    pairs = torch.zeros(6, 3, 32)
+    for i, length in enumerate((3, 2, 1)):  # pairs differ along three more directions
+        pairs[2 * i, 0, 10 + i], pairs[2 * i + 1, 0, 10 + i] = length, -length
+    pairs[:, 0, 0] = 1.0
+    scripted(
+        [], lambda layers, k: [1.0] * (k * 5) + [0.0] * (20 - k * 5) if 1 in layers else [0.0] * 20
+    )
+    tried, k, why = grow(subject, layers=(1,), differences={-1: pairs})
+    assert (tried, k) == ([1, 2, 3], 3)
+    assert why == "there is no larger stack to try with 4 directions of one layer"
+    with pytest.raises(DirectionError, match="along 4 directions at layer 1, and k is 5"):
+        replace(pool(1), differences={-1: pairs}).stack([Place(1)], 5)
+    found = replace(pool(1), differences={-1: pairs}).stack([Place(1)], 3)
+    assert found.layers == (1,)
+    assert found.basis.abs().argmax(dim=0).tolist() == [0, 10, 11]
 
 
 def test_random_directions_are_seeded():
@@ -317,19 +459,19 @@ def test_random_directions_are_seeded():
 
 def test_given_layers_keep_their_order_and_only_k_is_chosen(subject, base, scripted, monkeypatch):
     scripted([], lambda layers, k: [1.0] * 20 if layers == (3,) else [0.0] * 20)
+    base = replace(base, tokens=0)
     monkeypatch.setattr(selection, "measure_base", lambda _: base)
-    found = selection.choose(
-        subject, UNIT, layers=(3, 1), sweep=False, k=(1, 2), gates=Gates(), n_judged=4
-    )
+    found = selection.choose(subject, pool(3, 1), sweep=False, k=(1, 2), search=Search())
     assert (found.layers, found.k) == ((3, 1), 1)
     assert found.candidates == ()
     assert [s.layers for s in found.stacks] == [(3,), (3, 1)]
-    assert found.rollout_tokens == 4 * 7  # two stacks, two controls, and a base that cost nothing
+    # two stacks, two controls, and a base that cost nothing
+    assert found.rollout_tokens == 4 * 20 * 7
     assert found.structure.participation_ratio == pytest.approx(2)
     card = render_card(
         demo_record().model_copy(update={"selection": found.model_dump(mode="json")})
     )
-    assert "| 2 | 0.000 | 0.000 | 0.000 | -1.000 | +0.000 | 20 |" in card
+    assert "| 2 | 0.000 | 1.000 | 0.000 | -1.000 | +0.000 |  | 20 |" in card
 
 
 # ---- structure
@@ -352,7 +494,8 @@ def test_pictures_are_the_same_twice_and_take_missing_values(tmp_path):
     for name in "ab":
         draw_cosines(tmp_path / f"{name}.png", [[1.0, 0.5], [0.5, 1.0]], [4, 7])
         curves = {"KL, nats": [0.1, 0.2], "compliance": [None, 0.5], "coherence": [None, None]}
-        draw_curves(tmp_path / f"{name}2.png", [4, 7], curves, chosen=[7])
+        draw_curves(tmp_path / f"{name}2.png", [(4, -1), (7, -1)], curves, chosen=[7])
+        draw_curves(tmp_path / f"{name}3.png", [(4, -1), (4, -2)], curves)
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
     assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
     assert (tmp_path / "a2.png").read_bytes() == (tmp_path / "b2.png").read_bytes()
@@ -419,10 +562,12 @@ def test_the_plan_tells_what_a_selection_costs(recipe, tmp_path):
     assert summary["layers"] == [1, 2]  # of three, less the last fifth
     assert summary["selection"] == {
         "candidates": 2,
+        "every_position": 0,
         "judged": 2,
         "stacks": 2,
-        "answers": 10 * (2 + 2 + 4),
-        "tokens": 10 * (2 + 2 + 4) * 3,
+        "prompts": 10,
+        "answers": 10 * (2 + 6) + 8 * 2 + 2,  # two candidates on 8 prompts, one on 2 more
+        "tokens": (10 * (2 + 6) + 8 * 2 + 2) * 3,
     }
     assert (
         pipeline.plan_recipe(recipe("layers=[1]", "k=1"), tmp_path).summary()["selection"] is None

@@ -14,21 +14,20 @@ H = d_model, k rank, Q [H, k] the orthonormal basis; wherever one is taken, a ba
 """
 
 from abliterator.bake._adapter import require_adapter_form, write_adapter
-from abliterator.bake._experts import Chosen
 from abliterator.bake._plan import EditPlan, EditSettings, PlannedEdit, plan_edits, require_fit
-from abliterator.bake._preview import preview_edit
+from abliterator.bake._preview import preview_edit, preview_edits
 from abliterator.bake._stored import PANEL_ELEMENTS
 from abliterator.bake._write import bake, write_config
 
 __all__ = [
     "PANEL_ELEMENTS",
-    "Chosen",
     "EditPlan",
     "EditSettings",
     "PlannedEdit",
     "bake",
     "plan_edits",
     "preview_edit",
+    "preview_edits",
     "require_adapter_form",
     "require_fit",
     "write_adapter",

@@ -2,28 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
-from inspect import BoundArguments, signature
 from typing import TYPE_CHECKING
 
 from abliterator.bake._plan import EditPlan, PlannedEdit, require_fit
 from abliterator.bake._write import removal_of
 from abliterator.checkpoint import Checkpoint
-from abliterator.errors import RecipeError
+from abliterator.errors import RecipeError, UnsupportedModel
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    import torch
+    from torch import Tensor
 
-    from abliterator.model import Hook, LoadedModel
+    from abliterator.model import LoadedModel
     from abliterator.subspace import Removal
 
-    Take = Callable[[Tensor], Tensor]
-    Share = Callable[[BoundArguments], Tensor]
-
-# What a module of experts calls the indices of those that run for each token, and their weights.
-_ROUTED = (("top_k_index", "top_k_weights"), ("router_indices", "routing_weights"))
+    Remove = Callable[[Tensor], Tensor]
+    Choose = Callable[[Sequence[int]], None]
 
 
 @contextmanager
@@ -44,100 +40,132 @@ def preview_edit(
         basis: Q [H, k], or [L, H, k] with one a block; gradients flow to it.
         strengths: by module path of the writer, instead of the plan's; gradients flow to tensors.
 
-    Where some experts of a block are edited and others not, the experts are run once more with the
-    weights of the others 0, and what comes out of that is edited.
+    Raises:
+        RecipeError: for what no function of the output can imitate: `norm: column`, and biases of
+            experts that are to stay.
+    """
+    require_fit(basis, plan)
+
+    def remover(edit: PlannedEdit, checkpoint: Checkpoint) -> Remove:
+        removal = removal_of(edit.writer, checkpoint, basis).to(_wide(loaded), loaded.device)
+        return lambda written: (written @ removal.read) @ removal.take.T
+
+    with _previewed(loaded, plan, remover, strengths or {}):
+        yield
+
+
+@contextmanager
+def preview_edits(loaded: LoadedModel, plan: EditPlan, bases: Sequence[Tensor]) -> Iterator[Choose]:
+    """Several edits at once: each row of a batch runs under its own, as `preview_edit` would.
+
+    Args:
+        loaded: the base.
+        plan: which writers are edited, and how strongly.
+        bases: the Q of each edit, of any ranks.
+
+    Yields:
+        What must be called before each forward pass with the index of every row's edit.
 
     Raises:
-        RecipeError: for what no function of the output can imitate: `norm: column`, biases of
-            experts that are to stay, and some experts of a module that is not told which run.
+        RecipeError: as `preview_edit`.
+        UnsupportedModel: where experts are modules of their own, which see tokens without rows.
     """
-    from abliterator.model import CallHook, hooked
+    for basis in bases:
+        require_fit(basis, plan)
+    _require_rows(plan)
+    import torch
+
+    chosen: list[Tensor] = []
+    known: dict[object, Removal] = {}
+
+    def choose(edits: Sequence[int]) -> None:
+        chosen[:] = [torch.tensor(edits, device=loaded.device)]
+
+    def remover(edit: PlannedEdit, checkpoint: Checkpoint) -> Remove:
+        # writers that lose the same, with no gain of their own, share one stack of all Q
+        own = edit.writer.gains or any(basis.ndim == 3 for basis in bases)
+        key = (edit.writer.gains, edit.writer.layer) if own else None
+        if key not in known:
+            each = [removal_of(edit.writer, checkpoint, basis) for basis in bases]
+            known[key] = _stacked(each).to(_wide(loaded), loaded.device)
+        removal = known[key]
+
+        def remove(written: Tensor) -> Tensor:
+            rows = chosen[0]
+            # experts write [rows x tokens, H], one row's tokens together
+            by_row = written.view(len(rows), -1, written.shape[-1])
+            removed = (by_row @ removal.read[rows]) @ removal.take[rows].mT
+            return removed.view_as(written)
+
+        return remove
+
+    with _previewed(loaded, plan, remover, {}):
+        yield choose
+
+
+def _stacked(removals: Sequence[Removal]) -> Removal:
+    """[C, H, k], k the largest rank; columns of zeros, which remove nothing, fill up the others."""
+    import torch
+
+    from abliterator.subspace import Removal
+
+    k = max(removal.take.shape[1] for removal in removals)
+
+    def filled(matrix: Tensor) -> Tensor:
+        return torch.nn.functional.pad(matrix, (0, k - matrix.shape[1]))
+
+    return Removal(
+        torch.stack([filled(removal.take) for removal in removals]),
+        torch.stack([filled(removal.read) for removal in removals]),
+    )
+
+
+def _require_rows(plan: EditPlan) -> None:
+    """Stops where a writer's output does not tell which row of the batch a token is from."""
+    found: dict[int, set[str]] = {}
+    for edit in plan.edits:
+        if edit.writer.component == "expert":
+            found.setdefault(edit.writer.layer, set()).add(edit.writer.module)
+    several = next((modules for modules in found.values() if len(modules) > 1), None)
+    if several is not None:
+        raise UnsupportedModel(
+            f"Experts are modules of their own here ({min(several)}), so several edits cannot "
+            f"share a batch. Name `layers` and `k` in the recipe."
+        )
+
+
+@contextmanager
+def _previewed(
+    loaded: LoadedModel,
+    plan: EditPlan,
+    remover: Callable[[PlannedEdit, Checkpoint], Remove],
+    strengths: Mapping[str, float | Tensor],
+) -> Iterator[None]:
+    """Hooks on every planned writer; `remover` makes what each one removes at strength 1."""
+    from abliterator.model import hooked
 
     if plan.settings.norm != "none":
         raise RecipeError("`edit.norm: column` has no run-time form; bake the edit instead.")
-    require_fit(basis, plan)
     checkpoint = Checkpoint.open(loaded.folder)
-    hooks: dict[str, Hook | CallHook] = {}
-    seen = set()
+    hooks: dict[str, Callable[[Tensor], Tensor]] = {}
     for edit in plan.edits:
-        path = edit.writer.module
-        if edit.writer.kind == "bias" or path in seen:
-            continue  # experts share a module and its edit
-        seen.add(path)
-        strength = (strengths or {}).get(path, edit.strength)
-        takes = _takes(loaded, edit, plan, removal_of(edit.writer, checkpoint, basis), strength)
-        chosen = plan.experts_of(path)
-        if chosen is None:
-            hooks[path] = partial(_edited, takes)
-        else:
-            path, share = _experts_alone(loaded, path, chosen)
-            hooks[path] = CallHook(partial(_edited_share, takes, share))
+        # experts share a module and its edit
+        if edit.writer.kind == "weight" and edit.writer.module not in hooks:
+            strength = strengths.get(edit.writer.module, edit.strength)
+            hooks[edit.writer.module] = _hook(
+                loaded, edit, plan, remover(edit, checkpoint), strength
+            )
     with hooked(loaded.model, hooks):
         yield
 
 
-def _edited(takes: Take, hidden: Tensor) -> Tensor:
-    """A write without what the edit takes of it, rounded once, as the baked weights are."""
-    return _less(hidden, takes(hidden))
-
-
-def _edited_share(takes: Take, share: Share, hidden: Tensor, call: BoundArguments) -> Tensor:
-    """The same where only a share of the write is edited."""
-    return _less(hidden, takes(share(call)))
-
-
-def _less(hidden: Tensor, taken: Tensor) -> Tensor:
-    return (hidden.to(taken.dtype) - taken).to(hidden.dtype)
-
-
-def _experts_alone(loaded: LoadedModel, path: str, experts: tuple[int, ...]) -> tuple[str, Share]:
-    """The module of a block's experts, and what some of them alone add to its output.
-
-    A module of experts is called with the indices of those that run for each token, and with their
-    weights. With the weights of all others 0, it is run once more.
-
-    Args:
-        loaded: the base.
-        path: of the module that the anatomy names: the experts, or what holds them.
-        experts: indices.
-
-    Raises:
-        RecipeError: for a module that is called in another way.
-    """
-    modules = dict(loaded.model.named_modules())
-    for where in (path, f"{path}.experts"):
-        taken = signature(modules[where].forward).parameters if where in modules else {}
-        for names in _ROUTED:
-            if all(name in taken for name in names):
-                return where, partial(_run_some, modules[where], names, experts)
-    raise RecipeError(
-        f"`edit.experts` has no run-time form here: {path} of this model is not told which experts "
-        "run. Bake the edit instead."
-    )
-
-
-def _run_some(
-    module: nn.Module, names: tuple[str, str], experts: tuple[int, ...], call: BoundArguments
-) -> Tensor:
-    import torch
-
-    indices, weights = (call.arguments[name] for name in names)
-    chosen = torch.isin(indices, torch.tensor(experts, device=indices.device))
-    call.arguments[names[1]] = weights * chosen
-    written: Tensor = module.forward(*call.args, **call.kwargs)  # other kernels, other names
-    return written
-
-
-def _takes(
+def _hook(
     loaded: LoadedModel,
     edit: PlannedEdit,
     plan: EditPlan,
-    removal: Removal,
+    remove: Remove,
     strength: float | Tensor,
-) -> Take:
-    """What the edit takes of a write, in float32 at least."""
-    import torch
-
+) -> Callable[[Tensor], Tensor]:
     module = loaded.model.get_submodule(edit.writer.module)
     if not plan.settings.biases and getattr(module, "down_proj_bias", None) is not None:
         raise RecipeError(
@@ -146,12 +174,18 @@ def _takes(
         )
     bias = getattr(module, "bias", None)
     kept_bias = bias if not plan.settings.biases else None
-    wide = torch.promote_types(loaded.model.dtype, torch.float32)
-    removal = removal.to(wide, loaded.device)
+    wide = _wide(loaded)
 
-    def takes(hidden: Tensor) -> Tensor:
+    def edited(hidden: Tensor) -> Tensor:
         written = hidden.to(wide)
         removable = written if kept_bias is None else written - kept_bias.to(wide)
-        return strength * ((removable @ removal.read) @ removal.take.T)
+        return (written - strength * remove(removable)).to(hidden.dtype)
 
-    return takes
+    return edited
+
+
+def _wide(loaded: LoadedModel) -> torch.dtype:
+    """At least float32, so that the preview rounds once, as the baked weights do."""
+    import torch
+
+    return torch.promote_types(loaded.model.dtype, torch.float32)

@@ -27,7 +27,7 @@ def planned(plan: Plan) -> str:
         f"model        {summary['model']} ({summary['model_type']}, {summary['n_layers']} layers, "
         f"d_model {summary['d_model']})",
         *([f"layers       {summary['layers']}, k = {summary['k']}"] if summary["k"] else []),
-        *([_selecting(summary["layers"], plan.selection)] if plan.selection else []),
+        *([_selecting(summary, plan.selection)] if plan.selection else []),
         *([_tuning(plan.tuning)] if plan.tuning else []),
         *(
             f"writers      {_found(component, counts, summary)}"
@@ -63,13 +63,14 @@ def _storage(summary: Mapping[str, Any]) -> list[str]:
     return lines if summary["formats"] else lines[1:]
 
 
-def _selecting(layers: list[int], cost: Mapping[str, int]) -> str:
+def _selecting(summary: Mapping[str, Any], cost: Mapping[str, int]) -> str:
     n = cost["candidates"]
-    what = f"sweep of {n} layers" if n else f"the first of {layers}"
+    what = f"sweep of {n} layers" if n else f"the first of {summary['layers']}"
+    places = " at every position after the prompt" if cost["every_position"] else ""
     grown = f", k found with {cost['stacks']} sizes" if cost["stacks"] else ""
     return (
-        f"selection    {what}{grown}; {cost['judged'] + 2 * cost['stacks']} edits judged, at most "
-        f"{cost['answers']} answers of {cost['tokens']} tokens in all"
+        f"selection    {what}{places}{grown}; at most {cost['judged']} candidates judged on up to "
+        f"{cost['prompts']} prompts: {cost['answers']} answers, {cost['tokens']} tokens in all"
     )
 
 

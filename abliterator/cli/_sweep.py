@@ -12,14 +12,17 @@ from abliterator.cli._options import JSON, read_recipe, recipe_arguments
 from abliterator.cli._show import Bars
 from abliterator.errors import RecipeError
 
-COLUMNS = ("layer", "bypass", "KL", "induce", "compliance", "coherence", "product")
+COLUMNS = ("bypass", "KL", "induce", "prompts", "compliance", "coherence", "product")
 
 
 @click.command()
 @recipe_arguments()
 @JSON
 def sweep(recipe: Path, as_json: bool, **where: Any) -> None:
-    """Choose layers and k by measurement, for a RECIPE with `layers: sweep` or `k: auto`."""
+    """Choose layers, positions and k by measurement.
+
+    For a RECIPE with `layers: sweep`, `directions: {position: sweep}` or `k: auto`.
+    """
     from abliterator import pipeline
 
     read, out, options = read_recipe(recipe, **where)
@@ -36,32 +39,43 @@ def sweep(recipe: Path, as_json: bool, **where: Any) -> None:
 def told(found: dict[str, Any]) -> str:
     """A selection as tables and two sentences."""
     base = found["base"]
-    rows = [["base", f"{base['bypass']:.3f}", "", "", *_judged(base["answers"])]]
+    at_last_token = {c["position"] for c in found["candidates"]} <= {-1}
+    rows = [["", f"{base['bypass']:.3f}", "", "", *_judged(base["answers"])]]
     for c in found["candidates"]:
         stopped = " ".join(f"({gate})" for gate in c["stopped_by"])
         scores = [f"{c[name]:.3f}" for name in ("bypass", "kl", "induce")]
-        judged = [stopped, "", ""] if stopped else _judged(c["answers"])
-        rows.append([str(c["layer"]), *scores, *judged])
-    lines = _table([list(COLUMNS), *rows])
+        judged = [stopped, "", "", ""] if stopped else _judged(c["answers"])
+        rows.append([str(c["position"]), *scores, *judged])
+    names = ["base", *(str(c["layer"]) for c in found["candidates"])]
+    table = [["layer", "position", *COLUMNS]]
+    table += [[name, *row] for name, row in zip(names, rows, strict=True)]
+    lines = _table([[row[0], *row[2:]] for row in table] if at_last_token else table)
     if found["stacks"]:
-        stacks = [["k", "KL", "compliance", "coherence", "product", "product, random directions"]]
+        stacks = [["k", "KL", *COLUMNS[3:], "product, random", "product, shuffled labels"]]
         for s in found["stacks"]:
-            random = s["random"]["product"]
-            judged = [*_judged(s["answers"]), f"{random['value']:.3f}"]
-            stacks.append([str(s["k"]), f"{s['kl']:.3f}", *judged])
+            controls = [_product(s[name]) for name in ("random", "shuffled")]
+            stacks.append([str(s["k"]), f"{s['kl']:.3f}", *_judged(s["answers"]), *controls])
         lines += ["", *_table(stacks)]
-    layers = ", ".join(map(str, found["layers"][: found["k"]]))
+    places = zip(found["layers"], found["positions"], strict=True)
+    taken = [str(layer) if at == -1 else f"{layer} at {at}" for layer, at in places]
     structure = found["structure"]
-    lines += ["", f"chosen: layers {layers}; k = {found['k']}: {found['why']}"]
+    first = len(found["stacks"][-1]["layers"]) if found["stacks"] else found["k"]
+    lines += ["", f"chosen: layers {', '.join(taken[: min(first, found['k'])])}; k = {found['k']}"]
+    lines[-1] += f": {found['why']}"
     lines.append(f"{structure['verdict']}: {structure['because']}")
     return "\n".join(lines)
 
 
 def _judged(answers: dict[str, Any] | None) -> list[str]:
     if answers is None:
-        return ["", "", ""]
-    found = (answers[name] for name in ("compliance", "coherence", "product"))
-    return ["not measured" if e is None else f"{e['value']:.3f}" for e in found]
+        return ["", "", "", ""]
+    found = [answers[name] for name in ("compliance", "coherence", "product")]
+    n = max((e["n"] for e in found if e is not None), default=0)
+    return [str(n), *("not measured" if e is None else f"{e['value']:.3f}" for e in found)]
+
+
+def _product(answers: dict[str, Any] | None) -> str:
+    return "" if answers is None else _judged(answers)[-1]
 
 
 def _table(rows: list[list[str]]) -> list[str]:

@@ -10,10 +10,9 @@ which modules matter.
         loaded.model(torch.tensor([ids]))
 """
 
-from abliterator.model._chat import render_chat
+from abliterator.model._chat import render_chat, template_tail
 from abliterator.model._load import LoadedModel, load_model, load_tokenizer
 from abliterator.model._run import (
-    CallHook,
     Hook,
     block_paths,
     cache_name,
@@ -24,7 +23,6 @@ from abliterator.model._run import (
 )
 
 __all__ = [
-    "CallHook",
     "Hook",
     "LoadedModel",
     "block_paths",
@@ -36,4 +34,5 @@ __all__ = [
     "release_memory",
     "render_chat",
     "run_batches",
+    "template_tail",
 ]

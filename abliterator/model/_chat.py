@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import takewhile
 from typing import TYPE_CHECKING, Any
 
 from abliterator.errors import UnsupportedModel
@@ -65,6 +66,26 @@ def render_chat(
             "Change the system prompt or the template arguments in the recipe."
         ) from error
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def template_tail(
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    system: str | None = None,
+    template_kwargs: Mapping[str, Any] | None = None,
+) -> list[int]:
+    """The tokens that the chat template puts after every prompt, whatever the prompt is.
+
+    Found by rendering two prompts that share nothing: where the ends of both agree, it is the
+    template that speaks. Token -1 of a prompt is the last of them.
+    """
+    first, second = (
+        render_chat(tokenizer, prompt, system=system, template_kwargs=template_kwargs)
+        for prompt in ("Name a planet.", "7")
+    )
+    together = zip(reversed(first), reversed(second), strict=False)
+    alike = takewhile(lambda pair: pair[0] == pair[1], together)
+    return [token for token, _ in alike][::-1]
 
 
 def one_line(error: BaseException) -> str:

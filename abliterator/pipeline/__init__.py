@@ -20,11 +20,11 @@ from abliterator.bake import bake
 from abliterator.checkpoint import write_text_atomic
 from abliterator.errors import AbliteratorError, OutputError, RecipeError
 from abliterator.pipeline._benchmarking import BENCHMARKS, benchmark_tasks, pin_tasks
+from abliterator.pipeline._capturing import CAPTURE
 from abliterator.pipeline._divergence import DIVERGENCE
 from abliterator.pipeline._extraction import (
     ADAPTER,
     BAKE,
-    CAPTURE,
     CONFIG,
     DIRECTIONS,
     PROMPTS,

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from abliterator.pipeline._run import Run
+
+if TYPE_CHECKING:
+    from abliterator.directions import Place
 
 
 def sweep_path(run: Run) -> Path:
@@ -22,9 +25,37 @@ def selection_of(run: Run) -> dict[str, Any] | None:
     return found
 
 
-def chosen_layers(run: Run) -> tuple[int, ...]:
-    """The residual layers whose directions are removed, in order of preference."""
-    found = selection_of(run)
-    if found is None:
-        return run.plan.layers[: run.plan.k]
-    return tuple(found["layers"][: found["k"]])
+class Chosen(NamedTuple):
+    """What is removed.
+
+    Attributes:
+        places: layer and position of each direction, in order of preference; one alone where all
+            directions are of one layer.
+        k: directions that are removed from what a block writes.
+    """
+
+    places: tuple[Place, ...]
+    k: int
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """The residual layers."""
+        return tuple(place.layer for place in self.places)
+
+    @property
+    def positions(self) -> tuple[int, ...]:
+        """Their positions, each once, the last token's first."""
+        return tuple(sorted({place.position for place in self.places}, reverse=True))
+
+
+def chosen(run: Run) -> Chosen:
+    """The directions that are removed: the recipe's, or those that the selection stage chose."""
+    from abliterator.directions import Place
+
+    found, position = selection_of(run), run.recipe.directions.position
+    if found is not None:
+        k, layers, positions = found["k"], found["layers"], found["positions"]
+    else:
+        k, layers, positions = run.plan.k, run.plan.layers, [position] * len(run.plan.layers)
+    n = {"within_layer": 1, "per_layer": len(layers)}.get(run.recipe.directions.stack, k)
+    return Chosen(tuple(map(Place, layers[:n], positions[:n])), k)

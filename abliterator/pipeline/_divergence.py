@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from abliterator.checkpoint import write_text_atomic
-from abliterator.pipeline._extraction import prompt_sets
+from abliterator.pipeline._prompt_sets import prompt_sets
 from abliterator.pipeline._rollouts import folder_of
 from abliterator.pipeline._run import Run
 from abliterator.pipeline._stage import Parts, Stage, kept_parts, save_value

@@ -1,4 +1,4 @@
-"""The stages that make the edited checkpoint: prompts, capture, directions, bake, adapter."""
+"""The stages that make the edited checkpoint: prompts, directions, bake, adapter."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 from abliterator.bake import bake, write_adapter, write_config
 from abliterator.checkpoint import CONFIG_FILE, write_text_atomic
-from abliterator.pipeline._chosen import chosen_layers
-from abliterator.pipeline._prompt_sets import PromptSets, load_sets, set_apart
+from abliterator.pipeline._capturing import differences, fitted, shuffled
+from abliterator.pipeline._chosen import chosen
+from abliterator.pipeline._prompt_sets import load_sets, set_apart, with_pairs
 from abliterator.pipeline._run import Run
 from abliterator.pipeline._stage import Parts, Stage
 from abliterator.pipeline._tuned import planned_edits, tuned_inputs, tuned_subspace
@@ -20,8 +21,8 @@ from abliterator.recipe import Prompts, Source
 from abliterator.record import TensorEdit
 
 if TYPE_CHECKING:
-    from abliterator.directions import Directions, Subspace
-    from abliterator.prompts import PromptSet
+    from abliterator.directions import Subspace
+    from abliterator.selection import Pool
 
 
 def _prompts_inputs(run: Run) -> Any:
@@ -33,7 +34,7 @@ def _prompts_inputs(run: Run) -> Any:
         recipe.directions.projection,
         recipe.seed,
         recipe.selection.prompts if recipe.selects or recipe.tunes else None,
-        recipe.tunes,
+        [recipe.tunes, recipe.directions.stack],
         [hashlib.sha256(path.read_bytes()).hexdigest() for path in files if path.is_file()],
     ]
 
@@ -44,90 +45,49 @@ def _prompts(run: Run) -> tuple[list[Path], Parts]:
     if run.recipe.selects or run.recipe.tunes:
         few, seed = run.recipe.selection.prompts, run.recipe.seed
         sets = set_apart(sets, run.recipe.prompts, prompts=few, seed=seed)
+    if run.recipe.directions.stack == "within_layer":
+        sets = with_pairs(sets, run.recipe.prompts)
     path = run.workspace.work / "prompts.json"
     write_text_atomic(path, json.dumps(sets.to_json(), indent=1, ensure_ascii=False) + "\n")
     return [path], {}
 
 
-def prompt_sets(run: Run) -> PromptSets:
-    """The prompt sets as used."""
-    return PromptSets.from_json(json.loads((run.workspace.work / "prompts.json").read_text()))
-
-
-def _capture_inputs(run: Run) -> Any:
-    recipe = run.recipe
-    return [
-        run.base_digest(),
-        recipe.chat.model_dump(mode="json"),
-        recipe.capture.model_dump(mode="json"),
-        recipe.directions.position,
-        {name: s.sha256 for name, s in _captured(run).items()},
-        run.dtype,
-    ]
-
-
-def _captured(run: Run) -> dict[str, PromptSet]:
-    """The sets whose moments a direction is made of."""
-    sets = prompt_sets(run).extraction
-    unused = {"neutral"} if run.recipe.directions.projection == "none" else set()
-    return {name: prompts for name, prompts in sets.items() if name not in unused}
-
-
-def _capture(run: Run) -> tuple[list[Path], Parts]:
-    from abliterator.capture import capture, save_moments
-    from abliterator.model import block_paths
-
-    settings = run.recipe.capture
-    loaded = run.loaded(run.plan.source.folder)
-    moments = {}
-    for name, prompts in _captured(run).items():
-        with run.progress.bar(f"capture {name}", len(prompts.prompts)) as advance:
-            moments[name] = capture(
-                loaded,
-                run.render(loaded, prompts.prompts),
-                blocks=block_paths(run.plan.anatomy.blocks, run.plan.anatomy.n_layers),
-                position=run.recipe.directions.position,
-                padding=settings.padding,
-                max_batch_tokens=settings.max_batch_tokens,
-                on_batch=advance,
-            )
-    path = run.workspace.work / "moments.safetensors"
-    save_moments(path, moments)
-    return [path], {}
-
-
 def _directions_inputs(run: Run) -> Any:
     settings = run.recipe.directions.model_dump(mode="json")
-    return [run.digest("capture"), settings, chosen_layers(run), tuned_inputs(run)]
+    return [run.digest("capture"), settings, chosen(run), tuned_inputs(run)]
 
 
 def _directions(run: Run) -> tuple[list[Path], Parts]:
     from abliterator.directions import save_directions
 
     path = run.workspace.work / "directions.safetensors"
-    subspace = tuned_subspace(run, chosen_layers(run)) or extracted(run)
-    save_directions(path, fitted(run), subspace)
+    found = chosen(run)
+    subspace = tuned_subspace(run, found.layers) or extracted(run)
+    save_directions(path, fitted(run)[found.places[0].position], subspace)
     return [path], {}
 
 
 def extracted(run: Run) -> Subspace:
-    """The subspace of the chosen layers, as activations give it."""
-    from abliterator.directions import stack
+    """The subspace that was chosen, as activations give it."""
+    from abliterator.directions import per_layer
 
-    return stack(fitted(run), chosen_layers(run))
+    found = chosen(run)
+    if run.recipe.directions.stack == "per_layer":
+        return per_layer(fitted(run)[found.places[0].position], found.layers)
+    return pool_of(run).stack(found.places, found.k)
 
 
-def fitted(run: Run) -> Directions:
-    """The directions of all layers, from what was captured."""
-    from abliterator.capture import load_moments
-    from abliterator.directions import fit_directions
+def pool_of(run: Run) -> Pool:
+    """All that may be stacked: the plan's layers at the captured positions."""
+    from abliterator.directions import Place
+    from abliterator.selection import Pool
 
-    moments = load_moments(run.workspace.work / "moments.safetensors")
-    projected = run.recipe.directions.projection == "neutral"
-    return fit_directions(
-        moments["target"],
-        moments["contrast"],
-        remove_mean_of=moments.get("neutral", moments["contrast"]) if projected else None,
+    directions = fitted(run)
+    return Pool(
+        places=[Place(layer, position) for layer in run.plan.layers for position in directions],
+        directions=directions,
+        shuffled=shuffled(run),
+        differences=differences(run),
     )
 
 
@@ -201,8 +161,7 @@ def tensor_edits(run: Run) -> list[TensorEdit]:
     return [TensorEdit.model_validate(edit) for edit in json.loads(text)]
 
 
-PROMPTS = Stage("prompts", 2, _prompts_inputs, _prompts)
-CAPTURE = Stage("capture", 1, _capture_inputs, _capture)
+PROMPTS = Stage("prompts", 3, _prompts_inputs, _prompts)
 DIRECTIONS = Stage("directions", 2, _directions_inputs, _directions)
 BAKE = Stage("bake", 2, _bake_inputs, _bake)
 # Apart from the weights: it names the whole recipe, and another judge must not bake them again.

@@ -9,12 +9,11 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from abliterator.anatomy import Anatomy, anatomy_of
 from abliterator.bake import (
     PANEL_ELEMENTS,
-    Chosen,
     EditPlan,
     EditSettings,
     plan_edits,
@@ -27,8 +26,6 @@ from abliterator.recipe import Edit, Recipe, blocks_of
 
 if TYPE_CHECKING:
     from abliterator.source import ModelSource
-
-T = TypeVar("T")
 
 # Left free beside the checkpoint: the work folder, and room for the file system to breathe.
 DISK_RESERVE = 64 << 20
@@ -159,7 +156,6 @@ def edit_settings(edit: Edit, n_layers: int) -> EditSettings:
         rounding=edit.rounding,
         embeddings=edit.embeddings,
         biases=edit.biases,
-        experts=_experts(edit, n_layers),
     )
 
 
@@ -169,30 +165,16 @@ def _by_block(
     """One number, or one for every block: 0 where the recipe gives none."""
     if not isinstance(strength, dict):
         return strength
-    given = _each_block(strength, f"edit.strength.{component}", n_layers)
-    return tuple(given.get(block, 0.0) for block in range(n_layers))
-
-
-def _experts(edit: Edit, n_layers: int) -> Chosen | None:
-    """The recipe's experts as `bake` takes them."""
-    if not isinstance(edit.experts, dict):
-        return None if edit.experts == "all" else edit.experts
-    given = _each_block(edit.experts, "edit.experts", n_layers)
-    return {block: None if experts == "all" else experts for block, experts in given.items()}
-
-
-def _each_block(by_range: Mapping[str, T], where: str, n_layers: int) -> dict[int, T]:
-    """What ranges of blocks are given, block by block; RecipeError beyond the last one."""
-    found = {}
-    for key, value in by_range.items():
+    found = [0.0] * n_layers
+    for key, value in strength.items():
         for block in blocks_of(key):
             if block >= n_layers:
                 raise RecipeError(
-                    f"`{where}.{key}` names block {block}, but the model has blocks 0 to "
-                    f"{n_layers - 1} (layer l of `layers` enters block l)."
+                    f"`edit.strength.{component}.{key}` names block {block}, but the model has "
+                    f"blocks 0 to {n_layers - 1} (layer l of `layers` enters block l)."
                 )
             found[block] = value
-    return found
+    return tuple(found)
 
 
 def require_room(plan: Plan, out: Path) -> None:
@@ -220,7 +202,9 @@ def require_layers(recipe: Recipe, anatomy: Anatomy) -> tuple[tuple[int, ...], i
     require_run_time_form(recipe)
     if recipe.layers == "sweep":
         candidates = tuple(recipe.selection.candidates(anatomy.n_layers))
-        if recipe.k != "auto" and recipe.k > len(candidates):
+        directions = recipe.directions
+        several = directions.position == "sweep" or directions.stack == "within_layer"
+        if recipe.k != "auto" and recipe.k > len(candidates) and not several:
             raise RecipeError(
                 f"`k` is {recipe.k}, but the sweep has only {len(candidates)} candidate layers of "
                 f"{anatomy.n_layers} (`selection.skip_last` {recipe.selection.skip_last:g})."
@@ -232,22 +216,36 @@ def require_layers(recipe: Recipe, anatomy: Anatomy) -> tuple[tuple[int, ...], i
             f"`layers` names {', '.join(map(str, beyond))}, but the model has layers 1 to "
             f"{anatomy.n_layers} (layer l is the residual stream that enters block l)."
         )
-    return recipe.layers, 0 if recipe.k == "auto" else recipe.k
+    return recipe.layers, 0 if recipe.selects or recipe.k == "auto" else recipe.k
 
 
-def selection_cost(recipe: Recipe, n_candidates: int) -> dict[str, int] | None:
-    """What the selection of a recipe does, at most; None where the recipe chooses."""
+def selection_cost(recipe: Recipe, n_layers: int) -> dict[str, int] | None:
+    """What the selection of a recipe does, at most; None where the recipe chooses.
+
+    How many positions there are, only the tokenizer knows: `candidates` counts layers.
+    """
     if not recipe.selects:
         return None
-    settings, sweeps = recipe.selection, recipe.layers == "sweep"
-    stackable = max(settings.stacks) if recipe.k == "auto" else recipe.k
-    judged = min(n_candidates, max(settings.survivors, stackable)) if sweeps else 0
-    stacks = sum(size <= n_candidates for size in settings.stacks) if recipe.k == "auto" else 0
-    answers = settings.prompts * (2 + judged + 2 * stacks)  # the base's own, and random stacks
+    settings, within = recipe.selection, recipe.directions.stack == "within_layer"
+    sizes = settings.stacks if recipe.k == "auto" else (recipe.k,)
+    judged = raced = 0
+    if recipe.sweeps:
+        judged = max(settings.survivors, 1 if within else max(sizes))
+        if recipe.directions.position != "sweep":
+            judged = min(n_layers, judged)
+        done, least = 0, 1 if within else sizes[0]
+        for racing, prompts in settings.schedule(judged, settings.prompts, least):
+            raced += racing * (prompts - done)
+            done = prompts
+    stacks = sum(size <= n_layers or within for size in sizes) if recipe.k == "auto" else 0
+    # the base's own, on both kinds; beside each stack, random directions and shuffled labels
+    answers = settings.prompts * (2 + 3 * stacks) + raced
     return {
-        "candidates": n_candidates if sweeps else 0,
+        "candidates": n_layers if recipe.sweeps else 0,
+        "every_position": int(recipe.directions.position == "sweep"),
         "judged": judged,
         "stacks": stacks,
+        "prompts": settings.prompts,
         "answers": answers,
         "tokens": answers * settings.tokens,
     }

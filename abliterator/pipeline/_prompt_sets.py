@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from abliterator.errors import PromptError
 from abliterator.prompts import (
     PromptSet,
     PromptSource,
@@ -15,6 +17,9 @@ from abliterator.prompts import (
     load_prompts,
 )
 from abliterator.recipe import Prompts, Source
+
+if TYPE_CHECKING:
+    from abliterator.pipeline._run import Run
 
 
 @dataclass(frozen=True)
@@ -26,11 +31,14 @@ class PromptSets:
             neutral prompts that are not the contrast, or tuned to leave such prompts alone.
         evaluation: "target", "neutral", and "over_refusal" where the recipe has it.
         selection: "target" and "neutral", held out of extraction, where layers or k are chosen.
+        pairs: indices of a target and a contrast prompt of extraction that differ in the behaviour
+            alone, where directions are made of such pairs.
     """
 
     extraction: Mapping[str, PromptSet]
     evaluation: Mapping[str, PromptSet]
     selection: Mapping[str, PromptSet] = field(default_factory=dict)
+    pairs: tuple[tuple[int, int], ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """Plain values: the artefact prompts.json."""
@@ -38,17 +46,22 @@ class PromptSets:
             "extraction": {name: s.to_json() for name, s in self.extraction.items()},
             "evaluation": {name: s.to_json() for name, s in self.evaluation.items()},
             "selection": {name: s.to_json() for name, s in self.selection.items()},
+            "pairs": [list(pair) for pair in self.pairs],
         }
 
     @classmethod
-    def from_json(cls, data: Mapping[str, Mapping[str, Any]]) -> PromptSets:
+    def from_json(cls, data: Mapping[str, Any]) -> PromptSets:
         """The inverse of `to_json`."""
-        return cls(
-            *(
-                {name: PromptSet.from_json(s) for name, s in data[part].items()}
-                for part in ("extraction", "evaluation", "selection")
-            )
+        extraction, evaluation, selection = (
+            {name: PromptSet.from_json(s) for name, s in data[part].items()}
+            for part in ("extraction", "evaluation", "selection")
         )
+        return cls(extraction, evaluation, selection, tuple((t, c) for t, c in data["pairs"]))
+
+
+def prompt_sets(run: Run) -> PromptSets:
+    """The prompt sets as used."""
+    return PromptSets.from_json(json.loads((run.workspace.work / "prompts.json").read_text()))
 
 
 def load_sets(recipe: Prompts, *, seed: int, neutral_too: bool) -> PromptSets:
@@ -122,6 +135,37 @@ def set_apart(sets: PromptSets, recipe: Prompts, *, prompts: int, seed: int) -> 
     else:
         take("neutral", evaluation, "neutral", most=0.5)
     return PromptSets(_named(extraction), _named(evaluation), _named(selection))
+
+
+def with_pairs(sets: PromptSets, recipe: Prompts) -> PromptSets:
+    """Finds the pairs that are left in extraction: those of which neither prompt was held out.
+
+    Args:
+        sets: as used.
+        recipe: the recipe's section; the n-th contrast prompt belongs to the n-th target prompt.
+
+    Raises:
+        PromptError: for sets of two lengths, or with prompts that were dropped, and for no pair.
+    """
+    assert recipe.contrast is not None  # the recipe's own check
+    target, contrast = _load("target", recipe.target), _load("contrast", recipe.contrast)
+    counts = [len(s.prompts) for s in (target, contrast)]
+    if counts[0] != counts[1] or target.dropped or contrast.dropped:
+        raise PromptError(
+            f"`stack: within_layer` compares the n-th target prompt with the n-th contrast prompt, "
+            f"but there are {counts[0]} and {counts[1]} (after {target.dropped} and "
+            f"{contrast.dropped} that were dropped). Give two sets of one length, in one order."
+        )
+    partner = dict(zip(target.prompts, contrast.prompts, strict=True))
+    at = {prompt: i for i, prompt in enumerate(sets.extraction["contrast"].prompts)}
+    pairs = tuple(
+        (i, at[partner[prompt]])
+        for i, prompt in enumerate(sets.extraction["target"].prompts)
+        if partner[prompt] in at
+    )
+    if not pairs:
+        raise PromptError("No pair of target and contrast prompts is left. Give more of them.")
+    return replace(sets, pairs=pairs)
 
 
 def _load(name: str, source: Source) -> PromptSet:

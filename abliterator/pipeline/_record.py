@@ -14,9 +14,10 @@ from typing import Any
 
 from abliterator.checkpoint import fingerprint
 from abliterator.pipeline._benchmarking import task_scores
-from abliterator.pipeline._chosen import chosen_layers, selection_of
-from abliterator.pipeline._extraction import prompt_sets, tensor_edits
+from abliterator.pipeline._chosen import chosen, selection_of
+from abliterator.pipeline._extraction import tensor_edits
 from abliterator.pipeline._judging import judge_identity, verdicts_of
+from abliterator.pipeline._prompt_sets import prompt_sets
 from abliterator.pipeline._run import Run
 from abliterator.pipeline._tuned import planned_edits, tuning_record
 from abliterator.record import (
@@ -106,9 +107,9 @@ def _edit(run: Run) -> EditSummary:
     settings = run.plan.edits.settings
     written = (*run.plan.checkpoint.weight_files, *run.plan.carried)
     return EditSummary(
-        layers=chosen_layers(run),
-        positions=(run.recipe.directions.position,),
-        k=len(chosen_layers(run)),
+        layers=chosen(run).layers,
+        positions=chosen(run).positions,
+        k=chosen(run).k,
         strength=_strengths(run, edits),
         components=tuple(sorted({edit.component for edit in edits})),
         norm=settings.norm,

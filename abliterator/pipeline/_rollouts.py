@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 from abliterator.checkpoint import write_text_atomic
-from abliterator.pipeline._extraction import prompt_sets
+from abliterator.pipeline._prompt_sets import prompt_sets
 from abliterator.pipeline._run import Run
 from abliterator.pipeline._stage import Parts, Stage, kept_parts
 from abliterator.pipeline._workspace import digest_of

@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from abliterator.checkpoint import write_text_atomic
-from abliterator.pipeline._chosen import sweep_path
-from abliterator.pipeline._extraction import fitted, prompt_sets
+from abliterator.pipeline._chosen import chosen, sweep_path
+from abliterator.pipeline._extraction import pool_of
 from abliterator.pipeline._judging import choosing_judge
+from abliterator.pipeline._prompt_sets import prompt_sets
 from abliterator.pipeline._run import Run
 from abliterator.pipeline._stage import Parts, Stage
 
@@ -28,33 +29,36 @@ def _selection_inputs(run: Run) -> Any:
         run.digest("capture"),
         {name: getattr(recipe, name).model_dump(mode="json") for name in sections},
         {name: s.sha256 for name, s in prompt_sets(run).selection.items()},
-        [recipe.layers, recipe.k, recipe.seed, recipe.rollouts.batch_size],
+        [recipe.layers, recipe.k, recipe.seed],
         choosing_judge(run).identity.model_dump(mode="json"),
         run.dtype,
     ]
 
 
 def _select(run: Run) -> tuple[list[Path], Parts]:
-    from abliterator.selection import Gates, choose
+    from abliterator.selection import Gates, Search, choose
 
-    recipe = run.recipe
-    subject = _subject(run, run.loaded(run.plan.source.folder))
-    with run.progress.bar("candidates", steps(run)) as advance:
+    recipe, asked = run.recipe, run.recipe.selection
+    subject = subject_of(run, run.loaded(run.plan.source.folder))
+    with run.progress.bar("selection", steps(run)) as advance:
         found = choose(
             subject,
-            fitted(run),
-            layers=run.plan.layers,
-            sweep=recipe.layers == "sweep",
-            k=recipe.selection.stacks if recipe.k == "auto" else recipe.k,
-            gates=Gates(recipe.selection.max_kl, recipe.selection.min_induce),
-            n_judged=recipe.selection.survivors,
-            seed=recipe.seed,
+            pool_of(run),
+            sweep=recipe.sweeps,
+            k=asked.stacks if recipe.k == "auto" else recipe.k,
+            search=Search(
+                gates=Gates(asked.max_kl, asked.min_induce),
+                survivors=asked.survivors,
+                schedule=asked.schedule,
+                seed=recipe.seed,
+            ),
             on_step=lambda what: advance(1, status=what),
         )
     write_text_atomic(sweep_path(run), found.model_dump_json(indent=1) + "\n")
+    taken = ", ".join(map(str, chosen(run).places))
     run.progress.note(
-        f"Chosen: layers {', '.join(map(str, found.layers[: found.k]))} (k = {found.k}: "
-        f"{found.why}). {found.structure.verdict}: {found.structure.because}."
+        f"Chosen: layers {taken} (k = {found.k}: {found.why}). {found.structure.verdict}: "
+        f"{found.structure.because}."
     )
     return [sweep_path(run), *_pictures(run, found)], {}
 
@@ -62,10 +66,12 @@ def _select(run: Run) -> tuple[list[Path], Parts]:
 def steps(run: Run) -> int:
     """Steps of a selection, about: it ends early where a stack is no better."""
     cost = run.plan.selection or {}
-    return 1 + sum(cost.get(name, 0) for name in ("candidates", "judged", "stacks"))
+    swept = 1 + len(run.recipe.selection.rungs) + 1 if run.recipe.sweeps else 0
+    return 1 + swept + cost.get("stacks", 0)
 
 
-def _subject(run: Run, loaded: LoadedModel) -> Subject:
+def subject_of(run: Run, loaded: LoadedModel) -> Subject:
+    """The loaded model with the prompts on which candidates are tried."""
     from abliterator.model import block_paths
     from abliterator.selection import Asked, Subject
 
@@ -88,7 +94,7 @@ def _subject(run: Run, loaded: LoadedModel) -> Subject:
         held_out=asked(sets.selection["target"].prompts),
         judge=choosing_judge(run),
         max_new_tokens=recipe.selection.tokens,
-        batch_size=recipe.rollouts.batch_size,
+        batch_size=recipe.selection.batch_size,
         max_batch_tokens=recipe.capture.max_batch_tokens,
     )
 
@@ -105,18 +111,18 @@ def _pictures(run: Run, found: Selection) -> list[Path]:
     draw_cosines(paths[0], structure.cosines, structure.layers)
     if found.candidates:
         paths.append(folder / "sweep.png")
-        by_layer = sorted(found.candidates, key=lambda c: c.layer)
-        answers = [c.answers for c in by_layer]
+        ordered = sorted(found.candidates, key=lambda c: (-c.position, c.layer))
+        answers = [c.answers for c in ordered]
         curves: dict[str, list[float | None]] = {
-            "bypass, log-odds": [c.bypass for c in by_layer],
-            "KL, nats": [c.kl for c in by_layer],
-            "induce, log-odds": [c.induce for c in by_layer],
+            "bypass, log-odds": [c.bypass for c in ordered],
+            "KL, nats": [c.kl for c in ordered],
+            "induce, log-odds": [c.induce for c in ordered],
             "compliance": [a.compliance.value if a and a.compliance else None for a in answers],
             "coherence": [a.coherence.value if a and a.coherence else None for a in answers],
         }
-        layers = [c.layer for c in by_layer]
-        draw_curves(paths[1], layers, curves, chosen=found.layers[: found.k])
+        places = [(c.layer, c.position) for c in ordered]
+        draw_curves(paths[1], places, curves, chosen=chosen(run).layers)
     return paths
 
 
-SELECTION = Stage("selection", 1, _selection_inputs, _select)
+SELECTION = Stage("selection", 2, _selection_inputs, _select)

@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from abliterator.checkpoint import write_bytes_atomic, write_text_atomic
-from abliterator.pipeline._chosen import chosen_layers
-from abliterator.pipeline._extraction import extracted, prompt_sets
+from abliterator.pipeline._chosen import chosen
+from abliterator.pipeline._extraction import extracted
 from abliterator.pipeline._judging import choosing_judge
+from abliterator.pipeline._prompt_sets import prompt_sets
 from abliterator.pipeline._run import Run
 from abliterator.pipeline._stage import Parts, Stage
 from abliterator.pipeline._tuned import tuned_bases_path, tuning_path
@@ -27,7 +28,7 @@ def _tuning_inputs(run: Run) -> Any:
     return [
         run.base_digest(),
         run.digest("capture"),
-        chosen_layers(run),
+        chosen(run),
         {name: getattr(recipe, name).model_dump(mode="json") for name in sections},
         {name: s.sha256 for name, s in {**sets.extraction, **sets.selection}.items()},
         # which point is preferred is not asked here: another one needs no other descent

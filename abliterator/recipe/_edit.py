@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections import Counter
 from itertools import chain
@@ -24,11 +25,9 @@ Component = Literal[
 # The two that all others inherit from: whatever mixes tokens, and all else.
 COMPONENTS: tuple[Component, ...] = ("attention", "mlp")
 Strength = Annotated[float, Field(ge=0, le=2, allow_inf_nan=False)]
+Rungs = Annotated[tuple[Positive, ...], BeforeValidator(as_tuple)]
 # yaml reads the key 9 as a number
 Blocks = Annotated[str, BeforeValidator(lambda key: str(key) if type(key) is int else key)]
-Experts = Annotated[
-    tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1), BeforeValidator(as_tuple)
-]
 _BLOCKS = re.compile("([0-9]{1,4})(?:-([0-9]{1,4}))?")
 
 
@@ -45,22 +44,36 @@ def blocks_of(key: str) -> range:
     return blocks
 
 
-def _named_twice(by_block: Any) -> int | None:
-    """The first block that is in two ranges; None where there is none, or nothing is by block."""
-    ranges = map(blocks_of, by_block if isinstance(by_block, dict) else ())
-    counts = Counter(chain.from_iterable(ranges))
-    return min((block for block, n in counts.items() if n > 1), default=None)
-
-
 class DirectionSettings(Section):
     """From moments to directions."""
 
     estimator: Literal["mean_difference", "tuned"] = "mean_difference"
     """r = mean(target) - mean(contrast); `tuned` goes on from there by gradients (`tuning`)."""
-    position: Annotated[int, Field(le=-1)] = -1
-    """Token of the prompt, from the end; -1 is the last one before the answer."""
+    position: Annotated[int, Field(le=-1)] | Literal["sweep"] = -1
+    """Token that the chat template puts after the prompt, from the end; -1 is the last one.
+
+    `sweep` tries every such token of every layer and chooses by evidence (`selection`).
+    """
     projection: Literal["none", "neutral"] = "none"
     """`neutral` removes the component along the neutral mean from every direction."""
+    stack: Literal["layers", "per_layer", "within_layer"] = "layers"
+    """What k directions are: those of k layers, of each block's own layer, or k of the first layer.
+
+    `per_layer` takes from what block i writes the direction of layer i + 1, or of the nearest of
+    `layers`; k is 1.
+    `within_layer` takes that layer's mean difference and the principal components of the paired
+    differences orthogonal to it, so `contrast` must be a set whose n-th prompt is the n-th of
+    `target` without the behaviour.
+    """
+
+    @model_validator(mode="after")
+    def _differences_as_they_are(self) -> Self:
+        if self.stack == "within_layer" and self.projection != "none":
+            raise ValueError(
+                "`stack: within_layer` takes paired differences as they are: leave "
+                "`projection: none`"
+            )
+        return self
 
 
 class Edit(Section):
@@ -78,13 +91,6 @@ class Edit(Section):
 
     `attention` and `mlp` left out are 0. `linear_attention`, `ssm` and `convolution` are as
     `attention`, `expert`, `shared_expert` and `per_layer_input` as `mlp`, unless they are named.
-    """
-    experts: Literal["all"] | Experts | dict[Blocks, Literal["all"] | Experts] = "all"
-    """Which routed experts are edited, at the strength of `expert`: all, or those of these indices.
-
-    `[0, 7]` is those of every block that has experts, `{3-5: [0, 7], 9: all}` those of each block
-    named, counted as in `strength`: of a block in no range, none are edited. Shared experts and all
-    other components follow `strength` alone; `strength: {expert: 1}` leaves them as they are.
     """
     norm: Literal["none", "column"] = "none"
     """`column` rescales the columns of an edited matrix to their old length."""
@@ -111,20 +117,11 @@ class Edit(Section):
     @classmethod
     def _each_block_once(cls, value: Any) -> Any:
         for component, strength in value.items() if isinstance(value, dict) else ():
-            twice = _named_twice(strength)
-            if twice is not None:
+            ranges = map(blocks_of, strength if isinstance(strength, dict) else ())
+            counts = Counter(chain.from_iterable(ranges))
+            if counts and max(counts.values()) > 1:
+                twice = min(block for block, n in counts.items() if n > 1)
                 raise ValueError(f"gives `{component}` two strengths in block {twice}")
-        return value
-
-    @field_validator("experts")
-    @classmethod
-    def _each_expert_once(cls, value: Any) -> Any:
-        twice = _named_twice(value)
-        if twice is not None:
-            raise ValueError(f"names block {twice} twice")
-        for indices in value.values() if isinstance(value, dict) else [value]:
-            if len(set(indices)) < len(indices) and indices != "all":
-                raise ValueError(f"names an expert twice in {list(indices)}")
         return value
 
     @property
@@ -160,8 +157,17 @@ class Selection(Section):
     """Tokens of a judged answer."""
     judge: Literal["rules", "recipe"] = "rules"
     """Who judges answers here, and of tuned points: the rules, which are free, or `judge`."""
-    survivors: Positive = 4
+    survivors: Positive = 8
     """Candidates whose answers are judged; as many as may be stacked if that is more."""
+    rungs: Rungs = (8, 16)
+    """Prompts that survivors answer before the worst of them drop out; the last rung has `prompts`.
+
+    `[]` lets all of them answer all prompts. An answer is never asked for twice.
+    """
+    keep: Annotated[float, Field(gt=0, le=1)] = 0.5
+    """Share of the survivors that goes on to the next rung."""
+    batch_size: Positive = 64
+    """Rows that run together; rows of several candidates share a batch."""
     stacks: Layers = (1, 2, 3, 5)
     """Sizes that `k: auto` tries; it stops at the first that is no better than the one before."""
 
@@ -171,6 +177,28 @@ class Selection(Section):
         if value[:1] != (1,) or list(value) != sorted(set(value)):
             raise ValueError("must begin with 1 and grow")
         return value
+
+    @field_validator("rungs")
+    @classmethod
+    def _growing_rungs(cls, value: tuple[int, ...]) -> tuple[int, ...]:
+        if list(value) != sorted(set(value)):
+            raise ValueError("must grow")
+        return value
+
+    def schedule(self, candidates: int, prompts: int, least: int) -> list[tuple[int, int]]:
+        """Candidates and prompts of each rung, the last with all prompts.
+
+        Args:
+            candidates: that are to be judged.
+            prompts: that there are.
+            least: candidates that must reach the last rung, if there are as many.
+        """
+        found = []
+        for rung in (*(n for n in self.rungs if n < prompts), prompts):
+            found.append((candidates, rung))
+            # 1e-9: a half of 8 is 4, whatever 8 x .5 is in binary
+            candidates = min(candidates, max(math.ceil(candidates * self.keep - 1e-9), least, 1))
+        return found
 
     def candidates(self, n_layers: int) -> range:
         """The layers that a sweep tries."""

@@ -58,7 +58,18 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _enough_layers(self) -> Self:
-        if isinstance(self.layers, tuple) and isinstance(self.k, int) and self.k > len(self.layers):
+        if self.directions.stack == "per_layer":
+            if self.selects or self.k != 1:
+                raise ValueError(
+                    "`stack: per_layer` leaves nothing to a sweep: name `layers`, a position, and "
+                    "`k: 1`"
+                )
+        elif self.directions.stack == "within_layer":
+            if self.prompts.contrast is None:
+                raise ValueError("`stack: within_layer` needs pairs: give `prompts.contrast`")
+        elif (
+            isinstance(self.layers, tuple) and isinstance(self.k, int) and self.k > len(self.layers)
+        ):
             raise ValueError(f"k is {self.k}, but only {len(self.layers)} layers are given")
         return self
 
@@ -81,8 +92,13 @@ class Recipe(Section):
 
     @property
     def selects(self) -> bool:
-        """Whether layers or k are to be chosen by measurement."""
-        return self.layers == "sweep" or self.k == "auto"
+        """Whether layers, positions or k are to be chosen by measurement."""
+        return self.sweeps or self.k == "auto"
+
+    @property
+    def sweeps(self) -> bool:
+        """Whether layers or positions are."""
+        return self.layers == "sweep" or self.directions.position == "sweep"
 
     @property
     def tunes(self) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -20,7 +20,8 @@ def forced_logprobs(
     forced: Sequence[Sequence[int]],
     *,
     max_batch_tokens: int,
-) -> list[Tensor]:
+    before_batch: Callable[[list[int]], None] = lambda rows: None,
+) -> Iterator[tuple[int, Tensor]]:
     """Log-probabilities of every next token while each prompt is answered with `forced`.
 
     Args:
@@ -28,28 +29,34 @@ def forced_logprobs(
         prompts: token ids, one rendered prompt each.
         forced: the tokens that follow each prompt; may be none.
         max_batch_tokens: tokens in a batch; batches hold rows of one length, unpadded.
+        before_batch: called before each batch runs with the indices of its prompts, row by row.
 
-    Returns:
-        One [len(forced) + 1, V] float32 tensor on the CPU a prompt: row i is the distribution after
-        i forced tokens.
+    Yields:
+        In the order of the batches: the index of a prompt, and [len(forced) + 1, V] float32 on the
+        CPU: row i is the distribution after i forced tokens. As a stream, for all of them may be
+        more than fits in memory.
 
     Raises:
         GenerationError: if logits are not finite.
     """
-    found: dict[int, Tensor] = {}
     for count in sorted({len(tokens) for tokens in forced}):
         members = [i for i, tokens in enumerate(forced) if len(tokens) == count]
         rows = [[*prompts[i], *forced[i]] for i in members]
-        batches = equal_length_batches(rows, max_batch_tokens)
-        for batch, logprobs in run_batches(batches, partial(_last, loaded, rows, count + 1)):
-            found.update(zip((members[j] for j in batch), logprobs, strict=True))
-    return [found[i] for i in range(len(prompts))]
+        run = partial(_last, loaded, members, rows, count + 1, before_batch)
+        for batch, logprobs in run_batches(equal_length_batches(rows, max_batch_tokens), run):
+            yield from zip((members[j] for j in batch), logprobs, strict=True)
 
 
 def _last(
-    loaded: LoadedModel, rows: Sequence[Sequence[int]], keep: int, batch: list[int]
+    loaded: LoadedModel,
+    members: Sequence[int],
+    rows: Sequence[Sequence[int]],
+    keep: int,
+    before_batch: Callable[[list[int]], None],
+    batch: list[int],
 ) -> Tensor:
     """[len(batch), keep, V] log-probabilities at the last `keep` positions."""
+    before_batch([members[j] for j in batch])
     ids = torch.tensor([list(rows[i]) for i in batch], device=loaded.device)
     return last_logprobs(loaded, ids, keep=keep)[0]
 

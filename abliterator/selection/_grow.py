@@ -7,11 +7,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from abliterator.directions import Directions, stack
+from abliterator.directions import Place
 from abliterator.record import Estimate
-from abliterator.selection._scores import Baseline, Judged, judge_edit, kl_of_edit
-from abliterator.selection._sweep import Step
-from abliterator.selection._types import Gates, Stack, Subject, estimate
+from abliterator.selection._pool import Pool
+from abliterator.selection._race import Step
+from abliterator.selection._rows import removed
+from abliterator.selection._scores import Baseline, Judged, judge_edits, mean_kl
+from abliterator.selection._types import Gates, Search, Stack, Subject, estimate
 from abliterator.statistics import paired_delta
 from abliterator.subspace import orthonormal_basis
 
@@ -19,44 +21,71 @@ from abliterator.subspace import orthonormal_basis
 def grow_stack(
     subject: Subject,
     base: Baseline,
-    directions: Directions,
-    layers: Sequence[int],
+    pool: Pool,
+    order: Sequence[Place],
     sizes: Sequence[int],
     *,
-    gates: Gates,
-    seed: int,
+    search: Search,
     on_step: Step,
 ) -> tuple[list[Stack], str]:
-    """Stacks of the first of `layers` in growing `sizes`, up to the first that is no better.
+    """Stacks of growing `sizes`, up to the first that is no better.
 
-    A larger stack is better if the 95 % interval of the paired difference of its products, against
-    the smaller stack and against as many random directions, lies above 0, and its KL passes.
+    A larger stack is better if the 95 % interval of the paired difference of its products lies
+    above 0 against the smaller stack, against as many random directions and against as many from
+    shuffled labels, and its KL passes.
 
     Returns:
         The stacks that were tried (the last may be the one that was not taken), and why it stopped.
     """
     tried: list[Stack] = []
     smaller: Judged | None = None
-    for k in (size for size in sizes if size <= len(layers)):
-        basis = stack(directions, layers[:k]).basis
-        judged = judge_edit(subject, basis)
-        control = judge_edit(subject, random_basis(len(basis), k, seed=seed))
-        tried.append(
-            Stack(
-                k=k,
-                layers=tuple(layers[:k]),
-                kl=kl_of_edit(subject, base, basis),
-                answers=judged.summary,
-                random=control.summary,
-                over_random=_gain(control, judged, seed),
-                over_smaller=_gain(smaller, judged, seed) if smaller else None,
-            )
-        )
+    most = pool.most(order)
+    for k in (size for size in sizes if size <= most):
+        stack, judged = _try(subject, base, pool, order, k, smaller=smaller, seed=search.seed)
+        tried.append(stack)
         on_step(f"stack of {k} judged")
-        if reason := _no_better(tried[-1], gates):
+        if reason := _no_better(stack, search.gates):
             return tried, reason
         smaller = judged
-    return tried, f"there is no larger stack to try with {len(layers)} layers"
+    return tried, f"there is no larger stack to try with {_of(pool, most)}"
+
+
+def _try(
+    subject: Subject,
+    base: Baseline,
+    pool: Pool,
+    order: Sequence[Place],
+    k: int,
+    *,
+    smaller: Judged | None,
+    seed: int,
+) -> tuple[Stack, Judged]:
+    """One stack and its controls, side by side."""
+    basis = pool.stack(order, k).basis
+    controls = [random_basis(len(basis), k, seed=seed)]
+    if (shuffled := pool.shuffled_stack(order, k)) is not None:
+        controls.append(shuffled)
+    judged, random, *rest = judge_edits(subject, [basis, *controls])
+    with removed(subject, [basis]) as edited:
+        (kl,) = mean_kl(edited, base)
+    of = order[:1] if pool.differences else order[:k]
+    stack = Stack(
+        k=k,
+        layers=tuple(place.layer for place in of),
+        positions=tuple(place.position for place in of),
+        kl=kl,
+        answers=judged.summary,
+        random=random.summary,
+        shuffled=rest[0].summary if rest else None,
+        over_random=_gain(random, judged, seed),
+        over_shuffled=_gain(rest[0], judged, seed) if rest else None,
+        over_smaller=_gain(smaller, judged, seed) if smaller else None,
+    )
+    return stack, judged
+
+
+def _of(pool: Pool, most: int) -> str:
+    return f"{most} directions of one layer" if pool.differences else f"{most} layers"
 
 
 def taken(tried: Sequence[Stack], gates: Gates) -> int:
@@ -85,7 +114,11 @@ def _no_better(tried: Stack, gates: Gates) -> str | None:
     """Why this stack is not taken, or None if it is."""
     if tried.k > 1 and tried.kl > gates.max_kl:
         return f"{tried.k} directions move neutral answers too far (KL {tried.kl:.3g} nats)"
-    for gain, than in ((tried.over_smaller, "the smaller stack"), (tried.over_random, "random")):
+    for gain, than in (
+        (tried.over_smaller, "the smaller stack"),
+        (tried.over_random, "random ones"),
+        (tried.over_shuffled, "those of shuffled labels"),
+    ):
         # without an interval (all differences equal) the value itself decides
         if gain is not None and (gain.value if gain.low is None else gain.low) <= 0:
             return f"{tried.k} directions are not better than {than}: product {_shown(gain)}"

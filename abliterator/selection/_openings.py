@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
-from functools import partial
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -64,18 +63,25 @@ def refusal_scores(
     openings: Sequence[Tokens],
     *,
     max_batch_tokens: int,
+    before_batch: Callable[[list[int]], None] = lambda rows: None,
 ) -> Tensor:
     """Log-odds that the answer to each prompt begins with one of `openings`.
 
     log(p / (1 - p)), p the sum of the openings' probabilities: Arditi et al. (2024), section B, for
-    openings of several tokens.
+    openings of several tokens. `before_batch` is called before each batch runs with the indices of
+    its prompts, row by row.
 
     Returns:
         [N] float64.
     """
     found: dict[int, Tensor] = {}
     batches = equal_length_batches(prompts, max_batch_tokens)
-    for batch, rows in run_batches(batches, partial(_log_likelihoods, loaded, prompts, openings)):
+
+    def run(batch: list[int]) -> Tensor:
+        before_batch(batch)
+        return _log_likelihoods(loaded, prompts, openings, batch)
+
+    for batch, rows in run_batches(batches, run):
         found.update(zip(batch, rows, strict=True))
     log_p = torch.stack([found[i] for i in range(len(prompts))]).logsumexp(dim=1)
     rest = (-torch.expm1(log_p)).clamp_min(torch.finfo(torch.float64).tiny)

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from abliterator.directions import Directions
+from abliterator.directions import Place
+from abliterator.selection._pool import Pool
 from abliterator.selection._types import Stack, Structure
 from abliterator.subspace import cosine_matrix
 
@@ -21,28 +22,25 @@ def participation_ratio(directions: Tensor) -> float:
     return float(eigenvalues.sum() ** 2 / eigenvalues.square().sum())
 
 
-def describe(
-    directions: Directions,
-    *,
-    layers: Sequence[int],
-    best: Sequence[int],
-    stacks: Sequence[Stack],
-    k: int,
-) -> Structure:
-    """The cosine matrix of `layers`, the effective rank of the `best`, and a verdict from both.
+def describe(pool: Pool, *, best: Sequence[Place], stacks: Sequence[Stack], k: int) -> Structure:
+    """The cosine matrix of the candidates' layers, the effective rank of the `best`, and a verdict.
 
-    Where stacks were judged, they have the last word: directions that differ may still do the same
-    work, and directions that agree may leave some undone.
+    The cosines are of the position of the best. Where stacks were judged, they have the last word:
+    directions that differ may still do the same work, and directions that agree may leave some
+    undone.
     """
-    ratio = participation_ratio(directions.vectors[[layer - 1 for layer in best]])
+    ratio = participation_ratio(torch.stack([pool.direction(place) for place in best]))
     single = k == 1 if stacks else ratio < ONE_DIRECTION
-    cosines = cosine_matrix(directions.vectors[[layer - 1 for layer in layers]])
+    position = best[0].position
+    layers = sorted({place.layer for place in pool.places})
+    cosines = cosine_matrix(pool.directions[position].vectors[[layer - 1 for layer in layers]])
     figures = [f"participation ratio {ratio:.2f} over layers {', '.join(map(str, best))}"]
     for tried in stacks:
         if tried.answers.product is not None:
             figures.append(f"product {tried.answers.product.value:.3f} at k = {tried.k}")
     return Structure(
         layers=tuple(layers),
+        position=position,
         cosines=tuple(tuple(round(c, 6) for c in row) for row in cosines.tolist()),
         participation_ratio=ratio,
         verdict="single direction" if single else "low-rank subspace",

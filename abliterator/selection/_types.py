@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from abliterator.bake import EditPlan
+from abliterator.directions import Place
 from abliterator.record import Estimate, Frozen
 
 if TYPE_CHECKING:
     from abliterator.judge import Judge
     from abliterator.model import LoadedModel
     from abliterator.statistics import Interval
+
+
+Schedule = Callable[[int, int, int], Sequence[tuple[int, int]]]
 
 
 @dataclass(frozen=True)
@@ -26,6 +30,24 @@ class Gates:
 
     max_kl: float = 0.1
     min_induce: float = 0.0
+
+
+@dataclass(frozen=True)
+class Search:
+    """How much is tried, and what decides.
+
+    Attributes:
+        gates: what a candidate must pass.
+        survivors: candidates whose answers are judged.
+        schedule: of so many candidates and prompts, and how many candidates must reach the end: the
+            candidates and prompts of each rung, the last with all prompts.
+        seed: of intervals, of random directions, and of the order of the prompts.
+    """
+
+    gates: Gates = Gates()
+    survivors: int = 4
+    schedule: Schedule = lambda candidates, prompts, least: [(candidates, prompts)]
+    seed: int = 0
 
 
 @dataclass(frozen=True)
@@ -50,7 +72,7 @@ class Subject:
         held_out: target prompts whose answers are judged; no direction was taken from them.
         judge: who judges them.
         max_new_tokens: of a judged answer.
-        batch_size: prompts answered together.
+        batch_size: rows answered together, each of which may be edited in its own way.
         max_batch_tokens: tokens in one forward pass.
     """
 
@@ -77,32 +99,49 @@ class Answers(Frozen):
     tokens: int  # generated, all answers together
 
 
+class Rung(Frozen):
+    """How a candidate did on the first prompts of a race."""
+
+    prompts: int
+    product: Estimate | None
+
+
 class Candidate(Frozen):
-    """One layer's direction: cheap scores, the gates that stopped it, and answers if it was judged.
+    """One direction: cheap scores, the gates that stopped it, and answers if it was judged.
 
     `bypass` is the mean log-odds of a refusing opening on target prompts under the edit (lower is
     better), `kl` that of the next-token distributions along the base's answers to neutral prompts
     (nats, per token), `induce` the rise of the log-odds on contrast prompts when the direction is
-    added at its layer.
+    added at its layer. `answers` are to the prompts of the last of its `rungs`.
     """
 
     layer: int
+    position: int = -1
     bypass: float
     kl: float
     induce: float
     stopped_by: tuple[str, ...] = ()
     answers: Answers | None = None
+    rungs: tuple[Rung, ...] = ()
+
+    @property
+    def place(self) -> Place:
+        """Where its direction is from."""
+        return Place(self.layer, self.position)
 
 
 class Stack(Frozen):
-    """The first k layers stacked, against the smaller stack and against random directions."""
+    """k directions together, against fewer and against as many that know nothing."""
 
     k: int
     layers: tuple[int, ...]
+    positions: tuple[int, ...] = ()
     kl: float
     answers: Answers
     random: Answers  # the same number of random directions
+    shuffled: Answers | None = None  # the same number of directions from shuffled labels
     over_random: Estimate | None  # paired difference of the products
+    over_shuffled: Estimate | None = None
     over_smaller: Estimate | None = None
 
 
@@ -110,6 +149,7 @@ class Structure(Frozen):
     """How the candidates' directions lie to one another."""
 
     layers: tuple[int, ...]
+    position: int = -1  # of the directions whose cosines these are
     cosines: tuple[tuple[float, ...], ...]
     participation_ratio: float  # of the layers that were judged, or given
     verdict: str  # "single direction" or "low-rank subspace"
@@ -126,7 +166,8 @@ class Base(Frozen):
 class Selection(Frozen):
     """What was chosen and on what evidence."""
 
-    layers: tuple[int, ...]  # the first k are stacked
+    layers: tuple[int, ...]  # in order of preference
+    positions: tuple[int, ...]  # of each of them
     k: int
     why: str
     base: Base

@@ -1,0 +1,225 @@
+"""The stage that captures activations, and what later stages read of them."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from abliterator.errors import DirectionError
+from abliterator.pipeline._prompt_sets import prompt_sets
+from abliterator.pipeline._run import Run
+from abliterator.pipeline._stage import Parts, Stage
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from abliterator.directions import Directions
+    from abliterator.model import LoadedModel
+    from abliterator.prompts import PromptSet
+    from abliterator.subspace import MomentSet
+
+
+def _moments_path(run: Run) -> Path:
+    return run.workspace.work / "moments.safetensors"
+
+
+def _differences_path(run: Run) -> Path:
+    return run.workspace.work / "differences.safetensors"
+
+
+def _capture_inputs(run: Run) -> Any:
+    recipe = run.recipe
+    return [
+        run.base_digest(),
+        recipe.chat.model_dump(mode="json"),
+        recipe.capture.model_dump(mode="json"),
+        recipe.directions.position,
+        [recipe.directions.stack, prompt_sets(run).pairs, _shuffles(run), recipe.seed],
+        {name: s.sha256 for name, s in _captured(run).items()},
+        run.dtype,
+    ]
+
+
+def _captured(run: Run) -> dict[str, PromptSet]:
+    """The sets whose moments a direction is made of."""
+    sets = prompt_sets(run).extraction
+    unused = {"neutral"} if run.recipe.directions.projection == "none" else set()
+    return {name: prompts for name, prompts in sets.items() if name not in unused}
+
+
+def _shuffles(run: Run) -> int:
+    """Shuffles of the labels whose directions are controls of `k: auto`."""
+    if run.recipe.k != "auto":
+        return 0
+    # k directions of one layer need k shuffles; those of k layers may come from one
+    within = run.recipe.directions.stack == "within_layer"
+    return max(run.recipe.selection.stacks) if within else 1
+
+
+def _capture(run: Run) -> tuple[list[Path], Parts]:
+    from abliterator.capture import save_moments
+
+    loaded = run.loaded(run.plan.source.folder)
+    positions = _positions(run, loaded)
+    moments: dict[str, MomentSet] = {}
+    vectors: dict[str, Tensor] = {}
+    for name, prompts in _captured(run).items():
+        found = _of_set(run, loaded, name, prompts, positions)
+        moments |= found.moments
+        vectors |= {name: found.vectors} if found.vectors is not None else {}
+    save_moments(_moments_path(run), moments)
+    if not vectors:
+        return [_moments_path(run)], {}
+    _save_differences(run, vectors, positions)
+    return [_moments_path(run), _differences_path(run)], {}
+
+
+def _positions(run: Run, loaded: LoadedModel) -> tuple[int, ...]:
+    """The positions that are captured, -1 first.
+
+    Raises:
+        DirectionError: for a position that the chat template does not have.
+    """
+    from abliterator.model import template_tail
+
+    chat, wanted = run.recipe.chat, run.recipe.directions.position
+    tail = template_tail(loaded.tokenizer, system=chat.system, template_kwargs=chat.template_kwargs)
+    there = f"The chat template puts {len(tail)} tokens after every prompt"
+    if wanted == "sweep":
+        if not tail:
+            raise DirectionError(
+                f"{there}, so there is no position to sweep. Leave `position: -1`."
+            )
+        return tuple(range(-1, -len(tail) - 1, -1))
+    if wanted < -len(tail) and wanted != -1:
+        raise DirectionError(
+            f"{there}, so `directions.position` can be -1 to {-len(tail)}; it is {wanted}."
+        )
+    return (wanted,)
+
+
+class _Found(NamedTuple):
+    """Moments by name, and the vectors [N, P, L, H] themselves where pairs are compared."""
+
+    moments: dict[str, MomentSet]
+    vectors: Tensor | None
+
+
+def _of_set(
+    run: Run, loaded: LoadedModel, name: str, prompts: PromptSet, positions: tuple[int, ...]
+) -> _Found:
+    """One prompt set through the model: all of it, and random halves of it for each shuffle."""
+    import torch
+
+    from abliterator.capture import residuals
+    from abliterator.model import block_paths
+    from abliterator.subspace import Moments
+
+    n, anatomy, settings = len(prompts.prompts), run.plan.anatomy, run.recipe.capture
+    parts: dict[str, frozenset[int]] = {name: frozenset(range(n))}
+    for i in range(_shuffles(run) if name in ("target", "contrast") else 0):
+        drawn = random.Random(f"{run.recipe.seed} {name} {i}").sample(range(n), n // 2)
+        parts[f"{name}/half{i}"] = frozenset(drawn)
+    moments = {
+        (part, position): Moments(anatomy.n_layers, anatomy.d_model)
+        for part in parts
+        for position in positions
+    }
+    paired = run.recipe.directions.stack == "within_layer" and name in ("target", "contrast")
+    vectors = torch.zeros(n, len(positions), anatomy.n_layers, anatomy.d_model) if paired else None
+    with run.progress.bar(f"capture {name}", n) as advance:
+        for batch, found in residuals(
+            loaded,
+            run.render(loaded, prompts.prompts),
+            blocks=block_paths(anatomy.blocks, anatomy.n_layers),
+            positions=positions,
+            padding=settings.padding,
+            max_batch_tokens=settings.max_batch_tokens,
+        ):
+            for (part, position), accumulated in moments.items():
+                rows = [row for row, index in enumerate(batch) if index in parts[part]]
+                if rows:
+                    accumulated.update(found[rows, positions.index(position)])
+            if vectors is not None:
+                vectors[batch] = found.float().cpu()
+            advance(len(batch))
+    frozen = {
+        _named(part, position, positions): one.freeze() for (part, position), one in moments.items()
+    }
+    return _Found(frozen, vectors)
+
+
+def _named(part: str, position: int, positions: tuple[int, ...]) -> str:
+    return part if len(positions) == 1 else f"{part}@{position}"
+
+
+def _save_differences(run: Run, vectors: Mapping[str, Tensor], positions: tuple[int, ...]) -> None:
+    """Target - contrast of every pair, [pairs, L, H] float32 by position."""
+    from safetensors.torch import save
+
+    from abliterator.checkpoint import write_bytes_atomic
+
+    target, contrast = (list(side) for side in zip(*prompt_sets(run).pairs, strict=True))
+    apart = vectors["target"][target] - vectors["contrast"][contrast]
+    tensors = {str(p): apart[:, i].contiguous() for i, p in enumerate(positions)}
+    write_bytes_atomic(_differences_path(run), save(tensors))
+
+
+def differences(run: Run) -> dict[int, Tensor]:
+    """Paired differences [N, L, H] by position; none where stacks are of layers."""
+    from safetensors.torch import load_file
+
+    if run.recipe.directions.stack != "within_layer":
+        return {}
+    found = load_file(_differences_path(run))
+    return {int(position): found[position] for position in sorted(found, key=int, reverse=True)}
+
+
+def _moments(run: Run) -> dict[int, dict[str, MomentSet]]:
+    """Moments by position and part; -1 first."""
+    from abliterator.capture import load_moments
+
+    wanted = run.recipe.directions.position
+    found: dict[int, dict[str, MomentSet]] = {}
+    for name, moments in load_moments(_moments_path(run)).items():
+        part, _, position = name.partition("@")
+        at = int(position) if position else -1 if wanted == "sweep" else wanted
+        found.setdefault(at, {})[part] = moments
+    return {position: found[position] for position in sorted(found, reverse=True)}
+
+
+def fitted(run: Run) -> dict[int, Directions]:
+    """The directions of all layers by position, from what was captured."""
+    from abliterator.directions import fit_directions
+
+    projected = run.recipe.directions.projection == "neutral"
+    return {
+        position: fit_directions(
+            moments["target"],
+            moments["contrast"],
+            remove_mean_of=moments.get("neutral", moments["contrast"]) if projected else None,
+        )
+        for position, moments in _moments(run).items()
+    }
+
+
+def shuffled(run: Run) -> list[dict[int, Directions]]:
+    """The same of shuffled labels, one mapping a shuffle."""
+    from abliterator.directions import fit_shuffled
+
+    found = _moments(run)
+    return [
+        {
+            position: fit_shuffled(
+                (moments["target"], moments[f"target/half{i}"]),
+                (moments["contrast"], moments[f"contrast/half{i}"]),
+            )
+            for position, moments in found.items()
+        }
+        for i in range(_shuffles(run))
+    ]
+
+
+CAPTURE = Stage("capture", 2, _capture_inputs, _capture)

@@ -1,0 +1,78 @@
+"""The directions among which a selection chooses, and what a stack of k of them is."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from abliterator.directions import Directions, Place, Subspace, stack_at, within_layer
+from abliterator.errors import DirectionError
+from abliterator.subspace import orthonormal_basis
+
+
+@dataclass(frozen=True)
+class Pool:
+    """Candidate places, and the directions there.
+
+    Attributes:
+        places: the candidates; where nothing is swept, in order of preference.
+        directions: by position.
+        shuffled: the same from shuffled labels, one mapping a shuffle: controls.
+        differences: [N, L, H] by position, target - contrast of each pair. Where they are given, a
+            stack is of the first place alone: its direction, then principal components of them.
+    """
+
+    places: Sequence[Place]
+    directions: Mapping[int, Directions]
+    shuffled: Sequence[Mapping[int, Directions]] = ()
+    differences: Mapping[int, Tensor] = field(default_factory=dict)
+
+    def direction(self, place: Place) -> Tensor:
+        """The direction r [H] of a place, as extracted."""
+        return self.directions[place.position].vectors[place.layer - 1]
+
+    def stack(self, order: Sequence[Place], k: int) -> Subspace:
+        """The subspace of k directions, `order` being that of preference.
+
+        Raises:
+            DirectionError: for dependent directions, and where pairs differ along fewer than k.
+        """
+        if not self.differences:
+            return stack_at(self.directions, order[:k])
+        found, first = self._within(order), order[0]
+        if k > len(found):
+            raise DirectionError(
+                f"The pairs differ along {len(found)} directions at layer {first}, and k is {k}. "
+                f"Give a smaller k, or more pairs."
+            )
+        names = [f"layer {first}", *(f"component {i} of layer {first}" for i in range(1, k))]
+        return Subspace(orthonormal_basis(found[:k], names), (first.layer,))
+
+    def shuffled_stack(self, order: Sequence[Place], k: int) -> Tensor | None:
+        """Q [H, k] of as many directions from shuffled labels; None where there are none.
+
+        Of the same places, one shuffle; within a layer, of as many shuffles.
+        """
+        if not self.shuffled:
+            return None
+        if not self.differences:
+            return stack_at(self.shuffled[0], order[:k]).basis
+        first = order[0]
+        each = [one[first.position].vectors[first.layer - 1] for one in self.shuffled[:k]]
+        return orthonormal_basis(torch.stack(each))
+
+    def most(self, order: Sequence[Place]) -> int:
+        """The largest k there can be."""
+        if not self.differences:
+            return len(order)
+        return len(self._within(order))
+
+    def _within(self, order: Sequence[Place]) -> Tensor:
+        """All directions [n, H] of the first place."""
+        first = order[0]
+        return within_layer(
+            self.direction(first), self.differences[first.position][:, first.layer - 1]
+        )

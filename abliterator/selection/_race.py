@@ -1,0 +1,68 @@
+"""Successive halving: many candidates answer few prompts, few answer all."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+
+from abliterator.directions import Place
+from abliterator.selection._pool import Pool
+from abliterator.selection._scores import Judged, judge_edits
+from abliterator.selection._types import Candidate, Rung, Search, Subject
+
+Step = Callable[[str], None]
+
+
+def race(
+    subject: Subject,
+    pool: Pool,
+    candidates: Sequence[Candidate],
+    search: Search,
+    *,
+    least: int,
+    on_step: Step,
+) -> list[Candidate]:
+    """Judges `candidates` rung by rung, dropping the worst after each (Jamieson & Talwalkar 2016).
+
+    An answer that was judged is never asked for again: a rung adds prompts to the one before it.
+
+    Args:
+        subject: the model and the prompts.
+        pool: where the candidates' directions are.
+        candidates: those that are judged, all of the same worth so far.
+        search: prompts of each rung, and the share that goes on.
+        least: so many reach the last rung, if there are as many.
+        on_step: called after each rung.
+
+    Returns:
+        All of them with what they answered, the best first: by rungs, then by product, then by KL.
+    """
+    total = len(subject.held_out.prompts)
+    order = random.Random(search.seed).sample(range(total), total)
+    racing = list(candidates)
+    found: dict[Place, Judged] = {}
+    out: list[Candidate] = []
+    done = 0
+    for n, reached in search.schedule(len(racing), total, least):
+        racing, out = racing[:n], [*racing[n:], *out]
+        bases = [pool.stack([c.place], 1).basis for c in racing]
+        judged = judge_edits(subject, bases, order[done:reached])
+        for c, more in zip(racing, judged, strict=True):
+            found[c.place] = found[c.place] + more if c.place in found else more
+        racing = sorted((_after(c, found[c.place], reached) for c in racing), key=by_answers)
+        on_step(f"{len(racing)} candidates judged on {reached} prompts")
+        done = reached
+    return [*racing, *out]
+
+
+def _after(candidate: Candidate, judged: Judged, prompts: int) -> Candidate:
+    summary = judged.summary
+    rung = Rung(prompts=prompts, product=summary.product)
+    return candidate.model_copy(update={"answers": summary, "rungs": (*candidate.rungs, rung)})
+
+
+def by_answers(candidate: Candidate) -> tuple[float, float]:
+    """Sorts the best first: the highest mean product, of equals the lowest KL."""
+    answers = candidate.answers
+    product = answers.product.value if answers and answers.product else 0.0
+    return -product, candidate.kl

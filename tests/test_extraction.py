@@ -1,0 +1,167 @@
+"""Positions and stacks of directions, from a recipe to a baked checkpoint of a tiny model."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from abliterator import pipeline
+from abliterator.capture import capture, load_moments
+from abliterator.directions import stack, within_layer
+from abliterator.errors import DirectionError, PromptError, RecipeError
+from abliterator.model import block_paths, load_model, render_chat, template_tail
+from abliterator.pipeline import Options
+from abliterator.pipeline._prompt_sets import PromptSets
+from abliterator.recipe import load_recipe
+from abliterator.subspace import cosine_matrix
+from abliterator.verification import verify
+
+FAST = Options(device="cpu", dtype="float32")
+TAIL = 7  # "<|im_end|>\n<|im_start|>assistant\n" in the tiny tokenizer
+
+
+@pytest.fixture
+def recipe(tmp_path, tiny_folder):
+    """A recipe with pairs on a tiny random model."""
+    words = [f"{a}{b}" for a in "abcd" for b in "efgh"]
+    for name, text in (("t", "Where is the {} now?"), ("c", "What is the {} now?")):
+        (tmp_path / f"{name}.txt").write_text("\n".join(text.format(word) for word in words))
+    (tmp_path / "n.txt").write_text("\n".join(f"Name {word}." for word in words))
+    path = tmp_path / "tiny.yaml"
+    path.write_text(
+        f"model: {tiny_folder()}\nlayers: [2, 1]\nk: 1\n"
+        "prompts: {target: {path: t.txt}, contrast: {path: c.txt}, neutral: {path: n.txt}}\n"
+    )
+    return lambda *overrides: load_recipe(path, overrides=overrides)
+
+
+def made(recipe, out, until="bake"):
+    pipeline.run_stages(recipe, out, until=until, options=FAST)
+    return out / "work"
+
+
+def used(work):
+    return PromptSets.from_json(json.loads((work / "prompts.json").read_text()))
+
+
+def test_the_tail_is_what_the_template_puts_after_every_prompt(tiny_loaded):
+    tokenizer = tiny_loaded().tokenizer
+    tail = template_tail(tokenizer)
+    assert tail == render_chat(tokenizer, "Anything at all")[-len(tail) :]
+    assert tokenizer.decode(tail) == "<|im_end|>\n<|im_start|>assistant\n"
+    with_system = template_tail(tokenizer, system="Be brief.")
+    assert with_system == tail
+
+
+def test_every_position_of_a_sweep_is_captured_as_if_alone(recipe, tmp_path):
+    work = made(recipe("directions.position=sweep", "k=auto"), tmp_path / "out", "capture")
+    found = load_moments(work / "moments.safetensors")
+    loaded = load_model(Path(recipe().model), device="cpu", dtype="float32")
+    n = len(template_tail(loaded.tokenizer))
+    kinds = [*("target", "contrast"), *("target/half0", "contrast/half0")]
+    assert set(found) == {f"{kind}@{p}" for kind in kinds for p in range(-n, 0)}
+    prompts = used(work).extraction["target"].prompts
+    ids = [render_chat(loaded.tokenizer, prompt) for prompt in prompts]
+    for position in (-1, -n):
+        alone = capture(loaded, ids, blocks=block_paths("model.layers", 3), position=position)
+        torch.testing.assert_close(found[f"target@{position}"].mean, alone.mean)
+        assert found[f"target@{position}"].n == len(prompts)
+        assert found[f"target/half0@{position}"].n == len(prompts) // 2
+
+
+def test_a_position_that_is_named_is_the_one_that_is_removed(recipe, tmp_path):
+    work = made(recipe("directions.position=-3"), tmp_path / "third", "directions")
+    swept = made(recipe("directions.position=sweep", "k=auto"), tmp_path / "all", "capture")
+    every = load_moments(swept / "moments.safetensors")
+    # no prompt is held out for a choice here, so the sets differ: only what is said counts
+    assert every["target@-3"].n < load_moments(work / "moments.safetensors")["target"].n
+    last = made(recipe(), tmp_path / "last", "directions")
+    files = [load_file(w / "directions.safetensors") for w in (work, last)]
+    assert files[0]["subspace"].shape == files[1]["subspace"].shape == (32, 1)
+    assert not torch.allclose(files[0]["subspace"], files[1]["subspace"], atol=1e-3)
+
+
+@pytest.mark.parametrize("position", [-8, -40])
+def test_a_position_that_the_template_does_not_have(recipe, tmp_path, position):
+    with pytest.raises(
+        DirectionError, match=f"puts {TAIL} tokens .* -1 to -{TAIL}; it is {position}"
+    ):
+        made(recipe(f"directions.position={position}"), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_within_a_layer_the_mean_difference_and_components_of_the_pairs(recipe, tmp_path):
+    """Held-out prompts leave pairs; Q is what the differences of the pairs that are left give."""
+    out = tmp_path / "out"
+    work = made(recipe("directions.stack=within_layer", "k=3"), out)
+    sets = used(work)
+    assert sets.pairs
+    for t, c in sets.pairs:
+        target, contrast = (
+            sets.extraction[n].prompts[i] for n, i in (("target", t), ("contrast", c))
+        )
+        assert contrast == target.replace("Where", "What")
+    stored = load_file(work / "directions.safetensors")
+    loaded = load_model(Path(recipe().model), device="cpu", dtype="float32")
+
+    def at_layer_2(kind, index):
+        ids = [render_chat(loaded.tokenizer, sets.extraction[kind].prompts[index])]
+        return capture(loaded, ids, blocks=block_paths("model.layers", 3)).mean[1]
+
+    pairs = torch.stack(
+        [at_layer_2("target", t) - at_layer_2("contrast", c) for t, c in sets.pairs]
+    )
+    wanted = within_layer(stored["directions"][1], pairs)[:3]
+    overlap = torch.linalg.svdvals(stored["subspace"].T @ torch.linalg.qr(wanted.T).Q)
+    torch.testing.assert_close(overlap, torch.ones(3, dtype=torch.float64), atol=1e-4, rtol=0)
+    edits = json.loads((out / "checkpoint" / "abliterator" / "edits.json").read_text())
+    assert {edit["k"] for edit in edits} == {3}
+
+
+def test_each_block_loses_its_own_layer(recipe, tmp_path):
+    out = tmp_path / "out"
+    work = made(recipe("directions.stack=per_layer", "layers=[1, 2, 3]"), out, "config")
+    stored = load_file(work / "directions.safetensors")
+    assert stored["subspace"].shape == (3, 32, 1)
+    for block in range(3):
+        pair = torch.stack([stored["subspace"][block, :, 0], stored["directions"][block]])
+        assert float(cosine_matrix(pair)[0, 1]) == pytest.approx(1)
+    found = verify(
+        Path(recipe().model), out / "checkpoint", subspace=work / "directions.safetensors"
+    )
+    assert found.ok
+
+
+@pytest.mark.parametrize(
+    ("overrides", "says"),
+    [
+        (["directions.stack=per_layer", "k=2"], "leaves nothing to a sweep"),
+        (["directions.stack=per_layer", "layers=sweep"], "leaves nothing to a sweep"),
+        (["directions.stack=within_layer", "prompts.contrast=null"], "needs pairs"),
+        (["directions.stack=within_layer", "directions.projection=neutral"], "as they are"),
+        (["selection.rungs=[8, 8]"], "must grow"),
+        (["directions.position=last"], "directions.position"),
+    ],
+)
+def test_stacks_and_positions_that_cannot_be(recipe, overrides, says):
+    with pytest.raises(RecipeError, match=says):
+        recipe(*overrides)
+
+
+def test_pairs_of_two_lengths(recipe, tmp_path):
+    path = tmp_path / "c.txt"
+    path.write_text(path.read_text().rsplit("\n", 1)[0])
+    with pytest.raises(PromptError, match="there are 16 and 15"):
+        made(recipe("directions.stack=within_layer", "k=2"), tmp_path / "out", "prompts")
+
+
+def test_a_stack_of_layers_may_come_from_several_positions(recipe, tmp_path):
+    """`stack` is what a single position gives."""
+    work = made(recipe("k=2"), tmp_path / "out", "directions")
+    stored = load_file(work / "directions.safetensors")
+    from abliterator.directions import Directions
+
+    again = stack(Directions(stored["directions"]), (2, 1)).basis
+    torch.testing.assert_close(stored["subspace"], again)
