@@ -177,6 +177,7 @@ class TensorEdit(Frozen):
     k: int
     subspace: Literal["all", "block"] = "all"  # Q is that of all blocks, or of this block alone
     strength: float
+    experts: tuple[int, ...] | None = None  # those edited of a tensor of several; None for all
     leak: float | None  # |Qᵀ W'| / |Qᵀ W| of the stored bytes; None if W wrote nothing there
     sha256_before: str
     sha256_after: str

@@ -41,6 +41,29 @@ def test_a_strength_per_component(recipe):
     assert found.edit.strength == {"attention": 1}
 
 
+def test_experts_of_every_block_and_of_some(recipe):
+    assert recipe(THREE_LINES).edit.experts == "all"
+    assert recipe(THREE_LINES + "edit: {experts: [0, 7]}").edit.experts == (0, 7)
+    found = recipe(THREE_LINES + "edit: {experts: {3-5: [0, 7], 9: all}}")
+    assert found.edit.experts == {"3-5": (0, 7), "9": "all"}
+
+
+@pytest.mark.parametrize(
+    ("experts", "says"),
+    [
+        ("some", "must be 'all' or a list or a mapping"),
+        ("[]", "at least 1"),
+        ("[1, 1]", "names an expert twice"),
+        ("[-1]", "greater than or equal to 0"),
+        ("{1-2: [1], 2: [0]}", "names block 2 twice"),
+        ("{first: [1]}", "names no blocks"),
+    ],
+)
+def test_experts_that_are_none(recipe, experts, says):
+    with pytest.raises(RecipeError, match=says):
+        recipe(THREE_LINES + f"edit: {{experts: {experts}}}")
+
+
 def test_a_strength_per_blocks(recipe):
     text = THREE_LINES + "edit: {strength: {attention: 1, mlp: {1-8: 0, 9: 0.3, 10-24: 0.6}}}"
     mlp = {"1-8": 0, "9": 0.3, "10-24": 0.6}

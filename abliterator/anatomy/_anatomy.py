@@ -33,6 +33,7 @@ class Writer:
         kind: "weight", or "bias" for a vector [d_model].
         gains: tensors [d_model] whose product multiplies the write: norms after the sublayer.
         gain_offset: what is added to each gain as stored (1 where a norm multiplies by 1 + weight).
+        expert: which expert's it is, where each has a tensor of its own.
         fused: whether the tensor's first axis counts experts.
         packed: whether the weight is in MXFP4: [expert, d_model, blocks, 16] bytes of two numbers.
         either_order: whether the last two axes lie either way, to be told by their lengths.
@@ -49,6 +50,7 @@ class Writer:
     fused: bool = False
     packed: bool = False
     either_order: bool = False
+    expert: int | None = None
 
 
 @dataclass(frozen=True)
@@ -155,14 +157,15 @@ class Anatomy:
             for part in parts
             if any(name in known for name in self._names(part.bias, layer))
         }
+        kind: Kind
         for layer, parts in enumerate(blocks):
             for part in parts:
                 biases = self._names(part.bias, layer) if part in biased else []
                 gains = self._gains(part, layer, known)
-                for tensor in self._names(part.tensor, layer):
-                    yield self._writer(part, tensor, layer, "weight", gains)
-                for bias in biases:
-                    yield self._writer(part, bias, layer, "bias", gains)
+                for kind, names in (("weight", self._names(part.tensor, layer)), ("bias", biases)):
+                    for i, name in enumerate(names):
+                        writer = self._writer(part, name, layer, kind, gains)
+                        yield replace(writer, expert=i if part.per_expert else None)
 
     def _parts_of(self, layer: int, known: Collection[str]) -> list[Part]:
         """The parts of one block: of alternatives the one that is there, else the first."""

@@ -14,6 +14,7 @@ H = d_model, k rank, Q [H, k] the orthonormal basis; wherever one is taken, a ba
 """
 
 from abliterator.bake._adapter import require_adapter_form, write_adapter
+from abliterator.bake._experts import Chosen
 from abliterator.bake._plan import EditPlan, EditSettings, PlannedEdit, plan_edits, require_fit
 from abliterator.bake._preview import preview_edit, preview_edits
 from abliterator.bake._stored import PANEL_ELEMENTS
@@ -21,6 +22,7 @@ from abliterator.bake._write import bake, write_config
 
 __all__ = [
     "PANEL_ELEMENTS",
+    "Chosen",
     "EditPlan",
     "EditSettings",
     "PlannedEdit",

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Literal
 
 from abliterator.anatomy import Anatomy, Writer, broad_component
+from abliterator.bake._experts import Chosen, Indices, experts_of_blocks, share_edited
 from abliterator.checkpoint import Checkpoint, TensorInfo
 from abliterator.errors import RecipeError, UnsupportedModel
 from abliterator.formats import FORMATS, SCALE_SUFFIX, format_of
@@ -22,6 +23,9 @@ class EditSettings:
     The strength of a component is one number, or one for every block of the model.
     A component without a strength of its own has that of "attention" if it mixes tokens, else that
     of "mlp": experts are edited as the MLP is unless they are named.
+
+    `experts` are the routed experts that are edited, in all blocks or by block (`_experts.Chosen`);
+    None for all.
     """
 
     strength: Mapping[str, float | Sequence[float]] = field(
@@ -31,6 +35,7 @@ class EditSettings:
     rounding: Literal["nearest", "compensated"] = "compensated"
     embeddings: bool = False
     biases: bool = True
+    experts: Chosen | None = None
 
 
 @dataclass(frozen=True)
@@ -38,6 +43,7 @@ class PlannedEdit:
     """One tensor that will be edited, where it lies, and how strongly.
 
     `scale` is the tensor of its block scales, for formats that have them, and `block` their size.
+    `experts` are those that are edited of a tensor of several; None where it is edited whole.
     """
 
     writer: Writer
@@ -45,6 +51,13 @@ class PlannedEdit:
     strength: float
     scale: str | None = None
     block: tuple[int, int] = (1, 1)
+    experts: Indices | None = None
+
+    @property
+    def edited_bytes(self) -> int:
+        """Bytes of what is edited of it."""
+        share = 1.0 if self.experts is None else len(self.experts) / self.info.shape[0]
+        return round(share * self.info.nbytes)
 
     @property
     def packed(self) -> bool:
@@ -70,17 +83,27 @@ class EditPlan:
         edits = (replace(edit, strength=strengths[edit.writer.module]) for edit in self.edits)
         return replace(self, edits=tuple(edit for edit in edits if edit.strength))
 
+    def experts_of(self, module: str) -> Indices | None:
+        """Which experts of a run-time module are edited; None for all of them, or no experts."""
+        own = [edit for edit in self.edits if edit.writer.module == module]
+        edited = {edit.writer.expert for edit in own} - {None}
+        every = {w.expert for w in self.writers if w.module == module} - {None}
+        if edited == every:  # none has a tensor of its own, or all of them are edited
+            return own[0].experts
+        return tuple(sorted(expert for expert in edited if expert is not None))
+
     @property
     def edited_bytes(self) -> int:
         """Bytes that will be written anew."""
-        return sum(edit.info.nbytes for edit in self.edits)
+        return sum(edit.edited_bytes for edit in self.edits)
 
 
 def plan_edits(checkpoint: Checkpoint, anatomy: Anatomy, settings: EditSettings) -> EditPlan:
     """Which tensors will be edited, from headers alone; loads no weights and no torch.
 
     Raises:
-        RecipeError: for strengths by block that are not one for every block.
+        RecipeError: for strengths by block that are not one for every block, and for experts that
+            are not there or have strength 0.
         UnsupportedModel: for a tensor the anatomy does not know or does not find, a storage format
             that cannot be edited, and embeddings that are tied to the output head or have no exact
             edit.
@@ -94,14 +117,22 @@ def plan_edits(checkpoint: Checkpoint, anatomy: Anatomy, settings: EditSettings)
                 f"{len(strength)} strengths are given for `{component}`, and the model has "
                 f"{anatomy.n_layers} blocks. Give one for every block, or one number."
             )
+    asked = settings.experts
+    chosen = experts_of_blocks(writers, checkpoint.shapes, asked) if asked is not None else None
     edits = []
     for writer in writers:
         strength = _strength_of(writer, settings)
-        if strength == 0 or (writer.kind == "bias" and not settings.biases):
+        share = share_edited(writer, chosen)
+        if strength == 0 or share == () or (writer.kind == "bias" and not settings.biases):
             continue
-        edits.append(_planned(writer, strength, checkpoint))
+        edits.append(replace(_planned(writer, strength, checkpoint), experts=share))
         for gain in writer.gains:
             _require_plain(checkpoint.tensors[gain])
+    if chosen is not None and not any(edit.writer.component == "expert" for edit in edits):
+        raise RecipeError(
+            "`edit.experts` chooses experts, and `edit.strength` leaves them alone. Give `expert` "
+            "(or `mlp`) a strength."
+        )
     return EditPlan(tuple(edits), settings, anatomy.d_model, anatomy.n_layers, writers)
 
 

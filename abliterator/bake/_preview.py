@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
+from inspect import BoundArguments, signature
 from typing import TYPE_CHECKING
 
 from abliterator.bake._plan import EditPlan, PlannedEdit, require_fit
@@ -13,13 +15,18 @@ from abliterator.errors import RecipeError, UnsupportedModel
 
 if TYPE_CHECKING:
     import torch
-    from torch import Tensor
+    from torch import Tensor, nn
 
-    from abliterator.model import LoadedModel
+    from abliterator.model import Hook, LoadedModel
     from abliterator.subspace import Removal
 
     Remove = Callable[[Tensor], Tensor]
     Choose = Callable[[Sequence[int]], None]
+    Take = Callable[[Tensor], Tensor]
+    Share = Callable[[BoundArguments], Tensor]
+
+# What a module of experts calls the indices of those that run for each token, and their weights.
+_ROUTED = (("top_k_index", "top_k_weights"), ("router_indices", "routing_weights"))
 
 
 @contextmanager
@@ -40,9 +47,12 @@ def preview_edit(
         basis: Q [H, k], or [L, H, k] with one a block; gradients flow to it.
         strengths: by module path of the writer, instead of the plan's; gradients flow to tensors.
 
+    Where some experts of a block are edited and others not, the experts are run once more with the
+    weights of the others 0, and what comes out of that is edited.
+
     Raises:
-        RecipeError: for what no function of the output can imitate: `norm: column`, and biases of
-            experts that are to stay.
+        RecipeError: for what no function of the output can imitate: `norm: column`, biases of
+            experts that are to stay, and some experts of a module that is not told which run.
     """
     require_fit(basis, plan)
 
@@ -142,30 +152,90 @@ def _previewed(
     strengths: Mapping[str, float | Tensor],
 ) -> Iterator[None]:
     """Hooks on every planned writer; `remover` makes what each one removes at strength 1."""
-    from abliterator.model import hooked
+    from abliterator.model import CallHook, hooked
 
     if plan.settings.norm != "none":
         raise RecipeError("`edit.norm: column` has no run-time form; bake the edit instead.")
     checkpoint = Checkpoint.open(loaded.folder)
-    hooks: dict[str, Callable[[Tensor], Tensor]] = {}
+    hooks: dict[str, Hook | CallHook] = {}
+    seen = set()
     for edit in plan.edits:
-        # experts share a module and its edit
-        if edit.writer.kind == "weight" and edit.writer.module not in hooks:
-            strength = strengths.get(edit.writer.module, edit.strength)
-            hooks[edit.writer.module] = _hook(
-                loaded, edit, plan, remover(edit, checkpoint), strength
-            )
+        path = edit.writer.module
+        if edit.writer.kind == "bias" or path in seen:
+            continue  # experts share a module and its edit
+        seen.add(path)
+        strength = strengths.get(path, edit.strength)
+        takes = _takes(loaded, edit, plan, remover(edit, checkpoint), strength)
+        chosen = plan.experts_of(path)
+        if chosen is None:
+            hooks[path] = partial(_edited, takes)
+        else:
+            path, share = _experts_alone(loaded, path, chosen)
+            hooks[path] = CallHook(partial(_edited_share, takes, share))
     with hooked(loaded.model, hooks):
         yield
 
 
-def _hook(
+def _edited(takes: Take, hidden: Tensor) -> Tensor:
+    """A write without what the edit takes of it, rounded once, as the baked weights are."""
+    return _less(hidden, takes(hidden))
+
+
+def _edited_share(takes: Take, share: Share, hidden: Tensor, call: BoundArguments) -> Tensor:
+    """The same where only a share of the write is edited."""
+    return _less(hidden, takes(share(call)))
+
+
+def _less(hidden: Tensor, taken: Tensor) -> Tensor:
+    return (hidden.to(taken.dtype) - taken).to(hidden.dtype)
+
+
+def _experts_alone(loaded: LoadedModel, path: str, experts: tuple[int, ...]) -> tuple[str, Share]:
+    """The module of a block's experts, and what some of them alone add to its output.
+
+    A module of experts is called with the indices of those that run for each token, and with their
+    weights. With the weights of all others 0, it is run once more.
+
+    Args:
+        loaded: the base.
+        path: of the module that the anatomy names: the experts, or what holds them.
+        experts: indices.
+
+    Raises:
+        RecipeError: for a module that is called in another way.
+    """
+    modules = dict(loaded.model.named_modules())
+    for where in (path, f"{path}.experts"):
+        taken = signature(modules[where].forward).parameters if where in modules else {}
+        for names in _ROUTED:
+            if all(name in taken for name in names):
+                return where, partial(_run_some, modules[where], names, experts)
+    raise RecipeError(
+        f"`edit.experts` has no run-time form here: {path} of this model is not told which experts "
+        "run. Bake the edit instead."
+    )
+
+
+def _run_some(
+    module: nn.Module, names: tuple[str, str], experts: tuple[int, ...], call: BoundArguments
+) -> Tensor:
+    import torch
+
+    indices, weights = (call.arguments[name] for name in names)
+    chosen = torch.isin(indices, torch.tensor(experts, device=indices.device))
+    call.arguments[names[1]] = weights * chosen
+    written: Tensor = module.forward(*call.args, **call.kwargs)  # other kernels, other names
+    return written
+
+
+def _takes(
     loaded: LoadedModel,
     edit: PlannedEdit,
     plan: EditPlan,
     remove: Remove,
     strength: float | Tensor,
-) -> Callable[[Tensor], Tensor]:
+) -> Take:
+    """What the edit takes of a write, in float32 at least."""
     module = loaded.model.get_submodule(edit.writer.module)
     if not plan.settings.biases and getattr(module, "down_proj_bias", None) is not None:
         raise RecipeError(
@@ -176,12 +246,12 @@ def _hook(
     kept_bias = bias if not plan.settings.biases else None
     wide = _wide(loaded)
 
-    def edited(hidden: Tensor) -> Tensor:
+    def takes(hidden: Tensor) -> Tensor:
         written = hidden.to(wide)
         removable = written if kept_bias is None else written - kept_bias.to(wide)
-        return (written - strength * remove(removable)).to(hidden.dtype)
+        return strength * remove(removable)
 
-    return edited
+    return takes
 
 
 def _wide(loaded: LoadedModel) -> torch.dtype:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from itertools import chain
 from typing import TYPE_CHECKING
 
 from abliterator.anatomy import Writer
+from abliterator.bake._experts import parts_edited
 from abliterator.bake._plan import EditSettings, PlannedEdit
 from abliterator.checkpoint import Checkpoint
 from abliterator.formats import (
@@ -45,7 +47,8 @@ def edit_stored(
 
     Returns:
         The leak |Bᵀ W'| / |Bᵀ W| measured on the bytes as stored (B = D Q, D the gains, or Q where
-        there are none), or None if W wrote nothing into the subspace to begin with.
+        there are none), of the chosen experts alone where not all are edited; None if W wrote
+        nothing into the subspace to begin with.
     """
     change_panels = _edit_packed if edit.packed else _edit_panels
     before = after = 0.0
@@ -65,7 +68,9 @@ def _edit_panels(
     fmt = format_of(edit.info.dtype, edit.info.name)
     change = _Change(removal.to(fmt.compute_dtype), edit, settings, fmt.rounded)
     scales = None if scale is None else next(residual_first(scale, edit.writer))
-    for matrix in residual_first(fmt.view(buffer, edit.info.shape), edit.writer):
+    whole = fmt.view(buffer, edit.info.shape)
+    edited = parts_edited(whole, edit.experts)
+    for matrix in chain.from_iterable(residual_first(part, edit.writer) for part in edited):
         for start, panel in panels(matrix):
             one = None if scales is None else _panel_scale(panel, scales, start, edit)
             stored, wrote, writes = change.apply(panel.to(fmt.compute_dtype), one)
@@ -88,7 +93,8 @@ def _edit_packed(
     change = _Change(removal.to(torch.float32), edit, settings, mxfp4_rounded)
     experts = torch.frombuffer(buffer, dtype=torch.uint8).view(edit.info.shape)
     width = max(1, PANEL_ELEMENTS // (32 * experts.shape[1]))
-    for blocks, exponents in zip(experts, scale, strict=True):
+    chosen = range(len(experts)) if edit.experts is None else edit.experts
+    for blocks, exponents in ((experts[expert], scale[expert]) for expert in chosen):
         for start in range(0, blocks.shape[1], width):
             part = blocks[:, start : start + width]
             one = mxfp4_scales(exponents[:, start : start + width])

@@ -153,6 +153,7 @@ def _report(
         k=basis.shape[-1],
         subspace="all" if basis.ndim == 2 else "block",
         strength=edit.strength,
+        experts=edit.experts,
         leak=leak,
         sha256_before=patched.sha256_before,
         sha256_after=patched.sha256_after,

@@ -13,6 +13,7 @@ which modules matter.
 from abliterator.model._chat import render_chat, template_tail
 from abliterator.model._load import LoadedModel, load_model, load_tokenizer
 from abliterator.model._run import (
+    CallHook,
     Hook,
     block_paths,
     cache_name,
@@ -23,6 +24,7 @@ from abliterator.model._run import (
 )
 
 __all__ = [
+    "CallHook",
     "Hook",
     "LoadedModel",
     "block_paths",

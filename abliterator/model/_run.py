@@ -9,6 +9,8 @@ import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from inspect import BoundArguments
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -19,12 +21,20 @@ from abliterator.errors import GenerationError, UnsupportedModel
 if TYPE_CHECKING:
     from torch.utils.hooks import RemovableHandle
 
+
+@dataclass(frozen=True)
+class CallHook:
+    """A hook that is also told what its module was called with."""
+
+    run: Callable[[Tensor, BoundArguments], Tensor]
+
+
 Hook = Callable[[Tensor], Tensor | None]
 T = TypeVar("T")
 
 
 @contextmanager
-def hooked(model: nn.Module, hooks: Mapping[str, Hook]) -> Iterator[None]:
+def hooked(model: nn.Module, hooks: Mapping[str, Hook | CallHook]) -> Iterator[None]:
     """Puts a forward hook on each module path; afterwards they are gone, whatever happens.
 
     A hook gets the hidden states that the module returned (the first element of a tuple) and
@@ -37,7 +47,8 @@ def hooked(model: nn.Module, hooks: Mapping[str, Hook]) -> Iterator[None]:
     handles: list[RemovableHandle] = []
     try:
         for path, hook in hooks.items():
-            handles.append(_submodule(model, path).register_forward_hook(_adapted(hook)))
+            module = _submodule(model, path)
+            handles.append(module.register_forward_hook(_adapted(hook), with_kwargs=True))
         yield
     finally:
         for handle in handles:
@@ -133,13 +144,18 @@ def _submodule(model: nn.Module, path: str) -> nn.Module:
         ) from None
 
 
-def _adapted(hook: Hook) -> Callable[[nn.Module, Any, Any], Any]:
+def _adapted(hook: Hook | CallHook) -> Callable[[nn.Module, Any, Any, Any], Any]:
     """`hook` with torch's signature, for modules that return a tensor or a tuple of it and more."""
 
-    def forward_hook(_module: nn.Module, _args: Any, output: Any) -> Any:
+    def forward_hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+        def replaced(hidden: Tensor) -> Tensor | None:
+            if not isinstance(hook, CallHook):
+                return hook(hidden)
+            return hook.run(hidden, inspect.signature(module.forward).bind(*args, **kwargs))
+
         if not isinstance(output, tuple):
-            return hook(output)
-        replacement = hook(output[0])
+            return replaced(output)
+        replacement = replaced(output[0])
         return None if replacement is None else (replacement, *output[1:])
 
     return forward_hook

@@ -9,11 +9,12 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from abliterator.anatomy import Anatomy, anatomy_of
 from abliterator.bake import (
     PANEL_ELEMENTS,
+    Chosen,
     EditPlan,
     EditSettings,
     plan_edits,
@@ -26,6 +27,8 @@ from abliterator.recipe import Edit, Recipe, blocks_of
 
 if TYPE_CHECKING:
     from abliterator.source import ModelSource
+
+T = TypeVar("T")
 
 # Left free beside the checkpoint: the work folder, and room for the file system to breathe.
 DISK_RESERVE = 64 << 20
@@ -156,6 +159,7 @@ def edit_settings(edit: Edit, n_layers: int) -> EditSettings:
         rounding=edit.rounding,
         embeddings=edit.embeddings,
         biases=edit.biases,
+        experts=_experts(edit, n_layers),
     )
 
 
@@ -165,16 +169,30 @@ def _by_block(
     """One number, or one for every block: 0 where the recipe gives none."""
     if not isinstance(strength, dict):
         return strength
-    found = [0.0] * n_layers
-    for key, value in strength.items():
+    given = _each_block(strength, f"edit.strength.{component}", n_layers)
+    return tuple(given.get(block, 0.0) for block in range(n_layers))
+
+
+def _experts(edit: Edit, n_layers: int) -> Chosen | None:
+    """The recipe's experts as `bake` takes them."""
+    if not isinstance(edit.experts, dict):
+        return None if edit.experts == "all" else edit.experts
+    given = _each_block(edit.experts, "edit.experts", n_layers)
+    return {block: None if experts == "all" else experts for block, experts in given.items()}
+
+
+def _each_block(by_range: Mapping[str, T], where: str, n_layers: int) -> dict[int, T]:
+    """What ranges of blocks are given, block by block; RecipeError beyond the last one."""
+    found = {}
+    for key, value in by_range.items():
         for block in blocks_of(key):
             if block >= n_layers:
                 raise RecipeError(
-                    f"`edit.strength.{component}.{key}` names block {block}, but the model has "
-                    f"blocks 0 to {n_layers - 1} (layer l of `layers` enters block l)."
+                    f"`{where}.{key}` names block {block}, but the model has blocks 0 to "
+                    f"{n_layers - 1} (layer l of `layers` enters block l)."
                 )
             found[block] = value
-    return tuple(found)
+    return found
 
 
 def require_room(plan: Plan, out: Path) -> None:

@@ -28,6 +28,9 @@ Strength = Annotated[float, Field(ge=0, le=2, allow_inf_nan=False)]
 Rungs = Annotated[tuple[Positive, ...], BeforeValidator(as_tuple)]
 # yaml reads the key 9 as a number
 Blocks = Annotated[str, BeforeValidator(lambda key: str(key) if type(key) is int else key)]
+Experts = Annotated[
+    tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1), BeforeValidator(as_tuple)
+]
 _BLOCKS = re.compile("([0-9]{1,4})(?:-([0-9]{1,4}))?")
 
 
@@ -42,6 +45,13 @@ def blocks_of(key: str) -> range:
     if not blocks:
         raise ValueError(f"names no blocks with {key!r}; write 9-24, or 9")
     return blocks
+
+
+def _named_twice(by_block: Any) -> int | None:
+    """The first block that is in two ranges; None where there is none, or nothing is by block."""
+    ranges = map(blocks_of, by_block if isinstance(by_block, dict) else ())
+    counts = Counter(chain.from_iterable(ranges))
+    return min((block for block, n in counts.items() if n > 1), default=None)
 
 
 class DirectionSettings(Section):
@@ -92,6 +102,13 @@ class Edit(Section):
     `attention` and `mlp` left out are 0. `linear_attention`, `ssm` and `convolution` are as
     `attention`, `expert`, `shared_expert` and `per_layer_input` as `mlp`, unless they are named.
     """
+    experts: Literal["all"] | Experts | dict[Blocks, Literal["all"] | Experts] = "all"
+    """Which routed experts are edited, at the strength of `expert`: all, or those of these indices.
+
+    `[0, 7]` is those of every block that has experts, `{3-5: [0, 7], 9: all}` those of each block
+    named, counted as in `strength`: of a block in no range, none are edited. Shared experts and all
+    other components follow `strength` alone; `strength: {expert: 1}` leaves them as they are.
+    """
     norm: Literal["none", "column"] = "none"
     """`column` rescales the columns of an edited matrix to their old length."""
     embeddings: bool = False
@@ -117,11 +134,20 @@ class Edit(Section):
     @classmethod
     def _each_block_once(cls, value: Any) -> Any:
         for component, strength in value.items() if isinstance(value, dict) else ():
-            ranges = map(blocks_of, strength if isinstance(strength, dict) else ())
-            counts = Counter(chain.from_iterable(ranges))
-            if counts and max(counts.values()) > 1:
-                twice = min(block for block, n in counts.items() if n > 1)
+            twice = _named_twice(strength)
+            if twice is not None:
                 raise ValueError(f"gives `{component}` two strengths in block {twice}")
+        return value
+
+    @field_validator("experts")
+    @classmethod
+    def _each_expert_once(cls, value: Any) -> Any:
+        twice = _named_twice(value)
+        if twice is not None:
+            raise ValueError(f"names block {twice} twice")
+        for indices in value.values() if isinstance(value, dict) else [value]:
+            if len(set(indices)) < len(indices) and indices != "all":
+                raise ValueError(f"names an expert twice in {list(indices)}")
         return value
 
     @property

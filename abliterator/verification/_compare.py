@@ -95,6 +95,11 @@ def _named(
                 f"{EDITS} says that {edit.name} is {edit.dtype} {list(edit.shape)} in {edit.file}; "
                 f"in the base it is {info.dtype} {list(info.shape)} in {info.file}."
             )
+        elif not set(edit.experts or ()) <= set(range(info.shape[0])):
+            found.faults.append(
+                f"{EDITS} names experts {list(edit.experts or ())} of {edit.name}, which has "
+                f"{info.shape[0]}."
+            )
         else:
             named[edit.name] = edit
     return named
@@ -188,6 +193,8 @@ class _Measure:
         edit = self.named[info.name]
         before, after = pair.read(info.nbytes)
         found.edited_bytes += info.nbytes
+        if edit.experts is not None:
+            _compare_other_experts(info, edit.experts, (before, after), found)
         for side, data, said in (
             ("base", before, edit.sha256_before),
             ("edited", after, edit.sha256_after),
@@ -199,12 +206,29 @@ class _Measure:
                 )
         if self.meter is None:
             return
-        leak = self.meter.leak(info, before, after)
+        leak = self.meter.leak(info, before, after, edit.experts)
         found.leaks += [] if leak is None else [leak]
         if not _agree(leak, edit.leak):
             found.faults.append(
                 f"{info.file}: {info.name} has a leak of {told_leak(leak)}, measured again; "
                 f"{EDITS} says {told_leak(edit.leak)}."
+            )
+
+
+def _compare_other_experts(
+    info: TensorInfo, edited: tuple[int, ...], sides: tuple[bytearray, bytearray], found: Findings
+) -> None:
+    """The bytes of the experts of a tensor that were not to be edited."""
+    size = info.nbytes // info.shape[0]
+    for expert in sorted(set(range(info.shape[0])) - set(edited)):
+        before, after = (side[expert * size : (expert + 1) * size] for side in sides)
+        if before == after:
+            found.identical_bytes += size
+            found.edited_bytes -= size
+        else:
+            found.faults.append(
+                f"{info.file}: expert {expert} of {info.name} differs from the base's, and {EDITS} "
+                "does not name it."
             )
 
 

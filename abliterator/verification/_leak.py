@@ -39,8 +39,20 @@ class LeakMeter:
             writer.name: writer for writer in anatomy.writers(base.shapes)
         }
 
-    def leak(self, info: TensorInfo, before: bytearray, after: bytearray) -> float | None:
+    def leak(
+        self,
+        info: TensorInfo,
+        before: bytearray,
+        after: bytearray,
+        experts: tuple[int, ...] | None = None,
+    ) -> float | None:
         """|Qᵀ D W'| / |Qᵀ D W|, D the gains that follow; None if W wrote nothing there.
+
+        Args:
+            info: the tensor.
+            before: its bytes in the base.
+            after: its bytes as edited.
+            experts: those alone are measured; None for the whole tensor.
 
         Raises:
             CheckpointError: if the tensor does not write the residual stream, or the subspace is
@@ -53,7 +65,7 @@ class LeakMeter:
                 "only tensors that do were expected. Build the checkpoint again."
             )
         read = self._removed_from(writer) * self._gain(writer)
-        was, is_now = (self._squared(data, info, writer, read) for data in (before, after))
+        was, is_now = (self._squared(data, info, writer, read, experts) for data in (before, after))
         return (is_now / was) ** 0.5 if was > 0 else None
 
     def _removed_from(self, writer: Writer) -> Tensor:
@@ -81,13 +93,22 @@ class LeakMeter:
         data = bytearray(self._base.read(name))
         return format_of(info.dtype, name).view(data, info.shape).double()
 
-    def _squared(self, data: bytearray, info: TensorInfo, writer: Writer, read: Tensor) -> float:
+    def _squared(
+        self,
+        data: bytearray,
+        info: TensorInfo,
+        writer: Writer,
+        read: Tensor,
+        experts: tuple[int, ...] | None,
+    ) -> float:
         if writer.packed and writer.kind == "weight":
-            return self._squared_packed(data, info, read)
+            return self._squared_packed(data, info, read, experts)
         fmt = format_of(info.dtype, info.name)
         weight = fmt.view(data, info.shape)
         if fmt.scaled:
             weight = weight.double() * self._scales(info)
+        if experts is not None:
+            weight = weight[list(experts)]
         # [H, c]; of a bias one column, of experts the columns of all
         columns = weight[:, None] if weight.ndim == 1 else weight.movedim(writer.axis, 0).flatten(1)
         if columns.shape[0] != read.shape[0]:
@@ -99,7 +120,9 @@ class LeakMeter:
         panels = columns.split(width, dim=1)  # type: ignore[no-untyped-call]
         return sum(float((read.T @ panel.double()).square().sum()) for panel in panels)
 
-    def _squared_packed(self, data: bytearray, info: TensorInfo, read: Tensor) -> float:
+    def _squared_packed(
+        self, data: bytearray, info: TensorInfo, read: Tensor, experts: tuple[int, ...] | None
+    ) -> float:
         """The same of MXFP4: blocks [expert, H, b, 16] beside exponents [expert, H, b]."""
         import torch
 
@@ -108,7 +131,8 @@ class LeakMeter:
         exponents = torch.frombuffer(stored, dtype=torch.uint8).view(info.shape[:-1])
         return sum(
             float((read.T @ (mxfp4_numbers(b) * mxfp4_scales(e)).double()).square().sum())
-            for b, e in zip(blocks, exponents, strict=True)
+            for i, (b, e) in enumerate(zip(blocks, exponents, strict=True))
+            if experts is None or i in experts
         )
 
     def _scales(self, info: TensorInfo) -> Tensor:

@@ -1,0 +1,104 @@
+"""Which routed experts are edited, where not all of them are."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from abliterator.anatomy import Writer
+from abliterator.errors import RecipeError, UnsupportedModel
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Indices = tuple[int, ...]
+Chosen = Indices | Mapping[int, Indices | None]
+"""Experts of every block that has some, or of each block named: None for all of that block."""
+
+
+def experts_of_blocks(
+    writers: Sequence[Writer], shapes: Mapping[str, Sequence[int]], chosen: Chosen
+) -> dict[int, Indices | None]:
+    """The chosen experts of each block, sorted; None for all. Of a block left out, none are edited.
+
+    Args:
+        writers: all of the model.
+        shapes: of the stored tensors, by name.
+        chosen: as asked for.
+
+    Raises:
+        RecipeError: for a model or a block without routed experts, and an expert that a block does
+            not have; it says how many there are.
+        UnsupportedModel: where all experts of a block are one matrix.
+    """
+    counts = _counts(writers, shapes)
+    if not counts:
+        raise RecipeError(
+            "`edit.experts` chooses among routed experts, and the model has none. Leave it out."
+        )
+    asked = chosen if isinstance(chosen, Mapping) else dict.fromkeys(counts, chosen)
+    found: dict[int, Indices | None] = {}
+    for block, experts in asked.items():
+        if block not in counts:
+            raise RecipeError(
+                f"`edit.experts` names block {block}, which has no routed experts; blocks "
+                f"{_ranges(counts)} have. Name these alone."
+            )
+        beyond = [e for e in experts or () if not 0 <= e < counts[block]]
+        if beyond:
+            raise RecipeError(
+                f"`edit.experts` names expert {beyond[0]} of block {block}, which has "
+                f"{counts[block]}: 0 to {counts[block] - 1}."
+            )
+        found[block] = experts if experts is None else tuple(sorted(experts))
+    return found
+
+
+def share_edited(writer: Writer, chosen: Mapping[int, Indices | None] | None) -> Indices | None:
+    """What of a writer is edited: None for all of it, else its chosen experts; () is nothing.
+
+    Args:
+        writer: of any component; those that are no experts are edited whole.
+        chosen: from `experts_of_blocks`; None where nothing is chosen.
+    """
+    if chosen is None or writer.component != "expert":
+        return None
+    own = chosen.get(writer.layer, ())
+    if own is None or writer.expert is None:
+        return own
+    return None if writer.expert in own else ()
+
+
+def parts_edited(stored: Tensor, experts: Indices | None) -> Iterator[Tensor]:
+    """Views of what is edited of a stored tensor: all, or [1, ...] of each chosen expert's."""
+    if experts is None:
+        yield stored
+    else:
+        yield from (stored[expert : expert + 1] for expert in experts)
+
+
+def _counts(writers: Sequence[Writer], shapes: Mapping[str, Sequence[int]]) -> dict[int, int]:
+    """How many experts each block has that has any."""
+    counts: dict[int, int] = defaultdict(int)
+    for writer in writers:
+        if writer.component != "expert" or writer.kind != "weight":
+            continue
+        if writer.expert is None and not writer.fused:
+            raise UnsupportedModel(
+                f"`edit.experts` cannot choose in {writer.name}: all experts of a block are one "
+                "matrix there. Leave `edit.experts` out, which edits all of them."
+            )
+        counts[writer.layer] += 1 if writer.expert is not None else shapes[writer.name][0]
+    return dict(counts)
+
+
+def _ranges(blocks: Mapping[int, int]) -> str:
+    """Block numbers as people write them: 1-3, 5."""
+    runs: list[list[int]] = []
+    for block in sorted(blocks):
+        if runs and runs[-1][-1] == block - 1:
+            runs[-1][1:] = [block]
+        else:
+            runs.append([block])
+    return ", ".join("-".join(map(str, run)) for run in runs)
