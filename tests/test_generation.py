@@ -145,3 +145,27 @@ def test_stop_ids_gather_every_declaration(tiny_loaded):
     assert stop_ids(dataclasses.replace(loaded, model=model)) == (2, 5, 7, 9)
     model.generation_config.eos_token_id = model.config.eos_token_id = None
     assert stop_ids(dataclasses.replace(loaded, model=model)) == (2,)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma", "qwen3"])
+def test_what_prompts_share_may_run_once(tiny_loaded, prompts, family):
+    loaded = tiny_loaded(family)
+    shared = [[5, 6, 7, 8, 9, *prompt] for prompt in prompts]
+    stops = common_stops(loaded, shared)
+    answers = generate(
+        loaded, shared, max_new_tokens=8, batch_size=5, stop_ids=stops, share_prefix=True
+    )
+    expected = [greedy(loaded, prompt, 8, stops) for prompt in shared]
+    assert [(a.token_ids, a.finish_reason) for a in answers] == expected
+
+
+def test_what_is_shared_does_not_run_again(tiny_loaded, prompts):
+    loaded, seen = tiny_loaded("llama"), []
+    handle = loaded.model.model.embed_tokens.register_forward_hook(
+        lambda module, args, output: seen.append(tuple(args[0].shape))
+    )
+    shared = [[5, 6, 7, 8, 9, *prompt] for prompt in prompts[:4]]
+    generate(loaded, shared, max_new_tokens=2, batch_size=4, stop_ids=(), share_prefix=True)
+    handle.remove()
+    longest = max(len(prompt) for prompt in prompts[:4])
+    assert seen == [(1, 5), (4, longest), (4, 1)]

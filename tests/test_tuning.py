@@ -17,12 +17,12 @@ from abliterator.checkpoint import Checkpoint
 from abliterator.directions import fit_directions, stack
 from abliterator.errors import DirectionError, RecipeError
 from abliterator.judge import RuleJudge
-from abliterator.model import block_paths, load_model, render_chat
+from abliterator.model import _prefix, block_paths, load_model, render_chat
 from abliterator.pipeline import Options
 from abliterator.recipe import load_recipe
 from abliterator.record import Estimate
 from abliterator.subspace import orthonormal_basis
-from abliterator.tuning import Asked, Point, Setting, Settings, Subject, _rows, prefer, tune
+from abliterator.tuning import Asked, Point, Setting, Settings, Subject, prefer, tune
 from abliterator.tuning._descend import descend
 from abliterator.tuning._front import with_front
 from abliterator.tuning._knobs import STRONGEST, Knobs
@@ -116,7 +116,7 @@ def test_gradients_flow_through_what_rows_share(tiny_loaded, monkeypatch):
         return basis.grad
 
     shared = gradient()
-    monkeypatch.setattr(_rows, "WORTH_SHARING", 100)
+    monkeypatch.setattr(_prefix, "WORTH_SHARING", 100)
     torch.testing.assert_close(shared, gradient(), atol=1e-5, rtol=1e-4)
     assert shared.abs().max() > 1e-3
 

@@ -12,6 +12,7 @@ which modules matter.
 
 from abliterator.model._chat import render_chat, template_tail
 from abliterator.model._load import LoadedModel, load_model, load_tokenizer
+from abliterator.model._prefix import Prefix, head_at, run_prefix
 from abliterator.model._run import (
     CallHook,
     Hook,
@@ -27,14 +28,17 @@ __all__ = [
     "CallHook",
     "Hook",
     "LoadedModel",
+    "Prefix",
     "block_paths",
     "cache_name",
     "equal_length_batches",
+    "head_at",
     "hooked",
     "load_model",
     "load_tokenizer",
     "release_memory",
     "render_chat",
     "run_batches",
+    "run_prefix",
     "template_tail",
 ]

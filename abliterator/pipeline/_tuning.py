@@ -108,4 +108,4 @@ def _subject(run: Run) -> Subject:
     )
 
 
-TUNING = Stage("tuning", 1, _tuning_inputs, _tune)
+TUNING = Stage("tuning", 2, _tuning_inputs, _tune)

@@ -80,6 +80,7 @@ def answers_of(subject: Subject, asked: Asked, length: int) -> list[Answer]:
         max_new_tokens=length,
         batch_size=subject.batch_size,
         stop_ids=stop_ids(subject.loaded),
+        share_prefix=True,
     )
 
 
