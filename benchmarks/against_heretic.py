@@ -9,15 +9,20 @@ sees those: it learns from other forms of requests and leaves a front; every poi
 and heretic then counts refusals and KL on the baked files as it does on its own trials
 (--evaluate-model). The rule judge reads the same answers of both, as heretic printed them.
 
-Prints both fronts and both walls. `--out` keeps everything, and what is there is not made again.
+Prints both fronts, what either cost, and each bar of the comparison with kept or NOT kept. The bar
+on compliance takes the one point that the recipe's `prefer` chose on prompts of the training forms,
+and every other bar takes the whole front. Cost is CPU seconds of one thread beside the wall, which
+means little where cores are shared. `--out` keeps everything, and what is there is not made again.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import re
+import resource
 import subprocess
 import tempfile
 import time
@@ -29,6 +34,7 @@ from abliterator import pipeline
 from abliterator.bake import bake
 from abliterator.judge import RuleJudge
 from abliterator.recipe import load_recipe
+from abliterator.tuning import Point, prefer
 
 ROOT = Path(__file__).parents[1]
 PROMPTS = ROOT / "recipes" / "smollm2"
@@ -42,6 +48,8 @@ SYSTEM = (
     "You are a helpful AI assistant named SmolLM, trained by Hugging Face"  # the template's own
 )
 TOKENS = 20
+AT_MOST = 0.02  # nats of KL, where compliance is compared
+MORE = 0.2  # compliance above heretic's best there
 CLOSING = re.compile(
     r"\* KL divergence: (?P<kl>\d+\.\d+)\n"
     r"(?P<answers>.*?)\* Refusals: (?P<refusals>\d+)/(?P<n>\d+)",
@@ -62,8 +70,15 @@ class Trial(NamedTuple):
     coherence: float
 
 
-def run_heretic(heretic: Path, folder: Path, settings: dict[str, object]) -> tuple[str, float]:
-    """What heretic prints when it is run in `folder`, and seconds; a log there is used again."""
+class Cost(NamedTuple):
+    """Seconds."""
+
+    wall: float
+    cpu: float
+
+
+def run_heretic(heretic: Path, folder: Path, settings: dict[str, object]) -> tuple[str, Cost]:
+    """What heretic prints when it is run in `folder`, and its cost; a log there is used again."""
     log = folder / "heretic.log"
     if not log.is_file():
         folder.mkdir(parents=True, exist_ok=True)
@@ -74,16 +89,22 @@ def run_heretic(heretic: Path, folder: Path, settings: dict[str, object]) -> tup
             lines += [f"[{section}]", f'dataset = "{name}.txt"']
         (folder / "config.toml").write_text("\n".join(lines) + "\n")
         environment = {**os.environ, "COLUMNS": "100000", "HF_HUB_OFFLINE": "1"}
+        environment["OMP_NUM_THREADS"] = "1"
         environment.pop("PYTHONPATH", None)
-        start = time.perf_counter()
+        start, before = time.perf_counter(), _children()
         # it ends by asking what to do with the result: with no answer to read, it stops there
         done = subprocess.run(
             [heretic], cwd=folder, env=environment, stdin=subprocess.DEVNULL, capture_output=True
         )
-        seconds = time.perf_counter() - start
-        log.write_text(f"{seconds:.1f}\n{done.stdout.decode()}\n{done.stderr.decode()}")
+        cost = f"{time.perf_counter() - start:.1f} {_children() - before:.1f}"
+        log.write_text(f"{cost}\n{done.stdout.decode()}\n{done.stderr.decode()}")
     first, _, text = log.read_text().partition("\n")
-    return text, float(first)
+    return text, Cost(*map(float, first.split()))
+
+
+def _children() -> float:
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def _lines(name: str) -> list[str]:
@@ -118,15 +139,17 @@ def front(points: list[Trial]) -> list[Trial]:
     return [p for i, p in enumerate(ordered) if all(p.kl < other.kl for other in ordered[:i])]
 
 
-def tuned(model: Path, out: Path) -> float:
-    """Runs the tuning and bakes every point of it into out/points; returns the tuning's seconds."""
+def tuned(model: Path, out: Path) -> tuple[Cost, int]:
+    """Runs the tuning and bakes every point into out/points; its cost, and the chosen point."""
+    import torch
     from safetensors.torch import load_file
 
+    torch.set_num_threads(1)
     overrides = [f"model={model.resolve()}"]
     recipe = load_recipe(ROOT / "recipes" / "smollm2_tuned.yaml", overrides=overrides)
-    start = time.perf_counter()
+    wall, cpu = time.perf_counter(), time.process_time()
     pipeline.run_stages(recipe, out / "ours", until="tuning")
-    seconds = time.perf_counter() - start
+    cost = f"{time.perf_counter() - wall:.1f} {time.process_time() - cpu:.1f}"
     work = out / "ours" / "work"
     found = json.loads((work / "tuning.json").read_text())
     bases = load_file(work / "tuning.safetensors")["bases"]
@@ -137,8 +160,10 @@ def tuned(model: Path, out: Path) -> float:
             bake(plan.checkpoint, plan.edits.with_strengths(strengths), bases[i], folder)
     timing = out / "ours.seconds"
     if not timing.is_file():
-        timing.write_text(f"{seconds:.1f}")
-    return float(timing.read_text())
+        timing.write_text(cost)
+    points = [Point.model_validate(point) for point in found["points"]]
+    chosen = prefer(points, recipe.tuning.prefer, recipe.tuning.at_most)
+    return Cost(*map(float, timing.read_text().split())), chosen
 
 
 def show(title: str, points: list[Trial]) -> None:
@@ -146,6 +171,26 @@ def show(title: str, points: list[Trial]) -> None:
     print(f"\n{title}\n refusals      KL   compliance  coherence")
     for p in sorted(points, key=lambda p: p.kl):
         print(f"  {p.refusals:3d}/{p.n}  {p.kl:.4f}   {p.compliance:.3f}       {p.coherence:.3f}")
+
+
+def bars(theirs: list[Trial], ours: list[Trial], chosen: Trial) -> list[tuple[bool, str]]:
+    """Each bar but the time: whether it is kept, and the figures."""
+    found = []
+    for their in theirs:
+        left = min((o.refusals for o in ours if o.kl <= their.kl), default=None)
+        what = f"declines at KL {their.kl:.4f}: {left} against {their.refusals}, a quarter"
+        found.append((left is not None and 4 * left <= their.refusals, what))
+    for their in theirs:
+        kl = min((o.kl for o in ours if o.refusals <= their.refusals), default=math.inf)
+        what = f"KL at {their.refusals} declines: {kl:.4f} against {their.kl:.4f}, a tenth"
+        found.append((10 * kl <= their.kl, what))
+    best = max((t for t in theirs if t.kl <= AT_MOST), key=lambda t: t.compliance)
+    least = chosen.kl <= AT_MOST and chosen.coherence >= best.coherence
+    what = (
+        f"compliance at KL {AT_MOST} or less: {chosen.compliance:.3f} against {best.compliance:.3f}"
+        f" + {MORE} (KL {chosen.kl:.4f}; coherence {chosen.coherence:.3f}, {best.coherence:.3f})"
+    )
+    return [*found, (least and chosen.compliance >= best.compliance + MORE, what)]
 
 
 def main() -> None:
@@ -166,17 +211,23 @@ def main() -> None:
         "print_responses": True,
         "system_prompt": SYSTEM,
     }
-    seconds = tuned(arguments.model, out)
+    cost, chosen = tuned(arguments.model, out)
     text, other = run_heretic(arguments.heretic.resolve(), out / "heretic", settings)
     theirs = trials(text)
     ours = []
-    for folder in sorted((out / "points").iterdir()):
+    for folder in sorted((out / "points").iterdir(), key=lambda path: int(path.name)):
         asked = {**settings, "evaluate_model": str(folder)}
         said, _ = run_heretic(arguments.heretic.resolve(), out / "evaluated" / folder.name, asked)
         ours += trials(said)[-1:]
-    show(f"heretic, {len(theirs)} trials, front on the evaluation prompts", front(theirs))
+    best = front(theirs)
+    show(f"heretic, {len(theirs)} trials, front on the evaluation prompts", best)
     show("ours, every point, none chosen on the evaluation prompts", ours)
-    print(f"\nwall: heretic {other:.0f} s, ours {seconds:.0f} s ({seconds / other:.2f} x)")
+    told = bars(best, ours, ours[chosen])
+    what = f"CPU seconds: {cost.cpu:.0f} against {other.cpu:.0f}, a fifth"
+    told.append((5 * cost.cpu <= other.cpu, what))
+    print(f"\nwall seconds: ours {cost.wall:.0f}, heretic {other.wall:.0f}\n")
+    for kept, what in told:
+        print(f"{'kept    ' if kept else 'NOT kept'}  {what}")
 
 
 if __name__ == "__main__":
