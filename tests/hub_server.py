@@ -62,13 +62,16 @@ class Repo:
 class Fault:
     """What happens to the next `times` requests of which "METHOD /path" begins with `request`.
 
-    `status` 0 cuts the connection after half of the body; "damage" stores a file, but not as sent.
+    The first `skip` of them go through. `status` 0 cuts the connection after half of the body;
+    "damage" stores a file, but not as sent; "mute" does what was asked, and cuts the connection
+    before it says so.
     """
 
     request: str
-    status: int | Literal["damage"]
+    status: int | Literal["damage", "mute"]
     headers: dict[str, str] = field(default_factory=dict)
     times: int = 1
+    skip: int = 0
 
 
 class Unseen(bytes):
@@ -157,6 +160,7 @@ class _Server(ThreadingHTTPServer):
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     server: _Server
+    mute = False
 
     def do_GET(self) -> None:
         hub = self.server.hub
@@ -170,7 +174,9 @@ class _Handler(BaseHTTPRequestHandler):
         body = self._body()
         if fault is not None and isinstance(fault.status, int):
             return self._send(HTTPStatus(fault.status), b"{}", fault.headers)
-        if _Uploads(self, hub, url.path, body, damage=fault is not None).answer():
+        self.mute = fault is not None and fault.status == "mute"
+        damage = fault is not None and fault.status == "damage"
+        if _Uploads(self, hub, url.path, body, damage=damage).answer():
             return None
         form = parse_qs(body.decode()) if self.command == "POST" else {}
         if url.path.startswith("/large/"):
@@ -202,6 +208,9 @@ class _Handler(BaseHTTPRequestHandler):
     def _fault(self, path: str) -> Fault | None:
         for fault in self.server.hub.faults:
             if fault.times and f"{self.command} {path}".startswith(fault.request):
+                if fault.skip:
+                    fault.skip -= 1
+                    continue
                 fault.times -= 1
                 return fault
         return None
@@ -286,6 +295,9 @@ class _Handler(BaseHTTPRequestHandler):
         self._send(status, b"{}", {"X-Error-Code": code, **(headers or {})})
 
     def _send(self, status: HTTPStatus, body: bytes, headers: Mapping[str, str]) -> None:
+        if self.mute:
+            self.close_connection = True
+            return
         self.send_response(status)
         for name, value in headers.items():
             self.send_header(name, value)

@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from abliterator.bake._plan import EditPlan, PlannedEdit, require_fit
 from abliterator.bake._stored import panels, residual_first
 from abliterator.bake._write import removal_of
-from abliterator.checkpoint import Checkpoint, write_bytes_atomic, write_text_atomic
+from abliterator.checkpoint import (
+    ADAPTER_CONFIG,
+    ADAPTER_METADATA,
+    ADAPTER_WEIGHTS,
+    Checkpoint,
+    adapter_config,
+    adapter_tensors,
+    write_bytes_atomic,
+    write_text_atomic,
+)
 from abliterator.errors import RecipeError, UnsupportedModel
 from abliterator.formats import FORMATS
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-ADAPTER_CONFIG = "adapter_config.json"
-ADAPTER_WEIGHTS = "adapter_model.safetensors"
 
 
 def require_adapter_form(plan: EditPlan) -> None:
@@ -67,26 +72,14 @@ def write_adapter(
 
     require_adapter_form(plan)
     require_fit(basis, plan)
-    tensors = {}
+    tensors: dict[str, Tensor] = {}
     for edit in plan.edits:
-        reads, writes = _factors(checkpoint, edit, basis)
-        module = f"base_model.model.{edit.writer.module}"
-        tensors[f"{module}.lora_A.weight"] = reads
-        tensors[f"{module}.lora_B.weight"] = writes
-    config = {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": base_model,
-        "revision": revision,
-        "r": basis.shape[-1],
-        "lora_alpha": basis.shape[-1],  # PEFT multiplies by lora_alpha / r
-        "lora_dropout": 0.0,
-        "bias": "none",
-        "target_modules": sorted(edit.writer.module for edit in plan.edits),
-        "inference_mode": True,
-    }
-    write_bytes_atomic(out / ADAPTER_WEIGHTS, save(tensors, metadata={"format": "pt"}))
-    write_text_atomic(out / ADAPTER_CONFIG, json.dumps(config, indent=1) + "\n")
+        factors = _factors(checkpoint, edit, basis)
+        tensors.update(zip(adapter_tensors(edit.writer.module), factors, strict=True))
+    modules = [edit.writer.module for edit in plan.edits]
+    config = adapter_config(base_model, revision, modules=modules, rank=basis.shape[-1])
+    write_bytes_atomic(out / ADAPTER_WEIGHTS, save(tensors, metadata=ADAPTER_METADATA))
+    write_text_atomic(out / ADAPTER_CONFIG, config)
     return out / ADAPTER_CONFIG, out / ADAPTER_WEIGHTS
 
 

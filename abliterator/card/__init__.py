@@ -18,7 +18,7 @@ from functools import cache
 from importlib import resources
 from typing import TYPE_CHECKING, Any
 
-from abliterator.card._header import adapter_header, header
+from abliterator.card._header import COMMIT, adapter_header, header, hub_base
 from abliterator.card._licences import obligations
 from abliterator.card._markdown import (
     Markdown,
@@ -62,10 +62,21 @@ DIVERGENCES = {
 
 
 def render_card(record: RunRecord) -> str:
-    """The Markdown of a model card, YAML header included, ending in one newline."""
+    """The Markdown of a checkpoint's card, YAML header included, ending in one newline."""
+    return _render(record, header(record), adapter=False)
+
+
+def render_adapter_card(record: RunRecord) -> str:
+    """The card of the adapter of the same run: it says that the checkpoint is what was measured."""
+    return _render(record, adapter_header(record), adapter=True)
+
+
+def _render(record: RunRecord, head: str, *, adapter: bool) -> str:
     name = _base_name(record)
     text = _template().render(
-        header=Markdown(header(record)),
+        header=Markdown(head),
+        adapter=adapter,
+        ending=Markdown(": the adapter" if adapter else ""),
         record=record,
         edit=record.edit,
         base=name,
@@ -83,25 +94,22 @@ def render_card(record: RunRecord) -> str:
         prompts=[(origin, _source(origin)) for origin in record.provenance.prompts],
         gaps=list(_gaps(record)),
         recipe=yaml_fence(_shown_recipe(record.recipe)),
-        remote_code=record.recipe.get("trust_remote_code") is True,
+        base_literal=Markdown(hub_base(record) or "BASE"),
+        of_base=_arguments(record, adapter=adapter),
+        remote_code=_remote_code(record),
     )
     return text.rstrip("\n") + "\n"
 
 
-def render_adapter_card(record: RunRecord) -> str:
-    """The Markdown of the card that lies beside an adapter, ending in one newline."""
-    name, edit = escape(_base_name(record)), record.edit
-    return (
-        f"---\n{adapter_header(record).rstrip()}\n---\n\n"
-        f"# {name}, abliterated: the adapter\n\n"
-        f"The edit of {name} as a LoRA of rank {edit.k}: with it the model writes as the edited "
-        "checkpoint of the same run does, up to rounding. That checkpoint is what was measured; "
-        "its card has the figures.\n\n"
-        "```python\nfrom peft import PeftModel\n\n"
-        "model = PeftModel.from_pretrained(base, ADAPTER)  # base: the model named above\n"
-        "model = model.merge_and_unload()  # or leave it beside the base\n```\n\n"
-        f"Digest of the recipe: {escape(record.recipe_digest)}.\n"
-    )
+def _arguments(record: RunRecord, *, adapter: bool) -> Markdown:
+    """What `from_pretrained` needs beside the name, as Python: the base's commit, remote code."""
+    commit = record.model.revision if adapter and hub_base(record) else None
+    pinned = f', revision="{commit}"' if COMMIT.fullmatch(commit or "") else ""
+    return Markdown(pinned + (", trust_remote_code=True" if _remote_code(record) else ""))
+
+
+def _remote_code(record: RunRecord) -> bool:
+    return record.recipe.get("trust_remote_code") is True
 
 
 def _base_name(record: RunRecord) -> str:

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 TAGS = ("abliterated", "abliterator", "not-for-all-audiences")
 HUB_ID = re.compile(r"(?=.{1,96}\Z)(?!.*(--|\.\.))(\w[\w.-]*/)?\w[\w.-]*", re.ASCII)
+COMMIT = re.compile(r"[0-9a-f]{40}", re.ASCII)
 LICENSE_ID = re.compile(r"[a-z0-9][a-z0-9.+-]{0,63}", re.ASCII)
 LICENSE_LINK = re.compile(r"(https://)?[\w.][\w./%-]{0,199}", re.ASCII)
 LANGUAGE = re.compile(r"[a-z]{2,3}(-[A-Za-z0-9]{2,8}){0,2}", re.ASCII)
@@ -31,7 +32,7 @@ def header(record: RunRecord) -> str:
     """The header, without its two rules."""
     from huggingface_hub import ModelCardData
 
-    base = _base(record)
+    base = hub_base(record)
     results = list(_results(record))
     data = ModelCardData(
         base_model=base,
@@ -53,7 +54,7 @@ def adapter_header(record: RunRecord) -> str:
     """The header of an adapter's card; without results, which were measured on the checkpoint."""
     from huggingface_hub import ModelCardData
 
-    base = _base(record)
+    base = hub_base(record)
     data = ModelCardData(
         base_model=base,
         base_model_relation="adapter" if base else None,
@@ -67,7 +68,7 @@ def adapter_header(record: RunRecord) -> str:
     return data.to_yaml()
 
 
-def _base(record: RunRecord) -> str | None:
+def hub_base(record: RunRecord) -> str | None:
     model = record.model
     return model.id if model.revision is not None and HUB_ID.fullmatch(model.id) else None
 

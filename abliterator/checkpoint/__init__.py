@@ -16,8 +16,16 @@ how bytes become numbers; it never imports torch.
         copy_file(base.folder / file, out / file)
 """
 
-from abliterator.checkpoint._carry import carried_files
-from abliterator.checkpoint._config import CONFIG_ENTRY, edited_config
+from abliterator.checkpoint._carry import carried_files, is_legal, is_opened_by_loaders
+from abliterator.checkpoint._config import (
+    ADAPTER_CONFIG,
+    ADAPTER_METADATA,
+    ADAPTER_WEIGHTS,
+    CONFIG_ENTRY,
+    adapter_config,
+    adapter_tensors,
+    edited_config,
+)
 from abliterator.checkpoint._fingerprint import fingerprint
 from abliterator.checkpoint._folder import CONFIG_FILE, Checkpoint
 from abliterator.checkpoint._header import DTYPE_BITS, TensorInfo
@@ -31,6 +39,9 @@ from abliterator.checkpoint._write import (
 )
 
 __all__ = [
+    "ADAPTER_CONFIG",
+    "ADAPTER_METADATA",
+    "ADAPTER_WEIGHTS",
     "CONFIG_ENTRY",
     "CONFIG_FILE",
     "DTYPE_BITS",
@@ -39,11 +50,15 @@ __all__ = [
     "PatchedFile",
     "PatchedTensor",
     "TensorInfo",
+    "adapter_config",
+    "adapter_tensors",
     "carried_files",
     "copy_file",
     "edited_config",
     "fingerprint",
     "free_bytes",
+    "is_legal",
+    "is_opened_by_loaders",
     "partial_of",
     "patch_file",
     "write_bytes_atomic",

@@ -11,7 +11,7 @@ import os
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from abliterator.checkpoint._folder import INDEX_FILE, locate_weights
+from abliterator.checkpoint._folder import ADAPTER_FILE, INDEX_FILE, SINGLE_FILE, locate_weights
 from abliterator.checkpoint._header import encodable
 from abliterator.checkpoint._read import readable, shown
 from abliterator.errors import CheckpointError
@@ -55,6 +55,8 @@ _WEIGHTS_OR_PICTURES = (
     *(".safetensors", ".bin", ".pt", ".pth", ".gguf", ".onnx", ".h5", ".msgpack"),
     *(".png", ".jpg", ".jpeg", ".gif", ".svg", ".webp"),
 )
+# Of these a loader takes the first that is there: one of another model would take over.
+_TAKES_OVER = (ADAPTER_FILE, SINGLE_FILE, INDEX_FILE)
 _NEVER_ENTERED = ("original", "__pycache__")  # and every folder that begins with a dot
 
 
@@ -96,9 +98,21 @@ def _is_carried(file: str) -> bool:
     patterns = _ANY_LEVEL if "/" in file else _TOP_LEVEL + _ANY_LEVEL
     if name.lower().endswith(_WEIGHTS_OR_PICTURES):
         return False
-    return any(fnmatchcase(name, pattern) for pattern in patterns) or any(
-        fnmatchcase(name.lower(), pattern) for pattern in _LEGAL
-    )
+    return any(fnmatchcase(name, pattern) for pattern in patterns) or is_legal(file)
+
+
+def is_opened_by_loaders(file: str) -> bool:
+    """Whether a loader may open a file of this name (a relative path), were it in the folder.
+
+    Weights of other formats are not among them: where there are safetensors, those are taken.
+    """
+    return file in _TAKES_OVER or (_is_carried(file) and not is_legal(file))
+
+
+def is_legal(file: str) -> bool:
+    """Whether a file, by its name, holds terms that must stay with the model."""
+    name = file.rsplit("/", 1)[-1].lower()
+    return any(fnmatchcase(name, pattern) for pattern in _LEGAL)
 
 
 def _walk(folder: Path) -> tuple[list[str], list[str]]:

@@ -1,10 +1,20 @@
-"""config.json of an edited checkpoint: the base's, but for what would be false of it now."""
+"""The configs that an edit comes with: config.json of a checkpoint, adapter_config.json.
+
+Each has one allowed text, so that whoever verifies it can compute it again.
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
+
+from abliterator.checkpoint._folder import ADAPTER_FILE
+
+ADAPTER_CONFIG = ADAPTER_FILE
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+ADAPTER_METADATA = {"format": "pt"}
+"""What the header of ADAPTER_WEIGHTS says beside its tensors."""
 
 CONFIG_ENTRY = "abliterator"
 """Key under which config.json says who edited the weights; loaders keep it and do not read it."""
@@ -28,3 +38,35 @@ def edited_config(
     """
     kept = {key: value for key, value in base.items() if key not in _FALSE_NOW.union(without)}
     return json.dumps({**kept, CONFIG_ENTRY: dict(made_by)}, indent=2) + "\n"
+
+
+def adapter_config(
+    base_model: str, revision: str | None, *, modules: Iterable[str], rank: int
+) -> str:
+    """The one text that adapter_config.json of an edit may have: a LoRA of scale 1 for PEFT.
+
+    Args:
+        base_model: Hub id or name of the base.
+        revision: commit of the base.
+        modules: run-time paths of the modules whose weights are edited.
+        rank: k.
+    """
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base_model,
+        "revision": revision,
+        "r": rank,
+        "lora_alpha": rank,  # PEFT multiplies by lora_alpha / r
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "target_modules": sorted(modules),
+        "inference_mode": True,
+    }
+    return json.dumps(config, indent=1) + "\n"
+
+
+def adapter_tensors(module: str) -> tuple[str, str]:
+    """Names, in ADAPTER_WEIGHTS, of A [k, in] and B [out, k] of one module: it gains B A."""
+    prefix = f"base_model.model.{module}"
+    return f"{prefix}.lora_A.weight", f"{prefix}.lora_B.weight"

@@ -3,24 +3,36 @@
 A plan is made first, and none is made of a checkpoint whose bytes do not verify. Then: an offline
 load by plain transformers in a fresh process; a private repository; exactly the planned files in
 one commit; the hashes of what arrived read back; and only then, if asked, public. Whatever goes
-wrong, the same command goes on where it stopped. The room does not know how a checkpoint was made.
+wrong, the same command goes on where it stopped. An adapter takes the same way to a repository of
+its own, loaded by PEFT. The room does not know how a checkpoint was made.
 
     plan = plan_publish(base, out / "checkpoint", Target("me/Llama-3.2-1B-Instruct-abliterated"))
     done = publish(plan)
+    publish(plan_adapter(plan, out / "adapter", Target("me/Llama-3.2-1B-abliterated-LoRA")))
 
 The token is the Hub library's own business (`HF_TOKEN`, or `hf auth login`): it is never an
 argument here, and no message holds it.
 """
 
 from abliterator.publish._hub import Published, publish
-from abliterator.publish._plan import Gating, PlannedFile, PublishPlan, Target, plan_publish
+from abliterator.publish._plan import (
+    Folders,
+    Gating,
+    PlannedFile,
+    PublishPlan,
+    Target,
+    plan_adapter,
+    plan_publish,
+)
 
 __all__ = [
+    "Folders",
     "Gating",
     "PlannedFile",
     "PublishPlan",
     "Published",
     "Target",
+    "plan_adapter",
     "plan_publish",
     "publish",
 ]

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from abliterator.checkpoint import is_opened_by_loaders
 from abliterator.errors import PublishError
 from abliterator.publish._load import check_loads
 from abliterator.publish._plan import PlannedFile, PublishPlan
@@ -61,10 +62,10 @@ def publish(plan: PublishPlan, *, note: Callable[[str], None] = lambda _: None) 
         note: told what is being done, a line at a time.
 
     Raises:
-        PublishError: if the checkpoint does not load, or the Hub refuses; what has arrived stays
-            private, and the same call goes on from there.
+        PublishError: if what is to be published does not load, or the Hub refuses; what has arrived
+            stays private, and the same call goes on from there.
     """
-    note("loading the checkpoint offline, in a fresh process")
+    note(f"loading the {plan.what} offline, in a fresh process")
     check_loads(plan)
     return _Publication(plan, note).run()
 
@@ -177,6 +178,13 @@ class _Publication:
                 "or give --into-existing: they then stay beside ours, and those of the same name "
                 "are replaced."
             )
+        opened = list(filter(is_opened_by_loaders, sorted(set(foreign) - planned)))
+        if opened:
+            raise PublishError(
+                f"{self.repo_id} has files that a loader would open beside ours, or in their place "
+                f"({', '.join(opened[:_TOLD])}), so it would load as another model. Nothing was "
+                "uploaded. Delete them there, or choose another --repo-id."
+            )
         if not info.private:
             self._check_public(any(self._missing(tree) for tree in trees))
 
@@ -235,7 +243,7 @@ class _Publication:
             made = self.api.create_commit(
                 self.repo_id,
                 [operations[file.path] for file in missing],
-                commit_message=f"Upload a checkpoint made by abliterator {version('abliterator')}",
+                commit_message=f"Upload {self.plan.what} (abliterator {version('abliterator')})",
                 revision=self.target.revision,
                 parent_commit=head,
                 create_pr=self.target.create_pr,

@@ -1,4 +1,7 @@
-"""The last check before anything is sent: does plain transformers load what will be there?"""
+"""The last check before anything is sent: does plain transformers load what will be there?
+
+Of an adapter: does plain PEFT load it, on top of the base?
+"""
 
 from __future__ import annotations
 
@@ -31,19 +34,23 @@ def check_loads(plan: PublishPlan) -> None:
                 place.write_bytes(file.content)
             else:
                 place.symlink_to(file.content.resolve())
-        found = _run(folder, plan.remote_code)
-    problem = _problem(found)
+        if plan.what == "adapter":
+            found = _run([str(plan.folders.base), "--adapter", folder], plan.remote_code)
+        else:
+            found = _run([folder], plan.remote_code)
+    problem = _problem(found, plan.what)
     if problem:
+        loader = "PEFT" if plan.what == "adapter" else "transformers"
         raise PublishError(
-            f"Plain transformers, offline in a fresh process, {problem}. Nothing was published. "
-            "Look at the checkpoint with `abliterator verify`, and at the versions in its card."
+            f"Plain {loader}, offline in a fresh process, {problem}. Nothing was published. "
+            f"Look at the {plan.what} with `abliterator verify`, and at the versions in its card."
         )
 
 
-def _run(folder: str, remote_code: bool) -> dict[str, Any]:
+def _run(arguments: list[str], remote_code: bool) -> dict[str, Any]:
     script = Path(__file__).with_name("_vanilla.py")
     # -P: this folder's own modules must not stand in for anybody else's
-    command = [sys.executable, "-P", str(script), folder]
+    command = [sys.executable, "-P", str(script), *arguments]
     kept = {name: value for name, value in os.environ.items() if name not in _SECRETS}
     env = kept | {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "0"}
     done = subprocess.run(
@@ -61,9 +68,9 @@ def _run(folder: str, remote_code: bool) -> dict[str, Any]:
     return answer
 
 
-def _problem(found: dict[str, Any]) -> str | None:
+def _problem(found: dict[str, Any], what: str) -> str | None:
     if "error" in found:
-        return f"cannot load the checkpoint: {found['error']}"
+        return f"cannot load the {what}: {found['error']}"
     for key in ("missing", "mismatched"):
         if found[key]:
             return f"finds {len(found[key])} tensors {key}, such as {found[key][0]}"

@@ -5,13 +5,23 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
+from abliterator.checkpoint import ADAPTER_CONFIG, ADAPTER_WEIGHTS, is_legal
 from abliterator.errors import PublishError
 from abliterator.record import RunRecord
-from abliterator.verification import OURS, RECORD, Verification, verify
+from abliterator.verification import (
+    CARD,
+    OURS,
+    PICTURES,
+    RECORD,
+    AdapterVerification,
+    Verification,
+    verify,
+    verify_adapter,
+)
 
 Gating = Literal["auto", "manual", "no"]
 
@@ -46,6 +56,14 @@ class Target:
     license: str | None = None
 
 
+class Folders(NamedTuple):
+    """Where a base and its edited checkpoint lie; `subspace` is for measuring the leak again."""
+
+    base: Path
+    checkpoint: Path
+    subspace: Path | None = None
+
+
 @dataclass(frozen=True)
 class PlannedFile:
     """One file to be uploaded; `content` is its path here, or its bytes."""
@@ -58,23 +76,27 @@ class PlannedFile:
 
 @dataclass(frozen=True)
 class PublishPlan:
-    """A checkpoint that verified, and what of it goes where; made by `plan_publish` alone.
+    """What verified, and what of it goes where; made by `plan_publish` and `plan_adapter` alone.
 
     Attributes:
+        what: "checkpoint", or "adapter".
         target: where to.
         files: exactly what will be uploaded.
         left_out: files of the folder that nobody vouches for; they stay.
         base: Hub id of the base, None for a local one.
         remote_code: whether the model needs its own Python files to load.
+        folders: what was verified, and against what.
         verification: the proof.
     """
 
+    what: Literal["checkpoint", "adapter"]
     target: Target
     files: tuple[PlannedFile, ...]
     left_out: tuple[str, ...]
     base: str | None
     remote_code: bool
-    verification: Verification
+    folders: Folders
+    verification: Verification | AdapterVerification
 
     @property
     def total_bytes(self) -> int:
@@ -85,6 +107,7 @@ class PublishPlan:
         """The plan as plain values."""
         target = self.target
         return {
+            "what": self.what,
             "repo_id": target.repo_id,
             "visibility": "public" if target.public else "private",
             "gated": target.gated or "as the base is",
@@ -123,21 +146,69 @@ def plan_publish(
     record = _read_record(checkpoint)
     _check_license(record, target)
     found = verify(base, checkpoint, subspace=subspace, on_bytes=on_bytes)
-    if not found.ok:
-        more = len(found.faults) - _FAULTS_TOLD
-        told = " ".join(found.faults[:_FAULTS_TOLD]) + (f" And {more} more." if more > 0 else "")
-        raise PublishError(
-            f"{checkpoint} does not verify against its base, so nothing of it is published. {told} "
-            "Build it again."
-        )
+    _require_sound(checkpoint, found)
     files = [_planned(checkpoint, path, target) for path in sorted(found.sha256)]
     return PublishPlan(
+        "checkpoint",
         target,
         tuple(files),
         found.foreign,
         record.model.id if record.model.revision is not None else None,
         record.recipe.get("trust_remote_code") is True,
+        Folders(base, checkpoint, subspace),
         found,
+    )
+
+
+def plan_adapter(checkpoint: PublishPlan, adapter: Path, target: Target) -> PublishPlan:
+    """Verifies an adapter against the checkpoint of its run, and lists what may be published of it.
+
+    With it go the recipe, the records and the pictures of the checkpoint, by which a reader can
+    judge it, and the base's licence files.
+
+    Args:
+        checkpoint: the plan of the checkpoint, which verified; it need not be carried out.
+        adapter: OUT/adapter.
+        target: where to.
+
+    Raises:
+        PublishError: if the adapter is not there, does not verify, or may not go by that name.
+    """
+    _check_target(target)
+    folders = checkpoint.folders
+    _check_license(_read_record(folders.checkpoint), target)
+    for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS, CARD):
+        if not (adapter / name).is_file():
+            raise PublishError(
+                f"{adapter} has no {name}; an adapter that a whole `abliterator build` left was "
+                "expected. Set `edit.output: both` in the recipe, and build."
+            )
+    found = verify_adapter(folders.base, folders.checkpoint, adapter, subspace=folders.subspace)
+    _require_sound(adapter, found)
+    own = [_planned(adapter, path, target) for path in sorted(found.sha256)]
+    beside = [file for file in checkpoint.files if _goes_with_adapter(file.path)]
+    return replace(
+        checkpoint,
+        what="adapter",
+        target=target,
+        files=tuple(sorted([*own, *beside], key=lambda file: file.path)),
+        left_out=found.foreign,
+        verification=found,
+    )
+
+
+def _goes_with_adapter(path: str) -> bool:
+    return path in {*OURS, *PICTURES} - {CARD} or is_legal(path)
+
+
+def _require_sound(folder: Path, found: Verification | AdapterVerification) -> None:
+    if found.ok:
+        return
+    more = len(found.faults) - _FAULTS_TOLD
+    told = " ".join(found.faults[:_FAULTS_TOLD]) + (f" And {more} more." if more > 0 else "")
+    raise PublishError(
+        f"{folder} does not verify against its base, so nothing of it is published. {told} "
+        "Build it again."
     )
 
 
@@ -192,7 +263,7 @@ def _check_license(record: RunRecord, target: Target) -> None:
 
 def _planned(checkpoint: Path, path: str, target: Target) -> PlannedFile:
     content: Path | bytes = checkpoint / path
-    if path == "README.md" and target.license is not None:
+    if path == CARD and target.license is not None:
         content = _with_license(checkpoint / path, target.license)
         return PlannedFile(path, len(content), hashlib.sha256(content).hexdigest(), content)
     with (checkpoint / path).open("rb") as stream:

@@ -3,15 +3,19 @@
 Nothing is taken at its word. Every byte that `edits.json` does not name is compared with the
 base's, headers included; every tensor that it names is hashed on both sides, and what it still
 writes into the removed subspace is measured again from the stored bytes. config.json is the one
-file that may differ, and it is computed again from the base's. The room knows neither how the edit
-was made nor where the folders came from.
+file that may differ, and it is computed again from the base's. Of an adapter, merged into the base,
+the same is asked: the checkpoint's weights up to rounding, and nothing else. The room knows neither
+how the edit was made nor where the folders came from.
 
     found = verify(base_folder, out / "checkpoint", subspace=out / "work/directions.safetensors")
     found.ok, found.faults, found.max_leak
+    verify_adapter(base_folder, out / "checkpoint", out / "adapter").ok
 """
 
+from abliterator.verification._adapter import AdapterVerification, verify_adapter
 from abliterator.verification._compare import verify
 from abliterator.verification._findings import (
+    CARD,
     EDITS,
     OURS,
     PICTURES,
@@ -20,4 +24,15 @@ from abliterator.verification._findings import (
     read_edits,
 )
 
-__all__ = ["EDITS", "OURS", "PICTURES", "RECORD", "Verification", "read_edits", "verify"]
+__all__ = [
+    "CARD",
+    "EDITS",
+    "OURS",
+    "PICTURES",
+    "RECORD",
+    "AdapterVerification",
+    "Verification",
+    "read_edits",
+    "verify",
+    "verify_adapter",
+]

@@ -52,7 +52,7 @@ def verify(
     opened = Checkpoint.open(base)
     found = Findings()
     named = _named(read_edits(checkpoint), opened, found)
-    measure = _Measure(named, _meter(opened, subspace))
+    measure = _Measure(named, leak_meter(opened, subspace))
     for file in opened.weight_files:
         _compare_weights(opened, file, checkpoint / file, measure, found)
         if on_bytes is not None:
@@ -75,7 +75,7 @@ def verify(
         max_leak=max(found.leaks, default=None),
         base_sha256=found.base_sha256,
         sha256=found.sha256,
-        foreign=tuple(sorted(_files_of(checkpoint) - known.union(found.sha256))),
+        foreign=tuple(sorted(files_of(checkpoint) - known.union(found.sha256))),
     )
 
 
@@ -105,7 +105,8 @@ def _named(
     return named
 
 
-def _meter(base: Checkpoint, subspace: Path | None) -> LeakMeter | None:
+def leak_meter(base: Checkpoint, subspace: Path | None) -> LeakMeter | None:
+    """The meter of a subspace file; None without one."""
     if subspace is None:
         return None
     from abliterator.directions import load_subspace
@@ -238,7 +239,8 @@ def _agree(leak: float | None, said: float | None) -> bool:
     return abs(leak - said) <= max(_NO_LEAK, _SAME_LEAK * said)
 
 
-def _files_of(folder: Path) -> set[str]:
+def files_of(folder: Path) -> set[str]:
+    """Paths, relative to a folder, of all that lies in it."""
     # a link to a folder counts as one name: what lies behind it was never looked at
     return {
         path.relative_to(folder).as_posix()

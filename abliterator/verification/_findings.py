@@ -14,7 +14,8 @@ from abliterator.record import TensorEdit
 
 EDITS = "abliterator/edits.json"
 RECORD = "abliterator/record.json"
-OURS = ("README.md", "recipe.yaml", EDITS, RECORD)
+CARD = "README.md"
+OURS = (CARD, "recipe.yaml", EDITS, RECORD)
 """What abliterator adds to the files of the base."""
 PICTURES = ("abliterator/cosines.png", "abliterator/sweep.png")
 """What it adds where layers were chosen by measurement."""

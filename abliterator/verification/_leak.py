@@ -58,15 +58,27 @@ class LeakMeter:
             CheckpointError: if the tensor does not write the residual stream, or the subspace is
                 that of another model.
         """
-        writer = self._writers.get(info.name)
-        if writer is None:
-            raise CheckpointError(
-                f"{info.name} was edited, but it does not write the residual stream of this model; "
-                "only tensors that do were expected. Build the checkpoint again."
-            )
-        read = self._removed_from(writer) * self._gain(writer)
+        writer, read = self._writer(info.name), self.reads(info.name)
         was, is_now = (self._squared(data, info, writer, read, experts) for data in (before, after))
         return (is_now / was) ** 0.5 if was > 0 else None
+
+    def reads(self, name: str) -> Tensor:
+        """D Q [H, k], float64: what of a writer's output lands in the subspace.
+
+        Raises:
+            CheckpointError: if the tensor does not write the residual stream, or belongs to no
+                block, where each has a subspace of its own.
+        """
+        writer = self._writer(name)
+        return self._removed_from(writer) * self._gain(writer)
+
+    def _writer(self, name: str) -> Writer:
+        if name not in self._writers:
+            raise CheckpointError(
+                f"{name} was edited, but it does not write the residual stream of this model; "
+                "only tensors that do were expected. Build the checkpoint again."
+            )
+        return self._writers[name]
 
     def _removed_from(self, writer: Writer) -> Tensor:
         """[H, k]: the subspace that this writer should have lost."""

@@ -1,0 +1,270 @@
+"""An adapter against the checkpoint whose edit it is: the same weights, and nothing else."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from abliterator.anatomy import anatomy_of
+from abliterator.checkpoint import (
+    ADAPTER_CONFIG,
+    ADAPTER_METADATA,
+    ADAPTER_WEIGHTS,
+    Checkpoint,
+    adapter_config,
+    adapter_tensors,
+)
+from abliterator.errors import CheckpointError
+from abliterator.formats import FORMATS, Format
+from abliterator.record import RunRecord, TensorEdit
+from abliterator.verification._compare import files_of, leak_meter
+from abliterator.verification._findings import CARD, EDITS, RECORD, read_edits, sha256_of
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_PANEL_ELEMENTS = 1 << 21  # elements of a tensor that are float64 at once
+# The checkpoint's rounding may be compensated: in wide models that is a few hundredths more noise
+# than rounding to nearest, and 1.7 times as much at 32 numbers a column.
+_NOISE = 2.0
+_FACTORS = 2.0**-22  # of |B| |A|: what float32 leaves of the two factors, with room
+
+
+@dataclass(frozen=True)
+class AdapterVerification:
+    """What was found; `ok` if base and adapter give the checkpoint's weights, and nothing else.
+
+    Attributes:
+        faults: one sentence each; empty if all holds.
+        modules: modules that the adapter changes.
+        max_apart: largest distance |W' - (W + B A)| (Frobenius) of a module, as a multiple of what
+            rounding W + B A to the stored type gives; None where that rounds nothing.
+        max_leak: largest |Qᵀ (W + B A)| / |Qᵀ W|; None without a subspace.
+        sha256: of each file that belongs to the adapter.
+        foreign: files of the folder that do not.
+    """
+
+    faults: tuple[str, ...]
+    modules: int
+    max_apart: float | None
+    max_leak: float | None
+    sha256: Mapping[str, str]
+    foreign: tuple[str, ...]
+
+    @property
+    def ok(self) -> bool:
+        """Whether nothing was found that breaks the contract."""
+        return not self.faults
+
+    def to_json(self) -> dict[str, Any]:
+        """The findings as plain values."""
+        listed = {"faults": list(self.faults), "foreign": list(self.foreign)}
+        return {"ok": self.ok, **vars(self), **listed, "sha256": dict(self.sha256)}
+
+
+@dataclass
+class _Findings:
+    faults: list[str] = field(default_factory=list)
+    apart: list[float] = field(default_factory=list)
+    leaks: list[float] = field(default_factory=list)
+
+
+def verify_adapter(
+    base: Path, checkpoint: Path, adapter: Path, *, subspace: Path | None = None
+) -> AdapterVerification:
+    """Compares base + adapter with a checkpoint, which `verify` has proven, module by module.
+
+    The config must be the one text that the edits allow, the weights those factors that the edits
+    name. Merged in float64 they must give the checkpoint's weights up to rounding; with the
+    subspace, they must write into it what each strength says, which no rounding hides.
+
+    Args:
+        base: folder of the base model.
+        checkpoint: folder of the edited one.
+        adapter: folder of the adapter.
+        subspace: safetensors file with the removed subspace Q [H, k], or [L, H, k].
+
+    Raises:
+        CheckpointError: if base or checkpoint cannot be read, or the edit has no low-rank form.
+    """
+    opened, edited = Checkpoint.open(base), Checkpoint.open(checkpoint)
+    edits, found = read_edits(checkpoint), _Findings()
+    modules = _modules(opened, edits)
+    _check_config(adapter, checkpoint, edits, modules.values(), found)
+    tensors = _read_tensors(adapter, found)
+    wanted = {name for module in modules.values() for name in adapter_tensors(module)}
+    found.faults += [
+        f"{ADAPTER_WEIGHTS} has {name}, which no edit asks for."
+        for name in sorted(tensors.keys() - wanted)
+    ]
+    meter = leak_meter(opened, subspace)
+    for edit in edits:
+        factors = _factors(edit, modules[edit.name], tensors, found)
+        if factors is not None:
+            reads = None if meter is None else meter.reads(edit.name)
+            _compare(edit, _Weights(opened, edited, factors), reads, found)
+    ours = {ADAPTER_CONFIG, ADAPTER_WEIGHTS, CARD}
+    return AdapterVerification(
+        faults=tuple(found.faults),
+        modules=len(modules),
+        max_apart=max(found.apart, default=None),
+        max_leak=max(found.leaks, default=None),
+        sha256={name: sha256_of(adapter / name) for name in sorted(ours & files_of(adapter))},
+        foreign=tuple(sorted(files_of(adapter) - ours)),
+    )
+
+
+def _modules(base: Checkpoint, edits: Iterable[TensorEdit]) -> dict[str, str]:
+    """The run-time module of each edited tensor, by the tensor's name."""
+    writers = {writer.name: writer for writer in anatomy_of(base.config).writers(base.shapes)}
+    for edit in edits:
+        plain = edit.dtype in FORMATS and not FORMATS[edit.dtype].scaled and len(edit.shape) == 2
+        if edit.name not in writers or not plain or edit.axis != 0:
+            raise CheckpointError(
+                f"{edit.name} was edited, and an edit of it has no low-rank form; an adapter of "
+                "plain matrices was expected. Build it again."
+            )
+    return {edit.name: writers[edit.name].module for edit in edits}
+
+
+def _check_config(
+    adapter: Path,
+    checkpoint: Path,
+    edits: tuple[TensorEdit, ...],
+    modules: Iterable[str],
+    found: _Findings,
+) -> None:
+    """adapter_config.json against the one text that the edits, and the record's base, allow."""
+    path = adapter / ADAPTER_CONFIG
+    if not path.is_file():
+        found.faults.append(f"{ADAPTER_CONFIG} is missing.")
+        return
+    text = path.read_bytes()
+    try:
+        base, revision = _base_in(checkpoint) or _base_claimed(text)
+    except ValueError:
+        found.faults.append(f"{ADAPTER_CONFIG} does not name a base.")
+        return
+    rank = max((edit.k for edit in edits), default=0)
+    if text != adapter_config(base, revision, modules=modules, rank=rank).encode():
+        found.faults.append(f"{ADAPTER_CONFIG} is not the one that {EDITS} asks for.")
+
+
+def _base_in(checkpoint: Path) -> tuple[str, str | None] | None:
+    """Name and commit of the base that the record of the checkpoint has; None without one."""
+    path = checkpoint / RECORD
+    if not path.is_file():
+        return None
+    model = RunRecord.model_validate_json(path.read_text("utf-8")).model
+    return model.id, model.revision
+
+
+def _base_claimed(config: bytes) -> tuple[str, str | None]:
+    """The same by the adapter's own word."""
+    claimed = json.loads(config)
+    if not isinstance(claimed, dict):
+        raise ValueError("not an object")
+    base, revision = claimed.get("base_model_name_or_path"), claimed.get("revision")
+    if not isinstance(base, str) or not isinstance(revision, (str, type(None))):
+        raise ValueError("no base")
+    return base, revision
+
+
+def _read_tensors(adapter: Path, found: _Findings) -> dict[str, Tensor]:
+    """The tensors of the adapter; a fault, and none, if its file holds anything beside them."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load, save
+
+    path = adapter / ADAPTER_WEIGHTS
+    if not path.is_file():
+        found.faults.append(f"{ADAPTER_WEIGHTS} is missing.")
+        return {}
+    data = path.read_bytes()
+    try:
+        tensors: dict[str, Tensor] = load(data)
+    except (SafetensorError, ValueError):
+        found.faults.append(f"{ADAPTER_WEIGHTS} is no sound safetensors file.")
+        return {}
+    if save(tensors, metadata=ADAPTER_METADATA) != data:
+        found.faults.append(f"{ADAPTER_WEIGHTS} holds more than its tensors.")
+    return tensors
+
+
+def _factors(
+    edit: TensorEdit, module: str, tensors: Mapping[str, Tensor], found: _Findings
+) -> tuple[Tensor, Tensor] | None:
+    """A [k, in] and B [out, k] of one edit in float64; a fault, and None, where they do not fit."""
+    import torch
+
+    wide, tall = edit.shape[1], edit.shape[0]
+    factors = []
+    for name, shape in zip(adapter_tensors(module), ((edit.k, wide), (tall, edit.k)), strict=True):
+        tensor = tensors.get(name)
+        if tensor is None or tensor.dtype != torch.float32 or tuple(tensor.shape) != shape:
+            found.faults.append(f"{ADAPTER_WEIGHTS} has no {name} of {list(shape)} in float32.")
+            return None
+        factors.append(tensor.double())
+    return factors[0], factors[1]
+
+
+class _Weights(NamedTuple):
+    base: Checkpoint
+    edited: Checkpoint
+    factors: tuple[Tensor, Tensor]
+
+
+class _Sums(NamedTuple):
+    """Norms (Frobenius) of one module: of W' - (W + B A), and of what they are measured by."""
+
+    apart: float
+    rounding: float  # of W + B A rounded to the stored type
+    factors: float  # |A| |B|
+    wrote: float  # |(D Q)ᵀ W|
+    writes: float  # |(D Q)ᵀ (W + B A)|
+    reads: float  # |D Q|
+
+
+def _compare(edit: TensorEdit, weights: _Weights, reads: Tensor | None, found: _Findings) -> None:
+    """One module, merged: against the stored bytes, and against its strength."""
+    sums = _measured(edit, weights, reads)
+    if not sums.apart <= _NOISE * sums.rounding + _FACTORS * sums.factors:  # true of NaN too
+        found.faults.append(
+            f"{edit.name}: base and adapter give weights that are {sums.apart:.1e} from the "
+            f"checkpoint's; rounding explains {sums.rounding:.1e}."
+        )
+    if sums.rounding > 0:
+        found.apart.append(sums.apart / sums.rounding)
+    if reads is None or sums.wrote == 0:
+        return
+    found.leaks.append(sums.writes / sums.wrote)
+    left = abs(1 - edit.strength) * sums.wrote
+    if not abs(sums.writes - left) <= _FACTORS * sums.reads * sums.factors:
+        found.faults.append(
+            f"{edit.name}: base and adapter have a leak of {sums.writes / sums.wrote:.2e}; its "
+            f"strength, {edit.strength:g}, leaves {abs(1 - edit.strength):.2e}."
+        )
+
+
+def _measured(edit: TensorEdit, weights: _Weights, reads: Tensor | None) -> _Sums:
+    from abliterator.subspace import column_ranges
+
+    fmt: Format = FORMATS[edit.dtype]
+    before, after = (
+        fmt.view(bytearray(side.read(edit.name)), edit.shape)
+        for side in (weights.base, weights.edited)
+    )
+    a, b = weights.factors
+    squares = [0.0] * 4
+    for start, end in column_ranges(edit.shape[1], max(1, _PANEL_ELEMENTS // edit.shape[0])):
+        weight = before[:, start:end].double()
+        merged = weight + b @ a[:, start:end]
+        terms = [after[:, start:end].double() - merged, fmt.rounded(merged) - merged]
+        terms += [] if reads is None else [reads.T @ weight, reads.T @ merged]
+        for i, term in enumerate(terms):
+            squares[i] += float(term.square().sum())
+    apart, rounding, wrote, writes = (square**0.5 for square in squares)
+    through = 0.0 if reads is None else float(reads.norm())
+    return _Sums(apart, rounding, float(a.norm() * b.norm()), wrote, writes, through)
