@@ -86,6 +86,29 @@ def paired_delta(
     return mean_interval(_differences(base, edited).tolist(), seed=seed)
 
 
+def jackknife_interval(value: float, left_out: Sequence[float], n: int) -> Interval:
+    """A statistic of all data, with the interval of a delete-a-group jackknife.
+
+    se² = (g - 1) / g Σ (v_i - mean v)², and t with g - 1 degrees of freedom (Shao & Tu 1995, 2.3).
+
+    Args:
+        value: of all data.
+        left_out: the same without each of g groups of about one size.
+        n: how many data there are.
+
+    Raises:
+        ValueError: if a value is NaN or infinite.
+    """
+    from scipy.stats import t
+
+    data, g = _finite([value, *left_out])[1:], len(left_out)
+    if g < 2 or _all_equal(data):
+        return Interval(value, None, None, n)
+    se = math.sqrt((g - 1) / g * float(((data - data.mean()) ** 2).sum()))
+    half = float(t.ppf((1 + LEVEL) / 2, g - 1)) * se
+    return Interval(value, value - half, value + half, n)
+
+
 def mcnemar_exact(base: Sequence[bool], edited: Sequence[bool]) -> float:
     """Two-sided p of the exact McNemar test: are flips one way more common than the other way?
 

@@ -12,7 +12,7 @@ Shapes: N prompts, L layers, H = d_model, k rank, c columns of a panel.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -64,6 +64,15 @@ class MomentSet:
     n: int
     mean: Tensor
     m2: Tensor
+
+
+def merged(parts: Sequence[MomentSet]) -> MomentSet:
+    """The moments of all prompts of `parts` together (Chan et al. 1979)."""
+    n = sum(part.n for part in parts)
+    mean = torch.stack([part.n * part.mean for part in parts]).sum(dim=0) / n
+    between = torch.stack([part.n * (part.mean - mean).square() for part in parts])
+    within = torch.stack([part.m2 for part in parts])
+    return MomentSet(n, mean, (within + between).sum(dim=0))
 
 
 class Moments:

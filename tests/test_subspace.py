@@ -12,6 +12,7 @@ from abliterator.subspace import (
     compensate,
     compensating_rows,
     keep_column_norms,
+    merged,
     orthonormal_basis,
     removal_of_basis,
     squared_write,
@@ -30,6 +31,21 @@ def panel(columns: int = 40, dtype: torch.dtype = torch.float64) -> torch.Tensor
 
 
 # ---- moments
+
+
+def test_merged_moments_equal_one_batch():
+    vectors = torch.randn(11, 3, 8, dtype=torch.float64) * 5 + 100
+    whole = Moments(3, 8)
+    whole.update(vectors)
+    parts = []
+    for batch in vectors.split([1, 4, 6]):
+        part = Moments(3, 8)
+        part.update(batch)
+        parts.append(part.freeze())
+    found, wanted = merged(parts), whole.freeze()
+    assert found.n == wanted.n == 11
+    torch.testing.assert_close(found.mean, wanted.mean)
+    torch.testing.assert_close(found.m2, wanted.m2)
 
 
 @given(st.lists(st.integers(1, 5), min_size=1, max_size=5))

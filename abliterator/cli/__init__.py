@@ -18,6 +18,7 @@ from abliterator.cli._judge import judge_calibrate
 from abliterator.cli._pairs import pairs
 from abliterator.cli._publish import publish, verify
 from abliterator.cli._run import STAGE_COMMANDS, bake, build, plan
+from abliterator.cli._study import study
 from abliterator.cli._sweep import sweep
 from abliterator.errors import AbliteratorError
 
@@ -56,6 +57,7 @@ COMMANDS = (
     pairs,
     plan,
     publish,
+    study,
     sweep,
     verify,
     *STAGE_COMMANDS,

@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from abliterator.errors import GenerationError
-from abliterator.record import Divergence, Estimate, Side
-from abliterator.statistics import mean_interval
+from abliterator.record import Divergence, Side
 
 if TYPE_CHECKING:
     from abliterator.divergence import AnswerPath, PathDivergence, Perplexity
@@ -97,6 +96,8 @@ def measure_divergence(
         GenerationError: if the two sides do not read the prompts alike, or give NaN.
         OutputError: if the disk has no room for `scratch`.
     """
+    from abliterator.divergence import path_divergence
+
     if paths is None:
         paths = answer_paths(load("base"), render(load("base")), settings, bar=bar)
     both = _Both(paths, settings, scratch, bar)
@@ -105,14 +106,13 @@ def measure_divergence(
         found, edited = _edited(load("edited"), both, render, prompts)
     finally:
         scratch.unlink(missing_ok=True)
-    return Divergence(
-        kl_first_token=_mean([float(path.kl[0]) for path in found], settings),
-        kl=_mean([float(path.kl.mean()) for path in found], settings),
-        top1_agreement=_mean([float(path.top1.double().mean()) for path in found], settings),
-        perplexity_base=base.value,
-        perplexity_edited=edited.value,
-        tokens=settings.tokens,
-        perplexity_tokens=base.tokens,
+    along = path_divergence(found, tokens=settings.tokens, seed=settings.seed)
+    return along.model_copy(
+        update={
+            "perplexity_base": base.value,
+            "perplexity_edited": edited.value,
+            "perplexity_tokens": base.tokens,
+        }
     )
 
 
@@ -156,8 +156,3 @@ def _edited(
             loaded, both.paths, both.scratch, max_batch_tokens=limit, on_batch=advance
         )
     return found, text_perplexity(loaded, neutral_text())
-
-
-def _mean(values: Sequence[float], settings: DivergenceSettings) -> Estimate | None:
-    interval = mean_interval(values, seed=settings.seed)
-    return None if interval is None else Estimate.model_validate(interval._asdict())

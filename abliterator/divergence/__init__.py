@@ -23,6 +23,7 @@ from abliterator.divergence._paths import (
     PathDivergence,
     answer_path,
     compare_logits,
+    path_divergence,
     write_logits,
 )
 from abliterator.divergence._text import Perplexity, neutral_text, text_perplexity
@@ -36,6 +37,7 @@ __all__ = [
     "first_token_logprobs",
     "kl_divergence",
     "neutral_text",
+    "path_divergence",
     "text_perplexity",
     "top1_agreement",
     "write_logits",

@@ -25,6 +25,8 @@ from abliterator.divergence._distributions import (
 )
 from abliterator.errors import GenerationError, OutputError
 from abliterator.model import LoadedModel, equal_length_batches, run_batches
+from abliterator.record import Divergence, Estimate
+from abliterator.statistics import mean_interval
 
 # Logits of one batch: with their float32 and float64 copies, a few times this is in memory.
 BATCH_BYTES = 32 << 20
@@ -120,6 +122,27 @@ def compare_logits(
         if stream.read(1):
             raise GenerationError(_OTHER_SHAPE)
     return [PathDivergence(*both) for both in zip(kl, top1, strict=True)]
+
+
+def path_divergence(found: Sequence[PathDivergence], *, tokens: int, seed: int) -> Divergence:
+    """Means over prompts; `kl` and `top1_agreement` of a prompt are means over its positions.
+
+    Args:
+        found: from `compare_logits`.
+        tokens: positions of a path, at most.
+        seed: of the intervals.
+    """
+
+    def mean(values: list[float]) -> Estimate | None:
+        interval = mean_interval(values, seed=seed)
+        return None if interval is None else Estimate.model_validate(interval._asdict())
+
+    return Divergence(
+        kl_first_token=mean([float(path.kl[0]) for path in found]),
+        kl=mean([float(path.kl.mean()) for path in found]),
+        top1_agreement=mean([float(path.top1.double().mean()) for path in found]),
+        tokens=tokens,
+    )
 
 
 _OTHER_SHAPE = (

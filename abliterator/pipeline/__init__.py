@@ -12,9 +12,11 @@ does.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from time import perf_counter
+from typing import TYPE_CHECKING
 
 from abliterator.bake import bake
 from abliterator.checkpoint import write_text_atomic
@@ -48,6 +50,13 @@ from abliterator.pipeline._rollouts import ROLLOUTS
 from abliterator.pipeline._run import Options, Run, require_pinned_code, resolve
 from abliterator.pipeline._selection import SELECTION
 from abliterator.pipeline._stage import Stage
+from abliterator.pipeline._study import (
+    STUDIES,
+    USES_DIRECTIONS,
+    StudySettings,
+    read_study,
+    study_stage,
+)
 from abliterator.pipeline._talk import Talk, Turns, open_talk
 from abliterator.pipeline._tuning import TUNING
 from abliterator.pipeline._workspace import Workspace
@@ -55,14 +64,19 @@ from abliterator.recipe import Edit, Recipe
 from abliterator.record import RunRecord, TensorEdit
 from abliterator.source import ModelSource, headers_folder, resolve_folder
 
+if TYPE_CHECKING:
+    from abliterator.study import Study
+
 __all__ = [
     "STAGES",
+    "STUDIES",
     "Advance",
     "Options",
     "Plan",
     "Progress",
     "Reproduction",
     "Silent",
+    "StudySettings",
     "Talk",
     "Turns",
     "bake_subspace",
@@ -77,6 +91,7 @@ __all__ = [
     "recipe_of",
     "require_key",
     "run_stages",
+    "run_study",
 ]
 
 STAGES = (
@@ -128,6 +143,44 @@ def run_stages(
     if any(Workspace(out).marker(stage.name) is None for stage in judging):
         require_key(recipe.judge)  # hours before it is needed
     run = prepare(recipe, out, options=options or Options(), progress=progress or Silent())
+    first = CAPTURE if recipe.selects or recipe.tunes else DIRECTIONS
+    _run_all(run, recipe, stages, keep_from=first if is_new else None)
+
+
+def run_study(
+    name: str,
+    recipe: Recipe,
+    out: Path,
+    asked: StudySettings | None = None,
+    *,
+    options: Options | None = None,
+    progress: Progress | None = None,
+) -> Study:
+    """Runs a study and what it needs, unless that is done; its artefacts are in work/studies.
+
+    Args:
+        name: one of `STUDIES`.
+        recipe: what model, prompts and edit.
+        out: output folder, also that of a build of the same recipe.
+        asked: how much is measured.
+        options: where and how.
+        progress: hears of stages.
+
+    Raises:
+        AbliteratorError: for what cannot be studied.
+    """
+    is_new = not out.exists()
+    run = prepare(recipe, out, options=options or Options(), progress=progress or Silent())
+    stage = study_stage(run, name, asked or StudySettings())
+    before = [PROMPTS]
+    if name in USES_DIRECTIONS:
+        before += [CAPTURE, *([SELECTION] if recipe.selects else [])]
+    _run_all(run, recipe, (*before, stage), keep_from=before[-1] if is_new else None)
+    return read_study(run, name)
+
+
+def _run_all(run: Run, recipe: Recipe, stages: Sequence[Stage], *, keep_from: Stage | None) -> None:
+    """Runs stages in a folder; a new one that fails before `keep_from` is done is deleted."""
     with run.workspace.held():
         run.workspace.create(recipe, run.recipe)
         try:
@@ -135,8 +188,7 @@ def run_stages(
                 _run_stage(run, stage)
         except AbliteratorError:
             # nothing worth keeping was made yet: leave no folder behind that looks like a result
-            first = CAPTURE if recipe.selects or recipe.tunes else DIRECTIONS
-            if is_new and run.workspace.marker(first.name) is None:
+            if keep_from is not None and run.workspace.marker(keep_from.name) is None:
                 run.workspace.remove()
             raise
 

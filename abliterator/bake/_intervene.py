@@ -1,0 +1,42 @@
+"""The intervention on the stream itself, which no edit of weights equals."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from abliterator.model import LoadedModel
+
+
+@contextmanager
+def intervene(
+    loaded: LoadedModel, blocks: Sequence[str], basis: Tensor, alpha: float
+) -> Iterator[None]:
+    """At run time, on the output of every block: h <- h - alpha Q Qᵀ h.
+
+    What tokens and other blocks wrote is removed too, but within a block the MLP still reads what
+    attention just wrote; an edit of the writers (`preview_edit`) does neither.
+
+    Args:
+        loaded: the base.
+        blocks: module paths of all blocks.
+        basis: Q [H, k], orthonormal.
+        alpha: 1 removes; 0 leaves every bit.
+    """
+    import torch
+
+    from abliterator.model import hooked
+
+    wide = torch.promote_types(loaded.model.dtype, torch.float32)
+    q = basis.to(loaded.device, wide)
+
+    def remove(hidden: Tensor) -> Tensor:
+        stream = hidden.to(wide)
+        return (stream - alpha * ((stream @ q) @ q.T)).to(hidden.dtype)
+
+    with hooked(loaded.model, dict.fromkeys(blocks, remove)):
+        yield

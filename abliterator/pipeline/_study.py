@@ -1,0 +1,302 @@
+"""The stages of the studies: none is part of a build, and none changes what a build makes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from abliterator.checkpoint import write_text_atomic
+from abliterator.errors import RecipeError
+from abliterator.pipeline._capturing import fitted
+from abliterator.pipeline._chosen import chosen, selection_of
+from abliterator.pipeline._extraction import extracted
+from abliterator.pipeline._judging import choosing_judge
+from abliterator.pipeline._prompt_sets import load_sets, prompt_sets
+from abliterator.pipeline._run import Run
+from abliterator.pipeline._stage import Parts, Stage, save_value
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from abliterator.directions import Directions, Place
+    from abliterator.model import LoadedModel
+    from abliterator.prompts import PromptSet
+    from abliterator.study import Asked, Bench, Contrast, Step, Study, Subject
+
+STUDIES = ("extraction", "pairs", "alpha", "confirmation")
+USES_DIRECTIONS = ("alpha", "confirmation")  # those of the recipe's own contrast
+
+
+@dataclass(frozen=True)
+class StudySettings:
+    """How much a study measures.
+
+    Attributes:
+        limit: prompts of each set; None for the recipe's `rollouts.limit`.
+        tokens: of a judged answer; None for the recipe's `rollouts.max_new_tokens`.
+        layers: those that `pairs` compares; None for all.
+        alphas: those that `alpha` tries.
+    """
+
+    limit: int | None = None
+    tokens: int | None = None
+    layers: tuple[int, ...] | None = None
+    alphas: tuple[float, ...] = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5)
+
+
+def study_stage(run: Run, name: str, asked: StudySettings) -> Stage:
+    """The stage of one study.
+
+    Raises:
+        RecipeError: for layers that the model does not have, an edit without a run-time form, and
+            a comparison of contrasts where the recipe has only one.
+    """
+    _require(run, name, asked)
+    study = {
+        "extraction": _extraction,
+        "pairs": _pairs,
+        "alpha": _alpha,
+        "confirmation": _confirmation,
+    }[name]
+    return Stage(f"study-{name}", 1, partial(_inputs, name, asked), partial(_kept, study, asked))
+
+
+def read_study(run: Run, name: str) -> Study:
+    """What a study that is done found."""
+    from abliterator.study import Study
+
+    return Study.model_validate_json(study_path(run, name).read_text(encoding="utf-8"))
+
+
+def study_path(run: Run, name: str) -> Path:
+    """Where a study leaves its figures; its tables lie beside them as .md."""
+    return run.workspace.work / "studies" / f"{name}.json"
+
+
+def _require(run: Run, name: str, asked: StudySettings) -> None:
+    n_layers = run.plan.anatomy.n_layers
+    if beyond := [layer for layer in asked.layers or () if not 1 <= layer <= n_layers]:
+        raise RecipeError(
+            f"--layers names {', '.join(map(str, beyond))}, but the model has layers 1 to "
+            f"{n_layers}."
+        )
+    if name in ("pairs", "confirmation") and run.recipe.edit.norm != "none":
+        raise RecipeError(
+            f"The study `{name}` tries edits at run time, and `edit.norm: {run.recipe.edit.norm}` "
+            "has no run-time form. Ask with --set edit.norm=none."
+        )
+    if name == "alpha" and run.recipe.directions.stack == "per_layer":
+        raise RecipeError(
+            "The study `alpha` takes one subspace out of the whole stream, and "
+            "`directions.stack: per_layer` has one for each block. Ask with --set "
+            "directions.stack=layers."
+        )
+    if name == "pairs" and run.recipe.prompts.contrast is None:
+        raise RecipeError(
+            "The study `pairs` compares two contrasts, and the recipe has one: its neutral "
+            "prompts. Give `prompts.contrast`: prompts as like the target as possible that do not "
+            "show the behaviour (`abliterator pairs` makes some)."
+        )
+
+
+def _inputs(name: str, asked: StudySettings, run: Run) -> Any:
+    recipe = run.recipe
+    sections = ("chat", "capture", "directions", "edit")
+    return [
+        name,
+        asdict(asked),
+        run.base_digest(),
+        run.digest("prompts"),
+        {section: getattr(recipe, section).model_dump(mode="json") for section in sections},
+        [run.digest("capture"), _places(run), chosen(run).k] if name in USES_DIRECTIONS else None,
+        [recipe.rollouts.model_dump(mode="json"), recipe.divergence.tokens, recipe.seed],
+        choosing_judge(run).identity.model_dump(mode="json"),
+        run.dtype,
+    ]
+
+
+def _kept(
+    study: Callable[[Run, StudySettings], Study], asked: StudySettings, run: Run
+) -> tuple[list[Path], Parts]:
+    """Runs a study and writes what it found."""
+    from abliterator.study import to_markdown
+
+    found = study(run, asked)
+    about = {
+        "model": run.base_id,
+        **({"revision": run.plan.source.revision} if run.plan.source.revision else {}),
+        "recipe": run.recipe.digest[:12],
+        "computed in": run.dtype or "the stored dtype",
+        **found.about,
+    }
+    found = found.model_copy(update={"about": about})
+    path = study_path(run, found.name)
+    table = path.with_suffix(".md")
+    write_text_atomic(table, to_markdown(found))
+    return [save_value(path, found), table], {}
+
+
+def _extraction(run: Run, asked: StudySettings) -> Study:
+    from abliterator.study import study_extraction
+
+    sets = prompt_sets(run).extraction
+    loaded = run.loaded(run.plan.source.folder)
+    prompts = {name: sets[name].prompts[: asked.limit] for name in ("target", "contrast")}
+    with run.progress.bar("captured parts", 32) as advance:
+        found = study_extraction(
+            loaded,
+            *(run.render(loaded, kept) for kept in prompts.values()),
+            blocks=_blocks(run),
+            position=_position(run),
+            max_batch_tokens=run.recipe.capture.max_batch_tokens,
+            on_step=lambda what: advance(1, status=what),
+        )
+    return found.model_copy(update={"about": {"position": _position(run), **_counted(prompts)}})
+
+
+def _pairs(run: Run, asked: StudySettings) -> Study:
+    from abliterator.study import study_pairs
+
+    # generic prompts are kept out of the measurement, whether or not a build needs any
+    sets = load_sets(run.recipe.prompts, seed=run.recipe.seed, neutral_too=True)
+    of: dict[Contrast, PromptSet] = {
+        "paired": sets.extraction["contrast"],
+        "generic": sets.extraction["neutral"],
+    }
+    few = min(len(s.prompts) for s in (sets.extraction["target"], *of.values()))
+    target = sets.extraction["target"].prompts[:few]
+    loaded = run.loaded(run.plan.source.folder)
+    directions = {
+        name: _directions(run, loaded, target, contrast.prompts[:few])
+        for name, contrast in of.items()
+    }
+    layers = asked.layers or tuple(range(1, run.plan.anatomy.n_layers + 1))
+    measured = {name: s.prompts for name, s in sets.evaluation.items()}
+    with _bench(run, asked, measured, edits=2 * len(layers)) as bench:
+        found = study_pairs(bench, directions, layers)
+    counts = {"position": _position(run), "prompts of each kind for directions": few}
+    return found.model_copy(update={"about": {**counts, **_measured(bench)}})
+
+
+def _alpha(run: Run, asked: StudySettings) -> Study:
+    from abliterator.study import study_alpha
+
+    sets = prompt_sets(run).evaluation
+    measured = {name: s.prompts for name, s in sets.items()}
+    with _bench(run, asked, measured, edits=len(asked.alphas)) as bench:
+        found = study_alpha(bench, extracted(run).basis, asked.alphas)
+    about = {"layers": list(chosen(run).layers), "k": chosen(run).k, **_measured(bench)}
+    return found.model_copy(update={"about": about})
+
+
+def _confirmation(run: Run, asked: StudySettings) -> Study:
+    from abliterator.study import confirmation_edits, study_confirmation
+
+    places = _places(run)
+    measured = {name: s.prompts for name, s in prompt_sets(run).evaluation.items()}
+    with _bench(run, asked, measured, edits=confirmation_edits(len(places))) as bench:
+        found = study_confirmation(bench, fitted(run), places)
+    return found.model_copy(update={"about": _measured(bench)})
+
+
+@contextmanager
+def _bench(
+    run: Run, asked: StudySettings, prompts: Mapping[str, Sequence[str]], *, edits: int
+) -> Iterator[Bench]:
+    """The bench of a study, with its bar; `prompts` are those of the evaluation."""
+    from abliterator.study import Bench
+
+    scratch = run.workspace.work / "studies" / "base_logits.bin"
+    scratch.parent.mkdir(parents=True, exist_ok=True)
+    subject = _subject(run, asked, prompts)
+    with run.progress.bar("edits measured", 1 + edits) as advance:
+        tell: Step = lambda what: advance(1, status=what)  # noqa: E731
+        with Bench(subject, scratch, tell) as bench:
+            yield bench
+
+
+def _subject(run: Run, asked: StudySettings, prompts: Mapping[str, Sequence[str]]) -> Subject:
+    from abliterator.study import Asked, Subject
+
+    recipe, loaded = run.recipe, run.loaded(run.plan.source.folder)
+    limit = asked.limit or recipe.rollouts.limit
+
+    def rendered(name: str) -> Asked:
+        kept = prompts[name][:limit]
+        return Asked(kept, run.render(loaded, kept))
+
+    return Subject(
+        loaded=loaded,
+        plan=run.plan.edits,
+        blocks=_blocks(run),
+        target=rendered("target"),
+        neutral=rendered("neutral"),
+        judge=choosing_judge(run),
+        max_new_tokens=asked.tokens or recipe.rollouts.max_new_tokens,
+        kl_tokens=recipe.divergence.tokens,
+        batch_size=recipe.rollouts.batch_size,
+        max_batch_tokens=recipe.capture.max_batch_tokens,
+        seed=recipe.seed,
+    )
+
+
+def _directions(
+    run: Run, loaded: LoadedModel, target: Sequence[str], contrast: Sequence[str]
+) -> Directions:
+    from abliterator.capture import capture
+    from abliterator.directions import fit_directions
+
+    settings = run.recipe.capture
+    moments = [
+        capture(
+            loaded,
+            run.render(loaded, prompts),
+            blocks=_blocks(run),
+            position=_position(run),
+            padding=settings.padding,
+            max_batch_tokens=settings.max_batch_tokens,
+        )
+        for prompts in (target, contrast)
+    ]
+    return fit_directions(*moments)
+
+
+def _places(run: Run) -> list[Place]:
+    """Layers and positions in order of preference: the selection's, or those of the recipe."""
+    from abliterator.directions import Place
+
+    found = selection_of(run)
+    if found is not None:
+        return list(map(Place, found["layers"], found["positions"]))
+    return [Place(layer, _position(run)) for layer in run.plan.layers]
+
+
+def _position(run: Run) -> int:
+    """The recipe's position; where it is swept, the last token."""
+    position = run.recipe.directions.position
+    return -1 if position == "sweep" else position
+
+
+def _blocks(run: Run) -> list[str]:
+    from abliterator.model import block_paths
+
+    return block_paths(run.plan.anatomy.blocks, run.plan.anatomy.n_layers)
+
+
+def _counted(prompts: Mapping[str, Sequence[str]]) -> dict[str, int]:
+    return {f"{name} prompts": len(kept) for name, kept in prompts.items()}
+
+
+def _measured(bench: Bench) -> dict[str, Any]:
+    subject = bench.subject
+    return {
+        "judge": subject.judge.identity.model or subject.judge.identity.kind,
+        "target prompts": len(subject.target.prompts),
+        "neutral prompts": len(subject.neutral.prompts),
+        "tokens of an answer": subject.max_new_tokens,
+        "tokens of KL": subject.kl_tokens,
+    }

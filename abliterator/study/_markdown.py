@@ -1,0 +1,89 @@
+"""A study as Markdown, for people."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from abliterator.record import Estimate
+from abliterator.study._types import Agreement, Difference, Row, Study
+
+MEASURES = ("refusal", "compliance", "coherence", "product")
+
+
+def to_markdown(study: Study) -> str:
+    """The question, of what and how it was asked, and the tables; `value [95 % interval] (n)`."""
+    about = "; ".join(f"{name} {_plain(value)}" for name, value in study.about.items())
+    parts = [f"# {study.name}: {study.asks}", *([about + "."] if about else [])]
+    if study.rows:
+        parts.append(_rows(study.rows))
+    if study.differences:
+        parts += ["Paired less generic, on the same prompts:", _differences(study.differences)]
+    if study.agreements:
+        parts.append(_agreements(study.agreements))
+    return "\n\n".join(parts) + "\n"
+
+
+def _rows(rows: Sequence[Row]) -> str:
+    head = ["", "k", *(name.capitalize() for name in MEASURES), "KL, first token", "KL a token"]
+    return _table(
+        head,
+        [
+            [
+                row.name,
+                str(len(row.layers)) if row.layers else "",
+                *(_estimate(getattr(row.answers, name)) for name in MEASURES),
+                *(
+                    _estimate(getattr(row.divergence, name)) if row.divergence else ""
+                    for name in ("kl_first_token", "kl")
+                ),
+            ]
+            for row in rows
+        ],
+    )
+
+
+def _differences(differences: Sequence[Difference]) -> str:
+    return _table(
+        ["Layer", "Cosine", *(name.capitalize() for name in MEASURES)],
+        [
+            [
+                str(difference.layer),
+                f"{difference.cosine:.3f}",
+                *(_estimate(getattr(difference.delta, name), "+.3f") for name in MEASURES),
+            ]
+            for difference in differences
+        ],
+    )
+
+
+def _agreements(agreements: Sequence[Agreement]) -> str:
+    return _table(
+        ["Layer", "1 - cosine", "Length", "Cosine of two halves of the prompts"],
+        [
+            [
+                str(agreement.layer),
+                _estimate(agreement.apart, ".1e"),
+                f"{agreement.length:.6f}",
+                f"{agreement.halves:.4f}",
+            ]
+            for agreement in agreements
+        ],
+    )
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def _estimate(found: Estimate | None, form: str = ".3f") -> str:
+    if found is None:
+        return "not measured"
+    interval = ""
+    if found.low is not None and found.high is not None:
+        interval = f" [{found.low:{form}}, {found.high:{form}}]"
+    return f"{found.value:{form}}{interval} ({found.n})"
+
+
+def _plain(value: object) -> str:
+    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
