@@ -217,10 +217,10 @@ class JudgeIdentity(Frozen):
     base_url: str | None = None
     served_model: str | None = None  # as the server called itself
     fingerprints: tuple[str, ...] = ()
-    structured: str | None = None  # what held its replies to JSON
+    structured: str | None = None  # how JSON was asked for; a server may take it and not heed it
     votes: int = 1
     disagreement: dict[str, Estimate] = {}  # share of other verdicts: "itself", "rules"
-    usage: dict[str, float] = {}  # calls, usd
+    usage: dict[str, float] = {}  # calls, invalid (replies that were no verdict), usd
 
 
 class PromptOrigin(Frozen):

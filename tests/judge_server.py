@@ -17,6 +17,7 @@ import re
 import threading
 import time
 from collections import Counter
+from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
@@ -50,9 +51,11 @@ class JudgeServer:
         reply: Any = None,
         in_a_row: int = 2,
         retry_after: str = "0.05",
+        refusal: Callable[[str], Any] = lambda text: {"error": {"message": text}},
     ) -> None:
         self.faults, self.latency, self.rungs, self.key = faults or {}, latency, rungs, key
         self.reply, self.in_a_row, self.retry_after = reply, in_a_row, retry_after
+        self.refusal = refusal  # the body of a status 400
         self.random = random.Random(seed)
         self.lock = threading.Lock()
         self.calls: Counter[str] = Counter()  # by fault; "ok" where there was none
@@ -139,7 +142,7 @@ class _Handler(BaseHTTPRequestHandler):
         rung = body.get("response_format", {"type": "none"})["type"]
         if rung not in judge.rungs:
             judge.calls["rung"] += 1
-            return self.send(400, {"error": {"message": f"response_format {rung}: not supported"}})
+            return self.send(400, judge.refusal(f"response_format {rung}: not supported"))
         fault = judge.draw(body)
         time.sleep(judge.latency)
         respond = getattr(self, f"fault_{fault}", None)
@@ -180,10 +183,22 @@ class _Handler(BaseHTTPRequestHandler):
         self.send(200, completion(" \n" * 20))
 
     def fault_content_filter(self, judge: JudgeServer, body: Any, key: str) -> None:
-        self.send(200, completion("", finish_reason="content_filter"))
+        self.send(200, completion(f"withheld, {key}", finish_reason="content_filter"))
 
     def fault_length(self, judge: JudgeServer, body: Any, key: str) -> None:
-        self.send(200, completion(judge.grade(body), finish_reason="length"))
+        text = judge.grade(body) + key
+        self.send(200, completion(text, finish_reason="length"))
+
+    def fault_403(self, judge: JudgeServer, body: Any, key: str) -> None:
+        self.send(403, {"error": {"message": f"{key} may not use this model"}})
+
+    def fault_422(self, judge: JudgeServer, body: Any, key: str) -> None:
+        self.send(422, {"detail": f"Unexpected fields from {key}: thinking"})
+
+    def fault_quoting(self, judge: JudgeServer, body: Any, key: str) -> None:
+        """A verdict, and the key wherever a server can put words."""
+        said = completion(verdict("complied", "coherent", reason=f"Says {key}."))
+        self.send(200, {**said, "model": f"m-{key}", "system_fingerprint": key, "id": key})
 
     def fault_html(self, judge: JudgeServer, body: Any, key: str) -> None:
         self.send(200, f"<html><body>Gateway, {key}</body></html>", kind="text/html")

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
-import logging
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -417,6 +417,50 @@ def test_the_ladder_finds_what_the_server_takes(rungs, used, tmp_path):
     assert server.calls["rung"] <= 2 * 2  # remembered for the run
 
 
+@pytest.mark.parametrize(
+    "refusal",
+    [
+        lambda text: {"error": {"message": text}},
+        lambda text: {"error": text},
+        lambda text: {"detail": text},  # FastAPI
+        lambda text: {"detail": [{"loc": ["body", "response_format"], "msg": text}]},
+        lambda text: {"object": "error", "message": text},
+        lambda text: text,
+    ],
+)
+def test_the_ladder_hears_every_form_of_refusal(refusal, tmp_path):
+    with JudgeServer(rungs=("none",), refusal=refusal) as server:
+        found, identity = judged(server, answers(6), tmp_path)
+    assert identity.structured == "none"
+    assert all(judgement.is_scored for judgement in found)
+
+
+def test_a_server_that_refuses_every_call_is_set_up_wrongly(tmp_path):
+    """The first eight say enough, and in the server's own words."""
+    with (
+        JudgeServer(faults={"422": 1.0}, in_a_row=99) as server,
+        pytest.raises(JudgeError, match=r"first 8 calls.*422: Unexpected.*judge\.parameters"),
+    ):
+        judged(server, answers(50), tmp_path)
+    assert 8 <= server.calls["422"] <= 8 + 8
+
+
+@pytest.mark.parametrize(
+    ("told", "name"),
+    [
+        ("judge-served", "judge-served"),
+        ("org/model", "org/model"),
+        ("/home/me/models/small.gguf", "small.gguf"),
+        ("/home/me/models/small/", "small"),
+        ("C:\\me\\small.gguf", "small.gguf"),
+    ],
+)
+def test_a_record_does_not_tell_where_a_served_model_lies(told, name, tmp_path):
+    with JudgeServer(reply=lambda _: {**GOOD, "model": told}) as server:
+        _, identity = judged(server, answers(1), tmp_path)
+    assert identity.served_model == name
+
+
 def test_a_rung_of_the_recipe_is_kept(tmp_path):
     with JudgeServer() as server:
         judged(server, answers(1), tmp_path, structured="json_object")
@@ -424,7 +468,10 @@ def test_a_rung_of_the_recipe_is_kept(tmp_path):
         judged(server, answers(1), tmp_path, structured="none", parameters={"max_tokens": 9})
         assert "response_format" not in server.bodies[1]
         assert server.bodies[1]["max_tokens"] == 9
-    with JudgeServer(rungs=("none",)) as server, pytest.raises(JudgeError, match="in a row"):
+    with (
+        JudgeServer(rungs=("none",)) as server,
+        pytest.raises(JudgeError, match=r"first 8.*structured"),
+    ):
         judged(server, answers(40), tmp_path, structured="json_schema")
 
 
@@ -541,7 +588,7 @@ def test_dollars_stop_before_the_limit(tmp_path):
         _, identity = judged(
             server, answers(30), tmp_path, prices=prices, parameters={"max_tokens": 64}
         )
-    assert identity.usage == {"calls": 30, "usd": pytest.approx(0.43 * 30)}
+    assert identity.usage == {"calls": 30, "invalid": 0, "usd": pytest.approx(0.43 * 30)}
 
 
 # Votes
@@ -628,34 +675,43 @@ from pathlib import Path
 from abliterator.judge import OpenAIJudge
 from tests.test_judge_openai import answers, settings
 judge = OpenAIJudge(settings(sys.argv[1], concurrency=4, rejudge=0.1), cache=Path(sys.argv[2]))
-print("ready", flush=True)
-print(json.dumps(judge.judge_all(answers(200))))
+print(json.dumps(judge.judge_all(answers(600))))
 """
 
 
 @pytest.mark.slow
-def test_killed_ten_times_it_repeats_only_what_was_in_flight(tmp_path):
-    """SIGKILL at ten places of one judging run; every verdict is asked for once, but those."""
+def test_killed_ten_times_at_random_it_repeats_only_what_was_in_flight(tmp_path):
+    """SIGKILL at ten seeded random moments of one judging run: at most a call a worker is lost."""
+    moments = random.Random(5)
     command = [sys.executable, "-c", JUDGING]
-    with JudgeServer(latency=0.03, faults={"blank": 0.03}) as server:
+    runs = []  # what each killed run asked; a request is its messages
+    with JudgeServer(latency=0.05, faults={"blank": 0.03}) as server:
         arguments = [server.url, str(tmp_path / "judge.sqlite")]
-        for kill in range(10):
-            process = subprocess.Popen(command + arguments, stdout=subprocess.PIPE)
-            assert process.stdout.readline() == b"ready\n"
-            goal = len(server.bodies) + 3 + 5 * (kill % 4)
-            while len(server.bodies) < goal and process.poll() is None:
-                time.sleep(0.005)
+
+        def asked():
+            return [body["messages"][1]["content"] for body in server.bodies]
+
+        for _ in range(10):
+            before = len(server.bodies)
+            process = subprocess.Popen(command + arguments, stdout=subprocess.DEVNULL)
+            while len(server.bodies) == before and process.poll() is None:
+                time.sleep(0.001)
+            # all ten together are shorter than the least that the run takes: it cannot end
+            time.sleep(moments.uniform(0.0, 0.8))
             assert process.poll() is None, "it ended before it could be killed"
             process.send_signal(signal.SIGKILL)
-            process.communicate()
+            process.wait()
+            runs.append(asked()[before:])
         done = subprocess.run(command + arguments, capture_output=True, text=True, check=True)
-        # a request is its messages: what was asked twice was in flight when a kill came
-        asked = [body["messages"][1]["content"] for body in server.bodies]
-        repeated = len(asked) - len(set(asked))
-        undisturbed, _ = judged(server, answers(200), tmp_path / "undisturbed", rejudge=0.1)
+        last = asked()[sum(map(len, runs)) :]
+        undisturbed, _ = judged(server, answers(600), tmp_path / "undisturbed", rejudge=0.1)
     resumed = [Judgement(*row) for row in json.loads(done.stdout.splitlines()[-1])]
     assert grades(resumed) == grades(undisturbed)
-    assert repeated <= 10 * 4
+    assert all(len(run) == len(set(run)) for run in [*runs, last])
+    for number, run in enumerate(runs):
+        later = {request for following in [*runs[number + 1 :], last] for request in following}
+        assert len(later & set(run)) <= 4
+    assert sum(map(len, runs)) > 100  # the kills came while it judged
 
 
 def test_ctrl_c_keeps_what_was_judged(tmp_path):
@@ -680,42 +736,7 @@ def test_ctrl_c_keeps_what_was_judged(tmp_path):
     assert len(server.bodies) - 8 <= kept <= len(server.bodies)
 
 
-# Secrets
-
-LEAKY = ["429", "500", "400", "401", "drop", "malformed", "blank", "html", "not_json", "error_200"]
-LEAKY += ["hang"]
-
-
-@pytest.mark.parametrize("fault", LEAKY)
-def test_the_key_is_in_no_file_no_log_and_no_traceback(fault, tmp_path, monkeypatch, caplog):
-    """The server quotes the key in every error; all loggers are at DEBUG."""
-    monkeypatch.setenv("JUDGE_KEY", KEY)
-    caplog.set_level(logging.DEBUG)
-    for name in ("openai", "httpx", "httpx2", "httpcore", "httpcore2"):
-        caplog.set_level(logging.DEBUG, logger=name)
-    seen = ""
-    key = "another" if fault == "401" else KEY
-    faults = {} if fault == "401" else {fault: 1.0}
-    with JudgeServer(faults=faults, in_a_row=999, key=key) as server:
-        judge = OpenAIJudge(
-            settings(
-                server,
-                api_key_env="JUDGE_KEY",
-                retries=1,
-                timeout=0.1 if fault == "hang" else 5.0,
-            ),
-            cache=tmp_path / "judge.sqlite",
-        )
-        try:
-            seen += repr(judge.judge_all(answers(3)))
-        except JudgeError:
-            seen += traceback.format_exc()
-        seen += repr(judge.identity) + repr(vars(judge))
-    seen += caplog.text
-    for path in tmp_path.rglob("*"):
-        seen += path.read_bytes().decode(errors="replace") if path.is_file() else ""
-    assert len(server.bodies) or fault == "401"
-    assert KEY not in seen
+# Secrets; after failures: test_judge_secrets.py
 
 
 @pytest.mark.parametrize(

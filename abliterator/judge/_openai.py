@@ -99,12 +99,12 @@ class OpenAIJudge:
         )
 
     def _usage(self) -> dict[str, float]:
-        """Calls, and dollars where the recipe has prices."""
+        """Calls, replies among them that were no verdict, and dollars where there are prices."""
         heard = self._tally.heard
         if not heard.calls:
             return {}
         usd = {} if self._settings.prices is None else {"usd": round(heard.cost, 6)}
-        return {"calls": heard.calls, **usd}
+        return {"calls": heard.calls, "invalid": heard.invalid, **usd}
 
     def judge_all(self, answers: Sequence[Answered]) -> list[Judgement]:
         """Judge every answer; one that gets no valid verdict is unscored, and says why.

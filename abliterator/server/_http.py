@@ -12,8 +12,10 @@ The key is read from the environment, given to the client, and held nowhere else
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import random
+import re
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from types import TracebackType
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
     from abliterator.recipe import ServerSettings
 
 TRIES = 8  # of one call, before its item is given up as unscored
+REFUSED_FIRST = 8  # calls refused with a status of their own, and none answered yet: the set-up
 IN_A_ROW = 24  # failed calls, of all workers, without an answer between them: the server is down
 WAIT = (0.5, 20.0)  # seconds, first and longest, where the server names none
 PASSING = {408, 409, 425, 429}  # and 5xx: worth another try
@@ -50,6 +53,7 @@ class Server:
         self._settings = settings
         self._budget = budget
         self._failed_in_a_row = 0
+        self._answered = False
         self._rung = 0 if settings.structured == "auto" else RUNGS.index(settings.structured)
         self._may_drop = settings.structured == "auto"
         self._client: AsyncOpenAI | None = None
@@ -102,7 +106,7 @@ class Server:
             except (APIError, ValueError) as error:
                 trouble = f"an unreadable body ({type(error).__name__})"
             else:
-                self._failed_in_a_row = 0
+                self._failed_in_a_row, self._answered = 0, True
                 return reply
             tries += 1
             await self._wait(tries, trouble, asked_to_wait)
@@ -125,7 +129,7 @@ class Server:
 
     def _dropped(self, error: APIStatusError, rung: int) -> bool:
         """Whether the server would not take the format, and a plainer one is left to ask for."""
-        told = error.message.lower()
+        told = _said(error).lower()
         if error.status_code not in (400, 415, 422, 501):
             return False
         if not self._may_drop or rung + 1 >= len(RUNGS) or not any(w in told for w in ABOUT_FORMAT):
@@ -138,7 +142,7 @@ class Server:
         status = error.status_code
         if status in PASSING or status >= 500:
             return
-        told = f"{status}: {self._shown(error.message)}"
+        told = f"{status}: {self._shown(_said(error))}"
         if status in SETUP:
             section = self._settings.section
             raise JudgeError(
@@ -147,6 +151,13 @@ class Server:
                 f"${self._settings.api_key_env}."
             ) from None
         self._count_failure(told)
+        if not self._answered and self._failed_in_a_row >= REFUSED_FIRST:
+            section = self._settings.section
+            raise JudgeError(
+                f"The server {self._settings.base_url} refused each of the first "
+                f"{self._failed_in_a_row} calls, the last with {told}. Check `{section}.model` "
+                f"({self._settings.model}), `{section}.parameters` and `{section}.structured`."
+            ) from None
         raise NoReply(f"refused with {told}") from None
 
     async def _wait(self, tries: int, trouble: str, seconds: float | None) -> None:
@@ -175,7 +186,29 @@ class Server:
         return redacted(" ".join(text.split()), self._settings)[:SHOWN]
 
     def _redacted(self, reply: Reply) -> Reply:
-        return reply._replace(text=redacted(reply.text, self._settings))
+        """The reply without the key, wherever the server may have put it in words of its own."""
+
+        def plain(told: str | None) -> str | None:
+            return told and redacted(told, self._settings)
+
+        return reply._replace(
+            text=redacted(reply.text, self._settings),
+            finish_reason=plain(reply.finish_reason),
+            model=plain(reply.model),
+            fingerprint=plain(reply.fingerprint),
+        )
+
+
+def _said(error: APIStatusError) -> str:
+    """What a server says of its refusal: OpenAI's own form, FastAPI's `detail`, or plain text.
+
+    The client's message holds the first alone.
+    """
+    body = error.body
+    if isinstance(body, dict):
+        known = (body.get(key) for key in ("message", "detail"))
+        return next((text for text in known if text and isinstance(text, str)), json.dumps(body))
+    return body if isinstance(body, str) and body else error.message
 
 
 def _format(rung: str, request: Request) -> dict[str, Any]:
@@ -235,7 +268,7 @@ def _reply(said: Any, rung: str) -> Reply:
     return Reply(
         text=_text(text) or "",
         finish_reason="refusal" if refusal else _text(getattr(choice, "finish_reason", None)),
-        model=_text(getattr(said, "model", None)),
+        model=_name(_text(getattr(said, "model", None))),
         fingerprint=_text(getattr(said, "system_fingerprint", None)),
         rung=rung,
         input_tokens=_count(usage.get("prompt_tokens")),
@@ -246,6 +279,12 @@ def _reply(said: Any, rung: str) -> Reply:
 
 def _text(value: object) -> str | None:
     return value if isinstance(value, str) else None
+
+
+def _name(model: str | None) -> str | None:
+    """A model's name; of a path, as local servers tell it, the last part: records are published."""
+    is_path = model is not None and (model.startswith(("/", "~", "./")) or "\\" in model)
+    return re.split(r"[/\\]", model.rstrip("/\\"))[-1] if model and is_path else model
 
 
 def _count(value: object) -> int:
