@@ -1,8 +1,6 @@
 """A real model, whose refusal nobody here trained: SmolLM2-135M-Instruct on held-out forms."""
 
 import json
-import subprocess
-import sys
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -31,18 +29,10 @@ pytestmark = [
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    out = tmp_path_factory.mktemp("smollm2") / "model"
-    script = ROOT / "recipes" / "smollm2" / "make_model.py"
-    done = subprocess.run([sys.executable, script, out], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return out
-
-
-@pytest.fixture(scope="module")
-def recipe(folder):
+def recipe(smollm2_folder):
     return load_recipe(
-        RECIPE, overrides=[f"model={folder}", "rollouts.max_new_tokens=64", "rollouts.limit=64"]
+        RECIPE,
+        overrides=[f"model={smollm2_folder}", "rollouts.max_new_tokens=64", "rollouts.limit=64"],
     )
 
 
@@ -80,8 +70,8 @@ def test_no_form_is_both_extracted_from_and_evaluated():
     assert forms("declined").isdisjoint(forms("declined_heldout"))
 
 
-def test_equal_length_batches_capture_what_one_by_one_does(folder):
-    loaded = load_model(folder, device="cpu", dtype="float32")
+def test_equal_length_batches_capture_what_one_by_one_does(smollm2_folder):
+    loaded = load_model(smollm2_folder, device="cpu", dtype="float32")
     blocks = block_paths("model.layers", 30)
     ids = {
         name: [render_chat(loaded.tokenizer, p) for p in prompts(name)[:40]]
@@ -100,11 +90,11 @@ def test_equal_length_batches_capture_what_one_by_one_does(folder):
     assert (1 - cosines).abs().max() <= 1e-6
 
 
-def test_hooks_on_every_writer_answer_as_the_baked_checkpoint_does(built, recipe, folder):
+def test_hooks_on_every_writer_answer_as_the_baked_checkpoint_does(built, recipe, smollm2_folder):
     """Baked in bfloat16: storing rounds, and may tip a greedy answer of a model this unsure."""
     plan = pipeline.plan_recipe(recipe, built)
     basis = load_subspace(built / "work" / "directions.safetensors").basis
-    base = load_model(folder, device="cpu", dtype="float32")
+    base = load_model(smollm2_folder, device="cpu", dtype="float32")
     baked = load_model(built / "checkpoint", device="cpu", dtype="float32")
     ids = [
         render_chat(base.tokenizer, p)
