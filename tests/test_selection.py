@@ -5,6 +5,8 @@ import itertools
 import json
 import math
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,7 +17,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from abliterator import pipeline, selection
-from abliterator.bake import EditSettings, bake, plan_edits, preview_edit
+from abliterator.bake import EditSettings, bake, plan_edits, preview_edit, preview_edits
 from abliterator.card import render_card
 from abliterator.checkpoint import Checkpoint
 from abliterator.directions import Directions, Place, load_subspace, stack
@@ -624,8 +626,9 @@ def test_the_demo_needs_one_direction(demo):
     (one, *_) = found["stacks"]
     assert one["answers"]["product"]["value"] >= 0.9
     base = found["base"]["answers"]["refusal"]["value"]
-    for tried in found["stacks"]:  # random directions of the same number remove nothing
-        assert base - tried["random"]["refusal"]["value"] <= 0.1
+    for tried in found["stacks"]:  # as many directions that know nothing remove nothing
+        for control in ("random", "shuffled"):
+            assert base - tried[control]["refusal"]["value"] <= 0.1
     assert len(found["structure"]["cosines"]) == 7
     record = pipeline.read_record(demo[0])
     assert record.selection == found
@@ -682,7 +685,44 @@ def test_what_was_judged_by_hooks_is_what_was_baked(demo, tmp_path):
     plain = texts()
     with preview_edit(loaded, plan, basis):
         previewed = texts()
+    # as the sweep does it: half of the rows under another edit
+    n = len(prompts["prompts"])
+    ids = [render_chat(loaded.tokenizer, p) for p in prompts["prompts"]]
+    with preview_edits(loaded, plan, [random_basis(len(basis), 2, seed=0), basis]) as choose:
+        both = generate(
+            loaded,
+            ids * 2,
+            max_new_tokens=48,
+            batch_size=64,
+            stop_ids=stop_ids(loaded),
+            before_batch=lambda rows: choose([row // n for row in rows]),
+        )
     bake(checkpoint, plan, basis, tmp_path / "baked")
     baked = answered(tmp_path / "baked")[1]()
     assert previewed == baked
+    assert [a.text for a in both[n:]] == baked
+    assert [a.text for a in both[:n]] != baked
     assert previewed != plain
+
+
+# ---- a model whose refusals need more than one direction
+
+
+@pytest.mark.slow
+def test_several_mechanisms_need_several_directions(tmp_path):
+    """Three topics, declined in three wordings, taught one after the other (trained here)."""
+    script = ROOT / "recipes" / "demo" / "make_several.py"
+    subprocess.run([sys.executable, script, "--out", tmp_path / "several"], check=True)
+    recipe = load_recipe(tmp_path / "several" / "several.yaml")
+    out = tmp_path / "out"
+    pipeline.run_stages(recipe, out, until="selection", options=FAST)
+    found = json.loads((out / "work" / "sweep.json").read_text())
+    assert found["base"]["answers"]["refusal"]["value"] >= 0.8
+    assert found["k"] > 1
+    assert found["structure"]["verdict"] == "low-rank subspace"
+    (taken,) = (s["answers"] for s in found["stacks"] if s["k"] == found["k"])
+    single = [c["answers"] for c in found["candidates"] if c["answers"] and len(c["rungs"]) > 1]
+    single.append(found["stacks"][0]["answers"])
+    left = min(answers["refusal"]["value"] for answers in single)
+    assert left - taken["refusal"]["value"] >= 0.2
+    assert taken["coherence"]["value"] >= 0.95
