@@ -4,7 +4,7 @@
     python benchmarks/sweep_budget.py recipes/demo.yaml --reload
 
 Prints each candidate's product on all held-out prompts, which one the recipe's schedule chooses,
-for how many of the tokens, and both wall times. `--reload` adds the loop that a sweep replaces:
+for how many of the tokens, and wall times. `--reload` adds the loop that a sweep replaces:
 every candidate baked, loaded and asked, one after the other. Layers are swept whatever the recipe
 says; gates do not count, so that every candidate is judged.
 """
@@ -13,11 +13,14 @@ from __future__ import annotations
 
 import argparse
 import sys
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from time import perf_counter
+from typing import NamedTuple
 
 from abliterator.bake import bake
+from abliterator.directions import Place
 from abliterator.generation import generate, stop_ids
 from abliterator.model import load_model
 from abliterator.pipeline import Options, Silent, plan_recipe, recipe_of, run_stages
@@ -26,19 +29,31 @@ from abliterator.pipeline._run import Run
 from abliterator.pipeline._selection import subject_of
 from abliterator.pipeline._workspace import Workspace
 from abliterator.recipe import load_recipe
-from abliterator.selection import Candidate, Gates, Pool, Search, Subject, choose
+from abliterator.record import Estimate
+from abliterator.selection import Gates, Pool, Search, Subject, choose, judge_edits
 
 OPEN = Gates(max_kl=float("inf"), min_induce=float("-inf"))
 
 
-def swept(subject: Subject, pool: Pool, search: Search) -> tuple[tuple[Candidate, ...], int, float]:
-    """Candidates, the best first; tokens generated for them; seconds."""
+class Exhausted(NamedTuple):
+    """What answering all prompts under every candidate gave, and took."""
+
+    products: dict[Place, Estimate]
+    tokens: int
+    seconds: float
+
+
+def exhausted(subject: Subject, pool: Pool) -> Exhausted:
+    """Every candidate judged on every held-out prompt."""
     started = perf_counter()
-    found = choose(
-        subject, pool, sweep=True, k=1, search=search, on_step=lambda what: note(started, what)
-    )
-    tokens = sum(c.answers.tokens for c in found.candidates if c.answers)
-    return found.candidates, tokens, perf_counter() - started
+    judged = judge_edits(subject, [pool.stack([place], 1).basis for place in pool.places])
+    products = {
+        place: one.summary.product
+        for place, one in zip(pool.places, judged, strict=True)
+        if one.summary.product is not None
+    }
+    tokens = sum(one.summary.tokens for one in judged)
+    return Exhausted(products, tokens, perf_counter() - started)
 
 
 def note(started: float, what: str) -> None:
@@ -71,6 +86,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("recipe", type=Path)
     parser.add_argument("--set", action="append", default=[], dest="overrides")
+    parser.add_argument("--every", type=int, default=1, help="take every n-th candidate only")
     parser.add_argument("--reload", action="store_true")
     asked = parser.parse_args()
     recipe = load_recipe(asked.recipe, overrides=["layers=sweep", "k=1", *asked.overrides])
@@ -79,35 +95,39 @@ def main() -> None:
         run_stages(recipe, out, until="capture", options=options)
         plan = plan_recipe(recipe, out)
         run = Run(recipe_of(out), plan, Workspace(out), options, Silent())
-        compare(run, reload=asked.reload)
+        compare(run, every=asked.every, reload=asked.reload)
 
 
-def compare(run: Run, *, reload: bool) -> None:
+def compare(run: Run, *, every: int, reload: bool) -> None:
     """The comparison, on stdout."""
-    subject, pool = subject_of(run, run.loaded(run.plan.source.folder)), pool_of(run)
-    settings = run.recipe.selection
-    halving = Search(
+    subject, whole = subject_of(run, run.loaded(run.plan.source.folder)), pool_of(run)
+    pool = replace(whole, places=list(whole.places)[::every])
+    settings, started = run.recipe.selection, perf_counter()
+    search = Search(
         gates=OPEN, survivors=settings.survivors, schedule=settings.schedule, seed=run.recipe.seed
     )
-    short, few, quick = swept(subject, pool, halving)
-    everything = Search(gates=OPEN, survivors=len(pool.places), seed=run.recipe.seed)
-    full, all_tokens, slow = swept(subject, pool, everything)
-    products = {c.place: c.answers.product for c in full if c.answers}
-    print("layer   bypass      KL  induce  product of all, n      rungs")
-    racing = {c.place: c for c in short}
-    for c in sorted(full, key=lambda c: c.place):
-        found, rungs = products[c.place], racing[c.place].rungs
-        told = " ".join(f"{r.prompts}:{r.product.value:.3f}" for r in rungs if r.product)
-        product = "unscored" if found is None else f"{found.value:.3f}, {found.n}"
-        print(f"{c.place!s:6}{c.bypass:8.2f}{c.kl:8.3f}{c.induce:8.2f}  {product:22}{told}")
-    best, taken = products[full[0].place], products[short[0].place]
-    assert best is not None
-    assert taken is not None
+    found = choose(
+        subject, pool, sweep=True, k=1, search=search, on_step=lambda what: note(started, what)
+    )
+    seconds = perf_counter() - started
+    full = exhausted(subject, pool)
+    print("layer    bypass      KL  induce  product of all, n   rungs")
+    for c in sorted(found.candidates, key=lambda c: c.place):
+        rungs = " ".join(f"{r.prompts}:{r.product.value:.3f}" for r in c.rungs if r.product)
+        product = full.products[c.place]
+        told = f"{product.value:.3f}, {product.n}"
+        print(f"{c.place!s:7}{c.bypass:8.2f}{c.kl:8.3f}{c.induce:8.2f}  {told:18}{rungs}")
+    best = max(full.products, key=lambda place: full.products[place].value)
+    taken, tokens = (
+        found.candidates[0].place,
+        sum(c.answers.tokens for c in found.candidates if c.answers),
+    )
+    high, reached = (full.products[place].value for place in (best, taken))
     print(
-        f"exhaustive: layer {full[0].place}, product {best.value:.3f}; {all_tokens} tokens, "
-        f"{slow:.0f} s\nhalving:    layer {short[0].place}, product {taken.value:.3f} (short of "
-        f"the best by {best.value - taken.value:.3f}); {few} tokens ({few / all_tokens:.2f} of "
-        f"them), {quick:.0f} s"
+        f"exhaustive: layer {best}, product {high:.3f}; {full.tokens} tokens, {full.seconds:.0f} s "
+        f"for answers\nhalving:    layer {taken}, product {reached:.3f} ({high - reached:.3f} "
+        f"less); {tokens} tokens ({tokens / full.tokens:.2f} of them), {seconds:.0f} s with the "
+        f"base and all cheap scores"
     )
     if reload:
         print(f"reload:     {reloaded(run, subject, pool):.0f} s for answers alone")
