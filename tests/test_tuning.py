@@ -26,7 +26,7 @@ from abliterator.tuning import Asked, Point, Setting, Settings, Subject, prefer,
 from abliterator.tuning._descend import descend
 from abliterator.tuning._front import with_front
 from abliterator.tuning._knobs import STRONGEST, Knobs
-from abliterator.tuning._lessons import make_lessons
+from abliterator.tuning._lessons import make_lessons, with_dodges
 from abliterator.tuning._rows import answer_logprobs, token_logprobs
 from abliterator.tuning._types import Lesson, Lessons, Row
 
@@ -44,6 +44,11 @@ def tiny_subject(loaded, **settings):
     plan = plan_edits(checkpoint, anatomy_of(checkpoint.config), EditSettings(**settings))
     nothing = Asked((), ())
     return Subject(loaded, plan, nothing, nothing, nothing, nothing, RuleJudge(), 8, 4)
+
+
+def lessons_of(*dodges):
+    lessons = [Lesson(i, r.prompt, r.answer, (3, 4), dodges) for i, r in enumerate(ROWS)]
+    return Lessons(tuple(lessons), ROWS, 3)
 
 
 def hooks_of(model):
@@ -123,7 +128,7 @@ def test_gradients_flow_through_what_rows_share(tiny_loaded, monkeypatch):
 
 def test_what_is_not_tuned_stays(tiny_loaded):
     subject, basis = tiny_subject(tiny_loaded("llama")), basis_of(2)
-    lessons = Lessons(tuple(Lesson(r.prompt, (3, 4), r.answer) for r in ROWS), ROWS, 3)
+    lessons = lessons_of()
     before = {name: p.clone() for name, p in subject.loaded.model.named_parameters()}
     hooks = hooks_of(subject.loaded.model)  # transformers may have put its own there
     quick = Settings(steps=3, batch=2, kl_weights=(1.0,))
@@ -146,7 +151,7 @@ def test_what_is_not_tuned_stays(tiny_loaded):
 
 def test_a_subspace_of_each_block_is_tuned_block_by_block(tiny_loaded):
     subject, quick = tiny_subject(tiny_loaded("llama")), Settings(steps=2, kl_weights=(1.0,))
-    lessons = Lessons(tuple(Lesson(r.prompt, (3, 4), r.answer) for r in ROWS), ROWS, 3)
+    lessons = lessons_of()
     shared = basis_of(2)
     found = descend(subject, lessons, shared.expand(3, -1, -1), quick, on_step=lambda what: None)[0]
     for own in found.basis:
@@ -157,7 +162,7 @@ def test_a_subspace_of_each_block_is_tuned_block_by_block(tiny_loaded):
 
 def test_the_same_seed_finds_the_same(tiny_loaded):
     subject = tiny_subject(tiny_loaded("llama"))
-    lessons = Lessons(tuple(Lesson(r.prompt, (3, 4), r.answer) for r in ROWS), ROWS, 3)
+    lessons = lessons_of()
     quick = Settings(steps=2, batch=2, kl_weights=(1.0,))
     one, two = (
         descend(subject, lessons, basis_of(1), quick, on_step=lambda what: None)[0]
@@ -165,6 +170,35 @@ def test_the_same_seed_finds_the_same(tiny_loaded):
     )
     assert torch.equal(one.basis, two.basis)
     assert one.strengths == two.strengths
+
+
+def test_each_leg_learns_what_the_one_before_it_left(tiny_loaded):
+    subject, seen = tiny_subject(tiny_loaded("llama")), []
+
+    def relearn(lessons, setting):
+        seen.append((lessons, setting))
+        return lessons_of((6, 6 + len(seen)))
+
+    quick = Settings(steps=1, batch=2, kl_weights=(1.0, 2.0, 3.0))
+    first = lessons_of()
+    found = descend(subject, first, basis_of(1), quick, on_step=lambda what: None, relearn=relearn)
+    assert [setting for _, setting in seen] == found[:2]
+    assert [lessons for lessons, _ in seen] == [first, lessons_of((6, 7))]
+
+
+def test_a_dodge_becomes_less_likely_than_the_answer(tiny_loaded):
+    subject, dodge = tiny_subject(tiny_loaded("llama")), (11, 40)
+    quick = Settings(steps=24, batch=3, kl_weights=(1e-3,))
+
+    def margin(lessons):
+        setting = descend(subject, lessons, basis_of(1), quick, on_step=lambda what: None)[0]
+        rows = [Row(row.prompt, answer) for row in ROWS for answer in (row.answer[:2], dodge)]
+        with preview_edit(subject.loaded, subject.plan, setting.basis, setting.strengths):
+            found = answer_logprobs(subject.loaded, rows)
+        said = [token_logprobs(x, r.answer).sum() for x, r in zip(found, rows, strict=True)]
+        return float(sum(said[::2]) - sum(said[1::2]))
+
+    assert margin(lessons_of(dodge, dodge)) > margin(lessons_of())
 
 
 def test_knobs_start_half_way(tiny_loaded):
@@ -177,7 +211,7 @@ def test_a_loss_that_is_not_finite_stops(tiny_folder):
     subject = tiny_subject(loaded)
     with torch.no_grad():
         loaded.model.model.norm.weight.fill_(float("nan"))
-    lessons = Lessons(tuple(Lesson(r.prompt, (3, 4), r.answer) for r in ROWS), ROWS, 3)
+    lessons = lessons_of()
     with pytest.raises(DirectionError, match="not finite"):
         descend(subject, lessons, basis_of(1), Settings(steps=1), on_step=lambda what: None)
 
@@ -289,6 +323,24 @@ def test_the_demo_answers_at_a_fraction_of_the_divergence(demo):
     assert tuned.kl < plain.kl
     assert half.kl < tuned.kl
     assert tuned.product.value >= plain.product.value - 0.05
+
+
+def test_what_no_judge_accepts_is_learned_against(demo):
+    subject, start = demo
+    lessons = make_lessons(subject, start, tokens=8)
+    modules = dict.fromkeys(edit.writer.module for edit in subject.plan.edits)
+    nothing, plain = (Setting(start, dict.fromkeys(modules, s)) for s in (0.0, 1.0))
+    # without an edit the model refuses as the base does
+    found, dodged = with_dodges(subject, lessons, nothing, tokens=8)
+    assert dodged == len(lessons.target)
+    assert all(lesson.dodges == (lesson.refusal,) for lesson in found.target)
+    # the latest first, and no more than are kept
+    found, _ = with_dodges(subject, found, nothing, tokens=6)
+    found, _ = with_dodges(subject, found, nothing, tokens=4)
+    assert {tuple(map(len, lesson.dodges)) for lesson in found.target} == {(4, 6)}
+    # the start edit gave the answers that were accepted
+    same, dodged = with_dodges(subject, lessons, plain, tokens=8)
+    assert (same, dodged) == (lessons, 0)
 
 
 def test_too_little_to_learn_from(demo):

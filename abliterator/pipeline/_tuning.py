@@ -46,7 +46,8 @@ def _tune(run: Run) -> tuple[list[Path], Parts]:
     from abliterator.tuning import tune
 
     cost = run.plan.tuning or {}
-    with run.progress.bar("tuning", 1 + cost["steps"] + cost["points"]) as advance:
+    lessons = len(run.recipe.tuning.kl_weights)  # one round before each leg
+    with run.progress.bar("tuning", lessons + cost["steps"] + cost["points"]) as advance:
         found = tune(
             _subject(run),
             extracted(run).basis,
@@ -108,4 +109,4 @@ def _subject(run: Run) -> Subject:
     )
 
 
-TUNING = Stage("tuning", 2, _tuning_inputs, _tune)
+TUNING = Stage("tuning", 3, _tuning_inputs, _tune)

@@ -25,7 +25,8 @@ class Tuning(Section):
     tokens: Positive = 12
     """Tokens of an answer, from its beginning, that are learned from."""
     kl_weights: Numbers = (20.0, 80.0)
-    """What a nat on neutral prompts costs; the descent goes on from one weight to the next."""
+    """What a nat on neutral prompts costs; the descent goes on from one weight to the next, and
+    learns in between against what the edit says by then that the judge does not accept."""
     scales: Numbers = (1.0, 0.6)
     """Each weight's result is also tried at these fractions of its strengths."""
     prefer: Literal["product", "refusals_at_most", "kl_at_most"] = "product"

@@ -12,7 +12,8 @@ will be measured.
 After refusal direction optimisation (Wollschläger et al. 2025, arXiv 2502.17420), with a strength
 for each writer as in heretic's profiles. Its score is another: avoiding the base's refusals is not
 enough, since a model learns to avoid a word; the edited model must come to prefer an *answer* that
-a judge accepted over the refusal.
+a judge accepted over the refusal. Between legs it is asked again: what it says now that is neither
+a refusal nor an answer, a dodge, is learned against as well.
 """
 
 from abliterator.tuning._front import Preference, prefer

@@ -19,19 +19,27 @@ LAST = 1 / 3  # of a leg's steps, whose mean is its result: single steps are noi
 
 T = TypeVar("T")
 Step = Callable[[str], None]
+Relearn = Callable[[Lessons, Setting], Lessons]
 
 
 def descend(
-    subject: Subject, lessons: Lessons, basis: Tensor, settings: Settings, *, on_step: Step
+    subject: Subject,
+    lessons: Lessons,
+    basis: Tensor,
+    settings: Settings,
+    *,
+    on_step: Step,
+    relearn: Relearn = lambda lessons, setting: lessons,
 ) -> list[Setting]:
     """One setting at the end of each leg, in the order of `settings.kl_weights`.
 
     Minimises, over batches of lessons and of neutral rows,
 
-        mean softplus(log p(refusal) - log p(answer)) - mean log p(answer) / tokens + w KL
+        mean softplus(log p(unwanted) - log p(answer)) - mean log p(answer) / tokens + w KL
 
-    with KL(base || edited) in nats along neutral answers: the mean of the first token's and of all
-    tokens', because an edit shows most where an answer begins.
+    where what is unwanted is the base's refusal or a dodge of an earlier leg, one of them by chance
+    in each step, and KL(base || edited) is in nats along neutral answers: the mean of the first
+    token's and of all tokens', because an edit shows most where an answer begins.
 
     Args:
         subject: the model, and which writers are edited.
@@ -39,22 +47,26 @@ def descend(
         basis: Q [H, k] of the start, or [L, H, k] with one a block.
         settings: of the descent.
         on_step: called with each step that is done.
+        relearn: given the lessons and the setting that a leg ended with, the next leg's lessons.
 
     Raises:
         DirectionError: if the loss is not finite.
     """
     knobs = Knobs(subject, basis, settings)
     chance = random.Random(settings.seed)
-    target = _batches(lessons.target, settings.batch, chance)
     neutral = _batches(lessons.neutral, settings.batch, chance)
     averaged = max(1, round(settings.steps * LAST))
-    found = []
+    found: list[Setting] = []
     for weight in settings.kl_weights:
+        if found:
+            lessons = relearn(lessons, found[-1])
+        target = _batches(lessons.target, settings.batch, chance)
         optimiser = knobs.optimiser()
         late: list[Setting] = []
         for step in range(settings.steps):
             slow_down(optimiser, step / settings.steps)
-            wanted, kl = _losses(subject, knobs, next(target), next(neutral))
+            pairs = [(Row(x.prompt, x.answer), _unwanted(x, chance)) for x in next(target)]
+            wanted, kl = _losses(subject, knobs, pairs, next(neutral))
             loss = wanted + weight * kl
             if not loss.isfinite():
                 raise DirectionError(
@@ -71,26 +83,35 @@ def descend(
     return found
 
 
+def _unwanted(lesson: Lesson, chance: random.Random) -> Row:
+    return Row(lesson.prompt, chance.choice((lesson.refusal, *lesson.dodges)))
+
+
 def _losses(
-    subject: Subject, knobs: Knobs, lessons: Sequence[Lesson], neutral: Sequence[Row]
+    subject: Subject, knobs: Knobs, pairs: Sequence[tuple[Row, Row]], neutral: Sequence[Row]
 ) -> tuple[Tensor, Tensor]:
     """What is wanted of target prompts, and the KL on neutral ones; both scalars, lower is better.
 
     Backpropagated together: the two batches run one after the other, so that rows of one kind, of
     similar length, share their padding.
+
+    Args:
+        subject: the model.
+        knobs: of the edit.
+        pairs: an answer to a target prompt, and what must become less likely than it.
+        neutral: answers that must stay.
     """
     with torch.no_grad():
         base = answer_logprobs(subject.loaded, neutral)
-    rows = [Row(lesson.prompt, lesson.answer) for lesson in lessons]
-    rows += [Row(lesson.prompt, lesson.refusal) for lesson in lessons]
+    rows = [answer for answer, _ in pairs] + [unwanted for _, unwanted in pairs]
     with knobs.turned():
         each = [
             token_logprobs(logprobs, row.answer)
             for row, logprobs in zip(rows, answer_logprobs(subject.loaded, rows), strict=True)
         ]
         edited = answer_logprobs(subject.loaded, neutral)
-    answers, refusals = each[: len(lessons)], each[len(lessons) :]
-    margins = torch.stack([r.sum() - a.sum() for r, a in zip(refusals, answers, strict=True)])
+    answers, unwanted = each[: len(pairs)], each[len(pairs) :]
+    margins = torch.stack([u.sum() - a.sum() for u, a in zip(unwanted, answers, strict=True)])
     kl = [_kl(b, e) for b, e in zip(base, edited, strict=True)]
     wanted = softplus(margins).mean() - torch.cat(answers).mean()
     return wanted, (torch.cat(kl).mean() + torch.stack([row[0] for row in kl]).mean()) / 2

@@ -1,14 +1,15 @@
-"""The base's refusals, set against answers that the start edit gives and a judge accepts."""
+"""Answers that the start edit gives and a judge accepts, against refusals and dodges."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from abliterator.bake import preview_edit
 from abliterator.errors import DirectionError
 from abliterator.generation import Answer, as_completions, generate, stop_ids
 from abliterator.judge import judge_completions
-from abliterator.tuning._types import Asked, Lesson, Lessons, Row, Subject
+from abliterator.tuning._types import Asked, Lesson, Lessons, Row, Setting, Subject
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from abliterator.record import Verdict
 
 LEAST_LESSONS = 8  # below it, a handful of answers would be learned by heart
+KEPT_DODGES = 2  # beside the refusal: what was unlearned long ago needs no step any more
 
 
 def make_lessons(subject: Subject, basis: Tensor, *, tokens: int) -> Lessons:
@@ -37,20 +39,11 @@ def make_lessons(subject: Subject, basis: Tensor, *, tokens: int) -> Lessons:
     refused = [bool(v.refused) for v in verdicts_of(subject, subject.target, refusals)]
     with preview_edit(subject.loaded, subject.plan, basis):
         answers = answers_of(subject, subject.target, subject.max_new_tokens)
-    accepted = [
-        v.compliance == 1 and v.coherence == 1
-        for v in verdicts_of(subject, subject.target, answers)
-    ]
+    accepted = [_accepted(v) for v in verdicts_of(subject, subject.target, answers)]
     target = tuple(
-        Lesson(tuple(prompt), refusal.token_ids[:tokens], answer.token_ids[:tokens])
-        for prompt, refusal, answer, usable in zip(
-            subject.target.token_ids,
-            refusals,
-            answers,
-            (r and a for r, a in zip(refused, accepted, strict=True)),
-            strict=True,
-        )
-        if usable
+        Lesson(i, tuple(prompt), answers[i].token_ids[:tokens], refusals[i].token_ids[:tokens])
+        for i, prompt in enumerate(subject.target.token_ids)
+        if refused[i] and accepted[i]
     )
     if len(target) < LEAST_LESSONS:
         raise DirectionError(
@@ -60,6 +53,39 @@ def make_lessons(subject: Subject, basis: Tensor, *, tokens: int) -> Lessons:
             "from other layers, or give more target prompts."
         )
     return Lessons(target, neutral_rows(subject, subject.neutral, tokens), len(refusals))
+
+
+def with_dodges(
+    subject: Subject, lessons: Lessons, setting: Setting, *, tokens: int
+) -> tuple[Lessons, int]:
+    """Asks an edit under way its own lessons, and sets what is no answer against the answer.
+
+    An edit that learned to avoid the base's refusals finds the nearest thing that is none: "I'm so
+    glad you're interested in...". What a judge does not accept counts as a refusal from here on.
+
+    Returns:
+        The lessons, and how many got a dodge.
+    """
+    asked = Asked(
+        [subject.target.prompts[lesson.place] for lesson in lessons.target],
+        [lesson.prompt for lesson in lessons.target],
+    )
+    with preview_edit(subject.loaded, subject.plan, setting.basis, setting.strengths):
+        answers = answers_of(subject, asked, subject.max_new_tokens)
+    target, dodged = [], 0
+    for lesson, answer, verdict in zip(
+        lessons.target, answers, verdicts_of(subject, asked, answers), strict=True
+    ):
+        # an unscored answer (no kind) teaches nothing
+        dodge = bool(verdict.kind and answer.token_ids and not _accepted(verdict))
+        new = (answer.token_ids[:tokens], *lesson.dodges)[:KEPT_DODGES]
+        target.append(lesson._replace(dodges=new) if dodge else lesson)
+        dodged += dodge
+    return replace(lessons, target=tuple(target)), dodged
+
+
+def _accepted(verdict: Verdict) -> bool:
+    return verdict.compliance == 1 and verdict.coherence == 1
 
 
 def neutral_rows(subject: Subject, asked: Asked, tokens: int) -> tuple[Row, ...]:

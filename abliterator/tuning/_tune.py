@@ -8,8 +8,8 @@ from torch import Tensor
 
 from abliterator.tuning._descend import Step, descend
 from abliterator.tuning._front import Yardstick, with_front
-from abliterator.tuning._lessons import make_lessons
-from abliterator.tuning._types import Point, Setting, Settings, Subject
+from abliterator.tuning._lessons import make_lessons, with_dodges
+from abliterator.tuning._types import Lessons, Point, Setting, Settings, Subject
 
 
 class Tuned(NamedTuple):
@@ -46,7 +46,13 @@ def tune(
     """
     lessons = make_lessons(subject, basis, tokens=settings.tokens)
     on_step(f"{len(lessons.target)} lessons")
-    ends = descend(subject, lessons, basis, settings, on_step=on_step)
+
+    def relearn(learned: Lessons, setting: Setting) -> Lessons:
+        new, dodged = with_dodges(subject, learned, setting, tokens=settings.tokens)
+        on_step(f"{dodged} dodges")
+        return new
+
+    ends = descend(subject, lessons, basis, settings, on_step=on_step, relearn=relearn)
     yardstick = Yardstick(subject, basis, tokens=settings.tokens)
     plain = Setting(basis, {e.writer.module: e.strength for e in subject.plan.edits})
     tried = [(0.0, 1.0, plain)]

@@ -60,11 +60,21 @@ class Subject:
 
 
 class Lesson(NamedTuple):
-    """A target prompt, the base's own refusal of it, and an answer that a judge accepted."""
+    """A target prompt, an answer to it that a judge accepted, and what must become less likely.
 
+    Attributes:
+        place: of the prompt among the target prompts.
+        prompt: rendered.
+        answer: what a judge accepted, from its beginning.
+        refusal: the base's own, from its beginning.
+        dodges: what edits under way said instead of an answer, the latest first.
+    """
+
+    place: int
     prompt: Tokens
-    refusal: Tokens
     answer: Tokens
+    refusal: Tokens
+    dodges: tuple[Tokens, ...] = ()
 
 
 @dataclass(frozen=True)
