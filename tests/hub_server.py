@@ -86,8 +86,9 @@ class HubServer:
 
     `requests` lists (method, path) of all that was asked, in order. `store` holds large files by
     sha256. With `token`, writing and private repositories need it. With `xet_store`, large files go
-    there and not through LFS. `sent` counts the bytes of bodies by path; without `ranges`, files
-    are sent whole whatever part is asked for.
+    there and not through LFS, and come from there: `xet_hashes` gives the hash by which the store
+    knows a file of that sha256, which the Hub reads out of what was uploaded. `sent` counts the
+    bytes of bodies by path; without `ranges`, files are sent whole whatever part is asked for.
     """
 
     def __init__(self) -> None:
@@ -98,6 +99,7 @@ class HubServer:
         self.token: str | None = None
         self.user = "somebody"
         self.xet_store: Path | None = None
+        self.xet_hashes: dict[str, str] = {}
         self.leaked_tokens: list[str] = []  # paths of other origins that were sent a token
         self.ranges = True
         self.sent: Counter[str] = Counter()
@@ -260,6 +262,10 @@ class _Handler(BaseHTTPRequestHandler):
         headers |= {"X-Linked-Size": str(_size(content)), "X-Linked-ETag": f'"{sha256}"'}
         # The clients treat another origin as the Hub's CDN: they read these headers and send it no
         # token. Their own origin they would follow at once, for headers that only the Hub has.
+        if isinstance(content, Unseen):
+            route = f"{self.server.hub.url}/api/models/{repo.id}/xet-read-token/{commit}"
+            headers["X-Xet-Hash"] = self.server.hub.xet_hashes[sha256]
+            headers["Link"] = f'<{route}>; rel="xet-auth"'
         headers["Location"] = f"http://localhost:{self.server.server_port}/large/{sha256}"
         return self._send(HTTPStatus.FOUND, b"", headers)
 
@@ -491,7 +497,7 @@ _UPLOAD_ROUTES = (
     (rf"POST /{_REPO}.git/info/lfs/objects/batch", _Uploads.batch),
     (r"PUT /lfs/(?P<oid>[0-9a-f]{64})", _Uploads.put),
     (r"POST /lfs-verify", _Uploads.verify),
-    (rf"GET /api/models/{_REPO}/xet-write-token/{_REVISION}", _Uploads.xet_token),
+    (rf"GET /api/models/{_REPO}/xet-(read|write)-token/{_REVISION}", _Uploads.xet_token),
     (rf"POST /api/models/{_REPO}/commit/{_REVISION}", _Uploads.commit),
     (rf"POST /api/models/{_REPO}/branch/(?P<name>[^/]+)", _Uploads.branch),
     (rf"POST /api/models/{_REPO}/tag/{_REVISION}", _Uploads.tag),

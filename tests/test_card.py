@@ -11,8 +11,9 @@ from __future__ import annotations
 import os
 import re
 import runpy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache
+from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,9 @@ from huggingface_hub import ModelCard
 from hypothesis import given
 from hypothesis import strategies as st
 from markdown_it import MarkdownIt
+from pydantic import BaseModel
 
-from abliterator.card import escape, render_card
+from abliterator.card import escape, render_adapter_card, render_card
 from abliterator.card._markdown import hide_path, yaml_fence
 from abliterator.record import (
     Behaviour,
@@ -42,6 +44,7 @@ from abliterator.record import (
 )
 
 ROOT = Path(__file__).parents[1]
+FieldPath = tuple[str | int, ...]
 GOLDEN = ROOT / "tests" / "golden"
 SHA = "0123456789abcdef" * 4
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -379,6 +382,17 @@ def selection() -> dict[str, Any]:
     }
 
 
+def tuning() -> dict[str, Any]:
+    point = {
+        "refusal": rate(0.1).model_dump(),
+        "product": rate(0.9).model_dump(),
+        "kl": 0.0123,
+        "kl_first_token": 0.0234,
+    }
+    points = [{**point, "on_front": front} for front in (False, True)]
+    return {"lessons": 40, "points": points, "taken": 1}
+
+
 PICTURES = {"abliterator/cosines.png": SHA, "abliterator/sweep.png": SHA}
 
 
@@ -564,71 +578,20 @@ HOSTILE = {
 INVISIBLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200b-\u200f\u2028-\u202e\u2066-\u2069\ufeff]")
 
 
-def _with(record: RunRecord, path: str, value: str) -> RunRecord:
-    """A copy of the record with one dotted field replaced; `@key` replaces a key of a dict."""
+def _with(record: RunRecord, path: FieldPath, value: str) -> RunRecord:
+    """A copy of the record with one field replaced, or a key of a dict (the path ends in "@")."""
     data = record.model_dump(mode="json")
+    *parents, last = path
+    if last == "@":
+        *parents, last = parents
     here: Any = data
-    *parents, last = path.split(".")
     for part in parents:
-        here = here[int(part)] if part.isdigit() else here[part]
-    if last.startswith("@"):
-        here[value] = here.pop(last[1:])
+        here = here[part]
+    if path[-1] == "@":
+        here[value] = here.pop(last)
     else:
-        here[int(last) if last.isdigit() else last] = value
+        here[last] = value
     return RunRecord.model_validate(data)
-
-
-FREE_TEXT = [
-    "tool.name",
-    "tool.version",
-    "recipe_digest",
-    "model.id",
-    "model.revision",
-    "model.model_type",
-    "model.license",
-    "model.license_name",
-    "model.license_link",
-    "model.languages.0",
-    "model.gating.extra_gated_prompt",
-    "model.gating.@extra_gated_prompt",
-    "pictures.@abliterator/other",
-    "selection.structure.verdict",
-    "quoted.0.source",
-    "quoted.0.says",
-    "model.files_sha256.@model.safetensors",
-    "model.files_sha256.config.json",
-    "edit.norm",
-    "edit.rounding",
-    "edit.strength.@mlp",
-    "edit.strength.expert.@9-24",
-    "behaviour.@extra",
-    "benchmarks.@toy_facts",
-    "benchmarks.toy_facts.metric",
-    "benchmarks.toy_facts.settings.chat_template",
-    "benchmarks.toy_facts.settings.@chat_template",
-    "judge.version",
-    "judge.prompt_sha256",
-    "provenance.created",
-    "provenance.python",
-    "provenance.platform",
-    "provenance.device",
-    "provenance.dtype",
-    "provenance.hardware",
-    "provenance.digests.directions",
-    "provenance.digests.@directions",
-    "provenance.git_commit",
-    "provenance.packages.torch",
-    "provenance.packages.@torch",
-    "provenance.prompts.1.name",
-    "provenance.prompts.1.source",
-    "provenance.prompts.1.revision",
-    "provenance.prompts.1.split",
-    "provenance.prompts.1.license",
-    "provenance.prompts.1.sha256",
-    "recipe.model",
-    "recipe.@model",
-    "recipe.chat.system",
-]
 
 
 MAY_BE_LEFT_OUT = {
@@ -644,16 +607,6 @@ MAY_BE_LEFT_OUT = {
 }
 
 
-@cache
-def benign_card(path: str) -> str:
-    return render_card(_with(hostile_base(), _nested_name(path), "benign"))
-
-
-def _nested_name(path: str) -> str:
-    # file names contain dots, which the path's own syntax would split
-    return path.replace("model.safetensors", "weights").replace("config.json", "config")
-
-
 def hostile_base() -> RunRecord:
     """The demo with a Hub base, every optional field filled, and names without dots."""
     data = demo_record().model_dump()
@@ -663,7 +616,15 @@ def hostile_base() -> RunRecord:
     data["model"]["files_sha256"] = {"weights": SHA, "config": SHA}
     data["behaviour"]["extra"] = None
     data["judge"]["prompt_sha256"] = SHA
-    data["model"]["gating"] = {"extra_gated_prompt": "Be kind."}
+    data["model"]["gating"] = {
+        "extra_gated_prompt": "Be kind.",
+        "extra_gated_fields": {"Name": "text", "Country": {"type": "country"}},
+    }
+    data["judge"] |= {"model": "judge-1", "served_model": "judge-1-0926", "structured": "schema"}
+    data["judge"] |= {"fingerprints": ["fp_1"], "base_url": "http://localhost", "kind": "openai"}
+    data["judge"] |= {"calibration": {"labels": "XSTest"}}
+    data["judge"]["disagreement"] = {"rules": rate(0.1).model_dump()}
+    data["tuning"] = tuning()
     data["edit"]["strength"]["expert"] = {"9-24": 0.6}
     data["selection"] = selection()
     data["pictures"] = {**PICTURES, "abliterator/other": SHA}
@@ -671,23 +632,78 @@ def hostile_base() -> RunRecord:
     return RunRecord.model_validate(data)
 
 
-@pytest.mark.parametrize("attack", ["everything", "long"])
-@pytest.mark.parametrize("path", FREE_TEXT)
-def test_hostile_field_leaves_the_structure_alone(path: str, attack: str):
-    benign = benign_card(path)
-    card = render_card(_with(hostile_base(), _nested_name(path), HOSTILE[attack]))
+def _texts(value: Any, path: FieldPath = ()) -> Iterator[FieldPath]:
+    """Where free text stands in a record: every string, and every key that no type fixes."""
+    if isinstance(value, BaseModel):
+        for name in type(value).model_fields:
+            yield from _texts(getattr(value, name), (*path, name))
+    elif isinstance(value, dict):
+        for key, inner in value.items():
+            if path and path[0] not in OUR_KEYS and (*path, key) not in MEANT:
+                yield (*path, key, "@")
+            yield from _texts(inner, (*path, key))
+    elif isinstance(value, (list, tuple)):
+        for index, inner in enumerate(value):
+            yield from _texts(inner, (*path, index))
+    elif isinstance(value, str) and path not in MEANT:
+        yield path
+
+
+OUR_KEYS = {"selection", "tuning"}  # plain values, but of a shape that this tool gives them
+# Texts that select what is shown, so that another one is meant to change the structure.
+MEANT = {
+    *(("behaviour", name) for name in ("target", "neutral", "over_refusal")),
+    *(("pictures", name) for name in PICTURES),
+    ("judge", "kind"),
+}
+FREE_TEXT = list(_texts(hostile_base()))
+RENDERERS = {"checkpoint": render_card, "adapter": render_adapter_card}
+
+
+@cache
+def benign_card(path: FieldPath, of: str) -> str:
+    return RENDERERS[of](_with(hostile_base(), path, "benign"))
+
+
+def skeleton(card: str) -> list[str]:
+    """The tags of the body as HTML, as a browser meets them."""
+    tags: list[str] = []
+    parser = HTMLParser()
+    parser.handle_starttag = lambda tag, _: tags.append(tag)
+    parser.handle_endtag = lambda tag: tags.append(f"/{tag}")
+    parser.feed(MarkdownIt("commonmark").enable("table").render(body_of(card)))
+    return tags
+
+
+def test_the_attacks_meet_every_text_of_a_record():
+    assert len(FREE_TEXT) > 80
+    fields = {path[:2] for path in FREE_TEXT}
+    assert {("judge", "served_model"), ("judge", "fingerprints"), ("edit", "components")} <= fields
+    assert {path[0] for path in FREE_TEXT} >= {"benchmarks", "selection", "quoted", "provenance"}
+
+
+@pytest.mark.parametrize(
+    ("of", "attack"),
+    [("checkpoint", "everything"), ("checkpoint", "long"), ("adapter", "everything")],
+)
+@pytest.mark.parametrize("path", FREE_TEXT, ids=lambda path: ".".join(map(str, path)))
+def test_hostile_field_leaves_the_structure_alone(path: FieldPath, of: str, attack: str):
+    benign = benign_card(path, of)
+    card = RENDERERS[of](_with(hostile_base(), path, HOSTILE[attack]))
 
     assert structure(card) == structure(benign)
+    assert skeleton(card) == skeleton(benign)
     header, expected = header_of(card), header_of(benign)
     for shown in (header, expected):
         for index in shown.get("model-index", []):  # made of the base's id where that is one
             assert re.fullmatch(r"[\w.-]{1,110}", index.pop("name"))
-        # the one free text of the header, for the Hub's form: a licence may be in it
-        assert isinstance(shown.pop("extra_gated_prompt", ""), str)
+        for key in [key for key in shown if key.startswith("extra_gated_")]:
+            # the one free text of the header, for the Hub's form: a licence may be in it
+            assert isinstance(shown.pop(key), (str, dict))
     assert header == {key: expected[key] for key in header}
     assert set(expected) - set(header) <= MAY_BE_LEFT_OUT
     outside_recipe = body_of(card).rpartition("\n## Recipe\n")[0]
-    assert max(map(len, outside_recipe.splitlines())) < 1000
+    assert max(map(len, outside_recipe.splitlines())) < 1100
     assert not INVISIBLE.search(card)
     card.encode("utf-8")
     assert "<script" not in outside_recipe
@@ -695,13 +711,15 @@ def test_hostile_field_leaves_the_structure_alone(path: str, attack: str):
 
 
 @pytest.mark.parametrize("attack", HOSTILE)
-def test_all_fields_hostile_at_once(attack: str):
+@pytest.mark.parametrize("of", RENDERERS)
+def test_all_fields_hostile_at_once(attack: str, of: str):
     record, benign = hostile_base(), hostile_base()
     for path in FREE_TEXT:
         if "@" not in path:
-            record = _with(record, _nested_name(path), HOSTILE[attack])
-            benign = _with(benign, _nested_name(path), "benign")
-    assert structure(render_card(record)) == structure(render_card(benign))
+            record, benign = _with(record, path, HOSTILE[attack]), _with(benign, path, "benign")
+    card, other = RENDERERS[of](record), RENDERERS[of](benign)
+    assert structure(card) == structure(other)
+    assert skeleton(card) == skeleton(other)
 
 
 def test_the_same_attacks_unescaped_do_break_the_structure():

@@ -87,6 +87,7 @@ def hub(server):
     for held in (server.repos, server.requests, server.faults, server.store):
         held.clear()
     server.xet_store = None
+    server.xet_hashes.clear()
     return server
 
 

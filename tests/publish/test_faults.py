@@ -80,6 +80,24 @@ def test_what_an_interrupted_upload_left_is_not_sent_again(hub, out, publish):
     assert on_hub(hub) == files_of(out / "checkpoint")
 
 
+def test_of_several_large_files_only_those_that_are_missing_are_sent(hub, out, publish):
+    fault = Fault("PUT /lfs/", 403, times=99, skip=1)
+    hub.faults.append(fault)
+    assert "error" in publish()
+    there = set(hub.store)
+    hub.faults.clear()
+    hub.requests.clear()
+    publish()
+    puts = [
+        path.rpartition("/")[2]
+        for method, path in hub.requests
+        if "PUT /lfs" in method + " " + path
+    ]
+    assert len(there) == 1
+    assert len(puts) == len(set(puts)) == len(hub.store) - 1 > 0
+    assert not there & set(puts)
+
+
 def test_without_a_token(hub, publish):
     assert "hf auth login" in publish(alone={})["error"]
     assert hub.repos == []

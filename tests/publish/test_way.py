@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import sys
@@ -138,12 +139,20 @@ def test_gated_like_its_base(hub, out, publish):
     assert publish(gated="auto")["gated"] == "auto"
 
 
-def test_through_xet(hub, out, publish, tmp_path):
-    pytest.importorskip("hf_xet")
+@pytest.mark.slow
+def test_through_xet_and_back(hub, out, publish, tmp_path):
+    """hf_xet's own chunks and store, on this disk: no large file goes any other way."""
+    hf_xet = pytest.importorskip("hf_xet")
     hub.xet_store = tmp_path / "xet"
     hub.xet_store.mkdir()
     told = publish(alone={"HF_TOKEN": TOKEN})
     assert set(told["uploaded"]) == set(files_of(out / "checkpoint"))
-    assert not any(path.startswith("/lfs/") for _, path in hub.requests)
     assert any(hub.xet_store.rglob("*"))
     assert publish(alone={"HF_TOKEN": TOKEN})["uploaded"] == []
+    shards = sorted((out / "checkpoint").glob("*.safetensors"))
+    for shard, known in zip(shards, hf_xet.hash_files(list(map(str, shards))), strict=True):
+        hub.xet_hashes[hashlib.sha256(shard.read_bytes()).hexdigest()] = known.hash
+    assert load_there(environment(hub, tmp_path / "fresh", HF_TOKEN=TOKEN), out) > 0
+    asked = [path for _, path in hub.requests]
+    assert any("/xet-read-token/" in path for path in asked)
+    assert not any(path.startswith(("/lfs/", "/large/")) for path in asked)
