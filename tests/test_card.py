@@ -221,10 +221,17 @@ def structure(card: str) -> list[tuple[str, str]]:
 
 
 @pytest.mark.parametrize(
-    ("name", "make"), [("card_demo.md", demo_record), ("card_not_measured.md", hub_record)]
+    ("name", "render", "make"),
+    [
+        ("card_demo.md", render_card, demo_record),
+        ("card_not_measured.md", render_card, hub_record),
+        ("card_adapter.md", render_adapter_card, hub_record),
+    ],
 )
-def test_card_is_the_golden_text(name: str, make: Callable[[], RunRecord]):
-    card = render_card(make())
+def test_card_is_the_golden_text(
+    name: str, render: Callable[[RunRecord], str], make: Callable[[], RunRecord]
+):
+    card = render(make())
     path = GOLDEN / name
     if os.environ.get("ABLITERATOR_REGENERATE_GOLDEN"):
         path.write_text(card, encoding="utf-8")
@@ -278,6 +285,16 @@ def test_header_is_what_the_hub_reads():
         "pipeline_tag": "text-generation",
         "tags": ["abliterated", "abliterator", "not-for-all-audiences"],
     }
+
+
+def test_the_header_of_an_adapter_says_what_it_is_and_claims_no_results():
+    data = ModelCard(render_adapter_card(hub_record())).data.to_dict()
+    assert data["base_model_relation"] == "adapter"
+    assert data["library_name"] == "peft"
+    assert "lora" in data["tags"]
+    record = demo_record()
+    assert ModelCard(render_adapter_card(record)).data.eval_results is None
+    assert "0.946 [0.910, 0.968]" in render_adapter_card(record)  # but the card has them
 
 
 def test_empty_and_cut_answers_have_columns_of_their_own():
@@ -542,10 +559,12 @@ def test_remote_code_is_loaded_as_such():
     assert render_card(record.model_copy(update={"recipe": recipe})).count("=True)") == 2 + 1
 
 
-def test_the_loading_snippet_is_python():
+@pytest.mark.parametrize("render", [render_card, render_adapter_card])
+@pytest.mark.parametrize("make", [demo_record, hub_record])
+def test_the_loading_snippet_is_python(render: Callable[[RunRecord], str], make):
     for remote in (False, True):
-        recipe = {**demo_record().recipe, "trust_remote_code": remote}
-        card = render_card(demo_record().model_copy(update={"recipe": recipe}))
+        recipe = {**make().recipe, "trust_remote_code": remote}
+        card = render(make().model_copy(update={"recipe": recipe}))
         compile(re.findall(r"```python\n(.*?)```", card, re.DOTALL)[0], "snippet", "exec")
 
 

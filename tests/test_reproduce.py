@@ -93,6 +93,38 @@ def test_differences_of_the_circumstances_are_told(project, tmp_path):
         compare_rebuilt(published, other)
 
 
+@pytest.mark.parametrize(
+    ("field", "told"),
+    [
+        (("tool", "version"), "abliterator: "),
+        (("recipe_digest",), "recipe digest: "),
+        (("provenance", "device"), "device: cpu, x"),
+        (("provenance", "dtype"), "dtype of computation: "),
+        (("provenance", "hardware"), "hardware: "),
+        (("provenance", "python"), "python: "),
+        (("provenance", "platform"), "platform: "),
+        (("provenance", "packages", "transformers"), "transformers: "),
+        (("provenance", "digests", "directions"), "sha256 of the directions: "),
+        (("model", "files_sha256", "config.json"), "base file config.json: "),
+    ],
+)
+def test_each_thing_that_can_make_other_bits_is_named_alone(project, tmp_path, field, told):
+    published, _ = project
+    other = Path(shutil.copytree(published, tmp_path / "other"))
+    record = json.loads((other / RECORD).read_text())
+    here = record
+    for part in field[:-1]:
+        here = here[part]
+    here[field[-1]] = "x"
+    (other / RECORD).write_text(json.dumps(record))
+    edits = json.loads((other / EDITS).read_text())
+    edits[0]["sha256_after"] = "0" * 64
+    (other / EDITS).write_text(json.dumps(edits))
+    (reason,) = compare_rebuilt(published, other).reasons
+    assert reason.startswith(told)
+    assert reason.endswith(", x")
+
+
 def test_from_the_hub_come_the_recipe_and_the_records_but_no_weights(project, tmp_path):
     script = "import sys; from abliterator.source import published_folder as f; print(f('a/b'))"
     with HubServer() as hub:

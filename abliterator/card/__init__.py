@@ -95,17 +95,16 @@ def _render(record: RunRecord, head: str, *, adapter: bool) -> str:
         gaps=list(_gaps(record)),
         recipe=yaml_fence(_shown_recipe(record.recipe)),
         base_literal=Markdown(hub_base(record) or "BASE"),
-        of_base=_arguments(record, adapter=adapter),
+        base_commit=_base_commit(record),
         remote_code=_remote_code(record),
     )
     return text.rstrip("\n") + "\n"
 
 
-def _arguments(record: RunRecord, *, adapter: bool) -> Markdown:
-    """What `from_pretrained` needs beside the name, as Python: the base's commit, remote code."""
-    commit = record.model.revision if adapter and hub_base(record) else None
-    pinned = f', revision="{commit}"' if COMMIT.fullmatch(commit or "") else ""
-    return Markdown(pinned + (", trust_remote_code=True" if _remote_code(record) else ""))
+def _base_commit(record: RunRecord) -> Markdown:
+    """The base's commit, if it is one and is on the Hub; else nothing."""
+    commit = record.model.revision or ""
+    return Markdown(commit if hub_base(record) and COMMIT.fullmatch(commit) else "")
 
 
 def _remote_code(record: RunRecord) -> bool:

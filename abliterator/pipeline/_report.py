@@ -102,4 +102,4 @@ def read_record(out: Path) -> RunRecord:
 
 
 RECORD = Stage("record", 2, _record_inputs, _record)
-CARD = Stage("card", 4, _card_inputs, _card)
+CARD = Stage("card", 5, _card_inputs, _card)
