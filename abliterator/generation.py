@@ -11,8 +11,8 @@ differ.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -25,6 +25,9 @@ from abliterator.record import Completion, FinishReason, Side
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedModel
     from transformers.generation.streamers import BaseStreamer
+
+
+Bar = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
 
 
 @dataclass(frozen=True)
@@ -170,6 +173,41 @@ def as_completions(
         )
         for index, (prompt, answer) in enumerate(zip(prompts, answers, strict=True))
     ]
+
+
+def answer_sets(
+    loaded: LoadedModel,
+    sets: Mapping[str, tuple[Sequence[str], Sequence[Sequence[int]]]],
+    *,
+    side: Side,
+    max_new_tokens: int,
+    batch_size: int,
+    bar: Bar,
+) -> list[Completion]:
+    """One side's answers to several prompt sets, as lines of rollouts.jsonl.
+
+    Args:
+        loaded: the model; its stop tokens end an answer. An edited folder has its base's config and
+            tokenizer byte for byte, so they are the same on both sides.
+        sets: by name, the prompts and the token ids of each when rendered.
+        side: which model answers.
+        max_new_tokens: at most this many tokens an answer.
+        batch_size: prompts at a time.
+        bar: shows progress; it is given a label and how many there are.
+    """
+    found: list[Completion] = []
+    for name, (prompts, token_ids) in sets.items():
+        with bar(f"{side} answers, {name}", len(prompts)) as advance:
+            answers = generate(
+                loaded,
+                token_ids,
+                max_new_tokens=max_new_tokens,
+                batch_size=batch_size,
+                stop_ids=stop_ids(loaded),
+                on_batch=advance,
+            )
+        found += as_completions(answers, prompts, set_name=name, side=side)
+    return found
 
 
 def _greedy(loaded: LoadedModel, max_new_tokens: int, stop_ids: Sequence[int]) -> GenerationConfig:

@@ -10,6 +10,8 @@ import tempfile
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+# Tests' servers are on this machine: no proxy stands before them, here or in a subprocess.
+os.environ["NO_PROXY"] = os.environ["no_proxy"] = "127.0.0.1,localhost"
 # Calibrations of judges, which records carry: none of the machine's own.
 os.environ["ABLITERATOR_CACHE"] = tempfile.mkdtemp(prefix="abliterator-cache-")
 # Where transformers copies remote code to before it runs it.

@@ -42,10 +42,7 @@ KEY = "sk-Quite0Secret9TestKey"
 
 
 @pytest.fixture(autouse=True)
-def _loopback(monkeypatch):
-    """No proxy, no key of the machine, and no long waits."""
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    monkeypatch.setenv("no_proxy", "127.0.0.1")
+def _no_long_waits(monkeypatch):
     monkeypatch.setattr(server_module, "WAIT", (0.01, 0.05))
 
 

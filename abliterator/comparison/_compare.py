@@ -151,21 +151,16 @@ def _known(judge: Judge) -> JudgeIdentity:
 def _answers(
     loaded: LoadedModel, side: Side, settings: CompareSettings, bar: Bar
 ) -> list[Completion]:
-    from abliterator.generation import as_completions, generate, stop_ids
+    from abliterator.generation import answer_sets
 
-    found: list[Completion] = []
-    for name, prompts in settings.prompts.items():
-        with bar(f"{side} answers, {name}", len(prompts)) as advance:
-            answers = generate(
-                loaded,
-                _rendered(loaded, prompts),
-                max_new_tokens=settings.max_new_tokens,
-                batch_size=settings.divergence.batch_size,
-                stop_ids=stop_ids(loaded),
-                on_batch=advance,
-            )
-        found += as_completions(answers, prompts, set_name=name, side=side)
-    return found
+    return answer_sets(
+        loaded,
+        {name: (asked, _rendered(loaded, asked)) for name, asked in settings.prompts.items()},
+        side=side,
+        max_new_tokens=settings.max_new_tokens,
+        batch_size=settings.divergence.batch_size,
+        bar=bar,
+    )
 
 
 def _rendered(loaded: LoadedModel, prompts: Sequence[str]) -> list[list[int]]:

@@ -55,24 +55,21 @@ def folder_of(run: Run, side: Side) -> Path:
 
 
 def _answers(run: Run, loaded: LoadedModel, side: Side) -> list[Completion]:
-    from abliterator.generation import as_completions, generate, stop_ids
+    from abliterator.generation import answer_sets
 
     settings = run.recipe.rollouts
-    found: list[Completion] = []
-    for name, prompts in prompt_sets(run).evaluation.items():
-        asked = prompts.prompts[: settings.limit]
-        with run.progress.bar(f"{side} answers, {name}", len(asked)) as advance:
-            answers = generate(
-                loaded,
-                run.render(loaded, asked),
-                max_new_tokens=settings.max_new_tokens,
-                batch_size=settings.batch_size,
-                # those of the base: its config and tokenizer are in the edited folder byte for byte
-                stop_ids=stop_ids(loaded),
-                on_batch=advance,
-            )
-        found += as_completions(answers, asked, set_name=name, side=side)
-    return found
+    asked = {
+        name: prompts.prompts[: settings.limit]
+        for name, prompts in prompt_sets(run).evaluation.items()
+    }
+    return answer_sets(
+        loaded,
+        {name: (prompts, run.render(loaded, prompts)) for name, prompts in asked.items()},
+        side=side,
+        max_new_tokens=settings.max_new_tokens,
+        batch_size=settings.batch_size,
+        bar=run.progress.bar,
+    )
 
 
 def completions(run: Run) -> list[Completion]:

@@ -84,8 +84,6 @@ class Recipe(Section):
         for source in plain["prompts"].values():
             if isinstance(source, dict) and source["path"] is not None:
                 source["path"] = Path(source["path"]).name
-        if not self.edit.adapts:
-            del plain["edit"]["output"]  # younger than recipes whose digest is published
         tasks = plain["benchmarks"]["tasks"]
         plain["benchmarks"]["tasks"] = [without_folder(task) for task in tasks]
         return plain
