@@ -54,6 +54,10 @@ MEASURES = {
     "truncated": "Cut at the token limit",
     "unscored": "Unscored",
 }
+GUARDS = {
+    "repetition": "Share that repeats itself (counted, not judged)",
+    "distinct": "Word pairs that are not repeats (counted, not judged)",
+}
 DIVERGENCES = {
     "kl_first_token": "KL(base, edited) of the first answer token, nats",
     "kl": "KL(base, edited) per answer token, nats",
@@ -89,6 +93,7 @@ def _render(record: RunRecord, head: str, *, adapter: bool) -> str:
         judged=any(record.behaviour.values()),
         sets=_sets(record),
         measures={key: Markdown(label) for key, label in MEASURES.items()},
+        guards={key: Markdown(label) for key, label in GUARDS.items()},
         divergences={key: Markdown(label) for key, label in DIVERGENCES.items()},
         benchmark_settings=_benchmark_settings(record.benchmarks),
         prompts=[(origin, _source(origin)) for origin in record.provenance.prompts],
