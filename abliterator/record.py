@@ -145,6 +145,17 @@ class BenchmarkResult(Frozen):
     truncated_edited: Estimate | None = None
 
 
+class QuantizedEdits(Frozen):
+    """The edited tensors of one quantised format, summed over `edits.json`."""
+
+    format: str
+    tensors: int
+    unpacked: bool  # written as bfloat16; else in their own format
+    max_leak: float | None
+    noise: float | None  # root mean square of |W' - E| / |W|, E the exact edit
+    noise_nearest: float | None  # the same by plain rounding
+
+
 class EditSummary(Frozen):
     """What was done to the weights, summed over `edits.json`."""
 
@@ -160,6 +171,7 @@ class EditSummary(Frozen):
     median_leak: float | None
     output_bytes: int | None
     edited_bytes: int | None
+    quantized: tuple[QuantizedEdits, ...] = ()
 
 
 class TensorEdit(Frozen):
@@ -178,7 +190,11 @@ class TensorEdit(Frozen):
     subspace: Literal["all", "block"] = "all"  # Q is that of all blocks, or of this block alone
     strength: float
     experts: tuple[int, ...] | None = None  # those edited of a tensor of several; None for all
+    storage: str | None = None  # how the base has it in units of scales, if it does
+    unpacked: bool = False  # written as plain numbers (BF16) though the base's were quantised
     leak: float | None  # |Qᵀ W'| / |Qᵀ W| of the stored bytes; None if W wrote nothing there
+    noise: float | None = None  # of quantised tensors: |W' - E| / |W|, E the exact edit
+    noise_nearest: float | None = None  # the same had every number been rounded to its nearest
     sha256_before: str
     sha256_after: str
 

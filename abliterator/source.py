@@ -373,6 +373,11 @@ def _require_safetensors(model: str, names: Iterable[str]) -> None:
     top_level = sorted(name for name in names if "/" not in name)
     if any(name.endswith(".safetensors") for name in top_level):
         return
+    if gguf := [name for name in top_level if name.endswith(".gguf")]:
+        raise CheckpointError(
+            f"The model {model} has its weights as GGUF ({gguf[0]}), and an edit is not stored in "
+            "that. Use the model it was made from, in bfloat16 or FP8, and convert the edited one."
+        )
     pickles = [name for name in top_level if name.endswith((".bin", ".pt", ".pth"))]
     seen = (
         f"only {', '.join(pickles[:3])}, which can run code when read" if pickles else "none at all"

@@ -361,7 +361,7 @@ def test_the_plain_formula_leaks_where_a_norm_follows(name, token_ids):
     assert max(leak_meter(model, basis, token_ids)) > 0.01
 
 
-@pytest.mark.parametrize("quantised", [{"quant_method": "fp8"}, {"bits": 4}])
+@pytest.mark.parametrize("quantised", [{"quant_method": "hqq"}, {"bits": 4}])
 def test_quantised_weights_are_refused(quantised):
     config = {"model_type": "llama", "num_hidden_layers": 2, "hidden_size": 8}
     with pytest.raises(UnsupportedModel, match="quantised"):

@@ -2,7 +2,14 @@ import pytest
 import torch
 
 from abliterator.errors import UnsupportedModel
-from abliterator.formats import FORMATS, format_of
+from abliterator.formats import (
+    F8_E4M3,
+    FORMATS,
+    MEASURED,
+    format_of,
+    measured,
+    preferred,
+)
 
 
 @pytest.mark.parametrize("name", FORMATS)
@@ -14,13 +21,25 @@ def test_a_view_is_of_the_bytes_themselves(name):
     assert torch.frombuffer(buffer, dtype=fmt.stored_dtype)[5] == 1.5
 
 
+def test_auto_keeps_what_keeps_the_edit():
+    """By the constants that were measured: no format's leak or noise asks for more bytes."""
+    for kind, ways in MEASURED.items():
+        assert preferred(kind) == "keep"
+        for k, kept in ways["keep"].items():
+            assert kept.leak > ways["dequantize"][k].leak
+            assert kept.noise > ways["dequantize"][k].noise
+    assert measured("MXFP4", "keep", 2) == (3, MEASURED["MXFP4"]["keep"][3])
+    assert measured("MXFP4", "keep", 0)[0] == 1
+    assert measured("MXFP4", "keep", 99)[0] == 16
+
+
 def test_an_unknown_format_names_the_tensor():
     with pytest.raises(UnsupportedModel, match=r"layers\.3.*F8_E5M2"):
         format_of("F8_E5M2", "layers.3")
 
 
 def test_rounding_in_fp8_against_the_sorted_numbers():
-    fmt = FORMATS["F8_E4M3"]
+    fmt = F8_E4M3
     line = torch.arange(-128, 128, dtype=torch.int16).to(torch.int8).view(fmt.stored_dtype).float()
     line = line[torch.isfinite(line)].unique()
     numbers = torch.linspace(-460, 460, 4001)

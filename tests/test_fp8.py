@@ -157,6 +157,6 @@ def test_fp8_without_its_scales_is_refused(fp8_folder, tmp_path):
     del stored[name + "_scale_inv"]
     save_file(stored, tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_bytes((fp8_folder / "config.json").read_bytes())
-    with pytest.raises(UnsupportedModel, match=f"{name} is stored as F8_E4M3 without"):
+    with pytest.raises(UnsupportedModel, match=f"{name} .* is stored as F8_E4M3 without"):
         baked(tmp_path, tmp_path / "out")
     assert not (tmp_path / "out").exists()

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from abliterator.anatomy._table import Component, Family, Part, Wrapper, table
 from abliterator.errors import CheckpointError, UnsupportedModel
+from abliterator.formats import Storage, storage_of
 
 Kind = Literal["weight", "bias"]
 Shape = tuple[int, ...]
@@ -65,7 +66,7 @@ class Anatomy:
         tied_embeddings: whether lm_head is the embedding: an edit of one would be an edit of both.
         n_experts: routed experts of a block; 0 where there are none.
         extra_blocks: blocks after the last one, which predict further tokens (MTP): left alone.
-        scaled: whether weights have block scales beside them (`weight_scale_inv`).
+        storage: how its weights are stored.
     """
 
     model_type: str
@@ -75,7 +76,7 @@ class Anatomy:
     tied_embeddings: bool
     n_experts: int = 0
     extra_blocks: int = 0
-    scaled: bool = False
+    storage: Storage = field(default_factory=Storage)
     _family: Family = field(kw_only=True, repr=False)
     _wrapper: Wrapper | None = field(default=None, kw_only=True, repr=False)
 
@@ -228,7 +229,7 @@ class Anatomy:
 
     def _check_claimed(self, known: str, name: str) -> None:
         """Stops at a tensor that is neither an expected writer nor a known reader of this model."""
-        plain = known.removesuffix("_scale_inv") if self.scaled else known
+        plain = self.storage.owner(known)
         writes = next((m for p in self._family.writer_names if (m := p.fullmatch(plain))), None)
         reads = next((m for p in self._family.reader_names if (m := p.fullmatch(plain))), None)
         match = writes or reads
@@ -303,7 +304,6 @@ def anatomy_of(config: Mapping[str, Any]) -> Anatomy:
     text = config if wrapper is None else _text_config(config, model_type)
     family = _family_of(str(text.get("model_type")), wrapper="text_config" in config)
     _check_requirements(model_type, family, text)
-    scaled = _check_quantisation(config)
     tied = text.get("tie_word_embeddings", config.get("tie_word_embeddings"))
     anatomy = Anatomy(
         model_type=model_type,
@@ -313,7 +313,7 @@ def anatomy_of(config: Mapping[str, Any]) -> Anatomy:
         tied_embeddings=bool(family.tied_by_default if tied is None else tied),
         n_experts=_n_experts(family, text),
         extra_blocks=max(int(text.get(key) or 0) for key in table().predictors.counted_by),
-        scaled=scaled,
+        storage=storage_of(config),
         _family=family,
         _wrapper=wrapper,
     )
@@ -385,23 +385,6 @@ def _check_requirements(model_type: str, family: Family, config: Mapping[str, An
                 f"with {key}: {value!r} keep one residual stream from block to block, which is "
                 "what an edit needs. Use another model."
             )
-
-
-def _check_quantisation(config: Mapping[str, Any]) -> bool:
-    """Whether weights are FP8 with block scales; stops at every other quantiser."""
-    settings = config.get("quantization_config")
-    if not settings:
-        return False
-    method = dict(settings).get("quant_method", "an unnamed method")
-    if method == "fp8" and dict(settings).get("weight_block_size"):
-        return True
-    if method == "mxfp4":  # its tensors have names of their own in the table
-        return False
-    raise UnsupportedModel(
-        f"The checkpoint is quantised ({method}): its tensors are packed, and editing such formats "
-        "is not supported. Use the float32, float16 or bfloat16 checkpoint of the model, or one in "
-        "FP8 with block scales or MXFP4."
-    )
 
 
 def _n_experts(family: Family, config: Mapping[str, Any]) -> int:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from abliterator.bake._plan import EditPlan, PlannedEdit, require_fit
-from abliterator.bake._stored import panels, residual_first
+from abliterator.bake._stored import PANEL_ELEMENTS
 from abliterator.bake._write import removal_of
 from abliterator.checkpoint import (
     ADAPTER_CONFIG,
@@ -19,7 +19,6 @@ from abliterator.checkpoint import (
     write_text_atomic,
 )
 from abliterator.errors import RecipeError, UnsupportedModel
-from abliterator.formats import FORMATS
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -89,9 +88,9 @@ def _factors(checkpoint: Checkpoint, edit: PlannedEdit, basis: Tensor) -> tuple[
 
     removal = removal_of(edit.writer, checkpoint, basis)
     stored = bytearray(checkpoint.read(edit.info.name))
-    weight = FORMATS[edit.info.dtype].view(stored, edit.info.shape)
-    (matrix,) = residual_first(weight, edit.writer)
-    reads = torch.cat([removal.read.T @ panel.double() for _, panel in panels(matrix)], dim=1)
+    (matrix,) = edit.layout.matrices(stored, edit.writer.axis)
+    panels = (matrix.decoded(*columns).double() for columns in matrix.ranges(PANEL_ELEMENTS))
+    reads = torch.cat([removal.read.T @ panel for panel in panels], dim=1)
     return reads.float().contiguous(), (-edit.strength * removal.take).float().contiguous()
 
 
@@ -107,9 +106,8 @@ def _require_low_rank(edit: PlannedEdit) -> None:
             f"`edit.embeddings` would edit {writer.name}, which the adapter that `edit.output` "
             "asks for leaves alone. Leave `embeddings: false`, or `output: checkpoint`."
         )
-    plain = edit.info.dtype in FORMATS and not FORMATS[edit.info.dtype].scaled
-    if edit.packed or not plain:
-        raise _no_adapter(edit, f"is stored in blocks with scales ({edit.info.dtype})")
+    if edit.layout.quantized:
+        raise _no_adapter(edit, f"is stored in units of scales ({edit.layout.kind})")
     if writer.component == "expert" or writer.fused or len(edit.info.shape) != 2:
         raise _no_adapter(edit, "belongs to experts, which share a module")
     if writer.axis != 0:

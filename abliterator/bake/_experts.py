@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from abliterator.anatomy import Writer
 from abliterator.errors import RecipeError, UnsupportedModel
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    pass
 
 Indices = tuple[int, ...]
 Chosen = Indices | Mapping[int, Indices | None]
@@ -68,14 +68,6 @@ def share_edited(writer: Writer, chosen: Mapping[int, Indices | None] | None) ->
     if own is None or writer.expert is None:
         return own
     return None if writer.expert in own else ()
-
-
-def parts_edited(stored: Tensor, experts: Indices | None) -> Iterator[Tensor]:
-    """Views of what is edited of a stored tensor: all, or [1, ...] of each chosen expert's."""
-    if experts is None:
-        yield stored
-    else:
-        yield from (stored[expert : expert + 1] for expert in experts)
 
 
 def _counts(writers: Sequence[Writer], shapes: Mapping[str, Sequence[int]]) -> dict[int, int]:

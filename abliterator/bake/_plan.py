@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Literal
 
 from abliterator.anatomy import Anatomy, Writer, broad_component
 from abliterator.bake._experts import Chosen, Indices, experts_of_blocks, share_edited
-from abliterator.checkpoint import Checkpoint, TensorInfo
+from abliterator.checkpoint import DTYPE_BITS, Checkpoint, TensorInfo
 from abliterator.errors import RecipeError, UnsupportedModel
-from abliterator.formats import FORMATS, SCALE_SUFFIX, format_of
+from abliterator.formats import FORMATS, Layout, Storage, Unpacked, preferred
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+Quantized = Literal["auto", "keep", "dequantize"]
 
 
 @dataclass(frozen=True)
@@ -36,33 +39,34 @@ class EditSettings:
     embeddings: bool = False
     biases: bool = True
     experts: Chosen | None = None
+    quantized: Quantized = "auto"
 
 
 @dataclass(frozen=True)
 class PlannedEdit:
     """One tensor that will be edited, where it lies, and how strongly.
 
-    `scale` is the tensor of its block scales, for formats that have them, and `block` their size.
-    `experts` are those that are edited of a tensor of several; None where it is edited whole.
+    `layout` is how it is stored, `stored` how it will be: the same, or plain numbers. `experts` are
+    those that are edited of a tensor of several; None where it is edited whole.
     """
 
     writer: Writer
     info: TensorInfo
     strength: float
-    scale: str | None = None
-    block: tuple[int, int] = (1, 1)
+    layout: Layout
+    stored: Layout
     experts: Indices | None = None
 
     @property
-    def edited_bytes(self) -> int:
-        """Bytes of what is edited of it."""
-        share = 1.0 if self.experts is None else len(self.experts) / self.info.shape[0]
-        return round(share * self.info.nbytes)
+    def unpacks(self) -> bool:
+        """Whether a quantised tensor is written as plain numbers."""
+        return self.stored is not self.layout
 
     @property
-    def packed(self) -> bool:
-        """Whether two numbers share a byte (MXFP4)."""
-        return self.writer.packed and self.writer.kind == "weight"
+    def edited_bytes(self) -> int:
+        """Bytes of what is edited of it, as it is stored afterwards."""
+        share = 1.0 if self.experts is None else len(self.experts) / self.info.shape[0]
+        return round(share * nbytes_of(self.stored))
 
 
 @dataclass(frozen=True)
@@ -77,6 +81,31 @@ class EditPlan:
     d_model: int
     n_layers: int
     writers: tuple[Writer, ...] = ()
+    storage: Storage = field(default_factory=Storage)
+
+    def unpacked(self, checkpoint: Checkpoint) -> Unpacked:
+        """What writing tensors as plain numbers changes beside them."""
+        names = [edit.info.name for edit in self.edits if edit.unpacks]
+        return self.storage.unpacked(checkpoint.tensors, names)
+
+    def stored_as(self, quantized: Quantized) -> EditPlan:
+        """The same plan with quantised tensors stored in another way."""
+        edits = (replace(edit, stored=_stored(edit.layout, quantized)) for edit in self.edits)
+        settings = replace(self.settings, quantized=quantized)
+        return replace(self, edits=tuple(edits), settings=settings)
+
+    def added_bytes(self, checkpoint: Checkpoint) -> int:
+        """By how many bytes the edited checkpoint's tensors outgrow the base's."""
+        unpacked, tensors = self.unpacked(checkpoint), checkpoint.tensors
+        dense = sum(nbytes_of(layout) for layout in unpacked.dense.values())
+        return dense - sum(tensors[name].nbytes for name in (*unpacked.layouts, *unpacked.dropped))
+
+    def largest_bytes(self, checkpoint: Checkpoint) -> int:
+        """Bytes of one tensor that baking holds at once, at most: as it was, and as it will be."""
+        dense = self.unpacked(checkpoint).dense
+        held = [edit.info.nbytes for edit in self.edits if edit.info.name not in dense]
+        held += [checkpoint.tensors[name].nbytes + nbytes_of(new) for name, new in dense.items()]
+        return max(held, default=0)
 
     def with_strengths(self, strengths: Mapping[str, float]) -> EditPlan:
         """The same plan at other strengths, by module path of the writer; 0 leaves it out."""
@@ -94,7 +123,7 @@ class EditPlan:
 
     @property
     def edited_bytes(self) -> int:
-        """Bytes that will be written anew."""
+        """Bytes of what is edited, as it is stored afterwards."""
         return sum(edit.edited_bytes for edit in self.edits)
 
 
@@ -125,7 +154,10 @@ def plan_edits(checkpoint: Checkpoint, anatomy: Anatomy, settings: EditSettings)
         share = share_edited(writer, chosen)
         if strength == 0 or share == () or (writer.kind == "bias" and not settings.biases):
             continue
-        edits.append(replace(_planned(writer, strength, checkpoint), experts=share))
+        layout = anatomy.storage.layout(writer.name, checkpoint.tensors)
+        info = checkpoint.tensors[writer.name]
+        stored = _stored(layout, settings.quantized)
+        edits.append(PlannedEdit(writer, info, strength, layout, stored, share))
         for gain in writer.gains:
             _require_plain(checkpoint.tensors[gain])
     if chosen is not None and not any(edit.writer.component == "expert" for edit in edits):
@@ -133,7 +165,9 @@ def plan_edits(checkpoint: Checkpoint, anatomy: Anatomy, settings: EditSettings)
             "`edit.experts` chooses experts, and `edit.strength` leaves them alone. Give `expert` "
             "(or `mlp`) a strength."
         )
-    return EditPlan(tuple(edits), settings, anatomy.d_model, anatomy.n_layers, writers)
+    return EditPlan(
+        tuple(edits), settings, anatomy.d_model, anatomy.n_layers, writers, anatomy.storage
+    )
 
 
 def require_fit(basis: Tensor, plan: EditPlan) -> None:
@@ -192,58 +226,19 @@ def _require_editable_embeddings(writers: tuple[Writer, ...], anatomy: Anatomy) 
         )
 
 
-def _planned(writer: Writer, strength: float, checkpoint: Checkpoint) -> PlannedEdit:
-    info = checkpoint.tensors[writer.name]
-    if writer.packed and writer.kind == "weight":
-        return _planned_packed(writer, strength, checkpoint)
-    if not format_of(info.dtype, writer.name).scaled:
-        return PlannedEdit(writer, info, strength)
-    scale = writer.name + SCALE_SUFFIX
-    block = _block_size(checkpoint.config)
-    if block is None or scale not in checkpoint.tensors or len(info.shape) != 2:
-        raise UnsupportedModel(
-            f"Tensor {writer.name} is stored as {info.dtype} without the block scales "
-            f"{scale} [rows / block, columns / block] and the weight_block_size in config.json "
-            "that belong to this format. Use a checkpoint with both, or one in bfloat16."
-        )
-    blocks = tuple(-(-size // step) for size, step in zip(info.shape, block, strict=True))
-    _require_plain(checkpoint.tensors[scale])
-    if checkpoint.tensors[scale].shape != blocks:
-        raise UnsupportedModel(
-            f"Tensor {scale} has shape {list(checkpoint.tensors[scale].shape)}, expected "
-            f"{list(blocks)}: one scale per block of {block[0]} x {block[1]}. Download the model "
-            "again, or use its bfloat16 checkpoint."
-        )
-    return PlannedEdit(writer, info, strength, scale, block)
+def nbytes_of(layout: Layout) -> int:
+    """Bytes of a tensor in this layout, without its scales."""
+    return math.prod(layout.shape) * DTYPE_BITS[layout.dtype] // 8
 
 
-def _planned_packed(writer: Writer, strength: float, checkpoint: Checkpoint) -> PlannedEdit:
-    info = checkpoint.tensors[writer.name]
-    scale = writer.name.removesuffix("_blocks") + "_scales"
-    found = checkpoint.tensors.get(scale)
-    right = found is not None and (found.dtype, found.shape) == ("U8", info.shape[:-1])
-    if not right or info.dtype != "U8" or info.shape[-1] != 16:
-        raise UnsupportedModel(
-            f"Tensor {writer.name} ({info.dtype}, {list(info.shape)}) is not stored as MXFP4 is: "
-            f"U8 [experts, d_model, blocks, 16] beside {scale}, U8 [experts, d_model, blocks]. "
-            "Download the model again, or use its bfloat16 checkpoint."
-        )
-    return PlannedEdit(writer, info, strength, scale)
-
-
-def _block_size(config: Mapping[str, object]) -> tuple[int, int] | None:
-    settings = config.get("quantization_config")
-    block = settings.get("weight_block_size") if isinstance(settings, Mapping) else None
-    if not isinstance(block, list) or len(block) != 2:
-        return None
-    rows, columns = block
-    whole = type(rows) is int and type(columns) is int and rows > 0 and columns > 0
-    return (rows, columns) if whole else None
+def _stored(layout: Layout, quantized: Quantized) -> Layout:
+    way = preferred(layout.kind) if quantized == "auto" else quantized
+    return layout.dense if layout.quantized and way == "dequantize" else layout
 
 
 def _require_plain(info: TensorInfo) -> None:
-    """Stops at a gain or scale that is stored in a form which would need scales itself."""
-    if info.dtype not in FORMATS or FORMATS[info.dtype].scaled:
+    """Stops at a gain that is stored in a form which would need scales."""
+    if info.dtype not in FORMATS:
         raise UnsupportedModel(
             f"Tensor {info.name}, on which an edit depends, is stored as {info.dtype}; expected "
             "float32, float16 or bfloat16. Use a checkpoint of the model in one of these formats."

@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from abliterator.anatomy import Writer
-from abliterator.bake._plan import EditPlan, PlannedEdit, require_fit
-from abliterator.bake._stored import edit_stored, read_scale, read_vector
+from abliterator.bake._plan import EditPlan, PlannedEdit, nbytes_of, require_fit
+from abliterator.bake._stored import StoredEdit, edit_stored, read_vector
 from abliterator.checkpoint import (
     CONFIG_FILE,
+    INDEX_FILE,
     Checkpoint,
     PatchedTensor,
     TensorInfo,
@@ -20,8 +21,11 @@ from abliterator.checkpoint import (
     copy_file,
     edited_config,
     patch_file,
+    relaid_index,
+    relay,
     write_text_atomic,
 )
+from abliterator.formats import Unpacked
 from abliterator.record import TensorEdit
 
 if TYPE_CHECKING:
@@ -41,8 +45,9 @@ def bake(
 ) -> tuple[TensorEdit, ...]:
     """Writes the edited checkpoint to `out`: weight files, and every other file a loader needs.
 
-    All bytes outside the planned tensors, headers included, are the base's; config.json is what
-    `write_config` makes of it. Memory is that of the largest edited tensor and a few panels.
+    All bytes outside the planned tensors are the base's; headers and index too, unless quantised
+    tensors are written as plain numbers; config.json is what `write_config` makes of it. Memory is
+    that of the largest edited tensor (and of it as plain numbers) and a few panels.
 
     Args:
         checkpoint: the base.
@@ -68,47 +73,89 @@ def _bake(
     made_from: Mapping[str, str] | None,
     on_bytes: Callable[[int], None] | None,
 ) -> tuple[TensorEdit, ...]:
-    planned = {edit.writer.name: edit for edit in plan.edits}
+    unpacked = plan.unpacked(checkpoint)
     done: list[TensorEdit] = []
     for file in checkpoint.weight_files:
-        leaks: dict[str, float | None] = {}
-
-        def rewrite(
-            info: TensorInfo, buffer: memoryview, leaks: dict[str, float | None] = leaks
-        ) -> None:
-            edit = planned[info.name]
-            scale = read_scale(checkpoint, edit)
-            removal = removal_of(edit.writer, checkpoint, basis)
-            leaks[info.name] = edit_stored(buffer, edit, removal, plan.settings, scale)
-
-        infos = [edit.info for edit in plan.edits if edit.info.file == file]
-        patched = patch_file(checkpoint.folder / file, out / file, infos, rewrite)
+        relaid = relay(checkpoint, file, unpacked.dense, unpacked.dropped)
+        rewrite = _Rewrite(checkpoint, plan, basis, unpacked)
+        patched = patch_file(
+            checkpoint.folder / file,
+            out / file,
+            [info for info in rewrite.infos if info.file == file],
+            rewrite,
+            relaid=relaid if relaid.changed else None,
+        )
         done += [
-            _report(planned[tensor.name], basis, leaks[tensor.name], tensor)
+            _report(rewrite.planned[tensor.name], basis, rewrite.found[tensor.name], tensor)
             for tensor in patched.tensors
+            if tensor.name in rewrite.found
         ]
         if on_bytes is not None:
-            on_bytes(patched.size)
+            on_bytes(checkpoint.file_bytes[file])
+    index = relaid_index(checkpoint, unpacked.dense, unpacked.dropped)
+    if index is not None:
+        write_text_atomic(out / INDEX_FILE, index)
     for file in carried_files(checkpoint.folder)[0]:
-        if file != CONFIG_FILE:
+        if file != CONFIG_FILE and (file != INDEX_FILE or index is None):
             copy_file(checkpoint.folder / file, out / file)
-    write_config(checkpoint, out, made_from)
+    write_config(checkpoint, plan, out, made_from)
     return tuple(done)
 
 
+class _Rewrite:
+    """The edit of every planned tensor, and what is written as plain numbers along with them.
+
+    `found` is what was measured of each edited tensor, by its name.
+    """
+
+    def __init__(
+        self, checkpoint: Checkpoint, plan: EditPlan, basis: Tensor, unpacked: Unpacked
+    ) -> None:
+        self._checkpoint, self._basis, self._settings = checkpoint, basis, plan.settings
+        self._unpacked = unpacked.layouts
+        self.planned = {edit.info.name: edit for edit in plan.edits}
+        names = dict.fromkeys([*self.planned, *self._unpacked])
+        self.infos = [checkpoint.tensors[name] for name in names]
+        self.found: dict[str, StoredEdit] = {}
+
+    def __call__(self, info: TensorInfo, buffer: memoryview) -> memoryview | None:
+        """Edits the bytes of one tensor in place, or returns it as plain numbers."""
+        edit, unpacked = self.planned.get(info.name), self._unpacked.get(info.name)
+        layout = edit.layout if edit is not None else unpacked
+        scales = None
+        if layout is not None and layout.scales is not None:
+            scales = self._checkpoint.read(layout.scales)
+        out = None if unpacked is None else memoryview(bytearray(nbytes_of(unpacked.dense)))
+        if edit is None:
+            if unpacked is None or scales is None or out is None:
+                raise ValueError(f"{info.name} is neither edited nor quantised")
+            unpacked.unpack(buffer, scales, out)
+            return out
+        removal = removal_of(edit.writer, self._checkpoint, self._basis)
+        self.found[info.name] = edit_stored(
+            buffer, edit, removal, self._settings, scales=scales, out=out
+        )
+        return out
+
+
 def write_config(
-    checkpoint: Checkpoint, out: Path, made_from: Mapping[str, str] | None = None
+    checkpoint: Checkpoint,
+    plan: EditPlan,
+    out: Path,
+    made_from: Mapping[str, str] | None = None,
 ) -> None:
     """Writes config.json of the edited checkpoint, with an entry that says who edited it.
 
     Args:
         checkpoint: the base.
+        plan: of the edit.
         out: folder of the edited checkpoint.
         made_from: what stands in the entry beside the version of abliterator: `recipe_digest`, or
             `subspace_sha256` where there was no recipe.
     """
     entry = {"version": version("abliterator"), **(made_from or {})}
-    write_text_atomic(out / CONFIG_FILE, edited_config(checkpoint.config, entry))
+    text = edited_config(checkpoint.config, entry, changed=plan.unpacked(checkpoint).config)
+    write_text_atomic(out / CONFIG_FILE, text)
 
 
 @contextmanager
@@ -139,10 +186,10 @@ def removal_of(writer: Writer, checkpoint: Checkpoint, basis: Tensor) -> Removal
 
 
 def _report(
-    edit: PlannedEdit, basis: Tensor, leak: float | None, patched: PatchedTensor
+    edit: PlannedEdit, basis: Tensor, found: StoredEdit, patched: PatchedTensor
 ) -> TensorEdit:
     return TensorEdit(
-        name=edit.writer.name,
+        name=edit.info.name,
         file=edit.info.file,
         component=edit.writer.component,
         layer=edit.writer.layer,
@@ -150,11 +197,15 @@ def _report(
         gains=edit.writer.gains,
         dtype=edit.info.dtype,
         shape=edit.info.shape,
+        storage=edit.layout.kind if edit.layout.quantized else None,
+        unpacked=edit.unpacks,
         k=basis.shape[-1],
         subspace="all" if basis.ndim == 2 else "block",
         strength=edit.strength,
         experts=edit.experts,
-        leak=leak,
+        leak=found.leak,
+        noise=found.noise,
+        noise_nearest=found.noise_nearest,
         sha256_before=patched.sha256_before,
         sha256_after=patched.sha256_after,
     )

@@ -4,7 +4,8 @@ The room reads safetensors headers itself, because the contract is about bytes: 
 file belongs to which tensor. It proves a folder sound before anything is written, streams the
 ranges that stay, hands the bytes of each tensor to be edited to its caller, and replaces a file
 only when all of it is on the disk. It does not know what an edit means, what a tensor is for, or
-how bytes become numbers; it never imports torch.
+how bytes become numbers; it never imports torch. Where tensors change dtype or shape, `relay` tells
+the new header.
 
     base = Checkpoint.open(Path("Llama-3.2-1B-Instruct"))
     names = ["model.layers.9.mlp.down_proj.weight"]
@@ -27,9 +28,11 @@ from abliterator.checkpoint._config import (
     edited_config,
 )
 from abliterator.checkpoint._fingerprint import fingerprint
-from abliterator.checkpoint._folder import CONFIG_FILE, Checkpoint
+from abliterator.checkpoint._folder import CONFIG_FILE, INDEX_FILE, Checkpoint
 from abliterator.checkpoint._header import DTYPE_BITS, TensorInfo
 from abliterator.checkpoint._patch import Edit, PatchedFile, PatchedTensor, patch_file
+from abliterator.checkpoint._relay import Relaid, relaid_index, relay
+from abliterator.checkpoint._stated import stated_base
 from abliterator.checkpoint._write import (
     copy_file,
     free_bytes,
@@ -45,10 +48,12 @@ __all__ = [
     "CONFIG_ENTRY",
     "CONFIG_FILE",
     "DTYPE_BITS",
+    "INDEX_FILE",
     "Checkpoint",
     "Edit",
     "PatchedFile",
     "PatchedTensor",
+    "Relaid",
     "TensorInfo",
     "adapter_config",
     "adapter_tensors",
@@ -61,6 +66,9 @@ __all__ = [
     "is_opened_by_loaders",
     "partial_of",
     "patch_file",
+    "relaid_index",
+    "relay",
+    "stated_base",
     "write_bytes_atomic",
     "write_text_atomic",
 ]

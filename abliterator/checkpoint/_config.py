@@ -6,7 +6,8 @@ Each has one allowed text, so that whoever verifies it can compute it again.
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 from abliterator.checkpoint._folder import ADAPTER_FILE
@@ -24,7 +25,10 @@ _FALSE_NOW = {"_name_or_path", CONFIG_ENTRY}
 
 
 def edited_config(
-    base: Mapping[str, Any], made_by: Mapping[str, str], *, without: Collection[str] = ()
+    base: Mapping[str, Any],
+    made_by: Mapping[str, str],
+    *,
+    changed: Mapping[str, Any] = MappingProxyType({}),
 ) -> str:
     """The one text that config.json of an edited checkpoint may have.
 
@@ -34,9 +38,11 @@ def edited_config(
     Args:
         base: the base's config.json, parsed.
         made_by: what the entry `abliterator` says.
-        without: further keys of the base that the edit made false.
+        changed: further keys of the base that the edit made false, and what is true; None leaves
+            the key out.
     """
-    kept = {key: value for key, value in base.items() if key not in _FALSE_NOW.union(without)}
+    gone = _FALSE_NOW.union(key for key, value in changed.items() if value is None)
+    kept = {key: changed.get(key, value) for key, value in base.items() if key not in gone}
     return json.dumps({**kept, CONFIG_ENTRY: dict(made_by)}, indent=2) + "\n"
 
 

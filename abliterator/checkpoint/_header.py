@@ -72,6 +72,23 @@ def read_header(folder: Path, file: str) -> tuple[list[TensorInfo], int]:
     return tensors, source.size
 
 
+def header_of(tensors: list[tuple[str, str, tuple[int, ...], int]], *, like: bytes) -> bytes:
+    """The first bytes of a file with these tensors (name, dtype, shape, bytes), one after another.
+
+    Its metadata is that of the header `like`, which has been checked. As in the reference
+    implementation, spaces at the end make the tensors begin at a multiple of 8.
+    """
+    metadata = json.loads(like[_PREFIX:]).get("__metadata__")
+    header: dict[str, Any] = {} if metadata is None else {"__metadata__": metadata}
+    at = 0
+    for name, dtype, shape, size in tensors:
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [at, at + size]}
+        at += size
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(_PREFIX, "little") + text
+
+
 def parse_json_object(text: bytes, path: Path, *, what: str) -> dict[str, Any]:
     """Parse UTF-8 bytes as one JSON object without duplicate names; errors say `what` it is.
 

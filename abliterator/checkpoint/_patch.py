@@ -1,25 +1,28 @@
 """One weight file written anew with some of its tensors edited, and all else copied as it is.
 
-That is possible because an edit keeps dtype and shape, so no offset moves. Every byte is written
-once, and memory holds the largest edited tensor once. To copy the whole file and then write over
-the edited tensors would write those twice.
+As a rule an edit keeps dtype and shape, so no offset moves; where tensors change them, a `Relaid`
+says where each tensor goes. Every byte is written once, and memory holds the largest edited tensor
+once. To copy the whole file and then write over the edited tensors would write those twice.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
+from typing import NamedTuple
 
 from abliterator.checkpoint._header import TensorInfo
 from abliterator.checkpoint._read import OpenFile, damaged, open_regular, read_fully, readable
+from abliterator.checkpoint._relay import Relaid
 from abliterator.checkpoint._write import copy_range, refuse_same_file, replacing, write_fully
 
-Edit = Callable[[TensorInfo, memoryview], None]
-"""Changes one tensor's bytes in place. The next tensor gets the same buffer: keep no part of it."""
+Edit = Callable[[TensorInfo, memoryview], memoryview | None]
+"""Changes one tensor's bytes in place, or returns others where the tensor gets another dtype or
+shape. The next tensor gets the same buffer: keep no part of it."""
 
 _CHUNK = 256 << 10  # bytes: a chunk is hashed while it is still in the processor's cache
 
@@ -43,7 +46,12 @@ class PatchedFile:
 
 
 def patch_file(
-    source: Path, destination: Path, tensors: Iterable[TensorInfo], edit: Edit
+    source: Path,
+    destination: Path,
+    tensors: Iterable[TensorInfo],
+    edit: Edit,
+    *,
+    relaid: Relaid | None = None,
 ) -> PatchedFile:
     """Write `source` to `destination` with `edit` applied to the bytes of each of `tensors`.
 
@@ -55,7 +63,8 @@ def patch_file(
         source: The base's safetensors file. It is only read.
         destination: Another file; its folder is made if needed, an older file is replaced.
         tensors: Tensors of this file, from `Checkpoint.tensors`, in any order.
-        edit: Changes a writable buffer of `info.nbytes` bytes in place.
+        edit: Changes a writable buffer of `info.nbytes` bytes in place, or returns others.
+        relaid: Header and order of the new file, if they are not the base's.
 
     Raises:
         CheckpointError: the source cannot be read or has become shorter since it was opened, or
@@ -67,25 +76,54 @@ def patch_file(
     with open_regular(source) as base, ThreadPoolExecutor(2) as hashing:
         if ordered and ordered[-1].end > base.size:
             raise damaged(source, f"it has become shorter since it was opened: {base.size} bytes")
-        with replacing(destination, base.size) as out:
+        size = base.size if relaid is None else relaid.size
+        with replacing(destination, size) as out:
             hashes = []
-            at = 0
-            for info in ordered:
-                copy_range(base, out, at, info.start)
-                part = buffer[: info.nbytes]
+            if relaid is not None:
+                write_fully(out, memoryview(relaid.header))
+            for step in _steps(base.size, ordered, relaid):
+                if isinstance(step, _Copy):
+                    copy_range(base, out, *step)
+                    continue
+                old, new = step
+                part = buffer[: old.nbytes]
+                base.stream.seek(old.start)
                 read_fully(base, part)
-                edit(info, part)
-                write_fully(out, part)
-                at = info.end
-                hashes.append(
-                    (hashing.submit(_sha256, base, info), hashing.submit(_sha256, out, info))
-                )
-            copy_range(base, out, at, base.size)
+                out.stream.seek(new.start)
+                # not bound to a name, so that it is gone before the next one is made
+                write_fully(out, edit(old, part) or part)
+                sides = (base, old), (out, new)
+                hashes.append((old, [hashing.submit(_sha256, *side) for side in sides]))
             patched = tuple(
-                PatchedTensor(info.name, before.result(), after.result())
-                for info, (before, after) in zip(ordered, hashes, strict=True)
+                PatchedTensor(old.name, *(digest.result() for digest in digests))
+                for old, digests in hashes
             )
-    return PatchedFile(destination, base.size, patched)
+    return PatchedFile(destination, size, patched)
+
+
+class _Copy(NamedTuple):
+    """Bytes `start` to `end` of the base, at `to`."""
+
+    start: int
+    end: int
+    to: int
+
+
+def _steps(
+    size: int, ordered: list[TensorInfo], relaid: Relaid | None
+) -> Iterator[_Copy | tuple[TensorInfo, TensorInfo]]:
+    """What is written one after the other: ranges of the base, and tensors that are edited."""
+    if relaid is None:
+        at = 0
+        for info in ordered:
+            yield _Copy(at, info.start, at)
+            yield info, info
+            at = info.end
+        yield _Copy(at, size, at)
+        return
+    edited = {info.name for info in ordered}
+    for old, new in relaid.tensors:
+        yield (old, new) if old.name in edited else _Copy(old.start, old.end, new.start)
 
 
 def _in_file_order(tensors: Iterable[TensorInfo]) -> list[TensorInfo]:

@@ -66,7 +66,7 @@ def copy_file(source: Path, destination: Path) -> int:
     """
     refuse_same_file(source, destination)
     with open_regular(source) as base, replacing(destination, base.size) as out:
-        copy_range(base, out, 0, base.size)
+        copy_range(base, out, 0, base.size, 0)
     return base.size
 
 
@@ -100,14 +100,17 @@ def refuse_same_file(source: Path, destination: Path) -> None:
             )
 
 
-def copy_range(source: OpenFile, out: OpenFile, start: int, end: int) -> None:
-    """Copy bytes to the same place of `out`, in the kernel where it can; both streams end there."""
-    at = start
+def copy_range(source: OpenFile, out: OpenFile, start: int, end: int, to: int) -> None:
+    """Copy bytes to the place `to` of `out`, in the kernel where it can.
+
+    Both streams end after what was copied.
+    """
+    at, shift = start, to - start
     with writable(out.path, out.size):
-        while at < end and (copied := _kernel_copy(source, out, at, end - at)):
+        while at < end and (copied := _kernel_copy(source, out, at, at + shift, end - at)):
             at += copied
     source.stream.seek(at)
-    out.stream.seek(at)
+    out.stream.seek(at + shift)
     buffer = memoryview(bytearray(min(_CHUNK, end - at)))
     while at < end:
         with readable(source.path):
@@ -147,12 +150,12 @@ def _no_room(destination: Path, size: int, free: int) -> CheckpointError:
     )
 
 
-def _kernel_copy(source: OpenFile, out: OpenFile, at: int, count: int) -> int:
+def _kernel_copy(source: OpenFile, out: OpenFile, at: int, to: int, count: int) -> int:
     """Copy up to `count` bytes without a trip through this process; 0 where that cannot be."""
     if not hasattr(os, "copy_file_range"):
         return 0
     try:
-        return os.copy_file_range(source.stream.fileno(), out.stream.fileno(), count, at, at)
+        return os.copy_file_range(source.stream.fileno(), out.stream.fileno(), count, at, to)
     except OSError as error:
         if error.errno in _NOT_HERE:
             return 0

@@ -59,8 +59,21 @@ def _storage(summary: Mapping[str, Any]) -> list[str]:
             f"norms        {summary['through_gains']} edits go through the gain of a norm that "
             "follows"
         )
+    for told in summary["quantised"]:
+        lines.append(f"quantised    {told['tensors']} tensors: {told['format']}; {told['way']}:")
+        lines += [_way(way, told[way]) for way in ("keep", "dequantize")]
     lines += [f"left alone   {n} tensors: {label}" for label, n in summary["left_alone"].items()]
     return lines if summary["formats"] else lines[1:]
+
+
+def _way(way: str, told: Mapping[str, Any]) -> str:
+    size = f"{told['bytes'] / 1e9:.3f} GB"
+    if told["leak"] is None:
+        return f"             {way}: {size} of weights; leak and noise not measured before"
+    return (
+        f"             {way}: {size} of weights, leak about {told['leak']:.0e}, noise "
+        f"{told['noise']:.1%} of the weights (constants, k = {told['k']})"
+    )
 
 
 def _selecting(summary: Mapping[str, Any], cost: Mapping[str, int]) -> str:

@@ -128,7 +128,8 @@ def _config_inputs(run: Run) -> Any:
 
 
 def _config(run: Run) -> tuple[list[Path], Parts]:
-    write_config(run.plan.checkpoint, run.workspace.checkpoint, _made_from(run))
+    plan, out = planned_edits(run), run.workspace.checkpoint
+    write_config(run.plan.checkpoint, plan, out, _made_from(run))
     return [run.workspace.checkpoint / CONFIG_FILE], {}
 
 

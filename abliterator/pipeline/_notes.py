@@ -18,8 +18,10 @@ def notes_on(source: ModelSource, checkpoint: Checkpoint) -> tuple[str, ...]:
         "folder.": not _has_template(source.folder),
         "The model is gated on the Hub. What is made of it carries its terms: a publication asks "
         "for them again.": source.gated,
-        "The weights are quantised and are edited in that format: what rounding leaves of the "
-        "directions is measured (`leak`), and a bfloat16 checkpoint leaves less.": bool(quantised),
+        "The weights are quantised. `edit.quantized` says whether they stay so; what rounding "
+        "leaves of the directions is measured (`leak`), and a bfloat16 checkpoint leaves less.": (
+            bool(quantised)
+        ),
         "config.json names Python code of its own. Where transformers does not have the model, the "
         "recipe needs `trust_remote_code: true` and, from the Hub, a revision.": "auto_map"
         in checkpoint.config,

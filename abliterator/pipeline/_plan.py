@@ -20,9 +20,11 @@ from abliterator.bake import (
     plan_edits,
     require_adapter_form,
 )
-from abliterator.checkpoint import Checkpoint, carried_files, free_bytes
+from abliterator.checkpoint import Checkpoint, carried_files, free_bytes, stated_base
 from abliterator.errors import OutputError, RecipeError
+from abliterator.formats import require_known_names, storage_of
 from abliterator.pipeline._notes import notes_on
+from abliterator.pipeline._storing import storage_ways
 from abliterator.recipe import Edit, Recipe, blocks_of
 
 if TYPE_CHECKING:
@@ -61,12 +63,13 @@ class Plan:
     @property
     def output_bytes(self) -> int:
         """Size of the edited checkpoint's files."""
-        return self.checkpoint.total_bytes + self.carried_bytes
+        added = self.edits.added_bytes(self.checkpoint)
+        return self.checkpoint.total_bytes + self.carried_bytes + added
 
     @property
     def bake_memory(self) -> int:
         """Bytes that baking needs at most: the largest edited tensor and a few panels of it."""
-        largest = max((edit.info.nbytes for edit in self.edits.edits), default=0)
+        largest = self.edits.largest_bytes(self.checkpoint)
         return largest + 36 * PANEL_ELEMENTS * 4  # measured: 17 in bfloat16, 33 in float32
 
     def writers(self) -> dict[str, dict[str, int]]:
@@ -104,6 +107,7 @@ class Plan:
             "n_experts": self.anatomy.n_experts,
             "through_gains": sum(bool(edit.writer.gains) for edit in self.edits.edits),
             "formats": dict(Counter(edit.info.dtype for edit in self.edits.edits)),
+            "quantised": storage_ways(self.edits, self.checkpoint, self.k),
             "left_alone": self.anatomy.left_alone(self.checkpoint.tensors),
             "edited_tensors": dict(planned),
             "untouched_tensors": len(self.checkpoint.tensors) - len(self.edits.edits),
@@ -132,6 +136,9 @@ def make_plan(source: ModelSource, edit: Edit, out: Path) -> Plan:
         UnsupportedModel: for an architecture, tensor or format that is not known.
     """
     checkpoint = Checkpoint.open(source.folder)
+    made_from = stated_base(source.folder)
+    storage_of(checkpoint.config, made_from)  # before the anatomy, which cannot name the base
+    require_known_names(checkpoint.tensors, made_from)
     anatomy = anatomy_of(checkpoint.config)
     carried, left_out = carried_files(source.folder)
     return Plan(
@@ -160,6 +167,7 @@ def edit_settings(edit: Edit, n_layers: int) -> EditSettings:
         embeddings=edit.embeddings,
         biases=edit.biases,
         experts=_experts(edit, n_layers),
+        quantized=edit.quantized,
     )
 
 

@@ -19,6 +19,7 @@ from abliterator.pipeline._extraction import tensor_edits
 from abliterator.pipeline._judging import judge_identity, verdicts_of
 from abliterator.pipeline._prompt_sets import prompt_sets
 from abliterator.pipeline._run import Run
+from abliterator.pipeline._storing import quantized_edits
 from abliterator.pipeline._tuned import planned_edits, tuning_record
 from abliterator.record import (
     Behaviour,
@@ -119,6 +120,7 @@ def _edit(run: Run) -> EditSummary:
         median_leak=median(leaks) if leaks else None,
         output_bytes=sum((run.workspace.checkpoint / name).stat().st_size for name in written),
         edited_bytes=planned_edits(run).edited_bytes,
+        quantized=quantized_edits(edits),
     )
 
 

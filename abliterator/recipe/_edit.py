@@ -117,6 +117,13 @@ class Edit(Section):
     """Edit the biases of edited matrices too."""
     rounding: Literal["nearest", "compensated"] = "compensated"
     """`compensated` chooses roundings so that what is stored writes nothing into the subspace."""
+    quantized: Literal["auto", "keep", "dequantize"] = "auto"
+    """Edited tensors that the base has in units of scales (FP8, MXFP4): `keep` stores them so.
+
+    `dequantize` writes them as bfloat16 (of experts, all tensors of the block's), and config.json
+    says which modules are no longer quantised: the checkpoint grows, and the edit is exact up to
+    bfloat16. `auto` chooses for each format by what was measured: `abliterator plan` tells.
+    """
     output: Literal["checkpoint", "adapter", "both"] = "checkpoint"
     """`adapter` and `both` write the edit as a LoRA for PEFT too, to OUT/adapter.
 

@@ -121,7 +121,7 @@ def _modules(base: Checkpoint, edits: Iterable[TensorEdit]) -> dict[str, str]:
     """The run-time module of each edited tensor, by the tensor's name."""
     writers = {writer.name: writer for writer in anatomy_of(base.config).writers(base.shapes)}
     for edit in edits:
-        plain = edit.dtype in FORMATS and not FORMATS[edit.dtype].scaled and len(edit.shape) == 2
+        plain = edit.dtype in FORMATS and len(edit.shape) == 2
         if edit.name not in writers or not plain or edit.axis != 0:
             raise CheckpointError(
                 f"{edit.name} was edited, and an edit of it has no low-rank form; an adapter of "

@@ -7,7 +7,15 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
-from abliterator.checkpoint import CONFIG_ENTRY, CONFIG_FILE, Checkpoint, edited_config
+from abliterator.checkpoint import (
+    CONFIG_ENTRY,
+    CONFIG_FILE,
+    INDEX_FILE,
+    Checkpoint,
+    edited_config,
+    relaid_index,
+)
+from abliterator.formats import Unpacked
 from abliterator.record import RunRecord, TensorEdit
 from abliterator.verification._findings import (
     EDITS,
@@ -26,31 +34,47 @@ _ENTRY = {
 }
 
 
-def compare_carried(base: Checkpoint, path: Path, file: str, found: Findings) -> None:
-    """One file beside the weights, which must be the base's."""
-    if not _hashed(base, path, file, found):
-        return
-    if found.sha256[file] == found.base_sha256[file]:
-        found.identical_bytes += path.stat().st_size
-    else:
-        found.faults.append(f"{file} differs from the base's.")
+class Beside:
+    """The files beside the weights of one checkpoint, each against what it must be."""
 
+    def __init__(
+        self, base: Checkpoint, checkpoint: Path, unpacked: Unpacked, found: Findings
+    ) -> None:
+        self._base, self._checkpoint, self._found = base, checkpoint, found
+        self._unpacked = unpacked
+        self._index = relaid_index(base, unpacked.dense, unpacked.dropped)
 
-def compare_config(base: Checkpoint, path: Path, file: str, found: Findings) -> None:
-    """config.json, which must be the one text that the base's and its own entry allow."""
-    if not _hashed(base, path, file, found):
-        return
-    text = path.read_bytes()
-    entry = _entry_of(text)
-    if entry is None:
-        found.faults.append(
-            f"{file} has no entry {CONFIG_ENTRY!r} with the version and the digest that "
-            "abliterator writes."
-        )
-    elif text != edited_config(base.config, entry).encode():
-        found.faults.append(
-            f"{file} differs from the base's by more than what abliterator changes in it."
-        )
+    def compare(self, file: str) -> None:
+        """One file: the base's, or the one text that an edit may make of it."""
+        path, found = self._checkpoint / file, self._found
+        found.base_sha256[file] = sha256_of(self._base.folder / file)
+        if not path.is_file():
+            found.faults.append(f"{file} is missing.")
+            return
+        found.sha256[file] = sha256_of(path)
+        if file == CONFIG_FILE:
+            self._compare_config(path.read_bytes(), file)
+        elif file == INDEX_FILE and self._index is not None:
+            if path.read_bytes() != self._index.encode():
+                found.faults.append(f"{file} is not what the edit makes of the base's.")
+        elif found.sha256[file] == found.base_sha256[file]:
+            found.identical_bytes += path.stat().st_size
+        else:
+            found.faults.append(f"{file} differs from the base's.")
+
+    def _compare_config(self, text: bytes, file: str) -> None:
+        entry = _entry_of(text)
+        if entry is None:
+            self._found.faults.append(
+                f"{file} has no entry {CONFIG_ENTRY!r} with the version and the digest that "
+                "abliterator writes."
+            )
+            return
+        allowed = edited_config(self._base.config, entry, changed=self._unpacked.config)
+        if text != allowed.encode():
+            self._found.faults.append(
+                f"{file} differs from the base's by more than what abliterator changes in it."
+            )
 
 
 def _entry_of(config: bytes) -> dict[str, str] | None:
@@ -63,16 +87,6 @@ def _entry_of(config: bytes) -> dict[str, str] | None:
         return None
     sound = all(isinstance(v, str) and _ENTRY[key].fullmatch(v) for key, v in entry.items())
     return entry if sound else None
-
-
-def _hashed(base: Checkpoint, path: Path, file: str, found: Findings) -> bool:
-    """Hashes a carried file on both sides; False, and a fault, where it is missing."""
-    found.base_sha256[file] = sha256_of(base.folder / file)
-    if not path.is_file():
-        found.faults.append(f"{file} is missing.")
-        return False
-    found.sha256[file] = sha256_of(path)
-    return True
 
 
 def check_record(checkpoint: Path, named: Mapping[str, TensorEdit], found: Findings) -> None:

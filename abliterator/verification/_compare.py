@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from abliterator.checkpoint import CONFIG_FILE, Checkpoint, TensorInfo, carried_files
+from abliterator.checkpoint import Checkpoint, TensorInfo, carried_files, relay
 from abliterator.errors import CheckpointError
+from abliterator.formats import Unpacked, storage_of
 from abliterator.record import TensorEdit
-from abliterator.verification._beside import check_record, compare_carried, compare_config
+from abliterator.verification._beside import Beside, check_record
 from abliterator.verification._findings import (
     EDITS,
     OURS,
@@ -52,15 +53,16 @@ def verify(
     opened = Checkpoint.open(base)
     found = Findings()
     named = _named(read_edits(checkpoint), opened, found)
-    measure = _Measure(named, leak_meter(opened, subspace))
+    unpacked = _unpacked(named, opened)
+    measure = _Measure(opened, named, unpacked, leak_meter(opened, subspace))
     for file in opened.weight_files:
         _compare_weights(opened, file, checkpoint / file, measure, found)
         if on_bytes is not None:
             on_bytes(opened.file_bytes[file])
     carried = carried_files(base)[0]
+    beside = Beside(opened, checkpoint, unpacked, found)
     for file in carried:
-        compare = compare_config if file == CONFIG_FILE else compare_carried
-        compare(opened, checkpoint / file, file, found)
+        beside.compare(file)
     check_record(checkpoint, named, found)
     for file in OURS:
         if (checkpoint / file).is_file():
@@ -84,6 +86,7 @@ def _named(
 ) -> dict[str, TensorEdit]:
     """The edits by name; a fault for each that does not fit the base."""
     named: dict[str, TensorEdit] = {}
+    storage = storage_of(base.config)
     for edit in edits:
         info = base.tensors.get(edit.name)
         if info is None:
@@ -100,9 +103,19 @@ def _named(
                 f"{EDITS} names experts {list(edit.experts or ())} of {edit.name}, which has "
                 f"{info.shape[0]}."
             )
+        elif edit.unpacked and not storage.layout(edit.name, base.tensors).quantized:
+            found.faults.append(
+                f"{EDITS} says that {edit.name} was quantised; in the base it is plain numbers."
+            )
         else:
             named[edit.name] = edit
     return named
+
+
+def _unpacked(named: Mapping[str, TensorEdit], base: Checkpoint) -> Unpacked:
+    """What follows for the rest of the checkpoint from the edits that left their layout."""
+    names = [edit.name for edit in named.values() if edit.unpacked]
+    return storage_of(base.config).unpacked(base.tensors, names)
 
 
 def leak_meter(base: Checkpoint, subspace: Path | None) -> LeakMeter | None:
@@ -122,80 +135,129 @@ def _compare_weights(
     found: Findings,
 ) -> None:
     """One weight file against the base's, from its header to its last byte."""
-    size = base.file_bytes[file]
-    if not _has_size(edited, file, size, found):
+    unpacked = measure.unpacked
+    relaid = relay(base, file, unpacked.dense, unpacked.dropped)
+    if not _has_size(edited, file, relaid.size, found):
         return
-    infos = [info for info in base.tensors.values() if info.file == file]
-    with (base.folder / file).open("rb") as first, edited.open("rb") as second:
+    source = base.folder / file
+    with source.open("rb") as first, edited.open("rb") as second:
         pair = _Pair(first, second)
-        if not pair.same(infos[0].start if infos else size):
-            found.faults.append(f"{file}: the header differs from the base's.")
-        for info in infos:
+        if not pair.has(relaid.header):
+            whose = "what the edit makes of the base's" if relaid.changed else "the base's"
+            found.faults.append(f"{file}: the header differs from {whose}.")
+        for info, new in relaid.tensors:
             if info.name in measure.named:
-                measure.edited(pair, info, found)
-            elif not pair.same(info.nbytes):
+                measure.edited(pair, info, new, found)
+            elif info.name in unpacked.layouts:
+                measure.decoded(pair, info, new, found)
+            elif not pair.same(info):
                 found.faults.append(
                     f"{file}: {info.name} differs from the base's, and {EDITS} does not name it."
                 )
     found.identical_bytes += pair.identical
-    found.base_sha256[file], found.sha256[file] = pair.first.hexdigest(), pair.second.hexdigest()
+    found.base_sha256[file] = sha256_of(source) if relaid.changed else pair.first.hexdigest()
+    found.sha256[file] = pair.second.hexdigest()
 
 
 def _has_size(path: Path, file: str, size: int, found: Findings) -> bool:
     if not path.is_file():
         found.faults.append(f"{file} is missing.")
     elif path.stat().st_size != size:
-        found.faults.append(f"{file} has {path.stat().st_size} bytes; the base's has {size}.")
+        found.faults.append(f"{file} has {path.stat().st_size} bytes; {size} were expected.")
     else:
         return True
     return False
 
 
 class _Pair:
-    """The same file of base and checkpoint, read side by side and hashed on the way."""
+    """The same file of base and checkpoint, hashed on the way.
+
+    The checkpoint's is read from its first byte to its last, and so is the base's unless its
+    tensors lie elsewhere; then `first` is of no use.
+    """
 
     def __init__(self, base: BinaryIO, edited: BinaryIO) -> None:
-        self._streams = base, edited
+        self._base, self._edited = base, edited
         self.first, self.second = hashlib.sha256(), hashlib.sha256()
         self.identical = 0
 
-    def read(self, size: int) -> tuple[bytearray, bytearray]:
-        """The next `size` bytes of both."""
-        parts = bytearray(size), bytearray(size)
-        for stream, part in zip(self._streams, parts, strict=True):
-            if stream.readinto(part) != size:  # type: ignore[attr-defined]
-                raise CheckpointError(
-                    f"{stream.name} became shorter while it was read; a folder that nobody "
-                    "writes to was expected. Run this again when it is at rest."
-                )
-        self.first.update(parts[0])
-        self.second.update(parts[1])
-        return parts
-
-    def same(self, size: int) -> bool:
-        """Whether the next `size` bytes of both are the same."""
-        same = True
-        for at in range(0, size, _CHUNK):
-            base, edited = self.read(min(_CHUNK, size - at))
-            same = same and base == edited
-        self.identical += size if same else 0
+    def has(self, header: bytes) -> bool:
+        """Whether the checkpoint's file begins so; the base's goes on behind its own header."""
+        self.base(0, len(header))
+        same = self.edited(len(header)) == header
+        self.identical += len(header) if same else 0
         return same
+
+    def base(self, start: int, size: int) -> bytearray:
+        """Bytes of the base from `start`."""
+        self._base.seek(start)
+        part = _read(self._base, size)
+        self.first.update(part)
+        return part
+
+    def edited(self, size: int) -> bytearray:
+        """The next bytes of the checkpoint."""
+        part = _read(self._edited, size)
+        self.second.update(part)
+        return part
+
+    def same(self, info: TensorInfo) -> bool:
+        """Whether the next bytes of the checkpoint are those of a tensor of the base."""
+        same = True
+        for at in range(0, info.nbytes, _CHUNK):
+            size = min(_CHUNK, info.nbytes - at)
+            same = (self.base(info.start + at, size) == self.edited(size)) and same
+        self.identical += info.nbytes if same else 0
+        return same
+
+
+def _read(stream: BinaryIO, size: int) -> bytearray:
+    part = bytearray(size)
+    if stream.readinto(part) != size:  # type: ignore[attr-defined]
+        raise CheckpointError(
+            f"{stream.name} became shorter while it was read; a folder that nobody writes to was "
+            "expected. Run this again when it is at rest."
+        )
+    return part
 
 
 @dataclass(frozen=True)
 class _Measure:
-    """What edits.json says, and the subspace against which it is measured again."""
+    """What edits.json says, what follows from it, and the subspace for measuring again."""
 
+    base: Checkpoint
     named: Mapping[str, TensorEdit]
+    unpacked: Unpacked
     meter: LeakMeter | None
 
-    def edited(self, pair: _Pair, info: TensorInfo, found: Findings) -> None:
+    def decoded(self, pair: _Pair, info: TensorInfo, new: TensorInfo, found: Findings) -> None:
+        """One tensor that is a plain number's worth of the base's, and nothing else."""
+        expected = self._unpacked(info, new, pair.base(info.start, info.nbytes))
+        if pair.edited(new.nbytes) != expected:
+            found.faults.append(f"{info.file}: {new.name} is not what the base's numbers are.")
+
+    def _unpacked(self, info: TensorInfo, new: TensorInfo, stored: bytearray) -> bytearray:
+        layout = self.unpacked.layouts[info.name]
+        numbers = bytearray(new.nbytes)
+        layout.unpack(stored, self.base.read(layout.scales or info.name), numbers)
+        return numbers
+
+    def edited(self, pair: _Pair, info: TensorInfo, new: TensorInfo, found: Findings) -> None:
         """One edited tensor: its hashes on both sides, and its leak."""
         edit = self.named[info.name]
-        before, after = pair.read(info.nbytes)
-        found.edited_bytes += info.nbytes
+        if edit.unpacked != (info.name in self.unpacked.layouts):
+            found.faults.append(
+                f"{EDITS} says that {info.name} is still quantised, and of others of its module "
+                "that they are not."
+            )
+            return
+        before, after = pair.base(info.start, info.nbytes), pair.edited(new.nbytes)
+        found.edited_bytes += new.nbytes
         if edit.experts is not None:
-            _compare_other_experts(info, edit.experts, (before, after), found)
+            others = before
+            if edit.unpacked:
+                others = self._unpacked(info, new, before)
+            _compare_other_experts(info, edit, (others, after), found)
         for side, data, said in (
             ("base", before, edit.sha256_before),
             ("edited", after, edit.sha256_after),
@@ -207,7 +269,7 @@ class _Measure:
                 )
         if self.meter is None:
             return
-        leak = self.meter.leak(info, before, after, edit.experts)
+        leak = self.meter.leak(info, before, after, edit.experts, unpacked=edit.unpacked)
         found.leaks += [] if leak is None else [leak]
         if not _agree(leak, edit.leak):
             found.faults.append(
@@ -217,14 +279,14 @@ class _Measure:
 
 
 def _compare_other_experts(
-    info: TensorInfo, edited: tuple[int, ...], sides: tuple[bytearray, bytearray], found: Findings
+    info: TensorInfo, edit: TensorEdit, sides: tuple[bytearray, bytearray], found: Findings
 ) -> None:
     """The bytes of the experts of a tensor that were not to be edited."""
-    size = info.nbytes // info.shape[0]
-    for expert in sorted(set(range(info.shape[0])) - set(edited)):
+    size = len(sides[1]) // info.shape[0]
+    for expert in sorted(set(range(info.shape[0])) - set(edit.experts or ())):
         before, after = (side[expert * size : (expert + 1) * size] for side in sides)
         if before == after:
-            found.identical_bytes += size
+            found.identical_bytes += 0 if edit.unpacked else size
             found.edited_bytes -= size
         else:
             found.faults.append(

@@ -31,7 +31,7 @@ class Verification:
         edited: tensors that edits.json names.
         identical_bytes: bytes, headers and files beside the weights included, equal to the base's.
             config.json is not among them: it is the base's but for what would be false now.
-        edited_bytes: bytes of the edited tensors.
+        edited_bytes: bytes of the edited tensors in the checkpoint.
         max_leak: largest |Qᵀ W'| / |Qᵀ W| measured again; None without a subspace.
         base_sha256: sha256 of each weight and carried file of the base, by relative path.
         sha256: the same of the checkpoint, with the files that abliterator adds.

@@ -1,7 +1,8 @@
 """What a tensor writes into the removed subspace, measured anew from stored bytes.
 
-This shares no code with the edit: the matrix is unrolled whole, in float64, and its block scales
-and the gains of the norms that follow it are multiplied out.
+This shares no code with the edit but how bytes become numbers (`formats`, which the loaders' own
+decoding is the oracle of): columns in float64, and the gains of the norms that follow multiplied
+out.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING
 from abliterator.anatomy import Writer, anatomy_of
 from abliterator.checkpoint import Checkpoint, TensorInfo
 from abliterator.errors import CheckpointError
-from abliterator.formats import SCALE_SUFFIX, format_of, mxfp4_numbers, mxfp4_scales
+from abliterator.formats import Layout, format_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -35,6 +36,7 @@ class LeakMeter:
             )
         self._base = base
         self._basis = basis.double()
+        self._storage = anatomy.storage
         self._writers: dict[str, Writer] = {
             writer.name: writer for writer in anatomy.writers(base.shapes)
         }
@@ -45,21 +47,28 @@ class LeakMeter:
         before: bytearray,
         after: bytearray,
         experts: tuple[int, ...] | None = None,
+        *,
+        unpacked: bool = False,
     ) -> float | None:
         """|Qᵀ D W'| / |Qᵀ D W|, D the gains that follow; None if W wrote nothing there.
 
         Args:
-            info: the tensor.
-            before: its bytes in the base.
-            after: its bytes as edited.
+            info: the base's tensor.
+            before: its bytes.
+            after: those of the edited one.
             experts: those alone are measured; None for the whole tensor.
+            unpacked: whether the edited one is plain numbers, of a tensor that was quantised.
 
         Raises:
             CheckpointError: if the tensor does not write the residual stream, or the subspace is
                 that of another model.
         """
         writer, read = self._writer(info.name), self.reads(info.name)
-        was, is_now = (self._squared(data, info, writer, read, experts) for data in (before, after))
+        layout, axis = self._storage.layout(info.name, self._base.tensors), writer.axis
+        was = self._squared(before, layout, axis, read, experts)
+        if unpacked:
+            layout, axis = layout.dense, layout.dense_axis(axis)
+        is_now = self._squared(after, layout, axis, read, experts)
         return (is_now / was) ** 0.5 if was > 0 else None
 
     def reads(self, name: str) -> Tensor:
@@ -108,48 +117,21 @@ class LeakMeter:
     def _squared(
         self,
         data: bytearray,
-        info: TensorInfo,
-        writer: Writer,
+        layout: Layout,
+        axis: int,
         read: Tensor,
         experts: tuple[int, ...] | None,
     ) -> float:
-        if writer.packed and writer.kind == "weight":
-            return self._squared_packed(data, info, read, experts)
-        fmt = format_of(info.dtype, info.name)
-        weight = fmt.view(data, info.shape)
-        if fmt.scaled:
-            weight = weight.double() * self._scales(info)
-        if experts is not None:
-            weight = weight[list(experts)]
-        # [H, c]; of a bias one column, of experts the columns of all
-        columns = weight[:, None] if weight.ndim == 1 else weight.movedim(writer.axis, 0).flatten(1)
-        if columns.shape[0] != read.shape[0]:
-            raise CheckpointError(
-                f"The subspace has {read.shape[0]} dimensions, and {info.name} writes "
-                f"{columns.shape[0]}: it was made for another model. Give the subspace of this run."
-            )
-        width = max(1, _PANEL_ELEMENTS // columns.shape[0])
-        panels = columns.split(width, dim=1)  # type: ignore[no-untyped-call]
-        return sum(float((read.T @ panel.double()).square().sum()) for panel in panels)
-
-    def _squared_packed(
-        self, data: bytearray, info: TensorInfo, read: Tensor, experts: tuple[int, ...] | None
-    ) -> float:
-        """The same of MXFP4: blocks [expert, H, b, 16] beside exponents [expert, H, b]."""
-        import torch
-
-        stored = bytearray(self._base.read(info.name.removesuffix("_blocks") + "_scales"))
-        blocks = torch.frombuffer(data, dtype=torch.uint8).view(info.shape)
-        exponents = torch.frombuffer(stored, dtype=torch.uint8).view(info.shape[:-1])
-        return sum(
-            float((read.T @ (mxfp4_numbers(b) * mxfp4_scales(e)).double()).square().sum())
-            for i, (b, e) in enumerate(zip(blocks, exponents, strict=True))
-            if experts is None or i in experts
-        )
-
-    def _scales(self, info: TensorInfo) -> Tensor:
-        """The scale of every element, of formats that keep one for each block."""
-        scales = self._stored(info.name + SCALE_SUFFIX)
-        for axis, block in enumerate(self._base.config["quantization_config"]["weight_block_size"]):
-            scales = scales.repeat_interleave(block, dim=axis).narrow(axis, 0, info.shape[axis])
-        return scales
+        scales = None if layout.scales is None else self._base.read(layout.scales)
+        total = 0.0
+        for matrix in layout.matrices(data, axis, scales, experts):
+            if matrix.shape[0] != read.shape[0]:
+                raise CheckpointError(
+                    f"The subspace has {read.shape[0]} dimensions, and {layout.name} writes "
+                    f"{matrix.shape[0]}: it was made for another model. Give the subspace of this "
+                    "run."
+                )
+            for start, stop in matrix.ranges(_PANEL_ELEMENTS):
+                columns = matrix.decoded(start, stop).double()
+                total += float((read.T @ columns).square().sum())
+        return total

@@ -1,11 +1,4 @@
-"""How a stored tensor becomes numbers and back: the storage formats that an edit can keep.
-
-The room knows bit layouts, not files and not what an edit means. Names are safetensors' own
-("BF16"). Every format here has the property that an edit needs: storing keeps dtype, shape and
-length, so that bytes can be replaced in place.
-
-    weight = FORMATS["BF16"].view(buffer, (4096, 4096))     # torch view of the bytes, no copy
-"""
+"""Number formats: what one stored number is, and how others round to it."""
 
 from __future__ import annotations
 
@@ -20,21 +13,19 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Format:
-    """One storage format, its dtypes by their torch names so that naming formats loads no torch.
+    """One number format, its dtypes by their torch names so that naming formats loads no torch.
 
     Attributes:
         name: as in a safetensors header.
         stored: dtype on disk.
         compute: dtype that edits are calculated in, wide enough that storing dominates the error.
         largest: largest finite number where storing would not saturate by itself, else None.
-        scaled: whether blocks of numbers have a scale, in a tensor of its own (`SCALE_SUFFIX`).
     """
 
     name: str
     stored: str
     compute: str
     largest: float | None = None
-    scaled: bool = False
 
     def view(self, buffer: memoryview | bytearray, shape: tuple[int, ...]) -> torch.Tensor:
         """The bytes as a tensor of `shape` in the stored dtype; writing to it writes the bytes."""
@@ -65,31 +56,49 @@ FORMATS = {
         Format("F16", "float16", "float32"),
         Format("F32", "float32", "float64"),
         Format("F64", "float64", "float64"),
-        # weights in FP8 are numbers in units of a block's scale, as DeepSeek and Qwen store them
-        Format("F8_E4M3", "float8_e4m3fn", "float32", largest=448.0, scaled=True),
     )
 }
+"""Formats whose numbers mean what they say, without scales."""
+
+# Weights in FP8 are numbers in units of a scale.
+F8_E4M3 = Format("F8_E4M3", "float8_e4m3fn", "float32", largest=448.0)
 
 # The eight sizes that a number in MXFP4 can have (E2M1).
 MXFP4_STEPS = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
-
-# A scaled tensor's scales, each for a block of rows and columns: weight = stored * scale.
-SCALE_SUFFIX = "_scale_inv"
+MXFP4_GROUP = 32  # numbers that share a scale, in 16 bytes
 
 
 def format_of(dtype: str, tensor: str) -> Format:
     """The format called `dtype` in a safetensors header.
 
     Raises:
-        UnsupportedModel: for a format whose edit is not implemented; it names `tensor`.
+        UnsupportedModel: for numbers that mean nothing without scales, and for formats that are not
+            known; it names `tensor`.
     """
     try:
         return FORMATS[dtype]
     except KeyError:
         raise UnsupportedModel(
-            f"Tensor {tensor} is stored as {dtype}; an edit can be stored in "
-            f"{', '.join(FORMATS)}. Use a checkpoint of the model in one of these formats."
+            f"Tensor {tensor} is stored as {dtype}; expected {', '.join(FORMATS)}. Use a "
+            "checkpoint of the model in one of these formats."
         ) from None
+
+
+def scales_of(data: bytes, dtype: str, shape: tuple[int, ...]) -> torch.Tensor:
+    """Stored scales as numbers, float64: of a plain format, or powers of two in one byte (E8M0).
+
+    A byte e is 2^(e - 127), whether a header calls it F8_E8M0 or, before safetensors had that name,
+    U8 (OCP Microscaling 1.0).
+    """
+    import torch
+
+    buffer = bytearray(data)
+    if dtype in FORMATS:
+        return FORMATS[dtype].view(buffer, shape).to(torch.float64)
+    return torch.exp2(torch.frombuffer(buffer, dtype=torch.uint8).view(shape).double() - 127)
+
+
+SCALE_DTYPES = (*FORMATS, "F8_E8M0", "U8")
 
 
 def mxfp4_numbers(blocks: torch.Tensor) -> torch.Tensor:
@@ -119,7 +128,7 @@ def mxfp4_scales(exponents: torch.Tensor) -> torch.Tensor:
     import torch
 
     scales = torch.exp2(exponents.float() - 127)
-    return scales.repeat_interleave(32, dim=1)
+    return scales.repeat_interleave(MXFP4_GROUP, dim=1)
 
 
 def mxfp4_rounded(numbers: torch.Tensor) -> torch.Tensor:

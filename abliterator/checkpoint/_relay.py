@@ -1,0 +1,115 @@
+"""The headers and the index of a checkpoint some of whose tensors change name, dtype or shape."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+from abliterator.checkpoint._folder import INDEX_FILE, Checkpoint, read_json
+from abliterator.checkpoint._header import DTYPE_BITS, TensorInfo, header_of
+from abliterator.checkpoint._read import open_regular
+
+
+class Told(Protocol):
+    """What a header says of one tensor."""
+
+    @property
+    def name(self) -> str:
+        """Of the tensor."""
+
+    @property
+    def dtype(self) -> str:
+        """Safetensors' name of the format."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Lengths of the axes."""
+
+
+@dataclass(frozen=True)
+class Relaid:
+    """A weight file as it will be.
+
+    Attributes:
+        header: its first bytes, up to the first tensor.
+        tensors: in the order of their bytes, each after the tensor of the base that it is made of.
+        size: of the file, in bytes.
+    """
+
+    header: bytes
+    tensors: tuple[tuple[TensorInfo, TensorInfo], ...]
+    size: int
+
+    @property
+    def changed(self) -> bool:
+        """Whether a tensor lies elsewhere than in the base."""
+        return any(old != new for old, new in self.tensors)
+
+
+def relay(
+    base: Checkpoint, file: str, changes: Mapping[str, Told], dropped: Collection[str]
+) -> Relaid:
+    """How one weight file looks when tensors become `changes` and `dropped` are left out.
+
+    A file without any of both is as it was, header included. In another one wider numbers come
+    first, as the reference implementation writes them, so that every tensor stays aligned; else the
+    order is the base's.
+
+    Args:
+        base: the checkpoint.
+        file: one of its weight files.
+        changes: what tensors become, by the base's name.
+        dropped: names of tensors.
+
+    Raises:
+        CheckpointError: the file cannot be read.
+    """
+    infos = [info for info in base.tensors.values() if info.file == file]
+    with open_regular(base.folder / file) as source:
+        end = infos[0].start if infos else source.size
+        header = source.stream.read(end)
+    kept = [info for info in infos if info.name not in dropped]
+    if len(kept) == len(infos) and not any(info.name in changes for info in infos):
+        return Relaid(header, tuple((info, info) for info in infos), base.file_bytes[file])
+    wanted: list[tuple[TensorInfo, Told]] = [(info, changes.get(info.name, info)) for info in kept]
+    wanted.sort(key=lambda pair: -DTYPE_BITS.get(pair[1].dtype, 8))
+    sizes = [_nbytes(info, new) for info, new in wanted]
+    pairs = [(new, size) for (_, new), size in zip(wanted, sizes, strict=True)]
+    header = header_of([(new.name, new.dtype, new.shape, n) for new, n in pairs], like=header)
+    at, tensors = len(header), []
+    for (info, new), size in zip(wanted, sizes, strict=True):
+        tensors.append((info, TensorInfo(new.name, file, new.dtype, new.shape, at, at + size)))
+        at += size
+    return Relaid(header, tuple(tensors), at)
+
+
+def relaid_index(
+    base: Checkpoint, changes: Mapping[str, Told], dropped: Collection[str]
+) -> str | None:
+    """The text of the index afterwards; None where the base has none, or nothing changes."""
+    path = base.folder / INDEX_FILE
+    if not (changes or dropped) or not path.is_file():
+        return None
+    index = read_json(path)
+    index["weight_map"] = {
+        changes[name].name if name in changes else name: file
+        for name, file in index["weight_map"].items()
+        if name not in dropped
+    }
+    if isinstance(index.get("metadata"), dict):
+        total = sum(
+            _nbytes(info, changes[name]) if name in changes else info.nbytes
+            for name, info in base.tensors.items()
+            if name not in dropped
+        )
+        index["metadata"] = {**index["metadata"], "total_size": total}
+    return json.dumps(index, indent=2) + "\n"
+
+
+def _nbytes(info: TensorInfo, new: Told) -> int:
+    if (info.dtype, info.shape) == (new.dtype, new.shape):
+        return info.nbytes
+    return math.prod(new.shape) * DTYPE_BITS[new.dtype] // 8

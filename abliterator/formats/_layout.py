@@ -1,0 +1,286 @@
+"""Layouts: how one tensor's numbers lie in its bytes, in plain formats and in units of scales."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from abliterator.formats._numbers import (
+    F8_E4M3,
+    FORMATS,
+    MXFP4_GROUP,
+    Format,
+    mxfp4_blocks,
+    mxfp4_numbers,
+    mxfp4_rounded,
+    mxfp4_scales,
+    scales_of,
+)
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+Shape = tuple[int, ...]
+Bytes = memoryview | bytearray
+Experts = tuple[int, ...] | None
+
+UNPACKED_ELEMENTS = 1 << 19  # numbers that are in memory beside the bytes
+
+DENSE = "BF16"
+"""What a quantised tensor is written as when it does not keep its layout."""
+
+
+class Matrix(ABC):
+    """A stored matrix [H, n] as the residual stream sees it; what is put is put into its bytes.
+
+    `compute` is the dtype of calculations; `rounded` takes numbers in units of their scales to the
+    nearest that can be stored.
+    """
+
+    compute: torch.dtype
+    rounded: Callable[[Tensor], Tensor]
+    shape: tuple[int, int]
+
+    @abstractmethod
+    def get(self, start: int, stop: int) -> tuple[Tensor, Tensor | None]:
+        """A copy of columns [H, c] in `compute`, in units of the scales [H, c], if it has any."""
+
+    @abstractmethod
+    def put(self, start: int, numbers: Tensor) -> None:
+        """Stores numbers [H, c], which are representable in units of the scales, from a column."""
+
+    def ranges(self, elements: int) -> Iterator[tuple[int, int]]:
+        """Columns that may be got at once: about so many elements."""
+        rows, columns = self.shape
+        width = max(1, elements // rows)
+        for start in range(0, columns, width):
+            yield start, min(start + width, columns)
+
+    def decoded(self, start: int, stop: int) -> Tensor:
+        """Columns [H, c] as the numbers that they mean, in `compute`."""
+        numbers, scale = self.get(start, stop)
+        return numbers if scale is None else numbers.mul_(scale)
+
+
+@dataclass(frozen=True)
+class Layout(ABC):
+    """How one tensor is stored.
+
+    Attributes:
+        name: of the tensor.
+        dtype: as in its header.
+        shape: as in its header.
+        scales: name of the tensor of its scales, if it has any.
+    """
+
+    name: str
+    dtype: str
+    shape: Shape
+    scales: str | None = None
+
+    kind = "plain"  # as `MEASURED` and people call it
+
+    @property
+    def quantized(self) -> bool:
+        """Whether its numbers are in units of scales."""
+        return self.scales is not None
+
+    @property
+    def dense(self) -> PlainLayout:
+        """The layout of the same numbers without scales."""
+        return PlainLayout(self.name, DENSE, self.shape)
+
+    def dense_axis(self, axis: int) -> int:
+        """Which axis of `dense` is this axis."""
+        return axis
+
+    def unpack(self, buffer: Bytes, scales: bytes, out: Bytes) -> None:
+        """Writes the numbers in the layout `dense` to `out`, each rounded to the nearest."""
+        axis = max(0, min(1, len(self.shape) - 2))
+        targets = self.dense.matrices(out, self.dense_axis(axis))
+        for source, target in zip(self.matrices(buffer, axis, scales), targets, strict=True):
+            for start, stop in source.ranges(UNPACKED_ELEMENTS):
+                target.put(start, target.rounded(source.decoded(start, stop)))
+
+    @abstractmethod
+    def matrices(
+        self,
+        buffer: Bytes,
+        axis: int,
+        scales: bytes | None = None,
+        experts: Experts = None,
+    ) -> Iterator[Matrix]:
+        """The stored matrices: one, or one per expert.
+
+        Args:
+            buffer: the tensor's bytes.
+            axis: of the tensor that lies in the residual stream.
+            scales: bytes of the tensor `scales`.
+            experts: those alone, one by one, of a tensor whose first axis counts them.
+        """
+
+
+@dataclass(frozen=True)
+class PlainLayout(Layout):
+    """Numbers in a plain format; of any axis order, dense or of experts."""
+
+    def matrices(
+        self,
+        buffer: Bytes,
+        axis: int,
+        scales: bytes | None = None,
+        experts: Experts = None,
+    ) -> Iterator[Matrix]:
+        """See `Layout.matrices`."""
+        fmt = FORMATS[self.dtype]
+        for weight in _matrices(fmt.view(buffer, self.shape), axis, experts):
+            yield _Plain(fmt, weight)
+
+
+@dataclass(frozen=True)
+class ScaledLayout(Layout):
+    """FP8 numbers, each block of which has a scale: weight = number x scale.
+
+    `block` is the size of a block on each axis of the tensor; with one scale a row it is a row,
+    with one a tensor all of it.
+    """
+
+    block: Shape = ()
+    scale_dtype: str = "F32"
+    kind: str = "FP8"
+
+    def matrices(
+        self,
+        buffer: Bytes,
+        axis: int,
+        scales: bytes | None = None,
+        experts: Experts = None,
+    ) -> Iterator[Matrix]:
+        """See `Layout.matrices`."""
+        if scales is None:
+            raise ValueError(f"{self.name} comes without its scales")
+        counts = tuple(-(-n // step) for n, step in zip(self.shape, self.block, strict=True))
+        units = scales_of(scales, self.scale_dtype, counts)
+        steps = self.block[-2:] if axis == len(self.shape) - 2 else self.block[:-3:-1]
+        pairs = zip(
+            _matrices(F8_E4M3.view(buffer, self.shape), axis, experts),
+            _matrices(units, axis, experts),
+            strict=True,
+        )
+        for weight, unit in pairs:
+            yield _Scaled(F8_E4M3, weight, unit, steps)
+
+
+@dataclass(frozen=True)
+class Mxfp4Layout(Layout):
+    """MXFP4 (OCP Microscaling 1.0): blocks [expert, H, b, 16] beside exponents [expert, H, b].
+
+    As plain numbers it is what transformers' gpt-oss has without quantisation: [expert, 32 b, H].
+    """
+
+    kind = "MXFP4"
+    plain_name: str = ""
+
+    @property
+    def dense(self) -> PlainLayout:
+        """See `Layout.dense`."""
+        experts, rows, blocks, _ = self.shape
+        return PlainLayout(self.plain_name, DENSE, (experts, MXFP4_GROUP * blocks, rows))
+
+    def dense_axis(self, axis: int) -> int:
+        """See `Layout.dense_axis`."""
+        return 3 - axis
+
+    def matrices(
+        self,
+        buffer: Bytes,
+        axis: int,
+        scales: bytes | None = None,
+        experts: Experts = None,
+    ) -> Iterator[Matrix]:
+        """See `Layout.matrices`."""
+        import torch
+
+        if scales is None or axis != 1:
+            raise ValueError(f"{self.name}: its scales and axis 1 were expected, not {axis}")
+        blocks = torch.frombuffer(buffer, dtype=torch.uint8).view(self.shape)
+        exponents = torch.frombuffer(bytearray(scales), dtype=torch.uint8).view(self.shape[:-1])
+        for part in [slice(None)] if experts is None else [slice(e, e + 1) for e in experts]:
+            yield _Mxfp4(blocks[part], exponents[part])
+
+
+class _Plain(Matrix):
+    def __init__(self, fmt: Format, weight: Tensor) -> None:
+        self._weight = weight
+        self.compute, self.rounded = fmt.compute_dtype, fmt.rounded
+        self.shape = (weight.shape[0], weight.shape[1])
+
+    def get(self, start: int, stop: int) -> tuple[Tensor, Tensor | None]:
+        return self._weight[:, start:stop].to(self.compute, copy=True), None
+
+    def put(self, start: int, numbers: Tensor) -> None:
+        self._weight[:, start : start + numbers.shape[1]].copy_(numbers)
+
+
+class _Scaled(_Plain):
+    def __init__(self, fmt: Format, weight: Tensor, units: Tensor, block: Shape) -> None:
+        super().__init__(fmt, weight)
+        self._units, self._block = units, block
+
+    def get(self, start: int, stop: int) -> tuple[Tensor, Tensor | None]:
+        import torch
+
+        rows = torch.arange(self.shape[0]) // self._block[0]
+        columns = torch.arange(start, stop) // self._block[1]
+        scale = self._units[rows[:, None], columns[None, :]].to(self.compute)
+        return super().get(start, stop)[0], scale
+
+
+class _Mxfp4(Matrix):
+    """All experts' columns one after the other, as a dense [expert, in, out] has them."""
+
+    def __init__(self, blocks: Tensor, exponents: Tensor) -> None:
+        import torch
+
+        self._blocks, self._exponents = blocks, exponents
+        self.compute, self.rounded = torch.float32, mxfp4_rounded
+        self._inside = MXFP4_GROUP * blocks.shape[2]
+        self.shape = (blocks.shape[1], blocks.shape[0] * self._inside)
+
+    def ranges(self, elements: int) -> Iterator[tuple[int, int]]:
+        width = MXFP4_GROUP * max(1, elements // (MXFP4_GROUP * self.shape[0]))
+        for expert in range(0, self.shape[1], self._inside):
+            for start in range(expert, expert + self._inside, width):
+                yield start, min(start + width, expert + self._inside)
+
+    def get(self, start: int, stop: int) -> tuple[Tensor, Tensor | None]:
+        expert, part = self._part(start, stop - start)
+        scale = mxfp4_scales(self._exponents[expert, :, part])
+        return mxfp4_numbers(self._blocks[expert, :, part]), scale
+
+    def put(self, start: int, numbers: Tensor) -> None:
+        expert, part = self._part(start, numbers.shape[1])
+        self._blocks[expert, :, part] = mxfp4_blocks(numbers)
+
+    def _part(self, start: int, width: int) -> tuple[int, slice]:
+        expert, column = divmod(start, self._inside)
+        return expert, slice(column // MXFP4_GROUP, (column + width) // MXFP4_GROUP)
+
+
+def _matrices(tensor: Tensor, axis: int, experts: Experts) -> Iterator[Tensor]:
+    parts = [tensor] if experts is None else [tensor[e : e + 1] for e in experts]
+    for part in parts:
+        yield from residual_first(part, axis)
+
+
+def residual_first(tensor: Tensor, axis: int) -> Iterator[Tensor]:
+    """Views [H, c] of a tensor: one, or one per expert; `axis`, the residual stream, is first."""
+    if tensor.ndim == 1:
+        yield tensor[:, None]
+    elif tensor.ndim == 3 and axis == 1:
+        yield from tensor
+    else:  # [out, in], or the other way round with all experts' rows together
+        yield tensor if axis == 0 else tensor.flatten(0, -2).T

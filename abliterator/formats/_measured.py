@@ -1,0 +1,109 @@
+"""What storing an edit in each format leaves and costs, as measured, and what is chosen for it.
+
+The figures are those of `python benchmarks/storage_formats.py` (d_model 2048, random weights and
+directions, one block); the bake measures its own on the bytes that it stored.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Literal, NamedTuple
+
+Way = Literal["keep", "dequantize"]
+
+
+class Measured(NamedTuple):
+    """One way of storing an edit of rank k.
+
+    Attributes:
+        leak: |Qᵀ W'| / |Qᵀ W| of the stored bytes, the largest of all tensors.
+        noise: |W' - E| / |W|, E the exact edit.
+    """
+
+    leak: float
+    noise: float
+
+
+# By `Layout.kind`, by way, by k.
+MEASURED: Mapping[str, Mapping[Way, Mapping[int, Measured]]] = {
+    "FP8, a scale a block": {
+        "keep": {
+            1: Measured(7.8e-5, 0.0178),
+            3: Measured(3.4e-5, 0.0220),
+            16: Measured(1.5e-5, 0.0258),
+        },
+        "dequantize": {
+            1: Measured(1.5e-6, 0.0017),
+            3: Measured(1.1e-6, 0.0017),
+            16: Measured(5.9e-7, 0.0017),
+        },
+    },
+    "FP8, a scale a row": {
+        "keep": {
+            1: Measured(6.6e-5, 0.0177),
+            3: Measured(3.3e-5, 0.0220),
+            16: Measured(1.5e-5, 0.0260),
+        },
+        "dequantize": {
+            1: Measured(1.4e-6, 0.0017),
+            3: Measured(1.1e-6, 0.0017),
+            16: Measured(6.0e-7, 0.0017),
+        },
+    },
+    "FP8, a scale a tensor": {
+        "keep": {
+            1: Measured(6.7e-5, 0.0178),
+            3: Measured(3.2e-5, 0.0221),
+            16: Measured(1.5e-5, 0.0259),
+        },
+        "dequantize": {
+            1: Measured(1.5e-6, 0.0017),
+            3: Measured(1.1e-6, 0.0017),
+            16: Measured(6.0e-7, 0.0017),
+        },
+    },
+    "MXFP4": {
+        "keep": {
+            1: Measured(4.7e-3, 0.0453),
+            3: Measured(6.1e-3, 0.0642),
+            16: Measured(6.1e-3, 0.0857),
+        },
+        "dequantize": {
+            1: Measured(2.7e-6, 0.0016),
+            3: Measured(9.9e-7, 0.0016),
+            16: Measured(6.0e-7, 0.0017),
+        },
+    },
+}
+
+# What the format itself rounded away of the weights it was made from: |W - original| / |original|.
+OWN_NOISE: Mapping[str, float] = {
+    "FP8, a scale a block": 0.0265,
+    "FP8, a scale a row": 0.0265,
+    "FP8, a scale a tensor": 0.0265,
+    "MXFP4": 0.1159,
+}
+
+# Above this share of the directions left, an edit in the format is no longer the edit asked for: it
+# is what plain rounding to bfloat16 leaves, 6e-3 at k = 1, and a little more.
+LEAK_LIMIT = 1e-2
+
+
+def measured(kind: str, way: Way, k: int) -> tuple[int, Measured]:
+    """The figures for the smallest k measured that is at least k, or the largest; and that k."""
+    by_k = MEASURED[kind][way]
+    rank = min((known for known in by_k if known >= k), default=max(by_k))
+    return rank, by_k[rank]
+
+
+def preferred(kind: str) -> Way:
+    """What `edit.quantized: auto` does with tensors of this kind (`Layout.kind`).
+
+    A format is kept while every leak measured of it is below `LEAK_LIMIT`, and the noise that
+    keeping adds below what the format itself costs.
+    """
+    if kind not in MEASURED:  # plain numbers are kept as they are
+        return "keep"
+    kept = MEASURED[kind]["keep"].values()
+    fits = all(m.leak <= LEAK_LIMIT and m.noise <= OWN_NOISE[kind] for m in kept)
+    return "keep" if fits else "dequantize"
