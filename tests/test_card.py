@@ -38,6 +38,7 @@ from abliterator.record import (
     ModelIdentity,
     PromptOrigin,
     Provenance,
+    QuantizedEdits,
     Quotation,
     RunRecord,
     Tool,
@@ -424,6 +425,27 @@ def test_the_structure_is_told_and_the_pictures_are_shown_where_there_are_any():
     images = [token for token in tokens_of(body_of(shown)) if token.type == "image"]
     assert [image.attrs["src"] for image in images] == list(PICTURES)
     assert all(image.content for image in images)  # told in words where it cannot be seen
+
+
+@pytest.mark.parametrize(
+    ("unpacked", "says"), [(False, "Kept in this format"), (True, "Written as bfloat16")]
+)
+def test_what_quantised_tensors_became_is_on_the_card(unpacked: bool, says: str):
+    edits = QuantizedEdits(
+        format="MXFP4",
+        tensors=24,
+        unpacked=unpacked,
+        max_leak=4.7e-3,
+        noise=0.0453,
+        noise_nearest=0.0212,
+    )
+    edit = demo_record().edit.model_copy(update={"quantized": (edits,)})
+    card = render_card(demo_record().model_copy(update={"edit": edit}))
+    assert (
+        f"| `MXFP4`: 24 edited tensors | {says}; leak at most 4.7e-03, rounding noise 4.5e-02 of "
+        "the weights (2.1e-02 by plain rounding) |"
+    ) in card
+    assert "MXFP4" not in render_card(demo_record())
 
 
 def test_the_lock_is_on_the_card():

@@ -103,6 +103,7 @@ def test_blocks_have_both_ends(key, blocks):
         ("edit: {strength: {mlp: {1-8: 3}}}", "1 problem:\n.*`edit.strength.mlp.1-8` must be less"),
         ("edit: {strength: {mlp: {1-8: 0}}}", "nothing would be edited"),
         ("edit: {strength: {mlp: x}}", "`edit.strength.mlp` must be a valid number or a mapping"),
+        ("edit: {quantized: int8}", "`edit.quantized` must be 'auto', 'keep' or 'dequantize'"),
         ("edit: {norm: row}", "`edit.norm` must be 'none' or 'column'"),
         ("edit: {strenght: 1}", "did you mean `strength`"),
         ("edit: 3", "`edit` must be a mapping"),
