@@ -89,6 +89,7 @@ def draw_curves(
             axes.axvline(layer, color=CHOSEN, linestyle="--", linewidth=1)
     if len(positions) > 1:
         panels[0].legend(fontsize="small", ncols=3)
+    panels[-1].xaxis.get_major_locator().set_params(integer=True)  # there is no layer 2.5
     panels[-1].set_xlabel("layer (dashed: chosen)" if chosen else "layer")
     _save(figure, path)
 

@@ -133,7 +133,7 @@ def _round(value: float, form: str) -> str:
 
 def number(value: float | None, form: str = ".3f") -> Markdown:
     """A number without an interval; `Not measured` for None."""
-    return Markdown(NOT_MEASURED if value is None else format(value, form))
+    return Markdown(NOT_MEASURED if value is None else _round(value, f"{{:{form}}}"))
 
 
 def listed(values: Iterable[object]) -> Markdown:
