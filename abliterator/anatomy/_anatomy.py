@@ -18,6 +18,9 @@ Shapes = Mapping[str, Shape]
 # What config.json calls the number of routed experts, depending on who wrote the architecture.
 EXPERT_COUNTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 
+# More of a kind than any model has: names of so many are made, and more would never end.
+MOST = 1 << 16
+
 _MIXERS = ("attention", "linear_attention", "ssm", "convolution")
 
 
@@ -91,6 +94,12 @@ class Anatomy:
                 the config does not have, an expected writer or gain that is missing, or one whose
                 writing axis is not d_model long; the tensor is named.
         """
+        if self.n_layers > len(shapes):
+            raise UnsupportedModel(
+                f"config.json says that there are {self.n_layers} blocks, and the checkpoint has "
+                f"{len(shapes)} tensors, less than one a block. Use a checkpoint whose config and "
+                "weights belong together."
+            )
         on_disk = {self._known_as(name): name for name in shapes}
         expected = {writer.name: writer for writer in self._expected(on_disk)}
         for known, name in on_disk.items():
@@ -233,9 +242,10 @@ class Anatomy:
         writes = next((m for p in self._family.writer_names if (m := p.fullmatch(plain))), None)
         reads = next((m for p in self._family.reader_names if (m := p.fullmatch(plain))), None)
         match = writes or reads
+        shown = name if name.isprintable() else ascii(name)
         if match is None:
             raise UnsupportedModel(
-                f"The checkpoint has a tensor {name} that is not known for model_type "
+                f"The checkpoint has a tensor {shown} that is not known for model_type "
                 f"{self.model_type!r}. It could write the residual stream, so nothing is edited. "
                 f"If the model is a plain {self.model_type}, convert or re-download the "
                 "checkpoint; if it is a variant, its tensors need an entry in "
@@ -244,13 +254,13 @@ class Anatomy:
         layer = match.groupdict().get("layer")
         if layer is not None and int(layer) >= self.n_layers:
             raise UnsupportedModel(
-                f"The checkpoint has a tensor {name}, but config.json says that there are "
+                f"The checkpoint has a tensor {shown}, but config.json says that there are "
                 f"{self.n_layers} blocks (0 to {self.n_layers - 1}). Use a checkpoint whose config "
                 "and weights belong together."
             )
         if writes and plain == known:
             raise UnsupportedModel(
-                f"The checkpoint has a tensor {name}, which would write the residual stream, but "
+                f"The checkpoint has a tensor {shown}, which would write the residual stream, but "
                 f"config.json leaves no place for it ({self.n_experts} experts). Use a checkpoint "
                 "whose config and weights belong together."
             )
@@ -304,6 +314,12 @@ def anatomy_of(config: Mapping[str, Any]) -> Anatomy:
     text = config if wrapper is None else _text_config(config, model_type)
     family = _family_of(str(text.get("model_type")), wrapper="text_config" in config)
     _check_requirements(model_type, family, text)
+    quantised = config.get("quantization_config")
+    if quantised and not isinstance(quantised, Mapping):
+        raise CheckpointError(
+            f"config.json says quantization_config: {quantised!r}, expected an object. The file is "
+            "damaged: download the model again."
+        )
     tied = text.get("tie_word_embeddings", config.get("tie_word_embeddings"))
     anatomy = Anatomy(
         model_type=model_type,
@@ -312,7 +328,7 @@ def anatomy_of(config: Mapping[str, Any]) -> Anatomy:
         blocks=family.blocks,
         tied_embeddings=bool(family.tied_by_default if tied is None else tied),
         n_experts=_n_experts(family, text),
-        extra_blocks=max(int(text.get(key) or 0) for key in table().predictors.counted_by),
+        extra_blocks=max(_count(text, key) for key in table().predictors.counted_by),
         storage=storage_of(config),
         _family=family,
         _wrapper=wrapper,
@@ -390,7 +406,18 @@ def _check_requirements(model_type: str, family: Family, config: Mapping[str, An
 def _n_experts(family: Family, config: Mapping[str, Any]) -> int:
     if not any(part.per_expert or part.fused for part in family.writers):
         return 0
-    return next((int(config[key]) for key in EXPERT_COUNTS if config.get(key)), 0)
+    return next((_count(config, key) for key in EXPERT_COUNTS if config.get(key)), 0)
+
+
+def _count(config: Mapping[str, Any], key: str) -> int:
+    """A number of experts or of further blocks; 0 where config.json does not say."""
+    value = config.get(key) or 0
+    if type(value) is not int or not 0 <= value <= MOST:
+        raise CheckpointError(
+            f"config.json says {key}: {value!r}, expected a whole number from 0 to {MOST}. The "
+            "file is incomplete or damaged: download the model again."
+        )
+    return value
 
 
 def _size(config: Mapping[str, Any], *keys: str) -> int:
