@@ -23,7 +23,12 @@ from torch import Tensor
 
 from abliterator.checkpoint import write_bytes_atomic
 from abliterator.errors import DirectionError
-from abliterator.subspace import DEPENDENT_BELOW, MomentSet, orthonormal_basis
+from abliterator.subspace import (
+    DEPENDENT_BELOW,
+    MomentSet,
+    orthonormal_basis,
+    orthonormal_columns,
+)
 
 
 @dataclass(frozen=True)
@@ -200,20 +205,7 @@ def load_subspace(path: Path) -> Subspace:
         sizes = dict(zip(("n_layers", "d_model", "k")[-found.ndim :], found.shape, strict=True))
         empty = next(name for name, size in sizes.items() if size == 0)
         raise DirectionError(f"`subspace` in {path} has shape {list(found.shape)}: {empty} is 0.")
-    return Subspace(_orthonormal(found), _layers(metadata))
-
-
-def _orthonormal(found: Tensor) -> Tensor:
-    """Orthonormal columns with the span of those of [H, k], or of each of [L, H, k]."""
-    columns = [f"column {i}" for i in range(found.shape[-1])]
-    if found.ndim == 2:
-        return orthonormal_basis(found.T, columns)
-    return torch.stack(
-        [
-            orthonormal_basis(own.T, [f"block {i}, {column}" for column in columns])
-            for i, own in enumerate(found)
-        ]
-    )
+    return Subspace(orthonormal_columns(found), _layers(metadata))
 
 
 def _layers(metadata: dict[str, str]) -> tuple[int, ...]:

@@ -154,6 +154,20 @@ def orthonormal_basis(directions: Tensor, names: list[str] | None = None) -> Ten
     return basis
 
 
+def orthonormal_columns(columns: Tensor) -> Tensor:
+    """Q [H, k] with the span of `columns` [H, k], or of each block's in [L, H, k]; float64.
+
+    Raises:
+        DirectionError: as `orthonormal_basis`; the column is named, and its block.
+    """
+    names = [f"column {i}" for i in range(columns.shape[-1])]
+    if columns.ndim == 2:
+        return orthonormal_basis(columns.T, names)
+    blocks = enumerate(columns)
+    each = [orthonormal_basis(own.T, [f"block {i}, {name}" for name in names]) for i, own in blocks]
+    return torch.stack(each)
+
+
 def basis_of_block(basis: Tensor, block: int) -> Tensor:
     """Q [H, k] of one block, from a basis [H, k] that all share or one for each [L, H, k]."""
     return basis if basis.ndim == 2 else basis[block]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from abliterator.bake import preview_edit
-from abliterator.subspace import orthonormal_basis
+from abliterator.subspace import orthonormal_columns
 from abliterator.tuning._types import Setting, Settings, Subject
 
 STRONGEST = 1.3  # a little beyond removal (1); at 2 an edit would mirror what it should remove
@@ -58,7 +58,7 @@ class Knobs:
 
     def setting(self) -> Setting:
         """As the knobs stand, without gradients."""
-        basis = _orthonormal(self._columns.detach())
+        basis = orthonormal_columns(self._columns.detach())
         strengths = self._strengths().detach().tolist()
         return Setting(basis, dict(zip(self._modules, strengths, strict=True))).scaled(1)
 
@@ -75,17 +75,10 @@ class Knobs:
 
 def mean_of(settings: Sequence[Setting]) -> Setting:
     """The mean of edits that lie near to one another."""
-    basis = _orthonormal(torch.stack([s.basis for s in settings]).mean(dim=0))
+    basis = orthonormal_columns(torch.stack([s.basis for s in settings]).mean(dim=0))
     modules = settings[0].strengths
     mean = {m: sum(s.strengths[m] for s in settings) / len(settings) for m in modules}
     return Setting(basis, mean).scaled(1)
-
-
-def _orthonormal(columns: Tensor) -> Tensor:
-    """Q of columns [H, k], or of each block's [L, H, k]; float64."""
-    if columns.ndim == 2:
-        return orthonormal_basis(columns.T)
-    return torch.stack([orthonormal_basis(own.T) for own in columns])
 
 
 def slow_down(optimiser: torch.optim.Optimizer, share: float) -> None:
