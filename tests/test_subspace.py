@@ -7,7 +7,6 @@ from abliterator.errors import DirectionError
 from abliterator.formats import FORMATS
 from abliterator.subspace import (
     Moments,
-    _smallest,
     ablate,
     compensate,
     compensating_rows,
@@ -17,6 +16,7 @@ from abliterator.subspace import (
     removal_of_basis,
     squared_write,
 )
+from abliterator.subspace._compensate import _smallest
 
 H = 64
 

@@ -1,0 +1,48 @@
+"""Pure linear algebra on tensors: moments, orthonormal bases, and the edit of a writer.
+
+Tensors in, tensors out: no files, no layers by name, no models, no devices chosen. Weights come as
+*panels* [H, c]: H runs over the residual stream, the c columns over whatever the matrix reads, so
+one formula serves every layout.
+
+    basis = orthonormal_basis(directions)            # [k, H] -> Q [H, k]
+    edited = ablate(panel, basis, strength=1.0)      # W' = W - s Q Qᵀ W
+
+Shapes: N prompts, L layers, H = d_model, k rank, c columns of a panel.
+"""
+
+from abliterator.subspace._bases import (
+    DEPENDENT_BELOW,
+    basis_of_block,
+    cosine_matrix,
+    orthonormal_basis,
+    orthonormal_columns,
+)
+from abliterator.subspace._compensate import compensate, compensating_rows
+from abliterator.subspace._edit import (
+    Removal,
+    ablate,
+    column_ranges,
+    keep_column_norms,
+    removal_of_basis,
+    squared_write,
+)
+from abliterator.subspace._moments import Moments, MomentSet, merged
+
+__all__ = [
+    "DEPENDENT_BELOW",
+    "MomentSet",
+    "Moments",
+    "Removal",
+    "ablate",
+    "basis_of_block",
+    "column_ranges",
+    "compensate",
+    "compensating_rows",
+    "cosine_matrix",
+    "keep_column_norms",
+    "merged",
+    "orthonormal_basis",
+    "orthonormal_columns",
+    "removal_of_basis",
+    "squared_write",
+]

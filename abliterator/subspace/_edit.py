@@ -1,0 +1,101 @@
+"""What is removed from a writer, also through the gains of a norm that follows it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+# Lambda in S = 1 / ((g / median|g|)² + lambda²): how far the edit through a gain g may grow where g
+# is near 0. Towards 0 the edited output is nearest to the ideal one and the change of W largest; in
+# [0.3, 1] both are within a few percent of their best on Gemma 3.
+GAIN_FLOOR = 0.5
+
+
+def ablate(panel: Tensor, basis: Tensor, strength: float) -> Tensor:
+    """W' = W - s Q Qᵀ W, on the output side (Arditi et al. 2024, eq. 5, for rank k).
+
+    Args:
+        panel: W [H, c].
+        basis: Q [H, k], orthonormal, same dtype.
+        strength: s; 1 removes the subspace, 0 changes nothing.
+
+    Returns:
+        [H, c], a new tensor.
+    """
+    return torch.addmm(panel, basis, basis.T @ panel, alpha=-strength)
+
+
+@dataclass(frozen=True)
+class Removal:
+    """The edit W' = W - s A Bᵀ W with Bᵀ A = 1, so that s = 1 leaves Bᵀ W' = 0.
+
+    Attributes:
+        take: A [H, k], what is subtracted.
+        read: B [H, k], what the stream would see of W: Q, or D Q up to a factor where gains follow.
+    """
+
+    take: Tensor
+    read: Tensor
+
+    def to(self, dtype: torch.dtype, device: str = "cpu") -> Removal:
+        """The same, rounded."""
+        return Removal(self.take.to(device, dtype), self.read.to(device, dtype))
+
+    def remove(self, panel: Tensor, strength: float) -> Tensor:
+        """Edits W [H, c], of the dtype of this removal, in place.
+
+        Returns:
+            Bᵀ W [k, c], what it wrote before.
+        """
+        wrote = self.read.T @ panel
+        panel.addmm_(self.take, wrote, alpha=-strength)
+        return wrote
+
+
+def removal_of_basis(basis: Tensor, gain: Tensor | None = None) -> Removal:
+    """How Q is removed from a write that a norm's gain multiplies before it is added.
+
+    What reaches the stream is D f(W x + b) with D = diag(gain), f a positive scalar. A = S D Q
+    (Qᵀ D S D Q)⁻¹ and B = D Q leave none of Q in it, for any positive diagonal S; S = 1 / ((g /
+    median|g|)² + lambda²) keeps the rest near the ideal output D⁻¹ Q Qᵀ D W where g is not small.
+
+    Args:
+        basis: Q [H, k], orthonormal, float64.
+        gain: g [H]; None where no norm follows, which gives A = B = Q.
+    """
+    if gain is None:
+        return Removal(basis, basis)
+    typical = gain.abs().median()
+    # more than half of the gains are 0: any scale serves, only not 0
+    relative = gain / (typical if typical > 0 else 1.0)
+    read = relative[:, None] * basis
+    weighted = read / (relative**2 + GAIN_FLOOR**2)[:, None]
+    return Removal(weighted @ torch.linalg.pinv(read.T @ weighted, hermitian=True), read)
+
+
+def keep_column_norms(edited: Tensor, lengths: Tensor) -> Tensor:
+    """Scales each column of `edited` [H, c] to its length before the edit, `lengths` [c].
+
+    A column scaled is a column still orthogonal to Q: the edit stays exact, which scaling rows
+    would break. A column that the edit reduced to rounding noise (it lay in the subspace) stays as
+    it is.
+    """
+    after = edited.norm(dim=0)
+    noise = lengths * 64 * torch.finfo(edited.dtype).eps
+    return edited * torch.where(
+        after > noise, lengths / after.clamp_min(1e-300), torch.ones_like(after)
+    )
+
+
+def squared_write(panel: Tensor, basis: Tensor) -> float:
+    """‖Qᵀ W‖² (Frobenius) of a panel [H, c], in float64: what it writes into the subspace."""
+    return float((basis.T @ panel).double().square().sum())
+
+
+def column_ranges(columns: int, width: int) -> list[tuple[int, int]]:
+    """Half-open ranges that cut `columns` into panels of at most `width`."""
+    edges = [*range(0, columns, width), columns]
+    return list(pairwise(edges))
