@@ -4,6 +4,7 @@ import hashlib
 import itertools
 import json
 import math
+import random
 import shutil
 import subprocess
 import sys
@@ -324,6 +325,24 @@ def test_most_candidates_answer_few_prompts(subject, scripted):
     assert [c.answers.product.n for c in found] == [16, 16, 8, 8, 4, 4, 4, 4]
     assert sum(c.answers.tokens for c in found) == 7 * (4 * 8 + 4 * 4 + 8 * 2)
     assert found[0].answers.product.value == 1.0
+
+
+def test_who_dropped_out_comes_back_where_the_leader_was_lucky(subject, scripted):
+    """Candidate 2 answers only the prompts of the first rung; 1 is second there, 3 last."""
+    lucky = random.Random(0).sample(range(16), 16)[:4]
+
+    def products(layers, k):
+        (layer,) = layers
+        steady = [1.0 if i in lucky[1:] or i not in lucky else 0.0 for i in range(16)]
+        return {1: steady, 2: [float(i in lucky) for i in range(16)], 3: [0.0] * 16}[layer]
+
+    scripted([candidate(i) for i in (1, 2, 3)], products)
+    schedule = Selection(rungs=(4,), keep=0.3).schedule
+    found = sweep(subject, 3, n_judged=3, prompts=16, schedule=schedule)
+    assert [c.layer for c in found] == [1, 2, 3]
+    assert [c.answers.product.n for c in found] == [16, 16, 4]
+    assert [r.prompts for r in found[0].rungs] == [4, 16]
+    assert sum(c.answers.tokens for c in found) == 7 * (16 + 16 + 4)
 
 
 @given(

@@ -83,7 +83,7 @@ def _selecting(summary: Mapping[str, Any], cost: Mapping[str, int]) -> str:
     grown = f", k found with {cost['stacks']} sizes" if cost["stacks"] else ""
     return (
         f"selection    {what}{places}{grown}; at most {cost['judged']} candidates judged on up to "
-        f"{cost['prompts']} prompts: {cost['answers']} answers, {cost['tokens']} tokens in all"
+        f"{cost['prompts']} prompts: about {cost['answers']} answers of {cost['tokens']} tokens"
     )
 
 

@@ -246,9 +246,10 @@ def require_layers(recipe: Recipe, anatomy: Anatomy) -> tuple[tuple[int, ...], i
 
 
 def selection_cost(recipe: Recipe, n_layers: int) -> dict[str, int] | None:
-    """What the selection of a recipe does, at most; None where the recipe chooses.
+    """What the selection of a recipe does, about; None where the recipe chooses.
 
     How many positions there are, only the tokenizer knows: `candidates` counts layers.
+    Candidates that come back for the last rung are not counted.
     """
     if not recipe.selects:
         return None

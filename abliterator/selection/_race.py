@@ -25,6 +25,8 @@ def race(
     """Judges `candidates` rung by rung, dropping the worst after each (Jamieson & Talwalkar 2016).
 
     An answer that was judged is never asked for again: a rung adds prompts to the one before it.
+    Where a candidate that dropped out had a better product than the best has at last, it is judged
+    on all prompts too, so that no leader wins by the luck of a short rung.
 
     Args:
         subject: the model and the prompts.
@@ -39,19 +41,27 @@ def race(
     """
     total = len(subject.held_out.prompts)
     order = random.Random(search.seed).sample(range(total), total)
-    racing = list(candidates)
+    racing, out = list(candidates), list[Candidate]()
     found: dict[Place, Judged] = {}
-    out: list[Candidate] = []
+
+    def ask(some: Sequence[Candidate], done: int, reached: int) -> list[Candidate]:
+        bases = [pool.stack([c.place], 1).basis for c in some]
+        judged = judge_edits(subject, bases, order[done:reached])
+        for c, more in zip(some, judged, strict=True):
+            found[c.place] = found[c.place] + more if c.place in found else more
+        on_step(f"{len(some)} candidates judged on {reached} prompts")
+        return sorted((_after(c, found[c.place], reached) for c in some), key=by_answers)
+
     done = 0
     for n, reached in search.schedule(len(racing), total, least):
         racing, out = racing[:n], [*racing[n:], *out]
-        bases = [pool.stack([c.place], 1).basis for c in racing]
-        judged = judge_edits(subject, bases, order[done:reached])
-        for c, more in zip(racing, judged, strict=True):
-            found[c.place] = found[c.place] + more if c.place in found else more
-        racing = sorted((_after(c, found[c.place], reached) for c in racing), key=by_answers)
-        on_step(f"{len(racing)} candidates judged on {reached} prompts")
+        racing = ask(racing, done, reached)
         done = reached
+    # few prompts may have flattered the leader: who looked better when it dropped out comes back
+    while out and by_answers(better := min(out, key=by_answers))[0] < by_answers(racing[0])[0]:
+        out.remove(better)
+        back = ask([better], better.rungs[-1].prompts, total)
+        racing = sorted([*racing, *back], key=by_answers)
     return [*racing, *out]
 
 
