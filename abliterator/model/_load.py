@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -14,6 +15,7 @@ from abliterator.errors import CheckpointError, GenerationError, RecipeError
 from abliterator.model._chat import one_line
 
 if TYPE_CHECKING:
+    from torch import nn
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
     from transformers.models.auto.auto_factory import _BaseAutoModelClass
 
@@ -68,8 +70,30 @@ def load_model(
         ) from error
     if trust_remote_code:
         _require_stored_weights(model, folder)
+        _accept_cache(model)
         _require_that_it_runs(model)
     return LoadedModel(model, tokenizer, folder, device)
+
+
+def _accept_cache(model: PreTrainedModel) -> None:
+    """Lets code of a model's own be called as transformers' `generate` calls a model.
+
+    From 5.24 on that hands over keys and values as `cache`. Older code says `past_key_values`, and
+    where it takes any further argument too, it would ignore them without a word.
+    """
+    taken = inspect.signature(model.forward).parameters
+    if "past_key_values" not in taken or "cache" in taken:
+        return
+
+    def renamed(
+        _module: nn.Module, args: tuple[Any, ...], given: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        if "cache" in given:
+            given = {**given, "past_key_values": given["cache"]}
+            del given["cache"]
+        return args, given
+
+    model.register_forward_pre_hook(renamed, with_kwargs=True)
 
 
 def _load_weights(
