@@ -10,16 +10,8 @@ it.
         writer.name, writer.component, writer.layer, writer.axis
 """
 
-from abliterator.anatomy._anatomy import (
-    Anatomy,
-    Kind,
-    Shape,
-    Writer,
-    anatomy_of,
-    broad_component,
-    known_model_types,
-    refused_model_types,
-)
+from abliterator.anatomy._anatomy import Anatomy, Kind, Shape, Writer, broad_component
+from abliterator.anatomy._config import anatomy_of, known_model_types, refused_model_types
 from abliterator.anatomy._table import Component
 
 __all__ = [

@@ -76,6 +76,10 @@ class Wrapper:
     run_time: str
     left_alone: Mapping[str, str]
 
+    def at_run_time(self, module: str) -> str:
+        """Where a module of the language model is in memory."""
+        return self.run_time + module.removeprefix("model.")
+
 
 @dataclass(frozen=True)
 class Predictors:

@@ -1,0 +1,132 @@
+"""A model's config.json held against the table: its anatomy, or why there is none."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from abliterator.anatomy._anatomy import Anatomy
+from abliterator.anatomy._table import Family, table
+from abliterator.errors import CheckpointError, UnsupportedModel
+from abliterator.formats import storage_of
+
+# What config.json calls the number of routed experts, depending on who wrote the architecture.
+EXPERT_COUNTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
+
+# More of a kind than any model has: names of so many are made, and more would never end.
+MOST = 1 << 16
+
+
+def anatomy_of(config: Mapping[str, Any]) -> Anatomy:
+    """The anatomy of the model that a parsed config.json describes.
+
+    Raises:
+        UnsupportedModel: for a model_type that is not in the table, and for quantised weights.
+        CheckpointError: where config.json lacks a number that every model has.
+    """
+    model_type = str(config.get("model_type"))
+    wrapper = table().wrappers.get(model_type)
+    text = config if wrapper is None else _text_config(config, model_type)
+    family = _family_of(str(text.get("model_type")), wrapper="text_config" in config)
+    _check_requirements(model_type, family, text)
+    quantised = config.get("quantization_config")
+    if quantised and not isinstance(quantised, Mapping):
+        raise CheckpointError(
+            f"config.json says quantization_config: {quantised!r}, expected an object. The file is "
+            "damaged: download the model again."
+        )
+    tied = text.get("tie_word_embeddings", config.get("tie_word_embeddings"))
+    return Anatomy(
+        model_type=model_type,
+        n_layers=_size(text, *family.n_layers),
+        d_model=_size(text, *family.d_model),
+        blocks=family.blocks if wrapper is None else wrapper.at_run_time(family.blocks),
+        tied_embeddings=bool(family.tied_by_default if tied is None else tied),
+        n_experts=_n_experts(family, text),
+        extra_blocks=max(_count(text, key) for key in table().predictors.counted_by),
+        storage=storage_of(config),
+        _family=family,
+        _wrapper=wrapper,
+    )
+
+
+def _text_config(config: Mapping[str, Any], model_type: str) -> Mapping[str, Any]:
+    """What a wrapper's config.json says of its language model; older files say it outside."""
+    flat = {**config, "model_type": f"{model_type}_text"} if "num_hidden_layers" in config else None
+    inner = config.get("text_config", flat)
+    if not isinstance(inner, Mapping):
+        raise CheckpointError(
+            f"config.json of a {model_type} has no text_config, which describes its language "
+            "model. The file is incomplete or damaged: download the model again."
+        )
+    text = {"model_type": f"{model_type}_text", **inner}
+    family = table().families.get(text["model_type"])
+    return {**family.sizes_left_out, **text} if family else text
+
+
+def known_model_types() -> tuple[str, ...]:
+    """Every model_type in the table, sorted."""
+    return tuple(sorted({*table().families, *table().wrappers}))
+
+
+def refused_model_types() -> Mapping[str, str]:
+    """Every model_type that is deliberately not supported, with the reason."""
+    return table().refused
+
+
+def _family_of(model_type: str, *, wrapper: bool) -> Family:
+    families, refused = table().families, table().refused
+    if model_type in families:
+        return families[model_type]
+    if model_type in refused:
+        raise UnsupportedModel(
+            f"Models of type {model_type!r} are not supported: {refused[model_type]} Supported "
+            f"are: {', '.join(known_model_types())}."
+        )
+    hint = " (config.json has a text_config: a wrapper of several models)" if wrapper else ""
+    raise UnsupportedModel(
+        f"No architecture of type {model_type!r}{hint} is known, so its writers of the residual "
+        f"stream are not either. Supported are: {', '.join(known_model_types())}. Others need an "
+        "entry in abliterator/anatomy/architectures.yaml."
+    )
+
+
+def _check_requirements(model_type: str, family: Family, config: Mapping[str, Any]) -> None:
+    """Stops at a variant of a known type whose stream is built otherwise."""
+    for key, value in family.requires.items():
+        if config.get(key, value) != value:
+            raise UnsupportedModel(
+                f"config.json says {key}: {config[key]!r}; of the type {model_type!r}, only models "
+                f"with {key}: {value!r} keep one residual stream from block to block, which is "
+                "what an edit needs. Use another model."
+            )
+
+
+def _n_experts(family: Family, config: Mapping[str, Any]) -> int:
+    if not any(part.per_expert or part.fused for part in family.writers):
+        return 0
+    return next((_count(config, key) for key in EXPERT_COUNTS if config.get(key)), 0)
+
+
+def _count(config: Mapping[str, Any], key: str) -> int:
+    """A number of experts or of further blocks; 0 where config.json does not say."""
+    value = config.get(key) or 0
+    if type(value) is not int or not 0 <= value <= MOST:
+        raise CheckpointError(
+            f"config.json says {key}: {value!r}, expected a whole number from 0 to {MOST}. The "
+            "file is incomplete or damaged: download the model again."
+        )
+    return value
+
+
+def _size(config: Mapping[str, Any], *keys: str) -> int:
+    key = next((key for key in keys if key in config), keys[0])
+    value = config.get(key)
+    if isinstance(value, list):  # one entry a block
+        value = len(value)
+    if type(value) is not int or value < 1:  # JSON's true would pass as an int
+        raise CheckpointError(
+            f"config.json says {key}: {value!r}, expected a positive whole number. The file is "
+            f"incomplete or damaged: download the model again."
+        )
+    return value
