@@ -81,9 +81,10 @@ def _selecting(summary: Mapping[str, Any], cost: Mapping[str, int]) -> str:
     what = f"sweep of {n} layers" if n else f"the first of {summary['layers']}"
     places = " at every position after the prompt" if cost["every_position"] else ""
     grown = f", k found with {cost['stacks']} sizes" if cost["stacks"] else ""
+    answers = f"about {cost['answers']} answers, {cost['tokens']} tokens in all"
     return (
         f"selection    {what}{places}{grown}; at most {cost['judged']} candidates judged on up to "
-        f"{cost['prompts']} prompts: about {cost['answers']} answers of {cost['tokens']} tokens"
+        f"{cost['prompts']} prompts: {answers}"
     )
 
 
