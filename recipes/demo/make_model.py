@@ -30,6 +30,7 @@ from transformers import (
     AutoTokenizer,
     LlamaConfig,
     LlamaForCausalLM,
+    PreTrainedModel,
     PreTrainedTokenizerFast,
 )
 from world import REFUSAL, World, load_world
@@ -182,7 +183,7 @@ def encode(tokenizer: PreTrainedTokenizerFast, chats: Sequence[Chat]) -> tuple[T
     return ids, labels
 
 
-def every_weight(model: LlamaForCausalLM) -> list[torch.optim.Optimizer]:
+def every_weight(model: PreTrainedModel) -> list[torch.optim.Optimizer]:
     """Muon for the matrices of the blocks, AdamW for the embedding and the norms."""
     matrices = [p for p in model.model.layers.parameters() if p.ndim == 2]
     others = [p for p in model.parameters() if not any(p is matrix for matrix in matrices)]
@@ -204,13 +205,15 @@ def middle_blocks(model: LlamaForCausalLM) -> list[torch.optim.Optimizer]:
 
 
 def train(
-    model: LlamaForCausalLM,
+    model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerFast,
     curriculum: Curriculum,
     phase: Phase,
     optimizers: Sequence[torch.optim.Optimizer],
+    *,
+    autocast: bool = True,
 ) -> None:
-    """Train in place, float32 weights under bfloat16 autocast.
+    """Train float32 weights in place, under bfloat16 autocast unless told otherwise.
 
     Padding is on the right, where causal attention never looks at it, so no mask is needed.
     """
@@ -220,7 +223,7 @@ def train(
         for group in (group for each in optimizers for group in each.param_groups):
             group["lr"] = phase.rate(step)
         ids, labels = encode(tokenizer, curriculum.chats(phase))
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
             loss = model(input_ids=ids, labels=labels).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

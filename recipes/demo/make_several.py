@@ -29,8 +29,8 @@ from make_model import (
     Chat,
     Curriculum,
     Phase,
-    encode,
     popularity,
+    train,
 )
 from transformers import (
     AutoModelForCausalLM,
@@ -108,30 +108,9 @@ def teach(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, world: Wo
         chosen = [p.requires_grad_(True) for block in layers for p in block.parameters()]
         optimizer = torch.optim.AdamW(chosen, betas=(0.9, 0.95), weight_decay=0.0)
         curriculum = Extended(world, topic, tuple(earlier), seed=SEED + 10 + number)
-        _train(model, tokenizer, curriculum, phase, optimizer)
+        # phases are short, and any CPU is quick at float32
+        train(model, tokenizer, curriculum, phase, [optimizer], autocast=False)
         earlier.append(topic)
-
-
-def _train(
-    model: LlamaForCausalLM,
-    tokenizer: PreTrainedTokenizerFast,
-    curriculum: Curriculum,
-    phase: Phase,
-    optimizer: torch.optim.Optimizer,
-) -> None:
-    """Float32 throughout: phases are short, and any CPU is quick at it."""
-    model.train()
-    for step in range(phase.steps):
-        optimizer.param_groups[0]["lr"] = phase.rate(step)
-        ids, labels = encode(tokenizer, curriculum.chats(phase))
-        loss = model(input_ids=ids, labels=labels).loss
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        if (step + 1) % 25 == 0:
-            print(f"step {step + 1:5}  loss {loss.item():.4f}", flush=True)
-    model.eval()
 
 
 def write_prompts(world: World, folder: Path) -> None:
