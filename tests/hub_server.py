@@ -260,9 +260,10 @@ class _Handler(BaseHTTPRequestHandler):
         headers |= {"X-Linked-Size": str(_size(content)), "X-Linked-ETag": f'"{sha256}"'}
         # The clients treat another origin as the Hub's CDN: they read these headers and send it no
         # token. Their own origin they would follow at once, for headers that only the Hub has.
-        if isinstance(content, Unseen):
+        known = self.server.hub.xet_hashes.get(sha256)
+        if known is not None:
             route = f"{self.server.hub.url}/api/models/{repo.id}/xet-read-token/{commit}"
-            headers["X-Xet-Hash"] = self.server.hub.xet_hashes[sha256]
+            headers["X-Xet-Hash"] = known
             headers["Link"] = f'<{route}>; rel="xet-auth"'
         headers["Location"] = f"http://localhost:{self.server.server_port}/large/{sha256}"
         return self._send(HTTPStatus.FOUND, b"", headers)
