@@ -492,7 +492,7 @@ def test_given_layers_keep_their_order_and_only_k_is_chosen(subject, base, scrip
     card = render_card(
         demo_record().model_copy(update={"selection": found.model_dump(mode="json")})
     )
-    assert "| 2 | 0.000 | 1.000 | 0.000 | -1.000 | +0.000 |  | 20 |" in card
+    assert "| 2 | 0.000 | 1.000 | 0.000 | -1.000 | 0.000 |  | 20 |" in card
 
 
 # ---- structure
