@@ -90,6 +90,7 @@ _OWN: dict[str, dict[str, Any]] = {
     "axk2": _INDEXED,
     "bailing_hybrid": {"layer_group_size": 3, **_LATENT},
     "bamba": {"attn_layer_indices": [1]},
+    "beam": {"mlp_layer_types": ["dense", "sparse", "sparse"]},
     "dbrx": {
         "d_model": D_MODEL,
         "n_heads": 4,
@@ -124,6 +125,7 @@ _OWN: dict[str, dict[str, Any]] = {
             "full_attn_layers": [2],
         },
     },
+    "lara_mini": {"layer_types": ["linear_attention", "sliding_attention", "full_attention"]},
     "lfm3": {"layer_types": _CONV},
     "lfm2": {"layer_types": _CONV, "block_auto_adjust_ff_dim": False},
     "lfm2_moe": {"layer_types": _CONV, "num_dense_layers": 1},
@@ -143,6 +145,7 @@ _OWN: dict[str, dict[str, Any]] = {
     "qwen3_5_moe_text": {"layer_types": _MIXED},
     "qwen3_5_text": {"layer_types": _MIXED},
     "qwen3_next": {"layer_types": _MIXED, "mlp_only_layers": [0]},
+    "sarvam_mla": _LATENT,
     "starcoder2": {"use_bias": True},
     "youtu": _LATENT,
 }
@@ -161,8 +164,14 @@ _WRAPPED: dict[str, dict[str, Any]] = {
     "glm4v_moe": {"rope_parameters": {**_MROPE, "mrope_section": [1, 1, 0]}},
 }
 
-# Wrappers whose names transformers 5.23 saves wrongly when it turns them back to the published.
-SAVED_AS_LOADED = {"kimi_k25", "qianfan_ocr"}
+# What a wrapper's own config must say for its parts to fit together.
+_AROUND: dict[str, dict[str, Any]] = {
+    "apertus1p5": {"image_token_offset": 60, "audio_token_offset": 68},
+}
+
+# Wrappers whose vision tower has other names as published: when transformers turns names back, it
+# gives them to the language model's blocks too, which nobody publishes so.
+SAVED_AS_LOADED = {"kimi_k25": ".model.blocks.0.", "qianfan_ocr": ".model.encoder.layers.0."}
 
 _VISION = {
     "hidden_size": 16,
@@ -183,6 +192,13 @@ _VISION = {
     "encoder_ffn_dim": 16,
     "output_dim": D_MODEL,
     "vision_output_dim": D_MODEL,
+    # tokenizers of images and sound
+    "codebook_size": 8,
+    "codebook_dim": 16,
+    "num_filters": 2,
+    "base_channels": 32,
+    "latent_channels": 8,
+    "num_res_blocks": 1,
 }
 
 # More than one shape of a type: the rarer parts on.
@@ -245,7 +261,7 @@ def _config(model_type: str, own: dict[str, Any]) -> Any:
             parts[key] = _sized(type(part), _WANTED, text).to_dict()
         elif part is not None:
             parts[key] = _sized(type(part), _VISION, {}).to_dict()
-    return AutoConfig.for_model(model_type, **parts)
+    return AutoConfig.for_model(model_type, **parts, **_AROUND.get(model_type, {}))
 
 
 def _is_wrapper(config: Any) -> bool:

@@ -1,17 +1,22 @@
 """The leak meter: what each block still writes into a subspace, measured by running the model.
 
 It needs no anatomy: a block is whatever the model calls its blocks, and its write is its output
-minus its input.
+minus its input, or minus the share of its input that it keeps.
 """
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 
+# By model_type, the number by which block l multiplies the stream before it adds; 1 elsewhere.
+_KEPT = {"beam": lambda layer: ((2 * layer + 1) / (2 * layer + 3)) ** 0.5}
+
 
 def leak_meter(model: nn.Module, basis: Tensor, token_ids: Tensor) -> list[float]:
-    """Per block, the largest |Rᵀ (h_out - h_in)| / |h_out - h_in| over all positions.
+    """Per block, the largest |Rᵀ (h_out - a h_in)| / |h_out - a h_in| over all positions.
 
     Args:
         model: a causal LM in evaluation mode.
@@ -19,13 +24,17 @@ def leak_meter(model: nn.Module, basis: Tensor, token_ids: Tensor) -> list[float
         token_ids: [N, T].
     """
     writes: list[Tensor] = []
+    kept = _KEPT.get(model.config.get_text_config().model_type, lambda _layer: 1.0)
 
-    def measure(_block, args, kwargs, output):
+    def measure(layer, _block, args, kwargs, output):
         before = args[0] if args else kwargs["hidden_states"]
         after = output[0] if isinstance(output, tuple) else output
-        writes.append((after - before).double())
+        writes.append(after.double() - kept(layer) * before.double())
 
-    handles = [block.register_forward_hook(measure, with_kwargs=True) for block in _blocks(model)]
+    handles = [
+        block.register_forward_hook(partial(measure, layer), with_kwargs=True)
+        for layer, block in enumerate(_blocks(model))
+    ]
     try:
         with torch.inference_mode():
             model(input_ids=token_ids, use_cache=False)

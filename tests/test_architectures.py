@@ -12,6 +12,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
@@ -144,8 +145,11 @@ def test_experts_fused_on_disk(name, tmp_path):
 
 def test_names_as_published_and_as_transformers_5_has_them(name, folder, tmp_path):
     """transformers' own renames, applied to the whole table."""
-    if name in SAVED_AS_LOADED:
-        pytest.skip("transformers 5.23 saves names of this type that it cannot load")
+    if wrong := SAVED_AS_LOADED.get(name):
+        save(name, tmp_path / "published", save_original_format=True)
+        names = [n for n in Checkpoint.open(tmp_path / "published").tensors if wrong in n]
+        assert any(n.startswith("language_model") for n in names)
+        pytest.skip(f"transformers {transformers.__version__} turns the blocks' names into {wrong}")
     current = save(name, tmp_path / "current", save_original_format=False)
     if sorted(Checkpoint.open(current).tensors) == sorted(Checkpoint.open(folder).tensors):
         return
