@@ -58,7 +58,7 @@ def capture(
     Raises:
         DirectionError: without prompts, for a prompt with no token at `position`, for NaN.
     """
-    moments = Moments(len(blocks), loaded.model.config.hidden_size)
+    moments = Moments(len(blocks), loaded.model.config.get_text_config().hidden_size)
     for batch, vectors in residuals(
         loaded,
         token_ids,
@@ -154,7 +154,11 @@ def _residuals(
         loaded.model.base_model(
             **{k: v.to(loaded.device) for k, v in inputs.items()}, use_cache=False
         )
-    return torch.stack([found[path] for path in blocks], dim=2)
+    stream: list[Tensor] = []
+    for path in blocks:
+        # A block that was left out hands on what it would have read: Mllama's, that look at images.
+        stream.append(found[path] if path in found else stream[-1])
+    return torch.stack(stream, dim=2)
 
 
 def _left_padded(rows: Sequence[Sequence[int]]) -> dict[str, Tensor]:

@@ -51,9 +51,10 @@ def stop_ids(loaded: LoadedModel) -> tuple[int, ...]:
     Take them from the base and give them to both sides.
     """
     found: set[int] = set()
+    config = loaded.model.config  # of a model that also sees, the language model has one of its own
     for declared in (
         loaded.model.generation_config.eos_token_id,
-        loaded.model.config.eos_token_id,
+        *(getattr(part, "eos_token_id", None) for part in (config, config.get_text_config())),
         loaded.tokenizer.eos_token_id,
     ):
         found.update(

@@ -160,6 +160,7 @@ _WITH_MROPE = [
 _WRAPPED: dict[str, dict[str, Any]] = {
     "gemma4": _GEMMA4,
     "llama4": {"moe_layers": [1, 2]},
+    "mllama": {"cross_attention_layers": [1]},
     **{name: {"rope_parameters": _MROPE} for name in _WITH_MROPE},
     "glm4v_moe": {"rope_parameters": {**_MROPE, "mrope_section": [1, 1, 0]}},
 }
@@ -216,6 +217,14 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "stablelm-qk_norm": ("stablelm", {"qk_layernorm": True}),
     "stablelm-parallel": ("stablelm", {"use_parallel_residual": True}),
 }
+
+
+def image(name: str, rows: int) -> dict[str, torch.Tensor]:
+    """A further input for so many rows of tokens: an image, where blocks run only with one."""
+    if name != "mllama":
+        return {}
+    states = torch.randn(rows, 5, D_MODEL, generator=torch.Generator().manual_seed(7))
+    return {"cross_attention_states": states}
 
 
 def build(name: str, *, seed: int = 0) -> torch.nn.Module:

@@ -15,13 +15,14 @@ from torch import Tensor, nn
 _KEPT = {"beam": lambda layer: ((2 * layer + 1) / (2 * layer + 3)) ** 0.5}
 
 
-def leak_meter(model: nn.Module, basis: Tensor, token_ids: Tensor) -> list[float]:
+def leak_meter(model: nn.Module, basis: Tensor, token_ids: Tensor, **also: Tensor) -> list[float]:
     """Per block, the largest |Rᵀ (h_out - a h_in)| / |h_out - a h_in| over all positions.
 
     Args:
         model: a causal LM in evaluation mode.
         basis: R [H, k], orthonormal.
         token_ids: [N, T].
+        also: further inputs of the model.
     """
     writes: list[Tensor] = []
     kept = _KEPT.get(model.config.get_text_config().model_type, lambda _layer: 1.0)
@@ -37,7 +38,7 @@ def leak_meter(model: nn.Module, basis: Tensor, token_ids: Tensor) -> list[float
     ]
     try:
         with torch.inference_mode():
-            model(input_ids=token_ids, use_cache=False)
+            model(input_ids=token_ids, use_cache=False, **also)
     finally:
         for handle in handles:
             handle.remove()

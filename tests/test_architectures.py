@@ -9,6 +9,7 @@ a norm follows the writer.
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -27,11 +28,12 @@ from transformers.models.auto.modeling_auto import (
 
 from abliterator.anatomy import anatomy_of, known_model_types, refused_model_types
 from abliterator.bake import EditSettings, bake, plan_edits, preview_edit
+from abliterator.capture import capture
 from abliterator.checkpoint import Checkpoint
 from abliterator.errors import UnsupportedModel
-from abliterator.model import LoadedModel
+from abliterator.model import LoadedModel, block_paths, hooked
 from abliterator.subspace import orthonormal_basis
-from tests.architectures import D_MODEL, SAVED_AS_LOADED, VARIANTS, VOCABULARY, save
+from tests.architectures import D_MODEL, SAVED_AS_LOADED, VARIANTS, VOCABULARY, image, save
 from tests.leak import leak_meter
 
 # What transformers calls a causal LM, or a model that answers in text to images and text.
@@ -62,7 +64,8 @@ def tokens():
 
 
 def vanilla(folder):
-    causal = type(AutoConfig.from_pretrained(folder)) in MODEL_FOR_CAUSAL_LM_MAPPING
+    config = AutoConfig.from_pretrained(folder)
+    causal = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING and config.model_type != "mllama"
     factory = AutoModelForCausalLM if causal else AutoModelForImageTextToText
     model, report = factory.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
     assert not report["missing_keys"]
@@ -84,17 +87,18 @@ def test_no_block_writes_into_the_subspace(name, folder, tmp_path):
     checkpoint, plan = planned(folder)
     model = vanilla(folder)
     loaded = LoadedModel(model, None, folder, "cpu")
-    assert min(leak_meter(model, basis(), tokens())) > 0.03  # before the edit
+    seen = image(name, len(tokens()))
+    assert min(leak_meter(model, basis(), tokens(), **seen)) > 0.03  # before the edit
 
     edits = bake(checkpoint, plan, basis(), tmp_path / "out")
     edited = vanilla(tmp_path / "out")
-    assert max(leak_meter(edited, basis(), tokens())) < 1e-6
+    assert max(leak_meter(edited, basis(), tokens(), **seen)) < 1e-6
     assert all(edit.leak < 1e-6 for edit in edits)
 
     with torch.inference_mode():
-        baked = edited(tokens(), use_cache=False).logits
+        baked = edited(tokens(), use_cache=False, **seen).logits
         with preview_edit(loaded, plan, basis()):
-            previewed = model(tokens(), use_cache=False).logits
+            previewed = model(tokens(), use_cache=False, **seen).logits
     torch.testing.assert_close(previewed, baked, rtol=1e-3, atol=1e-3)
 
     for component in {edit.writer.component for edit in plan.edits}:
@@ -102,16 +106,36 @@ def test_no_block_writes_into_the_subspace(name, folder, tmp_path):
         strength |= {e.writer.component: 1.0 for e in plan.edits} | {component: 0.0}
         _, partial = planned(folder, strength=strength)
         with preview_edit(loaded, partial, basis()):
-            assert max(leak_meter(model, basis(), tokens())) > 1e-3, component
+            assert max(leak_meter(model, basis(), tokens(), **seen)) > 1e-3, component
 
     through_gains = {edit.writer.layer for edit in plan.edits if edit.writer.gains}
     if through_gains:
         with preview_edit(loaded, without_gains(plan), basis()):
-            leaks = leak_meter(model, basis(), tokens())
+            leaks = leak_meter(model, basis(), tokens(), **seen)
             assert min(leaks[layer] for layer in through_gains) > 0.01
             with torch.inference_mode():
-                plain = model(tokens(), use_cache=False).logits
+                plain = model(tokens(), use_cache=False, **seen).logits
         assert (plain - baked).abs().max() > 0.01
+
+
+def test_the_stream_is_captured(name, folder):
+    """The moments of what each block hands on, of tokens alone: the loader's class, its base."""
+    checkpoint = Checkpoint.open(folder)
+    anatomy = anatomy_of(checkpoint.config)
+    paths = block_paths(anatomy.blocks, anatomy.n_layers)
+    model = vanilla(folder)
+    found = capture(LoadedModel(model, None, folder, "cpu"), tokens().tolist(), blocks=paths)
+    after = {}
+    keep = {path: partial(after.__setitem__, path) for path in paths}
+    with torch.inference_mode(), hooked(model, keep):
+        model(tokens(), use_cache=False)
+    for layer, path in enumerate(paths):
+        if path in after:  # else a block that was left out
+            mean = after[path][:, -1].double().mean(dim=0)
+            torch.testing.assert_close(found.mean[layer], mean, rtol=1e-4, atol=1e-4)
+        else:
+            assert torch.equal(found.mean[layer], found.mean[layer - 1])
+    assert [path for path in paths if path not in after] == paths[1:2] * (name == "mllama")
 
 
 @pytest.mark.parametrize(
@@ -155,7 +179,8 @@ def test_names_as_published_and_as_transformers_5_has_them(name, folder, tmp_pat
         return
     checkpoint, plan = planned(current)
     bake(checkpoint, plan, basis(), tmp_path / "out")
-    assert max(leak_meter(vanilla(tmp_path / "out"), basis(), tokens())) < 1e-6
+    seen = image(name, len(tokens()))
+    assert max(leak_meter(vanilla(tmp_path / "out"), basis(), tokens(), **seen)) < 1e-6
     published = {(e.writer.module, e.writer.layer) for e in planned(folder)[1].edits}
     assert published == {(e.writer.module, e.writer.layer) for e in plan.edits}
 

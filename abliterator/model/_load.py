@@ -24,6 +24,9 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torc
 # What remote code raises when it meets a transformers that it was not written for.
 _REMOTE_CODE_ERRORS = (AttributeError, ImportError, RuntimeError, TypeError, ValueError)
 
+# Models that see, of which transformers' causal LM finds the text half under its old names only.
+_WHOLE = ("mllama",)
+
 
 @dataclass(frozen=True)
 class LoadedModel:
@@ -146,7 +149,7 @@ def _factory(folder: Path, trust_remote_code: bool) -> type[_BaseAutoModelClass]
     config = AutoConfig.from_pretrained(
         folder, local_files_only=True, trust_remote_code=trust_remote_code
     )
-    causal = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
+    causal = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING and config.model_type not in _WHOLE
     reads_images = not causal and type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
     factory: type[_BaseAutoModelClass] = AutoModelForCausalLM
     return AutoModelForImageTextToText if reads_images else factory
