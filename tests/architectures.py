@@ -91,6 +91,7 @@ _OWN: dict[str, dict[str, Any]] = {
     "bailing_hybrid": {"layer_group_size": 3, **_LATENT},
     "bamba": {"attn_layer_indices": [1]},
     "beam": {"mlp_layer_types": ["dense", "sparse", "sparse"]},
+    "ctrl": {"dff": 48, "n_positions": 64},
     "dbrx": {
         "d_model": D_MODEL,
         "n_heads": 4,
@@ -111,6 +112,7 @@ _OWN: dict[str, dict[str, Any]] = {
     "gemma4_text": _GEMMA4,
     "glm4_moe_lite": _LATENT,
     "glm_moe_dsa": _INDEXED,
+    "gemma4_unified_text": {**_GEMMA4, "num_kv_shared_layers": 1},
     "gpt_neo": {"attention_types": [[["global", "local"], 1], [["global"], 1]], "num_layers": 3},
     "granitemoehybrid": {"layer_types": _MIXED},
     "hyperclovax": {"use_post_norm": True},
@@ -154,11 +156,12 @@ _OWN: dict[str, dict[str, Any]] = {
 # LM's own model_type does.
 _MROPE = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]}
 _WITH_MROPE = [
-    *("glm46v", "glm4v", "glm_ocr", "glmga", "paddleocr_vl", "qwen2_5_omni_thinker"),
+    *("glm46v", "glm4v", "glm_ocr", "glmga", "hunyuan_vl", "paddleocr_vl", "qwen2_5_omni_thinker"),
     *("qwen2_5_vl", "qwen2_vl", "qwen3_omni_moe_thinker", "qwen3_vl", "qwen3_vl_moe"),
 ]
 _WRAPPED: dict[str, dict[str, Any]] = {
     "gemma4": _GEMMA4,
+    "gemma4_unified": _GEMMA4,
     "llama4": {"moe_layers": [1, 2]},
     "mllama": {"cross_attention_layers": [1]},
     **{name: {"rope_parameters": _MROPE} for name in _WITH_MROPE},
