@@ -31,7 +31,7 @@ def measure(width: int, k: int, seed: int) -> tuple[float, float, float, float]:
     nearest, ours, rows = rounded(exact), rounded(exact), compensating_rows(q)
     started = time.perf_counter()
     ours[rows] = compensate(
-        exact[rows], q.T @ (nearest - exact), q[rows], lambda numbers, _places: rounded(numbers)
+        exact[rows], q.T @ (nearest - exact), q[rows], lambda numbers, *_, **__: rounded(numbers)
     )
     seconds = time.perf_counter() - started
     wrote, plain, left = ((basis.T @ w.double()).norm() for w in (weight, nearest, ours))

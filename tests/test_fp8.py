@@ -102,7 +102,8 @@ def vanilla(folder):
     return model.float().eval()
 
 
-@pytest.mark.parametrize("k", [1, 4])
+# at 16 directions, columns of several blocks of scales are rounded in parts
+@pytest.mark.parametrize("k", [1, 4, 16])
 def test_the_leak_is_small_and_the_noise_hardly_grows(k, fp8_folder, tmp_path):
     edits = {
         rounding: baked(fp8_folder, tmp_path / rounding, k=k, rounding=rounding)

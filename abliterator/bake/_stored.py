@@ -150,16 +150,20 @@ class _Change:
         rows, read, rounded = self._rows, self._removal.read, self._target.rounded
         scales = None if scale is None else scale[rows]
 
-        def store(numbers: Tensor, places: Tensor | None) -> Tensor:
+        def store(
+            numbers: Tensor, places: Tensor | None = None, columns: slice = slice(None)
+        ) -> Tensor:
             if scales is None:
                 return rounded(numbers)
-            units = scales if places is None else scales.gather(0, places)
+            units = scales[:, columns] if places is None else scales[:, columns].gather(0, places)
             return rounded(numbers / units) * units
 
         error = writes - read.T @ exact
         before = result[rows] if scales is None else result[rows] * scales
         after = compensate(exact[rows], error, read[rows], store)
         result[rows] = after if scales is None else rounded(after / scales)
+        if scales is not None:
+            after = result[rows] * scales  # what is measured is what is stored
         return writes + read[rows].T @ (after - before)
 
 

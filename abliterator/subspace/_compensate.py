@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from functools import partial
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -29,6 +30,28 @@ MOVE_COST = 1e-4
 HELD_READS = 1 << 20
 
 
+class Store(Protocol):
+    """How numbers are stored: the nearest representable one of each, in their dtype."""
+
+    def __call__(
+        self, numbers: Tensor, places: Tensor | None = None, columns: slice = slice(None)
+    ) -> Tensor:
+        """Rounds numbers of the edited weights [m, c].
+
+        Args:
+            numbers: of all rows, or [n, c].
+            places: the rows [n, c] that they are from, where they are not all.
+            columns: which of the edited weights' columns they are from.
+        """
+
+
+class StoreColumns(Protocol):
+    """A `Store` of columns that are decided on."""
+
+    def __call__(self, numbers: Tensor, places: Tensor | None = None) -> Tensor:
+        """See `Store`."""
+
+
 def compensating_rows(basis: Tensor, per_direction: int = COMPENSATED_ROWS) -> Tensor:
     """Indices of the rows whose rounding `compensate` may choose, strongest first.
 
@@ -47,7 +70,7 @@ def compensate(
     exact: Tensor,
     error: Tensor,
     basis: Tensor,
-    store: Callable[[Tensor, Tensor | None], Tensor],
+    store: Store,
     *,
     fine: int = FINE_ELEMENTS,
 ) -> Tensor:
@@ -76,16 +99,15 @@ def compensate(
         exact: [m, c], the edited weights before storing, in the rows that may be chosen.
         error: [k, c], Bᵀ(stored - exact) over all rows H, with `exact` rounded to nearest.
         basis: B [m, k] in these rows, same dtype; its columns need not be orthonormal.
-        store: rounds numbers to representable ones. Its second argument is None for numbers [m, c]
-            at their places, or the rows [n, c] of `exact` that numbers [n, c] are from.
+        store: rounds numbers to representable ones.
         fine: elements per direction and column that are rounded one by one.
 
     Returns:
         [m, c]: what is to be stored.
     """
-    nearest = store(exact, None)
+    nearest = store(exact)
     inverse = torch.linalg.pinv(basis.T @ basis, hermitian=True)
-    stored = store(exact - basis @ (inverse @ error), None)
+    stored = store(exact - basis @ (inverse @ error))
     left = error + basis.T @ (stored - nearest)
     count = min(fine * basis.shape[1], basis.shape[0])
     places = _smallest(stored * basis.norm(dim=1, keepdim=True), count)
@@ -98,7 +120,7 @@ def compensate(
             # as if the chosen elements had not been rounded yet
             left[one] - _read(basis, places[one], stored[one] - exact[one]),
             basis,
-            store,
+            partial(store, columns=one[1]),
         )
         stored[one] = stored[one].scatter(0, places[one], chosen)
     return stored
@@ -123,7 +145,7 @@ def _one_by_one(
     places: Tensor,
     error: Tensor,
     basis: Tensor,
-    store: Callable[[Tensor, Tensor | None], Tensor],
+    store: StoreColumns,
 ) -> Tensor:
     """Elements [n, c], of the rows `places` [n, c], rounded one after the other; coarse ones first.
 
@@ -132,7 +154,7 @@ def _one_by_one(
         places: their rows of `basis`.
         error: [k, c], what B reads of all other roundings.
         basis: B [m, k].
-        store: as `compensate` has it.
+        store: as `compensate` has it, of these columns.
     """
     reads = basis[places]  # [n, c, k]
     shares = _shares(reads, MOVE_COST * float(basis.square().sum(dim=1).mean()))
