@@ -214,7 +214,7 @@ def test_a_writer_of_another_width_is_named(shape, tiny_folder):
 
 
 def test_an_unknown_type_is_named_with_the_known_ones():
-    with pytest.raises(UnsupportedModel, match=r"'mamba9'.*gemma, gemma2"):
+    with pytest.raises(UnsupportedModel, match=r"'mamba9'.*among them mamba, mamba2"):
         anatomy_of({"model_type": "mamba9"})
 
 

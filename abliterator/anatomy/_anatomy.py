@@ -96,6 +96,7 @@ class Anatomy:
             )
         on_disk = {self._known_as(name): name for name in shapes}
         expected = {writer.name: writer for writer in self._expected(on_disk)}
+        self._check_present(expected.values(), on_disk)
         for known, name in on_disk.items():
             if known not in expected and not self._left_alone(known):
                 self._check_claimed(known, name)
@@ -145,8 +146,11 @@ class Anatomy:
             if known.startswith(prefix):
                 return label
         extra = range(self.n_layers, self.n_layers + self.extra_blocks)
-        predictors = (*table().predictors.prefixes, *(f"{self._family.blocks}.{n}." for n in extra))
-        return "blocks that predict further tokens (MTP)" if known.startswith(predictors) else None
+        table_of = table().predictors
+        predictors = (*table_of.prefixes, *(f"{self._family.blocks}.{n}." for n in extra))
+        if known.startswith(predictors):
+            return "blocks that predict further tokens (MTP)"
+        return "draft modules" if known.startswith(table_of.drafts) else None
 
     def _expected(self, known: Collection[str]) -> Iterator[Writer]:
         """The writers that a whole checkpoint has, named as the table does."""
@@ -259,17 +263,27 @@ class Anatomy:
                 "whose config and weights belong together."
             )
 
+    def _check_present(self, expected: Collection[Writer], on_disk: Collection[str]) -> None:
+        """Stops where writers, or gains after them, are not there; says how many of how many."""
+        needed = {name: writer for writer in expected for name in (*writer.gains, writer.name)}
+        missing = [name for name in needed if name not in on_disk]
+        if not missing:
+            return
+        first = needed[missing[0]]
+        alike = [name for name, w in needed.items() if w.component == first.component]
+        found = sum(name in on_disk for name in alike)
+        more = f" (nor {len(missing) - 1} more)" if len(missing) > 1 else ""
+        raise UnsupportedModel(
+            f"The checkpoint has no tensor {missing[0]}{more}, which a {self.model_type} with "
+            f"{self.n_layers} blocks needs: it writes the residual stream. Of the {len(alike)} "
+            f"tensors that the component {first.component} has, {found} are there. Use a complete "
+            "checkpoint of the model."
+        )
+
     def _check_shape(
         self, writer: Writer, on_disk: Mapping[str, str], shapes: Mapping[str, Shape]
     ) -> None:
-        """Stops at a writer that is not there, or that does not write d_model numbers."""
-        for name in (writer.name, *writer.gains):
-            if name not in on_disk:
-                raise UnsupportedModel(
-                    f"The checkpoint has no tensor {name}, which a {self.model_type} with "
-                    f"{self.n_layers} blocks needs: it writes the residual stream. Use a complete "
-                    "checkpoint of the model."
-                )
+        """Stops at a writer that does not write d_model numbers."""
         shape = shapes[on_disk[writer.name]]
         dimensions = (2 + writer.packed if writer.kind == "weight" else 1) + writer.fused
         if len(shape) != dimensions or shape[writer.axis] != self.d_model:
@@ -282,8 +296,8 @@ class Anatomy:
 
     def _told_by_length(self, writer: Writer, on_disk: Mapping[str, str], shapes: Shapes) -> Writer:
         """The writer with its axis where it is d_model long, as the loader itself tells it."""
-        name = on_disk.get(writer.name)
-        if name is None or not writer.either_order or len(shapes[name]) < 2:
+        name = on_disk[writer.name]
+        if not writer.either_order or len(shapes[name]) < 2:
             return writer
         rows, columns = shapes[name][-2:]
         if rows == columns:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from difflib import get_close_matches
 from typing import Any
 
 from abliterator.anatomy._anatomy import Anatomy
@@ -80,13 +81,15 @@ def _family_of(model_type: str, *, wrapper: bool) -> Family:
         return families[model_type]
     if model_type in refused:
         raise UnsupportedModel(
-            f"Models of type {model_type!r} are not supported: {refused[model_type]} Supported "
-            f"are: {', '.join(known_model_types())}."
+            f"Models of type {model_type!r} are not supported: {refused[model_type]} Use a model "
+            "of another type."
         )
     hint = " (config.json has a text_config: a wrapper of several models)" if wrapper else ""
+    known = known_model_types()
+    alike = ", ".join(get_close_matches(model_type, known)) or "llama, qwen3, gemma3"
     raise UnsupportedModel(
         f"No architecture of type {model_type!r}{hint} is known, so its writers of the residual "
-        f"stream are not either. Supported are: {', '.join(known_model_types())}. Others need an "
+        f"stream are not either. {len(known)} types are known, among them {alike}; others need an "
         "entry in abliterator/anatomy/architectures.yaml."
     )
 

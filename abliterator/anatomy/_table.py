@@ -96,9 +96,10 @@ class Wrapper:
 
 @dataclass(frozen=True)
 class Predictors:
-    """What the blocks that predict further tokens are called, and what counts them."""
+    """What the blocks that predict further tokens are called, and what counts them; and drafts."""
 
     prefixes: tuple[str, ...]
+    drafts: tuple[str, ...]
     counted_by: tuple[str, ...]
 
 

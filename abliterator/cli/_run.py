@@ -114,11 +114,11 @@ def _bake_subspace(model: str | None, subspace: Path | None, where: dict[str, An
 def plan(recipe_or_model: str, out: Path, overrides: tuple[str, ...], as_json: bool) -> None:
     """Tell what a recipe, or the default edit of a model, would do; read headers only."""
     from abliterator import pipeline
-    from abliterator.recipe import load_recipe
+    from abliterator.recipe import load_edit, load_recipe
 
     path = Path(recipe_or_model)
     if path.suffix in {".yaml", ".yml"}:
         made = pipeline.plan_recipe(load_recipe(path, overrides=overrides), out)
     else:
-        made = pipeline.plan_model(recipe_or_model, out)
+        made = pipeline.plan_model(recipe_or_model, out, edit=load_edit(overrides))
     click.echo(json.dumps(made.summary(), indent=1) if as_json else planned(made))

@@ -21,7 +21,8 @@ MEASURES = ("refusal", "compliance", "coherence", "truncated", "unscored")
 def planned(plan: Plan) -> str:
     """A plan in a few lines."""
     summary = plan.summary()
-    size = {name: f"{count / 1e9:.3f} GB" for name, count in summary["bytes"].items()}
+    size = {name: _size(count) for name, count in summary["bytes"].items()}
+    memory = {name: _size(summary[f"{name}_memory"]) for name in ("bake", "model")}
     edited = ", ".join(f"{n} {component}" for component, n in summary["edited_tensors"].items())
     lines = [
         f"model        {summary['model']} ({summary['model_type']}, {summary['n_layers']} layers, "
@@ -37,7 +38,8 @@ def planned(plan: Plan) -> str:
         *_storage(summary),
         f"bytes        read {size['read']}, edited {size['edited']}, written {size['written']}; "
         f"{size['free']} free",
-        f"bake memory  {summary['bake_memory'] / 1e6:.0f} MB",
+        f"memory       {memory['bake']} to bake, beside Python's and torch's own; where the model "
+        f"runs, {memory['model']} for its weights as they are stored",
         f"carried      {', '.join(summary['files']['carried'])}",
         f"left out     {', '.join(summary['files']['left_out']) or 'nothing'}",
         *(f"note         {note}" for note in plan.notes),
@@ -45,11 +47,22 @@ def planned(plan: Plan) -> str:
     return "\n".join(lines)
 
 
+def _size(count: int) -> str:
+    """Bytes as people read them, to three digits or more."""
+    for unit, name in ((10**9, "GB"), (10**6, "MB"), (10**3, "kB")):
+        if count >= unit:
+            return f"{count / unit:.{3 if unit > 10**6 else 1}f} {name}"
+    return f"{count} bytes"
+
+
 def _found(component: str, counts: Mapping[str, int], summary: Mapping[str, Any]) -> str:
     where = f" in {counts['blocks']} of {summary['n_layers']} blocks" if counts["blocks"] else ""
+    if component == "embedding" and summary["tied_embeddings"]:
+        where = ", the output head too (tied)"
     experts = f", {summary['n_experts']} experts a block" if component == "expert" else ""
     edited = "all" if counts["edited"] == counts["tensors"] else counts["edited"] or "none"
-    return f"{component}: {counts['tensors']} tensors{where}{experts}; {edited} edited"
+    found = f"{counts['tensors']} of {counts['expected']} tensors"
+    return f"{component}: {found}{where}{experts}; {edited} edited"
 
 
 def _storage(summary: Mapping[str, Any]) -> list[str]:
@@ -67,7 +80,7 @@ def _storage(summary: Mapping[str, Any]) -> list[str]:
 
 
 def _way(way: str, told: Mapping[str, Any]) -> str:
-    size = f"{told['bytes'] / 1e9:.3f} GB"
+    size = _size(told["bytes"])
     if told["leak"] is None:
         return f"             {way}: {size} of weights; leak and noise not measured before"
     return (

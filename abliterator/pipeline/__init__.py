@@ -255,10 +255,13 @@ def _plan_in(source: ModelSource, recipe: Recipe, out: Path) -> Plan:
     )
 
 
-def plan_model(model: str, out: Path) -> Plan:
-    """The plan of the default edit of a model, without a recipe; like `plan_recipe`, of headers."""
+def plan_model(model: str, out: Path, *, edit: Edit | None = None) -> Plan:
+    """The plan of an edit, the default one unless given, of a model without a recipe.
+
+    Like `plan_recipe`, of headers alone.
+    """
     with headers_folder(model, revision=None) as source:
-        return make_plan(source, Edit(), out)
+        return make_plan(source, edit or Edit(), out)
 
 
 def bake_subspace(
