@@ -6,9 +6,10 @@ Q. A removal's Q can be read off D, so this needs no knowledge of how it was mad
 
 The rank counts singular values above rounding, and is unknown (full) where more is left beside
 them than rounding explains. Of W' with elements w', rounding leaves up to half a unit in the last
-place, 2^(exponent(w') - bits): noise of standard deviation s = unit / sqrt(12), larger where
-weights are. Its largest singular value is about the norm of the largest row of s plus that of its
-largest column (Bandeira and van Handel 2016, doi:10.1214/15-AOP1025).
+place, 2^(exponent(w') - bits), times the scale of FP8 and MXFP4: noise of standard deviation s =
+unit / sqrt(12), larger where weights are. Its largest singular value is about the norm of the
+largest row of s plus that of its largest column (Bandeira and van Handel 2016,
+doi:10.1214/15-AOP1025). Of two formats, the coarser one's is taken.
 """
 
 from __future__ import annotations
@@ -20,16 +21,14 @@ from typing import TYPE_CHECKING, NamedTuple
 from abliterator.anatomy import Writer, anatomy_of
 from abliterator.checkpoint import Checkpoint
 from abliterator.comparison._result import TensorDelta, Verdict, WeightDiff
+from abliterator.comparison._stored import Side, only_in
 from abliterator.errors import AbliteratorError
-from abliterator.formats import FORMATS
 
 if TYPE_CHECKING:
     import torch
 
 # Ranks above this, or above half of what the shape allows, are not told apart from full.
 MAX_RANK = 32
-# Bits of the significand, the leading 1 included.
-_BITS = {"BF16": 8, "F16": 11, "F32": 24, "F64": 53}
 # Compensated rounding moves elements by up to a whole unit, and float32 arithmetic adds a little.
 _NOISE_MARGIN = 2.0
 # How much of a delta a removal may leave unexplained beside rounding.
@@ -64,17 +63,17 @@ def diff_weights(base: Checkpoint, edited: Checkpoint) -> WeightDiff:
 
     One pair of tensors is in memory at a time.
     """
-    shared = [name for name in base.tensors if name in edited.tensors]
+    sides = Side(base), Side(edited)
+    shared = [name for name in sides[0].layouts if name in sides[1].layouts]
     writers = _writers(base)
     measured = []
     for name in shared:
-        writer = writers.get(name)
-        found = _measure(base, edited, name, writing_axis=writer.axis if writer else 0)
+        writer = writers.get(sides[0].stored_name(name))
+        found = _measure(*sides, name, writing_axis=writer.axis if writer else 0)
         if found is not None:
             measured.append(found._replace(block=writer.layer if writer else None))
     deltas = tuple(found.delta for found in measured)
-    only_base = tuple(name for name in base.tensors if name not in edited.tensors)
-    only_edited = tuple(name for name in edited.tensors if name not in base.tensors)
+    only_base, only_edited = tuple(only_in(*sides)), tuple(only_in(*reversed(sides)))
     verdict, rank = _verdict(measured, complete=not (only_base or only_edited))
     return WeightDiff(
         compared=len(shared),
@@ -96,27 +95,22 @@ def _writers(base: Checkpoint) -> Mapping[str, Writer]:
     return {writer.name: writer for writer in writers}
 
 
-def _measure(
-    base: Checkpoint, edited: Checkpoint, name: str, *, writing_axis: int
-) -> _Measured | None:
+def _measure(base: Side, edited: Side, name: str, *, writing_axis: int) -> _Measured | None:
     """The delta of one tensor; None where the bytes are the same."""
-    before, after = base.tensors[name], edited.tensors[name]
-    stored = [base.read(name), edited.read(name)]
-    if (before.dtype, before.shape) == (after.dtype, after.shape) and stored[0] == stored[1]:
+    if base.stored(name) == edited.stored(name):
         return None
-    told = TensorDelta(name=name, shape=after.shape, dtype=after.dtype)
-    if before.shape != after.shape or not {before.dtype, after.dtype} <= FORMATS.keys():
+    info = edited.checkpoint.tensors[edited.stored_name(name)]
+    told = TensorDelta(name=name, shape=info.shape, dtype=info.dtype)
+    before, after = base.numbers(name), edited.numbers(name)
+    if before is None or after is None or before.weight.shape != after.weight.shape:
         return _Measured(told)
-    weight, other = (
-        FORMATS[info.dtype].view(bytearray(data), info.shape).float()
-        for info, data in zip((before, after), stored, strict=True)
-    )
-    difference = other - weight
+    told = told.model_copy(update={"shape": tuple(after.weight.shape)})
+    weight, difference = before.weight, after.weight - before.weight
     norm, size = float(difference.norm()), float(weight.norm())
     if not math.isfinite(norm):
         return _Measured(told)
     told = told.model_copy(update={"norm": norm, "relative": norm / size if size else None})
-    noise = _noise(other, min(_BITS[before.dtype], _BITS[after.dtype]))
+    noise = _noise(before.step.maximum(after.step))
     if norm == 0:
         return _Measured(told.model_copy(update={"rank": 0}))
     if difference.dim() == 1:
@@ -128,12 +122,9 @@ def _measure(
     return _measure_matrix(told, weight, difference, noise, writing_axis=writing_axis)
 
 
-def _noise(weight: torch.Tensor, bits: int) -> Noise:
-    """What rounding to `bits` of significand leaves in `weight`."""
-    import torch
-
-    _, exponent = torch.frexp(weight)
-    variance = torch.where(weight == 0, 0.0, torch.exp2(2.0 * (exponent - bits))) / 12
+def _noise(step: torch.Tensor) -> Noise:
+    """What rounding to numbers that are `step` apart leaves in a tensor."""
+    variance = step.square() / 12
     edges = [float(variance.sum(dim=axis).max()) for axis in range(variance.dim())]
     return Noise(math.sqrt(float(variance.mean())), sum(map(math.sqrt, edges)))
 
