@@ -172,6 +172,8 @@ class EditSummary(Frozen):
     output_bytes: int | None
     edited_bytes: int | None
     quantized: tuple[QuantizedEdits, ...] = ()
+    # routed experts of every block, or per blocks ("3-5"), where not all are edited; None for all
+    experts: tuple[int, ...] | dict[str, Literal["all"] | tuple[int, ...]] | None = None
 
 
 class TensorEdit(Frozen):

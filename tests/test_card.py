@@ -266,6 +266,15 @@ def test_model_cards_parse_and_their_tables_are_tables(path: Path):
     assert len(tables) == len(rules) > 2
 
 
+def test_strengths_of_blocks_are_pairs_and_no_code():
+    record = demo_record()
+    strength = {"attention": 1.0, "mlp": {"9-24": 0.4, "30": 1.0}}
+    edit = record.edit.model_copy(update={"strength": strength})
+    card = render_card(record.model_copy(update={"edit": edit}))
+    (row,) = [line for line in card.splitlines() if line.startswith("| Strength s")]
+    assert "| `attention` 1.0, `mlp` (`30` 1.0, `9-24` 0.4) (by blocks, counted from 0;" in row
+
+
 def test_card_is_made_from_json_alone():
     record = demo_record()
     again = RunRecord.model_validate_json(record.model_dump_json())

@@ -13,14 +13,20 @@ from transformers import AutoModelForCausalLM
 from abliterator import pipeline
 from abliterator.anatomy import anatomy_of
 from abliterator.bake import EditSettings, bake, plan_edits, preview_edit
+from abliterator.card import render_card
 from abliterator.checkpoint import Checkpoint
 from abliterator.cli import main
 from abliterator.errors import RecipeError, UnsupportedModel
 from abliterator.model import LoadedModel
-from abliterator.recipe import load_edit
+from abliterator.pipeline import Options
+from abliterator.recipe import load_edit, load_recipe
+from abliterator.record import RunRecord
 from abliterator.subspace import orthonormal_basis
 from abliterator.verification import EDITS, verify
+from tests import architectures, tiny
 from tests.architectures import D_MODEL, VOCABULARY, save
+from tests.test_card import demo_record
+from tests.test_pipeline import NEUTRAL, TARGET
 
 CHOSEN = (0, 2)  # of 4
 # one by one on disk; fused [expert, out, in]; [expert, in, out]; with biases, fused and square;
@@ -207,3 +213,44 @@ def test_experts_that_the_base_does_not_have_are_a_fault(baked):
     assert any(
         "names experts [1000000]" in fault for fault in verify(base, out, subspace=file).faults
     )
+
+
+@pytest.mark.parametrize(
+    ("experts", "row"),
+    [
+        ((0, 7), "| Routed experts edited | 0, 7 of every block |"),
+        (
+            {"3-5": (0, 7), "9": "all"},
+            "| Routed experts edited | `3-5` `[0, 7]`, `9` `all` (by blocks, counted from 0; "
+            "in all others none) |",
+        ),
+        (None, None),
+    ],
+)
+def test_the_card_names_the_chosen_experts(experts, row):
+    record = demo_record()
+    edit = record.edit.model_copy(update={"experts": experts})
+    card = render_card(
+        RunRecord.model_validate_json(record.model_copy(update={"edit": edit}).model_dump_json())
+    )
+    rows = [line for line in card.splitlines() if line.startswith("| Routed experts edited")]
+    assert rows == ([] if row is None else [row])
+
+
+def test_a_build_records_the_experts_that_its_recipe_chose(tmp_path, tiny_tokenizer, monkeypatch):
+    monkeypatch.setitem(architectures._WANTED, "vocab_size", tiny.VOCABULARY)
+    folder = save("qwen3_moe", tmp_path / "model")
+    tiny_tokenizer.save_pretrained(folder)
+    (tmp_path / "target.txt").write_text("\n".join(TARGET))
+    (tmp_path / "neutral.txt").write_text("\n".join(NEUTRAL))
+    (tmp_path / "r.yaml").write_text(
+        f"model: {folder}\nlayers: [2]\nk: 1\n"
+        "prompts: {target: {path: target.txt}, neutral: {path: neutral.txt}}\n"
+        "edit: {experts: {1: [2, 0], 2: all}}\n"
+        "rollouts: {max_new_tokens: 2, limit: 2}\n"
+    )
+    recipe = load_recipe(tmp_path / "r.yaml")
+    record = pipeline.build(recipe, tmp_path / "out", options=Options("cpu"))
+    assert record.edit.experts == {"1": (2, 0), "2": "all"}
+    card = (tmp_path / "out" / "checkpoint" / "README.md").read_text()
+    assert "| Routed experts edited | `1` `[2, 0]`, `2` `all` (by blocks" in card

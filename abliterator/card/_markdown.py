@@ -150,4 +150,6 @@ def settings(values: Mapping[str, Any]) -> Markdown:
 def _plain(value: object) -> str:
     if isinstance(value, (int, float)):
         return str(value)
+    if isinstance(value, Mapping):
+        return f"({settings(value)})"
     return escape(value if isinstance(value, str) else json.dumps(value, default=str))

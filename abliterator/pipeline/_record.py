@@ -121,6 +121,7 @@ def _edit(run: Run) -> EditSummary:
         output_bytes=sum((run.workspace.checkpoint / name).stat().st_size for name in written),
         edited_bytes=planned_edits(run).edited_bytes,
         quantized=quantized_edits(edits),
+        experts=None if run.recipe.edit.experts == "all" else run.recipe.edit.experts,
     )
 
 
