@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from itertools import accumulate, pairwise
+from typing import TYPE_CHECKING, NamedTuple
 
 from abliterator.bake._plan import EditSettings, PlannedEdit
 from abliterator.checkpoint import Checkpoint
@@ -13,11 +14,15 @@ from abliterator.formats import FORMATS, Matrix
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from abliterator.subspace import Removal
+    from abliterator.subspace import Removal, Store
 
 # Elements of one panel: small enough for tens of megabytes in all, large enough that the loop over
 # panels is free.
 PANEL_ELEMENTS = 1 << 19
+
+# Elements that wait to be rounded once more: that takes many small steps, which are made for all
+# their columns at once.
+WAITING_ELEMENTS = 1 << 18
 
 
 @dataclass(frozen=True)
@@ -69,6 +74,7 @@ def edit_stored(
         change = _Change(removal.to(source.compute), edit, settings, target)
         for start, stop in source.ranges(PANEL_ELEMENTS):
             change.apply(source, start, stop, sums)
+        change.finish(sums)
     return sums.result(measured=edit.layout.quantized)
 
 
@@ -98,6 +104,26 @@ class _Sums:
         return StoredEdit(leak, (self.noise / self.size) ** 0.5, (self.nearest / self.size) ** 0.5)
 
 
+class _Waiting(NamedTuple):
+    """The rows of a panel that are to be rounded once more.
+
+    Attributes:
+        start: its first column.
+        exact: [m, c], before rounding.
+        stored: [m, c], each rounded to the nearest.
+        scale: [m, c], the units of what is stored, if there are any.
+        writes: Bᵀ W' [k, c] of all rows as they are stored.
+        error: what of `writes` comes from rounding.
+    """
+
+    start: int
+    exact: Tensor
+    stored: Tensor
+    scale: Tensor | None
+    writes: Tensor
+    error: Tensor
+
+
 class _Change:
     """The edit of one stored matrix, applied to its panels."""
 
@@ -114,6 +140,7 @@ class _Change:
         self._measures = edit.layout.quantized
         compensates = settings.rounding == "compensated"
         self._rows = compensating_rows(removal.read) if compensates else None
+        self._waiting: list[_Waiting] = []
 
     def apply(self, source: Matrix, start: int, stop: int, sums: _Sums) -> None:
         """Edits and stores columns [H, c] of `source`."""
@@ -130,41 +157,71 @@ class _Change:
         if lengths is not None:
             exact = keep_column_norms(exact, lengths)
         scale = scale if self._target is source else None
-        result = self._target.rounded(exact if scale is None else exact / scale)
+        numbers = self._target.rounded(exact if scale is None else exact / scale)
+        self._target.put(start, numbers)
+        stored = numbers if scale is None else numbers.mul_(scale)
+        writes = read.T @ stored
         if self._measures:
-            sums.nearest += _square((result if scale is None else result * scale) - exact)
-        writes = read.T @ (result if scale is None else result * scale)
-        if self._rows is not None:
-            writes = self._compensate(exact, result, scale, writes)
-        if self._measures:
-            sums.noise += _square((result if scale is None else result * scale) - exact)
-        sums.writes += _square(writes)
-        self._target.put(start, result)
+            nearest = _square(stored - exact)
+            sums.nearest += nearest
+            sums.noise += nearest
+        if self._rows is None:
+            sums.writes += _square(writes)
+            return
+        rows, error = self._rows, writes - read.T @ exact
+        units = None if scale is None else scale[rows]
+        self._waiting.append(_Waiting(start, exact[rows], stored[rows], units, writes, error))
+        if sum(panel.exact.numel() for panel in self._waiting) >= WAITING_ELEMENTS:
+            self.finish(sums)
 
-    def _compensate(
-        self, exact: Tensor, result: Tensor, scale: Tensor | None, writes: Tensor
-    ) -> Tensor:
-        """Rounds the rows of `result` that compensate once more; returns what it then writes."""
+    def finish(self, sums: _Sums) -> None:
+        """Rounds the rows that compensate once more, of the panels that wait for it."""
         from abliterator.subspace import compensate
 
-        rows, read, rounded = self._rows, self._removal.read, self._target.rounded
-        scales = None if scale is None else scale[rows]
-
-        def store(
-            numbers: Tensor, places: Tensor | None = None, columns: slice = slice(None)
-        ) -> Tensor:
-            if scales is None:
-                return rounded(numbers)
-            units = scales[:, columns] if places is None else scales[:, columns].gather(0, places)
-            return rounded(numbers / units) * units
-
-        error = writes - read.T @ exact
-        before = result[rows] if scales is None else result[rows] * scales
-        after = compensate(exact[rows], error, read[rows], store)
-        result[rows] = after if scales is None else rounded(after / scales)
+        panels, self._waiting = self._waiting, []
+        if self._rows is None or not panels:
+            return
+        read, rounded = self._removal.read[self._rows], self._target.rounded
+        exact = _joined([panel.exact for panel in panels])
+        before = _joined([panel.stored for panel in panels])
+        units = [panel.scale for panel in panels if panel.scale is not None]
+        scales = _joined(units) if units else None
+        error = _joined([panel.error for panel in panels])
+        after = compensate(exact, error, read, _store_in(scales, rounded))
         if scales is not None:
-            after = result[rows] * scales  # what is measured is what is stored
-        return writes + read[rows].T @ (after - before)
+            numbers = rounded(after / scales)
+            after = numbers * scales  # what is measured is what is stored
+        else:
+            numbers = after
+        widths = [panel.exact.shape[1] for panel in panels]
+        edges = accumulate(widths, initial=0)
+        for panel, (start, stop) in zip(panels, pairwise(edges), strict=True):
+            self._target.put(panel.start, numbers[:, start:stop], self._rows)
+        writes = _joined([panel.writes for panel in panels])
+        sums.writes += _square(writes + read.T @ (after - before))
+        if self._measures:
+            sums.noise += _square(after - exact) - _square(before - exact)
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    """Columns side by side; without a copy where there is one part."""
+    import torch
+
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+
+
+def _store_in(scales: Tensor | None, rounded: Callable[[Tensor], Tensor]) -> Store:
+    """How `compensate` stores numbers, in units of `scales` [m, c] if there are any."""
+
+    def store(
+        numbers: Tensor, places: Tensor | None = None, columns: slice = slice(None)
+    ) -> Tensor:
+        if scales is None:
+            return rounded(numbers)
+        units = scales[:, columns] if places is None else scales[:, columns].gather(0, places)
+        return rounded(numbers / units) * units
+
+    return store
 
 
 def _square(writes: Tensor) -> float:

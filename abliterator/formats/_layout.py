@@ -49,8 +49,11 @@ class Matrix(ABC):
         """A copy of columns [H, c] in `compute`, in units of the scales [H, c], if it has any."""
 
     @abstractmethod
-    def put(self, start: int, numbers: Tensor) -> None:
-        """Stores numbers [H, c], which are representable in units of the scales, from a column."""
+    def put(self, start: int, numbers: Tensor, rows: Tensor | None = None) -> None:
+        """Stores numbers [H, c], which are representable in units of the scales, from a column.
+
+        Or numbers [n, c] of the rows with these indices [n] alone.
+        """
 
     def ranges(self, elements: int) -> Iterator[tuple[int, int]]:
         """Columns that may be got at once: about so many elements."""
@@ -221,8 +224,12 @@ class _Plain(Matrix):
     def get(self, start: int, stop: int) -> tuple[Tensor, Tensor | None]:
         return self._weight[:, start:stop].to(self.compute, copy=True), None
 
-    def put(self, start: int, numbers: Tensor) -> None:
-        self._weight[:, start : start + numbers.shape[1]].copy_(numbers)
+    def put(self, start: int, numbers: Tensor, rows: Tensor | None = None) -> None:
+        columns = self._weight[:, start : start + numbers.shape[1]]
+        if rows is None:
+            columns.copy_(numbers)
+        else:
+            columns[rows] = numbers.to(columns.dtype)
 
 
 class _Scaled(_Plain):
@@ -261,9 +268,9 @@ class _Mxfp4(Matrix):
         scale = mxfp4_scales(self._exponents[expert, :, part])
         return mxfp4_numbers(self._blocks[expert, :, part]), scale
 
-    def put(self, start: int, numbers: Tensor) -> None:
+    def put(self, start: int, numbers: Tensor, rows: Tensor | None = None) -> None:
         expert, part = self._part(start, numbers.shape[1])
-        self._blocks[expert, :, part] = mxfp4_blocks(numbers)
+        self._blocks[expert, :, part][slice(None) if rows is None else rows] = mxfp4_blocks(numbers)
 
     def _part(self, start: int, width: int) -> tuple[int, slice]:
         expert, column = divmod(start, self._inside)

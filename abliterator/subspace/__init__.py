@@ -17,7 +17,7 @@ from abliterator.subspace._bases import (
     orthonormal_basis,
     orthonormal_columns,
 )
-from abliterator.subspace._compensate import compensate, compensating_rows
+from abliterator.subspace._compensate import Store, compensate, compensating_rows
 from abliterator.subspace._edit import (
     Removal,
     ablate,
@@ -33,6 +33,7 @@ __all__ = [
     "MomentSet",
     "Moments",
     "Removal",
+    "Store",
     "ablate",
     "basis_of_block",
     "column_ranges",
