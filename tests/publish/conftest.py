@@ -51,7 +51,11 @@ for line in sys.stdin:
 @pytest.fixture(scope="session")
 def built(tmp_path_factory, tiny_folder) -> tuple[Path, Path]:
     """(base, OUT) of a whole build on a tiny model in shards; not to be written to."""
-    folder = tmp_path_factory.mktemp("built")
+    return build(tmp_path_factory.mktemp("built"), tiny_folder)
+
+
+def build(folder: Path, tiny_folder, *overrides: str) -> tuple[Path, Path]:
+    """(base, OUT) in `folder`, with checkpoint and adapter."""
     base = Path(shutil.copytree(tiny_folder("llama", shard_size="50KB"), folder / "base"))
     (base / "README.md").write_text(README)
     for name, question in (("target", "Tell me about"), ("neutral", "Name")):
@@ -64,7 +68,8 @@ def built(tmp_path_factory, tiny_folder) -> tuple[Path, Path]:
     )
     out = folder / "out"
     options = Options(device="cpu", dtype="float32")
-    pipeline.build(load_recipe(folder / "tiny.yaml"), out, options=options)
+    recipe = load_recipe(folder / "tiny.yaml", overrides=overrides)
+    pipeline.build(recipe, out, options=options)
     return base, out
 
 

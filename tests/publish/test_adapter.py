@@ -19,7 +19,16 @@ from abliterator.publish import Target, plan_adapter, plan_publish
 from abliterator.publish._load import check_loads
 from abliterator.verification import EDITS, RECORD
 from tests.hub_server import Fault
-from tests.publish.conftest import NAME, TOKEN, commits, environment, files_of, on_hub, run
+from tests.publish.conftest import (
+    NAME,
+    TOKEN,
+    build,
+    commits,
+    environment,
+    files_of,
+    on_hub,
+    run,
+)
 
 LORA = "somebody/tiny-lora"
 FILES = {"README.md", ADAPTER_CONFIG, ADAPTER_WEIGHTS, "recipe.yaml", EDITS, RECORD}
@@ -46,8 +55,21 @@ def plan(built: tuple[Path, Path], out: Path, **target):
     return plan_adapter(checkpoint, out / "adapter", Target(LORA, **target))
 
 
+@pytest.fixture(scope="module", params=["one for all blocks", "one a block"])
+def of_either(request, built, tmp_path_factory, tiny_folder):
+    """(base, OUT) of an edit with one subspace, or with one for each block."""
+    if request.param == "one for all blocks":
+        return built
+    folder = tmp_path_factory.mktemp("by-block")
+    base, out = build(folder, tiny_folder, "directions.stack=per_layer", "layers=[1, 2, 3]")
+    edits = json.loads((out / "checkpoint" / EDITS).read_text())
+    assert {edit["subspace"] for edit in edits} == {"block"}
+    return base, out
+
+
 @pytest.mark.slow
-def test_the_command_publishes_both_and_peft_loads_the_adapter(hub, built, out, tmp_path):
+def test_the_command_publishes_both_and_peft_loads_the_adapter(hub, of_either, tmp_path):
+    built, out = of_either, Path(shutil.copytree(of_either[1], tmp_path / "out"))
     env = environment(hub, tmp_path / "home", HF_TOKEN=TOKEN, HF_HUB_DISABLE_XET="1")
     command = [sys.executable, "-m", "abliterator", "publish", str(out), "--repo-id", NAME]
     done = run([*command, "--adapter-repo-id", LORA, "--json"], env)
@@ -172,3 +194,27 @@ def test_the_command_proves_both(built, out):
     done = CliRunner().invoke(main, verify)
     assert done.exit_code == 1
     assert "not looked at" in done.stdout
+
+
+def test_the_adapter_of_blocks_is_proven_block_by_block(of_either, tmp_path):
+    """Each block's factors span its own subspace; those of another block are found out."""
+    base, built_out = of_either
+    out = Path(shutil.copytree(built_out, tmp_path / "out"))
+    verify = ["verify", str(out), "--base", str(base)]
+    done = CliRunner().invoke(main, verify)
+    assert done.exit_code == 0, done.output
+    path = out / "adapter" / ADAPTER_WEIGHTS
+    tensors = load_file(path)
+    ranges = [t.flatten() / t.norm() for n, t in tensors.items() if "down_proj.lora_B" in n]
+    cosines = [abs(float(a @ b)) for a in ranges[:1] for b in ranges[1:]]
+    by_block = json.loads((out / "checkpoint" / EDITS).read_text())[0]["subspace"] == "block"
+    assert (max(cosines) < 0.99) == by_block
+    swapped = {
+        name: tensors[name.replace("layers.0.", "layers.1.")].clone()
+        for name in tensors
+        if "layers.0." in name
+    }
+    save_file({**tensors, **swapped}, path, metadata={"format": "pt"})
+    done = CliRunner().invoke(main, verify)
+    assert done.exit_code == 1
+    assert "NOT the edit of the checkpoint" in done.stdout
