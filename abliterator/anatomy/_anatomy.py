@@ -283,7 +283,14 @@ class Anatomy:
     def _check_shape(
         self, writer: Writer, on_disk: Mapping[str, str], shapes: Mapping[str, Shape]
     ) -> None:
-        """Stops at a writer that does not write d_model numbers."""
+        """Stops at a writer that does not write d_model numbers, or at gains of another shape."""
+        for gain in writer.gains:
+            if shapes[on_disk[gain]] != (self.d_model,):
+                raise UnsupportedModel(
+                    f"Tensor {on_disk[gain]} has shape {list(shapes[on_disk[gain]])}, expected "
+                    f"[{self.d_model}]: the gains of a norm that follows what writes the residual "
+                    "stream. Use a checkpoint whose config and weights belong together."
+                )
         shape = shapes[on_disk[writer.name]]
         dimensions = (2 + writer.packed if writer.kind == "weight" else 1) + writer.fused
         if len(shape) != dimensions or shape[writer.axis] != self.d_model:

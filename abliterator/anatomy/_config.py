@@ -61,7 +61,7 @@ def _text_config(config: Mapping[str, Any], model_type: str) -> Mapping[str, Any
             "model. The file is incomplete or damaged: download the model again."
         )
     text = {"model_type": f"{model_type}_text", **inner}
-    family = table().families.get(text["model_type"])
+    family = table().families.get(str(text["model_type"]))
     return {**family.sizes_left_out, **text} if family else text
 
 
