@@ -132,7 +132,7 @@ def save_quantised(
         numbers, scale = fmt.quantise(weight.float())
         return {tensor: numbers, tensor + fmt.suffix: scale}
 
-    return _rewrite(folder, quantise, fmt.settings)
+    return rewrite(folder, quantise, fmt.settings)
 
 
 def save_mxfp4(
@@ -162,7 +162,7 @@ def save_mxfp4(
 
     skipped = ["model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens"]
     settings = {"quant_method": "mxfp4", "modules_to_not_convert": [*skipped, "lm_head"]}
-    return _rewrite(folder, quantise, settings)
+    return rewrite(folder, quantise, settings)
 
 
 def mxfp4(weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -183,9 +183,10 @@ def _save(config: object, folder: Path, shard_size: str) -> None:
     model.to(torch.bfloat16).save_pretrained(folder, max_shard_size=shard_size)
 
 
-def _rewrite(
+def rewrite(
     folder: Path, quantise: Callable[[str, Tensor], dict[str, Tensor]], settings: dict
 ) -> Path:
+    """Puts what `quantise` makes of each tensor in its place, and `settings` into config.json."""
     where = {}
     for path in sorted(folder.glob("*.safetensors")):
         tensors: dict[str, Tensor] = {}
