@@ -150,3 +150,25 @@ def test_a_text_config_of_no_type(tmp_path):
     done = run("plan", tmp_path / "base")
     assert done.exit_code == 1
     assert "No architecture of type '[]'" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda told: told.update(ignore=0), "quantization_config.ignore: 0, expected a list"),
+        (
+            lambda told: told["config_groups"]["group_0"]["weights"].update(num_bits=[]),
+            "quantised by compressed-tensors",
+        ),
+    ],
+)
+def test_quantisation_settings_of_another_type(change, said, tmp_path):
+    save_quantised("compressed_row", tmp_path / "base")
+    config = tmp_path / "base" / "config.json"
+    told = json.loads(config.read_text())
+    change(told["quantization_config"])
+    config.write_text(json.dumps(told))
+    options = ("--set", "edit.quantized=dequantize", "--set", "edit.strength={mlp: 1}")
+    done = run("plan", tmp_path / "base", *options)
+    assert done.exit_code == 1
+    assert said in done.stderr

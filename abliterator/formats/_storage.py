@@ -11,7 +11,7 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from abliterator.errors import UnsupportedModel
+from abliterator.errors import CheckpointError, UnsupportedModel
 from abliterator.formats._layout import Layout, Mxfp4Layout, PlainLayout, ScaledLayout, Shape
 from abliterator.formats._numbers import F8_E4M3, FORMATS, SCALE_DTYPES, format_of
 from abliterator.formats._refused import refused
@@ -115,6 +115,7 @@ class Storage:
         """What writing the quantised tensors `names` as plain numbers changes.
 
         Raises:
+            CheckpointError: where the list of modules that are not quantised is no list.
             UnsupportedModel: as `layout` does.
         """
         found = {
@@ -141,6 +142,11 @@ class Storage:
         listed = self.settings.get(key)
         if listed is None:
             listed = _never_quantised(headers, found)
+        if not isinstance(listed, list):
+            raise CheckpointError(
+                f"config.json says {SETTINGS}.{key}: {listed!r}, expected a list of modules that "
+                "are not quantised. The file is damaged: download the model again."
+            )
         added = [self.scheme.experts(u) if _is_experts(u) else u for u in sorted(units, key=_order)]
         return {**self.settings, key: [*listed, *(name for name in added if name not in listed)]}
 
@@ -289,11 +295,11 @@ def _is_fp8(settings: Settings) -> bool:
     groups = _groups(settings)
     stored = {str(group.get("format") or settings.get("format")) for group in groups}
     kinds = {
-        (weights.get("type"), weights.get("num_bits"))
+        (str(weights.get("type")), str(weights.get("num_bits")))
         for group in groups
         if isinstance(weights := group.get("weights"), Mapping)
     }
-    return kinds == {("float", 8)} and stored <= {"float-quantized", "naive-quantized"}
+    return kinds == {("float", "8")} and stored <= {"float-quantized", "naive-quantized"}
 
 
 SCHEMES: Mapping[str, Scheme] = {
