@@ -200,7 +200,7 @@ def test_rows_under_edits_of_their_own_equal_one_edit_at_a_time(subject, base):
             assert refusal[i] == pytest.approx(plain.refusal(subject.target, [(11, 12), (20,)])[0])
             assert kl[i] == pytest.approx(_scores.mean_kl(plain, base)[0], abs=1e-6)
             assert answers[i] == plain.answers(PROMPTS, 4)[0]
-    assert kl[3] == pytest.approx(0, abs=1e-9)
+    assert kl[3] == pytest.approx(0, abs=1e-7)  # nothing removed, but in a batch with others
     assert len(set(refusal)) == 4
 
 
@@ -256,7 +256,7 @@ def scripted(monkeypatch):
         for room in (_race, _grow):
             monkeypatch.setattr(room, "judge_edits", judge)
         monkeypatch.setattr(_sweep, "score", lambda *_: scores)
-        monkeypatch.setattr(_grow, "mean_kl", lambda *_: [0.01])
+        monkeypatch.setattr(_grow, "mean_kl", lambda edited, _: [0.01] * edited.n)
 
     return script
 
@@ -426,6 +426,23 @@ def test_a_stack_that_random_directions_equal_is_not_taken(subject, scripted):
     assert grow(subject)[:2] == ([1], 1)
 
 
+@pytest.mark.parametrize(("random_kl", "counts"), [(0.3, False), (0.1, True), (0.01, True)])
+def test_a_control_that_breaks_the_model_does_not_count(
+    subject, scripted, monkeypatch, random_kl, counts
+):
+    scripted([], by_rank({1: 0.2, 2: 0.9}, random=0.9))
+    monkeypatch.setattr(_grow, "mean_kl", lambda *_: [0.05, random_kl])
+    tried, k, _ = grow(subject, layers=(1, 2))
+    assert (tried, k) == (([1], 1) if counts else ([1, 2], 2))
+
+
+def test_a_stack_may_move_as_much_as_its_controls(subject, scripted, monkeypatch):
+    """Above the gate, but not above the stack itself, which layers named in a recipe may be."""
+    scripted([], by_rank({1: 0.2, 2: 0.9}, random=0.9))
+    monkeypatch.setattr(_grow, "mean_kl", lambda *_: [0.4, 0.3])
+    assert grow(subject, layers=(1, 2))[:2] == ([1], 1)
+
+
 def test_all_sizes_that_there_are_layers_for(subject, scripted):
     scripted([], by_rank({1: 0.2, 2: 0.6, 3: 1.0}))
     tried, k, why = grow(subject, layers=(1, 2, 3, 4))
@@ -435,7 +452,7 @@ def test_all_sizes_that_there_are_layers_for(subject, scripted):
 
 def test_a_larger_stack_must_pass_the_kl_gate(subject, scripted, monkeypatch):
     scripted([], by_rank({1: 0.2, 2: 1.0}))
-    monkeypatch.setattr(_grow, "mean_kl", lambda *_: [0.3])
+    monkeypatch.setattr(_grow, "mean_kl", lambda edited, _: [0.3] * edited.n)
     tried, k, why = grow(subject)
     assert (tried, k) == ([1, 2], 1)
     assert "too far (KL 0.3 nats)" in why
@@ -492,7 +509,7 @@ def test_given_layers_keep_their_order_and_only_k_is_chosen(subject, base, scrip
     card = render_card(
         demo_record().model_copy(update={"selection": found.model_dump(mode="json")})
     )
-    assert "| 2 | 0.000 | 1.000 | 0.000 | -1.000 | 0.000 |  | 20 |" in card
+    assert "| 2 | 0.010 | 0.000 | 1.000 | 0.000 | -1.000 | 0.000 at KL 0.010 |  | 20 |" in card
 
 
 # ---- structure

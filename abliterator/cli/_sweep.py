@@ -53,7 +53,7 @@ def told(found: dict[str, Any]) -> str:
     if found["stacks"]:
         stacks = [["k", "KL", *COLUMNS[3:], "product, random", "product, shuffled labels"]]
         for s in found["stacks"]:
-            controls = [_product(s[name]) for name in ("random", "shuffled")]
+            controls = [_control(s, name) for name in ("random", "shuffled")]
             stacks.append([str(s["k"]), f"{s['kl']:.3f}", *_judged(s["answers"]), *controls])
         lines += ["", *_table(stacks)]
     places = zip(found["layers"], found["positions"], strict=True)
@@ -74,8 +74,11 @@ def _judged(answers: dict[str, Any] | None) -> list[str]:
     return [str(n), *("not measured" if e is None else f"{e['value']:.3f}" for e in found)]
 
 
-def _product(answers: dict[str, Any] | None) -> str:
-    return "" if answers is None else _judged(answers)[-1]
+def _control(stack: dict[str, Any], name: str) -> str:
+    if stack[name] is None:
+        return ""
+    kl = stack.get(f"{name}_kl")
+    return _judged(stack[name])[-1] + ("" if kl is None else f" (KL {kl:.3f})")
 
 
 def _table(rows: list[list[str]]) -> list[str]:

@@ -125,4 +125,4 @@ def _pictures(run: Run, found: Selection) -> list[Path]:
     return paths
 
 
-SELECTION = Stage("selection", 2, _selection_inputs, _select)
+SELECTION = Stage("selection", 3, _selection_inputs, _select)

@@ -32,7 +32,9 @@ def grow_stack(
 
     A larger stack is better if the 95 % interval of the paired difference of its products lies
     above 0 against the smaller stack, against as many random directions and against as many from
-    shuffled labels, and its KL passes.
+    shuffled labels, and its KL passes. A control that breaks the model is no measure, and does not
+    count: where the stream has a few huge dimensions, a random direction spreads them over all
+    others, and a model that babbles refuses nothing.
 
     Returns:
         The stacks that were tried (the last may be the one that was not taken), and why it stopped.
@@ -66,8 +68,8 @@ def _try(
     if (shuffled := pool.shuffled_stack(order, k)) is not None:
         controls.append(shuffled)
     judged, random, *rest = judge_edits(subject, [basis, *controls])
-    with removed(subject, [basis]) as edited:
-        (kl,) = mean_kl(edited, base)
+    with removed(subject, [basis, *controls]) as edited:
+        kl, random_kl, *rest_kl = mean_kl(edited, base)
     of = order[:1] if pool.differences else order[:k]
     stack = Stack(
         k=k,
@@ -76,7 +78,9 @@ def _try(
         kl=kl,
         answers=judged.summary,
         random=random.summary,
+        random_kl=random_kl,
         shuffled=rest[0].summary if rest else None,
+        shuffled_kl=rest_kl[0] if rest_kl else None,
         over_random=_gain(random, judged, seed),
         over_shuffled=_gain(rest[0], judged, seed) if rest else None,
         over_smaller=_gain(smaller, judged, seed) if smaller else None,
@@ -114,13 +118,15 @@ def _no_better(tried: Stack, gates: Gates) -> str | None:
     """Why this stack is not taken, or None if it is."""
     if tried.k > 1 and tried.kl > gates.max_kl:
         return f"{tried.k} directions move neutral answers too far (KL {tried.kl:.3g} nats)"
-    for gain, than in (
-        (tried.over_smaller, "the smaller stack"),
-        (tried.over_random, "random ones"),
-        (tried.over_shuffled, "those of shuffled labels"),
+    for gain, than, control_kl in (
+        (tried.over_smaller, "the smaller stack", None),
+        (tried.over_random, "random ones", tried.random_kl),
+        (tried.over_shuffled, "those of shuffled labels", tried.shuffled_kl),
     ):
+        if gain is None or tried.broken(control_kl, gates.max_kl):
+            continue
         # without an interval (all differences equal) the value itself decides
-        if gain is not None and (gain.value if gain.low is None else gain.low) <= 0:
+        if (gain.value if gain.low is None else gain.low) <= 0:
             return f"{tried.k} directions are not better than {than}: product {_shown(gain)}"
     return None
 

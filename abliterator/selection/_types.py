@@ -131,7 +131,10 @@ class Candidate(Frozen):
 
 
 class Stack(Frozen):
-    """k directions together, against fewer and against as many that know nothing."""
+    """k directions together, against fewer and against as many that know nothing.
+
+    KL is that of neutral answers, in nats: a control with a large one has broken the model.
+    """
 
     k: int
     layers: tuple[int, ...]
@@ -139,10 +142,16 @@ class Stack(Frozen):
     kl: float
     answers: Answers
     random: Answers  # the same number of random directions
+    random_kl: float | None = None
     shuffled: Answers | None = None  # the same number of directions from shuffled labels
+    shuffled_kl: float | None = None
     over_random: Estimate | None  # paired difference of the products
     over_shuffled: Estimate | None = None
     over_smaller: Estimate | None = None
+
+    def broken(self, control_kl: float | None, max_kl: float) -> bool:
+        """Whether a control moved neutral answers further than this stack does, and than it may."""
+        return control_kl is not None and control_kl > max(max_kl, self.kl)
 
 
 class Structure(Frozen):
