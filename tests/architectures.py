@@ -73,6 +73,7 @@ _WANTED = {
     "rotary_dim": 4,
 }
 
+_MROPE = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]}
 _MIXED = ["linear_attention", "full_attention", "linear_attention"]
 _CONV = ["conv", "full_attention", "conv"]
 _LATENT = {"num_key_value_heads": 4}
@@ -84,6 +85,16 @@ _GEMMA4 = {
     "num_kv_shared_layers": 0,
 }
 
+_VQ = {
+    "base_channels": 32,
+    "channel_multiplier": [1, 1],
+    "embed_dim": 8,
+    "latent_channels": 8,
+    "num_embeddings": 8,
+    "num_res_blocks": 1,
+    "resolution": 16,
+}
+
 # What one model_type needs besides, and what switches on its biases and its rarer parts.
 _OWN: dict[str, dict[str, Any]] = {
     "axk1": _LATENT,
@@ -91,6 +102,7 @@ _OWN: dict[str, dict[str, Any]] = {
     "bailing_hybrid": {"layer_group_size": 3, **_LATENT},
     "bamba": {"attn_layer_indices": [1]},
     "beam": {"mlp_layer_types": ["dense", "sparse", "sparse"]},
+    "chameleon": {"vocabulary_map": {"<image>": 90, "IMGIMGAZ": 91}, "vq_config": _VQ},
     "ctrl": {"dff": 48, "n_positions": 64},
     "dbrx": {
         "d_model": D_MODEL,
@@ -105,6 +117,7 @@ _OWN: dict[str, dict[str, Any]] = {
             "hidden_size": 32,
         },
     },
+    "cohere_compass_text": {"rope_parameters": {"full_attention": _MROPE}},
     "deepseek_v2": _LATENT,
     "deepseek_v32": _INDEXED,
     "deepseek_v3": _LATENT,
@@ -132,11 +145,23 @@ _OWN: dict[str, dict[str, Any]] = {
     "lfm2": {"layer_types": _CONV, "block_auto_adjust_ff_dim": False},
     "lfm2_moe": {"layer_types": _CONV, "num_dense_layers": 1},
     "llama4_text": {"moe_layers": [1, 2]},
+    "mistral_large4_text": _INDEXED,
     "mistral4": {**_LATENT, "head_dim": 16},
     "olmo_hybrid": {"layer_types": _MIXED},
     "recurrent_gemma": {"block_types": ["recurrent", "attention"], "lru_width": D_MODEL},
+    "step3p5": {
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+        "mlp_layer_types": ["dense", "sparse", "sparse"],
+        "share_expert_dim": 24,
+        "sliding_window": 4,
+    },
     "xglm": {"d_model": D_MODEL, "num_layers": 3, "attention_heads": 4},
     "xlstm": {"num_heads": 4},
+    "zamba": {
+        "attention_head_dim": 16,
+        "layers_block_type": ["mamba", "hybrid", "hybrid"],
+        "mamba_proj_bias": True,
+    },
     "zamba2": {"layers_block_type": ["mamba", "hybrid", "hybrid"]},
     "mamba2": {"head_dim": 16, "num_heads": 4},
     "minicpm3": _LATENT,
@@ -148,13 +173,31 @@ _OWN: dict[str, dict[str, Any]] = {
     "qwen3_5_text": {"layer_types": _MIXED},
     "qwen3_next": {"layer_types": _MIXED, "mlp_only_layers": [0]},
     "sarvam_mla": _LATENT,
+    "phi4_multimodal": {
+        "vision_config": {
+            "hidden_size": 16,
+            "intermediate_size": 16,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "image_size": 28,
+            "crop_size": 28,
+        },
+        "audio_config": {
+            "hidden_size": 16,
+            "intermediate_size": 16,
+            "num_blocks": 1,
+            "num_attention_heads": 2,
+            "ext_pw_out_channel": 16,
+            "depthwise_separable_out_channel": 16,
+            "nemo_conv_channels": 16,
+        },
+    },
     "starcoder2": {"use_bias": True},
     "youtu": _LATENT,
 }
 
 # Models that hold a causal LM beside a vision tower, whose tiny language model needs more than the
 # LM's own model_type does.
-_MROPE = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]}
 _WITH_MROPE = [
     *("glm46v", "glm4v", "glm_ocr", "glmga", "hunyuan_vl", "paddleocr_vl", "qwen2_5_omni_thinker"),
     *("qwen2_5_vl", "qwen2_vl", "qwen3_omni_moe_thinker", "qwen3_vl", "qwen3_vl_moe"),
@@ -166,11 +209,6 @@ _WRAPPED: dict[str, dict[str, Any]] = {
     "mllama": {"cross_attention_layers": [1]},
     **{name: {"rope_parameters": _MROPE} for name in _WITH_MROPE},
     "glm4v_moe": {"rope_parameters": {**_MROPE, "mrope_section": [1, 1, 0]}},
-}
-
-# What a wrapper's own config must say for its parts to fit together.
-_AROUND: dict[str, dict[str, Any]] = {
-    "apertus1p5": {"image_token_offset": 60, "audio_token_offset": 68},
 }
 
 # Wrappers whose vision tower has other names as published: when transformers turns names back, it
@@ -203,6 +241,19 @@ _VISION = {
     "base_channels": 32,
     "latent_channels": 8,
     "num_res_blocks": 1,
+}
+
+# What a wrapper's own config must say for its parts to fit together.
+_AROUND: dict[str, dict[str, Any]] = {
+    "apertus1p5": {"image_token_offset": 60, "audio_token_offset": 68},
+    "cohere_compass": {"vision_config": {**_VISION, "deepstack_visual_indexes": [0]}},
+    "emu3": {"vocabulary_map": {"<image>": 90, "<|extra_200|>": 91, "<|visual token 000000|>": 92}},
+    "granite4_vision": {
+        "vision_config": {**_VISION, "model_type": "siglip_vision_model", "hidden_size": 64},
+        "deepstack_layer_map": [[-1, 1]],
+        "spatial_target_layers": [0, 1, 2, 0],
+        "downsample_rate": "1/2",
+    },
 }
 
 # More than one shape of a type: the rarer parts on.
@@ -273,7 +324,7 @@ def _config(model_type: str, own: dict[str, Any]) -> Any:
             parts[key] = _sized(type(part), _WANTED, text).to_dict()
         elif part is not None:
             parts[key] = _sized(type(part), _VISION, {}).to_dict()
-    return AutoConfig.for_model(model_type, **parts, **_AROUND.get(model_type, {}))
+    return AutoConfig.for_model(model_type, **{**parts, **_AROUND.get(model_type, {})})
 
 
 def _is_wrapper(config: Any) -> bool:

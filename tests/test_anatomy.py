@@ -231,11 +231,16 @@ def test_known_types_without_a_proof_are_refused_with_the_reason(name):
         anatomy_of({"model_type": name, "num_hidden_layers": 2, "hidden_size": 8})
 
 
-def test_a_variant_without_a_stream_is_refused():
-    config = {"model_type": "opt", "num_hidden_layers": 2, "hidden_size": 8}
+@pytest.mark.parametrize(
+    ("name", "key", "other"),
+    [("opt", "do_layer_norm_before", False), ("chameleon", "swin_norm", True)],
+)
+def test_a_variant_whose_stream_is_built_otherwise_is_refused(name, key, other):
+    config = {"model_type": name, "num_hidden_layers": 2, "hidden_size": 8}
     assert anatomy_of(config).n_layers == 2
-    with pytest.raises(UnsupportedModel, match="do_layer_norm_before: False"):
-        anatomy_of({**config, "do_layer_norm_before": False})
+    assert anatomy_of({**config, key: not other}).n_layers == 2
+    with pytest.raises(UnsupportedModel, match=f"{key}: {other}"):
+        anatomy_of({**config, key: other})
 
 
 def test_older_configs_call_their_sizes_otherwise():

@@ -65,7 +65,8 @@ def tokens():
 
 def vanilla(folder):
     config = AutoConfig.from_pretrained(folder)
-    causal = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING and config.model_type != "mllama"
+    whole = config.model_type in ("emu3", "mllama")
+    causal = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING and not whole
     factory = AutoModelForCausalLM if causal else AutoModelForImageTextToText
     model, report = factory.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
     assert not report["missing_keys"]

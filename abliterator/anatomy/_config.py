@@ -53,14 +53,16 @@ def anatomy_of(config: Mapping[str, Any]) -> Anatomy:
 
 def _text_config(config: Mapping[str, Any], model_type: str) -> Mapping[str, Any]:
     """What a wrapper's config.json says of its language model; older files say it outside."""
-    flat = {**config, "model_type": f"{model_type}_text"} if "num_hidden_layers" in config else None
+    half = f"{model_type}_text"
+    own = model_type if model_type in table().families else half
+    flat = {**config, "model_type": own} if "num_hidden_layers" in config else None
     inner = config.get("text_config", flat)
     if not isinstance(inner, Mapping):
         raise CheckpointError(
             f"config.json of a {model_type} has no text_config, which describes its language "
             "model. The file is incomplete or damaged: download the model again."
         )
-    text = {"model_type": f"{model_type}_text", **inner}
+    text = {"model_type": half, **inner}
     family = table().families.get(str(text["model_type"]))
     return {**family.sizes_left_out, **text} if family else text
 
@@ -100,8 +102,8 @@ def _check_requirements(model_type: str, family: Family, config: Mapping[str, An
         if config.get(key, value) != value:
             raise UnsupportedModel(
                 f"config.json says {key}: {config[key]!r}; of the type {model_type!r}, only models "
-                f"with {key}: {value!r} keep one residual stream from block to block, which is "
-                "what an edit needs. Use another model."
+                f"with {key}: {value!r} are supported, because others build the residual stream "
+                "otherwise. Use another model."
             )
 
 

@@ -24,8 +24,9 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torc
 # What remote code raises when it meets a transformers that it was not written for.
 _REMOTE_CODE_ERRORS = (AttributeError, ImportError, RuntimeError, TypeError, ValueError)
 
-# Models that see, of which transformers' causal LM finds the text half under its old names only.
-_WHOLE = ("mllama",)
+# Models that see, of which transformers' causal LM does not find the text half: under its old names
+# only (mllama), or under none (emu3).
+_WHOLE = ("emu3", "mllama")
 
 
 @dataclass(frozen=True)
