@@ -165,6 +165,7 @@ _OWN: dict[str, dict[str, Any]] = {
     "zamba2": {"layers_block_type": ["mamba", "hybrid", "hybrid"]},
     "mamba2": {"head_dim": 16, "num_heads": 4},
     "minicpm3": _LATENT,
+    "molmo2_text": {"additional_vocab_size": 4},
     "nemotron_h": {
         "layers_block_type": ["linear_attention", "moe", "full_attention", "mlp"],
         "num_hidden_layers": 4,
@@ -254,6 +255,26 @@ _AROUND: dict[str, dict[str, Any]] = {
         "spatial_target_layers": [0, 1, 2, 0],
         "downsample_rate": "1/2",
     },
+    "molmo2": {
+        "vision_config": {
+            "hidden_size": 16,
+            "intermediate_size": 16,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 2,
+            "head_dim": 8,
+            "image_size": [28, 28],
+        },
+        "adapter_config": {
+            "hidden_size": 16,
+            "intermediate_size": 16,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 2,
+            "head_dim": 8,
+            "text_hidden_size": D_MODEL,
+            "vision_feature_layer": [0],
+        },
+    },
 }
 
 # More than one shape of a type: the rarer parts on.
@@ -316,15 +337,15 @@ def _config(model_type: str, own: dict[str, Any]) -> Any:
     blank = AutoConfig.for_model(model_type)
     if not _is_wrapper(blank):
         return _sized(type(blank), _WANTED, own)
-    parts = {}
-    for key in type(blank).sub_configs:
+    parts = dict(_AROUND.get(model_type, {}))
+    for key in {*type(blank).sub_configs} - {*parts}:
         part = getattr(blank, key)
         if key == "text_config":
             text = {**_OWN.get(part.model_type, {}), **_WRAPPED.get(model_type, {}), **own}
             parts[key] = _sized(type(part), _WANTED, text).to_dict()
         elif part is not None:
             parts[key] = _sized(type(part), _VISION, {}).to_dict()
-    return AutoConfig.for_model(model_type, **{**parts, **_AROUND.get(model_type, {})})
+    return AutoConfig.for_model(model_type, **parts)
 
 
 def _is_wrapper(config: Any) -> bool:
