@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from abliterator.errors import UnsupportedModel
+from abliterator.errors import CheckpointError, UnsupportedModel
 from abliterator.formats import (
     F8_E4M3,
     FORMATS,
@@ -9,6 +9,7 @@ from abliterator.formats import (
     format_of,
     measured,
     preferred,
+    storage_of,
 )
 
 
@@ -53,3 +54,12 @@ def test_rounding_keeps_the_dtype_of_the_calculation():
     numbers = torch.tensor([1.00390625, 1.0], dtype=torch.float64)
     assert FORMATS["BF16"].rounded(numbers).tolist() == [1.0, 1.0]
     assert FORMATS["BF16"].rounded(numbers).dtype == torch.float64
+
+
+@pytest.mark.parametrize("listed", [0, "lm_head", {"lm_head": True}])
+@pytest.mark.parametrize("key", ["modules_to_not_convert", "ignored_layers"])
+def test_a_list_of_modules_that_is_none_stops_before_anything_is_planned(key, listed):
+    settings = {"quant_method": "fp8", key: listed}
+    with pytest.raises(CheckpointError, match=f"quantization_config.{key}: .*expected a list"):
+        storage_of({"quantization_config": settings})
+    assert storage_of({"quantization_config": {**settings, key: None}}).settings[key] is None

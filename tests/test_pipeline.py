@@ -119,7 +119,7 @@ def test_strengths_per_blocks_are_in_plan_record_and_card(project, tmp_path):
     assert mlp == [(2, 0.6)]
     card = (checkpoint / "README.md").read_text()
     (row,) = (line for line in card.splitlines() if line.startswith("| Strength s"))
-    assert '"0-1": 0.0, "2": 0.6' in row
+    assert "`mlp` (`0-1` 0.0, `2` 0.6)" in row
     assert "by blocks, counted from 0; 0 in all others" in row
 
 

@@ -115,7 +115,6 @@ class Storage:
         """What writing the quantised tensors `names` as plain numbers changes.
 
         Raises:
-            CheckpointError: where the list of modules that are not quantised is no list.
             UnsupportedModel: as `layout` does.
         """
         found = {
@@ -142,11 +141,6 @@ class Storage:
         listed = self.settings.get(key)
         if listed is None:
             listed = _never_quantised(headers, found)
-        if not isinstance(listed, list):
-            raise CheckpointError(
-                f"config.json says {SETTINGS}.{key}: {listed!r}, expected a list of modules that "
-                "are not quantised. The file is damaged: download the model again."
-            )
         added = [self.scheme.experts(u) if _is_experts(u) else u for u in sorted(units, key=_order)]
         return {**self.settings, key: [*listed, *(name for name in added if name not in listed)]}
 
@@ -159,6 +153,7 @@ def storage_of(config: Mapping[str, Any], made_from: Collection[str] = ()) -> St
         made_from: ids of the model that the checkpoint's card says it was made from, for an error.
 
     Raises:
+        CheckpointError: where the list of modules that are not quantised is no list.
         UnsupportedModel: for a way of quantising in which no edit can be kept.
     """
     settings = config.get(SETTINGS)
@@ -169,6 +164,13 @@ def storage_of(config: Mapping[str, Any], made_from: Collection[str] = ()) -> St
     scheme = SCHEMES.get(method)
     if scheme is None or not scheme.fits(settings):
         raise refused(method, settings, made_from)
+    for key in scheme.skips:
+        listed = settings.get(key)
+        if listed is not None and not isinstance(listed, list):
+            raise CheckpointError(
+                f"config.json says {SETTINGS}.{key}: {listed!r}, expected a list of modules that "
+                "are not quantised. The file is damaged: download the model again."
+            )
     return Storage(settings, scheme)
 
 
