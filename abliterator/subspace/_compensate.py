@@ -1,4 +1,18 @@
-"""Roundings chosen so that what is stored writes nothing into the subspace."""
+"""Roundings chosen so that what is stored writes nothing into the subspace.
+
+Of a Gaussian W in bfloat16, against nearest rounding, the leak is at most and the noise times
+
+    H       k = 1           k = 4           k = 16
+    256     1/1300 1.01     1/1300 1.02     1/190  1.05
+    576     1/1900 1.01     1/3000 1.01     1/650  1.03
+    2048    1/4500 1.02     1/3500 1.01     1/3500 1.01
+
+(benchmarks/rounding.py). Where few rows have few choices, hardly more can be had: at H = 256, k =
+16 every choice without a leak, whoever finds it, makes 1.029 times the noise at least, by the
+dual bound of the Lagrangian, which takes mixtures of roundings for choices; at H = 128 1.059.
+Nor does looking longer help much: 64 ways followed through all elements find 1/240 at 1.035
+times the noise at H = 256, for thirty times the work.
+"""
 
 from __future__ import annotations
 
@@ -91,19 +105,6 @@ def compensate(
     it, if these could take any value, would leave least (nearest plane, Babai 1986). Only the last
     k elements' steps are left then; of the last 2 k, therefore, both neighbours of a near tie are
     tried, and the best few ways so far go on (K-best, a sphere decoder's breadth-first search).
-
-    Of a Gaussian W in bfloat16, against nearest rounding, the leak is at most and the noise times
-
-        H       k = 1           k = 4           k = 16
-        256     1/1300 1.01     1/1300 1.02     1/190  1.05
-        576     1/1900 1.01     1/3000 1.01     1/650  1.03
-        2048    1/4500 1.02     1/3500 1.01     1/3500 1.01
-
-    (benchmarks/rounding.py). Where few rows have few choices, more cannot be had: at H = 256, k =
-    16 every choice without a leak, whoever finds it, makes 1.029 times the noise at least, by the
-    dual bound of that Lagrangian, which takes mixtures of roundings for choices; at H = 128 1.059.
-    Nor does looking longer help much: 64 ways followed through all elements find 1/240 at 1.035
-    times the noise at H = 256, for thirty times the work.
 
     Args:
         exact: [m, c], the edited weights before storing, in the rows that may be chosen.
