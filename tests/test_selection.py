@@ -432,8 +432,9 @@ def test_a_control_that_breaks_the_model_does_not_count(
 ):
     scripted([], by_rank({1: 0.2, 2: 0.9}, random=0.9))
     monkeypatch.setattr(_grow, "mean_kl", lambda *_: [0.05, random_kl])
-    tried, k, _ = grow(subject, layers=(1, 2))
+    tried, k, why = grow(subject, layers=(1, 2))
     assert (tried, k) == (([1], 1) if counts else ([1, 2], 2))
+    assert ("did not count: random at k = 1, 2)" in why) != counts
 
 
 def test_a_stack_may_move_as_much_as_its_controls(subject, scripted, monkeypatch):

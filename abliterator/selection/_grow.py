@@ -47,9 +47,10 @@ def grow_stack(
         tried.append(stack)
         on_step(f"stack of {k} judged")
         if reason := _no_better(stack, search.gates):
-            return tried, reason
+            return tried, reason + _left_out(tried, search.gates)
         smaller = judged
-    return tried, f"there is no larger stack to try with {_of(pool, most)}"
+    why = f"there is no larger stack to try with {_of(pool, most)}"
+    return tried, why + _left_out(tried, search.gates)
 
 
 def _try(
@@ -129,6 +130,17 @@ def _no_better(tried: Stack, gates: Gates) -> str | None:
         if (gain.value if gain.low is None else gain.low) <= 0:
             return f"{tried.k} directions are not better than {than}: product {_shown(gain)}"
     return None
+
+
+def _left_out(tried: Sequence[Stack], gates: Gates) -> str:
+    """Says of which sizes a control did not count, so that nobody takes it for beaten."""
+    sizes: dict[str, list[str]] = {}
+    for stack in tried:
+        for name, kl in (("random", stack.random_kl), ("shuffled", stack.shuffled_kl)):
+            if stack.broken(kl, gates.max_kl):
+                sizes.setdefault(name, []).append(str(stack.k))
+    told = [f"{name} at k = {', '.join(found)}" for name, found in sizes.items()]
+    return f" (controls that broke the model, and did not count: {'; '.join(told)})" if told else ""
 
 
 def _shown(gain: Estimate) -> str:
