@@ -15,8 +15,9 @@ and every other bar takes the whole front. Cost is CPU seconds of one thread bes
 means little where cores are shared. `--out` keeps everything, and what is there is not made again.
 
 heretic runs the model as it is stored, in bfloat16, whose rounding alone shows as some thousandths
-of a nat between two models that compute the same: no KL of its is below that. Beside it stands the
-KL of our baked files when they are run in float32; heretic's own trials leave no files to measure.
+of a nat between two models that compute the same: no KL of its is below that. With --dtype float32
+it searches and measures in float32, where that floor is gone: bars on KL are read there. Beside its
+KL stands that of our baked files, always run in float32, with a digit more than heretic prints.
 """
 
 from __future__ import annotations
@@ -225,11 +226,13 @@ def main() -> None:
     parser.add_argument("model", type=Path)
     parser.add_argument("--heretic", type=Path, required=True)
     parser.add_argument("--trials", type=int, default=40)
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
     parser.add_argument("--out", type=Path, default=None)
     arguments = parser.parse_args()
     out = (arguments.out or Path(tempfile.mkdtemp())).resolve()
     settings = {
         "model": str(arguments.model.resolve()),
+        "dtypes": [arguments.dtype],
         "n_trials": arguments.trials,
         "n_startup_trials": arguments.trials * 3 // 10,  # as in its defaults: 60 of 200
         "seed": 1,
@@ -238,13 +241,14 @@ def main() -> None:
         "system_prompt": SYSTEM,
     }
     cost, chosen = tuned(arguments.model, out)
-    text, other = run_heretic(arguments.heretic.resolve(), out / "heretic", settings)
+    program, runs = arguments.heretic.resolve(), out / arguments.dtype
+    text, other = run_heretic(program, runs / "heretic", settings)
     theirs = trials(text)
     ours, folders = [], sorted((out / "points").iterdir(), key=lambda path: int(path.name))
     for folder, exact in zip(folders, in_float32(arguments.model, folders), strict=True):
         # no search for the fastest batch: it is no part of what is measured
         asked = {**settings, "evaluate_model": str(folder), "batch_size": 36}
-        said, _ = run_heretic(arguments.heretic.resolve(), out / "evaluated" / folder.name, asked)
+        said, _ = run_heretic(program, runs / "evaluated" / folder.name, asked)
         ours += [point._replace(kl_float32=exact) for point in trials(said)[-1:]]
     best = front(theirs)
     show(f"heretic, {len(theirs)} trials, front on the evaluation prompts", best)
