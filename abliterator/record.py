@@ -11,7 +11,7 @@ measurement that was not made is `None` (JSON `null`), never 0. Rates and means 
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict
 
@@ -41,6 +41,21 @@ class Estimate(Frozen):
     low: float | None
     high: float | None
     n: int
+
+    @classmethod
+    def of(cls, interval: tuple[float, float | None, float | None, int] | None) -> Self | None:
+        """A `statistics.Interval` as it travels in a record; None for no data."""
+        if interval is None:
+            return None
+        value, low, high, n = interval
+        return cls(value=value, low=low, high=high, n=n)
+
+    def __format__(self, form: str) -> str:
+        """`value [low, high] (n=40)`, numbers as `form` has it; no brackets without an interval."""
+        interval = ""
+        if self.low is not None and self.high is not None:
+            interval = f" [{self.low:{form}}, {self.high:{form}}]"
+        return f"{self.value:{form}}{interval} (n={self.n})"
 
 
 class Completion(Frozen):

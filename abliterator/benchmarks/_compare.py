@@ -240,6 +240,7 @@ def _estimate(values: Sequence[float], *, seed: int) -> Estimate:
 
 
 def _as_estimate(interval: statistics.Interval | None) -> Estimate:
-    if interval is None:
+    found = Estimate.of(interval)
+    if found is None:
         raise BenchmarkError("A benchmark task has no scored documents. Raise `benchmarks.limit`.")
-    return Estimate(**interval._asdict())
+    return found

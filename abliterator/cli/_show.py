@@ -136,11 +136,7 @@ def told(record: RunRecord, out: Path) -> str:
 
 
 def _shown(estimate: Estimate | None) -> str:
-    if estimate is None:
-        return "not measured"
-    if estimate.low is None or estimate.high is None:
-        return f"{estimate.value:.3f} (n={estimate.n})"
-    return f"{estimate.value:.3f} [{estimate.low:.3f}, {estimate.high:.3f}] (n={estimate.n})"
+    return "not measured" if estimate is None else f"{estimate:.3f}"
 
 
 def reproduced(found: Reproduction) -> str:

@@ -13,7 +13,7 @@ MEASURES = ("refusal", "compliance", "coherence", "product", "truncated", "unsco
 
 
 def to_markdown(comparison: Comparison) -> str:
-    """What was measured; an estimate is `value [95 % interval] (n)`."""
+    """What was measured; an estimate is `value [95 % interval] (n=40)`."""
     parts = [f"# {comparison.base} and {comparison.edited}", *_weights(comparison.weights)]
     for name, behaviour in comparison.behaviour.items():
         judge = comparison.judge.model or comparison.judge.kind if comparison.judge else "nobody"
@@ -124,12 +124,7 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def _estimate(found: Estimate | None, form: str = ".3f") -> str:
-    if found is None:
-        return "not measured"
-    interval = ""
-    if found.low is not None and found.high is not None:
-        interval = f" [{found.low:{form}}, {found.high:{form}}]"
-    return f"{found.value:{form}}{interval} ({found.n})"
+    return "not measured" if found is None else format(found, form)
 
 
 def _number(value: float | None, form: str = ".3f") -> str:

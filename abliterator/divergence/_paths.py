@@ -134,8 +134,7 @@ def path_divergence(found: Sequence[PathDivergence], *, tokens: int, seed: int) 
     """
 
     def mean(values: list[float]) -> Estimate | None:
-        interval = mean_interval(values, seed=seed)
-        return None if interval is None else Estimate.model_validate(interval._asdict())
+        return Estimate.of(mean_interval(values, seed=seed))
 
     return Divergence(
         kl_first_token=mean([float(path.kl[0]) for path in found]),

@@ -123,7 +123,6 @@ def calibrate(rows: Sequence[Labelled], judge: Judge, *, name: str = "labels") -
     ]
     yes = [(float(label == 1), float(grade == 1)) for label, grade in pairs]
     agreed = sum(label == grade for label, grade in pairs)
-    interval = rate_interval(agreed, len(pairs))
     return Calibration(
         judge=judge.identity,
         labels=name,
@@ -132,7 +131,7 @@ def calibrate(rows: Sequence[Labelled], judge: Judge, *, name: str = "labels") -
         scored=len(pairs),
         unscored=len(rows) - len(pairs),
         agreement=_share(agreed, len(pairs)),
-        agreement_interval=interval and Estimate.model_validate(interval._asdict()),
+        agreement_interval=Estimate.of(rate_interval(agreed, len(pairs))),
         kappa=cohens_kappa(pairs),
         kappa_binary=cohens_kappa(yes),
         false_positive_rate=_share(yes.count((0, 1)), yes.count((0, 1)) + yes.count((0, 0))),
@@ -171,8 +170,7 @@ def disagreement(
         for a, b in zip(one, other, strict=True)
         if a.compliance is not None and b.compliance is not None
     ]
-    interval = rate_interval(sum(a != b for a, b in pairs), len(pairs))
-    return None if interval is None else Estimate.model_validate(interval._asdict())
+    return Estimate.of(rate_interval(sum(a != b for a, b in pairs), len(pairs)))
 
 
 def _class(grade: float, pairs: Sequence[tuple[float, float]]) -> dict[str, float | None]:

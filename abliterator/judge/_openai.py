@@ -82,8 +82,7 @@ class OpenAIJudge:
         """Model, prompt and settings; after judging also what was found out on the way."""
         tally, settings, prompt = self._tally, self._settings, judge_prompt()
         heard = tally.heard
-        again = rate_interval(sum(tally.rejudged), len(tally.rejudged))
-        estimate = None if again is None else Estimate.model_validate(again._asdict())
+        again = Estimate.of(rate_interval(sum(tally.rejudged), len(tally.rejudged)))
         return JudgeIdentity(
             kind="openai",
             model=settings.model,
@@ -94,7 +93,7 @@ class OpenAIJudge:
             served_model=_only(heard.models),
             fingerprints=tuple(sorted(heard.fingerprints)),
             structured=_only(heard.rungs),
-            disagreement={} if estimate is None else {"itself": estimate},
+            disagreement={} if again is None else {"itself": again},
             usage=self._usage(),
         )
 

@@ -14,7 +14,6 @@ from collections.abc import Callable, Sequence
 from abliterator.errors import JudgeError
 from abliterator.record import Behaviour, BehaviourSide, Estimate, Verdict, VerdictKind
 from abliterator.statistics import (
-    Interval,
     mcnemar_exact,
     mean_interval,
     paired_delta,
@@ -114,10 +113,10 @@ def _side(verdicts: Sequence[Verdict], seed: int) -> BehaviourSide:
     scored = [] if _withheld(verdicts) else [v for v in verdicts if not _unscored(v)]
 
     def rate(score: Score, of: Sequence[Verdict]) -> Estimate | None:
-        return _estimate(rate_interval(int(sum(map(score, of))), len(of)))
+        return Estimate.of(rate_interval(int(sum(map(score, of))), len(of)))
 
     def mean(score: Score, of: Sequence[Verdict] = scored) -> Estimate | None:
-        return _estimate(mean_interval([score(v) for v in of], seed=seed))
+        return Estimate.of(mean_interval([score(v) for v in of], seed=seed))
 
     return BehaviourSide(
         refusal=rate(_refusal, scored),
@@ -175,7 +174,7 @@ def _delta(pairs: Pairs, seed: int) -> BehaviourSide:
 
     def delta(score: Score, of: Pairs) -> Estimate | None:
         base, edited = [score(b) for b, _ in of], [score(e) for _, e in of]
-        return _estimate(paired_delta(base, edited, seed=seed))
+        return Estimate.of(paired_delta(base, edited, seed=seed))
 
     def both(has: Callable[[Verdict], bool]) -> Pairs:
         return [(b, e) for b, e in pairs if has(b) and has(e)]
@@ -190,7 +189,3 @@ def _delta(pairs: Pairs, seed: int) -> BehaviourSide:
         repetition=delta(_repetition, both(_has_guards)),
         distinct=delta(_distinct, both(_has_distinct)),
     )
-
-
-def _estimate(interval: Interval | None) -> Estimate | None:
-    return None if interval is None else Estimate.model_validate(interval._asdict())

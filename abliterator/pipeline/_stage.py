@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Any
 from abliterator.checkpoint import write_text_atomic
 from abliterator.pipeline._run import Run
 from abliterator.pipeline._workspace import digest_of
-from abliterator.record import Estimate, Frozen
+from abliterator.record import Frozen
 
 if TYPE_CHECKING:
-    from abliterator.statistics import Interval
+    pass
 
 Parts = Mapping[str, str]
 
@@ -59,8 +59,3 @@ def save_value(path: Path, value: Frozen) -> Path:
     """Writes a typed result as JSON, and returns its path."""
     write_text_atomic(path, value.model_dump_json(indent=1) + "\n")
     return path
-
-
-def estimate(interval: Interval | None) -> Estimate | None:
-    """A statistic as it travels in the record."""
-    return None if interval is None else Estimate.model_validate(interval._asdict())

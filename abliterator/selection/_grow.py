@@ -13,7 +13,7 @@ from abliterator.selection._pool import Pool
 from abliterator.selection._race import Step
 from abliterator.selection._rows import removed
 from abliterator.selection._scores import Baseline, Judged, judge_edits, mean_kl
-from abliterator.selection._types import Gates, Search, Stack, Subject, estimate
+from abliterator.selection._types import Gates, Search, Stack, Subject
 from abliterator.statistics import paired_delta
 from abliterator.subspace import orthonormal_basis
 
@@ -112,7 +112,7 @@ def _gain(before: Judged, after: Judged, seed: int) -> Estimate | None:
     ]
     if not both:
         return None
-    return estimate(paired_delta(*map(list, zip(*both, strict=True)), seed=seed))
+    return Estimate.of(paired_delta(*map(list, zip(*both, strict=True)), seed=seed))
 
 
 def _no_better(tried: Stack, gates: Gates) -> str | None:
@@ -128,7 +128,7 @@ def _no_better(tried: Stack, gates: Gates) -> str | None:
             continue
         # without an interval (all differences equal) the value itself decides
         if (gain.value if gain.low is None else gain.low) <= 0:
-            return f"{tried.k} directions are not better than {than}: product {_shown(gain)}"
+            return f"{tried.k} directions are not better than {than}: product {gain:+.3f}"
     return None
 
 
@@ -141,8 +141,3 @@ def _left_out(tried: Sequence[Stack], gates: Gates) -> str:
                 sizes.setdefault(name, []).append(str(stack.k))
     told = [f"{name} at k = {', '.join(found)}" for name, found in sizes.items()]
     return f" (controls that broke the model, and did not count: {'; '.join(told)})" if told else ""
-
-
-def _shown(gain: Estimate) -> str:
-    interval = "" if gain.low is None else f" [{gain.low:+.3f}, {gain.high:+.3f}]"
-    return f"{gain.value:+.3f}{interval}, n = {gain.n}"

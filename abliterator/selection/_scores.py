@@ -12,11 +12,11 @@ from abliterator.divergence import kl_divergence
 from abliterator.errors import PromptError
 from abliterator.generation import Answer, as_completions
 from abliterator.judge import judge_completions
-from abliterator.record import Verdict
+from abliterator.record import Estimate, Verdict
 from abliterator.selection._openings import Tokens, learn_openings
 from abliterator.selection._pool import Pool
 from abliterator.selection._rows import Edited, added, removed, unedited
-from abliterator.selection._types import Answers, Base, Candidate, Subject, estimate
+from abliterator.selection._types import Answers, Base, Candidate, Subject
 from abliterator.statistics import mean_interval, rate_interval
 
 KL_TOKENS = 4  # answer tokens along which distributions are compared; the first is the prompt's own
@@ -46,10 +46,10 @@ class Judged:
         """All of them in figures."""
         scored = [v for v in self.verdicts if v.kind]
         return Answers(
-            refusal=estimate(rate_interval(sum(bool(v.refused) for v in scored), len(scored))),
-            compliance=estimate(mean_interval([v.compliance or 0.0 for v in scored])),
-            coherence=estimate(mean_interval([v.coherence or 0.0 for v in scored])),
-            product=estimate(mean_interval([p for p in self.products if p is not None])),
+            refusal=Estimate.of(rate_interval(sum(bool(v.refused) for v in scored), len(scored))),
+            compliance=Estimate.of(mean_interval([v.compliance or 0.0 for v in scored])),
+            coherence=Estimate.of(mean_interval([v.coherence or 0.0 for v in scored])),
+            product=Estimate.of(mean_interval([p for p in self.products if p is not None])),
             tokens=sum(len(answer.token_ids) for answer in self.answers),
         )
 

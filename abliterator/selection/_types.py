@@ -13,7 +13,6 @@ from abliterator.record import Estimate, Frozen
 if TYPE_CHECKING:
     from abliterator.judge import Judge
     from abliterator.model import LoadedModel
-    from abliterator.statistics import Interval
 
 
 Schedule = Callable[[int, int, int], Sequence[tuple[int, int]]]
@@ -184,8 +183,3 @@ class Selection(Frozen):
     stacks: tuple[Stack, ...] = ()
     structure: Structure
     rollout_tokens: int  # all that was generated
-
-
-def estimate(interval: Interval | None) -> Estimate | None:
-    """A statistic as it travels in a record."""
-    return None if interval is None else Estimate.model_validate(interval._asdict())

@@ -11,7 +11,7 @@ MEASURES = ("refusal", "compliance", "coherence", "product")
 
 
 def to_markdown(study: Study) -> str:
-    """The question, of what and how it was asked, and the tables; `value [95 % interval] (n)`."""
+    """The question, of what and how it was asked, and tables of `value [95 % interval] (n=40)`."""
     about = "; ".join(f"{name} {_plain(value)}" for name, value in study.about.items())
     parts = [f"# {study.name}: {study.asks}", *([about + "."] if about else [])]
     if study.rows:
@@ -77,12 +77,7 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def _estimate(found: Estimate | None, form: str = ".3f") -> str:
-    if found is None:
-        return "not measured"
-    interval = ""
-    if found.low is not None and found.high is not None:
-        interval = f" [{found.low:{form}}, {found.high:{form}}]"
-    return f"{found.value:{form}}{interval} ({found.n})"
+    return "not measured" if found is None else format(found, form)
 
 
 def _plain(value: object) -> str:

@@ -12,7 +12,7 @@ from torch import Tensor
 from abliterator.bake import preview_edit
 from abliterator.errors import DirectionError
 from abliterator.record import Estimate
-from abliterator.statistics import Interval, mean_interval, rate_interval
+from abliterator.statistics import mean_interval, rate_interval
 from abliterator.tuning._lessons import answers_of, neutral_rows, verdicts_of
 from abliterator.tuning._rows import answer_logprobs
 from abliterator.tuning._types import Point, Setting, Subject
@@ -57,10 +57,12 @@ class Yardstick:
             cosine=_cosine(self._start, setting.basis),
             kl=float(torch.cat(kl).mean()),
             kl_first_token=float(torch.stack([row[0] for row in kl]).mean()),
-            refusal=_estimate(rate_interval(sum(bool(v.refused) for v in verdicts), len(verdicts))),
-            compliance=_estimate(mean_interval([v.compliance or 0.0 for v in verdicts])),
-            coherence=_estimate(mean_interval([v.coherence or 0.0 for v in verdicts])),
-            product=_estimate(mean_interval(products)),
+            refusal=Estimate.of(
+                rate_interval(sum(bool(v.refused) for v in verdicts), len(verdicts))
+            ),
+            compliance=Estimate.of(mean_interval([v.compliance or 0.0 for v in verdicts])),
+            coherence=Estimate.of(mean_interval([v.coherence or 0.0 for v in verdicts])),
+            product=Estimate.of(mean_interval(products)),
         )
 
     def _logprobs(self) -> list[Tensor]:
@@ -129,7 +131,3 @@ def _beats(one: Point, other: Point) -> bool:
 
 def _product(point: Point) -> float:
     return point.product.value if point.product else 0.0
-
-
-def _estimate(interval: Interval | None) -> Estimate | None:
-    return None if interval is None else Estimate.model_validate(interval._asdict())
