@@ -45,10 +45,11 @@ from abliterator.selection import (
     judge_edits,
     learn_openings,
     participation_ratio,
-    random_basis,
     refusal_scores,
 )
+from abliterator.selection._controls import Control
 from abliterator.selection._rows import added, removed, unedited
+from abliterator.subspace import random_basis
 from abliterator.verification import verify
 from tests.test_card import demo_record
 from tests.test_pipeline import Log
@@ -431,7 +432,7 @@ def test_a_control_that_breaks_the_model_does_not_count(
     subject, scripted, monkeypatch, random_kl, counts
 ):
     scripted([], by_rank({1: 0.2, 2: 0.9}, random=0.9))
-    monkeypatch.setattr(_grow, "mean_kl", lambda *_: [0.05, random_kl])
+    monkeypatch.setattr(_grow, "mean_kl", lambda *_: [0.05, *[random_kl] * 3])
     tried, k, why = grow(subject, layers=(1, 2))
     assert (tried, k) == (([1], 1) if counts else ([1, 2], 2))
     assert ("did not count: random at k = 1, 2)" in why) != counts
@@ -440,8 +441,57 @@ def test_a_control_that_breaks_the_model_does_not_count(
 def test_a_stack_may_move_as_much_as_its_controls(subject, scripted, monkeypatch):
     """Above the gate, but not above the stack itself, which layers named in a recipe may be."""
     scripted([], by_rank({1: 0.2, 2: 0.9}, random=0.9))
-    monkeypatch.setattr(_grow, "mean_kl", lambda *_: [0.4, 0.3])
+    monkeypatch.setattr(_grow, "mean_kl", lambda *_: [0.4, 0.2, 0.3, 0.4])
     assert grow(subject, layers=(1, 2))[:2] == ([1], 1)
+
+
+def test_one_lucky_draw_of_a_control_is_not_the_control(subject, scripted, monkeypatch):
+    """Of three draws one does all that the stack does: on the mean, a third of the prompts."""
+    scripted([], by_rank({1: 0.9, 2: 0.9}))
+    whole, lucky = _grow.judge_edits, iter([1.0, 0.0, 0.0] * 2)
+
+    def judge(subject, bases):
+        stack, *controls = whole(subject, bases)
+        return [stack, *(said([next(lucky)] * 20) for _ in controls)]
+
+    monkeypatch.setattr(_grow, "judge_edits", judge)
+    among = pool(1)
+    (tried,), _ = _grow.grow_stack(
+        subject, None, among, among.places, (1,), search=Search(), on_step=lambda _: None
+    )
+    assert tried.draws == 3
+    assert (tried.random.product.value, tried.random.product.n) == (pytest.approx(1 / 3), 20)
+    assert tried.random.product.low is None  # every prompt is worth the same
+    assert tried.random.refusal.value == pytest.approx(2 / 3)
+    assert tried.random.tokens == 3 * 20 * 7
+    assert tried.over_random.value == pytest.approx(0.9 - 1 / 3)
+    assert tried.random_kl == pytest.approx(0.01)
+
+
+def test_what_a_judge_cannot_tell_of_one_draw_counts_by_the_others():
+    unsaid = said([1.0, 0.0])
+    silent = {"compliance": None, "coherence": None, "refused": None, "kind": None}
+    unsaid = replace(
+        unsaid, verdicts=(unsaid.verdicts[0].model_copy(update=silent), unsaid.verdicts[1])
+    )
+    control = Control((said([1.0, 1.0]), unsaid, unsaid), kl=0.0)
+    assert control.products == [1.0, pytest.approx(1 / 3)]
+    assert Control((unsaid, unsaid), kl=0.0).products == [None, 0.0]
+    assert Control((unsaid, unsaid), kl=0.0).summary.product.n == 1
+
+
+def test_shuffles_are_drawn_apart_and_no_more_than_there_are():
+    turned = [{-1: Directions(UNIT.vectors.roll(-8 * i, dims=0))} for i in (1, 2, 3)]
+    layers = replace(pool(1, 2), shuffled=turned)
+    first, second = layers.shuffled_stacks(layers.places, 2, draws=2)
+    assert [first.abs().argmax(dim=0).tolist(), second.abs().argmax(dim=0).tolist()] == [
+        [8, 9],
+        [16, 17],
+    ]
+    within = replace(layers, differences={-1: torch.randn(6, 32, 32)})
+    (one,) = within.shuffled_stacks(within.places, 2, draws=3)  # three shuffles make one pair
+    assert one.abs().argmax(dim=0).tolist() == [8, 16]
+    assert len(within.shuffled_stacks(within.places, 1, draws=3)) == 3
 
 
 def test_all_sizes_that_there_are_layers_for(subject, scripted):
@@ -491,11 +541,6 @@ def test_a_stack_within_a_layer(subject, scripted):
     assert found.basis.abs().argmax(dim=0).tolist() == [0, 10, 11]
 
 
-def test_random_directions_are_seeded():
-    assert torch.equal(random_basis(16, 3, seed=1), random_basis(16, 3, seed=1))
-    assert not torch.equal(random_basis(16, 3, seed=1), random_basis(16, 3, seed=2))
-
-
 def test_given_layers_keep_their_order_and_only_k_is_chosen(subject, base, scripted, monkeypatch):
     scripted([], lambda layers, k: [1.0] * 20 if layers == (3,) else [0.0] * 20)
     base = replace(base, tokens=0)
@@ -504,8 +549,8 @@ def test_given_layers_keep_their_order_and_only_k_is_chosen(subject, base, scrip
     assert (found.layers, found.k) == ((3, 1), 1)
     assert found.candidates == ()
     assert [s.layers for s in found.stacks] == [(3,), (3, 1)]
-    # two stacks, two controls, and a base that cost nothing
-    assert found.rollout_tokens == 4 * 20 * 7
+    # two stacks, three controls of each, and a base that cost nothing
+    assert found.rollout_tokens == 8 * 20 * 7
     assert found.structure.participation_ratio == pytest.approx(2)
     card = render_card(
         demo_record().model_copy(update={"selection": found.model_dump(mode="json")})
@@ -605,8 +650,8 @@ def test_the_plan_tells_what_a_selection_costs(recipe, tmp_path):
         "judged": 2,
         "stacks": 2,
         "prompts": 10,
-        "answers": 10 * (2 + 6) + 8 * 2 + 2,  # two candidates on 8 prompts, one on 2 more
-        "tokens": (10 * (2 + 6) + 8 * 2 + 2) * 3,
+        "answers": 10 * (2 + 2 * 7) + 8 * 2 + 2,  # two on 8 prompts, one on 2 more
+        "tokens": (10 * (2 + 2 * 7) + 8 * 2 + 2) * 3,
     }
     assert (
         pipeline.plan_recipe(recipe("layers=[1]", "k=1"), tmp_path).summary()["selection"] is None

@@ -13,6 +13,7 @@ from abliterator.subspace import (
     keep_column_norms,
     merged,
     orthonormal_basis,
+    random_basis,
     removal_of_basis,
     squared_write,
 )
@@ -28,6 +29,17 @@ def basis_of(k: int, seed: int = 0, dim: int = H) -> torch.Tensor:
 
 def panel(columns: int = 40, dtype: torch.dtype = torch.float64) -> torch.Tensor:
     return torch.randn(H, columns, generator=torch.Generator().manual_seed(7)).to(dtype)
+
+
+def test_random_subspaces_are_orthonormal_seeded_and_not_of_one_direction():
+    found = [random_basis(H, 3, seed=seed) for seed in range(40)]
+    assert torch.equal(found[1], random_basis(H, 3, seed=1))
+    for basis in found:
+        torch.testing.assert_close(basis.T @ basis, torch.eye(3).double(), atol=1e-12, rtol=0)
+    # uniform: every dimension holds its share of 40 x 3 unit vectors
+    share = torch.cat(found, dim=1).square().mean(dim=1)
+    assert share.max() < 2 / H
+    assert share.min() > 0.5 / H
 
 
 # ---- moments

@@ -53,9 +53,9 @@ def _shuffles(run: Run) -> int:
     """Shuffles of the labels whose directions are controls of `k: auto`."""
     if run.recipe.k != "auto":
         return 0
+    selection, within = run.recipe.selection, run.recipe.directions.stack == "within_layer"
     # k directions of one layer need k shuffles; those of k layers may come from one
-    within = run.recipe.directions.stack == "within_layer"
-    return max(run.recipe.selection.stacks) if within else 1
+    return selection.controls * (max(selection.stacks) if within else 1)
 
 
 def _capture(run: Run) -> tuple[list[Path], Parts]:

@@ -280,7 +280,7 @@ def selection_cost(recipe: Recipe, n_layers: int) -> dict[str, int] | None:
             done = prompts
     stacks = sum(size <= n_layers or within for size in sizes) if recipe.k == "auto" else 0
     # the base's own, on both kinds; beside each stack, random directions and shuffled labels
-    answers = settings.prompts * (2 + 3 * stacks) + raced
+    answers = settings.prompts * (2 + (1 + 2 * settings.controls) * stacks) + raced
     return {
         "candidates": n_layers if recipe.sweeps else 0,
         "every_position": int(recipe.directions.position == "sweep"),

@@ -50,6 +50,7 @@ def _select(run: Run) -> tuple[list[Path], Parts]:
                 gates=Gates(asked.max_kl, asked.min_induce),
                 survivors=asked.survivors,
                 schedule=asked.schedule,
+                controls=asked.controls,
                 seed=recipe.seed,
             ),
             on_step=lambda what: advance(1, status=what),
@@ -125,4 +126,4 @@ def _pictures(run: Run, found: Selection) -> list[Path]:
     return paths
 
 
-SELECTION = Stage("selection", 3, _selection_inputs, _select)
+SELECTION = Stage("selection", 4, _selection_inputs, _select)

@@ -203,6 +203,8 @@ class Selection(Section):
     """Rows that run together; rows of several candidates share a batch."""
     stacks: Layers = (1, 2, 3, 5)
     """Sizes that `k: auto` tries; it stops at the first that is no better than the one before."""
+    controls: Positive = 3
+    """Draws of random directions, and of shuffled labels, whose mean each size must beat."""
 
     @field_validator("stacks")
     @classmethod

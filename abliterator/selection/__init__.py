@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from abliterator.selection._grow import grow_stack, random_basis, taken
+from abliterator.selection._grow import grow_stack, taken
 from abliterator.selection._openings import learn_openings, refusal_scores
 from abliterator.selection._pool import Pool
 from abliterator.selection._race import Step
@@ -48,7 +48,6 @@ __all__ = [
     "judge_edits",
     "learn_openings",
     "participation_ratio",
-    "random_basis",
     "refusal_scores",
 ]
 

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-
-import torch
-from torch import Tensor
+from statistics import mean
 
 from abliterator.directions import Place
 from abliterator.record import Estimate
+from abliterator.selection._controls import Control
 from abliterator.selection._pool import Pool
 from abliterator.selection._race import Step
 from abliterator.selection._rows import removed
 from abliterator.selection._scores import Baseline, Judged, judge_edits, mean_kl
 from abliterator.selection._types import Gates, Search, Stack, Subject
 from abliterator.statistics import paired_delta
-from abliterator.subspace import orthonormal_basis
+from abliterator.subspace import random_basis
 
 
 def grow_stack(
@@ -32,9 +31,9 @@ def grow_stack(
 
     A larger stack is better if the 95 % interval of the paired difference of its products lies
     above 0 against the smaller stack, against as many random directions and against as many from
-    shuffled labels, and its KL passes. A control that breaks the model is no measure, and does not
-    count: where the stream has a few huge dimensions, a random direction spreads them over all
-    others, and a model that babbles refuses nothing.
+    shuffled labels (of either, the mean of several draws), and its KL passes. A control that breaks
+    the model is no measure, and does not count: where the stream has a few huge dimensions, a
+    random direction spreads them over all others, and a model that babbles refuses nothing.
 
     Returns:
         The stacks that were tried (the last may be the one that was not taken), and why it stopped.
@@ -43,7 +42,7 @@ def grow_stack(
     smaller: Judged | None = None
     most = pool.most(order)
     for k in (size for size in sizes if size <= most):
-        stack, judged = _try(subject, base, pool, order, k, smaller=smaller, seed=search.seed)
+        stack, judged = _try(subject, base, pool, order, k, smaller=smaller, search=search)
         tried.append(stack)
         on_step(f"stack of {k} judged")
         if reason := _no_better(stack, search.gates):
@@ -61,16 +60,18 @@ def _try(
     k: int,
     *,
     smaller: Judged | None,
-    seed: int,
+    search: Search,
 ) -> tuple[Stack, Judged]:
     """One stack and its controls, side by side."""
-    basis = pool.stack(order, k).basis
-    controls = [random_basis(len(basis), k, seed=seed)]
-    if (shuffled := pool.shuffled_stack(order, k)) is not None:
-        controls.append(shuffled)
-    judged, random, *rest = judge_edits(subject, [basis, *controls])
-    with removed(subject, [basis, *controls]) as edited:
-        kl, random_kl, *rest_kl = mean_kl(edited, base)
+    seed, basis = search.seed, pool.stack(order, k).basis
+    n = search.controls
+    tried = [basis, *(random_basis(len(basis), k, seed=seed + k + 1000 * i) for i in range(n))]
+    tried += pool.shuffled_stacks(order, k, n)
+    judged, *answers = judge_edits(subject, tried)
+    with removed(subject, tried) as edited:
+        kl, *moved = mean_kl(edited, base)
+    random = Control(tuple(answers[:n]), mean(moved[:n]))
+    shuffled = Control(tuple(answers[n:]), mean(moved[n:])) if moved[n:] else None
     of = order[:1] if pool.differences else order[:k]
     stack = Stack(
         k=k,
@@ -78,12 +79,13 @@ def _try(
         positions=tuple(place.position for place in of),
         kl=kl,
         answers=judged.summary,
+        draws=n,
         random=random.summary,
-        random_kl=random_kl,
-        shuffled=rest[0].summary if rest else None,
-        shuffled_kl=rest_kl[0] if rest_kl else None,
+        random_kl=random.kl,
+        shuffled=shuffled.summary if shuffled else None,
+        shuffled_kl=shuffled.kl if shuffled else None,
         over_random=_gain(random, judged, seed),
-        over_shuffled=_gain(rest[0], judged, seed) if rest else None,
+        over_shuffled=_gain(shuffled, judged, seed) if shuffled else None,
         over_smaller=_gain(smaller, judged, seed) if smaller else None,
     )
     return stack, judged
@@ -98,13 +100,7 @@ def taken(tried: Sequence[Stack], gates: Gates) -> int:
     return max((s.k for s in tried if not _no_better(s, gates)), default=1)
 
 
-def random_basis(d_model: int, k: int, *, seed: int) -> Tensor:
-    """Q [H, k] of seeded Gaussian directions: a control that knows nothing of the behaviour."""
-    generator = torch.Generator().manual_seed(seed + k)
-    return orthonormal_basis(torch.randn(k, d_model, generator=generator, dtype=torch.float64))
-
-
-def _gain(before: Judged, after: Judged, seed: int) -> Estimate | None:
+def _gain(before: Judged | Control, after: Judged, seed: int) -> Estimate | None:
     both = [
         (b, a)
         for b, a in zip(before.products, after.products, strict=True)

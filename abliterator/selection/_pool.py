@@ -51,18 +51,17 @@ class Pool:
         names = [f"layer {first}", *(f"component {i} of layer {first}" for i in range(1, k))]
         return Subspace(orthonormal_basis(found[:k], names), (first.layer,))
 
-    def shuffled_stack(self, order: Sequence[Place], k: int) -> Tensor | None:
-        """Q [H, k] of as many directions from shuffled labels; None where there are none.
+    def shuffled_stacks(self, order: Sequence[Place], k: int, draws: int) -> list[Tensor]:
+        """Q [H, k] each of as many directions from shuffled labels, up to `draws` of them.
 
-        Of the same places, one shuffle; within a layer, of as many shuffles.
+        Of the same places, one shuffle each; within a layer, of k shuffles each.
         """
-        if not self.shuffled:
-            return None
         if not self.differences:
-            return stack_at(self.shuffled[0], order[:k]).basis
+            return [stack_at(one, order[:k]).basis for one in self.shuffled[:draws]]
         first = order[0]
-        each = [one[first.position].vectors[first.layer - 1] for one in self.shuffled[:k]]
-        return orthonormal_basis(torch.stack(each))
+        each = [one[first.position].vectors[first.layer - 1] for one in self.shuffled]
+        stacks = range(0, min(draws * k, len(each) - k + 1), k)
+        return [orthonormal_basis(torch.stack(each[i : i + k])) for i in stacks]
 
     def most(self, order: Sequence[Place]) -> int:
         """The largest k there can be."""

@@ -35,11 +35,13 @@ class Judged:
 
     @property
     def products(self) -> list[float | None]:
-        """Compliance x coherence of each; None where the judge could not tell, which is not 0."""
-        return [
-            None if v.compliance is None or v.coherence is None else v.compliance * v.coherence
-            for v in self.verdicts
-        ]
+        """Compliance x coherence of each."""
+        return list(map(product, self.verdicts))
+
+    @property
+    def tokens(self) -> int:
+        """Generated, all answers together."""
+        return sum(len(answer.token_ids) for answer in self.answers)
 
     @property
     def summary(self) -> Answers:
@@ -50,8 +52,15 @@ class Judged:
             compliance=Estimate.of(mean_interval([v.compliance or 0.0 for v in scored])),
             coherence=Estimate.of(mean_interval([v.coherence or 0.0 for v in scored])),
             product=Estimate.of(mean_interval([p for p in self.products if p is not None])),
-            tokens=sum(len(answer.token_ids) for answer in self.answers),
+            tokens=self.tokens,
         )
+
+
+def product(verdict: Verdict) -> float | None:
+    """Compliance x coherence of an answer; None where the judge could not tell, which is not 0."""
+    if verdict.compliance is None or verdict.coherence is None:
+        return None
+    return verdict.compliance * verdict.coherence
 
 
 @dataclass(frozen=True)

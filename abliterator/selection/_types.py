@@ -40,12 +40,14 @@ class Search:
         survivors: candidates whose answers are judged.
         schedule: of so many candidates and prompts, and how many candidates must reach the end: the
             candidates and prompts of each rung, the last with all prompts.
+        controls: draws of random directions and of shuffled labels beside each stack.
         seed: of intervals, of random directions, and of the order of the prompts.
     """
 
     gates: Gates = Gates()
     survivors: int = 4
     schedule: Schedule = lambda candidates, prompts, least: [(candidates, prompts)]
+    controls: int = 3
     seed: int = 0
 
 
@@ -132,7 +134,8 @@ class Candidate(Frozen):
 class Stack(Frozen):
     """k directions together, against fewer and against as many that know nothing.
 
-    KL is that of neutral answers, in nats: a control with a large one has broken the model.
+    Controls are means over `draws` of them. KL is that of neutral answers, in nats: a control with
+    a large one has broken the model.
     """
 
     k: int
@@ -140,6 +143,7 @@ class Stack(Frozen):
     positions: tuple[int, ...] = ()
     kl: float
     answers: Answers
+    draws: int = 1
     random: Answers  # the same number of random directions
     random_kl: float | None = None
     shuffled: Answers | None = None  # the same number of directions from shuffled labels

@@ -16,6 +16,7 @@ from abliterator.subspace._bases import (
     cosine_matrix,
     orthonormal_basis,
     orthonormal_columns,
+    random_basis,
 )
 from abliterator.subspace._compensate import Store, compensate, compensating_rows
 from abliterator.subspace._edit import (
@@ -44,6 +45,7 @@ __all__ = [
     "merged",
     "orthonormal_basis",
     "orthonormal_columns",
+    "random_basis",
     "removal_of_basis",
     "squared_write",
 ]

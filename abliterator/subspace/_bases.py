@@ -53,6 +53,12 @@ def orthonormal_basis(directions: Tensor, names: list[str] | None = None) -> Ten
     return basis
 
 
+def random_basis(d_model: int, k: int, *, seed: int) -> Tensor:
+    """Q [H, k] float64 of seeded Gaussian directions: uniform among all subspaces of rank k."""
+    generator = torch.Generator().manual_seed(seed)
+    return orthonormal_basis(torch.randn(k, d_model, generator=generator, dtype=torch.float64))
+
+
 def orthonormal_columns(columns: Tensor) -> Tensor:
     """Q [H, k] with the span of `columns` [H, k], or of each block's in [L, H, k]; float64.
 
