@@ -1,6 +1,7 @@
 """Studies: the same figures as everything else that measures, laid side by side."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -25,10 +26,12 @@ from abliterator.study import (
     Subject,
     study_alpha,
     study_confirmation,
+    study_controls,
     study_extraction,
     study_pairs,
     to_markdown,
 )
+from abliterator.study._edits import _random_like
 from abliterator.subspace import orthonormal_basis
 from tests.tiny import D_MODEL, N_LAYERS
 
@@ -148,6 +151,39 @@ def test_the_confirmation_stacks_what_there_is(subject, tmp_path):
     assert kl[0] == pytest.approx(kl[1], rel=1e-3)
 
 
+def test_controls_keep_the_strengths_and_change_the_directions(subject, tmp_path):
+    """One that is the edit itself does the same; at strength 0 none does anything."""
+    with Bench(subject, tmp_path / "logits.bin") as bench:
+        study = study_controls(bench, BASIS, [BASIS], draws=2)
+    base, edit, first, second, same = study.rows
+    assert [row.name for row in study.rows[2:]] == [
+        "random directions 1",
+        "random directions 2",
+        "shuffled labels 1",
+    ]
+    assert (same.answers, same.divergence) == (edit.answers, edit.divergence)
+    kl = [row.divergence.kl.value for row in (edit, first, second)]
+    assert min(kl) > 1e-4
+    assert len(set(kl)) == 3
+    nothing = {edit.writer.module: 0.0 for edit in subject.plan.edits}
+    still = replace(subject, plan=subject.plan.with_strengths(nothing))
+    with Bench(still, tmp_path / "logits.bin") as bench:
+        study = study_controls(bench, BASIS, [], draws=1)
+    assert [row.divergence.kl.value for row in study.rows[1:]] == [0, 0]
+    assert {row.answers for row in study.rows} == {base.answers}
+
+
+def test_each_block_draws_its_own_where_each_has_its_own(subject, tmp_path):
+    bases = torch.stack([orthonormal_basis(random(1, D_MODEL))] * N_LAYERS)
+    drawn = _random_like(bases, 0)
+    assert drawn.shape == bases.shape
+    assert (drawn[0].T @ drawn[1]).abs() < 0.9
+    assert not torch.equal(drawn, _random_like(bases, 1))
+    with Bench(subject, tmp_path / "logits.bin") as bench:
+        study = study_controls(bench, bases, [], draws=1)
+    assert study.rows[2].divergence.kl.value > 1e-4
+
+
 def test_padding_changes_next_to_nothing_in_float32_and_more_in_bfloat16():
     folder = resolve_folder("embedded:demo", revision=None).folder
     lines = {
@@ -218,6 +254,18 @@ def test_a_row_is_what_a_build_measures(recipe, tmp_path):
     target = record.behaviour["target"]
     assert (base.answers, first.answers, first.delta) == (target.base, target.edited, target.delta)
     assert first.divergence.kl.value == pytest.approx(record.divergence.kl.value, rel=1e-3)
+
+
+@pytest.mark.parametrize("stack", ["layers", "per_layer", "within_layer"])
+def test_the_controls_are_of_the_edit_that_a_build_bakes(recipe, tmp_path, stack):
+    read = load_recipe(recipe, overrides=[f"directions.stack={stack}", "selection.controls=2"])
+    record = pipeline.build(read, tmp_path / "o", options=OPTIONS)
+    study = pipeline.run_study("controls", read, tmp_path / "o", options=OPTIONS)
+    target = record.behaviour["target"]
+    assert (study.rows[0].answers, study.rows[1].answers) == (target.base, target.edited)
+    kl = [row.divergence.kl.value for row in study.rows[1:]]
+    assert kl[0] == pytest.approx(record.divergence.kl.value, rel=1e-3)
+    assert len(kl) == len(set(kl)) == (3 if stack == "within_layer" else 5)
 
 
 def test_settings_are_part_of_what_was_measured(recipe, tmp_path):

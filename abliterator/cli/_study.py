@@ -10,7 +10,7 @@ import click
 from abliterator.cli._options import JSON, read_recipe, recipe_arguments
 from abliterator.cli._show import Bars
 
-NAMES = ("extraction", "pairs", "alpha", "confirmation")
+NAMES = ("extraction", "pairs", "alpha", "confirmation", "controls")
 
 
 class Numbers(click.ParamType[tuple[Any, ...]]):
@@ -54,6 +54,7 @@ def study(
     pairs         each layer's direction by a paired (contrast) and a generic (neutral) contrast
     alpha         h <- h - alpha Q Q^T h on every block's output, for several alphas
     confirmation  the best layers alone, then 3, 5 and all of them stacked
+    controls      the recipe's edit along random directions, and those of shuffled labels
     """
     from abliterator import pipeline
     from abliterator.study import to_markdown

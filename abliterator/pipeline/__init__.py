@@ -53,6 +53,7 @@ from abliterator.pipeline._stage import Stage
 from abliterator.pipeline._study import (
     STUDIES,
     USES_DIRECTIONS,
+    USES_TUNING,
     StudySettings,
     read_study,
     study_stage,
@@ -175,6 +176,8 @@ def run_study(
     before = [PROMPTS]
     if name in USES_DIRECTIONS:
         before += [CAPTURE, *([SELECTION] if recipe.selects else [])]
+    if name in USES_TUNING and recipe.tunes:
+        before.append(TUNING)
     _run_all(run, recipe, (*before, stage), keep_from=before[-1] if is_new else None)
     return read_study(run, name)
 

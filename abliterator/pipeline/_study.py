@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -18,17 +19,22 @@ from abliterator.pipeline._judging import choosing_judge
 from abliterator.pipeline._prompt_sets import load_sets, prompt_sets
 from abliterator.pipeline._run import Run
 from abliterator.pipeline._stage import Parts, Stage, save_value
+from abliterator.pipeline._tuned import planned_edits, tuned_inputs, tuned_subspace
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from torch import Tensor
+
+    from abliterator.bake import EditPlan
     from abliterator.directions import Directions, Place
     from abliterator.model import LoadedModel
     from abliterator.prompts import PromptSet
     from abliterator.study import Asked, Bench, Contrast, Step, Study, Subject
 
-STUDIES = ("extraction", "pairs", "alpha", "confirmation")
-USES_DIRECTIONS = ("alpha", "confirmation")  # those of the recipe's own contrast
+STUDIES = ("extraction", "pairs", "alpha", "confirmation", "controls")
+USES_DIRECTIONS = ("alpha", "confirmation", "controls")  # those of the recipe's own contrast
+USES_TUNING = ("controls",)  # directions and strengths as they are baked
 
 
 @dataclass(frozen=True)
@@ -61,6 +67,7 @@ def study_stage(run: Run, name: str, asked: StudySettings) -> Stage:
         "pairs": _pairs,
         "alpha": _alpha,
         "confirmation": _confirmation,
+        "controls": _controls,
     }[name]
     return Stage(f"study-{name}", 1, partial(_inputs, name, asked), partial(_kept, study, asked))
 
@@ -84,7 +91,7 @@ def _require(run: Run, name: str, asked: StudySettings) -> None:
             f"--layers names {', '.join(map(str, beyond))}, but the model has layers 1 to "
             f"{n_layers}."
         )
-    if name in ("pairs", "confirmation") and run.recipe.edit.norm != "none":
+    if name in ("pairs", "confirmation", "controls") and run.recipe.edit.norm != "none":
         raise RecipeError(
             f"The study `{name}` tries edits at run time, and `edit.norm: {run.recipe.edit.norm}` "
             "has no run-time form. Ask with --set edit.norm=none."
@@ -113,6 +120,7 @@ def _inputs(name: str, asked: StudySettings, run: Run) -> Any:
         run.digest("prompts"),
         {section: getattr(recipe, section).model_dump(mode="json") for section in sections},
         [run.digest("capture"), _places(run), chosen(run).k] if name in USES_DIRECTIONS else None,
+        tuned_inputs(run) if name in USES_TUNING else None,
         [recipe.rollouts.model_dump(mode="json"), recipe.divergence.tokens, recipe.seed],
         choosing_judge(run).identity.model_dump(mode="json"),
         run.dtype,
@@ -203,23 +211,68 @@ def _confirmation(run: Run, asked: StudySettings) -> Study:
     return found.model_copy(update={"about": _measured(bench)})
 
 
+def _controls(run: Run, asked: StudySettings) -> Study:
+    from abliterator.study import study_controls
+
+    found = chosen(run)
+    basis = (tuned_subspace(run, found.layers) or extracted(run)).basis
+    draws, shuffled = run.recipe.selection.controls, _shuffled(run)
+    measured = {name: s.prompts for name, s in prompt_sets(run).evaluation.items()}
+    edits = 1 + draws + len(shuffled)
+    with _bench(run, asked, measured, edits=edits, plan=planned_edits(run)) as bench:
+        study = study_controls(bench, basis, shuffled, draws=draws)
+    about = {"layers": list(found.layers), "k": basis.shape[-1], **_measured(bench)}
+    return study.model_copy(update={"about": about})
+
+
+def _shuffled(run: Run) -> list[Tensor]:
+    """Q of the same layers from shuffled labels: of halves that have as many prompts of each kind.
+
+    None where directions are tuned, for no descent would follow those, and none within a layer.
+    """
+    from abliterator.directions import per_layer, stack
+
+    settings, layers = run.recipe.directions, chosen(run).layers
+    if settings.estimator == "tuned" or settings.stack == "within_layer":
+        return []
+    made = per_layer if settings.stack == "per_layer" else stack
+    sets, loaded = prompt_sets(run).extraction, run.loaded(run.plan.source.folder)
+    found = []
+    for draw in range(run.recipe.selection.controls):
+        halves: tuple[list[str], list[str]] = [], []
+        for name in ("target", "contrast"):
+            prompts = list(sets[name].prompts)
+            random.Random(f"{run.recipe.seed} {name} {draw}").shuffle(prompts)
+            halves[0].extend(prompts[::2])
+            halves[1].extend(prompts[1::2])
+        found.append(made(_directions(run, loaded, *halves), layers).basis)
+    return found
+
+
 @contextmanager
 def _bench(
-    run: Run, asked: StudySettings, prompts: Mapping[str, Sequence[str]], *, edits: int
+    run: Run,
+    asked: StudySettings,
+    prompts: Mapping[str, Sequence[str]],
+    *,
+    edits: int,
+    plan: EditPlan | None = None,
 ) -> Iterator[Bench]:
     """The bench of a study, with its bar; `prompts` are those of the evaluation."""
     from abliterator.study import Bench
 
     scratch = run.workspace.work / "studies" / "base_logits.bin"
     scratch.parent.mkdir(parents=True, exist_ok=True)
-    subject = _subject(run, asked, prompts)
+    subject = _subject(run, asked, prompts, plan or run.plan.edits)
     with run.progress.bar("edits measured", 1 + edits) as advance:
         tell: Step = lambda what: advance(1, status=what)  # noqa: E731
         with Bench(subject, scratch, tell) as bench:
             yield bench
 
 
-def _subject(run: Run, asked: StudySettings, prompts: Mapping[str, Sequence[str]]) -> Subject:
+def _subject(
+    run: Run, asked: StudySettings, prompts: Mapping[str, Sequence[str]], plan: EditPlan
+) -> Subject:
     from abliterator.study import Asked, Subject
 
     recipe, loaded = run.recipe, run.loaded(run.plan.source.folder)
@@ -231,7 +284,7 @@ def _subject(run: Run, asked: StudySettings, prompts: Mapping[str, Sequence[str]
 
     return Subject(
         loaded=loaded,
-        plan=run.plan.edits,
+        plan=plan,
         blocks=_blocks(run),
         target=rendered("target"),
         neutral=rendered("neutral"),

@@ -1,4 +1,4 @@
-"""The studies behind a choice: how directions are extracted, from what, how strongly, how many.
+"""The studies behind a choice: how directions are extracted, from what, how many, how strongly.
 
 Every study measures edits of one loaded model, as hooks, on the same prompts as the base: answers
 by a judge, and the divergence along the base's own answers. The room does not know recipes or
@@ -17,6 +17,7 @@ from abliterator.study._edits import (
     confirmation_edits,
     study_alpha,
     study_confirmation,
+    study_controls,
     study_pairs,
 )
 from abliterator.study._extraction import study_extraction
@@ -36,6 +37,7 @@ __all__ = [
     "confirmation_edits",
     "study_alpha",
     "study_confirmation",
+    "study_controls",
     "study_extraction",
     "study_pairs",
     "to_markdown",

@@ -1,4 +1,4 @@
-"""The three studies that edit: from which contrast, how strongly, and how many directions."""
+"""The studies that edit: from which contrast, how strongly, how many directions, and which."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from abliterator.directions import Directions, Place, stack, stack_at
 from abliterator.judge import summarise
 from abliterator.study._bench import Bench, Measured
 from abliterator.study._types import Difference, Study
+from abliterator.subspace import random_basis
 
 Contrast = Literal["generic", "paired"]
 CONTRASTS: tuple[Contrast, Contrast] = ("generic", "paired")
@@ -100,6 +101,38 @@ def study_confirmation(
         asks="Is one direction enough, or does it take several?",
         rows=tuple(rows),
     )
+
+
+def study_controls(bench: Bench, basis: Tensor, shuffled: Sequence[Tensor], *, draws: int) -> Study:
+    """The edit itself, and the same edit along directions that know nothing of the behaviour.
+
+    Every writer keeps its strength. If random directions do what the edit does, the behaviour hangs
+    by a thread, and it was not the direction that ended it.
+
+    Args:
+        bench: the base, measured.
+        basis: Q [H, k], or [L, H, k] with one a block, which then get draws of their own.
+        shuffled: Q of directions from shuffled labels, one a draw; may be none.
+        draws: of random directions.
+    """
+    rows = [bench.base_row(), bench.row("the edit", _removed(bench, "the edit", basis))]
+    tried = [(f"random directions {i + 1}", _random_like(basis, i)) for i in range(draws)]
+    tried += [(f"shuffled labels {i}", other) for i, other in enumerate(shuffled, start=1)]
+    rows += [bench.row(name, _removed(bench, name, other)) for name, other in tried]
+    return Study(
+        name="controls",
+        asks="Is it these directions, or does any edit of this size do the same?",
+        rows=tuple(rows),
+    )
+
+
+def _random_like(basis: Tensor, draw: int) -> Tensor:
+    """Random directions of the same shape; a block's own where each block has its own."""
+    d_model, k = basis.shape[-2:]
+    if basis.ndim == 2:
+        return random_basis(d_model, k, seed=draw)
+    seeds = range(draw * len(basis), (draw + 1) * len(basis))
+    return torch.stack([random_basis(d_model, k, seed=seed) for seed in seeds])
 
 
 def confirmation_edits(n_given: int) -> int:
