@@ -14,12 +14,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
 
 from abliterator.errors import GenerationError
-from abliterator.model import LoadedModel, Prefix, run_batches, run_prefix
+from abliterator.model import ByRow, LoadedModel, Prefix, cache_name, run_batches, run_prefix
 from abliterator.record import Completion, FinishReason, Side
 
 if TYPE_CHECKING:
@@ -71,8 +72,8 @@ def generate(
     batch_size: int,
     stop_ids: Sequence[int],
     share_prefix: bool = False,
+    by_row: ByRow | None = None,
     on_batch: Callable[[int], None] | None = None,
-    before_batch: Callable[[list[int]], None] = lambda rows: None,
 ) -> list[Answer]:
     """The most likely token at every step, until a stop token or `max_new_tokens`.
 
@@ -85,10 +86,10 @@ def generate(
         max_new_tokens: at most this many tokens an answer.
         batch_size: prompts at a time.
         stop_ids: tokens that end an answer; they are not part of it.
-        share_prefix: run the tokens with which all prompts of a batch begin once, not once a
-            prompt. The same answers but for rounding: two tokens that nearly tie may change places.
+        share_prefix: run the tokens with which all prompts begin once, not once a prompt. The same
+            answers but for rounding: two tokens that nearly tie may change places.
+        by_row: the intervention of each prompt, where they run under several.
         on_batch: called with the number of prompts done after each batch.
-        before_batch: called before each batch runs with the indices of its prompts, row by row.
 
     Returns:
         One answer a prompt, in the order of the prompts.
@@ -105,11 +106,12 @@ def generate(
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]), reverse=True)
     batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
     answers: dict[int, Answer] = {}
-
-    def run(batch: list[int]) -> list[list[int]]:
-        before_batch(batch)
-        return _continuations(loaded, prompts, batch, share_prefix=share_prefix)
-
+    if share_prefix and prompts:
+        with torch.inference_mode():
+            prefix = run_prefix(loaded, prompts, by_row)
+    else:
+        prefix = Prefix(by_row=by_row)
+    run = partial(_continuations, loaded, prompts, prefix=prefix)
     with _only(loaded.model, _greedy(loaded, max_new_tokens, stop_ids)):
         for batch, rows in run_batches(batches, run):
             for index, row in zip(batch, rows, strict=True):
@@ -148,7 +150,7 @@ def stream(
 
     teller = Teller(loaded.tokenizer, skip_prompt=True, skip_special_tokens=True)
     with _only(loaded.model, _greedy(loaded, max_new_tokens, stop_ids)):
-        _continuations(loaded, [prompt], [0], streamer=teller)
+        _continuations(loaded, [prompt], [0], prefix=Prefix(), streamer=teller)
 
 
 def as_completions(
@@ -248,23 +250,24 @@ def _continuations(
     prompts: Sequence[Sequence[int]],
     batch: list[int],
     *,
-    share_prefix: bool = False,
+    prefix: Prefix,
     streamer: BaseStreamer | None = None,
 ) -> list[list[int]]:
     """What the model adds to each prompt in `batch`, padding after the stop token included."""
     rows = [list(prompts[i]) for i in batch]
     width = max(map(len, rows))
     pad = loaded.model.generation_config.pad_token_id
+    start = prefix.length  # padding goes between what is shared and the rest
+    ids = [r[:start] + [pad] * (width - len(r)) + r[start:] for r in rows]
+    mask = [[1] * start + [0] * (width - len(r)) + [1] * (len(r) - start) for r in rows]
     with torch.inference_mode():
-        prefix = run_prefix(loaded, rows) if share_prefix else Prefix()
-        start = prefix.length  # padding goes between what is shared and the rest
-        ids = [r[:start] + [pad] * (width - len(r)) + r[start:] for r in rows]
-        mask = [[1] * start + [0] * (width - len(r)) + [1] * (len(r) - start) for r in rows]
+        cache = prefix.enter(batch)
+        going_on = {} if cache is None else {cache_name(loaded.model): cache}
         output = loaded.model.generate(
             input_ids=torch.tensor(ids, device=loaded.device),
             attention_mask=torch.tensor(mask, device=loaded.device),
             streamer=streamer,
-            **prefix.arguments,
+            **going_on,
         )
     added: list[list[int]] = output[:, width:].tolist()
     return added

@@ -25,7 +25,7 @@ from abliterator.directions import Directions, Place, load_subspace, stack
 from abliterator.errors import DirectionError, PromptError, RecipeError
 from abliterator.generation import Answer, generate, stop_ids
 from abliterator.judge import Judgement, RuleJudge
-from abliterator.model import block_paths, hooked, load_model, render_chat
+from abliterator.model import ByRow, block_paths, hooked, load_model, render_chat
 from abliterator.pipeline import Options
 from abliterator.pipeline._prompt_sets import PromptSets, set_apart
 from abliterator.prompts import PromptSet
@@ -777,7 +777,8 @@ def test_what_was_judged_by_hooks_is_what_was_baked(demo, tmp_path):
             max_new_tokens=48,
             batch_size=64,
             stop_ids=stop_ids(loaded),
-            before_batch=lambda rows: choose([row // n for row in rows]),
+            share_prefix=True,
+            by_row=ByRow([i // n for i in range(2 * n)], choose),
         )
     bake(checkpoint, plan, basis, tmp_path / "baked")
     baked = answered(tmp_path / "baked")[1]()

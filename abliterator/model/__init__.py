@@ -12,7 +12,7 @@ which modules matter.
 
 from abliterator.model._chat import render_chat, template_tail
 from abliterator.model._load import LoadedModel, load_model, load_tokenizer
-from abliterator.model._prefix import Prefix, head_at, run_prefix
+from abliterator.model._prefix import ByRow, Prefix, head_at, run_prefix, shared_tokens
 from abliterator.model._run import (
     CallHook,
     Hook,
@@ -25,6 +25,7 @@ from abliterator.model._run import (
 )
 
 __all__ = [
+    "ByRow",
     "CallHook",
     "Hook",
     "LoadedModel",
@@ -40,5 +41,6 @@ __all__ = [
     "render_chat",
     "run_batches",
     "run_prefix",
+    "shared_tokens",
     "template_tail",
 ]

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import copy
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from itertools import takewhile
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -13,47 +15,89 @@ from torch import Tensor, nn
 from abliterator.model._run import cache_name
 
 if TYPE_CHECKING:
+    from transformers.cache_utils import DynamicCache
+
     from abliterator.model._load import LoadedModel
 
 # Below so many tokens sharing them saves nothing.
 WORTH_SHARING = 4
 
 
-class Prefix(NamedTuple):
-    """What was run already.
+@dataclass(frozen=True)
+class ByRow:
+    """Interventions that hooks tell apart by the row of a batch.
 
     Attributes:
-        length: tokens of each prompt that the model need not see again.
-        arguments: to be given to the model beside the rest: keys and values, one row a prompt.
+        of: the intervention of each prompt, 0 .. n - 1.
+        choose: is told that of every row, before each forward pass.
+    """
+
+    of: Sequence[int]
+    choose: Callable[[Sequence[int]], None]
+
+
+@dataclass(frozen=True)
+class Prefix:
+    """The tokens with which all of some prompts begin, and what the model keeps of them.
+
+    Attributes:
+        length: tokens of each prompt that the model need not see again; 0 where nothing is shared.
+        cache: keys and values of them, a row for each intervention, or one row.
+        by_row: the intervention of each prompt, where they run under several.
     """
 
     length: int = 0
-    arguments: Mapping[str, Any] = {}
+    cache: DynamicCache | None = None
+    by_row: ByRow | None = None
+
+    def enter(self, batch: Sequence[int]) -> DynamicCache | None:
+        """Makes ready for the rest of these prompts, given by their indices, row by row.
+
+        Returns:
+            A cache of the batch's own to go on from; None where prompts have to be run whole.
+        """
+        rows = [0] * len(batch)
+        if self.by_row is not None:
+            rows = [self.by_row.of[i] for i in batch]
+            self.by_row.choose(rows)
+        if self.cache is None:
+            return None
+        # what continues it puts longer tensors in place of these, which stay as they are
+        cache = copy.copy(self.cache)
+        cache.layers = [copy.copy(layer) for layer in self.cache.layers]
+        cache.batch_select_indices(torch.tensor(rows))
+        return cache
 
 
-def run_prefix(loaded: LoadedModel, prompts: Sequence[Sequence[int]]) -> Prefix:
-    """Runs the tokens with which all prompts begin, once; gradients flow through what is kept.
+def run_prefix(
+    loaded: LoadedModel, prompts: Sequence[Sequence[int]], by_row: ByRow | None = None
+) -> Prefix:
+    """Runs the tokens with which all prompts begin, once for each intervention.
 
-    An empty prefix where too little is shared to be worth it, and where the model keeps anything
-    but plain keys and values: recurrent states and windows are not what rows can continue from side
-    by side.
+    Gradients flow through what is kept. Nothing is shared where it would be too little to be worth
+    it, and where the model keeps anything but plain keys and values: recurrent states and windows
+    are not what rows can continue from side by side.
     """
     from transformers.cache_utils import DynamicCache, DynamicLayer
 
-    shared = _shared(prompts)
+    shared = shared_tokens(prompts)
     if shared < WORTH_SHARING:
-        return Prefix()
-    ids = torch.tensor([list(prompts[0][:shared])], device=loaded.device)
-    name = cache_name(loaded.model)
-    with head_at(loaded.model.get_output_embeddings(), torch.tensor([0]), torch.tensor([0])):
-        cache = getattr(loaded.model(input_ids=ids, use_cache=True), name)
+        return Prefix(by_row=by_row)
+    rows = [0]
+    if by_row is not None:
+        rows = list(range(max(by_row.of) + 1))
+        by_row.choose(rows)
+    ids = torch.tensor([list(prompts[0][:shared])] * len(rows), device=loaded.device)
+    first = torch.zeros(1, dtype=torch.long)
+    with head_at(loaded.model.get_output_embeddings(), first, first):
+        output = loaded.model(input_ids=ids, use_cache=True)
+    cache = getattr(output, cache_name(loaded.model))
     if type(cache) is not DynamicCache or any(type(x) is not DynamicLayer for x in cache.layers):
-        return Prefix()
-    cache.batch_repeat_interleave(len(prompts))
-    return Prefix(shared, {name: cache})
+        return Prefix(by_row=by_row)
+    return Prefix(shared, cache, by_row)
 
 
-def _shared(prompts: Sequence[Sequence[int]]) -> int:
+def shared_tokens(prompts: Sequence[Sequence[int]]) -> int:
     """Tokens with which all prompts begin, but for the last of any: it has an answer to predict."""
     columns = zip(*(prompt[:-1] for prompt in prompts), strict=False)
     return sum(1 for _ in takewhile(lambda column: len(set(column)) == 1, columns))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -11,7 +11,15 @@ import torch
 from torch import Tensor
 
 from abliterator.errors import GenerationError
-from abliterator.model import LoadedModel, cache_name, equal_length_batches, run_batches
+from abliterator.model import (
+    ByRow,
+    LoadedModel,
+    Prefix,
+    cache_name,
+    equal_length_batches,
+    run_batches,
+    run_prefix,
+)
 
 
 def forced_logprobs(
@@ -20,7 +28,7 @@ def forced_logprobs(
     forced: Sequence[Sequence[int]],
     *,
     max_batch_tokens: int,
-    before_batch: Callable[[list[int]], None] = lambda rows: None,
+    by_row: ByRow | None = None,
 ) -> Iterator[tuple[int, Tensor]]:
     """Log-probabilities of every next token while each prompt is answered with `forced`.
 
@@ -28,8 +36,9 @@ def forced_logprobs(
         loaded: the model, hooks and all.
         prompts: token ids, one rendered prompt each.
         forced: the tokens that follow each prompt; may be none.
-        max_batch_tokens: tokens in a batch; batches hold rows of one length, unpadded.
-        before_batch: called before each batch runs with the indices of its prompts, row by row.
+        max_batch_tokens: tokens in a batch; batches hold rows of one length, unpadded. What all
+            prompts begin with is run once for each intervention, and not counted.
+        by_row: the intervention of each prompt, where they run under several.
 
     Yields:
         In the order of the batches: the index of a prompt, and [len(forced) + 1, V] float32 on the
@@ -39,10 +48,11 @@ def forced_logprobs(
     Raises:
         GenerationError: if logits are not finite.
     """
+    prefix = shared_prefix(loaded, prompts, by_row)
     for count in sorted({len(tokens) for tokens in forced}):
         members = [i for i, tokens in enumerate(forced) if len(tokens) == count]
-        rows = [[*prompts[i], *forced[i]] for i in members]
-        run = partial(_last, loaded, members, rows, count + 1, before_batch)
+        rows = [[*prompts[i], *forced[i]][prefix.length :] for i in members]
+        run = partial(_last, loaded, members, rows, count + 1, prefix)
         for batch, logprobs in run_batches(equal_length_batches(rows, max_batch_tokens), run):
             yield from zip((members[j] for j in batch), logprobs, strict=True)
 
@@ -52,13 +62,21 @@ def _last(
     members: Sequence[int],
     rows: Sequence[Sequence[int]],
     keep: int,
-    before_batch: Callable[[list[int]], None],
+    prefix: Prefix,
     batch: list[int],
 ) -> Tensor:
     """[len(batch), keep, V] log-probabilities at the last `keep` positions."""
-    before_batch([members[j] for j in batch])
+    cache = prefix.enter([members[j] for j in batch])
     ids = torch.tensor([list(rows[i]) for i in batch], device=loaded.device)
-    return last_logprobs(loaded, ids, keep=keep)[0]
+    return last_logprobs(loaded, ids, keep=keep, cache=cache)[0]
+
+
+def shared_prefix(
+    loaded: LoadedModel, prompts: Sequence[Sequence[int]], by_row: ByRow | None
+) -> Prefix:
+    """What all prompts begin with, run once for each intervention; nothing is learned from it."""
+    with torch.inference_mode():
+        return run_prefix(loaded, prompts, by_row)
 
 
 def last_logprobs(

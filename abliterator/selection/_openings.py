@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from abliterator.model import LoadedModel, equal_length_batches, run_batches
-from abliterator.selection._forced import last_logprobs
+from abliterator.model import ByRow, LoadedModel, Prefix, equal_length_batches, run_batches
+from abliterator.selection._forced import last_logprobs, shared_prefix
 
 Tokens = tuple[int, ...]
 
@@ -63,35 +64,34 @@ def refusal_scores(
     openings: Sequence[Tokens],
     *,
     max_batch_tokens: int,
-    before_batch: Callable[[list[int]], None] = lambda rows: None,
+    by_row: ByRow | None = None,
 ) -> Tensor:
     """Log-odds that the answer to each prompt begins with one of `openings`.
 
     log(p / (1 - p)), p the sum of the openings' probabilities: Arditi et al. (2024), section B, for
-    openings of several tokens. `before_batch` is called before each batch runs with the indices of
-    its prompts, row by row.
+    openings of several tokens. `by_row` has the intervention of each prompt, where they run under
+    several; what all prompts begin with is run once for each.
 
     Returns:
         [N] float64.
     """
     found: dict[int, Tensor] = {}
-    batches = equal_length_batches(prompts, max_batch_tokens)
-
-    def run(batch: list[int]) -> Tensor:
-        before_batch(batch)
-        return _log_likelihoods(loaded, prompts, openings, batch)
-
+    prefix = shared_prefix(loaded, prompts, by_row)
+    rest = [prompt[prefix.length :] for prompt in prompts]
+    batches = equal_length_batches(rest, max_batch_tokens)
+    run = partial(_log_likelihoods, loaded, rest, openings, prefix)
     for batch, rows in run_batches(batches, run):
         found.update(zip(batch, rows, strict=True))
     log_p = torch.stack([found[i] for i in range(len(prompts))]).logsumexp(dim=1)
-    rest = (-torch.expm1(log_p)).clamp_min(torch.finfo(torch.float64).tiny)
-    return (log_p - rest.log()).clamp(-FARTHEST, FARTHEST)
+    others = (-torch.expm1(log_p)).clamp_min(torch.finfo(torch.float64).tiny)
+    return (log_p - others.log()).clamp(-FARTHEST, FARTHEST)
 
 
 def _log_likelihoods(
     loaded: LoadedModel,
     prompts: Sequence[Sequence[int]],
     openings: Sequence[Tokens],
+    prefix: Prefix,
     batch: list[int],
 ) -> Tensor:
     """[len(batch), openings] log-probabilities, float64; prompts in the batch have one length.
@@ -99,7 +99,7 @@ def _log_likelihoods(
     The prompts run once: every opening continues a copy of their cache.
     """
     ids = torch.tensor([list(prompts[i]) for i in batch], device=loaded.device)
-    first, cache = last_logprobs(loaded, ids, keep=1)
+    first, cache = last_logprobs(loaded, ids, keep=1, cache=prefix.enter(batch))
     columns = []
     for opening in openings:
         column = first[:, -1, opening[0]].double()

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from abliterator.bake import preview_edits
 from abliterator.generation import Answer, generate, stop_ids
-from abliterator.model import hooked
+from abliterator.model import ByRow, hooked, shared_tokens
 from abliterator.selection._forced import forced_logprobs
 from abliterator.selection._openings import Tokens, refusal_scores
 from abliterator.selection._types import Asked, Subject
@@ -39,26 +39,32 @@ class Edited:
 
     def answers(self, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> list[list[Answer]]:
         """Greedy answers to `prompts`, for each intervention."""
-        found = generate(
-            self.subject.loaded,
-            list(prompts) * self.n,
-            max_new_tokens=max_new_tokens,
-            batch_size=self.subject.batch_size,
-            stop_ids=stop_ids(self.subject.loaded),
-            before_batch=self._before(len(prompts)),
-        )
+        found: list[Answer] = []
+        for some in self._groups(prompts):
+            found += generate(
+                self.subject.loaded,
+                list(prompts) * len(some),
+                max_new_tokens=max_new_tokens,
+                batch_size=self.subject.batch_size,
+                stop_ids=stop_ids(self.subject.loaded),
+                share_prefix=True,
+                by_row=self._by_row(prompts, some),
+            )
         return [found[i * len(prompts) :][: len(prompts)] for i in range(self.n)]
 
     def refusal(self, asked: Asked, openings: Sequence[Tokens]) -> list[float]:
         """The mean log-odds of a refusing opening over prompts, for each intervention."""
-        scores = refusal_scores(
-            self.subject.loaded,
-            list(asked.token_ids) * self.n,
-            openings,
-            max_batch_tokens=self.subject.max_batch_tokens,
-            before_batch=self._before(len(asked.token_ids)),
-        )
-        return [float(mean) for mean in scores.view(self.n, -1).mean(dim=1)]
+        scores = [
+            refusal_scores(
+                self.subject.loaded,
+                list(asked.token_ids) * len(some),
+                openings,
+                max_batch_tokens=self.subject.max_batch_tokens,
+                by_row=self._by_row(asked.token_ids, some),
+            )
+            for some in self._groups(asked.token_ids)
+        ]
+        return [float(mean) for mean in torch.cat(scores).view(self.n, -1).mean(dim=1)]
 
     def along(self, forced: Sequence[Tokens]) -> Iterator[tuple[int, int, Tensor]]:
         """Distributions along given answers to the neutral prompts.
@@ -67,17 +73,27 @@ class Edited:
             Intervention, prompt, and [len(forced[prompt]) + 1, V] log-probabilities.
         """
         prompts = self.subject.neutral.token_ids
-        for index, logprobs in forced_logprobs(
-            self.subject.loaded,
-            list(prompts) * self.n,
-            list(forced) * self.n,
-            max_batch_tokens=self.subject.max_batch_tokens,
-            before_batch=self._before(len(prompts)),
-        ):
-            yield index // len(prompts), index % len(prompts), logprobs
+        for some in self._groups(prompts):
+            for index, logprobs in forced_logprobs(
+                self.subject.loaded,
+                list(prompts) * len(some),
+                list(forced) * len(some),
+                max_batch_tokens=self.subject.max_batch_tokens,
+                by_row=self._by_row(prompts, some),
+            ):
+                yield some[index // len(prompts)], index % len(prompts), logprobs
 
-    def _before(self, n_prompts: int) -> Callable[[list[int]], None]:
-        return lambda rows: self.choose([row // n_prompts for row in rows])
+    def _groups(self, prompts: Sequence[Sequence[int]]) -> list[range]:
+        """Interventions in groups under which what all prompts begin with fits a forward pass."""
+        at_once = max(1, self.subject.max_batch_tokens // max(1, shared_tokens(prompts)))
+        return [range(i, min(i + at_once, self.n)) for i in range(0, self.n, at_once)]
+
+    def _by_row(self, prompts: Sequence[Sequence[int]], some: range) -> ByRow:
+        """Every prompt under each of some interventions, one after the other."""
+        return ByRow(
+            [i for i in range(len(some)) for _ in prompts],
+            lambda rows: self.choose([some[row] for row in rows]),
+        )
 
 
 def unedited(subject: Subject) -> Edited:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from abliterator.model import head_at, run_prefix
+from abliterator.model import cache_name, head_at, run_prefix
 from abliterator.tuning._types import Row
 
 if TYPE_CHECKING:
@@ -25,7 +25,8 @@ def answer_logprobs(loaded: LoadedModel, rows: Sequence[Row]) -> tuple[Tensor, .
         One [len(answer), V] float32 tensor a row, on the model's device.
     """
     prefix = run_prefix(loaded, [row.prompt for row in rows])
-    start = prefix.length
+    start, cache = prefix.length, prefix.enter(range(len(rows)))
+    going_on = {} if cache is None else {cache_name(loaded.model): cache}
     filled = [[*row.prompt, *row.answer][start:] for row in rows]
     width = max(map(len, filled))
     ids = torch.tensor([tokens + [0] * (width - len(tokens)) for tokens in filled])
@@ -34,8 +35,8 @@ def answer_logprobs(loaded: LoadedModel, rows: Sequence[Row]) -> tuple[Tensor, .
         logits = loaded.model(
             input_ids=ids.to(loaded.device),
             attention_mask=mask.to(loaded.device),
-            use_cache=bool(prefix.arguments),
-            **prefix.arguments,
+            use_cache=cache is not None,
+            **going_on,
         ).logits
     logprobs: Tensor = logits[0].float().log_softmax(dim=1)
     return torch.split(logprobs, [len(row.answer) for row in rows])

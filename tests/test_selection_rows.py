@@ -1,0 +1,138 @@
+"""Many edits in one batch, and what prompts begin with run once: each as if it ran alone, whole."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from abliterator.anatomy import anatomy_of
+from abliterator.bake import EditSettings, plan_edits
+from abliterator.checkpoint import Checkpoint
+from abliterator.judge import RuleJudge
+from abliterator.model import ByRow, _prefix, block_paths, run_prefix, shared_tokens
+from abliterator.selection import Asked, Subject
+from abliterator.selection._rows import added, removed
+from abliterator.subspace import random_basis
+from tests import architectures
+from tests.architectures import D_MODEL
+
+SYSTEM = [7, 8, 9, 10, 11, 12]
+PROMPTS = [[*SYSTEM, *rest] for rest in ([5], [6, 7], [9, 4], [3, 3, 3, 8], [20])]
+FORCED = [(3, 4, 5), (6,), (), (4, 4), (9, 9, 9)]
+OPENINGS = [(11, 12, 13), (20,)]
+BASES = [random_basis(D_MODEL, k, seed=k) for k in (1, 3, 2)]
+
+# plain keys and values; windows; experts; state spaces; both
+SHARE, WHOLE = ("llama", "gemma", "qwen3_moe"), ("gemma3_text", "mamba2", "qwen3_next")
+
+
+def subject_of(name, tiny_loaded, tmp_path):
+    folder = architectures.save(name, tmp_path / name)
+    model = type(architectures.build(name)).from_pretrained(folder).eval()
+    loaded = dataclasses.replace(tiny_loaded(), model=model, folder=folder)
+    checkpoint = Checkpoint.open(folder)
+    anatomy = anatomy_of(checkpoint.config)
+    asked = Asked(["?"] * len(PROMPTS), PROMPTS)
+    return Subject(
+        loaded=loaded,
+        plan=plan_edits(checkpoint, anatomy, EditSettings()),
+        blocks=block_paths(anatomy.blocks, anatomy.n_layers),
+        target=asked,
+        contrast=asked,
+        neutral=asked,
+        held_out=asked,
+        judge=RuleJudge(),
+        max_new_tokens=3,
+        batch_size=4,
+        max_batch_tokens=16,
+    )
+
+
+def scores(subject, bases):
+    """Everything that is asked of edits: log-odds, distributions, answers; removed and added."""
+    with removed(subject, bases) as edited:
+        odds = [edited.refusal(subject.target, OPENINGS)]
+        along = {(i, p): found for i, p, found in edited.along(FORCED)}
+        answers = edited.answers(PROMPTS, 3)
+    with added(subject, [1] * len(bases), [basis[:, 0] for basis in bases]) as steered:
+        odds.append(steered.refusal(subject.target, OPENINGS))
+    texts = [[answer.token_ids for answer in one] for one in answers]
+    return torch.tensor(odds), [along[key] for key in sorted(along)], texts
+
+
+def assert_same(one, other):
+    torch.testing.assert_close(one[0], other[0], atol=1e-4, rtol=0)
+    for a, b in zip(one[1], other[1], strict=True):
+        torch.testing.assert_close(a, b, atol=1e-4, rtol=0)
+    assert one[2] == other[2]
+
+
+@pytest.mark.parametrize("name", SHARE + WHOLE)
+def test_what_prompts_share_changes_no_score(name, tiny_loaded, tmp_path, monkeypatch):
+    subject = subject_of(name, tiny_loaded, tmp_path)
+    seen = []
+    embed = subject.loaded.model.get_input_embeddings()
+    handle = embed.register_forward_hook(lambda *call: seen.append(tuple(call[1][0].shape)))
+    shared = scores(subject, BASES)
+    handle.remove()
+    assert (max(width for _, width in seen) <= len(SYSTEM) + 1) == (name in SHARE)
+    monkeypatch.setattr(_prefix, "WORTH_SHARING", 1000)
+    assert_same(shared, scores(subject, BASES))
+    alone = [scores(subject, [basis]) for basis in BASES]
+    assert_same(
+        shared,
+        (
+            torch.cat([odds for odds, *_ in alone], dim=1),
+            [found for _, along, _ in alone for found in along],
+            [texts for *_, (texts,) in alone],
+        ),
+    )
+
+
+def test_a_prefix_under_another_intervention_shows(tiny_loaded, tmp_path, monkeypatch):
+    """The negative of the test above: the shared tokens run under the edit of the wrong row."""
+    subject = subject_of("llama", tiny_loaded, tmp_path)
+    subject = dataclasses.replace(subject, max_batch_tokens=10_000)  # all edits in one group
+    right = scores(subject, BASES)
+    enter = _prefix.Prefix.enter
+
+    def turned(prefix, batch):
+        of = [(i + 1) % len(BASES) for i in prefix.by_row.of]
+        wrong = dataclasses.replace(prefix, by_row=ByRow(of, lambda rows: None))
+        cache = enter(wrong, batch)
+        prefix.by_row.choose([prefix.by_row.of[i] for i in batch])
+        return cache
+
+    monkeypatch.setattr(_prefix.Prefix, "enter", turned)
+    wrong = scores(subject, BASES)
+    assert (right[0] - wrong[0]).abs().min() > 1e-3
+
+
+def test_the_shared_tokens_run_once_for_each_intervention(tiny_loaded):
+    loaded, chosen = tiny_loaded(), []
+    prefix = run_prefix(loaded, PROMPTS * 2, ByRow([0] * 5 + [1] * 5, chosen.append))
+    assert prefix.length == shared_tokens(PROMPTS) == 6
+    assert chosen == [[0, 1]]
+    first, second = (prefix.enter([2, 7, 3]) for _ in range(2))
+    assert chosen[1:] == [[0, 1, 0]] * 2
+    assert first.layers[0].keys.shape[0] == 3
+    first.update(torch.zeros(3, 2, 1, 8), torch.zeros(3, 2, 1, 8), 0)
+    assert second.get_seq_length() == prefix.cache.get_seq_length() == 6
+
+
+def test_interventions_whose_prefixes_do_not_fit_run_in_groups(tiny_loaded, tmp_path):
+    """16 tokens a pass hold two prefixes of 6: three edits are two groups, and nothing changes."""
+    subject = subject_of("llama", tiny_loaded, tmp_path)
+    with removed(subject, BASES) as edited:
+        assert edited._groups(PROMPTS) == [range(2), range(2, 3)]
+    wide = dataclasses.replace(subject, max_batch_tokens=10_000)
+    assert_same(scores(subject, BASES), scores(wide, BASES))
+
+
+def test_nothing_to_share(tiny_loaded):
+    loaded = tiny_loaded()
+    assert shared_tokens([[1, 2, 3], [1, 2, 3]]) == 2  # the last has an answer to predict
+    assert shared_tokens([[1, 2, 3], [4, 2, 3]]) == shared_tokens([]) == 0
+    prefix = run_prefix(loaded, [[1, 2, 3, 4], [1, 2, 3, 5]])
+    assert (prefix.length, prefix.enter([0, 1])) == (0, None)
+    assert run_prefix(loaded, [[4] * 9] * 2).enter([1]).layers[0].keys.shape[0] == 1
