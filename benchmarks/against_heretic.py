@@ -151,13 +151,13 @@ def front(points: list[Trial]) -> list[Trial]:
     return [p for i, p in enumerate(ordered) if all(p.kl < other.kl for other in ordered[:i])]
 
 
-def tuned(model: Path, out: Path) -> tuple[Cost, int]:
+def tuned(model: Path, out: Path, overrides: Sequence[str]) -> tuple[Cost, int]:
     """Runs the tuning and bakes every point into out/points; its cost, and the chosen point."""
     import torch
     from safetensors.torch import load_file
 
     torch.set_num_threads(1)
-    overrides = [f"model={model.resolve()}"]
+    overrides = [f"model={model.resolve()}", *overrides]
     recipe = load_recipe(ROOT / "recipes" / "smollm2_tuned.yaml", overrides=overrides)
     wall, cpu = time.perf_counter(), time.process_time()
     pipeline.run_stages(recipe, out / "ours", until="tuning")
@@ -227,6 +227,7 @@ def main() -> None:
     parser.add_argument("--heretic", type=Path, required=True)
     parser.add_argument("--trials", type=int, default=40)
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
+    parser.add_argument("--set", action="append", default=[], dest="overrides")
     parser.add_argument("--out", type=Path, default=None)
     arguments = parser.parse_args()
     out = (arguments.out or Path(tempfile.mkdtemp())).resolve()
@@ -240,7 +241,7 @@ def main() -> None:
         "print_responses": True,
         "system_prompt": SYSTEM,
     }
-    cost, chosen = tuned(arguments.model, out)
+    cost, chosen = tuned(arguments.model, out, arguments.overrides)
     program, runs = arguments.heretic.resolve(), out / arguments.dtype
     text, other = run_heretic(program, runs / "heretic", settings)
     theirs = trials(text)
