@@ -650,8 +650,8 @@ def test_the_plan_tells_what_a_selection_costs(recipe, tmp_path):
         "judged": 2,
         "stacks": 2,
         "prompts": 10,
-        "answers": 10 * (2 + 2 * 7) + 8 * 2 + 2,  # two on 8 prompts, one on 2 more
-        "tokens": (10 * (2 + 2 * 7) + 8 * 2 + 2) * 3,
+        "answers": 16 + 10 * (1 + 2 * 7) + 8 * 2 + 2,  # two on 8 prompts, one on 2 more
+        "tokens": (16 + 10 * (1 + 2 * 7) + 8 * 2 + 2) * 3,
     }
     assert (
         pipeline.plan_recipe(recipe("layers=[1]", "k=1"), tmp_path).summary()["selection"] is None

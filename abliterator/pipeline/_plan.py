@@ -279,8 +279,9 @@ def selection_cost(recipe: Recipe, n_layers: int) -> dict[str, int] | None:
             raced += racing * (prompts - done)
             done = prompts
     stacks = sum(size <= n_layers or within for size in sizes) if recipe.k == "auto" else 0
-    # the base's own, on both kinds; beside each stack, random directions and shuffled labels
-    answers = settings.prompts * (2 + (1 + 2 * settings.controls) * stacks) + raced
+    # the base's own, to both kinds; beside each stack, random directions and shuffled labels
+    base = settings.prompts + settings.scored
+    answers = base + settings.prompts * (1 + 2 * settings.controls) * stacks + raced
     return {
         "candidates": n_layers if recipe.sweeps else 0,
         "every_position": int(recipe.directions.position == "sweep"),

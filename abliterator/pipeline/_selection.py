@@ -82,7 +82,7 @@ def subject_of(run: Run, loaded: LoadedModel) -> Subject:
         return Asked(prompts, run.render(loaded, prompts))
 
     def sampled(prompts: PromptSet) -> Asked:
-        few = min(recipe.selection.prompts, len(prompts.prompts))
+        few = min(recipe.selection.scored, len(prompts.prompts))
         return asked(random.Random(recipe.seed).sample(prompts.prompts, few))
 
     return Subject(

@@ -184,8 +184,10 @@ class Selection(Section):
     """Gate: adding a candidate's direction raises the log-odds of a refusal at least so much."""
     skip_last: Annotated[float, Field(ge=0, lt=1)] = 0.2
     """Gate: share of the layers, at the end, that are no candidates."""
+    scored: Positive = 16
+    """Prompts of each kind on which every candidate is scored before any of them answers."""
     prompts: Positive = 32
-    """Prompts of each kind on which candidates are scored, and as many held out to be answered."""
+    """Prompts of each kind that are held out, for answers and for the divergence."""
     tokens: Positive = 48
     """Tokens of a judged answer."""
     judge: Literal["rules", "recipe"] = "rules"

@@ -67,12 +67,12 @@ class Edited:
         return [float(mean) for mean in torch.cat(scores).view(self.n, -1).mean(dim=1)]
 
     def along(self, forced: Sequence[Tokens]) -> Iterator[tuple[int, int, Tensor]]:
-        """Distributions along given answers to the neutral prompts.
+        """Distributions along given answers to the neutral prompts, or to the first of them.
 
         Yields:
             Intervention, prompt, and [len(forced[prompt]) + 1, V] log-probabilities.
         """
-        prompts = self.subject.neutral.token_ids
+        prompts = self.subject.neutral.token_ids[: len(forced)]
         for some in self._groups(prompts):
             for index, logprobs in forced_logprobs(
                 self.subject.loaded,

@@ -142,7 +142,7 @@ def score(subject: Subject, base: Baseline, pool: Pool) -> list[Candidate]:
     bases = [pool.stack([place], 1).basis for place in pool.places]
     with removed(subject, bases) as edited:
         bypass = edited.refusal(subject.target, base.openings)
-        kl = mean_kl(edited, base)
+        kl = mean_kl(edited, base, prompts=len(subject.target.prompts))
     directions = [pool.direction(place) for place in pool.places]
     with added(subject, [place.layer for place in pool.places], directions) as steered:
         induced = steered.refusal(subject.contrast, base.openings)
@@ -158,10 +158,14 @@ def score(subject: Subject, base: Baseline, pool: Pool) -> list[Candidate]:
     ]
 
 
-def mean_kl(edited: Edited, base: Baseline) -> list[float]:
-    """KL(base || now) in nats: mean over neutral prompts of the mean over answer tokens."""
-    found = torch.zeros(edited.n, len(base.forced), dtype=torch.float64)
-    for i, prompt, logprobs in edited.along(base.forced):
+def mean_kl(edited: Edited, base: Baseline, *, prompts: int | None = None) -> list[float]:
+    """KL(base || now) in nats: mean over neutral prompts of the mean over answer tokens.
+
+    Over the first `prompts` of them; over all unless given.
+    """
+    forced = base.forced[:prompts]
+    found = torch.zeros(edited.n, len(forced), dtype=torch.float64)
+    for i, prompt, logprobs in edited.along(forced):
         found[i, prompt] = kl_divergence(base.logprobs[prompt], logprobs).mean()
     return [float(mean) for mean in found.mean(dim=1)]
 
