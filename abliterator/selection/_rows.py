@@ -84,7 +84,7 @@ class Edited:
                 yield some[index // len(prompts)], index % len(prompts), logprobs
 
     def _groups(self, prompts: Sequence[Sequence[int]]) -> list[range]:
-        """Interventions in groups under which what all prompts begin with fits a forward pass."""
+        """Interventions in groups so small that what prompts begin with fits one forward pass."""
         at_once = max(1, self.subject.max_batch_tokens // max(1, shared_tokens(prompts)))
         return [range(i, min(i + at_once, self.n)) for i in range(0, self.n, at_once)]
 
