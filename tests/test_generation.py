@@ -11,7 +11,7 @@ from transformers import GenerationConfig
 
 from abliterator.errors import GenerationError
 from abliterator.generation import generate, stop_ids
-from tests.tiny import VOCABULARY
+from tests.tiny import FAMILIES, VOCABULARY
 
 
 @pytest.fixture(scope="module")
@@ -147,7 +147,7 @@ def test_stop_ids_gather_every_declaration(tiny_loaded):
     assert stop_ids(dataclasses.replace(loaded, model=model)) == (2,)
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma", "qwen3"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_what_prompts_share_may_run_once(tiny_loaded, prompts, family):
     loaded = tiny_loaded(family)
     shared = [[5, 6, 7, 8, 9, *prompt] for prompt in prompts]
