@@ -75,13 +75,15 @@ def run_prefix(
     """Runs the tokens with which all prompts begin, once for each intervention.
 
     Gradients flow through what is kept. Nothing is shared where it would be too little to be worth
-    it, and where the model keeps anything but plain keys and values: recurrent states and windows
-    are not what rows can continue from side by side.
+    it; where the model keeps anything but plain keys and values: recurrent states and windows are
+    not what rows can continue from side by side; and by a model's own code, which need not take
+    back a cache under the name that `generate` gives it today.
     """
     from transformers.cache_utils import DynamicCache, DynamicLayer
 
     shared = shared_tokens(prompts)
-    if shared < WORTH_SHARING:
+    own_code = not type(loaded.model).__module__.startswith("transformers.")
+    if shared < WORTH_SHARING or own_code:
         return Prefix(by_row=by_row)
     rows = [0]
     if by_row is not None:
