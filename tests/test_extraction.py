@@ -60,7 +60,8 @@ def test_every_position_of_a_sweep_is_captured_as_if_alone(recipe, tmp_path):
     found = load_moments(work / "moments.safetensors")
     loaded = load_model(Path(recipe().model), device="cpu", dtype="float32")
     n = len(template_tail(loaded.tokenizer))
-    kinds = [*("target", "contrast"), *("target/half0", "contrast/half0")]
+    parts = ["", "/half0", "/half1", "/half2"]  # a half for each draw of shuffled labels
+    kinds = [f"{kind}{part}" for kind in ("target", "contrast") for part in parts]
     assert set(found) == {f"{kind}@{p}" for kind in kinds for p in range(-n, 0)}
     prompts = used(work).extraction["target"].prompts
     ids = [render_chat(loaded.tokenizer, prompt) for prompt in prompts]
@@ -68,7 +69,9 @@ def test_every_position_of_a_sweep_is_captured_as_if_alone(recipe, tmp_path):
         alone = capture(loaded, ids, blocks=block_paths("model.layers", 3), position=position)
         torch.testing.assert_close(found[f"target@{position}"].mean, alone.mean)
         assert found[f"target@{position}"].n == len(prompts)
-        assert found[f"target/half0@{position}"].n == len(prompts) // 2
+        halves = [found[f"target/half{i}@{position}"] for i in range(3)]
+        assert {half.n for half in halves} == {len(prompts) // 2}
+        assert not torch.allclose(halves[0].mean, halves[1].mean)
 
 
 def test_a_position_that_is_named_is_the_one_that_is_removed(recipe, tmp_path):
