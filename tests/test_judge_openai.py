@@ -712,7 +712,8 @@ def test_killed_ten_times_at_random_it_repeats_only_what_was_in_flight(tmp_path)
 
 
 def test_ctrl_c_keeps_what_was_judged(tmp_path):
-    rows = [{"prompt": a.prompt, "response": a.response, "label": 1} for a in answers(200)]
+    # half a minute's work: however late a busy machine sends the signal, it is not done by then
+    rows = [{"prompt": a.prompt, "response": a.response, "label": 1} for a in answers(2000)]
     path = tmp_path / "labelled.jsonl"
     path.write_text("\n".join(map(json.dumps, rows)))
     env = {**os.environ, "ABLITERATOR_CACHE": str(tmp_path / "cache")}
