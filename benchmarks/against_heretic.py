@@ -174,7 +174,8 @@ def tuned(model: Path, out: Path, overrides: Sequence[str]) -> tuple[Cost, int]:
     if not timing.is_file():
         timing.write_text(cost)
     points = [Point.model_validate(point) for point in found["points"]]
-    chosen = prefer(points, recipe.tuning.prefer, recipe.tuning.at_most)
+    wanted, max_kl = recipe.tuning, recipe.selection.max_kl
+    chosen = prefer(points, wanted.prefer, wanted.at_most, max_kl=max_kl)
     return Cost(*map(float, timing.read_text().split())), chosen
 
 
