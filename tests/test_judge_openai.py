@@ -712,13 +712,17 @@ def test_killed_ten_times_at_random_it_repeats_only_what_was_in_flight(tmp_path)
 
 
 def test_ctrl_c_keeps_what_was_judged(tmp_path):
-    # half a minute's work: however late a busy machine sends the signal, it is not done by then
-    rows = [{"prompt": a.prompt, "response": a.response, "label": 1} for a in answers(2000)]
+    rows = [{"prompt": a.prompt, "response": a.response, "label": 1} for a in answers(200)]
     path = tmp_path / "labelled.jsonl"
     path.write_text("\n".join(map(json.dumps, rows)))
     env = {**os.environ, "ABLITERATOR_CACHE": str(tmp_path / "cache")}
     with JudgeServer(latency=0.1) as server:
-        command = [sys.executable, "-m", "abliterator", "judge-calibrate", str(path)]
+        # a shell's background job ignores Ctrl-C, and what the job starts would do so too
+        heeding = (
+            "import runpy, signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
+            "runpy.run_module('abliterator', run_name='__main__')"
+        )
+        command = [sys.executable, "-c", heeding, "judge-calibrate", str(path)]
         for value in ("kind=openai", f"base_url={server.url}", "api_key_env=null"):
             command += ["--set", f"judge.{value}"]
         process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=env)
