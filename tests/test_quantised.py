@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import tracemalloc
 from pathlib import Path
 
@@ -14,6 +15,8 @@ from safetensors.torch import load_file, save_file
 
 from abliterator.anatomy import anatomy_of
 from abliterator.bake import EditSettings, bake, plan_edits, preview_edit
+from abliterator.benchmarks import RunSettings
+from abliterator.benchmarks._settings import open_model
 from abliterator.checkpoint import Checkpoint
 from abliterator.cli._show import planned as planned_text
 from abliterator.formats import storage_of
@@ -87,10 +90,14 @@ def stored(folder):
 
 
 def run(folder, **options):
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
 
+    config = AutoConfig.from_pretrained(folder)
+    stored_as = getattr(config, "quantization_config", {})
+    if stored_as.get("quant_method") in ("fp8", "mxfp4"):
+        stored_as["dequantize"] = True  # by itself only where there is no GPU
     model, report = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, output_loading_info=True, **options
+        folder, config=config, dtype=torch.float32, output_loading_info=True, **options
     )
     assert not report["missing_keys"]
     assert not report["unexpected_keys"]
@@ -103,7 +110,7 @@ def logits(folder, **options):
 
 
 def as_loaded(name):
-    """How transformers is to load a format without a GPU; compressed-tensors needs its package."""
+    """How transformers is to load a format; compressed-tensors needs its package."""
     if not name.startswith("compressed"):
         return {}
     pytest.importorskip("compressed_tensors")
@@ -398,3 +405,21 @@ def test_load_model_reads_what_was_unpacked(base, tmp_path):
     baked(base("fp8_block"), tmp_path, quantized="dequantize")
     tiny.train_tokenizer().save_pretrained(tmp_path)
     assert load_model(tmp_path, device="cpu", dtype="float32").model is not None
+
+
+@pytest.mark.parametrize("name", ["fp8_block", "fp8_ue8m0", "fp8_block experts"])
+def test_weights_are_decoded_beside_a_gpu_too(name, base, tmp_path, monkeypatch):
+    """Where transformers sees one (here it is told so), it leaves them packed by itself."""
+    folder = base(name)
+    wanted = logits(folder)
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    tiny.train_tokenizer().save_pretrained(tmp_path)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
+    model = load_model(tmp_path, device="cpu", dtype="float32").model
+    assert {weight.dtype for weight in model.parameters()} <= {torch.float32, torch.bfloat16}
+    with torch.inference_mode():
+        assert torch.equal(model(TOKENS).logits, wanted)
+    benchmarked = open_model(tmp_path, RunSettings(device="cpu", dtype="float32")).model
+    with torch.inference_mode():
+        assert torch.equal(benchmarked(TOKENS).logits, wanted)

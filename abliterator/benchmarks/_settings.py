@@ -83,12 +83,11 @@ def open_model(folder: Path, settings: RunSettings) -> Any:
     }
     if engine.kind == "server":
         return open_server(engine.url, tokenizer=folder, options=common)
-    common = {"pretrained": str(folder), "dtype": settings.dtype or "auto", **common}
+    common = {"dtype": settings.dtype or "auto", **common}
     if engine.kind == "vllm":
         from lm_eval.api.registry import get_model
 
-        return get_model("vllm")(**common)
-    from lm_eval.models.huggingface import HFLM
+        return get_model("vllm")(pretrained=str(folder), **common)
+    from abliterator.benchmarks._transformers import open_transformers
 
-    # in bfloat16 the log-likelihoods collapse to a few values, and ties decide
-    return HFLM(device=settings.device, softmax_dtype="float32", **common)
+    return open_transformers(folder, device=settings.device, options=common)

@@ -11,7 +11,12 @@ which modules matter.
 """
 
 from abliterator.model._chat import render_chat, template_tail
-from abliterator.model._load import LoadedModel, load_model, load_tokenizer
+from abliterator.model._load import (
+    LoadedModel,
+    ask_for_plain_numbers,
+    load_model,
+    load_tokenizer,
+)
 from abliterator.model._prefix import ByRow, Prefix, head_at, run_prefix, shared_tokens
 from abliterator.model._run import (
     CallHook,
@@ -30,6 +35,7 @@ __all__ = [
     "Hook",
     "LoadedModel",
     "Prefix",
+    "ask_for_plain_numbers",
     "block_paths",
     "cache_name",
     "equal_length_batches",

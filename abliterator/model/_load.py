@@ -16,7 +16,7 @@ from abliterator.model._chat import one_line
 
 if TYPE_CHECKING:
     from torch import nn
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
     from transformers.models.auto.auto_factory import _BaseAutoModelClass
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -27,6 +27,9 @@ _REMOTE_CODE_ERRORS = (AttributeError, ImportError, RuntimeError, TypeError, Val
 # Models that see, of which transformers' causal LM does not find the text half: under its old names
 # only (mllama), or under none (emu3).
 _WHOLE = ("emu3", "mllama")
+
+# Formats, as `quant_method` names them, whose weights transformers leaves packed beside a GPU.
+_DECODED = ("fp8", "mxfp4")
 
 
 @dataclass(frozen=True)
@@ -109,8 +112,10 @@ def _load_weights(
         # Attention is left to transformers' default (sdpa where the model has it): remote code may
         # have eager only.
         with _no_bar():
-            model, report = _factory(folder, trust_remote_code).from_pretrained(
+            config = _read_config(folder, trust_remote_code)
+            model, report = _factory(config).from_pretrained(
                 folder,
+                config=config,
                 dtype=dtype,
                 local_files_only=True,
                 use_safetensors=True,
@@ -137,19 +142,41 @@ def _load_weights(
     return loaded
 
 
-def _factory(folder: Path, trust_remote_code: bool) -> type[_BaseAutoModelClass]:
+def _read_config(folder: Path, trust_remote_code: bool) -> PreTrainedConfig:
+    from transformers import AutoConfig
+
+    config: PreTrainedConfig = AutoConfig.from_pretrained(
+        folder, local_files_only=True, trust_remote_code=trust_remote_code
+    )
+    ask_for_plain_numbers(config)
+    return config
+
+
+def ask_for_plain_numbers(config: PreTrainedConfig) -> None:
+    """Has transformers decode block-wise FP8 and MXFP4 as it loads, on every machine alike.
+
+    Without an accelerator it does so anyway. Where it sees one, whatever the model's device, it
+    leaves the weights packed and fetches code for the GPU from the Hub to multiply them (package
+    `kernels`): there would be no gradients through it, and the same recipe would measure another
+    model than on the next machine.
+
+    Args:
+        config: of the model; changed in place where it says one of these formats.
+    """
+    settings = getattr(config, "quantization_config", None)
+    if isinstance(settings, dict) and settings.get("quant_method") in _DECODED:
+        config.quantization_config = {**settings, "dequantize": True}
+
+
+def _factory(config: PreTrainedConfig) -> type[_BaseAutoModelClass]:
     """The class that loads the model: causal LMs as such, else text and images to text."""
     from transformers import (
         MODEL_FOR_CAUSAL_LM_MAPPING,
         MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
-        AutoConfig,
         AutoModelForCausalLM,
         AutoModelForImageTextToText,
     )
 
-    config = AutoConfig.from_pretrained(
-        folder, local_files_only=True, trust_remote_code=trust_remote_code
-    )
     causal = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING and config.model_type not in _WHOLE
     reads_images = not causal and type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
     factory: type[_BaseAutoModelClass] = AutoModelForCausalLM

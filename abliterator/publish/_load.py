@@ -52,7 +52,12 @@ def _run(arguments: list[str], remote_code: bool) -> dict[str, Any]:
     # -P: this folder's own modules must not stand in for anybody else's
     command = [sys.executable, "-P", str(script), *arguments]
     kept = {name: value for name, value in os.environ.items() if name not in _SECRETS}
-    env = kept | {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "0"}
+    env = kept | {
+        "CUDA_VISIBLE_DEVICES": "",  # seeing a GPU, transformers leaves FP8 packed, on the CPU too
+        "HF_HUB_OFFLINE": "1",
+        "TOKENIZERS_PARALLELISM": "0",
+        "TRANSFORMERS_OFFLINE": "1",
+    }
     done = subprocess.run(
         command + ["--remote-code"] * remote_code,
         env=env,
