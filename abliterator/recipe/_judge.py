@@ -18,7 +18,10 @@ class Rollouts(Section):
     limit: Positive = 100
     """Prompts of each set that are answered."""
     batch_size: Positive = 16
-    """Prompts answered together."""
+    """Prompts answered together; halved where they do not fit in memory.
+
+    A GPU may be given many: a step costs it much the same for 64 as for 4.
+    """
 
 
 class JudgeSettings(ServerSettings):
