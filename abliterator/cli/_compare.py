@@ -53,7 +53,7 @@ def compare(
     """
     from abliterator.benchmarks import RunSettings
     from abliterator.checkpoint import Checkpoint
-    from abliterator.comparison import CompareSettings, to_markdown
+    from abliterator.comparison import CompareSettings, DivergenceSettings, to_markdown
     from abliterator.comparison import compare as compared
     from abliterator.judge import cache_folder
     from abliterator.pipeline import Options, judge_of, require_key
@@ -70,6 +70,7 @@ def compare(
         },
         tasks=_tasks(tasks),
         max_new_tokens=max_new_tokens,
+        divergence=DivergenceSettings(batch_size=options.together("auto")),
         benchmarks=RunSettings(limit=task_limit, device=options.on, dtype=computed),
     )
     judge_settings = read_judge(**asked)

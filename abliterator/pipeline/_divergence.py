@@ -43,7 +43,7 @@ def _divergence(run: Run) -> tuple[list[Path], Parts]:
     recipe, work = run.recipe, run.workspace.work
     settings = DivergenceSettings(
         tokens=recipe.divergence.tokens,
-        batch_size=recipe.rollouts.batch_size,
+        batch_size=run.batch_size,
         max_batch_tokens=recipe.capture.max_batch_tokens,
         seed=recipe.seed,
     )

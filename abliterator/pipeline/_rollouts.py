@@ -67,7 +67,7 @@ def _answers(run: Run, loaded: LoadedModel, side: Side) -> list[Completion]:
         {name: (prompts, run.render(loaded, prompts)) for name, prompts in asked.items()},
         side=side,
         max_new_tokens=settings.max_new_tokens,
-        batch_size=settings.batch_size,
+        batch_size=run.batch_size,
         bar=run.progress.bar,
     )
 

@@ -8,7 +8,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from abliterator.checkpoint import Checkpoint, fingerprint
 from abliterator.errors import RecipeError
@@ -52,6 +52,12 @@ class Options:
             return "cuda"
         return "mps" if torch.backends.mps.is_available() else "cpu"
 
+    def together(self, batch_size: int | Literal["auto"]) -> int:
+        """How many prompts are answered together where a recipe says `batch_size`."""
+        if batch_size != "auto":
+            return batch_size
+        return 64 if self.on.startswith("cuda") else 16
+
     def computing(self, checkpoint: Checkpoint) -> str | None:
         """The dtype in which a checkpoint is computed; None is the stored one."""
         if self.dtype != "auto":
@@ -82,6 +88,11 @@ class Run:
     def dtype(self) -> str | None:
         """The dtype of computation; None is the stored one."""
         return self.options.computing(self.plan.checkpoint)
+
+    @property
+    def batch_size(self) -> int:
+        """Prompts that are answered together."""
+        return self.options.together(self.recipe.rollouts.batch_size)
 
     @property
     def base_id(self) -> str:

@@ -291,7 +291,7 @@ def _subject(
         judge=choosing_judge(run),
         max_new_tokens=asked.tokens or recipe.rollouts.max_new_tokens,
         kl_tokens=recipe.divergence.tokens,
-        batch_size=recipe.rollouts.batch_size,
+        batch_size=run.batch_size,
         max_batch_tokens=recipe.capture.max_batch_tokens,
         seed=recipe.seed,
     )

@@ -17,10 +17,11 @@ class Rollouts(Section):
     """Tokens of an answer; fewer than 100 miss refusals that come late."""
     limit: Positive = 100
     """Prompts of each set that are answered."""
-    batch_size: Positive = 16
-    """Prompts answered together; halved where they do not fit in memory.
+    batch_size: Positive | Literal["auto"] = "auto"
+    """Prompts answered together; halved where they do not fit in a GPU's memory.
 
-    A GPU may be given many: a step costs it much the same for 64 as for 4.
+    `auto`: 64 on a GPU, which takes much the same time for a token of many answers as of few; else
+    16.
     """
 
 
