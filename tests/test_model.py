@@ -285,6 +285,32 @@ def test_batches_that_do_not_fit_are_halved_and_stay_so():
     assert tried == [5, 2, 2, 1, 2, 2]
 
 
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        RuntimeError("CUDA error: out of memory"),
+        RuntimeError("MPS backend out of memory (MPS allocated: 18.00 GB)"),
+    ],
+)
+def test_however_it_is_said_that_memory_is_short(error):
+    def run(batch):
+        if len(batch) > 1:
+            raise error
+        return batch
+
+    assert [batch for batch, _ in run_batches([[0, 1, 2]], run)] == [[0], [1], [2]]
+
+
+def test_the_cpus_own_words_for_it():
+    def run(batch):  # 2 PB, were they two
+        return torch.empty(1 if len(batch) == 1 else 1 << 51, dtype=torch.uint8).shape
+
+    assert len(list(run_batches([[0, 1]], run))) == 2
+
+
 def test_one_row_that_does_not_fit_is_an_error():
     with pytest.raises(GenerationError, match="One prompt alone"):
         list(run_batches([[0, 1]], limited_to(0, [])))
@@ -293,3 +319,5 @@ def test_one_row_that_does_not_fit_is_an_error():
 def test_other_errors_are_not_mistaken_for_memory():
     with pytest.raises(ZeroDivisionError):
         list(run_batches([[0, 1]], lambda batch: 1 / 0))
+    with pytest.raises(RuntimeError, match="must match"):
+        list(run_batches([[0, 1]], lambda batch: torch.ones(2) + torch.ones(3)))

@@ -172,6 +172,8 @@ def _run_child(job: Mapping[str, Any], *, log: Path, on_task: Callable[[str], No
 
 def main(job_file: Path) -> int:
     """The child: scores one checkpoint as the job file says, a line on stdout for each task."""
+    from abliterator.model import is_out_of_memory
+
     job = json.loads(job_file.read_text(encoding="utf-8"))
     settings = RunSettings(**{**job["settings"], "engine": Engine(**job["settings"]["engine"])})
     out = Path(job["out"])
@@ -193,18 +195,9 @@ def main(job_file: Path) -> int:
         print(f"error {json.dumps(str(error))}", file=to_parent, flush=True)
         return NAMED_ERROR
     except (MemoryError, RuntimeError) as error:
-        if not _is_out_of_memory(error):
+        if not is_out_of_memory(error):
             raise
         return OUT_OF_MEMORY
     finally:
         to_parent.close()
     return 0
-
-
-def _is_out_of_memory(error: Exception) -> bool:
-    import torch
-
-    # On a CPU torch raises a plain RuntimeError.
-    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or (
-        "not enough memory" in str(error) or "can't allocate memory" in str(error)
-    )

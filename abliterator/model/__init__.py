@@ -25,6 +25,7 @@ from abliterator.model._run import (
     cache_name,
     equal_length_batches,
     hooked,
+    is_out_of_memory,
     release_memory,
     run_batches,
 )
@@ -41,6 +42,7 @@ __all__ = [
     "equal_length_batches",
     "head_at",
     "hooked",
+    "is_out_of_memory",
     "load_model",
     "load_tokenizer",
     "release_memory",

@@ -18,6 +18,13 @@ from torch import Tensor, nn
 
 from abliterator.errors import GenerationError, UnsupportedModel
 
+_OUT_OF_MEMORY = (
+    "out of memory",  # CUDA's driver, Apple's backend
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "can't allocate memory",  # the CPU's allocator
+    "not enough memory",
+)
+
 if TYPE_CHECKING:
     from torch.utils.hooks import RemovableHandle
 
@@ -95,7 +102,9 @@ def run_batches(
             continue
         try:
             result = run(batch)
-        except torch.OutOfMemoryError as error:
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
             if len(batch) == 1:
                 raise GenerationError(
                     "One prompt alone does not fit in the device's memory beside the model. Use "
@@ -109,6 +118,18 @@ def run_batches(
             continue
         # Out of the except clause: until there, the traceback keeps the failed run's tensors alive.
         release_memory()
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether a device or the host had too little memory.
+
+    Only torch's own allocator has an error of its own for that: cuBLAS, the driver, Apple's backend
+    and the allocator of the CPU say it in words.
+    """
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    said = str(error)
+    return isinstance(error, RuntimeError) and any(words in said for words in _OUT_OF_MEMORY)
 
 
 def cache_name(model: nn.Module) -> str:
