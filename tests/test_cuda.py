@@ -26,8 +26,8 @@ from abliterator.recipe import load_recipe
 from abliterator.subspace import random_basis
 from tests import tiny
 from tests.quantised import D_MODEL, save_mxfp4, save_quantised
+from tests.selection.test_rows import BASES, PROMPTS, SHARE, WHOLE, assert_same, scores, subject_of
 from tests.test_quantised import planned
-from tests.test_selection_rows import BASES, PROMPTS, SHARE, WHOLE, assert_same, scores, subject_of
 
 pytestmark = [
     pytest.mark.gpu,

@@ -1,0 +1,172 @@
+"""Sides in processes of their own: resumed, short of memory, killed."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from abliterator.benchmarks import (
+    RunSettings,
+    Subject,
+    TaskRequest,
+    _apart,
+    measure_sides,
+    resolve_tasks,
+)
+from abliterator.errors import BenchmarkError
+from tests.benchmarks.toy import run, save_model, scored
+
+
+def test_gold_likelihoods_and_empty_or_cut_answers_are_kept(says_no, scores, tasks):
+    choice, say = (run(says_no, tasks, batch_size=7)[name] for name in ("toy_choice", "toy_say"))
+    # "no" is near certain: a question whose answer is "yes" has a gold answer that is not
+    assert all((s.gold_loglik > -1) == bool(s.value) for s in choice.scores)
+    assert {(s.empty, s.truncated) for s in choice.scores} == {(None, None)}
+    assert {(s.empty, s.truncated, s.gold_loglik) for s in say.scores} == {(False, True, None)}
+
+
+def test_sides_scored_apart_are_what_they_are_in_one_process_and_are_resumed(
+    plain, says_no, tasks, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    sides = {"base": Subject(plain, "1"), "edited": Subject(says_no, "2")}
+    seen = []
+    arguments = (sides, tasks, RunSettings(batch_size=7, limit=5))
+
+    def measured(arguments=arguments):
+        return measure_sides(
+            *arguments, out=tmp_path / "out", on_task=lambda side, task: seen.append((side, task))
+        )
+
+    first = measured()
+    assert first["base"] == run(plain, tasks, batch_size=7, limit=5)
+    assert first["edited"] == run(says_no, tasks, batch_size=7, limit=5)
+    assert seen == [(side, task.name) for side in sides for task in tasks]
+
+    asked = []
+    child = _apart._run_child
+
+    def counted(job, **options):
+        asked.append((Path(job["folder"]), [task["name"] for task in job["tasks"]]))
+        child(job, **options)
+
+    monkeypatch.setattr(_apart, "_run_child", counted)
+    assert measured() == first
+    assert asked == []
+    (tmp_path / "out/edited/toy_say.json").unlink()  # as if it had been killed there
+    assert measured() == first
+    assert asked == [(says_no, ["toy_say"])]
+
+
+def test_too_little_memory_halves_the_batch_of_both_sides(monkeypatch, plain, tasks, tmp_path):
+    asked = []
+
+    def child(job, *, log, on_task):
+        batch = job["settings"]["batch_size"]
+        asked.append((Path(job["folder"]).name, batch))
+        if job["folder"] == "edited" and batch > 4:
+            raise _apart._OutOfMemory
+        for task in job["tasks"]:
+            found = scored([1.0], task=task["name"]).model_dump(mode="json")
+            path = Path(job["out"]) / f"{task['name']}.json"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps({"key": job["keys"][task["name"]], "scores": found}))
+
+    monkeypatch.setattr(_apart, "_run_child", child)
+    sides = {side: Subject(Path(side), side) for side in ("base", "edited")}
+    measure_sides(sides, tasks, RunSettings(batch_size=16), out=tmp_path)
+    assert asked == [(side, batch) for batch in (16, 8, 4) for side in ("base", "edited")]
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (MemoryError(), _apart.OUT_OF_MEMORY),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: 9"), _apart.OUT_OF_MEMORY),
+        (BenchmarkError("no template"), _apart.NAMED_ERROR),
+    ],
+)
+def test_a_child_says_how_it_ended(monkeypatch, tmp_path, error, code):
+    def fail(*args, **kwargs):
+        raise error
+
+    monkeypatch.setattr(_apart, "run_tasks", fail)
+    settings = dataclasses.asdict(RunSettings())
+    job = {"folder": "f", "tasks": [], "settings": settings, "keys": {}, "out": "o"}
+    (tmp_path / "job.json").write_text(json.dumps(job))
+    with (tmp_path / "stdout").open("w") as stdout:
+        monkeypatch.setattr(sys, "stdout", stdout)
+        assert _apart.main(tmp_path / "job.json") == code
+    if code == _apart.NAMED_ERROR:
+        assert (tmp_path / "stdout").read_text() == 'error "no template"\n'
+
+
+def test_what_was_scored_before_a_kill_is_not_scored_again(plain, tasks, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    sides = {"base": Subject(plain, "1")}
+    settings = RunSettings(batch_size=7, limit=5)
+
+    def stop(side, task):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):  # the child is killed with it
+        measure_sides(sides, tasks, settings, out=tmp_path / "out", on_task=stop)
+    first = (tmp_path / "out/base/toy_choice.json").stat().st_mtime_ns
+    found = measure_sides(sides, tasks, settings, out=tmp_path / "out")
+    assert (tmp_path / "out/base/toy_choice.json").stat().st_mtime_ns == first
+    assert found["base"] == run(plain, tasks, batch_size=7, limit=5)
+
+
+def test_torchs_own_out_of_memory_reaches_the_parent_through_lm_eval(
+    plain, tasks, tmp_path, monkeypatch
+):
+    import torch
+    from transformers import LlamaForCausalLM
+
+    forward = LlamaForCausalLM.forward
+
+    def hungry(self, input_ids=None, **kwargs):
+        if len(input_ids) > 4:
+            torch.empty(2**50)  # 4 PiB: the allocator's own exception
+        return forward(self, input_ids=input_ids, **kwargs)
+
+    monkeypatch.setattr(LlamaForCausalLM, "forward", hungry)
+    asked = []
+
+    def child(job, *, log, on_task):
+        job_file = tmp_path / "job.json"
+        job_file.write_text(json.dumps(job))
+        asked.append(job["settings"]["batch_size"])
+        with (tmp_path / "stdout").open("w") as stdout, monkeypatch.context() as patch:
+            patch.setattr(sys, "stdout", stdout)
+            code = _apart.main(job_file)
+        if code == _apart.OUT_OF_MEMORY:
+            raise _apart._OutOfMemory
+        assert code == 0
+
+    monkeypatch.setattr(_apart, "_run_child", child)
+    sides = {side: Subject(plain, side) for side in ("base", "edited")}
+    settings = RunSettings(batch_size=16, limit=10)
+    found = measure_sides(sides, tasks[:1], settings, out=tmp_path / "out")
+    assert asked == [16, 8, 4, 4]
+    assert {side: found[side]["toy_choice"].settings["batch_size"] for side in sides} == {
+        "base": 4, "edited": 4
+    }  # fmt: skip
+
+
+def test_errors_of_a_child_reach_the_user(tasks, tmp_path):
+    bare = save_model(tmp_path / "bare", chat_template=False)
+    sides = {"base": Subject(bare, "1")}
+    with pytest.raises(BenchmarkError, match="has none"):
+        measure_sides(sides, tasks[:1], RunSettings(chat_template=True), out=tmp_path / "out")
+
+
+def test_a_task_can_have_settings_of_its_own(plain, recipe):
+    request = TaskRequest("tasks/toy_choice.yaml", limit=3, num_fewshot=1, chat_template=True)
+    (task,) = resolve_tasks([request], folder=recipe)
+    found = run(plain, [task], batch_size=7, limit=9)["toy_choice"]
+    assert (found.n, found.settings["chat_template"], found.settings["num_fewshot"]) == (3, True, 1)

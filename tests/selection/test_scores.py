@@ -1,0 +1,91 @@
+"""Cheap scores and judged answers of edits, against one at a time."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from abliterator.bake import preview_edit
+from abliterator.directions import Directions, Place, stack
+from abliterator.judge import Judgement, RuleJudge
+from abliterator.model import hooked
+from abliterator.record import Estimate
+from abliterator.selection import Pool, _grow, _scores, judge_edits, refusal_scores
+from abliterator.selection._rows import added, removed, unedited
+from abliterator.subspace import random_basis
+from tests.selection.scripted import PROMPTS
+
+
+def test_scores_of_a_candidate(subject, base):
+    """Under its edit the direction is gone; added, it moves the residual stream at its layer."""
+    direction = torch.zeros(32, dtype=torch.float64)
+    direction[3] = 5.0
+    directions = Directions(direction.repeat(3, 1))
+    basis = stack(directions, (2,)).basis
+    (found,) = _scores.score(subject, base, Pool([Place(2)], {-1: directions}))
+    with preview_edit(subject.loaded, subject.plan, basis):
+        bypass = refusal_scores(subject.loaded, PROMPTS, [(11,)], max_batch_tokens=64).mean()
+    with hooked(subject.loaded.model, {"model.layers.1": lambda h: h + direction.float()}):
+        induced = refusal_scores(subject.loaded, PROMPTS, [(11,)], max_batch_tokens=64).mean()
+    assert found.bypass == pytest.approx(float(bypass))
+    assert found.induce == pytest.approx(float(induced) - base.contrast_score)
+    assert found.kl > 0
+
+
+class Picky:
+    """Scores no answer to the first prompt, and takes all others."""
+
+    identity = RuleJudge().identity
+
+    def judge_all(self, answers):
+        said = [Judgement(1.0, 0.5, False)] * len(answers)
+        return [Judgement(None, None, None), *said[1:]]
+
+
+def test_the_judge_that_is_given_judges_and_what_it_cannot_score_is_not_0(subject):
+    (judged,) = judge_edits(replace(subject, judge=Picky()), [random_basis(32, 1, seed=0)])
+    assert judged.products == [None] + [0.5] * (len(PROMPTS) - 1)
+    assert judged.summary.product == Estimate(value=0.5, low=None, high=None, n=len(PROMPTS) - 1)
+    gain = _grow._gain(judged, judged, 0)
+    assert (gain.value, gain.n) == (0.0, len(PROMPTS) - 1)
+    silent = tuple(v.model_copy(update={"compliance": None}) for v in judged.verdicts)
+    nothing = replace(judged, verdicts=silent)
+    assert _grow._gain(judged, nothing, 0) is None
+
+
+def test_no_edit_no_kl_and_no_hook_stays(subject, base):
+    assert _scores.mean_kl(unedited(subject), base) == [pytest.approx(0, abs=1e-9)]
+    with removed(subject, [random_basis(32, 2, seed=0)]) as edited:
+        assert _scores.mean_kl(edited, base)[0] > 1e-4
+    assert _scores.mean_kl(unedited(subject), base) == [pytest.approx(0, abs=1e-9)]
+
+
+def test_rows_under_edits_of_their_own_equal_one_edit_at_a_time(subject, base):
+    """Ranks, layers and prompts mixed in one batch; batches cut edits apart."""
+    bases = [random_basis(32, k, seed=k) for k in (1, 3, 2)] + [torch.zeros(32, 1).double()]
+    with removed(subject, bases) as edited:
+        refusal, kl = (
+            edited.refusal(subject.target, [(11, 12), (20,)]),
+            _scores.mean_kl(edited, base),
+        )
+        answers = edited.answers(PROMPTS, 4)
+    plain = unedited(subject)
+    for i, basis in enumerate(bases):
+        with preview_edit(subject.loaded, subject.plan, basis):
+            assert refusal[i] == pytest.approx(plain.refusal(subject.target, [(11, 12), (20,)])[0])
+            assert kl[i] == pytest.approx(_scores.mean_kl(plain, base)[0], abs=1e-6)
+            assert answers[i] == plain.answers(PROMPTS, 4)[0]
+    assert kl[3] == pytest.approx(0, abs=1e-7)  # nothing removed, but in a batch with others
+    assert len(set(refusal)) == 4
+
+
+def test_directions_added_side_by_side_equal_one_at_a_time(subject):
+    layers, directions = [1, 3, 1], list(torch.randn(3, 32, dtype=torch.float64))
+    with added(subject, layers, directions) as steered:
+        together = steered.refusal(subject.target, [(11,)])
+    alone = []
+    for layer, direction in zip(layers, directions, strict=True):
+        with added(subject, [layer], [direction]) as steered:
+            alone += steered.refusal(subject.target, [(11,)])
+    assert together == pytest.approx(alone)
+    assert together != pytest.approx(unedited(subject).refusal(subject.target, [(11,)]) * 3)
