@@ -25,7 +25,7 @@ from abliterator.subspace import orthonormal_basis
 from abliterator.verification import EDITS, verify
 from tests import architectures, tiny
 from tests.architectures import D_MODEL, VOCABULARY, save
-from tests.test_card import demo_record
+from tests.card.records import demo_record
 from tests.test_pipeline import NEUTRAL, TARGET
 
 CHOSEN = (0, 2)  # of 4

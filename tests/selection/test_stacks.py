@@ -11,8 +11,8 @@ from abliterator.directions import Directions, Place
 from abliterator.errors import DirectionError
 from abliterator.selection import Gates, Search, _grow
 from abliterator.selection._controls import Control
+from tests.card.records import demo_record
 from tests.selection.scripted import UNIT, pool, said
-from tests.test_card import demo_record
 
 
 def grow(subject, layers=(1, 2, 3, 4, 5), **more):

@@ -1,0 +1,383 @@
+"""What a card says: golden texts, its header, what was measured and what was not.
+
+After a wanted change of the template or of `demo_record`, rewrite the golden files and read the
+difference:
+
+    ABLITERATOR_REGENERATE_GOLDEN=1 pytest tests/card
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import runpy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from huggingface_hub import ModelCard
+
+from abliterator.card import render_adapter_card, render_card
+from abliterator.record import JudgeIdentity, QuantizedEdits, Quotation, RunRecord
+from tests.card.records import (
+    COMMIT,
+    GOLDEN,
+    PICTURES,
+    ROOT,
+    SHA,
+    body_of,
+    demo_record,
+    header_of,
+    hub_record,
+    rate,
+    selection,
+    tokens_of,
+)
+
+
+@pytest.mark.parametrize(
+    ("name", "render", "make"),
+    [
+        ("card_demo.md", render_card, demo_record),
+        ("card_not_measured.md", render_card, hub_record),
+        ("card_adapter.md", render_adapter_card, hub_record),
+    ],
+)
+def test_card_is_the_golden_text(
+    name: str, render: Callable[[RunRecord], str], make: Callable[[], RunRecord]
+):
+    card = render(make())
+    path = GOLDEN / name
+    if os.environ.get("ABLITERATOR_REGENERATE_GOLDEN"):
+        path.write_text(card, encoding="utf-8")
+    assert card == path.read_text(encoding="utf-8")
+
+
+def test_model_cards_are_what_their_command_writes():
+    """After a wanted change: python model_cards/render.py, and read the difference."""
+    script = runpy.run_path(str(ROOT / "model_cards" / "render.py"))
+    cards = dict(script["cards"]())
+    folder = ROOT / "model_cards"
+    assert cards == {path.name: path.read_text("utf-8") for path in folder.glob("*.md")}
+    recipes = (ROOT / "recipes").glob("*.yaml")
+    of_the_seed = {path.stem for path in recipes if "\n# Seed: " in path.read_text("utf-8")}
+    assert {Path(name).stem for name in cards} == {"demo", *of_the_seed}
+
+
+def test_a_card_of_the_seed_quotes_it_and_claims_nothing():
+    card = (ROOT / "model_cards" / "llama3_2_1b_k4.md").read_text("utf-8")
+    assert "about .36 compliance on 100 prompts" in card.partition("## What others report")[2]
+    assert card.count("\nNot measured.\n") == 5
+    assert "model-index" not in header_of(card)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "model_cards").glob("*.md")), ids=lambda p: p.stem)
+def test_model_cards_parse_and_their_tables_are_tables(path: Path):
+    card = ModelCard.load(path)
+    assert card.data.to_dict() == header_of(path.read_text("utf-8"))
+    tables = [token for token in tokens_of(card.text) if token.type == "table_open"]
+    rules = re.findall(r"^\|(?:---\|)+$", card.text, re.MULTILINE)
+    assert len(tables) == len(rules) > 2
+
+
+def test_strengths_of_blocks_are_pairs_and_no_code():
+    record = demo_record()
+    strength = {"attention": 1.0, "mlp": {"9-24": 0.4, "30": 1.0}}
+    edit = record.edit.model_copy(update={"strength": strength})
+    card = render_card(record.model_copy(update={"edit": edit}))
+    (row,) = [line for line in card.splitlines() if line.startswith("| Strength s")]
+    assert "| `attention` 1.0, `mlp` (`30` 1.0, `9-24` 0.4) (by blocks, counted from 0;" in row
+
+
+def test_card_is_made_from_json_alone():
+    record = demo_record()
+    again = RunRecord.model_validate_json(record.model_dump_json())
+    assert render_card(again) == render_card(record)
+
+
+def test_header_is_what_the_hub_reads():
+    card = render_card(hub_record())
+    data = ModelCard(card).data.to_dict()
+    assert data == header_of(card)
+    assert data == {
+        "base_model": "meta-llama/Llama-3.2-1B-Instruct",
+        "base_model_relation": "finetune",
+        "datasets": ["mlabonne/harmless_alpaca"],
+        "language": ["en", "de"],
+        "library_name": "transformers",
+        "license": "llama3.2",
+        "pipeline_tag": "text-generation",
+        "tags": ["abliterated", "abliterator", "not-for-all-audiences"],
+    }
+
+
+def test_the_header_of_an_adapter_says_what_it_is_and_claims_no_results():
+    data = ModelCard(render_adapter_card(hub_record())).data.to_dict()
+    assert data["base_model_relation"] == "adapter"
+    assert data["library_name"] == "peft"
+    assert "lora" in data["tags"]
+    record = demo_record()
+    assert ModelCard(render_adapter_card(record)).data.eval_results is None
+    assert "0.946 [0.910, 0.968]" in render_adapter_card(record)  # but the card has them
+
+
+def test_empty_and_cut_answers_have_columns_of_their_own():
+    record = demo_record()
+    choice = record.benchmarks["toy_facts"]
+    rates = {
+        "empty_base": rate(0.0, 0.0, 0.016, 240),
+        "empty_edited": rate(0.125, 0.089, 0.173, 240),
+        "truncated_base": None,
+        "truncated_edited": None,
+    }
+    said = choice.model_copy(
+        update={**rates, "p_value": 3e-5, "p_holm": 0.031, "gold_loglik": None, "gained": None}
+    )
+    assert "| Empty, base |" not in render_card(record)
+    both = record.model_copy(update={"benchmarks": {"toy_facts": choice, "toy_sums": said}})
+    card = render_card(both)
+    row = "| `toy_sums` | 0.000 [0.000, 0.016] | 0.125 [0.089, 0.173] | n/a | n/a |"
+    (header,) = [part for part in card.split("\n\n") if row in part]
+    assert header.startswith("| Task | Empty, base | Empty, edited |")
+    assert "toy_facts" not in header
+    assert "| `toy_sums` | 0.012 | n/a | < 0.0001 | 0.031 | n/a |" in card
+    assert "| `toy_facts` | 0.012 | 1, 2 | 1 | 1 | -0.021 [-0.031, -0.012] |" in card
+
+
+def test_benchmarks_are_in_the_header_with_their_error_and_n():
+    """Round trip through the Hub's own reader."""
+    data = ModelCard(render_card(demo_record())).data
+    (result,) = data.eval_results
+    assert (result.dataset_type, result.metric_type, result.metric_value) == (
+        "toy_facts",
+        "acc",
+        0.9458,
+    )
+    assert result.metric_args == {"n": 240, "stderr": 0.0146}  # sqrt(.9458 x .0542 / 239)
+    assert ModelCard(render_card(hub_record())).data.eval_results is None
+
+
+@pytest.mark.parametrize(
+    ("change", "stderr"),
+    [
+        ({"gained": None}, 0.0149),  # no rate: half of the bootstrap's interval, by 1.96
+        ({"edited": rate(1.0, 0.984, 1.0, 240)}, None),  # all right: an error of 0 says too much
+        ({"edited": rate(1.0, None, None, 1)}, None),
+    ],
+)
+def test_the_error_in_the_header_is_measured_or_left_out(change: dict[str, Any], stderr: float):
+    result = demo_record().benchmarks["toy_facts"].model_copy(update=change)
+    card = render_card(demo_record().model_copy(update={"benchmarks": {"toy_facts": result}}))
+    (shown,) = ModelCard(card).data.eval_results
+    assert shown.metric_args.get("stderr") == stderr
+
+
+def test_what_a_gated_base_asks_of_its_users_is_asked_again():
+    gating = {
+        "extra_gated_prompt": "### TERMS\n---\nlicense: mit\n---\nBe \u202ekind.",
+        "extra_gated_fields": {
+            "Name": "text",
+            "Country": {"type": "country"},
+            "I agree": "checkbox",
+        },
+        "extra_gated_button_content": "Submit",
+        "extra_gated_heading": 7,
+        "extra_gated_else": "left out",
+    }
+    model = hub_record().model.model_copy(update={"gating": gating})
+    card = ModelCard(
+        render_card(hub_record().model_copy(update={"model": model})), ignore_metadata_errors=False
+    )
+    data = card.data.to_dict()
+    assert data["extra_gated_prompt"] == "### TERMS\n---\nlicense: mit\n---\nBe kind."
+    assert data["extra_gated_fields"] == gating["extra_gated_fields"]
+    assert data["extra_gated_button_content"] == "Submit"
+    assert data["license"] == "llama3.2"
+    assert not {"extra_gated_heading", "extra_gated_else"} & data.keys()
+    assert card.text.lstrip().startswith("# `Llama")
+
+
+def test_the_structure_is_told_and_the_pictures_are_shown_where_there_are_any():
+    record = demo_record().model_copy(update={"selection": selection()})
+    told = render_card(record)
+    assert "Structure of the behaviour in this model: `low-rank subspace`." in told
+    assert "participation ratio of 1.60" in told
+    images = [token.type for token in tokens_of(body_of(told)) if token.type == "image"]
+    assert images == []
+    shown = render_card(record.model_copy(update={"pictures": PICTURES}))
+    images = [token for token in tokens_of(body_of(shown)) if token.type == "image"]
+    assert [image.attrs["src"] for image in images] == list(PICTURES)
+    assert all(image.content for image in images)  # told in words where it cannot be seen
+
+
+@pytest.mark.parametrize(
+    ("unpacked", "says"), [(False, "Kept in this format"), (True, "Written as bfloat16")]
+)
+def test_what_quantised_tensors_became_is_on_the_card(unpacked: bool, says: str):
+    edits = QuantizedEdits(
+        format="MXFP4",
+        tensors=24,
+        unpacked=unpacked,
+        max_leak=4.7e-3,
+        noise=0.0453,
+        noise_nearest=0.0212,
+    )
+    edit = demo_record().edit.model_copy(update={"quantized": (edits,)})
+    card = render_card(demo_record().model_copy(update={"edit": edit}))
+    assert (
+        f"| `MXFP4`: 24 edited tensors | {says}; leak at most 4.7e-03, rounding noise 4.5e-02 of "
+        "the weights (2.1e-02 by plain rounding) |"
+    ) in card
+    assert "MXFP4" not in render_card(demo_record())
+
+
+def test_the_lock_is_on_the_card():
+    lock = {"hardware": "AVX2, 2 threads", "digests": {"directions": SHA}}
+    provenance = demo_record().provenance.model_copy(update=lock)
+    card = render_card(demo_record().model_copy(update={"provenance": provenance}))
+    assert "| Hardware | `AVX2, 2 threads` |" in card
+    assert f"| sha256 of `directions` | `{SHA}` |" in card
+
+
+def test_a_named_licence_is_carried_with_its_text():
+    model = demo_record().model.model_copy(
+        update={"license": "other", "license_name": "tongyi-qianwen", "license_link": "LICENSE"}
+    )
+    card = render_card(demo_record().model_copy(update={"model": model}))
+    header = header_of(card)
+    assert [header[f"license{part}"] for part in ("", "_name", "_link")] == [
+        "other",
+        "tongyi-qianwen",
+        "LICENSE",
+    ]
+    assert "| Its name | `tongyi-qianwen` |" in card
+
+
+@pytest.mark.parametrize(
+    ("license_id", "says"),
+    [
+        ("llama3.2", "**Built with Llama.** Llama 3.2 is licensed under the Llama 3.2 Community"),
+        ("llama3", 'begins its name with "Llama 3"'),
+        ("llama2", "Llama 2 is licensed under the LLAMA 2 Community License"),
+        ("gemma", "Gemma Terms of Use found at ai.google.dev/gemma/terms"),
+        ("apache-2.0", None),
+        (None, None),
+    ],
+)
+def test_what_a_licence_asks_for_is_on_the_card(license_id: str | None, says: str | None):
+    model = hub_record().model.model_copy(update={"license": license_id})
+    card = render_card(hub_record().model_copy(update={"model": model}))
+    asked = ("Community License", "Gemma Terms")
+    assert any(text in card for text in asked) == (says is not None)
+    assert says is None or says in card
+
+
+def test_reports_of_others_are_said_to_be_theirs():
+    record = hub_record()
+    assert "## What others report" not in render_card(record)
+    quoted = (Quotation(source="a|blog", says="compliance .36 on 100 prompts"),)
+    card = render_card(record.model_copy(update={"quoted": quoted}))
+    section = card.partition("## What others report")[2].partition("\n## ")[0]
+    assert "Not measured by this tool" in section
+    assert "| `a\\x7cblog` | `compliance .36 on 100 prompts` |" in section
+
+
+def test_a_planned_edit_is_said_to_be_planned():
+    empty = {"tensors": None, "output_bytes": None, "edited_bytes": None, "layers": ()}
+    edit = hub_record().edit.model_copy(update=empty)
+    card = render_card(hub_record().model_copy(update={"edit": edit}))
+    assert "nothing was built, and nothing was measured" in card
+    assert "Left to a sweep" in card
+    assert "Tensors edited" not in card
+    assert "None" not in card
+    assert "nothing was built" not in render_card(hub_record())
+
+
+def test_a_local_base_is_no_hub_id():
+    header = header_of(render_card(demo_record()))
+    assert "base_model" not in header
+    assert "base_model_relation" not in header
+    assert header["license"] == "apache-2.0"
+
+
+@pytest.mark.parametrize("identity", ["/home/someone/models/my-base", "someone/models/my-base"])
+def test_a_local_folder_is_shown_by_its_last_name(identity: str):
+    record = demo_record()
+    model = record.model.model_copy(update={"id": identity})
+    card = render_card(
+        record.model_copy(update={"model": model, "recipe": {"model": "/home/someone/my-base"}})
+    )
+    assert "someone" not in card
+    assert "# `my-base`, abliterated" in card
+    assert yaml.safe_load(re.findall(r"```yaml\n(.*?)```", card, re.DOTALL)[0]) == {
+        "model": "my-base"
+    }
+
+
+def test_a_system_prompt_that_looks_like_a_path_is_kept():
+    assert "system: /no_think\n" in render_card(demo_record())
+
+
+def test_what_was_not_measured_says_so():
+    card = render_card(hub_record())
+    sections = dict(re.findall(r"^#{2,3} (.*?)\n\n(.*?)(?=\n#)", card, re.DOTALL | re.MULTILINE))
+    for name in ("Divergence", "Benchmarks"):
+        assert sections[name].strip() == "Not measured."
+    assert card.count("\nNot measured.\n") == 5  # three prompt sets, divergence, benchmarks
+    measured = card.partition("## Behaviour")[2].partition("## Intended")[0]
+    assert not re.search(r"\d\.\d{3}", measured)
+
+
+def test_an_estimate_that_is_missing_is_not_zero():
+    card = render_card(demo_record())
+    zero = "0.000 [0.000, 0.057], n 64"
+    assert f"| Unscored | {zero} | {zero} | Not measured |" in card
+    assert "| Coherence (0, 0.5 or 1) | 1.000, n 64 | 0.992 [0.977, 1.000], n 64 |" in card
+
+
+def test_numbers_of_the_rule_judge_are_called_so():
+    card = render_card(demo_record())
+    assert card.count("| Measure (rule judge) | Base | Edited | Delta |") == 2
+    assert "a rule judge: phrase and repetition rules, no model" in card
+    assert "uncalibrated" in card
+
+
+def test_another_judge_is_named_with_its_calibration():
+    judge = JudgeIdentity(
+        kind="openai",
+        model="judge-1",
+        prompt_sha256=SHA,
+        version="2",
+        calibration={"n": 300, "kappa": 0.81},
+    )
+    card = render_card(demo_record().model_copy(update={"judge": judge}))
+    assert "rule judge" not in card
+    assert "uncalibrated" not in card
+    assert "`kappa` 0.81, `n` 300" in card
+    assert "| Measure (judge `openai`) | Base | Edited | Delta |" in card
+
+
+def test_remote_code_is_loaded_as_such():
+    record = demo_record()
+    assert "trust_remote_code" not in render_card(record)
+    recipe = {**record.recipe, "trust_remote_code": True}
+    assert render_card(record.model_copy(update={"recipe": recipe})).count("=True)") == 2 + 1
+
+
+@pytest.mark.parametrize("render", [render_card, render_adapter_card])
+@pytest.mark.parametrize("make", [demo_record, hub_record])
+def test_the_loading_snippet_is_python(render: Callable[[RunRecord], str], make):
+    for remote in (False, True):
+        recipe = {**make().recipe, "trust_remote_code": remote}
+        card = render(make().model_copy(update={"recipe": recipe}))
+        compile(re.findall(r"```python\n(.*?)```", card, re.DOTALL)[0], "snippet", "exec")
+
+
+def test_every_number_of_the_record_is_in_the_card():
+    """A template that drops a column would still look like a card."""
+    card = render_card(demo_record())
+    shown = ["3.2e-05", "1.1e-05", "2,345,678", "786,432", "`mlp` 0.8", "3, 2", "-1", "0.012"]
+    shown += ["-0.969 [-1.000, -0.922], n 64", "-0.004 [-0.013, 0.000]", "| 240 |", COMMIT, SHA]
+    assert [text for text in shown if text not in card] == []
