@@ -26,7 +26,7 @@ from abliterator.judge import OpenAIJudge, judge_completions, summarise
 from abliterator.recipe import JudgeSettings, Prices
 from abliterator.record import Completion
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 N = 24
 
 pytestmark = [

@@ -1,0 +1,148 @@
+"""What is read out of a reply, and the form in which a server can be made to give it."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from abliterator.errors import JudgeError
+from abliterator.judge._parse import parse
+from abliterator.server import InvalidReply
+from tests.judge.asking import EXPECTED, GOOD, WORDS, answers, grades, judged
+from tests.judge_server import JudgeServer, verdict
+
+
+@pytest.mark.parametrize(
+    ("reply", "expected"),
+    [
+        (verdict("refused", "coherent"), (0.0, 1.0, True)),
+        (verdict("partial", "degraded"), (0.5, 0.5, True)),
+        ("```json\n" + verdict("complied", "coherent") + "\n```", (1.0, 1.0, False)),
+        ("My verdict: " + verdict("deflected", "coherent"), (0.0, 1.0, False)),
+        ("<think>{maybe}</think>" + verdict("complied", "coherent"), (1.0, 1.0, False)),
+        ('{"compliance": 0.5, "coherence": 1}', (0.5, 1.0, True)),
+        ('{"compliance": "1.0", "coherence": "0.5"}', (1.0, 0.5, False)),
+        ('{"compliance": " Refused ", "coherence": "COHERENT"}', (0.0, 1.0, True)),
+        ('{"note": 1} ' + verdict("complied", "broken"), (0.0, 0.0, False)),
+        (verdict("complied", "coherent") * 2, (1.0, 1.0, False)),
+        ('{"reason": "{\\"compliance\\": \\"complied\\"}", "compliance": 0, "coherence": 1}',
+         (0.0, 1.0, True)),
+    ],
+)  # fmt: skip
+def test_verdicts_are_read(reply, expected):
+    assert parse(reply)[:3] == expected
+
+
+@pytest.mark.parametrize(
+    "reply",
+    [
+        "",
+        " \n ",
+        "complied",
+        "{}",
+        "[]",
+        '{"compliance": "complied"}',
+        '{"coherence": "coherent"}',
+        '{"compliance": "yes", "coherence": "coherent"}',
+        '{"compliance": 0.7, "coherence": 1}',
+        '{"compliance": true, "coherence": true}',
+        '{"compliance": null, "coherence": null}',
+        '{"compliance": ["complied"], "coherence": "coherent"}',
+        '{"compliance": NaN, "coherence": 1}',
+        '{"compliance": ' + "1" * 5000 + ', "coherence": 1}',
+        '{"compliance": "refused", "compliance": "complied", "coherence": "coherent"}',
+        '{"reason": 3, "compliance": "refused", "coherence": "coherent"}',
+        verdict("refused", "coherent") + verdict("complied", "coherent"),
+        verdict("complied", "coherent") + '{"reason": "but',
+        '{"answer": ' + verdict("complied", "coherent") + "}",
+        "<think>" + verdict("complied", "coherent"),
+        "{" * 20_000,
+        '{"a":' * 20_000,
+    ],
+)
+def test_what_is_no_verdict_is_invalid(reply):
+    with pytest.raises(InvalidReply):
+        parse(reply)
+
+
+@given(st.text(max_size=200))
+def test_any_reply_is_a_verdict_or_invalid(reply):
+    with suppress(InvalidReply):
+        assert parse(reply).is_scored
+
+
+@pytest.mark.parametrize(
+    ("rungs", "used"),
+    [
+        (("json_schema", "json_object", "none"), "json_schema"),
+        (("json_object", "none"), "json_object"),
+        (("none",), "none"),
+    ],
+)
+def test_the_ladder_finds_what_the_server_takes(rungs, used, tmp_path):
+    with JudgeServer(rungs=rungs) as server:
+        found, identity = judged(server, answers(40), tmp_path, concurrency=2)
+    assert identity.structured == used
+    assert grades(found) == [EXPECTED[WORDS[i % 6]] for i in range(40)]
+    assert server.calls["rung"] <= 2 * 2  # remembered for the run
+
+
+@pytest.mark.parametrize(
+    "refusal",
+    [
+        lambda text: {"error": {"message": text}},
+        lambda text: {"error": text},
+        lambda text: {"detail": text},  # FastAPI
+        lambda text: {"detail": [{"loc": ["body", "response_format"], "msg": text}]},
+        lambda text: {"object": "error", "message": text},
+        lambda text: text,
+    ],
+)
+def test_the_ladder_hears_every_form_of_refusal(refusal, tmp_path):
+    with JudgeServer(rungs=("none",), refusal=refusal) as server:
+        found, identity = judged(server, answers(6), tmp_path)
+    assert identity.structured == "none"
+    assert all(judgement.is_scored for judgement in found)
+
+
+def test_a_server_that_refuses_every_call_is_set_up_wrongly(tmp_path):
+    """The first eight say enough, and in the server's own words."""
+    with (
+        JudgeServer(faults={"422": 1.0}, in_a_row=99) as server,
+        pytest.raises(JudgeError, match=r"first 8 calls.*422: Unexpected.*judge\.parameters"),
+    ):
+        judged(server, answers(50), tmp_path)
+    assert 8 <= server.calls["422"] <= 8 + 8
+
+
+@pytest.mark.parametrize(
+    ("told", "name"),
+    [
+        ("judge-served", "judge-served"),
+        ("org/model", "org/model"),
+        ("/home/me/models/small.gguf", "small.gguf"),
+        ("/home/me/models/small/", "small"),
+        ("C:\\me\\small.gguf", "small.gguf"),
+    ],
+)
+def test_a_record_does_not_tell_where_a_served_model_lies(told, name, tmp_path):
+    with JudgeServer(reply=lambda _: {**GOOD, "model": told}) as server:
+        _, identity = judged(server, answers(1), tmp_path)
+    assert identity.served_model == name
+
+
+def test_a_rung_of_the_recipe_is_kept(tmp_path):
+    with JudgeServer() as server:
+        judged(server, answers(1), tmp_path, structured="json_object")
+        assert server.bodies[0]["response_format"] == {"type": "json_object"}
+        judged(server, answers(1), tmp_path, structured="none", parameters={"max_tokens": 9})
+        assert "response_format" not in server.bodies[1]
+        assert server.bodies[1]["max_tokens"] == 9
+    with (
+        JudgeServer(rungs=("none",)) as server,
+        pytest.raises(JudgeError, match=r"first 8.*structured"),
+    ):
+        judged(server, answers(40), tmp_path, structured="json_schema")

@@ -1,0 +1,66 @@
+"""Settings and keys of the API judge. After failures: test_secrets.py."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import traceback
+from pathlib import Path
+
+import pytest
+from pydantic import ValidationError
+
+from abliterator.recipe import JudgeSettings
+from tests.judge.asking import KEY
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [
+        {"api_key_env": KEY},
+        {"base_url": f"https://me:{KEY}@example.org"},
+        {"api_key": KEY},
+    ],
+)
+def test_a_key_in_a_recipe_is_refused_and_not_shown(broken, tmp_path):
+    from abliterator.errors import RecipeError
+    from abliterator.recipe import load_recipe
+
+    path = tmp_path / "recipe.yaml"
+    path.write_text(json.dumps({"model": "m", "layers": [1], "k": 1,
+                                "judge": {"kind": "openai", **broken}}))  # fmt: skip
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(path)
+    assert "judge" in str(caught.value)
+    assert KEY not in "".join(traceback.format_exception(caught.value))
+
+
+@pytest.mark.parametrize(
+    ("broken", "message"),
+    [
+        ({"votes": 2}, "odd"),
+        ({"max_usd": 1.0}, "needs `prices`"),
+        ({"parameters": {"messages": []}}, "cannot hold `messages`"),
+        ({"base_url": "ftp://example.org"}, "http"),
+        ({"concurrency": 0}, "greater than or equal to 1"),
+        ({"kind": "rules", "model": "x"}, "belongs to `kind: openai`"),
+    ],
+)
+def test_settings_that_make_no_sense(broken, message):
+    with pytest.raises(ValidationError, match=message):
+        JudgeSettings(**{"kind": "openai", **broken})
+
+
+def test_the_section_of_the_rule_judge_is_one_word():
+    assert JudgeSettings().model_dump() == {"kind": "rules"}
+    asked = JudgeSettings(kind="openai", votes=3)
+    assert JudgeSettings(**asked.model_dump()) == asked
+
+
+def test_openai_is_not_imported_by_the_room():
+    code = "import sys, abliterator.judge, abliterator.pipeline; print('openai' in sys.modules)"
+    env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env)
+    assert done.stdout.strip() == "False"
