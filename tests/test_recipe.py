@@ -108,6 +108,11 @@ def test_blocks_have_both_ends(key, blocks):
         ("edit: {strenght: 1}", "did you mean `strength`"),
         ("edit: 3", "`edit` must be a mapping"),
         ("rollouts: {max_new_tokens: 0}", "`rollouts.max_new_tokens`"),
+        ("rollouts: {batch_size: many}", "`rollouts.batch_size`"),
+        (
+            "benchmarks: {engine: {options: {trust_remote_code: true, pretrained: a/b}}}",
+            "`options` cannot set pretrained, trust_remote_code",
+        ),
         ("prompts: {target: {}}", "either `path` or `dataset`"),
         ("prompts: {target: {path: a.txt, split: train}}", "belong to a `dataset`"),
         ("prompts: {holdout: 1.0}", "`prompts.holdout`"),

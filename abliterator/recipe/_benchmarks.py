@@ -32,6 +32,10 @@ class BenchmarkTask(Section):
     """Ask through the chat template."""
 
 
+# Which model is measured, where, and whether its own code may run, is not the backend's to say.
+_SAID_ELSEWHERE = {"device", "pretrained", "softmax_dtype", "trust_remote_code"}
+
+
 class BenchmarkEngine(Section):
     """What runs the models: a backend of lm-eval's."""
 
@@ -43,6 +47,13 @@ class BenchmarkEngine(Section):
     """Server of the edited model."""
     options: dict[str, Any] = {}
     """Further arguments of lm-eval's backend, such as `tensor_parallel_size`."""
+
+    @model_validator(mode="after")
+    def _options_of_the_backend_alone(self) -> Self:
+        taken = sorted(_SAID_ELSEWHERE & self.options.keys())
+        if taken:
+            raise ValueError(f"`options` cannot set {', '.join(taken)}: the run itself does")
+        return self
 
     @model_validator(mode="after")
     def _urls_of_servers(self) -> Self:
