@@ -36,12 +36,6 @@ settings.load_profile("ours")
 transformers_logging.disable_progress_bar()
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]):
-    """Files with slow tests first: at the end one of them would keep a single process busy."""
-    slow = {item.path for item in items if item.get_closest_marker("slow")}
-    items.sort(key=lambda item: item.path not in slow)
-
-
 def pytest_unconfigure():
     shutil.rmtree(os.environ["HF_MODULES_CACHE"], ignore_errors=True)
     shutil.rmtree(os.environ["ABLITERATOR_CACHE"], ignore_errors=True)
