@@ -33,7 +33,7 @@ def _tuning_inputs(run: Run) -> Any:
         {name: s.sha256 for name, s in {**sets.extraction, **sets.selection}.items()},
         # which point is preferred is not asked here: another one needs no other descent
         recipe.tuning.model_dump(mode="json", exclude={"prefer", "at_most"}),
-        [recipe.seed, recipe.selection.tokens, run.batch_size],
+        [recipe.seed, recipe.selection.tokens, recipe.rollouts.batch_size],
         choosing_judge(run).identity.model_dump(mode="json"),
         run.dtype,
     ]
