@@ -70,7 +70,7 @@ def compare(
         },
         tasks=_tasks(tasks),
         max_new_tokens=max_new_tokens,
-        divergence=DivergenceSettings(batch_size=options.together("auto")),
+        divergence=DivergenceSettings(batch_size=options.batch_size("auto")),
         benchmarks=RunSettings(limit=task_limit, device=options.on, dtype=computed),
     )
     judge_settings = read_judge(**asked)

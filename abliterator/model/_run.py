@@ -18,15 +18,15 @@ from torch import Tensor, nn
 
 from abliterator.errors import GenerationError, UnsupportedModel
 
+if TYPE_CHECKING:
+    from torch.utils.hooks import RemovableHandle
+
 _OUT_OF_MEMORY = (
     "out of memory",  # CUDA's driver, Apple's backend
     "CUBLAS_STATUS_ALLOC_FAILED",
     "can't allocate memory",  # the CPU's allocator
     "not enough memory",
 )
-
-if TYPE_CHECKING:
-    from torch.utils.hooks import RemovableHandle
 
 
 @dataclass(frozen=True)

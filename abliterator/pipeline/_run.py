@@ -52,10 +52,10 @@ class Options:
             return "cuda"
         return "mps" if torch.backends.mps.is_available() else "cpu"
 
-    def together(self, batch_size: int | Literal["auto"]) -> int:
-        """How many prompts are answered together where a recipe says `batch_size`."""
-        if batch_size != "auto":
-            return batch_size
+    def batch_size(self, asked: int | Literal["auto"]) -> int:
+        """Prompts that are answered together: as asked, or what suits the device."""
+        if asked != "auto":
+            return asked
         return 64 if self.on.startswith("cuda") else 16
 
     def computing(self, checkpoint: Checkpoint) -> str | None:
@@ -92,7 +92,7 @@ class Run:
     @property
     def batch_size(self) -> int:
         """Prompts that are answered together."""
-        return self.options.together(self.recipe.rollouts.batch_size)
+        return self.options.batch_size(self.recipe.rollouts.batch_size)
 
     @property
     def base_id(self) -> str:
