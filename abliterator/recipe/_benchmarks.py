@@ -33,7 +33,10 @@ class BenchmarkTask(Section):
 
 
 # Which model is measured, where, and whether its own code may run, is not the backend's to say.
-_SAID_ELSEWHERE = {"device", "pretrained", "softmax_dtype", "trust_remote_code"}
+_SAID_ELSEWHERE = {
+    *("delta", "gguf_file", "lora_local_path", "peft", "pretrained", "subfolder"),
+    *("device", "softmax_dtype", "trust_remote_code"),
+}
 
 
 class BenchmarkEngine(Section):
@@ -46,7 +49,10 @@ class BenchmarkEngine(Section):
     edited_url: str | None = None
     """Server of the edited model."""
     options: dict[str, Any] = {}
-    """Further arguments of lm-eval's backend, such as `tensor_parallel_size`."""
+    """Further arguments of lm-eval's backend, such as `tensor_parallel_size`.
+
+    Those that would name another model, its device or trust are refused.
+    """
 
     @model_validator(mode="after")
     def _options_of_the_backend_alone(self) -> Self:
