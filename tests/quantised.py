@@ -98,15 +98,21 @@ FORMATS = {
 
 
 def save_quantised(
-    name: str,
-    folder: Path,
-    *,
-    experts: bool = False,
-    shard_size: str = "1GB",
-    d_model: int = D_MODEL,
-    n_layers: int = 2,
+    name: str, folder: Path, *, shard_size: str = "1GB", d_model: int = D_MODEL, n_layers: int = 2
 ) -> Path:
-    """Saves a tiny random Llama, or Qwen 3 with experts, with its linear weights in a format."""
+    """Saves a tiny random model in a format.
+
+    Args:
+        name: of `FORMATS`, for a Llama with its linear weights in it; the same and " experts", for
+            a Qwen 3 with experts; or "mxfp4", for a gpt-oss with its experts in that.
+        folder: where to.
+        shard_size: as transformers takes it.
+        d_model: width of the stream.
+        n_layers: blocks.
+    """
+    if name == "mxfp4":
+        return _save_mxfp4(folder, shard_size, d_model, n_layers)
+    name, _, experts = name.partition(" ")
     torch.manual_seed(0)
     sizes = {
         "vocab_size": 64,
@@ -135,10 +141,7 @@ def save_quantised(
     return rewrite(folder, quantise, fmt.settings)
 
 
-def save_mxfp4(
-    folder: Path, *, shard_size: str = "1GB", d_model: int = D_MODEL, n_layers: int = 2
-) -> Path:
-    """Saves a tiny random gpt-oss with its experts in MXFP4, as wide inside as the stream."""
+def _save_mxfp4(folder: Path, shard_size: str, d_model: int, n_layers: int) -> Path:
     torch.manual_seed(0)
     config = GptOssConfig(
         vocab_size=64,

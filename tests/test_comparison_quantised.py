@@ -14,7 +14,7 @@ from abliterator import pipeline
 from abliterator.checkpoint import Checkpoint
 from abliterator.comparison import diff_weights
 from abliterator.recipe import Edit
-from tests.quantised import BLOCK, D_MODEL, FORMATS, expanded, save_mxfp4, save_quantised
+from tests.quantised import BLOCK, D_MODEL, FORMATS, expanded, save_quantised
 
 NAME = "model.layers.1.mlp.down_proj.weight"
 
@@ -27,11 +27,7 @@ def base(tmp_path_factory):
     def make(name: str) -> Path:
         if name not in made:
             folder = tmp_path_factory.mktemp("quantised") / "base"
-            save = save_mxfp4 if name == "mxfp4" else None
-            experts = "experts" in name
-            made[name] = (
-                save(folder) if save else save_quantised(name.split()[0], folder, experts=experts)
-            )
+            made[name] = save_quantised(name, folder)
         return made[name]
 
     return make

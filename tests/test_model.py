@@ -12,6 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
+from abliterator.benchmarks import RunSettings
+from abliterator.benchmarks._settings import open_model
 from abliterator.errors import (
     CheckpointError,
     GenerationError,
@@ -26,6 +28,8 @@ from abliterator.model import (
     render_chat,
     run_batches,
 )
+from tests.quantised import save_quantised
+from tests.tiny import train_tokenizer
 
 ROOT = Path(__file__).parents[1]
 
@@ -130,6 +134,27 @@ def test_remote_code_of_another_age_is_a_named_error(tiny_folder, tmp_path, wher
     (folder / "modeling_qwen.py").write_text(code.replace(line, f"self.get_head_mask(); {line}"))
     with pytest.raises(GenerationError, match="get_head_mask"):
         load_model(folder, device="cpu", dtype=None, trust_remote_code=True)
+
+
+@pytest.mark.parametrize("name", ["fp8_block", "fp8_ue8m0", "fp8_block experts"])
+def test_weights_are_decoded_beside_a_gpu_too(name, tmp_path, monkeypatch):
+    """Where transformers sees one (here it is told so), it leaves them packed by itself."""
+    save_quantised(name, tmp_path)
+    train_tokenizer().save_pretrained(tmp_path)
+    tokens = torch.tensor([[5, 9, 17, 30], [4, 8, 60, 61]])
+    with torch.inference_mode():
+        wanted = load_model(tmp_path, device="cpu", dtype="float32").model(tokens).logits
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
+        for model in (
+            load_model(tmp_path, device="cpu", dtype="float32").model,
+            open_model(tmp_path, RunSettings(device="cpu", dtype="float32")).model,
+        ):
+            assert {weight.dtype for weight in model.parameters()} <= {
+                torch.float32,
+                torch.bfloat16,
+            }
+            assert torch.equal(model(tokens).logits, wanted)
 
 
 # Chats

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from abliterator.cli import main
 from tests.architectures import save
-from tests.quantised import save_mxfp4, save_quantised
+from tests.quantised import save_quantised
 
 
 def plan(folder, *options):
@@ -185,9 +185,7 @@ print((kilobytes("VmHWM") - before) * 1024)  # getrusage's begins with that of t
 )
 def test_the_memory_that_is_stated_is_enough_and_not_far_from_it(stored, rounding, tmp_path):
     folder = tmp_path / "m"
-    if stored == "mxfp4":
-        save_mxfp4(folder, d_model=2048, n_layers=1)
-    elif stored == "fp8_block":
+    if stored in ("fp8_block", "mxfp4"):
         save_quantised(stored, folder, d_model=2048, n_layers=1)
     else:
         _save_wide(folder, stored)

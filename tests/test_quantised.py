@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
 import tracemalloc
 from pathlib import Path
 
@@ -15,8 +14,6 @@ from safetensors.torch import load_file, save_file
 
 from abliterator.anatomy import anatomy_of
 from abliterator.bake import EditSettings, bake, plan_edits, preview_edit
-from abliterator.benchmarks import RunSettings
-from abliterator.benchmarks._settings import open_model
 from abliterator.checkpoint import Checkpoint
 from abliterator.cli._show import planned as planned_text
 from abliterator.formats import storage_of
@@ -31,7 +28,7 @@ from abliterator.subspace import ablate, orthonormal_basis
 from abliterator.verification import EDITS, verify
 from tests import tiny
 from tests.leak import leak_meter
-from tests.quantised import D_MODEL, FORMATS, save_mxfp4, save_quantised
+from tests.quantised import D_MODEL, FORMATS, save_quantised
 
 # transformers warns of the very argument with which it is to be told to decode on loading
 pytestmark = pytest.mark.filterwarnings("ignore:You passed `quantization_config`:UserWarning")
@@ -51,11 +48,7 @@ def base(tmp_path_factory):
         key = name, *options.items()
         if key not in made:
             folder = tmp_path_factory.mktemp("quantised") / "base"
-            made[key] = (
-                save_mxfp4(folder, **options)
-                if name == "mxfp4"
-                else save_quantised(name.split()[0], folder, experts="experts" in name, **options)
-            )
+            made[key] = save_quantised(name, folder, **options)
         return made[key]
 
     return make
@@ -405,21 +398,3 @@ def test_load_model_reads_what_was_unpacked(base, tmp_path):
     baked(base("fp8_block"), tmp_path, quantized="dequantize")
     tiny.train_tokenizer().save_pretrained(tmp_path)
     assert load_model(tmp_path, device="cpu", dtype="float32").model is not None
-
-
-@pytest.mark.parametrize("name", ["fp8_block", "fp8_ue8m0", "fp8_block experts"])
-def test_weights_are_decoded_beside_a_gpu_too(name, base, tmp_path, monkeypatch):
-    """Where transformers sees one (here it is told so), it leaves them packed by itself."""
-    folder = base(name)
-    wanted = logits(folder)
-    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
-    tiny.train_tokenizer().save_pretrained(tmp_path)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
-    model = load_model(tmp_path, device="cpu", dtype="float32").model
-    assert {weight.dtype for weight in model.parameters()} <= {torch.float32, torch.bfloat16}
-    with torch.inference_mode():
-        assert torch.equal(model(TOKENS).logits, wanted)
-    benchmarked = open_model(tmp_path, RunSettings(device="cpu", dtype="float32")).model
-    with torch.inference_mode():
-        assert torch.equal(benchmarked(TOKENS).logits, wanted)

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 
 from tests.architectures import D_MODEL, save
 from tests.quantised import D_MODEL as QUANTISED_D_MODEL
-from tests.quantised import save_mxfp4, save_quantised
+from tests.quantised import save_quantised
 from tests.test_cli_fuzz import (
     WEIGHTS,
     bake,
@@ -40,9 +40,7 @@ DROP = "drop it"
 def place(request, tmp_path_factory):
     """A sound base of a kind, a subspace and the checkpoint baked with them."""
     where, width = tmp_path_factory.mktemp(request.param), QUANTISED_D_MODEL
-    if request.param == "mxfp4":
-        save_mxfp4(where / "base")
-    elif request.param in ("fp8_block", "compressed_row"):
+    if request.param in ("fp8_block", "compressed_row", "mxfp4"):
         save_quantised(request.param, where / "base")
     else:
         save(request.param, where / "base")
