@@ -1,4 +1,4 @@
-"""The same on a GPU: each room that runs a model, against the CPU. Skipped where there is none."""
+"""What runs a model, on a GPU against the CPU. Skipped where there is none."""
 
 import json
 from copy import deepcopy
@@ -25,8 +25,16 @@ from abliterator.pipeline import Options
 from abliterator.recipe import load_recipe
 from abliterator.subspace import random_basis
 from tests import tiny
-from tests.quantised import D_MODEL, save_mxfp4, save_quantised
-from tests.selection.test_rows import BASES, PROMPTS, SHARE, WHOLE, assert_same, scores, subject_of
+from tests.quantised import D_MODEL, save_quantised
+from tests.selection.test_rows import (
+    BASES,
+    PROMPTS,
+    SHARE,
+    WHOLE,
+    architecture,
+    assert_same,
+    scores,
+)
 from tests.test_quantised import planned
 
 pytestmark = [
@@ -61,7 +69,7 @@ def test_captured_means_answers_and_distributions(family, tiny_loaded):
 
 @pytest.mark.parametrize("name", SHARE + WHOLE)
 def test_scores_of_edits_by_rows(name, tiny_loaded, tmp_path):
-    cpu = subject_of(name, tiny_loaded, tmp_path)
+    cpu = architecture(name, tiny_loaded, tmp_path)
     gpu = replace(cpu, loaded=on_gpu(cpu.loaded))
     odds, along, texts = scores(gpu, BASES)
     assert_same((odds, [each.cpu() for each in along], texts), scores(cpu, BASES))
@@ -70,10 +78,7 @@ def test_scores_of_edits_by_rows(name, tiny_loaded, tmp_path):
 @pytest.mark.parametrize("name", ["fp8_block", "fp8_ue8m0", "fp8_block experts", "mxfp4"])
 def test_quantised_models_are_those_that_a_cpu_runs(name, tmp_path):
     """FP8 for real: beside a GPU, transformers leaves it packed unless told otherwise."""
-    if name == "mxfp4":
-        save_mxfp4(tmp_path)
-    else:
-        save_quantised(name.split()[0], tmp_path, experts="experts" in name)
+    save_quantised(name, tmp_path)
     tiny.train_tokenizer().save_pretrained(tmp_path)
     _, plan = planned(tmp_path)
     tokens = torch.tensor([[5, 9, 17, 30], [4, 8, 60, 61]])

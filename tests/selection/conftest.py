@@ -3,44 +3,15 @@
 import pytest
 import torch
 
-from abliterator.anatomy import anatomy_of
-from abliterator.bake import EditSettings, plan_edits
-from abliterator.checkpoint import Checkpoint
-from abliterator.judge import RuleJudge
-from abliterator.model import block_paths
-from abliterator.selection import (
-    Asked,
-    Subject,
-    _grow,
-    _race,
-    _scores,
-    _sweep,
-    judge_edits,
-    refusal_scores,
-)
+from abliterator.selection import _grow, _race, _scores, _sweep, judge_edits, refusal_scores
 from abliterator.selection._rows import unedited
 from tests.selection.scripted import PROMPTS, said
+from tests.selection.subjects import subject_of
 
 
 @pytest.fixture
 def subject(tiny_loaded):
-    loaded = tiny_loaded()
-    checkpoint = Checkpoint.open(loaded.folder)
-    anatomy = anatomy_of(checkpoint.config)
-    asked = Asked([f"prompt {i}" for i in range(len(PROMPTS))], PROMPTS)
-    return Subject(
-        loaded=loaded,
-        plan=plan_edits(checkpoint, anatomy, EditSettings()),
-        blocks=block_paths(anatomy.blocks, anatomy.n_layers),
-        target=asked,
-        contrast=asked,
-        neutral=asked,
-        held_out=asked,
-        judge=RuleJudge(),
-        max_new_tokens=4,
-        batch_size=4,
-        max_batch_tokens=64,
-    )
+    return subject_of(tiny_loaded(), PROMPTS, max_new_tokens=4, max_batch_tokens=64)
 
 
 @pytest.fixture

@@ -5,16 +5,12 @@ import dataclasses
 import pytest
 import torch
 
-from abliterator.anatomy import anatomy_of
-from abliterator.bake import EditSettings, plan_edits
-from abliterator.checkpoint import Checkpoint
-from abliterator.judge import RuleJudge
-from abliterator.model import ByRow, _prefix, block_paths, run_prefix, shared_tokens
-from abliterator.selection import Asked, Subject
+from abliterator.model import ByRow, _prefix, run_prefix, shared_tokens
 from abliterator.selection._rows import added, removed
 from abliterator.subspace import random_basis
 from tests import architectures
 from tests.architectures import D_MODEL
+from tests.selection.subjects import subject_of
 
 SYSTEM = [7, 8, 9, 10, 11, 12]
 PROMPTS = [[*SYSTEM, *rest] for rest in ([5], [6, 7], [9, 4], [3, 3, 3, 8], [20])]
@@ -26,26 +22,12 @@ BASES = [random_basis(D_MODEL, k, seed=k) for k in (1, 3, 2)]
 SHARE, WHOLE = ("llama", "gemma", "qwen3_moe"), ("gemma3_text", "mamba2", "qwen3_next")
 
 
-def subject_of(name, tiny_loaded, tmp_path):
+def architecture(name, tiny_loaded, tmp_path):
+    """A tiny model of that architecture, as the subject."""
     folder = architectures.save(name, tmp_path / name)
     model = type(architectures.build(name)).from_pretrained(folder).eval()
     loaded = dataclasses.replace(tiny_loaded(), model=model, folder=folder)
-    checkpoint = Checkpoint.open(folder)
-    anatomy = anatomy_of(checkpoint.config)
-    asked = Asked(["?"] * len(PROMPTS), PROMPTS)
-    return Subject(
-        loaded=loaded,
-        plan=plan_edits(checkpoint, anatomy, EditSettings()),
-        blocks=block_paths(anatomy.blocks, anatomy.n_layers),
-        target=asked,
-        contrast=asked,
-        neutral=asked,
-        held_out=asked,
-        judge=RuleJudge(),
-        max_new_tokens=3,
-        batch_size=4,
-        max_batch_tokens=16,
-    )
+    return subject_of(loaded, PROMPTS, max_new_tokens=3, max_batch_tokens=16)
 
 
 def scores(subject, bases):
@@ -69,7 +51,7 @@ def assert_same(one, other):
 
 @pytest.mark.parametrize("name", SHARE + WHOLE)
 def test_what_prompts_share_changes_no_score(name, tiny_loaded, tmp_path, monkeypatch):
-    subject = subject_of(name, tiny_loaded, tmp_path)
+    subject = architecture(name, tiny_loaded, tmp_path)
     seen = []
     embed = subject.loaded.model.get_input_embeddings()
     handle = embed.register_forward_hook(lambda *call: seen.append(tuple(call[1][0].shape)))
@@ -91,7 +73,7 @@ def test_what_prompts_share_changes_no_score(name, tiny_loaded, tmp_path, monkey
 
 def test_a_prefix_under_another_intervention_shows(tiny_loaded, tmp_path, monkeypatch):
     """The negative of the test above: the shared tokens run under the edit of the wrong row."""
-    subject = subject_of("llama", tiny_loaded, tmp_path)
+    subject = architecture("llama", tiny_loaded, tmp_path)
     subject = dataclasses.replace(subject, max_batch_tokens=10_000)  # all edits in one group
     right = scores(subject, BASES)
     enter = _prefix.Prefix.enter
@@ -122,7 +104,7 @@ def test_the_shared_tokens_run_once_for_each_intervention(tiny_loaded):
 
 def test_interventions_whose_prefixes_do_not_fit_run_in_groups(tiny_loaded, tmp_path):
     """16 tokens a pass hold two prefixes of 6: three edits are two groups, and nothing changes."""
-    subject = subject_of("llama", tiny_loaded, tmp_path)
+    subject = architecture("llama", tiny_loaded, tmp_path)
     with removed(subject, BASES) as edited:
         assert edited._groups(PROMPTS) == [range(2), range(2, 3)]
     wide = dataclasses.replace(subject, max_batch_tokens=10_000)
