@@ -23,8 +23,8 @@ import torch
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from abliterator.checkpoint import write_bytes_atomic
 from abliterator.errors import DirectionError
+from abliterator.files import write_bytes_atomic
 from abliterator.model import LoadedModel, equal_length_batches, hooked, run_batches
 from abliterator.subspace import Moments, MomentSet
 

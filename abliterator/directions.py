@@ -21,8 +21,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from abliterator.checkpoint import write_bytes_atomic
 from abliterator.errors import DirectionError
+from abliterator.files import write_bytes_atomic
 from abliterator.subspace import (
     DEPENDENT_BELOW,
     MomentSet,

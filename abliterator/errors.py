@@ -8,7 +8,8 @@ traceback.
      ├── RecipeError           the recipe, or a flag, says something that cannot be done
      ├── PromptError           a prompt set is empty, unreadable, or overlaps another
      ├── UnsupportedModel      the anatomy does not know this architecture, tensor or storage format
-     ├── CheckpointError       a checkpoint folder is damaged, incomplete, unreadable or full
+     ├── FileError             a file is missing, damaged, unreadable, or has no room
+     │    └── CheckpointError  a checkpoint folder is damaged, incomplete, unreadable or full
      ├── DirectionError        activations or directions that make no subspace
      ├── OutputError           the output folder is not ours, or there is no room for it
      ├── GenerationError       a model could not be loaded, or could not answer
@@ -35,7 +36,11 @@ class UnsupportedModel(AbliteratorError):
     """The anatomy does not know this architecture, tensor or storage format."""
 
 
-class CheckpointError(AbliteratorError):
+class FileError(AbliteratorError):
+    """A file is missing, damaged, unreadable, or there is no room for it."""
+
+
+class CheckpointError(FileError):
     """A checkpoint folder is damaged, incomplete, or cannot be read or written."""
 
 

@@ -15,7 +15,7 @@ from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from abliterator.checkpoint import write_bytes_atomic
+from abliterator.files import write_bytes_atomic
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -5,7 +5,7 @@
 measurement that was not made is `None` (JSON `null`), never 0. Rates and means travel as
 `Estimate`: a value with its interval and n.
 
-    record = RunRecord.model_validate_json(path.read_text())
+    record = RunRecord.model_validate_json(read_text(path))
     record.behaviour["target"].base.refusal.value
 """
 

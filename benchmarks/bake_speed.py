@@ -104,8 +104,6 @@ def run_once(method: str, base: Path, out: Path, k: int, *, synced: bool) -> Non
     # imports belong to the start, with their time and their memory
     import torch  # noqa: F401
 
-    import abliterator.anatomy
-    import abliterator.bake
     import abliterator.subspace  # noqa: F401
 
     sync = os.fsync
@@ -125,8 +123,8 @@ def run_once(method: str, base: Path, out: Path, k: int, *, synced: bool) -> Non
 def _peak_kilobytes(*, reset: bool = False) -> int:
     """Peak resident memory of this process (Linux), counted anew after a reset."""
     if reset:
-        Path("/proc/self/clear_refs").write_text("5")
-    status = Path("/proc/self/status").read_text()
+        Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
+    status = Path("/proc/self/status").read_text(encoding="utf-8")
     return int(status.partition("VmHWM:")[2].split()[0])
 
 

@@ -16,21 +16,18 @@ from pathlib import Path
 import pytest
 from safetensors import deserialize
 
-from abliterator.checkpoint import (
-    Checkpoint,
-    TensorInfo,
-    carried_files,
+from abliterator.checkpoint import Checkpoint, TensorInfo, carried_files, fingerprint, patch_file
+from abliterator.checkpoint import _fingerprint as fingerprint_room
+from abliterator.errors import CheckpointError, FileError
+from abliterator.files import (
+    OpenFile,
     copy_file,
-    fingerprint,
     free_bytes,
-    patch_file,
+    read_fully,
     write_bytes_atomic,
     write_text_atomic,
 )
-from abliterator.checkpoint import _fingerprint as fingerprint_room
-from abliterator.checkpoint import _write as write_room
-from abliterator.checkpoint._read import OpenFile, read_fully
-from abliterator.errors import CheckpointError
+from abliterator.files import _write as write_room
 
 SHAPES = {
     "embed": ("BF16", [7, 4]),
@@ -319,7 +316,7 @@ def test_a_full_disk_says_how_much_is_needed(single, tmp_path, monkeypatch, call
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(os, call, full)
-    with pytest.raises(CheckpointError, match=f"it needs {base.total_bytes:,} bytes"):
+    with pytest.raises(FileError, match=f"it needs {base.total_bytes:,} bytes"):
         patch_all(base, tmp_path / "out", EDITED)
     assert list((tmp_path / "out").iterdir()) == []
 
@@ -328,7 +325,7 @@ def test_too_small_a_disk_is_met_before_the_work(single, tmp_path, monkeypatch):
     base = Checkpoint.open(single)
     monkeypatch.setattr(write_room, "free_bytes", lambda _path: base.total_bytes - 1)
     touched = []
-    with pytest.raises(CheckpointError, match=f"bytes, {base.total_bytes - 1:,} are free"):
+    with pytest.raises(FileError, match=f"bytes, {base.total_bytes - 1:,} are free"):
         patch_all(base, tmp_path / "out", EDITED, lambda info, _: touched.append(info.name))
     assert touched == []
     assert not (tmp_path / "out").exists()
@@ -361,9 +358,9 @@ def test_a_file_is_never_written_over_itself(single: Path, tmp_path: Path):
     link.symlink_to(source)
     before = source.read_bytes()
     for destination in (source, link):
-        with pytest.raises(CheckpointError, match="another output folder"):
+        with pytest.raises(FileError, match="another output folder"):
             patch_file(source, destination, [], invert)
-        with pytest.raises(CheckpointError, match="another output folder"):
+        with pytest.raises(FileError, match="another output folder"):
             copy_file(source, destination)
     assert source.read_bytes() == before
 
@@ -372,9 +369,9 @@ def test_a_source_cut_short_after_it_was_opened_is_named(single: Path, tmp_path:
     base = Checkpoint.open(single)
     source = single / "model.safetensors"
     os.truncate(source, base.total_bytes - 40)
-    with pytest.raises(CheckpointError, match="shorter since"):
+    with pytest.raises(FileError, match="shorter since"):
         patch_file(source, tmp_path / "out", base.tensors.values(), invert)
-    with pytest.raises(CheckpointError, match="damaged"):
+    with pytest.raises(FileError, match="damaged"):
         base.read("layers.1.blocks")
     assert not (tmp_path / "out").exists()
 
@@ -402,12 +399,12 @@ def test_copy_file_copies_links_as_files_and_never_links(hub_cache: Path, tmp_pa
 
 def test_copy_file_names_what_it_cannot_read_or_write(tmp_path: Path):
     (tmp_path / "file").write_text("x")
-    with pytest.raises(CheckpointError, match=r"absent is missing"):
+    with pytest.raises(FileError, match=r"absent is missing"):
         copy_file(tmp_path / "absent", tmp_path / "out")
-    with pytest.raises(CheckpointError, match=r"cannot be (read|written)"):
+    with pytest.raises(FileError, match=r"cannot be (read|written)"):
         copy_file(tmp_path / "file", tmp_path / "file" / "out")
     os.mkfifo(tmp_path / "pipe")
-    with pytest.raises(CheckpointError, match="not a regular file"):
+    with pytest.raises(FileError, match="not a regular file"):
         copy_file(tmp_path / "pipe", tmp_path / "out")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "pipe"]
 
@@ -424,7 +421,7 @@ def test_atomic_writes_replace_whole_files(tmp_path: Path, monkeypatch):
         raise OSError(errno.EIO, "Input/output error")
 
     monkeypatch.setattr(os, "fsync", fail)
-    with pytest.raises(CheckpointError, match="Input/output error"):
+    with pytest.raises(FileError, match="Input/output error"):
         write_bytes_atomic(path, b"bad")
     assert path.read_bytes() == b"good"
     assert list(path.parent.iterdir()) == [path]

@@ -5,7 +5,7 @@ names with their shapes; it opens no checkpoint, knows no directions, and never 
 a shape. Nothing is skipped silently: a tensor that the table does not claim is an error that names
 it.
 
-    anatomy = anatomy_of(json.loads((folder / "config.json").read_text()))
+    anatomy = anatomy_of(json.loads(read_text(folder / "config.json")))
     for writer in anatomy.writers({"model.embed_tokens.weight": (49152, 576), ...}):
         writer.name, writer.component, writer.layer, writer.axis
 """

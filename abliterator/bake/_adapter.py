@@ -15,10 +15,9 @@ from abliterator.checkpoint import (
     Checkpoint,
     adapter_config,
     adapter_tensors,
-    write_bytes_atomic,
-    write_text_atomic,
 )
 from abliterator.errors import RecipeError, UnsupportedModel
+from abliterator.files import write_bytes_atomic, write_text_atomic
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -18,13 +18,12 @@ from abliterator.checkpoint import (
     PatchedTensor,
     TensorInfo,
     carried_files,
-    copy_file,
     edited_config,
     patch_file,
     relaid_index,
     relay,
-    write_text_atomic,
 )
+from abliterator.files import copy_file, write_text_atomic
 from abliterator.formats import Unpacked
 from abliterator.record import TensorEdit
 

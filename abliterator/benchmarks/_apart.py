@@ -21,8 +21,8 @@ from abliterator.benchmarks._run import run_tasks
 from abliterator.benchmarks._scores import TaskScores
 from abliterator.benchmarks._settings import Engine, RunSettings
 from abliterator.benchmarks._tasks import Task
-from abliterator.checkpoint import write_text_atomic
 from abliterator.errors import BenchmarkError
+from abliterator.files import write_text_atomic
 from abliterator.record import Side
 
 OUT_OF_MEMORY, NAMED_ERROR = 75, 76  # exit codes of the child

@@ -33,13 +33,6 @@ from abliterator.checkpoint._header import DTYPE_BITS, TensorInfo
 from abliterator.checkpoint._patch import Edit, PatchedFile, PatchedTensor, patch_file
 from abliterator.checkpoint._relay import Relaid, relaid_index, relay
 from abliterator.checkpoint._stated import stated_base
-from abliterator.checkpoint._write import (
-    copy_file,
-    free_bytes,
-    partial_of,
-    write_bytes_atomic,
-    write_text_atomic,
-)
 
 __all__ = [
     "ADAPTER_CONFIG",
@@ -58,17 +51,12 @@ __all__ = [
     "adapter_config",
     "adapter_tensors",
     "carried_files",
-    "copy_file",
     "edited_config",
     "fingerprint",
-    "free_bytes",
     "is_legal",
     "is_opened_by_loaders",
-    "partial_of",
     "patch_file",
     "relaid_index",
     "relay",
     "stated_base",
-    "write_bytes_atomic",
-    "write_text_atomic",
 ]

@@ -13,8 +13,8 @@ from pathlib import Path
 
 from abliterator.checkpoint._folder import ADAPTER_FILE, INDEX_FILE, SINGLE_FILE, locate_weights
 from abliterator.checkpoint._header import encodable
-from abliterator.checkpoint._read import readable, shown
 from abliterator.errors import CheckpointError
+from abliterator.files import readable, shown
 
 _TOP_LEVEL = (
     "config.json",

@@ -10,8 +10,7 @@ from pathlib import Path
 
 from abliterator.checkpoint._carry import carried_files
 from abliterator.checkpoint._folder import Checkpoint
-from abliterator.checkpoint._read import readable
-from abliterator.checkpoint._write import write_text_atomic
+from abliterator.files import readable, write_text_atomic
 
 _HEX64 = re.compile(r"[0-9a-f]{64}")
 _SETTLED_NS = 2_000_000_000  # a file just written may change again within one tick of its clock

@@ -15,8 +15,8 @@ from abliterator.checkpoint._header import (
     parse_json_object,
     read_header,
 )
-from abliterator.checkpoint._read import damaged, open_regular, read_fully, readable, shown
 from abliterator.errors import CheckpointError
+from abliterator.files import damaged, open_regular, read_fully, readable, shown
 
 CONFIG_FILE = "config.json"
 SINGLE_FILE = "model.safetensors"

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from abliterator.checkpoint._read import OpenFile, damaged, open_regular, read_fully, shown
+from abliterator.files import OpenFile, damaged, open_regular, read_fully, shown
 
 DTYPE_BITS = {
     **dict.fromkeys(("BOOL", "U8", "I8"), 8),

@@ -16,9 +16,18 @@ from pathlib import Path
 from typing import NamedTuple
 
 from abliterator.checkpoint._header import TensorInfo
-from abliterator.checkpoint._read import OpenFile, damaged, open_regular, read_fully, readable
 from abliterator.checkpoint._relay import Relaid
-from abliterator.checkpoint._write import copy_range, refuse_same_file, replacing, write_fully
+from abliterator.files import (
+    OpenFile,
+    copy_range,
+    damaged,
+    open_regular,
+    read_fully,
+    readable,
+    refuse_same_file,
+    replacing,
+    write_fully,
+)
 
 Edit = Callable[[TensorInfo, memoryview], memoryview | None]
 """Changes one tensor's bytes in place, or returns others where the tensor gets another dtype or

@@ -10,7 +10,7 @@ from typing import Protocol
 
 from abliterator.checkpoint._folder import INDEX_FILE, Checkpoint, read_json
 from abliterator.checkpoint._header import DTYPE_BITS, TensorInfo, header_of
-from abliterator.checkpoint._read import open_regular
+from abliterator.files import open_regular
 
 
 class Told(Protocol):

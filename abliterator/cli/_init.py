@@ -23,7 +23,7 @@ def init(model: str, out: Path | None) -> None:
     stands there as a comment, with its default.
     """
     from abliterator import pipeline
-    from abliterator.checkpoint import write_text_atomic
+    from abliterator.files import write_text_atomic
 
     if out is not None and out.exists():
         raise OutputError(

@@ -12,6 +12,7 @@ import click
 from abliterator.cli._options import JSON
 from abliterator.cli._show import Bars
 from abliterator.errors import OutputError
+from abliterator.files import read_text
 
 if TYPE_CHECKING:
     from abliterator.publish import PublishPlan
@@ -46,7 +47,7 @@ def _folders(out: Path, base: str | None) -> _Folders:
             f"{out} is neither the folder of a build nor a checkpoint that abliterator made."
         )
     record = out / RECORD
-    known = RunRecord.model_validate_json(record.read_text()).model if record.is_file() else None
+    known = RunRecord.model_validate_json(read_text(record)).model if record.is_file() else None
     if base is None and (known is None or known.revision is None):
         raise OutputError(f"{out} does not say where its base is: give it with --base.")
     model, revision = (known.id, known.revision) if known else ("", None)

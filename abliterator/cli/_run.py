@@ -10,6 +10,7 @@ import click
 
 from abliterator.cli._options import JSON, SET, read_recipe, recipe_arguments
 from abliterator.cli._show import Bars, planned, reproduced, told
+from abliterator.files import read_text
 
 
 @click.command()
@@ -90,7 +91,7 @@ def bake(
         read, out, options = read_recipe(recipe, **where)
         pipeline.run_stages(read, out, until="bake", options=options, progress=Bars())
         place = out / "checkpoint"
-        edits = json.loads((place / "abliterator" / "edits.json").read_text())
+        edits = json.loads(read_text(place / "abliterator" / "edits.json"))
     click.echo(json.dumps(edits, indent=1) if as_json else f"{place}: {len(edits)} tensors edited")
 
 

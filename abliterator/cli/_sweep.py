@@ -11,6 +11,7 @@ import click
 from abliterator.cli._options import JSON, read_recipe, recipe_arguments
 from abliterator.cli._show import Bars
 from abliterator.errors import RecipeError
+from abliterator.files import read_text
 
 COLUMNS = ("bypass", "KL", "induce", "prompts", "compliance", "coherence", "product")
 
@@ -32,7 +33,7 @@ def sweep(recipe: Path, as_json: bool, **where: Any) -> None:
             f"so there is nothing to choose. Ask with --set layers=sweep, --set k=auto, or both."
         )
     pipeline.run_stages(read, out, until="selection", options=options, progress=Bars())
-    text = (out / "work" / "sweep.json").read_text()
+    text = read_text(out / "work" / "sweep.json")
     click.echo(text.rstrip() if as_json else told(json.loads(text)))
 
 

@@ -16,7 +16,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from abliterator.checkpoint import free_bytes
 from abliterator.divergence._distributions import (
     kl_divergence,
     last_logits,
@@ -24,6 +23,7 @@ from abliterator.divergence._distributions import (
     top1_agreement,
 )
 from abliterator.errors import GenerationError, OutputError
+from abliterator.files import free_bytes
 from abliterator.model import LoadedModel, equal_length_batches, run_batches
 from abliterator.record import Divergence, Estimate
 from abliterator.statistics import mean_interval

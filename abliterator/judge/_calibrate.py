@@ -20,7 +20,8 @@ from typing import Any, NamedTuple
 
 from pydantic import ValidationError
 
-from abliterator.errors import JudgeError
+from abliterator.errors import FileError, JudgeError
+from abliterator.files import read_text
 from abliterator.judge._rule_judge import RuleJudge
 from abliterator.judge._types import Answered, Judge, Judgement
 from abliterator.record import Estimate, Frozen, JudgeIdentity, Verdict
@@ -197,7 +198,7 @@ def save_calibration(calibration: Calibration) -> Path:
     path = _path_of(calibration.judge)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(f".{os.getpid()}.partial")
-    partial.write_text(calibration.model_dump_json(indent=1) + "\n")
+    partial.write_text(calibration.model_dump_json(indent=1) + "\n", encoding="utf-8")
     partial.replace(path)
     return path
 
@@ -205,8 +206,8 @@ def save_calibration(calibration: Calibration) -> Path:
 def last_calibration(judge: JudgeIdentity) -> Calibration | None:
     """The last calibration of this very judge, or None."""
     try:
-        return Calibration.model_validate_json(_path_of(judge).read_text())
-    except (OSError, ValidationError):
+        return Calibration.model_validate_json(read_text(_path_of(judge)))
+    except (FileError, ValidationError):
         return None
 
 

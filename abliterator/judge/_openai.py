@@ -18,6 +18,7 @@ from statistics import median_low
 from typing import TYPE_CHECKING
 
 from abliterator.errors import JudgeError
+from abliterator.files import digest_of
 from abliterator.judge._parse import SCHEMA, parse
 from abliterator.judge._prompt import judge_prompt, messages
 from abliterator.judge._types import Answered, Judgement, judged_empty, split_thinking, unscored
@@ -27,7 +28,6 @@ from abliterator.server import (
     Request,
     Session,
     Unanswered,
-    digest,
     in_parallel,
     outside_a_loop,
 )
@@ -141,7 +141,7 @@ class OpenAIJudge:
         """Another judge in the same file has another account."""
         settings = self._settings
         asks = [settings.base_url, settings.model, settings.parameters, settings.structured]
-        return digest([*asks, judge_prompt().sha256])
+        return digest_of([*asks, judge_prompt().sha256])
 
     async def _judge(self, session: Session, item: Item, *, again: bool) -> Judgement:
         votes = [await self._vote(session, item, vote) for vote in range(self._settings.votes)]

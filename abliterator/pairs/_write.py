@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from abliterator.checkpoint import write_text_atomic
 from abliterator.errors import OutputError
+from abliterator.files import write_text_atomic
 from abliterator.pairs._make import Made
 from abliterator.pairs._questions import SIDES, pairs_prompt
 from abliterator.pairs._sift import Ruler

@@ -19,8 +19,8 @@ from time import perf_counter
 from typing import TYPE_CHECKING
 
 from abliterator.bake import bake
-from abliterator.checkpoint import write_text_atomic
 from abliterator.errors import AbliteratorError, OutputError, RecipeError
+from abliterator.files import write_text_atomic
 from abliterator.pipeline._benchmarking import BENCHMARKS, benchmark_tasks, pin_tasks
 from abliterator.pipeline._capturing import CAPTURE
 from abliterator.pipeline._divergence import DIVERGENCE

@@ -159,7 +159,7 @@ def _save_differences(run: Run, vectors: Mapping[str, Tensor], positions: tuple[
     """Target - contrast of every pair, [pairs, L, H] float32 by position."""
     from safetensors.torch import save
 
-    from abliterator.checkpoint import write_bytes_atomic
+    from abliterator.files import write_bytes_atomic
 
     target, contrast = (list(side) for side in zip(*prompt_sets(run).pairs, strict=True))
     apart = vectors["target"][target] - vectors["contrast"][contrast]

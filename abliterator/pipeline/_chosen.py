@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from abliterator.files import read_text
 from abliterator.pipeline._run import Run
 
 if TYPE_CHECKING:
@@ -21,7 +22,7 @@ def selection_of(run: Run) -> dict[str, Any] | None:
     """What the selection stage found, as plain values; None where the recipe chose."""
     if not run.recipe.selects:
         return None
-    found: dict[str, Any] = json.loads(sweep_path(run).read_text())
+    found: dict[str, Any] = json.loads(read_text(sweep_path(run)))
     return found
 
 

@@ -6,12 +6,11 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from abliterator.checkpoint import write_text_atomic
+from abliterator.files import digest_of, read_text, write_text_atomic
 from abliterator.pipeline._prompt_sets import prompt_sets
 from abliterator.pipeline._rollouts import folder_of
 from abliterator.pipeline._run import Run
 from abliterator.pipeline._stage import Parts, Stage, kept_parts, save_value
-from abliterator.pipeline._workspace import digest_of
 
 if TYPE_CHECKING:
     from abliterator.comparison import DivergenceSettings
@@ -78,7 +77,7 @@ def _write_paths(run: Run, settings: DivergenceSettings, file: Path) -> None:
 def _read_paths(file: Path) -> list[AnswerPath]:
     from abliterator.divergence import AnswerPath
 
-    return [AnswerPath(tuple(ids), positions) for ids, positions in json.loads(file.read_text())]
+    return [AnswerPath(tuple(ids), positions) for ids, positions in json.loads(read_text(file))]
 
 
 DIVERGENCE = Stage("divergence", 2, _divergence_inputs, _divergence)

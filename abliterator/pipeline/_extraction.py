@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from abliterator.bake import bake, write_adapter, write_config
-from abliterator.checkpoint import CONFIG_FILE, write_text_atomic
+from abliterator.checkpoint import CONFIG_FILE
+from abliterator.files import read_text, write_text_atomic
 from abliterator.pipeline._capturing import differences, fitted, shuffled
 from abliterator.pipeline._chosen import chosen
 from abliterator.pipeline._prompt_sets import load_sets, set_apart, with_pairs
@@ -158,7 +159,7 @@ def edits_json(edits: Iterable[TensorEdit]) -> str:
 
 def tensor_edits(run: Run) -> list[TensorEdit]:
     """What was done to each edited tensor."""
-    text = (run.workspace.checkpoint / "abliterator" / "edits.json").read_text()
+    text = read_text(run.workspace.checkpoint / "abliterator" / "edits.json")
     return [TensorEdit.model_validate(edit) for edit in json.loads(text)]
 
 

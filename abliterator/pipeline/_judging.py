@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from abliterator.checkpoint import write_text_atomic
+from abliterator.files import as_lines, read_lines, read_text, write_text_atomic
 from abliterator.pipeline._progress import Progress
 from abliterator.pipeline._rollouts import completions
 from abliterator.pipeline._run import Run
@@ -82,7 +81,7 @@ def _judge(run: Run) -> tuple[list[Path], Parts]:
         judge = _judge_of(run, on_verdict=_teller(advance))
         verdicts = judge_completions(answers, judge)
     path = run.workspace.work / "verdicts.jsonl"
-    write_text_atomic(path, "".join(verdict.model_dump_json() + "\n" for verdict in verdicts))
+    write_text_atomic(path, as_lines(verdict.model_dump_json() for verdict in verdicts))
     identity = _compared(judge.identity, verdicts, run)
     _tell(run.progress, identity, verdicts)
     return [path, save_value(run.workspace.work / "judge.json", identity)], {}
@@ -128,13 +127,13 @@ def _tell(progress: Progress, identity: JudgeIdentity, verdicts: Sequence[Verdic
 
 def verdicts_of(run: Run) -> list[Verdict]:
     """All verdicts, base and edited."""
-    text = (run.workspace.work / "verdicts.jsonl").read_text()
-    return [Verdict.model_validate_json(line) for line in text.splitlines()]
+    lines = read_lines(run.workspace.work / "verdicts.jsonl")
+    return [Verdict.model_validate_json(line) for line in lines]
 
 
 def judge_identity(run: Run) -> JudgeIdentity:
     """Which judge gave the verdicts, and what is known of it."""
-    return JudgeIdentity.model_validate(json.loads((run.workspace.work / "judge.json").read_text()))
+    return JudgeIdentity.model_validate_json(read_text(run.workspace.work / "judge.json"))
 
 
 JUDGE = Stage("judge", 2, _judge_inputs, _judge)

@@ -20,8 +20,9 @@ from abliterator.bake import (
     plan_edits,
     require_adapter_form,
 )
-from abliterator.checkpoint import Checkpoint, carried_files, free_bytes, stated_base
+from abliterator.checkpoint import Checkpoint, carried_files, stated_base
 from abliterator.errors import OutputError, RecipeError
+from abliterator.files import free_bytes
 from abliterator.formats import require_known_names, storage_of
 from abliterator.pipeline._notes import notes_on
 from abliterator.pipeline._storing import storage_ways

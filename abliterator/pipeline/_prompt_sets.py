@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from abliterator.errors import PromptError
+from abliterator.files import read_text
 from abliterator.prompts import (
     PromptSet,
     PromptSource,
@@ -61,7 +62,7 @@ class PromptSets:
 
 def prompt_sets(run: Run) -> PromptSets:
     """The prompt sets as used."""
-    return PromptSets.from_json(json.loads((run.workspace.work / "prompts.json").read_text()))
+    return PromptSets.from_json(json.loads(read_text(run.workspace.work / "prompts.json")))
 
 
 def load_sets(recipe: Prompts, *, seed: int, neutral_too: bool) -> PromptSets:

@@ -13,6 +13,7 @@ from statistics import mean, median
 from typing import Any
 
 from abliterator.checkpoint import fingerprint
+from abliterator.files import read_text
 from abliterator.pipeline._benchmarking import task_scores
 from abliterator.pipeline._chosen import chosen, selection_of
 from abliterator.pipeline._extraction import tensor_edits
@@ -149,7 +150,7 @@ def _behaviour(run: Run) -> dict[str, Behaviour | None]:
 
 
 def _divergence(run: Run) -> Divergence:
-    return Divergence.model_validate_json((run.workspace.work / "divergence.json").read_text())
+    return Divergence.model_validate_json(read_text(run.workspace.work / "divergence.json"))
 
 
 def _benchmarks(run: Run) -> dict[str, BenchmarkResult]:

@@ -7,8 +7,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from abliterator.checkpoint import copy_file, write_text_atomic
 from abliterator.errors import OutputError
+from abliterator.files import copy_file, read_text, write_text_atomic
 from abliterator.pipeline._record import assemble
 from abliterator.pipeline._run import Run
 from abliterator.pipeline._stage import Parts, Stage, save_value
@@ -98,7 +98,7 @@ def read_record(out: Path) -> RunRecord:
     path = out / "checkpoint" / "abliterator" / "record.json"
     if not path.is_file():
         raise OutputError(f"{out} has no record yet; `abliterator build` makes it.")
-    return RunRecord.model_validate_json(path.read_text())
+    return RunRecord.model_validate_json(read_text(path))
 
 
 RECORD = Stage("record", 2, _record_inputs, _record)

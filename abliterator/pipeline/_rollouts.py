@@ -5,11 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
-from abliterator.checkpoint import write_text_atomic
+from abliterator.files import as_lines, digest_of, read_lines, write_text_atomic
 from abliterator.pipeline._prompt_sets import prompt_sets
 from abliterator.pipeline._run import Run
 from abliterator.pipeline._stage import Parts, Stage, kept_parts
-from abliterator.pipeline._workspace import digest_of
 from abliterator.record import Completion, Side
 
 if TYPE_CHECKING:
@@ -45,8 +44,8 @@ def _rollouts(run: Run) -> tuple[list[Path], Parts]:
     for side in [side for side in SIDES if side not in kept]:
         # No name for the model here: it would keep the base in memory while the edited is loaded.
         answers[side] = _answers(run, run.loaded(folder_of(run, side)), side)
-    lines = [c.model_dump_json() + "\n" for side in SIDES for c in answers[side]]
-    write_text_atomic(answers_path, "".join(lines))
+    lines = (c.model_dump_json() for side in SIDES for c in answers[side])
+    write_text_atomic(answers_path, as_lines(lines))
     return [answers_path], parts
 
 
@@ -74,8 +73,8 @@ def _answers(run: Run, loaded: LoadedModel, side: Side) -> list[Completion]:
 
 def completions(run: Run) -> list[Completion]:
     """All answers, base and edited."""
-    text = (run.workspace.work / "rollouts.jsonl").read_text()
-    return [Completion.model_validate_json(line) for line in text.splitlines()]
+    lines = read_lines(run.workspace.work / "rollouts.jsonl")
+    return [Completion.model_validate_json(line) for line in lines]
 
 
 ROLLOUTS = Stage("rollouts", 2, _rollouts_inputs, _rollouts)

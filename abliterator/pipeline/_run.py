@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Literal
 
 from abliterator.checkpoint import Checkpoint, fingerprint
 from abliterator.errors import RecipeError
+from abliterator.files import digest_of
 from abliterator.pipeline._plan import Plan
 from abliterator.pipeline._progress import Progress, Silent
-from abliterator.pipeline._workspace import Workspace, digest_of
+from abliterator.pipeline._workspace import Workspace
 from abliterator.prompts import resolve_revision
 from abliterator.recipe import Prompts, Recipe, Source
 

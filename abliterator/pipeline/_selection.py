@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from abliterator.checkpoint import write_text_atomic
+from abliterator.files import write_text_atomic
 from abliterator.pipeline._chosen import chosen, sweep_path
 from abliterator.pipeline._extraction import pool_of
 from abliterator.pipeline._judging import choosing_judge

@@ -12,9 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from abliterator.checkpoint import write_text_atomic
+from abliterator.files import digest_of, write_text_atomic
 from abliterator.pipeline._run import Run
-from abliterator.pipeline._workspace import digest_of
 from abliterator.record import Frozen
 
 if TYPE_CHECKING:

@@ -10,8 +10,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from abliterator.checkpoint import write_text_atomic
 from abliterator.errors import RecipeError
+from abliterator.files import write_text_atomic
 from abliterator.pipeline._capturing import fitted
 from abliterator.pipeline._chosen import chosen, selection_of
 from abliterator.pipeline._extraction import extracted

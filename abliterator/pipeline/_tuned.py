@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from abliterator.bake import EditPlan
+from abliterator.files import read_text
 from abliterator.pipeline._run import Run
 
 if TYPE_CHECKING:
@@ -33,7 +34,7 @@ def tuning_of(run: Run) -> dict[str, Any] | None:
 
     if not run.recipe.tunes:
         return None
-    found: dict[str, Any] = json.loads(tuning_path(run).read_text())
+    found: dict[str, Any] = json.loads(read_text(tuning_path(run)))
     wanted, max_kl = run.recipe.tuning, run.recipe.selection.max_kl
     points = [Point.model_validate(point) for point in found["points"]]
     found["taken"] = prefer(points, wanted.prefer, wanted.at_most, max_kl=max_kl)

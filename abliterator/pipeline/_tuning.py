@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from abliterator.checkpoint import write_bytes_atomic, write_text_atomic
+from abliterator.files import write_bytes_atomic, write_text_atomic
 from abliterator.pipeline._chosen import chosen
 from abliterator.pipeline._extraction import extracted
 from abliterator.pipeline._judging import choosing_judge

@@ -22,19 +22,13 @@ from typing import Any
 
 import yaml
 
-from abliterator.checkpoint import partial_of, write_text_atomic
-from abliterator.errors import OutputError
+from abliterator.errors import FileError, OutputError
+from abliterator.files import digest_of, partial_of, read_text, write_text_atomic
 from abliterator.recipe import Recipe, load_recipe
 
 # Files up to this size are hashed to see whether they are still what a stage left; beyond it, their
 # size must do: the weights' own hashes are in edits.json.
 HASHED_UP_TO = 64 << 20
-
-
-def digest_of(value: Any) -> str:
-    """sha256 of a JSON value in canonical form."""
-    text = json.dumps(value, sort_keys=True, separators=(",", ":"))
-    return hashlib.sha256(text.encode()).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -104,7 +98,7 @@ class Workspace:
                 f"{self.out} exists and was not made by abliterator; nothing in it was touched. "
                 f"Choose another --out."
             )
-        claimed = json.loads(self._ours.read_text())["recipe_digest"]
+        claimed = json.loads(read_text(self._ours))["recipe_digest"]
         if claimed == recipe.digest:
             return load_recipe(self._recipe) if self._recipe.is_file() else None
         if force:
@@ -152,7 +146,7 @@ class Workspace:
     @property
     def requested_digest(self) -> str:
         """Digest of the recipe as the user gave it, before anything was resolved."""
-        digest: str = json.loads(self._ours.read_text())["recipe_digest"]
+        digest: str = json.loads(read_text(self._ours))["recipe_digest"]
         return digest
 
     def remove(self) -> None:
@@ -162,8 +156,8 @@ class Workspace:
     def marker(self, stage: str) -> Marker | None:
         """The marker of a stage, or None."""
         try:
-            return Marker(**json.loads(self._marker_path(stage).read_text()))
-        except (FileNotFoundError, ValueError, TypeError):
+            return Marker(**json.loads(read_text(self._marker_path(stage))))
+        except (FileError, ValueError, TypeError):
             return None
 
     def is_done(self, stage: str, key: str) -> bool:

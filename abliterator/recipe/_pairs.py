@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from typing import Annotated, Any, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
+from abliterator.files import digest_of
 from abliterator.recipe._section import Positive, Section, as_tuple
 from abliterator.recipe._server import RESERVED, ServerSettings
 
@@ -67,5 +66,4 @@ class PairsSpec(Section):
     @property
     def digest(self) -> str:
         """sha256 of everything in it, as canonical JSON."""
-        text = json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
-        return hashlib.sha256(text.encode()).hexdigest()
+        return digest_of(self.model_dump(mode="json"))

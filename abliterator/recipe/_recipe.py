@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
+from abliterator.files import digest_of
 from abliterator.recipe._benchmarks import Benchmarks, DivergenceSettings, without_folder
 from abliterator.recipe._edit import DirectionSettings, Edit, Selection
 from abliterator.recipe._judge import JudgeSettings, Rollouts
@@ -106,5 +105,4 @@ class Recipe(Section):
     @property
     def digest(self) -> str:
         """sha256 of the published form as canonical JSON."""
-        text = json.dumps(self.published(), sort_keys=True, separators=(",", ":"))
-        return hashlib.sha256(text.encode()).hexdigest()
+        return digest_of(self.published())

@@ -15,7 +15,7 @@ from abliterator.server._cache import Reply, ReplyCache
 from abliterator.server._fence import Prompt, defused, filled, load_prompt, marker
 from abliterator.server._http import key_of
 from abliterator.server._read import InvalidReply, objects, without_thinking
-from abliterator.server._request import Request, digest
+from abliterator.server._request import Request
 from abliterator.server._session import Heard, Session, Unanswered
 from abliterator.server._workers import Done, in_parallel, outside_a_loop
 
@@ -31,7 +31,6 @@ __all__ = [
     "Session",
     "Unanswered",
     "defused",
-    "digest",
     "filled",
     "in_parallel",
     "key_of",

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
+
+from abliterator.files import digest_of
 
 if TYPE_CHECKING:
     from abliterator.recipe import ServerSettings
@@ -21,10 +21,4 @@ class Request(NamedTuple):
     def key(self, settings: ServerSettings) -> str:
         """Digest of everything that the reply depends on; no text is cut."""
         where = [settings.base_url, settings.model, settings.structured]
-        return digest([where, self.messages, self.schema, self.parameters])
-
-
-def digest(value: Any) -> str:
-    """sha256 of a value as canonical JSON."""
-    text = json.dumps(value, sort_keys=True, separators=(",", ":"))
-    return hashlib.sha256(text.encode()).hexdigest()
+        return digest_of([where, self.messages, self.schema, self.parameters])

@@ -9,7 +9,7 @@ from io import FileIO
 from pathlib import Path
 from typing import NamedTuple
 
-from abliterator.errors import CheckpointError
+from abliterator.errors import FileError
 
 
 class OpenFile(NamedTuple):
@@ -25,11 +25,11 @@ def open_regular(path: Path) -> Iterator[OpenFile]:
     """Open a regular file, or a link to one, for reading.
 
     Raises:
-        CheckpointError: it is missing, a broken link, something else than a file, or unreadable.
+        FileError: it is missing, a broken link, something else than a file, or unreadable.
     """
     with readable(path):
         if not path.is_file():  # asked before opening: to open a named pipe would wait for ever
-            raise CheckpointError(_not_a_file(path))
+            raise FileError(_not_a_file(path))
         stream = path.open("rb", buffering=0)
     with stream:
         yield OpenFile(path, stream, os.fstat(stream.fileno()).st_size)
@@ -37,11 +37,11 @@ def open_regular(path: Path) -> Iterator[OpenFile]:
 
 @contextmanager
 def readable(path: Path) -> Iterator[None]:
-    """Turn an operating system's refusal to read `path` into a CheckpointError."""
+    """Turn an operating system's refusal to read `path` into a FileError."""
     try:
         yield
     except OSError as error:
-        raise CheckpointError(
+        raise FileError(
             f"{path} cannot be read: {error.strerror or error}. Check that it exists and that you "
             "may read it."
         ) from error
@@ -59,9 +59,9 @@ def read_fully(source: OpenFile, buffer: memoryview) -> None:
             done += got
 
 
-def damaged(path: Path, seen: str) -> CheckpointError:
+def damaged(path: Path, seen: str) -> FileError:
     """The error for a file whose content cannot be right."""
-    return CheckpointError(
+    return FileError(
         f"{path} is damaged: {seen}. A sound checkpoint was expected; download or save it again, "
         "and compare its size with the original's."
     )

@@ -9,8 +9,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from abliterator.checkpoint._read import OpenFile, damaged, open_regular, readable
-from abliterator.errors import CheckpointError
+from abliterator.errors import FileError
+from abliterator.files._read import OpenFile, damaged, open_regular, readable
 
 _CHUNK = 8 << 20  # bytes per read and write where the kernel cannot copy by itself
 _NOT_HERE = {
@@ -62,7 +62,7 @@ def copy_file(source: Path, destination: Path) -> int:
     """Copy one file's bytes, never as a link; returns its size in bytes.
 
     Raises:
-        CheckpointError: the source cannot be read or the destination cannot be written.
+        FileError: the source cannot be read or the destination cannot be written.
     """
     refuse_same_file(source, destination)
     with open_regular(source) as base, replacing(destination, base.size) as out:
@@ -94,7 +94,7 @@ def refuse_same_file(source: Path, destination: Path) -> None:
     """A base model's file is never written to, whatever two paths lead to it."""
     with readable(source):
         if destination.exists() and source.exists() and source.samefile(destination):
-            raise CheckpointError(
+            raise FileError(
                 f"{destination} is the file that would be read ({source}); an output folder of "
                 "its own was expected. Choose another output folder."
             )
@@ -131,20 +131,20 @@ def write_fully(out: OpenFile, data: memoryview) -> None:
 
 @contextmanager
 def writable(destination: Path, size: int) -> Iterator[None]:
-    """Turn a refusal of the operating system to write `size` bytes into a CheckpointError."""
+    """Turn a refusal of the operating system to write `size` bytes into a FileError."""
     try:
         yield
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise _no_room(destination, size, free_bytes(destination)) from error
-        raise CheckpointError(
+        raise FileError(
             f"{destination} cannot be written: {error.strerror or error}. Choose an output folder "
             "that you may write to."
         ) from error
 
 
-def _no_room(destination: Path, size: int, free: int) -> CheckpointError:
-    return CheckpointError(
+def _no_room(destination: Path, size: int, free: int) -> FileError:
+    return FileError(
         f"There is no room for {destination}: it needs {size:,} bytes, {free:,} are free there. "
         "Free some space, or choose an output folder on another disk."
     )

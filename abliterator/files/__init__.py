@@ -1,0 +1,58 @@
+"""Files: read with checks, replaced whole or not at all, hashed; the disk's free room.
+
+The lowest package that touches a disk. Text is UTF-8 in every locale. A file is read only if it is
+a regular file and, where it is held in memory, of a bounded size. It is written under another name,
+flushed and renamed: afterwards it is whole, or as it was. What files hold is not known here.
+
+    write_text_atomic(path, as_lines(line for line in lines))
+    lines = read_lines(path)
+"""
+
+from abliterator.files._digest import digest_of, sha256_of_file
+from abliterator.files._read import (
+    OpenFile,
+    damaged,
+    open_regular,
+    read_fully,
+    readable,
+    shown,
+)
+from abliterator.files._text import MAX_TEXT_BYTES, as_lines, read_lines, read_text, too_large
+from abliterator.files._write import (
+    copy_file,
+    copy_range,
+    free_bytes,
+    partial_of,
+    refuse_same_file,
+    replacing,
+    writable,
+    write_bytes_atomic,
+    write_fully,
+    write_text_atomic,
+)
+
+__all__ = [
+    "MAX_TEXT_BYTES",
+    "OpenFile",
+    "as_lines",
+    "copy_file",
+    "copy_range",
+    "damaged",
+    "digest_of",
+    "free_bytes",
+    "open_regular",
+    "partial_of",
+    "read_fully",
+    "read_lines",
+    "read_text",
+    "readable",
+    "refuse_same_file",
+    "replacing",
+    "sha256_of_file",
+    "shown",
+    "too_large",
+    "writable",
+    "write_bytes_atomic",
+    "write_fully",
+    "write_text_atomic",
+]
