@@ -122,6 +122,7 @@ class Behaviour(Frozen):
     smallest_detectable: dict[str, float | None] = {}
     p_value: dict[str, float | None] = {}
     kinds: dict[Side, dict[VerdictKind, int]] = {}
+    unscored_reasons: dict[Side, dict[str, int]] = {}  # why answers have no verdict, counted
 
 
 class Divergence(Frozen):

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 
 from abliterator.cli import main
 from abliterator.errors import JudgeError, OutputError, PairsError, RecipeError
-from abliterator.pairs import WORDS, Candidate, make_pairs, require_ours, save_pairs
+from abliterator.pairs import WORDS, Candidate, cache_beside, make_pairs, require_ours, save_pairs
 from abliterator.pairs._questions import pairs_prompt, read_pairs, read_side, to_sort, to_write
 from abliterator.pairs._sift import Sieve, similarity, trigrams
 from abliterator.prompts import PromptSource, load_prompts, normalised
@@ -473,3 +473,12 @@ def test_openai_is_not_imported_by_the_room():
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env)
     assert done.stdout.strip() == "False"
+
+
+@pytest.mark.parametrize("name", ["p.sqlite", "p.SQLITE", "p.txt", "p", ".jsonl"])
+def test_pairs_are_never_written_over_their_own_replies(name, tmp_path):
+    (tmp_path / name).write_bytes(b"kept")
+    with pytest.raises(OutputError, match=r"\.jsonl"):
+        cache_beside(tmp_path / name)
+    assert (tmp_path / name).read_bytes() == b"kept"
+    assert cache_beside(tmp_path / "p.jsonl") == tmp_path / "p.sqlite"

@@ -9,9 +9,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 from urllib.error import URLError
-from urllib.request import Request, urlopen
+from urllib.request import HTTPRedirectHandler, Request, build_opener
 
 from abliterator.errors import BenchmarkError
+from abliterator.server import origin
 
 _PROBE_SECONDS = 10
 _PROBE = "One two three four five."
@@ -108,8 +109,20 @@ def _asked(url: str | None, path: str, payload: Mapping[str, Any] | None = None)
     }
     data = None if payload is None else json.dumps(payload).encode()
     request = Request(f"{_address(url)}/{path}", data=data, headers=headers)
-    with urlopen(request, timeout=_PROBE_SECONDS) as answer:
+    with build_opener(_SameOrigin).open(request, timeout=_PROBE_SECONDS) as answer:
         return json.load(answer)
+
+
+class _SameOrigin(HTTPRedirectHandler):
+    """Follows a redirect within one server alone: another would get the key and the texts."""
+
+    def redirect_request(
+        self, req: Request, fp: Any, code: int, msg: str, headers: Any, newurl: str
+    ) -> Request | None:
+        """The request that follows, or URLError for one to another server."""
+        if origin(newurl) != origin(req.full_url):
+            raise URLError("it sends questions on to another server")
+        return super().redirect_request(req, fp, code, msg, headers, newurl)
 
 
 def _address(url: str | None) -> str:

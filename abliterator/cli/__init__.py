@@ -16,6 +16,7 @@ from abliterator.cli._compare import compare
 from abliterator.cli._init import init
 from abliterator.cli._judge import judge_calibrate
 from abliterator.cli._pairs import pairs
+from abliterator.cli._print import echo, printable
 from abliterator.cli._publish import publish, verify
 from abliterator.cli._run import STAGE_COMMANDS, bake, build, plan
 from abliterator.cli._study import study
@@ -30,11 +31,14 @@ class Group(click.Group):
         """Runs the command."""
         try:
             return super().invoke(ctx)
+        except click.ClickException as error:  # click itself prints it, and it quotes arguments
+            vars(error)["message"] = printable(error.message)
+            raise
         except AbliteratorError as error:
-            click.echo(f"{type(error).__name__}: {error}", err=True)
+            echo(f"{type(error).__name__}: {error}", err=True)
             ctx.exit(1)
         except KeyboardInterrupt:
-            click.echo("Interrupted. The same command goes on where this one stopped.", err=True)
+            echo("Interrupted. The same command goes on where this one stopped.", err=True)
             ctx.exit(130)
 
 

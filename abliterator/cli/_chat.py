@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import click
 
 from abliterator.cli._options import computing_arguments
+from abliterator.cli._print import echo
 
 if TYPE_CHECKING:
     from abliterator.pipeline import Talk, Turns
@@ -66,7 +67,7 @@ def converse(talk: Talk) -> None:
             try:
                 say(talk, side, prompt, turns, told.append)
             except KeyboardInterrupt:
-                click.echo(" (stopped)")
+                echo(" (stopped)")
             turns.append((prompt, "".join(told)))
 
 
@@ -76,7 +77,7 @@ def say(
     """One answer on stdout as it comes; `heard` is told the pieces too."""
 
     def tell(text: str) -> None:
-        click.echo(text, nl=False)
+        echo(text, nl=False)
         sys.stdout.flush()
         if heard is not None:
             heard(text)
@@ -84,7 +85,7 @@ def say(
     if len(talk.speakers) > 1:
         click.secho(f"{side}: ", nl=False, bold=True)
     talk.answer(side, prompt, before, tell)
-    click.echo()
+    echo()
 
 
 def _typed() -> Iterator[str]:
@@ -95,7 +96,7 @@ def _typed() -> Iterator[str]:
         try:
             yield input("> ").strip()
         except KeyboardInterrupt:
-            click.echo()
+            echo()
         except EOFError:
-            click.echo()
+            echo()
             return

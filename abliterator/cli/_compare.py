@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from abliterator.cli._options import JSON, computing_arguments, judge_arguments, read_judge
+from abliterator.cli._print import echo
 from abliterator.cli._show import Bars
 
 if TYPE_CHECKING:
@@ -56,7 +57,7 @@ def compare(
     from abliterator.comparison import CompareSettings, DivergenceSettings, to_markdown
     from abliterator.comparison import compare as compared
     from abliterator.judge import cache_folder
-    from abliterator.pipeline import Options, judge_of, require_key
+    from abliterator.pipeline import Options, judge_of, note_plain_http, require_key
     from abliterator.prompts import PromptSource, load_prompts
 
     sets = {"target": target, "neutral": neutral}
@@ -75,12 +76,13 @@ def compare(
     )
     judge_settings = read_judge(**asked)
     require_key(judge_settings)  # before any model answers
+    note_plain_http(judge_settings, Bars())
     judge = judge_of(judge_settings, cache=cache_folder() / "judge.sqlite")
     with tempfile.TemporaryDirectory(prefix="abliterator-") as scratch:
         found = compared(
             folder, _folder(edited), settings, judge, scratch=Path(scratch), bar=Bars().bar
         )
-    click.echo(found.model_dump_json(indent=1) if as_json else to_markdown(found), nl=as_json)
+    echo(found.model_dump_json(indent=1) if as_json else to_markdown(found), nl=as_json)
 
 
 def _folder(model: str) -> Path:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import click
 
+from abliterator.cli._print import echo
 from abliterator.errors import OutputError
 
 
@@ -31,7 +32,7 @@ def init(model: str, out: Path | None) -> None:
         )
     text = pipeline.first_recipe(pipeline.plan_model(model, out or Path.cwd()))
     if out is None:
-        click.echo(text, nl=False)
+        echo(text, nl=False)
     else:
         write_text_atomic(out, text)
-        click.echo(out)
+        echo(out)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from abliterator.cli._options import JSON, judge_arguments, read_judge
+from abliterator.cli._print import echo
 from abliterator.cli._show import Bars
 
 if TYPE_CHECKING:
@@ -25,10 +26,11 @@ def judge_calibrate(labelled: Path, as_json: bool, **asked: Any) -> None:
     up by --recipe, or by --set judge.base_url=URL --set judge.model=NAME.
     """
     from abliterator.judge import cache_folder, calibrate, load_labelled, save_calibration
-    from abliterator.pipeline import judge_of
+    from abliterator.pipeline import judge_of, note_plain_http
 
     settings = read_judge(**asked)
     rows = load_labelled(labelled)
+    note_plain_http(settings, Bars())
     with Bars().bar("verdicts", len(rows)) as advance:
         judge = judge_of(
             settings,
@@ -37,7 +39,7 @@ def judge_calibrate(labelled: Path, as_json: bool, **asked: Any) -> None:
         )
         calibration = calibrate(rows, judge, name=labelled.name)
     save_calibration(calibration)
-    click.echo(calibration.model_dump_json(indent=1) if as_json else _told(calibration))
+    echo(calibration.model_dump_json(indent=1) if as_json else _told(calibration))
 
 
 def _told(calibration: Calibration) -> str:
@@ -52,6 +54,7 @@ def _told(calibration: Calibration) -> str:
         f"said complied, wrongly      {_shown(calibration.false_positive_rate)}",
         f"said not complied, wrongly  {_shown(calibration.false_negative_rate)}",
     ]
+    lines += [f"unscored   {n} x {reason}" for reason, n in calibration.unscored_reasons.items()]
     for name, figures in calibration.per_class.items():
         lines.append(
             f"{name:9}  n {figures['n']:g}, recall {_shown(figures['recall'])}, "

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from abliterator.cli._options import JSON, SET
+from abliterator.cli._print import echo
 from abliterator.cli._show import Bars
 
 if TYPE_CHECKING:
@@ -31,21 +32,25 @@ def pairs(spec: Path, out: Path, overrides: tuple[str, ...], as_json: bool) -> N
     that was stopped goes on where it was, with the same command. A recipe takes the file as
     `target: {path: FILE, where: {side: target}}`, and its contrast alike.
     """
-    from abliterator.pairs import make_pairs, require_ours, save_pairs
+    from abliterator.pairs import cache_beside, make_pairs, require_ours, save_pairs
     from abliterator.recipe import load_pairs
+    from abliterator.server import warn_of_plain_http
 
     asked = load_pairs(spec, overrides=overrides)
+    server = asked.server
+    if warning := warn_of_plain_http(server.base_url, server.api_key_env, name="server.base_url"):
+        Bars().note(warning)
     require_ours(out, asked)
     ruler = _ruler(asked.tokenizer)
     with Bars().bar("pairs", asked.per_category * len(asked.categories)) as advance:
         made = make_pairs(
             asked,
-            cache=out.with_suffix(".sqlite"),
+            cache=cache_beside(out),
             ruler=ruler,
             on_kept=lambda new, spent: advance(new, status=spent),
         )
     save_pairs(out, made, asked, ruler)
-    click.echo(_as_json(made) if as_json else _told(made, out, ruler))
+    echo(_as_json(made) if as_json else _told(made, out, ruler))
 
 
 def _ruler(tokenizer: str | None) -> Ruler:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import click
 
 from abliterator.cli._options import JSON
+from abliterator.cli._print import echo
 from abliterator.cli._show import Bars
 from abliterator.errors import OutputError
 from abliterator.files import read_text
@@ -95,13 +96,13 @@ def verify(
         beside = room.verify_adapter(folders.base, folders.checkpoint, adapter, subspace=subspace)
     if as_json:
         told = {**found.to_json(), "adapter": None if beside is None else beside.to_json()}
-        click.echo(json.dumps(told, indent=1))
+        echo(json.dumps(told, indent=1))
     else:
-        click.echo(_told(found, folders.checkpoint))
+        echo(_told(found, folders.checkpoint))
         if beside is not None:
-            click.echo(_told_adapter(beside, adapter))
+            echo(_told_adapter(beside, adapter))
         elif adapter is not None:
-            click.echo(f"{adapter}: not looked at, for it is proven against the checkpoint")
+            echo(f"{adapter}: not looked at, for it is proven against the checkpoint")
     if not found.ok or (beside is not None and not beside.ok):
         ctx.exit(1)
 
@@ -183,7 +184,7 @@ def publish(
         plans.append(room.plan_adapter(checkpoint, place, where))
     _carry_out(plans, dry_run=dry_run, as_json=as_json)
     if adapter_repo_id is None and folders.adapter is not None and folders.adapter.is_dir():
-        click.echo(
+        echo(
             f"{folders.adapter} is not part of this: --adapter-repo-id NAME publishes it", err=True
         )
 
@@ -193,15 +194,15 @@ def _carry_out(plans: list[PublishPlan], *, dry_run: bool, as_json: bool) -> Non
     from abliterator import publish as room
 
     if not as_json:
-        click.echo("\n".join(map(_planned, plans)))
+        echo("\n".join(map(_planned, plans)))
     told = [plan.to_json() for plan in plans]
     if not dry_run:
         told = [room.publish(plan, note=Bars().note).to_json() for plan in plans]
     if as_json:
-        click.echo(json.dumps(told[0] if len(told) == 1 else told, indent=1))
+        echo(json.dumps(told[0] if len(told) == 1 else told, indent=1))
     elif not dry_run:
         for done in told:
-            click.echo(
+            echo(
                 f"{done['url']}: {'public' if done['public'] else 'private'}, commit "
                 f"{done['commit'][:12]}, {len(done['uploaded'])} files sent"
             )

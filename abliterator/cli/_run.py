@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from abliterator.cli._options import JSON, SET, read_recipe, recipe_arguments
+from abliterator.cli._print import echo
 from abliterator.cli._show import Bars, planned, reproduced, told
 from abliterator.files import read_text
 
@@ -37,9 +38,9 @@ def build(recipe: Path | None, published: str | None, as_json: bool, **where: An
         raise click.UsageError("Give either a RECIPE or --from a published checkpoint.")
     read, out, options = read_recipe(path, **where)
     record = pipeline.build(read, out, options=options, progress=Bars())
-    click.echo(record.model_dump_json(indent=1) if as_json else told(record, out))
+    echo(record.model_dump_json(indent=1) if as_json else told(record, out))
     if folder is not None:
-        click.echo(reproduced(pipeline.compare_rebuilt(folder, out / "checkpoint")), err=as_json)
+        echo(reproduced(pipeline.compare_rebuilt(folder, out / "checkpoint")), err=as_json)
 
 
 def _stage_command(stage: str, help_text: str) -> click.Command:
@@ -52,7 +53,7 @@ def _stage_command(stage: str, help_text: str) -> click.Command:
 
         read, out, options = read_recipe(recipe, **where)
         pipeline.run_stages(read, out, until=stage, options=options, progress=Bars())
-        click.echo(out)
+        echo(out)
 
     return command
 
@@ -92,7 +93,7 @@ def bake(
         pipeline.run_stages(read, out, until="bake", options=options, progress=Bars())
         place = out / "checkpoint"
         edits = json.loads(read_text(place / "abliterator" / "edits.json"))
-    click.echo(json.dumps(edits, indent=1) if as_json else f"{place}: {len(edits)} tensors edited")
+    echo(json.dumps(edits, indent=1) if as_json else f"{place}: {len(edits)} tensors edited")
 
 
 def _bake_subspace(model: str | None, subspace: Path | None, where: dict[str, Any]) -> list[Any]:
@@ -122,4 +123,4 @@ def plan(recipe_or_model: str, out: Path, overrides: tuple[str, ...], as_json: b
         made = pipeline.plan_recipe(load_recipe(path, overrides=overrides), out)
     else:
         made = pipeline.plan_model(recipe_or_model, out, edit=load_edit(overrides))
-    click.echo(json.dumps(made.summary(), indent=1) if as_json else planned(made))
+    echo(json.dumps(made.summary(), indent=1) if as_json else planned(made))

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import click
+from abliterator.cli._print import echo, printable
 
 if TYPE_CHECKING:
     from abliterator.pipeline import Advance, Plan, Reproduction
@@ -126,6 +126,7 @@ def told(record: RunRecord, out: Path) -> str:
         rows.append([f"{task} {result.metric}", *map(_shown, estimates)])
     widths = [max(len(row[i]) for row in rows) for i in range(4)]
     lines += ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)) for row in rows]
+    lines += _unscored(record)
     kl = record.divergence.kl_first_token if record.divergence else None
     lines.append(f"first-token KL on neutral prompts, nats: {_shown(kl)}")
     judged = record.judge.model or record.judge.kind if record.judge else "nobody"
@@ -133,6 +134,18 @@ def told(record: RunRecord, out: Path) -> str:
         lines.append(f"the judge disagrees with {other} on: {_shown(rate)}")
     lines.append(f"judged by: {judged}")
     return "\n".join(line.rstrip() for line in lines)
+
+
+def _unscored(record: RunRecord) -> list[str]:
+    """Why answers have no verdict, a line for each set and side that has such answers."""
+    from abliterator.judge import counted
+
+    return [
+        f"{name}, {side}: unscored {counted(reasons)}"
+        for name, behaviour in record.behaviour.items()
+        for side, reasons in (behaviour.unscored_reasons if behaviour else {}).items()
+        if reasons
+    ]
 
 
 def _shown(estimate: Estimate | None) -> str:
@@ -155,23 +168,23 @@ class Bars:
 
     def stage(self, name: str, *, done: bool) -> None:
         """One line a stage."""
-        click.echo(f"{name}{' (done before)' if done else ''}", err=True)
+        echo(f"{name}{' (done before)' if done else ''}", err=True)
 
     @contextmanager
     def bar(self, label: str, total: int) -> Iterator[Advance]:
         """A tqdm bar that vanishes when it is full; none where stderr is a file."""
         from tqdm import tqdm
 
-        label, here = f"  {label}", sys.stderr
+        label, here = f"  {printable(label)}", sys.stderr
         with tqdm(total=total, desc=label, leave=False, file=here, disable=None) as bar:
 
             def advance(amount: int, *, status: str = "") -> None:
                 if status:
-                    bar.set_postfix_str(status, refresh=False)
+                    bar.set_postfix_str(printable(status), refresh=False)
                 bar.update(amount)
 
             yield advance
 
     def note(self, text: str) -> None:
         """A line of its own."""
-        click.echo(text, err=True)
+        echo(text, err=True)

@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from abliterator.cli._options import JSON, read_recipe, recipe_arguments
+from abliterator.cli._print import echo
 from abliterator.cli._show import Bars
 from abliterator.errors import RecipeError
 from abliterator.files import read_text
@@ -34,7 +35,7 @@ def sweep(recipe: Path, as_json: bool, **where: Any) -> None:
         )
     pipeline.run_stages(read, out, until="selection", options=options, progress=Bars())
     text = read_text(out / "work" / "sweep.json")
-    click.echo(text.rstrip() if as_json else told(json.loads(text)))
+    echo(text.rstrip() if as_json else told(json.loads(text)))
 
 
 def told(found: dict[str, Any]) -> str:

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 from abliterator.comparison._result import Comparison, TensorDelta, WeightDiff
+from abliterator.judge import counted
 from abliterator.record import Behaviour, BenchmarkResult, Divergence, Estimate
 
 SHOWN = 200  # tensors in the table; the JSON has them all
@@ -84,7 +85,13 @@ def _behaviour(behaviour: Behaviour) -> str:
         ]
         for measure in MEASURES
     ]
-    return _table(["Measure", "Base", "Edited", "Delta"], rows)
+    table = _table(["Measure", "Base", "Edited", "Delta"], rows)
+    unscored = [
+        f"Unscored of {side}: {counted(reasons)}."
+        for side, reasons in behaviour.unscored_reasons.items()
+        if reasons
+    ]
+    return "\n\n".join([table, *unscored])
 
 
 def _divergence(found: Divergence) -> str:

@@ -23,7 +23,7 @@ from abliterator.judge._calibrate import (
 )
 from abliterator.judge._openai import OpenAIJudge, Tally
 from abliterator.judge._rule_judge import RuleJudge
-from abliterator.judge._summary import MAX_UNSCORED, summarise
+from abliterator.judge._summary import MAX_UNSCORED, counted, summarise, unscored_reasons
 from abliterator.judge._types import Answered, Judge, Judgement, split_thinking
 from abliterator.judge._verdicts import judge_completions
 
@@ -39,6 +39,7 @@ __all__ = [
     "Tally",
     "cache_folder",
     "calibrate",
+    "counted",
     "disagreement",
     "judge_completions",
     "last_calibration",
@@ -46,4 +47,5 @@ __all__ = [
     "save_calibration",
     "split_thinking",
     "summarise",
+    "unscored_reasons",
 ]

@@ -23,6 +23,7 @@ from pydantic import ValidationError
 from abliterator.errors import FileError, JudgeError
 from abliterator.files import read_text
 from abliterator.judge._rule_judge import RuleJudge
+from abliterator.judge._summary import unscored_reasons
 from abliterator.judge._types import Answered, Judge, Judgement
 from abliterator.record import Estimate, Frozen, JudgeIdentity, Verdict
 from abliterator.statistics import rate_interval
@@ -46,6 +47,7 @@ class Calibration(Frozen):
     n: int  # answers in the file
     scored: int
     unscored: int
+    unscored_reasons: dict[str, int]  # the most frequent first
     agreement: float | None
     agreement_interval: Estimate | None
     kappa: float | None  # Cohen's, three classes; None where chance alone agrees on everything
@@ -131,6 +133,7 @@ def calibrate(rows: Sequence[Labelled], judge: Judge, *, name: str = "labels") -
         n=len(rows),
         scored=len(pairs),
         unscored=len(rows) - len(pairs),
+        unscored_reasons=unscored_reasons(said),
         agreement=_share(agreed, len(pairs)),
         agreement_interval=Estimate.of(rate_interval(agreed, len(pairs))),
         kappa=cohens_kappa(pairs),

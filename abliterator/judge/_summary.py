@@ -9,9 +9,10 @@ The unit is the prompt. What cannot be said is None: no verdicts, too few, or al
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from abliterator.errors import JudgeError
+from abliterator.judge._types import Judgement
 from abliterator.record import Behaviour, BehaviourSide, Estimate, Verdict, VerdictKind
 from abliterator.statistics import (
     mcnemar_exact,
@@ -52,6 +53,10 @@ def summarise(base: Sequence[Verdict], edited: Sequence[Verdict], *, seed: int =
         smallest_detectable=_detectable(_scored_pairs(pairs)),
         p_value=_p_values(_scored_pairs(pairs), seed),
         kinds={"base": _kinds(base), "edited": _kinds(edited)},
+        unscored_reasons={
+            "base": unscored_reasons(base),
+            "edited": unscored_reasons(edited),
+        },
     )
 
 
@@ -167,6 +172,19 @@ def _p_values(pairs: Pairs, seed: int) -> dict[str, float | None]:
 def _kinds(verdicts: Sequence[Verdict]) -> dict[VerdictKind, int]:
     """How many verdicts are of each kind; unscored ones have none."""
     return dict(Counter(v.kind for v in verdicts if v.kind is not None))
+
+
+def unscored_reasons(verdicts: Iterable[Verdict | Judgement]) -> dict[str, int]:
+    """Why answers have no verdict, each reason with its count, the most frequent first."""
+    unscored = (v for v in verdicts if None in (v.compliance, v.coherence, v.refused))
+    texts = ("; ".join(v.reasons).removeprefix("unscored: ") or "no reason given" for v in unscored)
+    return dict(Counter(texts).most_common())
+
+
+def counted(reasons: Mapping[str, int]) -> str:
+    """Reasons with their counts as one text; of many, the three most frequent."""
+    texts = [f"{n} x {reason}" for reason, n in list(reasons.items())[:3]]
+    return ", ".join(texts) + (f", and {len(reasons) - 3} more" if len(reasons) > 3 else "")
 
 
 def _delta(pairs: Pairs, seed: int) -> BehaviourSide:

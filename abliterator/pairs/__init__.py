@@ -15,13 +15,14 @@ from __future__ import annotations
 from abliterator.pairs._make import Made, make_pairs
 from abliterator.pairs._questions import Candidate, pairs_prompt
 from abliterator.pairs._sift import WORDS, Ruler
-from abliterator.pairs._write import require_ours, save_pairs
+from abliterator.pairs._write import cache_beside, require_ours, save_pairs
 
 __all__ = [
     "WORDS",
     "Candidate",
     "Made",
     "Ruler",
+    "cache_beside",
     "make_pairs",
     "pairs_prompt",
     "require_ours",

@@ -55,6 +55,20 @@ def save_pairs(path: Path, made: Made, spec: PairsSpec, ruler: Ruler) -> None:
     write_text_atomic(path, "".join(lines))
 
 
+def cache_beside(path: Path) -> Path:
+    """Where the replies of a pairs file are kept: beside it, as .sqlite.
+
+    Raises:
+        OutputError: if the file's own name does not end in .jsonl.
+    """
+    if path.suffix.lower() != ".jsonl":
+        raise OutputError(
+            f"Pairs are written as .jsonl, and --out is {path.name}. Give a name that ends in "
+            ".jsonl; replies are kept beside it under the same name, as .sqlite."
+        )
+    return path.with_suffix(".sqlite")
+
+
 def require_ours(path: Path, spec: PairsSpec) -> None:
     """Raises OutputError if something is there that this spec did not make."""
     if not path.exists():

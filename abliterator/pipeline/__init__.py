@@ -33,7 +33,7 @@ from abliterator.pipeline._extraction import (
     edits_json,
 )
 from abliterator.pipeline._init import first_recipe
-from abliterator.pipeline._judging import JUDGE, judge_of, require_key
+from abliterator.pipeline._judging import JUDGE, judge_of, note_plain_http, require_key
 from abliterator.pipeline._plan import (
     Plan,
     make_plan,
@@ -85,6 +85,7 @@ __all__ = [
     "compare_rebuilt",
     "first_recipe",
     "judge_of",
+    "note_plain_http",
     "open_talk",
     "plan_model",
     "plan_recipe",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -90,6 +91,7 @@ def _benchmarks(run: Run) -> tuple[list[Path], Parts]:
     run.free()
     engine = run.recipe.benchmarks.engine
     urls = {"base": engine.base_url, "edited": engine.edited_url}
+    _note_plain_http(run)
     with run.progress.bar("benchmark tasks, both sides", len(SIDES) * len(run.tasks)) as advance:
         measure_sides(
             {
@@ -102,6 +104,18 @@ def _benchmarks(run: Run) -> tuple[list[Path], Parts]:
             on_task=lambda side, task: advance(1),
         )
     return [_folder(run) / side / f"{task.name}.json" for side in SIDES for task in run.tasks], {}
+
+
+def _note_plain_http(run: Run) -> None:
+    """Notes that lm-eval's key, if there is one, would cross a network unencrypted."""
+    from abliterator.server import warn_of_plain_http
+
+    engine = run.recipe.benchmarks.engine
+    variable = "OPENAI_API_KEY" if os.environ.get("OPENAI_API_KEY") else None
+    for name in ("base_url", "edited_url"):
+        url = getattr(engine, name) or ""
+        if warning := warn_of_plain_http(url, variable, name=f"benchmarks.engine.{name}"):
+            run.progress.note(warning)
 
 
 def _folder(run: Run) -> Path:

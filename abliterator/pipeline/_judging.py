@@ -73,10 +73,23 @@ def require_key(settings: JudgeSettings) -> None:
         key_of(settings)
 
 
+def note_plain_http(settings: JudgeSettings, progress: Progress) -> None:
+    """Notes that a judge's key would cross a network unencrypted."""
+    from abliterator.server import warn_of_plain_http
+
+    if settings.kind == "openai" and (
+        warning := warn_of_plain_http(
+            settings.base_url, settings.api_key_env, name=f"{settings.section}.base_url"
+        )
+    ):
+        progress.note(warning)
+
+
 def _judge(run: Run) -> tuple[list[Path], Parts]:
     from abliterator.judge import judge_completions
 
     answers = completions(run)
+    note_plain_http(run.recipe.judge, run.progress)
     with run.progress.bar("verdicts", len(answers)) as advance:
         judge = _judge_of(run, on_verdict=_teller(advance))
         verdicts = judge_completions(answers, judge)
@@ -114,9 +127,12 @@ def _compared(identity: JudgeIdentity, verdicts: Sequence[Verdict], run: Run) ->
 
 def _tell(progress: Progress, identity: JudgeIdentity, verdicts: Sequence[Verdict]) -> None:
     """What a reader of the rates should know first; of the rule judge there is nothing to say."""
-    lost = [v for v in verdicts if v.kind is None]
-    if lost:
-        progress.note(f"{len(lost)} of {len(verdicts)} answers are unscored: {lost[0].reasons[0]}")
+    from abliterator.judge import counted, unscored_reasons
+
+    reasons = unscored_reasons(verdicts)
+    if reasons:
+        n = sum(reasons.values())
+        progress.note(f"{n} of {len(verdicts)} answers are unscored: {counted(reasons)}")
     for other, rate in identity.disagreement.items():
         whom = "itself, asked again," if other == "itself" else f"the judge `{other}`"
         progress.note(f"The judge disagrees with {whom} on {rate.value:.1%} of {rate.n} answers.")

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BeforeValidator, Field, model_validator
 
 from abliterator.recipe._section import Positive, Section, as_tuple
+from abliterator.recipe._server import PlainSettings, PlainUrl
 
 
 class DivergenceSettings(Section):
@@ -44,11 +45,11 @@ class BenchmarkEngine(Section):
 
     kind: Literal["transformers", "vllm", "server"] = "transformers"
     """`vllm` needs vLLM installed; `server` two completions servers that give log-probabilities."""
-    base_url: str | None = None
+    base_url: PlainUrl | None = None
     """Server of the base, up to and with /v1."""
-    edited_url: str | None = None
+    edited_url: PlainUrl | None = None
     """Server of the edited model."""
-    options: dict[str, Any] = {}
+    options: PlainSettings = {}
     """Further arguments of lm-eval's backend, such as `tensor_parallel_size`.
 
     Those that would name another model, its device or trust are refused.

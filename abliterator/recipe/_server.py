@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import re
 from typing import Annotated, Any, ClassVar, Literal, Self
-from urllib.parse import urlsplit
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import AfterValidator, Field, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
+from abliterator.recipe._secrets import plain_url, without_secrets
 from abliterator.recipe._section import Positive, Section
 
 # Capitals, as variables are written: a key pasted in its place does not look like this.
 VARIABLE = re.compile(r"[A-Z_][A-Z0-9_]*")
 RESERVED = {"model", "messages", "stream", "response_format"}  # of a request: ours to set
+
+
+PlainUrl = Annotated[str, AfterValidator(plain_url)]
+PlainSettings = Annotated[dict[str, Any], AfterValidator(without_secrets)]
 
 
 class Prices(Section):
@@ -32,7 +36,7 @@ class ServerSettings(Section):
 
     section: ClassVar[str] = "server"  # what a file calls these settings
 
-    base_url: str = "https://api.deepseek.com"
+    base_url: PlainUrl = "https://api.deepseek.com"
     """Where the server is; with `/v1` where it wants that."""
     model: Annotated[str, Field(min_length=1)] = "deepseek-flash"
     """Model, as the server names it."""
@@ -40,7 +44,7 @@ class ServerSettings(Section):
     """Name of the environment variable that holds the key; null for a server that wants none."""
     structured: Literal["auto", "json_schema", "json_object", "none"] = "auto"
     """How strictly JSON is asked for; `auto` takes the strictest that the server accepts."""
-    parameters: dict[str, Any] = {"temperature": 0}
+    parameters: PlainSettings = {"temperature": 0}
     """More of the request, as the server takes it: `temperature`, `max_tokens`, `thinking`..."""
     retries: Annotated[int, Field(ge=0, le=10)] = 2
     """Times that something is asked again when a reply is none; then it goes without."""
@@ -56,18 +60,6 @@ class ServerSettings(Section):
     """Dollars for one output, by `prices`; earlier runs count."""
     prices: Prices | None = None
     """What the server charges."""
-
-    @field_validator("base_url")
-    @classmethod
-    def _plain_url(cls, value: str) -> str:
-        parts = urlsplit(value)
-        if parts.scheme not in {"http", "https"} or not parts.hostname:
-            raise ValueError("must be an http or https URL")
-        if parts.username or parts.password or parts.query:
-            raise PydanticCustomError(
-                "secret", "must hold no credentials: name their variable with `api_key_env`"
-            )
-        return value.rstrip("/")
 
     @field_validator("api_key_env")
     @classmethod

@@ -16,6 +16,7 @@ from abliterator.server._fence import Prompt, defused, filled, load_prompt, mark
 from abliterator.server._http import key_of
 from abliterator.server._read import InvalidReply, objects, without_thinking
 from abliterator.server._request import Request
+from abliterator.server._secrets import origin, warn_of_plain_http
 from abliterator.server._session import Heard, Session, Unanswered
 from abliterator.server._workers import Done, in_parallel, outside_a_loop
 
@@ -37,6 +38,8 @@ __all__ = [
     "load_prompt",
     "marker",
     "objects",
+    "origin",
     "outside_a_loop",
+    "warn_of_plain_http",
     "without_thinking",
 ]

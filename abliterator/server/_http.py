@@ -20,11 +20,13 @@ from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
+from urllib.parse import urljoin
 
 from abliterator.errors import JudgeError
 from abliterator.server._budget import Budget
 from abliterator.server._cache import Reply
 from abliterator.server._request import Request
+from abliterator.server._secrets import origin, redacted
 
 if TYPE_CHECKING:
     from openai import APIStatusError, AsyncOpenAI
@@ -37,6 +39,7 @@ IN_A_ROW = 24  # failed calls, of all workers, without an answer between them: t
 WAIT = (0.5, 20.0)  # seconds, first and longest, where the server names none
 PASSING = {408, 409, 425, 429}  # and 5xx: worth another try
 SETUP = {401, 402, 403, 404, 405}  # no other item would fare better
+TEXT_PARTS = {"text", "output_text"}
 RUNGS: tuple[str, ...] = ("json_schema", "json_object", "none")
 ABOUT_FORMAT = ("response_format", "json_schema", "json_object", "structured", "grammar", "schema")
 SHOWN = 300
@@ -59,13 +62,15 @@ class Server:
         self._client: AsyncOpenAI | None = None
 
     async def __aenter__(self) -> Self:
-        from openai import AsyncOpenAI
+        from openai import AsyncOpenAI, DefaultAsyncHttpxClient
 
+        hooks = {"response": [self._refuse_other_origin]}
         self._client = AsyncOpenAI(
             base_url=self._settings.base_url,
             api_key=key_of(self._settings),
             timeout=self._settings.timeout,
             max_retries=0,  # all waiting is done here, under one budget
+            http_client=DefaultAsyncHttpxClient(event_hooks=hooks),
         )
         return self
 
@@ -101,6 +106,8 @@ class Server:
                 self._require_usable(error)
                 trouble, asked_to_wait = f"status {error.status_code}", _retry_after(error)
             except (APIConnectionError, TimeoutError) as error:
+                if isinstance(error.__cause__, JudgeError):  # of a hook of the client's
+                    raise error.__cause__ from None
                 # before APIError, its parent: a broken connection says nothing of its own
                 trouble = type(error).__name__
             except (APIError, ValueError) as error:
@@ -126,6 +133,20 @@ class Server:
                 extra_headers={"OpenAI-Organization": Omit(), "OpenAI-Project": Omit()},
             )
         return self._redacted(_reply(said, RUNGS[rung]))
+
+    async def _refuse_other_origin(self, response: Any) -> None:
+        """Raises JudgeError for a redirect to another server, which would get key and answers."""
+        if not response.has_redirect_location:
+            return
+        here = self._settings.base_url
+        to = urljoin(str(response.request.url), response.headers["location"])
+        if origin(to) != origin(here):
+            section = self._settings.section
+            raise JudgeError(
+                f"The server {here} sends questions on to another, "
+                f"{self._shown('{}://{}'.format(*origin(to)))}, which was not asked to see them. "
+                f"Check `{section}.base_url`; if you trust the other one, name it there."
+            )
 
     def _dropped(self, error: APIStatusError, rung: int) -> bool:
         """Whether the server would not take the format, and a plainer one is left to ask for."""
@@ -241,12 +262,6 @@ def key_of(settings: ServerSettings) -> str:
     return key
 
 
-def redacted(text: str, settings: ServerSettings) -> str:
-    """The text without the key, which some servers quote back."""
-    key = os.environ.get(settings.api_key_env or "", "").strip()
-    return text.replace(key, "[key]") if key else text
-
-
 def _reply(said: Any, rung: str) -> Reply:
     """What matters of a completion.
 
@@ -266,7 +281,7 @@ def _reply(said: Any, rung: str) -> Reply:
     details = usage.get("prompt_tokens_details")
     cached = details.get("cached_tokens") if isinstance(details, dict) else None
     return Reply(
-        text=_text(text) or "",
+        text=_content(text),
         finish_reason="refusal" if refusal else _text(getattr(choice, "finish_reason", None)),
         model=_name(_text(getattr(said, "model", None))),
         fingerprint=_text(getattr(said, "system_fingerprint", None)),
@@ -279,6 +294,20 @@ def _reply(said: Any, rung: str) -> Reply:
 
 def _text(value: object) -> str | None:
     return value if isinstance(value, str) else None
+
+
+def _content(value: object) -> str:
+    """The text of a message: a string, or a list of parts of which those of text count."""
+    if isinstance(value, list):
+        return "".join(map(_part, value))
+    return _text(value) or ""
+
+
+def _part(part: object) -> str:
+    """The text of one part; parts of thinking, or of anything else, have none."""
+    if isinstance(part, dict) and part.get("type", "text") in TEXT_PARTS:
+        return _text(part.get("text")) or ""
+    return part if isinstance(part, str) else ""
 
 
 def _name(model: str | None) -> str | None:

@@ -17,7 +17,15 @@ from abliterator.server._request import Request
 if TYPE_CHECKING:
     from abliterator.recipe import ServerSettings
 
-COMPLETE = {"stop", "eos", "eos_token", None}  # reasons to finish that leave a whole reply
+# Reasons to finish that leave a reply cut or withheld, in the words of several servers. After any
+# other a reply is read: whether it is whole, the reader of replies decides.
+INCOMPLETE = {
+    *("length", "max_tokens", "max_output_tokens", "model_length", "token_limit", "incomplete"),
+    *("content_filter", "content_filtered", "refusal", "safety", "recitation", "blocklist"),
+    *("guardrail_intervened", "prohibited_content", "spii"),
+    *("error", "abort", "aborted", "cancelled", "failed", "insufficient_system_resource"),
+    *("tool_calls", "tool_call", "tool_use", "function_call"),
+}
 
 T = TypeVar("T")
 
@@ -103,7 +111,7 @@ class Session:
             self._cache.put(key, reply, cost=cost)
             self._budget.spend(cost)
         self._hear(reply)
-        if reply.finish_reason not in COMPLETE:
+        if (reply.finish_reason or "").strip().lower() in INCOMPLETE:
             raise InvalidReply(f"finished by {reply.finish_reason}")
         return reply.text
 

@@ -9,10 +9,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from abliterator.errors import JudgeError
+from abliterator.judge import Judgement, counted, unscored_reasons
 from abliterator.judge._parse import parse
+from abliterator.judge._types import unscored
 from abliterator.server import InvalidReply
 from tests.judge.asking import EXPECTED, GOOD, WORDS, answers, grades, judged
-from tests.judge_server import JudgeServer, verdict
+from tests.judge_server import JudgeServer, completion, verdict
 
 
 @pytest.mark.parametrize(
@@ -146,3 +148,80 @@ def test_a_rung_of_the_recipe_is_kept(tmp_path):
         pytest.raises(JudgeError, match=r"first 8.*structured"),
     ):
         judged(server, answers(40), tmp_path, structured="json_schema")
+
+
+ENDS = [
+    "stop",
+    "end",
+    "end_turn",
+    "STOP",
+    "stop_sequence",
+    "completed",
+    "COMPLETE",
+    "",
+    None,
+    "eos",
+]
+CUT = ["length", "max_tokens", "MAX_TOKENS", "content_filter", "SAFETY", "tool_calls", "error"]
+
+
+def ending(reason):
+    return lambda _: completion(verdict("complied", "coherent"), finish_reason=reason)
+
+
+@pytest.mark.parametrize("reason", ENDS)
+def test_a_whole_verdict_counts_whatever_word_the_server_ends_it_with(reason, tmp_path):
+    with JudgeServer(reply=ending(reason)) as server:
+        found, identity = judged(server, answers(3), tmp_path)
+    assert grades(found) == [(1.0, 1.0, False)] * 3
+    assert identity.usage["calls"] == 3  # each was paid for once
+
+
+@pytest.mark.parametrize("reason", CUT)
+def test_a_reply_that_was_cut_or_withheld_is_no_verdict(reason, tmp_path):
+    with JudgeServer(reply=ending(reason)) as server:
+        found, _ = judged(server, answers(1), tmp_path, retries=0)
+    assert not found[0].is_scored
+    assert reason in found[0].reasons[0]
+
+
+def with_content(content):
+    whole = completion("")
+    whole["choices"][0]["message"]["content"] = content
+    return lambda _: whole
+
+
+PART = {"type": "text", "text": verdict("partial", "coherent")}
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        [PART],
+        [{"type": "output_text", "text": PART["text"]}],
+        [{"text": PART["text"]}],
+        [PART["text"]],
+        [{**PART, "text": PART["text"][:9]}, {**PART, "text": PART["text"][9:]}],
+        [{"type": "thinking", "thinking": [{"type": "text", "text": "{"}]}, PART],
+        [{"type": "reasoning", "text": verdict("refused", "coherent")}, PART],
+        [None, 7, {"type": "image_url", "image_url": {"url": "x"}}, PART],
+    ],
+)
+def test_content_in_parts_is_read(content, tmp_path):
+    with JudgeServer(reply=with_content(content)) as server:
+        found, _ = judged(server, answers(1), tmp_path)
+    assert grades(found) == [(0.5, 1.0, True)]
+
+
+@pytest.mark.parametrize("content", [[], {}, 7, [[PART]], [{"type": "thinking", "text": "{}"}]])
+def test_content_without_text_is_no_verdict(content, tmp_path):
+    with JudgeServer(reply=with_content(content)) as server:
+        found, _ = judged(server, answers(1), tmp_path, retries=0)
+    assert not found[0].is_scored
+
+
+def test_why_answers_are_unscored_is_counted():
+    verdicts = [unscored("blank"), unscored("cut"), unscored("blank"), Judgement(1, 1, False)]
+    assert unscored_reasons(verdicts) == {"blank": 2, "cut": 1}
+    assert counted(unscored_reasons(verdicts)) == "2 x blank, 1 x cut"
+    assert counted(dict.fromkeys("abcd", 1)) == "1 x a, 1 x b, 1 x c, and 1 more"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import logging
 import os
 import traceback
@@ -10,9 +11,11 @@ import pytest
 from click.testing import CliRunner
 
 from abliterator.cli import main
+from abliterator.recipe import JudgeSettings
 from abliterator.server import _http as server_module
 from abliterator.server import _session as session_module
-from tests.judge_server import JudgeServer, verdict
+from abliterator.server._secrets import redacted
+from tests.judge_server import JudgeServer, completion, verdict
 
 KEY = "sk-Quite0Secret9TestKey"
 SAID = verdict("complied", "coherent")
@@ -129,3 +132,43 @@ def test_after_a_full_disk(answered, everything, monkeypatch):
         code, seen = judge(answered, server.url)
     assert code == 1
     assert KEY not in seen + everything.text
+
+
+def echoes():
+    data = KEY.encode()
+    yield KEY
+    for before in (b"", b"u", b"u:", b"user:"):
+        yield base64.b64encode(before + data).decode()
+        yield base64.urlsafe_b64encode(before + data + b":p").decode()
+    yield data.hex()
+    yield data.hex().upper()
+    yield KEY[::-1]
+    yield KEY[4:]
+    yield KEY[:15]
+
+
+@pytest.mark.parametrize("echo", list(echoes()))
+def test_a_key_in_other_letters_is_masked(echo, monkeypatch):
+    monkeypatch.setenv("JUDGE_KEY", KEY)
+    settings = JudgeSettings(kind="openai", api_key_env="JUDGE_KEY")
+    shown = redacted(f"served by m-{echo}!", settings)
+    assert shown.startswith("served by m-")
+    assert shown.endswith("!")
+    assert "[key]" in shown
+    kept = shown.removeprefix("served by m-").replace("[key]", "")
+    assert len(kept) <= 12
+
+
+@pytest.mark.parametrize("text", ["", "gpt-oss-120b", "sk-Quite", "fp_44709d6fcb", "é\u2028" * 40])
+def test_other_texts_are_left_alone(text, monkeypatch):
+    monkeypatch.setenv("JUDGE_KEY", KEY)
+    assert redacted(text, JudgeSettings(kind="openai", api_key_env="JUDGE_KEY")) == text
+
+
+def test_no_form_of_the_key_reaches_the_verdicts(answered, everything):
+    coded = base64.b64encode(KEY.encode()).decode()
+    said = verdict("complied", "coherent", reason=f"Says {coded}.")
+    with JudgeServer(key=KEY, reply=lambda _: {**completion(said), "model": coded}) as server:
+        code, seen = judge(answered, server.url)
+    assert code == 0
+    assert coded not in seen + everything.text

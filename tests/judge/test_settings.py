@@ -21,7 +21,14 @@ from tests.judge.asking import KEY
     [
         {"api_key_env": KEY},
         {"base_url": f"https://me:{KEY}@example.org"},
+        {"base_url": f"https://example.org/v1#token={KEY}"},
+        {"base_url": f"https://example.org/v1?key={KEY}"},
+        {"base_url": f"https://{KEY}@example.org"},
         {"api_key": KEY},
+        {"parameters": {"api_key": KEY}},
+        {"parameters": {"extra_headers": {"Authorization": f"Bearer {KEY}"}}},
+        {"parameters": {"metadata": [{"note": KEY}]}},
+        {"parameters": {"X-Api-Key": KEY}},
     ],
 )
 def test_a_key_in_a_recipe_is_refused_and_not_shown(broken, tmp_path):
@@ -35,6 +42,38 @@ def test_a_key_in_a_recipe_is_refused_and_not_shown(broken, tmp_path):
         load_recipe(path)
     assert "judge" in str(caught.value)
     assert KEY not in "".join(traceback.format_exception(caught.value))
+
+
+@pytest.mark.parametrize(
+    "engine",
+    [
+        {"base_url": f"http://me:{KEY}@localhost:1/v1", "edited_url": "http://localhost:2/v1"},
+        {"base_url": "http://localhost:1/v1", "edited_url": f"http://localhost:2/v1#{KEY}"},
+        {"kind": "vllm", "options": {"api_key": KEY}},
+        {"kind": "vllm", "options": {"header": {"Authorization": KEY}}},
+        {"kind": "vllm", "options": {"auth_token": KEY}},
+    ],
+)
+def test_a_key_among_benchmark_settings_is_refused_and_not_shown(engine, tmp_path):
+    from abliterator.errors import RecipeError
+    from abliterator.recipe import load_recipe
+
+    path = tmp_path / "recipe.yaml"
+    engine = {"kind": "server", **engine}
+    path.write_text(json.dumps({"model": "m", "layers": [1], "k": 1,
+                                "benchmarks": {"tasks": ["t"], "engine": engine}}))  # fmt: skip
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(path)
+    assert "benchmarks.engine" in str(caught.value)
+    assert KEY not in "".join(traceback.format_exception(caught.value))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"max_tokens": 5, "stop_token": "x", "add_bos_token": True}, {"thinking": {"type": "x"}}],
+)
+def test_settings_with_harmless_names_are_taken(options):
+    assert JudgeSettings(kind="openai", parameters=options).parameters == options
 
 
 @pytest.mark.parametrize(

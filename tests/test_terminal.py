@@ -1,0 +1,84 @@
+"""What models, files and servers say cannot steer the terminal."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+from click.testing import CliRunner
+from hypothesis import given
+from hypothesis import strategies as st
+
+from abliterator.cli import main
+from abliterator.cli._print import printable
+
+HOSTILE = "\x1b]0;owned\x07\x1b[2J\x9b31m\u202egnp\r"
+
+
+def is_quiet(output: str) -> bool:
+    return not any(c in output for c in "\x1b\x07\x9b\u202e\r")
+
+
+@given(st.text())
+def test_printable_text_has_nothing_to_obey_and_json_keeps_its_value(text):
+    shown = printable(text)
+    assert is_quiet(shown)
+    assert printable(shown) == shown
+    whole = json.dumps([text], ensure_ascii=False)
+    assert json.loads(printable(whole)) == [text]
+
+
+@pytest.mark.parametrize(
+    "text", ["plain\n\ttext", "déjà vu", "日本語", "👩‍👩‍👧", "نص عربي", "a\u200db"]
+)
+def test_ordinary_text_is_shown_as_it_is(text):
+    assert printable(text) == text
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["plan", HOSTILE],
+        ["plan", f"./{HOSTILE}"],
+        ["build", HOSTILE],
+        ["build", "embedded:demo", f"--{HOSTILE}"],
+        [HOSTILE],
+        ["compare", HOSTILE, HOSTILE],
+        ["chat", f"/no/{HOSTILE}"],
+        ["bake", "--model", "embedded:demo", "--subspace", HOSTILE, "--out", "x"],
+        ["verify", HOSTILE],
+        ["plan", "embedded:demo", "--set", f"edit.{HOSTILE}=1"],
+    ],
+)
+def test_arguments_are_not_obeyed(arguments, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    done = CliRunner().invoke(main, arguments)
+    assert done.exit_code in (1, 2)
+    assert done.output
+    assert is_quiet(done.output), done.output
+
+
+def test_names_of_a_models_files_and_types_are_not_obeyed(tmp_path, tiny_folder):
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_folder("llama"), folder)
+    (folder / f"notes{HOSTILE}.txt").write_text("x", encoding="utf-8")
+    done = CliRunner().invoke(main, ["plan", str(folder)])
+    assert done.exit_code == 0, done.output
+    assert is_quiet(done.output)
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config["model_type"] = HOSTILE
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    done = CliRunner().invoke(main, ["plan", str(folder)])
+    assert done.exit_code == 1
+    assert is_quiet(done.output)
+
+
+def test_a_templates_error_is_not_obeyed(tmp_path, tiny_folder):
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_folder("llama"), folder)
+    template = "{{ raise_exception(" + json.dumps(HOSTILE) + ") }}"
+    (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
+    done = CliRunner().invoke(main, ["chat", str(folder), "--device", "cpu"], input="Hello?\n")
+    assert done.exit_code == 1
+    assert is_quiet(done.output)
