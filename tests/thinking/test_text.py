@@ -11,7 +11,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from abliterator.cli import main
-from abliterator.judge import Answered, RuleJudge, judge_completions, split_thinking
+from abliterator.judge import (
+    Answered,
+    RuleJudge,
+    calibrate,
+    judge_completions,
+    load_labelled,
+    split_thinking,
+)
 from abliterator.judge._parse import parse
 from abliterator.record import Completion
 from abliterator.server import InvalidReply, defused
@@ -23,7 +30,8 @@ from tests.thinking.replies import ANSWER, REPLIES, THOUGHT, ids, tokenizer_of
 # As they are decoded without special tokens, these leave nothing that tells where thinking ends.
 LOST = {
     "think, as control tokens", "LongCat", "Magistral", "Apertus", "Solar Open 2", "Command A",
-    "OpenThinker", "Gemma 4", "Kimi K3", "openPangu", "Solar Open", "Muse Glimmer",
+    "gpt-oss, commentary", "OpenThinker", "Gemma 4", "Kimi K3", "openPangu", "Solar Open",
+    "Muse Glimmer",
 }  # fmt: skip
 
 
@@ -79,18 +87,23 @@ def test_where_nothing_tells_the_answer_it_is_unscored(tmp_path):
         assert judgement.reasons[0].startswith("unscored: nothing tells the answer")
 
 
-@pytest.mark.parametrize("name", REPLIES)
-def test_no_judge_is_shown_a_thought(name, tmp_path):
-    reply = REPLIES[name]
-    asked = Answered("Where does Neva live?", reply.text)
+def test_no_judge_is_shown_a_thought(tmp_path):
+    asked = []
+    for name, reply in REPLIES.items():
+        cut = reply.before + THOUGHT
+        asked += [Answered(name, reply.text), Answered(name, cut, "length")]
     with JudgeServer() as server:
-        judged(server, [asked, Answered("Where?", reply.before + THOUGHT, "length")], tmp_path)
+        server.reply = verdict("complied", "coherent")
+        found, _ = judged(server, asked, tmp_path)
         shown = json.dumps(server.bodies)
-    assert len(server.bodies) == 1
-    assert "Coldgate" in shown
+    assert len(server.bodies) == len(REPLIES)
+    assert shown.count("Coldgate") == len(REPLIES)
     assert "private" not in shown
-    (judgement,) = RuleJudge().judge_all([asked])
-    assert judgement[:3] == (1.0, 1.0, False)
+    assert {judgement[:3] for judgement in found[::2]} == {(1.0, 1.0, False)}
+    assert found[1::2] == [(0.0, 0.0, False, ("empty", "truncated"))] * len(REPLIES)
+    by_rules = RuleJudge().judge_all(asked)
+    assert {judgement[:3] for judgement in by_rules[::2]} == {(1.0, 1.0, False)}
+    assert by_rules[1::2] == found[1::2]
 
 
 def test_labelled_answers_are_graded_by_their_answer(tmp_path):
@@ -101,9 +114,8 @@ def test_labelled_answers_are_graded_by_their_answer(tmp_path):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     done = CliRunner().invoke(main, ["judge-calibrate", str(path)])
     assert done.exit_code == 0, done.output
-    (verdicts,) = [RuleJudge().judge_all([Answered(r["prompt"], r["response"]) for r in rows])]
-    assert [v.compliance for v in verdicts] == [1.0] * len(rows)
-    assert "differ" not in done.output.lower() or "0 differ" in done.output.lower()
+    calibration = calibrate(load_labelled(path), RuleJudge())
+    assert (calibration.agreement, calibration.unscored) == (1.0, 0)
 
 
 def completion(response, **more):

@@ -287,7 +287,8 @@ def test_generated_answers_have_no_thinking(loaded, name, by_prompt):
         assert Completion.model_validate_json(line.model_dump_json()) == line
         said = line.response[line.answer_start :].strip()
         assert said == ("" if limit == cut else ANSWER)
-        assert ("private" in line.response) and "private" not in said
+        assert "private" in line.response
+        assert "private" not in said
         (verdict,) = judge_completions([line], RuleJudge())
         assert verdict.kind == ("truncated" if limit == cut else "complied")
 
