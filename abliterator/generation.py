@@ -22,6 +22,7 @@ import torch
 from abliterator.errors import GenerationError
 from abliterator.model import ByRow, LoadedModel, Prefix, cache_name, run_batches, run_prefix
 from abliterator.record import Completion, FinishReason, Side
+from abliterator.thinking import Splitter
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedModel
@@ -36,14 +37,17 @@ class Answer:
     """One answer.
 
     Attributes:
-        text: decoded without special tokens.
+        text: decoded without special tokens; before it, the model's thinking with them.
         token_ids: what was generated, without the stop token.
         finish_reason: "stop" if a stop token ended it, "length" if max_new_tokens did.
+        start: where the answer begins in `text`, behind the thinking; at its end where the model
+            had not begun to answer.
     """
 
     text: str
     token_ids: tuple[int, ...]
     finish_reason: FinishReason
+    start: int = 0
 
 
 def stop_ids(loaded: LoadedModel) -> tuple[int, ...]:
@@ -112,10 +116,11 @@ def generate(
     else:
         prefix = Prefix(by_row=by_row)
     run = partial(_continuations, loaded, prompts, prefix=prefix)
+    splitter = Splitter(loaded.tokenizer)
     with _only(loaded.model, _greedy(loaded, max_new_tokens, stop_ids)):
         for batch, rows in run_batches(batches, run):
             for index, row in zip(batch, rows, strict=True):
-                answers[index] = _answer(loaded, row, stop_ids)
+                answers[index] = _answer(splitter, prompts[index], row, stop_ids)
             if on_batch:
                 on_batch(len(batch))
     return [answers[i] for i in range(len(prompts))]
@@ -128,6 +133,7 @@ def stream(
     max_new_tokens: int,
     stop_ids: Sequence[int],
     on_text: Callable[[str], None],
+    on_end: Callable[[Answer], None] = lambda answer: None,
 ) -> None:
     """The answer that `generate` gives to one prompt, told piece by piece as it comes.
 
@@ -136,12 +142,17 @@ def stream(
         prompt: token ids of a rendered prompt.
         max_new_tokens: at most this many.
         stop_ids: tokens that end the answer; they are not told.
-        on_text: hears each piece; together they are the text.
+        on_text: hears each piece; together they are the text without special tokens.
+        on_end: is given the answer as far as it came, also when Ctrl-C stopped it.
     """
     from transformers import TextStreamer
 
+    tokens: list[int] = []
+
     class Teller(TextStreamer):  # type: ignore[misc]
         def put(self, value: torch.Tensor) -> None:
+            if not self.next_tokens_are_prompt:
+                tokens.append(int(value.item()))
             if self.next_tokens_are_prompt or value.item() not in stop_ids:
                 super().put(value)
 
@@ -149,8 +160,11 @@ def stream(
             on_text(text)
 
     teller = Teller(loaded.tokenizer, skip_prompt=True, skip_special_tokens=True)
-    with _only(loaded.model, _greedy(loaded, max_new_tokens, stop_ids)):
-        _continuations(loaded, [prompt], [0], prefix=Prefix(), streamer=teller)
+    try:
+        with _only(loaded.model, _greedy(loaded, max_new_tokens, stop_ids)):
+            _continuations(loaded, [prompt], [0], prefix=Prefix(), streamer=teller)
+    finally:
+        on_end(_answer(Splitter(loaded.tokenizer), prompt, tokens, stop_ids))
 
 
 def as_completions(
@@ -173,6 +187,7 @@ def as_completions(
             response=answer.text,
             finish_reason=answer.finish_reason,
             n_tokens=len(answer.token_ids),
+            answer_start=answer.start,
         )
         for index, (prompt, answer) in enumerate(zip(prompts, answers, strict=True))
     ]
@@ -273,8 +288,11 @@ def _continuations(
     return added
 
 
-def _answer(loaded: LoadedModel, row: Sequence[int], stop_ids: Sequence[int]) -> Answer:
+def _answer(
+    splitter: Splitter, prompt: Sequence[int], row: Sequence[int], stop_ids: Sequence[int]
+) -> Answer:
     end = next((i for i, token in enumerate(row) if token in stop_ids), None)
     token_ids = tuple(row[:end])
-    text = loaded.tokenizer.decode(token_ids, skip_special_tokens=True)
-    return Answer(text, token_ids, "length" if end is None else "stop")
+    split = splitter.split(prompt, token_ids, is_cut=end is None)
+    text = split.thinking + split.answer
+    return Answer(text, token_ids, "length" if end is None else "stop", len(split.thinking))

@@ -65,9 +65,10 @@ class Completion(Frozen):
     side: Side
     index: int  # position of the prompt in its set: (set, index) pairs base with edited
     prompt: str
-    response: str
+    response: str  # all of it: what the model thought, then its answer
     finish_reason: FinishReason
     n_tokens: int
+    answer_start: int | None = None  # where the answer begins in `response`; None where not known
 
 
 VerdictKind = Literal["refused", "deflected", "partial", "complied", "broken", "truncated", "empty"]

@@ -86,9 +86,10 @@ def test_earlier_turns_are_part_of_the_conversation(built, monkeypatch):
     typed = iter(["Where is the a?", "And the b?", "", "And the b?"])
     seen = []
 
-    def answer(self, side, prompt, before, on_text):
+    def answer(self, side, prompt, before, on_text, on_answer):
         seen.append((prompt, list(before)))
-        on_text("Here.")
+        on_text("<think>Where?</think>Here.")
+        on_answer("Here.")
 
     def type_(_):
         try:
@@ -108,10 +109,11 @@ def test_an_answer_can_be_stopped_and_the_talk_goes_on(built, monkeypatch, capsy
     typed = iter(["a?", KeyboardInterrupt, "b?", EOFError])
     seen = []
 
-    def answer(self, side, prompt, before, on_text):
+    def answer(self, side, prompt, before, on_text, on_answer):
         seen.append((prompt, list(before)))
         on_text("It is")
         if prompt == "a?":
+            on_answer("It is")
             raise KeyboardInterrupt
         on_text(" here.")
 

@@ -63,28 +63,30 @@ def converse(talk: Talk) -> None:
             if not prompt:
                 turns.clear()
                 continue
-            told: list[str] = []
+            answers: list[str] = []
             try:
-                say(talk, side, prompt, turns, told.append)
+                say(talk, side, prompt, turns, answers.append)
             except KeyboardInterrupt:
                 echo(" (stopped)")
-            turns.append((prompt, "".join(told)))
+            turns.append((prompt, "".join(answers)))
 
 
 def say(
-    talk: Talk, side: Side, prompt: str, before: Turns, heard: Callable[[str], None] | None = None
+    talk: Talk,
+    side: Side,
+    prompt: str,
+    before: Turns,
+    on_answer: Callable[[str], None] = lambda answer: None,
 ) -> None:
-    """One answer on stdout as it comes; `heard` is told the pieces too."""
+    """One answer on stdout as it comes; `on_answer` is given it without its thinking."""
 
     def tell(text: str) -> None:
         echo(text, nl=False)
         sys.stdout.flush()
-        if heard is not None:
-            heard(text)
 
     if len(talk.speakers) > 1:
         click.secho(f"{side}: ", nl=False, bold=True)
-    talk.answer(side, prompt, before, tell)
+    talk.answer(side, prompt, before, tell, on_answer)
     echo()
 
 

@@ -21,7 +21,7 @@ from abliterator.errors import JudgeError
 from abliterator.files import digest_of
 from abliterator.judge._parse import SCHEMA, parse
 from abliterator.judge._prompt import judge_prompt, messages
-from abliterator.judge._types import Answered, Judgement, judged_empty, split_thinking, unscored
+from abliterator.judge._types import Answered, Judgement, judged_empty, unscored
 from abliterator.record import Estimate, JudgeIdentity
 from abliterator.server import (
     Heard,
@@ -183,7 +183,7 @@ def _majority(votes: Sequence[Judgement]) -> Judgement:
 
 def _text(answered: Answered) -> Item:
     """What a judge is shown: the thinking is not the answer."""
-    return answered.prompt, split_thinking(answered.response)[1]
+    return answered.prompt, answered.split.answer
 
 
 def _only(told: set[str]) -> str | None:

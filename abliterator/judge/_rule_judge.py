@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from abliterator.judge._coherence import coherence_of
 from abliterator.judge._rules import compliance_of, phrases
-from abliterator.judge._types import Answered, Judgement, judged_empty, split_thinking
+from abliterator.judge._types import Answered, Judgement, judged_empty
 from abliterator.record import FinishReason, JudgeIdentity
 
 
@@ -23,7 +23,7 @@ class RuleJudge:
 
     def judge_all(self, answers: Sequence[Answered]) -> list[Judgement]:
         """Judge every answer, in their order."""
-        return [self.judge(a.prompt, a.response, finish_reason=a.finish_reason) for a in answers]
+        return [_judged(answered) for answered in answers]
 
     def judge(self, prompt: str, response: str, *, finish_reason: FinishReason) -> Judgement:
         """Judge one answer from its text.
@@ -31,13 +31,17 @@ class RuleJudge:
         Thinking is split off first. A cut-off end is reported, not punished. An empty answer is
         neither a refusal nor coherent; a broken one does not comply.
         """
-        empty = judged_empty(Answered(prompt, response, finish_reason))
-        if empty is not None:
-            return empty
-        _, answer = split_thinking(response)
-        cut = ("truncated",) if finish_reason == "length" else ()
-        coherence, flaws = coherence_of(prompt, answer)
-        grade, refused, reasons = compliance_of(prompt, answer)
-        if coherence == 0:
-            grade = 0.0
-        return Judgement(grade, coherence, refused, (*reasons, *flaws, *cut))
+        return _judged(Answered(prompt, response, finish_reason))
+
+
+def _judged(answered: Answered) -> Judgement:
+    empty = judged_empty(answered)
+    if empty is not None:
+        return empty
+    prompt, answer = answered.prompt, answered.split.answer
+    cut = ("truncated",) if answered.finish_reason == "length" else ()
+    coherence, flaws = coherence_of(prompt, answer)
+    grade, refused, reasons = compliance_of(prompt, answer)
+    if coherence == 0:
+        grade = 0.0
+    return Judgement(grade, coherence, refused, (*reasons, *flaws, *cut))

@@ -2,22 +2,41 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
-from abliterator.record import FinishReason, JudgeIdentity
-
-_TAG = r"(?:think|thinking|reasoning)"
-_THOUGHTS = re.compile(rf"\A(?:.*</{_TAG}>|\s*<{_TAG}>.*)", re.DOTALL | re.IGNORECASE)
+from abliterator.record import Completion, FinishReason, JudgeIdentity
+from abliterator.thinking import Split, split_text
 
 
 class Answered(NamedTuple):
-    """A prompt and the answer to it: all that a judge is shown."""
+    """A prompt and the response to it; a judge is shown the prompt and the answer.
+
+    Attributes:
+        prompt: what was asked.
+        response: all of it: what the model thought, then its answer.
+        finish_reason: why it ended.
+        answer_start: where the answer begins in `response`; None of a text about which nothing else
+            is known, and then its own marks tell.
+    """
 
     prompt: str
     response: str
     finish_reason: FinishReason = "stop"
+    answer_start: int | None = None
+
+    @classmethod
+    def of(cls, completion: Completion) -> Answered:
+        """A line of rollouts.jsonl as a judge takes it."""
+        c = completion
+        return cls(c.prompt, c.response, c.finish_reason, c.answer_start)
+
+    @property
+    def split(self) -> Split:
+        """The thinking and the answer: what a model says to itself is not its answer."""
+        if self.answer_start is None:
+            return split_text(self.response, is_cut=self.finish_reason == "length")
+        return Split(self.response[: self.answer_start], self.response[self.answer_start :])
 
 
 class Judgement(NamedTuple):
@@ -51,21 +70,24 @@ def unscored(reason: str) -> Judgement:
 
 
 def split_thinking(response: str) -> tuple[str, str]:
-    """(thinking, answer): what a reasoning model says to itself is not its answer.
+    """(thinking, answer) of a text about which nothing else is known.
 
-    The block may have been opened by the chat template; one that never closes leaves no answer.
+    The thinking may have been opened by the chat template; where it never ends there is no answer.
     """
-    match = _THOUGHTS.match(response)
-    end = match.end() if match else 0
-    return response[:end], response[end:]
+    thinking, answer, _ = split_text(response)
+    return thinking, answer
 
 
 def judged_empty(answered: Answered) -> Judgement | None:
-    """The judgement of an answer without a word in it, which no judge needs to be asked for.
+    """The judgement of a response without a word of an answer, which no judge is asked for.
 
-    It is neither a refusal nor coherent.
+    It is neither a refusal nor coherent. Where nothing tells the answer from the thinking, it is
+    unscored.
     """
-    if split_thinking(answered.response)[1].strip():
+    split = answered.split
+    if not split.is_known:
+        return unscored("nothing tells the answer from the thinking before it")
+    if split.answer.strip():
         return None
     cut = ("truncated",) if answered.finish_reason == "length" else ()
     return Judgement(0.0, 0.0, False, ("empty", *cut))

@@ -5,20 +5,19 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from abliterator.judge._coherence import distinct_share, loop_share
-from abliterator.judge._types import Answered, Judge, Judgement, split_thinking
+from abliterator.judge._types import Answered, Judge, Judgement
 from abliterator.record import Completion, Guards, Verdict, VerdictKind
 
 
 def judge_completions(completions: Iterable[Completion], judge: Judge) -> list[Verdict]:
     """A verdict for every completion, in their order."""
     completions = list(completions)
-    answers = [Answered(c.prompt, c.response, c.finish_reason) for c in completions]
-    judgements = judge.judge_all(answers)
+    judgements = judge.judge_all([Answered.of(c) for c in completions])
     return [_verdict(c, said) for c, said in zip(completions, judgements, strict=True)]
 
 
 def _verdict(completion: Completion, said: Judgement) -> Verdict:
-    thinking, answer = split_thinking(completion.response)
+    thinking, answer, _ = Answered.of(completion).split
     truncated = completion.finish_reason == "length"
     return Verdict(
         set=completion.set,

@@ -152,4 +152,4 @@ def judge_identity(run: Run) -> JudgeIdentity:
     return JudgeIdentity.model_validate_json(read_text(run.workspace.work / "judge.json"))
 
 
-JUDGE = Stage("judge", 2, _judge_inputs, _judge)
+JUDGE = Stage("judge", 3, _judge_inputs, _judge)

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 
 SIDES: tuple[Side, ...] = get_args(Side)
+VERSION = 3  # of the stage, and of the answers of one side that it may keep
 
 
 def _rollouts_inputs(run: Run) -> Any:
@@ -26,6 +27,7 @@ def _side_key(run: Run, side: Side) -> str:
     recipe = run.recipe
     return digest_of(
         [
+            VERSION,
             run.base_digest(),
             run.digest("bake") if side == "edited" else None,
             recipe.chat.model_dump(mode="json"),
@@ -77,4 +79,4 @@ def completions(run: Run) -> list[Completion]:
     return [Completion.model_validate_json(line) for line in lines]
 
 
-ROLLOUTS = Stage("rollouts", 2, _rollouts_inputs, _rollouts)
+ROLLOUTS = Stage("rollouts", VERSION, _rollouts_inputs, _rollouts)

@@ -126,4 +126,4 @@ def _pictures(run: Run, found: Selection) -> list[Path]:
     return paths
 
 
-SELECTION = Stage("selection", 4, _selection_inputs, _select)
+SELECTION = Stage("selection", 5, _selection_inputs, _select)

@@ -43,15 +43,22 @@ class Talk:
     max_new_tokens: int
 
     def answer(
-        self, side: Side, prompt: str, before: Turns, on_text: Callable[[str], None]
+        self,
+        side: Side,
+        prompt: str,
+        before: Turns,
+        on_text: Callable[[str], None],
+        on_answer: Callable[[str], None] = lambda answer: None,
     ) -> None:
         """Answers greedily, with the stop tokens that measurements have.
 
         Args:
             side: who answers.
             prompt: what is asked.
-            before: earlier turns of this side, each with its answer.
+            before: earlier turns of this side, each with its answer and without its thinking.
             on_text: hears the answer piece by piece, thinking included.
+            on_answer: is given the answer without its thinking, as a later turn hands it back; also
+                when Ctrl-C stopped it.
         """
         from abliterator.generation import stop_ids, stream
         from abliterator.model import render_chat
@@ -71,6 +78,7 @@ class Talk:
                 max_new_tokens=self.max_new_tokens,
                 stop_ids=stop_ids(loaded),
                 on_text=on_text,
+                on_end=lambda answer: on_answer(answer.text[answer.start :].strip()),
             )
 
 

@@ -109,4 +109,4 @@ def _subject(run: Run) -> Subject:
     )
 
 
-TUNING = Stage("tuning", 3, _tuning_inputs, _tune)
+TUNING = Stage("tuning", 4, _tuning_inputs, _tune)

@@ -110,6 +110,7 @@ def measure_base(subject: Subject) -> Baseline:
             f"The base refuses {len(refusals)} of {len(held_out.answers)} held-out target prompts "
             f"(judged by {subject.judge.identity.kind}, {length} tokens), so there is nothing to "
             f"remove. Give target prompts that it refuses, or name the layers in the recipe."
+            f"{thinking_note([*held_out.answers, *contrast])}"
         )
     judged = _verdicts(subject, subject.contrast.prompts, contrast)
     sorted_out = zip(contrast, judged, strict=True)
@@ -119,6 +120,7 @@ def measure_base(subject: Subject) -> Baseline:
             f"The base begins its {len(refusals)} refusals as it begins its answers to contrast "
             f"prompts, so candidates cannot be scored by how answers begin. Give contrast prompts "
             f"that it answers, or name the layers in the recipe."
+            f"{thinking_note([*held_out.answers, *contrast])}"
         )
     forced = [answer.token_ids for answer in neutral]
     along = {prompt: logprobs for _, prompt, logprobs in base.along(forced)}
@@ -130,6 +132,21 @@ def measure_base(subject: Subject) -> Baseline:
         forced=forced,
         logprobs=[along[prompt] for prompt in range(len(forced))],
         tokens=sum(len(a.token_ids) for a in (*held_out.answers, *contrast, *neutral)),
+    )
+
+
+def thinking_note(answers: Sequence[Answer]) -> str:
+    """What to do about thinking where there is any; "" otherwise.
+
+    Candidates are scored by the first tokens after the prompt, which then are those of thinking.
+    """
+    thought = sum(answer.start > 0 for answer in answers)
+    if not thought:
+        return ""
+    return (
+        f" {thought} of its {len(answers)} replies begin with thinking, and so their first tokens "
+        "say little of the answer: switch thinking off in `chat.template_kwargs` (often "
+        "`enable_thinking: false`), or raise `selection.tokens`."
     )
 
 

@@ -24,8 +24,9 @@ _INVISIBLE = {"Cc", "Cf", "Cs"}  # control, format, half of a surrogate pair
 # Chat templates turn these into control tokens of a local server, wherever they stand in a text.
 _CONTROL = re.compile(
     r"<(?=[|｜])|(?<=[|｜])>"
-    r"|<(?=/?(?:s|bos|eos|pad|unk|think|thinking|start_of_turn|end_of_turn|tool_call)>)"
-    r"|<(?=</?SYS>>)|\[(?=/?INST\])",
+    r"|<(?=/?(?:s|bos|eos|pad|unk|start_of_turn|end_of_turn|tool_call)>)"
+    r"|<(?=/?(?:[a-z]+[:_])?(?:think|thinking|thought|reasoning)>)"
+    r"|<(?=</?SYS>>)|\[(?=/?(?:INST|THINK)\])|◁(?=/?think)",
     re.IGNORECASE,
 )
 _PLACE = re.compile(r"<(\w+)>")

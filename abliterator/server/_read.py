@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-_THOUGHT = re.compile(r"\A.*</think(?:ing)?>", re.DOTALL | re.IGNORECASE)
-_OPEN_THOUGHT = re.compile(r"<think(?:ing)?>", re.IGNORECASE)
+from abliterator.thinking import split_text
 
 
 class InvalidReply(ValueError):
@@ -22,11 +20,11 @@ def without_thinking(reply: str) -> str:
         InvalidReply: if nothing is left.
     """
     # a reply that begins with its object may quote a tag of thinking inside it
-    text = reply if reply.lstrip().startswith(("{", "```")) else _THOUGHT.sub("", reply)
-    if _OPEN_THOUGHT.match(text.lstrip()):
-        raise InvalidReply("only thinking")
+    if reply.lstrip().startswith(("{", "```")):
+        return reply
+    thinking, text, _ = split_text(reply, is_cut=True)  # an open end is no answer
     if not text.strip():
-        raise InvalidReply("blank")
+        raise InvalidReply("only thinking" if thinking.strip() else "blank")
     return text
 
 

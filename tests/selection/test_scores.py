@@ -7,6 +7,7 @@ import torch
 
 from abliterator.bake import preview_edit
 from abliterator.directions import Directions, Place, stack
+from abliterator.generation import Answer
 from abliterator.judge import Judgement, RuleJudge
 from abliterator.model import hooked
 from abliterator.record import Estimate
@@ -89,3 +90,12 @@ def test_directions_added_side_by_side_equal_one_at_a_time(subject):
             alone += steered.refusal(subject.target, [(11,)])
     assert together == pytest.approx(alone)
     assert together != pytest.approx(unedited(subject).refusal(subject.target, [(11,)]) * 3)
+
+
+def test_thinking_is_named_where_the_base_gives_nothing_to_go_by():
+    plain = Answer("Sure!", (5,), "stop")
+    thinks = Answer("<think>Hm.</think>Sure!", (5,), "stop", start=18)
+    assert _scores.thinking_note([plain, plain]) == ""
+    note = _scores.thinking_note([plain, thinks, thinks])
+    assert note.startswith(" 2 of its 3 replies begin with thinking")
+    assert "enable_thinking: false" in note

@@ -1,0 +1,143 @@
+"""The table of formats, and where their marks stand in a text."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cache
+from importlib.resources import files
+from typing import Any, NamedTuple
+
+import yaml
+
+
+class Mark(NamedTuple):
+    """A mark in a text: where it stands, and what it opens or closes."""
+
+    start: int
+    end: int
+    opens: bool
+    block: str  # marks of one block have the same name
+    paired: bool = False  # a closing mark means nothing without its opening one
+    leads: bool = False  # a mark at the very beginning only
+
+
+@dataclass(frozen=True)
+class Channels:
+    """A format of messages in channels.
+
+    Attributes:
+        begins: what a reply of this format has in its text.
+        control: a control token that no other reply has.
+        header: how a message begins, with a group `channel`; or how one ends.
+        answer: the channel of the answer.
+    """
+
+    begins: re.Pattern[str]
+    control: str
+    header: re.Pattern[str]
+    answer: str
+
+
+@dataclass(frozen=True)
+class Remnant:
+    """What begins a reply that was decoded without control tokens, and what precedes its answer."""
+
+    begins: re.Pattern[str]
+    answer: str | None
+
+
+@dataclass(frozen=True)
+class Formats:
+    """All formats.
+
+    Attributes:
+        pattern: finds any mark.
+        literals: by the text of a mark that is no tag, what it means.
+        wrappers: what an answer may stand in: its beginning, its end.
+        channels: formats of messages.
+        remnants: what is left of marks where control tokens were dropped.
+        firsts: the texts of marks with which a reply, or the answer after its thinking, begins.
+    """
+
+    pattern: re.Pattern[str]
+    literals: Mapping[str, Mark]
+    wrappers: tuple[tuple[re.Pattern[str], str], ...]
+    channels: tuple[Channels, ...]
+    remnants: tuple[Remnant, ...]
+    firsts: tuple[str, ...]
+
+    def marks(self, text: str) -> Iterator[Mark]:
+        """Every mark in `text`, in order."""
+        for match in self.pattern.finditer(text):
+            if name := match["tag"]:
+                yield Mark(*match.span(), opens=not match["slash"], block=f"<{name.lower()}>")
+            else:
+                literal = match["exact"] or match["cased"].lower()
+                yield self.literals[literal]._replace(start=match.start(), end=match.end())
+
+
+@cache
+def formats() -> Formats:
+    """The table of this package."""
+    raw = files("abliterator.thinking").joinpath("formats.yaml").read_text(encoding="utf-8")
+    data = yaml.safe_load(raw)
+    cased = dict(_in_brackets(data["brackets"], data["tags"]))
+    exact = dict(_blocks(data["blocks"]))
+    tags = _any_of(data["tags"])
+    return Formats(
+        pattern=re.compile(
+            rf"(?P<exact>{_any_of(exact)})|(?i:(?P<cased>{_any_of(cased)}))"
+            rf"|(?i:<(?P<slash>/?)(?P<tag>(?:[a-z]+[:_|])?(?:{tags}))\s*>)"
+        ),
+        literals={**cased, **exact},
+        wrappers=tuple(
+            (re.compile(rf"\s*{re.escape(begin)}", re.IGNORECASE), end.lower())
+            for begin, end in data["wrappers"]
+        ),
+        channels=tuple(map(_channels, data["channels"])),
+        remnants=tuple(
+            Remnant(re.compile(rf"\s*{each['begins']}", re.DOTALL), each["answer"])
+            for each in data["remnants"]
+        ),
+        firsts=(
+            *(text for text, mark in {**cased, **exact}.items() if mark.opens),
+            *(begin for begin, _ in data["wrappers"]),
+            *(each["first"] for each in data["channels"]),
+        ),
+    )
+
+
+def _in_brackets(
+    brackets: Iterable[tuple[str, str]], names: Iterable[str]
+) -> Iterator[tuple[str, Mark]]:
+    """Every name in every pair of brackets; the first pair of those that share an end names it."""
+    for name in names:
+        ends: dict[str, str] = {}
+        for begin, end in brackets:
+            block = ends.setdefault(end.format(name), begin.format(name))
+            yield begin.format(name), Mark(0, 0, True, block)
+            yield end.format(name), Mark(0, 0, False, block)
+
+
+def _blocks(blocks: Iterable[Mapping[str, Any]]) -> Iterator[tuple[str, Mark]]:
+    for block in blocks:
+        flags = {flag: block.get(flag, False) for flag in ("paired", "leads")}
+        for opens, literals in ((True, block["open"]), (False, block["close"])):
+            for literal in literals:
+                yield literal, Mark(0, 0, opens, block["models"], **flags)
+
+
+def _channels(each: Mapping[str, str]) -> Channels:
+    return Channels(
+        re.compile(each["begins"]),
+        each["control"],
+        re.compile(f"{each['header']}|{each['ends']}"),
+        each["answer"],
+    )
+
+
+def _any_of(literals: Iterable[str]) -> str:
+    """A pattern of any of them, the longest first."""
+    return "|".join(map(re.escape, sorted(literals, key=len, reverse=True)))

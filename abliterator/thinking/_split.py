@@ -1,0 +1,197 @@
+"""A reply's text in two: what is thought, and what is answered."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection
+from typing import NamedTuple
+
+from abliterator.thinking._formats import Channels, Formats, Mark, formats
+
+_FENCE = re.compile(r"```.*?```", re.DOTALL)
+_UNFINISHED_TAG = re.compile(r"\s*[<\[◁][^\s>\]▷]*\Z")
+
+
+class Split(NamedTuple):
+    """A reply in two.
+
+    Attributes:
+        thinking: what comes before the answer, marks and all; "" where nothing is thought.
+        answer: what is said; "" where the reply ends before there is an answer.
+        is_known: whether it can be told where the thinking ends; if not, `answer` is "".
+    """
+
+    thinking: str
+    answer: str
+    is_known: bool = True
+
+
+class Opened(NamedTuple):
+    """What the prompt leaves open where a reply begins.
+
+    Attributes:
+        block: the thinking that it has begun, or None.
+        channel: the channel whose message it has begun, or None.
+        is_closed: whether it has begun thinking and ended it.
+    """
+
+    block: str | None = None
+    channel: str | None = None
+    is_closed: bool = False
+
+
+class _Parts(NamedTuple):
+    """Where a text answers; all else is thinking, or marks."""
+
+    spans: list[tuple[int, int]]
+
+    def split(self, text: str) -> Split:
+        answer = "".join(text[start:end] for start, end in self.spans)
+        bounds = [0, *(bound for span in self.spans for bound in span), len(text)]
+        thinking = "".join(text[a:b] for a, b in zip(bounds[::2], bounds[1::2], strict=True))
+        return Split(thinking, answer)
+
+
+def split_text(
+    text: str,
+    *,
+    opened: Opened | None = None,
+    control: Collection[str] | None = None,
+    is_cut: bool = False,
+) -> Split:
+    """Tells the thinking of a reply from its answer by the marks in its text.
+
+    Args:
+        text: the reply.
+        opened: what the prompt left open; None where the prompt is not known.
+        control: the control tokens that the reply is made with, which no answer only mentions. None
+            for text that may have been decoded without any: then their remnants are looked for.
+        is_cut: whether the reply ended at a limit of tokens, perhaps within a mark.
+    """
+    table, opened_here = formats(), opened or Opened()
+    for channels in table.channels:
+        is_open = opened_here.channel is not None and opened_here.block == channels.control
+        begins = channels.control in (control or ()) or channels.begins.search(text)
+        if is_open or begins:
+            return _by_channel(text, channels, opened_here.channel if is_open else None)
+    if control is None and (found := _by_remnant(text, table)):
+        return found
+    split = _by_blocks(text, table, opened_here, control or (), is_cut=is_cut)
+    if split.thinking or opened_here.is_closed:
+        split = _unwrapped(split, table, is_cut=is_cut)
+    return _begun(split, table) if is_cut else split
+
+
+def _by_channel(text: str, channels: Channels, channel: str | None) -> Split:
+    spans: list[tuple[int, int]] = []
+    position = 0
+    for header in channels.header.finditer(text):
+        if channel == channels.answer:
+            spans.append((position, header.start()))
+        channel, position = header["channel"], header.end()
+    if channel == channels.answer:
+        spans.append((position, len(text)))
+    return _Parts(spans).split(text)
+
+
+def _by_remnant(text: str, table: Formats) -> Split | None:
+    for remnant in table.remnants:
+        begin = remnant.begins.match(text)
+        if begin is None:
+            continue
+        if remnant.answer is None:
+            return Split(text, "", is_known=False)
+        before, mark, answer = text.rpartition(remnant.answer)
+        if remnant.answer == begin.group().strip():  # the answer's own channel comes first
+            before, mark, answer = text.partition(remnant.answer)
+        return Split(before + mark, answer) if mark else Split(text, "")
+    return None
+
+
+def _by_blocks(
+    text: str, table: Formats, opened: Opened, control: Collection[str], *, is_cut: bool
+) -> Split:
+    """Reads the marks in order.
+
+    An opening mark begins a thought where it is a control token, or else leads its line; elsewhere
+    an answer mentions it. A closing mark that nothing opened ends a thought that began with the
+    reply, unless it is mentioned.
+    """
+    spans: list[tuple[int, int]] = []
+    fences = [match.span() for match in _FENCE.finditer(text)]
+    block, position, opening = opened.block, 0, None
+    mentioned: dict[str, int] = {}
+    for mark in table.marks(text):
+        is_control = any(token in text[mark.start : mark.end] for token in control)
+        if block is not None:
+            if not mark.opens and mark.block == block and not _is_quoted(text, mark, "`"):
+                block, position = None, mark.end
+        elif mark.opens:
+            if is_control or _leads(text, mark, position, fences):
+                spans.append((position, mark.start))
+                block, opening = mark.block, (mark, is_control)
+            else:
+                mentioned[mark.block] = mark.end
+        elif not mark.paired and (is_control or not _mentions(text, mark, mentioned, fences)):
+            spans, position = [], mark.end
+    if block is None:
+        spans.append((position, len(text)))
+    elif opening is not None and not is_cut and _is_mention(text, *opening, spans):
+        spans[-1] = (spans[-1][0], len(text))
+    else:
+        spans = []
+    return _Parts(spans).split(text)
+
+
+def _leads(text: str, mark: Mark, position: int, fences: list[tuple[int, int]]) -> bool:
+    """Whether nothing stands before a mark on its line, or in the reply where the mark is words."""
+    if mark.leads:
+        return not text[: mark.start].strip()
+    line = max(position, text.rfind("\n", 0, mark.start) + 1)
+    return not text[line : mark.start].strip() and not _within(mark, fences)
+
+
+def _mentions(
+    text: str, mark: Mark, mentioned: dict[str, int], fences: list[tuple[int, int]]
+) -> bool:
+    """Whether an answer writes of a closing mark: quoted, in code, or on the line of its pair."""
+    opening = mentioned.get(mark.block)
+    after_pair = opening is not None and "\n" not in text[opening : mark.start]
+    return after_pair or _within(mark, fences) or _is_quoted(text, mark, "`\"'“‘«")
+
+
+def _is_mention(text: str, mark: Mark, is_control: bool, spans: list[tuple[int, int]]) -> bool:
+    """Whether an opening mark that was never closed, in a whole reply, is part of the answer."""
+    return not is_control and any(text[start:end].strip() for start, end in spans)
+
+
+def _within(mark: Mark, fences: list[tuple[int, int]]) -> bool:
+    return any(start <= mark.start < end for start, end in fences)
+
+
+def _is_quoted(text: str, mark: Mark, quotes: str) -> bool:
+    closing = dict(zip("`\"'“‘«", "`\"'”’»", strict=True))
+    before, after = text[mark.start - 1 : mark.start], text[mark.end : mark.end + 1]
+    return before != "" and before in quotes and closing[before] == after
+
+
+def _unwrapped(split: Split, table: Formats, *, is_cut: bool) -> Split:
+    """Without the marks between which the answer stands after its thinking."""
+    for begin, end in table.wrappers:
+        if (match := begin.match(split.answer)) is None:
+            continue
+        inner = split.answer[match.end() :]
+        stop = inner.lower().find(end)
+        if stop < 0:  # perhaps it was cut within the end
+            places = range(max(0, len(inner) - len(end)) if is_cut else len(inner), len(inner))
+            stop = next((i for i in places if end.startswith(inner[i:].lower())), len(inner))
+        return Split(split.thinking + match.group() + inner[stop:], inner[:stop])
+    return split
+
+
+def _begun(split: Split, table: Formats) -> Split:
+    """A reply that was cut within its first mark, or the first after its thinking: no answer."""
+    said = split.answer.strip().rstrip("\ufffd")  # the bytes of half a character
+    if any(mark.startswith(said) for mark in table.firsts) or _UNFINISHED_TAG.match(said):
+        return Split(split.thinking + split.answer, "")
+    return split
