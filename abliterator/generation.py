@@ -201,19 +201,22 @@ def answer_sets(
     max_new_tokens: int,
     batch_size: int,
     bar: Bar,
+    stop: Sequence[int] | None = None,
 ) -> list[Completion]:
     """One side's answers to several prompt sets, as lines of rollouts.jsonl.
 
     Args:
-        loaded: the model; its stop tokens end an answer. An edited folder has its base's config and
-            tokenizer byte for byte, so they are the same on both sides.
+        loaded: the model.
         sets: by name, the prompts and the token ids of each when rendered.
         side: which model answers.
         max_new_tokens: at most this many tokens an answer.
         batch_size: prompts at a time.
         bar: shows progress; it is given a label and how many there are.
+        stop: tokens that end an answer; left out, the model's own. An edited folder of a build has
+            its base's config and tokenizer byte for byte, so they are the same on both sides.
     """
     found: list[Completion] = []
+    ending = stop_ids(loaded) if stop is None else stop
     for name, (prompts, token_ids) in sets.items():
         with bar(f"{side} answers, {name}", len(prompts)) as advance:
             answers = generate(
@@ -221,7 +224,7 @@ def answer_sets(
                 token_ids,
                 max_new_tokens=max_new_tokens,
                 batch_size=batch_size,
-                stop_ids=stop_ids(loaded),
+                stop_ids=ending,
                 on_batch=advance,
             )
         found += as_completions(answers, prompts, set_name=name, side=side)

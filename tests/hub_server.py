@@ -4,9 +4,9 @@ It answers what downloading asks for, of models and of datasets: repository info
 and `resolve` with the headers that the clients need (ETag, X-Repo-Commit, X-Linked-Size, Range,
 X-Error-Code). Large files go the way they go on the Hub: `resolve` redirects to another origin, to
 a URL made of their sha256. And it takes uploads of models, by LFS or by a local xet store: create,
-settings, validate-yaml, preupload, batch, PUT with its sha256 checked, commit, branch, tag. What
-goes wrong is set in `faults`. The clients read HF_ENDPOINT when they are imported, so they must run
-in a subprocess with the environment that `hub.env` gives:
+settings, validate-yaml, preupload, batch, PUT with its sha256 checked, commit, commits, branch,
+tag, super-squash. What goes wrong is set in `faults`. The clients read HF_ENDPOINT when they are
+imported, so they must run in a subprocess with the environment that `hub.env` gives:
 
     with HubServer() as hub:
         commit = hub.commit("model", "somebody/tiny", {"config.json": b"{}"})
@@ -24,7 +24,7 @@ import re
 import threading
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -52,6 +52,16 @@ class Repo:
     gating: str | bool = False
     tags: set[str] = field(default_factory=set)  # the refs that are tags
     settings: list[dict[str, Any]] = field(default_factory=list)  # every change of them, in order
+    parents: dict[str, str] = field(default_factory=dict)  # the commit before each, if any
+
+    def history(self, revision: str) -> list[str]:
+        """The commits of a branch, newest first."""
+        found: list[str] = []
+        commit = self.find(revision)
+        while commit is not None:
+            found.append(commit)
+            commit = self.parents.get(commit)
+        return found
 
     def find(self, revision: str) -> str | None:
         commit = self.refs.get(revision, revision)
@@ -89,6 +99,7 @@ class HubServer:
     there and not through LFS, and come from there: `xet_hashes` gives the hash by which the store
     knows a file of that sha256, which the Hub reads out of what was uploaded. `sent` counts the
     bytes of bodies by path; without `ranges`, files are sent whole whatever part is asked for.
+    `on_request` is called before each request is read, in the thread that answers it.
     """
 
     def __init__(self) -> None:
@@ -102,6 +113,7 @@ class HubServer:
         self.xet_hashes: dict[str, str] = {}
         self.leaked_tokens: list[str] = []  # paths of other origins that were sent a token
         self.ranges = True
+        self.on_request: Callable[[], None] = lambda: None
         self.sent: Counter[str] = Counter()
         self._server = _Server(("127.0.0.1", 0), _Handler)
         self._server.hub = self
@@ -137,6 +149,8 @@ class HubServer:
         tree = sorted((path, _sha256(content)) for path, content in files.items())
         sha = hashlib.sha1(json.dumps([kind, repo_id, len(repo.commits), tree]).encode())
         repo.commits[sha.hexdigest()] = files
+        if ref in repo.refs:
+            repo.parents[sha.hexdigest()] = repo.refs[ref]
         repo.refs[ref] = sha.hexdigest()
         return sha.hexdigest()
 
@@ -166,6 +180,7 @@ class _Handler(BaseHTTPRequestHandler):
         hub = self.server.hub
         url = urlsplit(self.path)
         hub.requests.append((self.command, url.path))
+        hub.on_request()
         fault = self._fault(url.path)
         if fault is not None and fault.status == 0:
             self.rfile.read(int(self.headers.get("Content-Length") or 0) // 2)
@@ -198,7 +213,7 @@ class _Handler(BaseHTTPRequestHandler):
                     return self._resolve(repo, commit, action=action, path=path)
         return self._refuse(HTTPStatus.NOT_FOUND, "RepoNotFound")
 
-    do_HEAD = do_POST = do_PUT = do_GET
+    do_HEAD = do_POST = do_PUT = do_DELETE = do_GET
 
     def has_token(self) -> bool:
         """Whether the request carries the token that writing needs."""
@@ -428,6 +443,9 @@ class _Uploads:
             return self._error(HTTPStatus.PRECONDITION_FAILED)
         files = dict(repo.commits[head])
         for line in lines[1:]:
+            if line["key"] == "deletedFile":
+                del files[line["value"]["path"]]
+                continue
             content = self._content(line)
             if content is None:
                 return self._error(HTTPStatus.BAD_REQUEST)
@@ -435,6 +453,8 @@ class _Uploads:
         pull = "create_pr=1" in self.handler.path
         number = 1 + sum(ref.startswith("refs/pr/") for ref in repo.refs)
         ref = f"refs/pr/{number}" if pull else revision
+        if pull:
+            repo.refs[ref] = head
         sha = self.hub.commit("model", repo_id, files, ref=ref)
         url = f"{self.hub.url}/{repo_id}"
         return self.handler.json(
@@ -460,8 +480,28 @@ class _Uploads:
         repo = self.hub.repo("model", repo_id)
         if name in repo.refs:
             return self._error(HTTPStatus.CONFLICT)
-        repo.refs[name] = repo.refs["main"]
+        start = repo.find(json.loads(self.body).get("startingPoint", "main"))
+        assert start is not None
+        repo.refs[name] = start
         return self.handler.json({})
+
+    def delete_branch(self, repo_id: str, name: str) -> None:
+        repo = self.hub.repo("model", repo_id)
+        if name == "main" or name not in repo.refs:
+            return self._error(HTTPStatus.NOT_FOUND)
+        del repo.refs[name]
+        return self.handler.json({})
+
+    def commits(self, repo_id: str, revision: str) -> None:
+        history = self.hub.repo("model", repo_id).history(revision)
+        dated = {"authors": [], "date": "2025-01-01T00:00:00.000Z", "title": "", "message": ""}
+        self.handler.json([{"id": sha, **dated} for sha in history])
+
+    def squash(self, repo_id: str, revision: str) -> None:
+        repo = self.hub.repo("model", repo_id)
+        files = repo.commits[repo.refs.pop(revision)]
+        self.hub.commit("model", repo_id, files, ref=revision)
+        self.handler.json({})
 
     def tag(self, repo_id: str, revision: str) -> None:
         repo, name = self.hub.repo("model", repo_id), json.loads(self.body)["tag"]
@@ -499,6 +539,9 @@ _UPLOAD_ROUTES = (
     (rf"GET /api/models/{_REPO}/xet-(read|write)-token/{_REVISION}", _Uploads.xet_token),
     (rf"POST /api/models/{_REPO}/commit/{_REVISION}", _Uploads.commit),
     (rf"POST /api/models/{_REPO}/branch/(?P<name>[^/]+)", _Uploads.branch),
+    (rf"DELETE /api/models/{_REPO}/branch/(?P<name>[^/]+)", _Uploads.delete_branch),
+    (rf"GET /api/models/{_REPO}/commits/{_REVISION}", _Uploads.commits),
+    (rf"POST /api/models/{_REPO}/super-squash/{_REVISION}", _Uploads.squash),
     (rf"POST /api/models/{_REPO}/tag/{_REVISION}", _Uploads.tag),
     (rf"GET /api/models/{_REPO}/refs", _Uploads.refs),
 )

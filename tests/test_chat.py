@@ -3,6 +3,7 @@
 import builtins
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -79,6 +80,20 @@ def test_answers_are_those_that_were_measured(built):
         talks = [both] if answer["side"] == "base" else [both, alone, published]
         for talk in talks:
             assert heard(talk, answer["side"], answer["prompt"]) == answer["response"]
+
+
+def test_a_checkpoint_that_is_asked_otherwise_than_its_base_says_so(built, tmp_path, tiny_folder):
+    changed = Path(shutil.copytree(built / "checkpoint", tmp_path / "changed"))
+    recipe = (changed / "recipe.yaml").read_text()
+    assert "model: llama\n" in recipe
+    (changed / "recipe.yaml").write_text(recipe.replace("llama", str(tiny_folder()), 1))
+    arguments = ["chat", str(changed), "--compare", "--max-new-tokens", "2", "--device", "cpu"]
+    for template, says in ((None, False), ("{{ messages[-1]['content'] }} The answer is", True)):
+        if template is not None:
+            (changed / "chat_template.jinja").write_text(template)
+        done = CliRunner().invoke(main, arguments, input="Where is the a?\n")
+        assert done.exit_code == 0, done.output
+        assert ("beside the weights: chat template, default" in done.stderr) == says
 
 
 def test_earlier_turns_are_part_of_the_conversation(built, monkeypatch):

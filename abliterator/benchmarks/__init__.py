@@ -25,7 +25,7 @@ metrics that are means over documents qualify, since no other can be paired.
 
 from __future__ import annotations
 
-from abliterator.benchmarks._apart import Subject, measure_sides
+from abliterator.benchmarks._apart import StoppedChild, Subject, measure_sides
 from abliterator.benchmarks._compare import compare_tasks
 from abliterator.benchmarks._presets import PRESETS, Preset, preset_tasks
 from abliterator.benchmarks._run import run_tasks
@@ -40,6 +40,7 @@ __all__ = [
     "Engine",
     "Preset",
     "RunSettings",
+    "StoppedChild",
     "Subject",
     "Task",
     "TaskRequest",

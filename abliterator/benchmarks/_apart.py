@@ -26,6 +26,7 @@ from abliterator.files import write_text_atomic
 from abliterator.record import Side
 
 OUT_OF_MEMORY, NAMED_ERROR = 75, 76  # exit codes of the child
+_LAST_LINES = 5  # of its log, that a message has
 
 Scores = dict[str, TaskScores]
 
@@ -76,6 +77,26 @@ def measure_sides(
                     "(`benchmarks.num_fewshot`)."
                 ) from error
             settings = replace(settings, batch_size=settings.batch_size // 2)
+
+
+class StoppedChild(BenchmarkError):
+    """A process of lm-eval that ended early, with no error of ours.
+
+    Attributes:
+        problem: what happened, with the last lines of the log and without the log's name: for those
+            who do not keep the log.
+    """
+
+    def __init__(self, folder: str, log: Path) -> None:
+        written = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+        last = [line.strip()[:300] for line in written if line.strip()][-_LAST_LINES:]
+        self.problem = (
+            f"lm-eval stopped while it scored {folder}. Its last lines: "
+            f"{' | '.join(last) or 'none'}."
+        )
+        super().__init__(
+            f"{self.problem} The whole message is in {log}; tasks that were finished are kept."
+        )
 
 
 class _OutOfMemory(Exception):
@@ -163,11 +184,7 @@ def _run_child(job: Mapping[str, Any], *, log: Path, on_task: Callable[[str], No
     if child.returncode == NAMED_ERROR:
         raise BenchmarkError(json.loads(said.removeprefix("error ")))
     if child.returncode != 0:
-        lines = log.read_text(encoding="utf-8").strip().splitlines() or ["it said nothing"]
-        raise BenchmarkError(
-            f"lm-eval stopped while it scored {job['folder']} ({lines[-1][:300]}). The whole "
-            f"message is in {log}; tasks that were finished are kept."
-        )
+        raise StoppedChild(str(job["folder"]), log)
 
 
 def main(job_file: Path) -> int:

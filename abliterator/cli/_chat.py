@@ -47,6 +47,8 @@ def chat(
     )
     options = pipeline.Options(device=device, dtype=dtype)
     talk = pipeline.open_talk(model, sides=sides, max_new_tokens=max_new_tokens, options=options)
+    for note in talk.notes:
+        click.echo(note, err=True)
     if sys.stdin.isatty():
         converse(talk)
         return

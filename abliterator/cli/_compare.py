@@ -46,9 +46,10 @@ def compare(
     as_json: bool,
     **asked: Any,
 ) -> None:
-    """Compare two checkpoints: how their weights differ, and what that does.
+    """Compare two checkpoints: how they differ, and what that does.
 
-    BASE and EDITED are Hub ids or folders. Weights are always compared; --target and --neutral let
+    BASE and EDITED are Hub ids or folders. Weights and what lies beside them (chat template,
+    tokenizer, config) are always compared; --target and --neutral let
     both answer, --neutral measures divergence, --tasks runs lm-eval. An API judge is set up by
     --recipe, or by --set judge.base_url=URL --set judge.model=NAME.
     """
@@ -78,9 +79,16 @@ def compare(
     require_key(judge_settings)  # before any model answers
     note_plain_http(judge_settings, Bars())
     judge = judge_of(judge_settings, cache=cache_folder() / "judge.sqlite")
+    bars = Bars()
     with tempfile.TemporaryDirectory(prefix="abliterator-") as scratch:
         found = compared(
-            folder, _folder(edited), settings, judge, scratch=Path(scratch), bar=Bars().bar
+            folder,
+            _folder(edited),
+            settings,
+            judge,
+            scratch=Path(scratch),
+            bar=bars.bar,
+            note=bars.note,
         )
     echo(found.model_dump_json(indent=1) if as_json else to_markdown(found), nl=as_json)
 

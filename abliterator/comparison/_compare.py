@@ -3,24 +3,46 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from abliterator.benchmarks import RunSettings, Subject, Task, compare_tasks, measure_sides
+from abliterator.benchmarks import (
+    RunSettings,
+    StoppedChild,
+    Subject,
+    Task,
+    TaskScores,
+    compare_tasks,
+    measure_sides,
+)
 from abliterator.checkpoint import Checkpoint, fingerprint
+from abliterator.comparison._beside import (
+    Setup,
+    asked_as_base,
+    differences,
+    same_vocabulary,
+)
 from abliterator.comparison._divergence import (
     Bar,
     DivergenceSettings,
     measure_divergence,
     no_bar,
 )
-from abliterator.comparison._result import Comparison
+from abliterator.comparison._markdown import OTHER_VOCABULARY, difference_line
+from abliterator.comparison._result import (
+    Asked,
+    Comparison,
+    Difference,
+    Measurement,
+    OwnScores,
+)
 from abliterator.comparison._weights import diff_weights
+from abliterator.errors import BenchmarkError
 from abliterator.judge import Judge, RuleJudge, judge_completions, last_calibration, summarise
 from abliterator.record import (
     Behaviour,
-    BenchmarkResult,
+    BehaviourSide,
     Completion,
     Divergence,
     JudgeIdentity,
@@ -28,6 +50,8 @@ from abliterator.record import (
 )
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
     from abliterator.model import LoadedModel
 
 
@@ -59,10 +83,14 @@ def compare(
     *,
     scratch: Path,
     bar: Bar = no_bar,
+    note: Callable[[str], None] = lambda _: None,
 ) -> Comparison:
     """Weights always, straight from the files; answers, divergence and benchmarks as asked for.
 
-    One model is in memory at a time.
+    What differs beside the weights comes first. Where that is the chat, the tokenizer or the stop
+    tokens, both sides are asked with the base's; where the same id is not the same token on both,
+    each is asked with its own, and no difference between them is given. One model is in memory at
+    a time.
 
     Args:
         base: checkpoint folder.
@@ -71,48 +99,103 @@ def compare(
         judge: of the answers; left out, the rule judge.
         scratch: an empty folder; what is left there can be deleted.
         bar: shows progress.
+        note: told what differs beside the weights, a line each, before anything is measured.
 
     Raises:
         AbliteratorError: if a checkpoint is damaged, or one cannot be measured.
     """
-    checkpoints: dict[Side, Checkpoint] = {
-        "base": Checkpoint.open(base),
-        "edited": Checkpoint.open(edited),
-    }
+    setups = Setup(Checkpoint.open(base)), Setup(Checkpoint.open(edited))
+    beside = differences(*setups)
+    for difference in beside:
+        note(f"beside the weights: {difference_line(difference)}")
+    asked = _asked(*setups, beside)
     judge = judge or RuleJudge()
-    weights = diff_weights(checkpoints["base"], checkpoints["edited"])
-    models = _OneAtATime({"base": base, "edited": edited}, settings.benchmarks)
-    behaviour = _behaviour(models.load, settings, judge, bar)
-    divergence = _divergence(models.load, settings, scratch=scratch, bar=bar)
+    weights = diff_weights(setups[0].checkpoint, setups[1].checkpoint)
+    models = _OneAtATime({"base": base, "edited": edited}, settings.benchmarks, asked)
+    withheld = _withheld(setups, settings, asked)
+    behaviour = _behaviour(models, settings, judge, bar)
+    divergence = None
+    if "divergence" not in withheld:
+        divergence = _divergence(models.load, settings, scratch=scratch, bar=bar)
     models.free()
-    return Comparison(
+    found = Comparison(
         base=base.name,
         edited=edited.name,
+        beside=beside,
+        asked=asked,
+        withheld=withheld,
         weights=weights,
         behaviour=behaviour,
         judge=_known(judge) if behaviour else None,
         divergence=divergence,
-        benchmarks=_benchmarks(checkpoints, settings, scratch=scratch, bar=bar),
     )
+    if not settings.tasks:
+        return found
+    scores = _benchmark_scores(setups, settings, asked, scratch=scratch, bar=bar)
+    return found.model_copy(update=_benchmarks(scores, asked, seed=settings.divergence.seed))
+
+
+_CHANGES_THE_QUESTION = {"chat_template", "tokenizer", "stop_tokens", "generation_config"}
+
+
+def _asked(base: Setup, edited: Setup, beside: Sequence[Difference]) -> Asked:
+    if not _CHANGES_THE_QUESTION & {difference.part for difference in beside}:
+        return "alike"
+    return "as_base" if same_vocabulary(base, edited) else "apart"
+
+
+def _withheld(
+    setups: tuple[Setup, Setup], settings: CompareSettings, asked: Asked
+) -> dict[Measurement, str]:
+    """Why a measurement that was asked for has no difference between the sides."""
+    wanted: dict[Measurement, object] = {
+        "behaviour": settings.prompts,
+        "divergence": settings.prompts.get("neutral"),
+        "benchmarks": settings.tasks,
+    }
+    if asked == "apart":
+        return {name: OTHER_VOCABULARY for name, prompts in wanted.items() if prompts}
+    base, edited = (setup.logits for setup in setups)
+    if base != edited and wanted["divergence"]:
+        return {"divergence": f"the models predict over {base} and {edited} tokens"}
+    return {}
 
 
 class _OneAtATime:
     """Loads either side, and lets go of the other first."""
 
-    def __init__(self, folders: Mapping[Side, Path], settings: RunSettings) -> None:
-        self._folders, self._settings = folders, settings
+    def __init__(self, folders: Mapping[Side, Path], settings: RunSettings, asked: Asked) -> None:
+        self._folders, self._settings, self.asked = folders, settings, asked
         self._held: tuple[Side, LoadedModel] | None = None
+        self._of_base: tuple[PreTrainedTokenizerBase, tuple[int, ...]] | None = None
 
     def load(self, side: Side) -> LoadedModel:
+        """The model of a side, with the tokenizer that it is asked with."""
+        from abliterator.generation import stop_ids
         from abliterator.model import load_model
 
         if self._held is None or self._held[0] != side:
+            if side == "edited" and self.asked == "as_base" and self._of_base is None:
+                self.load("base")
             self.free()
             loaded = load_model(
                 self._folders[side], device=self._settings.device, dtype=self._settings.dtype
             )
+            if side == "base":
+                self._of_base = loaded.tokenizer, stop_ids(loaded)
+            elif self.asked == "as_base" and self._of_base is not None:
+                loaded = replace(loaded, tokenizer=self._of_base[0])
             self._held = (side, loaded)
         return self._held[1]
+
+    @property
+    def stop_ids(self) -> tuple[int, ...] | None:
+        """The tokens that end the answers of both sides; None for each side's own."""
+        if self.asked != "as_base":
+            return None
+        if self._of_base is None:
+            self.load("base")
+        return None if self._of_base is None else self._of_base[1]
 
     def free(self) -> None:
         if self._held is None:
@@ -124,21 +207,30 @@ class _OneAtATime:
 
 
 def _behaviour(
-    load: Callable[[Side], LoadedModel], settings: CompareSettings, judge: Judge, bar: Bar
+    models: _OneAtATime, settings: CompareSettings, judge: Judge, bar: Bar
 ) -> dict[str, Behaviour]:
-    """Both sides' answers to every prompt set, judged."""
+    """Both sides' answers to every prompt set, judged; of sides asked apart no difference."""
     if not settings.prompts:
         return {}
     sides: tuple[Side, Side] = ("base", "edited")
-    answers = [found for side in sides for found in _answers(load(side), side, settings, bar)]
+    answers = [answer for side in sides for answer in _answers(models, side, settings, bar)]
     verdicts = judge_completions(answers, judge)
-    return {
+    found = {
         name: summarise(
             *([v for v in verdicts if (v.set, v.side) == (name, side)] for side in sides),
             seed=settings.divergence.seed,
         )
         for name in settings.prompts
     }
+    return {n: _own_sides(b) for n, b in found.items()} if models.asked == "apart" else found
+
+
+def _own_sides(behaviour: Behaviour) -> Behaviour:
+    """Both sides' figures, and no difference between them."""
+    nothing = dict.fromkeys(BehaviourSide.model_fields)
+    return behaviour.model_copy(
+        update={"delta": BehaviourSide(**nothing), "smallest_detectable": {}, "p_value": {}}
+    )
 
 
 def _known(judge: Judge) -> JudgeIdentity:
@@ -149,17 +241,19 @@ def _known(judge: Judge) -> JudgeIdentity:
 
 
 def _answers(
-    loaded: LoadedModel, side: Side, settings: CompareSettings, bar: Bar
+    models: _OneAtATime, side: Side, settings: CompareSettings, bar: Bar
 ) -> list[Completion]:
     from abliterator.generation import answer_sets
 
+    loaded = models.load(side)
     return answer_sets(
         loaded,
-        {name: (asked, _rendered(loaded, asked)) for name, asked in settings.prompts.items()},
+        {name: (prompts, _rendered(loaded, prompts)) for name, prompts in settings.prompts.items()},
         side=side,
         max_new_tokens=settings.max_new_tokens,
         batch_size=settings.divergence.batch_size,
         bar=bar,
+        stop=models.stop_ids,
     )
 
 
@@ -184,21 +278,45 @@ def _divergence(
     )
 
 
-def _benchmarks(
-    checkpoints: Mapping[Side, Checkpoint], settings: CompareSettings, *, scratch: Path, bar: Bar
-) -> dict[str, BenchmarkResult]:
-    if not settings.tasks:
-        return {}
-    subjects = {
-        side: Subject(checkpoint.folder, str(fingerprint(checkpoint)))
-        for side, checkpoint in checkpoints.items()
-    }
+def _benchmark_scores(
+    setups: tuple[Setup, Setup],
+    settings: CompareSettings,
+    asked: Asked,
+    *,
+    scratch: Path,
+    bar: Bar,
+) -> dict[Side, dict[str, TaskScores]]:
+    folders = [setup.folder for setup in setups]
+    if asked == "as_base":
+        folders[1] = asked_as_base(*setups, scratch / "edited")
+    digests = [str(fingerprint(setup.checkpoint)) for setup in setups]
+    sides: tuple[Side, Side] = ("base", "edited")
     with bar("benchmark tasks, both sides", 2 * len(settings.tasks)) as advance:
-        scores = measure_sides(
-            subjects,
-            settings.tasks,
-            settings.benchmarks,
-            out=scratch / "benchmarks",
-            on_task=lambda side, task: advance(1),
-        )
-    return compare_tasks(scores["base"], scores["edited"], seed=settings.divergence.seed)
+        try:
+            return measure_sides(
+                dict(zip(sides, map(Subject, folders, digests), strict=True)),
+                settings.tasks,
+                settings.benchmarks,
+                out=scratch / "benchmarks",
+                on_task=lambda side, task: advance(1),
+            )
+        except BenchmarkError as error:
+            # neither the folder of links nor the log need be there when this is read
+            problem = error.problem if isinstance(error, StoppedChild) else str(error)
+            problem = problem.replace(str(scratch / "edited"), str(setups[1].folder))
+    raise BenchmarkError(problem)
+
+
+def _benchmarks(
+    scores: Mapping[Side, Mapping[str, TaskScores]], asked: Asked, *, seed: int
+) -> dict[str, Any]:
+    """The fields of a Comparison: paired, or each side's own figures."""
+    if asked != "apart":
+        return {"benchmarks": compare_tasks(scores["base"], scores["edited"], seed=seed)}
+    base, edited = (compare_tasks(own, own, seed=seed) for own in scores.values())
+    apart = {
+        name: OwnScores(metric=own.metric, base=own.base, edited=edited[name].base)
+        for name, own in base.items()
+        if name in edited
+    }
+    return {"benchmarks_apart": apart}

@@ -2,28 +2,95 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Sequence
 
-from abliterator.comparison._result import Comparison, TensorDelta, WeightDiff
+from abliterator.comparison._result import (
+    Comparison,
+    Difference,
+    OwnScores,
+    TensorDelta,
+    WeightDiff,
+)
 from abliterator.judge import counted
 from abliterator.record import Behaviour, BenchmarkResult, Divergence, Estimate
 
 SHOWN = 200  # tensors in the table; the JSON has them all
+OTHER_VOCABULARY = (
+    "the same token id is not the same token on both sides, so each was asked in its own way and "
+    "they were not asked the same"
+)
+_PARTS = {
+    "chat_template": "chat template",
+    "tokenizer": "tokenizer",
+    "stop_tokens": "stop tokens",
+    "generation_config": "generation_config.json",
+    "config": "config",
+    "code": "code",
+}
+_ASKED = {
+    "alike": "Both sides are asked the same: nothing that is named here has a part in that.",
+    "as_base": "Both sides were asked with the base's chat template, tokenizer, stop tokens and "
+    "generation settings, so that their weights and configs alone differ. What the edited model "
+    "answers with its own is not measured.",
+    "apart": f"Not comparable: {OTHER_VOCABULARY}. Figures are each side's own, and no difference "
+    "between them is given.",
+}
 MEASURES = ("refusal", "compliance", "coherence", "product", "truncated", "unscored")
 
 
 def to_markdown(comparison: Comparison) -> str:
     """What was measured; an estimate is `value [95 % interval] (n=40)`."""
-    parts = [f"# {comparison.base} and {comparison.edited}", *_weights(comparison.weights)]
+    parts = [f"# {comparison.base} and {comparison.edited}", *_beside(comparison)]
+    parts += _weights(comparison.weights)
+    parts += [
+        f"No difference of {name} is given: {why}." for name, why in comparison.withheld.items()
+    ]
+    apart = comparison.asked == "apart"
     for name, behaviour in comparison.behaviour.items():
         judge = comparison.judge.model or comparison.judge.kind if comparison.judge else "nobody"
-        parts += [f"## Answers to {name} prompts (judged by {judge})", _behaviour(behaviour)]
+        parts += [f"## Answers to {name} prompts (judged by {judge})", _behaviour(behaviour, apart)]
     if comparison.divergence:
         parts += ["## Divergence on neutral prompts", _divergence(comparison.divergence)]
     if comparison.benchmarks:
         parts += ["## Benchmarks", _benchmarks(comparison.benchmarks)]
+    if comparison.benchmarks_apart:
+        parts += ["## Benchmarks, each side on its own", _apart(comparison.benchmarks_apart)]
     return "\n\n".join(parts) + "\n"
+
+
+def difference_line(difference: Difference) -> str:
+    """A difference beside the weights, on one line."""
+    sides = ("none" if side is None else side for side in (difference.base, difference.edited))
+    return f"{_PARTS[difference.part]}, {difference.name}: {' -> '.join(sides)}"
+
+
+def _beside(comparison: Comparison) -> list[str]:
+    """What differs beside the weights, and what that means for the figures."""
+    parts = ["## Beside the weights"]
+    if not comparison.beside:
+        return [*parts, f"Nothing differs: {', '.join(_PARTS.values())}."]
+    rows = [
+        [_PARTS[found.part], _code(found.name), *map(_code, (found.base, found.edited))]
+        for found in comparison.beside[:SHOWN]
+    ]
+    parts += [_table(["Part", "What", "Base", "Edited"], rows), _ASKED[comparison.asked]]
+    if any(found.part in ("config", "code") for found in comparison.beside):
+        parts.append(
+            "The two compute differently with equal weights: figures are those of weights and "
+            "config (or code) together."
+        )
+    return parts
+
+
+def _code(text: str | None) -> str:
+    """Text of a checkpoint in a cell of a table, as code."""
+    if text is None:
+        return "none"
+    ticks = "`" * (1 + max((len(run) for run in re.findall("`+", text)), default=0))
+    inside = text.replace("|", "\\|")
+    return f"{ticks} {inside} {ticks}" if len(ticks) > 1 else f"`{inside}`"
 
 
 def _weights(weights: WeightDiff) -> list[str]:
@@ -48,6 +115,7 @@ def _verdict(weights: WeightDiff) -> str:
     counted = ", ".join(f"{count} of {rank}" for rank, count in sorted(ranks.items()))
     said = {
         "identical": "No tensor differs.",
+        "config": "No tensor differs, but what is computed with them does: see the config above.",
         "rounding": "No tensor differs by more than rounding to its dtype.",
         "directional": f"A directional edit of rank {weights.rank}: every matrix that differs "
         "removes the same directions on its output side.",
@@ -76,12 +144,12 @@ def _delta_row(delta: TensorDelta) -> list[str]:
     ]
 
 
-def _behaviour(behaviour: Behaviour) -> str:
+def _behaviour(behaviour: Behaviour, apart: bool) -> str:
     rows = [
         [
             measure,
             *(_estimate(getattr(getattr(behaviour, s), measure)) for s in ("base", "edited")),
-            _estimate(getattr(behaviour.delta, measure), "+.3f"),
+            "withheld" if apart else _estimate(getattr(behaviour.delta, measure), "+.3f"),
         ]
         for measure in MEASURES
     ]
@@ -123,6 +191,14 @@ def _benchmarks(results: dict[str, BenchmarkResult]) -> str:
         for task, result in results.items()
     ]
     return _table(head, rows)
+
+
+def _apart(results: dict[str, OwnScores]) -> str:
+    rows = [
+        [task, own.metric, _estimate(own.base), _estimate(own.edited)]
+        for task, own in results.items()
+    ]
+    return _table(["Task", "Metric", "Base", "Edited"], rows)
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

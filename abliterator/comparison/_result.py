@@ -6,11 +6,37 @@ from typing import Literal
 
 from pydantic import Field
 
-from abliterator.record import Behaviour, BenchmarkResult, Divergence, Frozen, JudgeIdentity
+from abliterator.record import (
+    Behaviour,
+    BenchmarkResult,
+    Divergence,
+    Estimate,
+    Frozen,
+    JudgeIdentity,
+)
 
 Verdict = Literal[
-    "identical", "rounding", "directional", "directional_by_block", "low_rank", "full_rank", "other"
+    "identical",
+    "config",
+    "rounding",
+    "directional",
+    "directional_by_block",
+    "low_rank",
+    "full_rank",
+    "other",
 ]
+Part = Literal["chat_template", "tokenizer", "stop_tokens", "generation_config", "config", "code"]
+Asked = Literal["alike", "as_base", "apart"]
+Measurement = Literal["behaviour", "divergence", "benchmarks"]
+
+
+class Difference(Frozen):
+    """One thing beside the weights that changes what is asked, answered or computed."""
+
+    part: Part
+    name: str  # the template's, the config's field, what of the tokenizer
+    base: str | None  # as text of one line, an excerpt of a long one; None where it is not there
+    edited: str | None
 
 
 class TensorDelta(Frozen):
@@ -33,7 +59,8 @@ class WeightDiff(Frozen):
     its output side, "directional_by_block" where blocks have directions of their own, "low_rank"
     where all deltas have a small rank but are no such removal (a LoRA, say), "full_rank" where some
     delta has none (a fine-tune, noise), "rounding" where nothing differs by more than the stored
-    dtype rounds, "other" for tensors that do not correspond.
+    dtype rounds, "other" for tensors that do not correspond. "config" is no difference of a tensor
+    between models whose configs have them compute differently; "identical" has neither.
     """
 
     compared: int
@@ -45,13 +72,32 @@ class WeightDiff(Frozen):
     rank: int | None
 
 
+class OwnScores(Frozen):
+    """A benchmark task whose two sides were not asked the same: each has its own figure."""
+
+    metric: str
+    base: Estimate
+    edited: Estimate
+
+
 class Comparison(Frozen):
-    """Two checkpoints side by side; what was not asked for is None or empty."""
+    """Two checkpoints side by side; what was not asked for is None or empty.
+
+    `asked` is "alike" where template, tokenizer, stop tokens and generation settings are the same;
+    "as_base" where they are not, and both sides were asked with the base's, so that the weights and
+    the config alone differ; "apart" where the vocabularies do not allow that: each side was asked
+    in its own way, and nothing is paired. `withheld` says why a measurement has no difference
+    between the sides.
+    """
 
     base: str
     edited: str
+    beside: tuple[Difference, ...] = ()
+    asked: Asked = "alike"
+    withheld: dict[Measurement, str] = Field(default_factory=dict)
     weights: WeightDiff
     behaviour: dict[str, Behaviour] = Field(default_factory=dict)
     judge: JudgeIdentity | None = None
     divergence: Divergence | None = None
     benchmarks: dict[str, BenchmarkResult] = Field(default_factory=dict)
+    benchmarks_apart: dict[str, OwnScores] = Field(default_factory=dict)

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from abliterator.anatomy import Writer, anatomy_of
 from abliterator.checkpoint import Checkpoint
+from abliterator.comparison._beside import Setup, compute_alike
 from abliterator.comparison._result import TensorDelta, Verdict, WeightDiff
 from abliterator.comparison._stored import Side, only_in
 from abliterator.errors import AbliteratorError
@@ -75,6 +76,8 @@ def diff_weights(base: Checkpoint, edited: Checkpoint) -> WeightDiff:
     deltas = tuple(found.delta for found in measured)
     only_base, only_edited = tuple(only_in(*sides)), tuple(only_in(*reversed(sides)))
     verdict, rank = _verdict(measured, complete=not (only_base or only_edited))
+    if verdict == "identical" and not compute_alike(Setup(base), Setup(edited)):
+        verdict = "config"
     return WeightDiff(
         compared=len(shared),
         identical=len(shared) - len(deltas),

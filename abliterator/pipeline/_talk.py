@@ -36,11 +36,14 @@ class Talk:
         speakers: who answers.
         chat: how a prompt becomes a conversation.
         max_new_tokens: of an answer.
+        notes: what differs between the two folders beside their weights, for each is asked with its
+            own chat template and tokenizer.
     """
 
     speakers: dict[Side, Speaker]
     chat: Chat
     max_new_tokens: int
+    notes: tuple[str, ...] = ()
 
     def answer(
         self,
@@ -110,7 +113,17 @@ def open_talk(
         recipe = load_recipe(folder / RECIPE) if (folder / RECIPE).is_file() else None
         speakers = {side: (_load(folder, side, recipe, options), nullcontext) for side in sides}
     tokens = max_new_tokens or (recipe.rollouts.max_new_tokens if recipe else 256)
-    return Talk(speakers, recipe.chat if recipe else Chat(), tokens)
+    return Talk(speakers, recipe.chat if recipe else Chat(), tokens, _notes(speakers))
+
+
+def _notes(speakers: dict[Side, Speaker]) -> tuple[str, ...]:
+    folders = {side: loaded.folder for side, (loaded, _) in speakers.items()}
+    if len(set(folders.values())) < 2:
+        return ()
+    from abliterator.comparison import difference_line, differences_beside
+
+    differing = differences_beside(folders["base"], folders["edited"])
+    return tuple(f"beside the weights: {difference_line(found)}" for found in differing)
 
 
 def _reopened(out: Path, options: Options) -> Run:

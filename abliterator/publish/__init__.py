@@ -14,11 +14,11 @@ The token is the Hub library's own business (`HF_TOKEN`, or `hf auth login`): it
 argument here, and no message holds it.
 """
 
+from abliterator.publish._files import PlannedFile
 from abliterator.publish._hub import Published, publish
 from abliterator.publish._plan import (
     Folders,
     Gating,
-    PlannedFile,
     PublishPlan,
     Target,
     plan_adapter,

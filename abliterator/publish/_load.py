@@ -38,8 +38,10 @@ def check_loads(plan: PublishPlan) -> None:
             found = _run([str(plan.folders.base), "--adapter", folder], plan.remote_code)
         else:
             found = _run([folder], plan.remote_code)
-    problem = _problem(found, plan.what)
+        problem = _problem(found, plan.what)
     if problem:
+        # the folder that was loaded is gone when this is read
+        problem = problem.replace(folder, f"the planned {plan.what}")
         loader = "PEFT" if plan.what == "adapter" else "transformers"
         raise PublishError(
             f"Plain {loader}, offline in a fresh process, {problem}. Nothing was published. "

@@ -5,12 +5,15 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from abliterator.checkpoint import ADAPTER_CONFIG, ADAPTER_WEIGHTS, is_legal
 from abliterator.errors import PublishError
+from abliterator.files import read_text
+from abliterator.publish._files import PlannedFile, stamps_of, verified_files
 from abliterator.record import RunRecord
 from abliterator.verification import (
     CARD,
@@ -62,16 +65,6 @@ class Folders(NamedTuple):
     base: Path
     checkpoint: Path
     subspace: Path | None = None
-
-
-@dataclass(frozen=True)
-class PlannedFile:
-    """One file to be uploaded; `content` is its path here, or its bytes."""
-
-    path: str
-    size: int
-    sha256: str
-    content: Path | bytes
 
 
 @dataclass(frozen=True)
@@ -143,11 +136,14 @@ def plan_publish(
         PublishError: if the checkpoint does not verify, is incomplete, or may not go by that name.
     """
     _check_target(target)
+    before = stamps_of(checkpoint)
     record = _read_record(checkpoint)
     _check_license(record, target)
     found = verify(base, checkpoint, subspace=subspace, on_bytes=on_bytes)
     _require_sound(checkpoint, found)
-    files = [_planned(checkpoint, path, target) for path in sorted(found.sha256)]
+    files = verified_files(checkpoint, found.sha256, before)
+    if target.license is not None:
+        files = [_with_license(file, target.license) for file in files]
     return PublishPlan(
         "checkpoint",
         target,
@@ -183,15 +179,21 @@ def plan_adapter(checkpoint: PublishPlan, adapter: Path, target: Target) -> Publ
                 f"{adapter} has no {name}; an adapter that a whole `abliterator build` left was "
                 "expected. Set `edit.output: both` in the recipe, and build."
             )
+    before, beside = stamps_of(adapter), stamps_of(folders.checkpoint)
     found = verify_adapter(folders.base, folders.checkpoint, adapter, subspace=folders.subspace)
     _require_sound(adapter, found)
-    own = [_planned(adapter, path, target) for path in sorted(found.sha256)]
-    beside = [file for file in checkpoint.files if _goes_with_adapter(file.path)]
+    own = verified_files(adapter, found.sha256, before)
+    # what the adapter was compared with must be what the checkpoint's own plan is made of
+    beside |= {file.path: file.stamp for file in checkpoint.files if file.stamp is not None}
+    verified_files(folders.checkpoint, checkpoint.verification.sha256, beside)
+    if target.license is not None:
+        own = [_with_license(file, target.license) for file in own]
+    others = [file for file in checkpoint.files if _goes_with_adapter(file.path)]
     return replace(
         checkpoint,
         what="adapter",
         target=target,
-        files=tuple(sorted([*own, *beside], key=lambda file: file.path)),
+        files=tuple(sorted([*own, *others], key=lambda file: file.path)),
         left_out=found.foreign,
         verification=found,
     )
@@ -233,7 +235,7 @@ def _read_record(checkpoint: Path) -> RunRecord:
             "`abliterator build` left was expected. Run the build to its end first."
         )
     try:
-        return RunRecord.model_validate_json((checkpoint / RECORD).read_text("utf-8"))
+        return RunRecord.model_validate_json(read_text(checkpoint / RECORD))
     except ValueError:
         problem = f"{checkpoint / RECORD} is not a record that this version of abliterator reads."
     raise PublishError(f"{problem} Run `abliterator card` again.")
@@ -261,26 +263,18 @@ def _check_license(record: RunRecord, target: Target) -> None:
         )
 
 
-def _planned(checkpoint: Path, path: str, target: Target) -> PlannedFile:
-    content: Path | bytes = checkpoint / path
-    if path == CARD and target.license is not None:
-        content = _with_license(checkpoint / path, target.license)
-        return PlannedFile(path, len(content), hashlib.sha256(content).hexdigest(), content)
-    with (checkpoint / path).open("rb") as stream:
-        digest = hashlib.file_digest(stream, "sha256").hexdigest()
-    return PlannedFile(path, (checkpoint / path).stat().st_size, digest, content)
-
-
-def _with_license(readme: Path, license_id: str) -> bytes:
-    """The card with a licence in its header, where it had none."""
+def _with_license(file: PlannedFile, license_id: str) -> PlannedFile:
+    """The card with a licence in its header, where it had none; any other file as it is."""
     from huggingface_hub import ModelCard
     from yaml import YAMLError
 
-    try:
-        card = ModelCard(readme.read_text("utf-8"), ignore_metadata_errors=False)
-    except (ValueError, YAMLError):
-        problem = f"{readme} has no header that can be read."
-    else:
-        card.data["license"] = card.data.get("license") or license_id
-        return str(card).encode()
-    raise PublishError(f"{problem} Run `abliterator card` again.")
+    if file.path != CARD:
+        return file
+    if isinstance(file.content, bytes):
+        with suppress(ValueError, YAMLError):
+            card = ModelCard(file.content.decode(), ignore_metadata_errors=False)
+            card.data["license"] = card.data.get("license") or license_id
+            content = str(card).encode()
+            digest = hashlib.sha256(content).hexdigest()
+            return PlannedFile(file.path, len(content), digest, content)
+    raise PublishError(f"{file.path} has no header that can be read. Run `abliterator card` again.")

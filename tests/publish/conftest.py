@@ -17,6 +17,7 @@ import pytest
 
 from abliterator import pipeline
 from abliterator.pipeline import Options
+from abliterator.publish._files import HELD_BYTES
 from abliterator.recipe import load_recipe
 from tests.hub_server import HubServer
 
@@ -31,12 +32,13 @@ from pathlib import Path
 slept = []
 time.sleep = slept.append
 from abliterator.errors import PublishError
-from abliterator.publish import Target, _hub, plan_adapter, plan_publish, publish
+from abliterator.publish import Target, _files, _hub, plan_adapter, plan_publish, publish
 _hub.check_loads = lambda plan: None  # one test of its own loads
 for line in sys.stdin:
     asked = json.loads(line)
     target = Target(**asked["target"])
     slept.clear()
+    _files.HELD_BYTES = asked["held"]
     try:
         plan = plan_publish(Path(asked["base"]), Path(asked["out"]) / "checkpoint", target)
         if asked["adapter"]:
@@ -91,7 +93,7 @@ def hub(server):
     """An empty Hub."""
     for held in (server.repos, server.requests, server.faults, server.store):
         held.clear()
-    server.xet_store = None
+    server.xet_store, server.on_request = None, lambda: None
     server.xet_hashes.clear()
     return server
 
@@ -134,9 +136,14 @@ def publish(hub, built, out, publisher, tmp_path):
     """`publish(**target)`: what a call of the room gives; `alone` in a process of its own."""
 
     def call(
-        *, alone: dict[str, str] | None = None, adapter: bool = False, **target: Any
+        *,
+        alone: dict[str, str] | None = None,
+        adapter: bool = False,
+        held: int = HELD_BYTES,
+        **target: Any,
     ) -> dict[str, Any]:
         asked = {
+            "held": held,
             "base": str(built[0]),
             "out": str(out),
             "adapter": adapter,
@@ -193,3 +200,12 @@ def on_hub(hub: HubServer, revision: str = "main", *, name: str = NAME) -> dict[
 
 def commits(hub: HubServer) -> int:
     return sum(m == "POST" and "/commit/" in path for m, path in hub.requests)
+
+
+def require_only(hub: HubServer, wanted: dict[str, bytes], *, name: str = NAME) -> None:
+    """No commit that a branch or tag leads to has other bytes than these."""
+    for repo in hub.repos:
+        for ref in repo.refs if repo.id == name else ():
+            for commit in repo.history(ref):
+                for path, content in repo.commits[commit].items():
+                    assert path == ".gitattributes" or wanted[path] == content, (ref, path)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -171,11 +172,12 @@ def test_a_checkpoint_published_alone_says_that_the_adapter_stays(built, out):
 def test_an_adapter_that_does_not_load(built, out):
     sound = plan(built, out)
     check_loads(sound)
-    config = json.loads((out / "adapter" / ADAPTER_CONFIG).read_text())
+    (planned,) = (file for file in sound.files if file.path == ADAPTER_CONFIG)
+    config = json.loads(planned.content)
     config["target_modules"] = [name.replace("down", "up") for name in config["target_modules"]]
-    (out / "adapter" / ADAPTER_CONFIG).write_text(json.dumps(config))
+    other = replace(planned, content=json.dumps(config).encode())
     with pytest.raises(PublishError, match="Plain PEFT"):
-        check_loads(sound)
+        check_loads(replace(sound, files=(*sound.files, other)))
 
 
 def test_the_command_proves_both(built, out):

@@ -13,6 +13,7 @@ from tests.publish.conftest import (
     environment,
     files_of,
     on_hub,
+    require_only,
     run,
 )
 
@@ -44,6 +45,7 @@ def test_a_fault_is_a_named_error_and_never_public_and_the_next_run_ends_it(
     fault.times = 0
     assert publish(public=True)["public"] is True
     assert on_hub(hub) == files_of(out / "checkpoint")
+    require_only(hub, files_of(out / "checkpoint"))
 
 
 PASSING = {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from dataclasses import replace
 
 import pytest
 from huggingface_hub import ModelCard
@@ -68,12 +69,14 @@ def test_a_build_that_did_not_end(built, out, name):
 def test_a_checkpoint_that_does_not_load(built, out):
     plan = plan_publish(built[0], out / "checkpoint", Target(NAME))
     check_loads(plan)
-    config = out / "checkpoint" / "config.json"
-    config.write_text(
-        config.read_text().replace('"intermediate_size": 48', '"intermediate_size": 40')
-    )
-    with pytest.raises(PublishError, match="Plain transformers"):
-        check_loads(plan)
+    (config,) = (file for file in plan.files if file.path == "config.json")
+    other = config.content.replace(b'"intermediate_size": 48', b'"intermediate_size": 40')
+    with pytest.raises(PublishError, match="Plain transformers") as refused:
+        check_loads(replace(plan, files=(*plan.files, replace(config, content=other))))
+    assert "abliterator-load-" not in str(refused.value)  # a folder that is gone by then
+    # what lies in the folder by then is not what is sent
+    (out / "checkpoint" / "config.json").write_bytes(other)
+    check_loads(plan)
 
 
 def test_an_unknown_licence_must_be_given(hub, built, out, publish):

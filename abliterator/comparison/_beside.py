@@ -1,0 +1,354 @@
+"""What differs between two checkpoints beside their weights, and how both can be asked alike.
+
+Compared is what a file does, not its bytes: a chat template may come from four files, and a config
+may leave out what is the default. What changes neither an answer nor a logit is left out: names,
+versions, dtypes of storage, settings of training.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from abliterator.checkpoint import Checkpoint, carried_files, is_legal, is_opened_by_loaders
+from abliterator.comparison._result import Difference, Part
+from abliterator.errors import AbliteratorError
+from abliterator.files import read_text, sha256_of_file, shown, write_text_atomic
+from abliterator.formats import storage_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+GENERATION_CONFIG = "generation_config.json"
+_TEMPLATES = re.compile(r"(additional_chat_templates/.*|.*\.jinja|chat_template.*\.json)")
+_CODE = re.compile(r".*\.(py|cpp|cu|h)")
+_NOT_OF_TEXT = re.compile(
+    r"(config\.json|generation_config.*|hf_quant_config.*|.*\.index\.json|.*processor.*\.json)"
+)
+# What no loader computes with; and what is told apart: stop tokens, code.
+_IGNORED = re.compile(
+    r"(.*\.)?(_.*|abliterator|.*version|(torch_)?dtype|(bos|eos|pad|sep|decoder_start)_token_id"
+    r"|auto_map|use_cache|return_dict(_in_generate)?|torchscript|gradient_checkpointing"
+    r"|output_(attentions|hidden_states|router_logits|scores)|id2label|label2id|num_labels"
+    r"|problem_type|finetuning_task|task_specific_params|tokenizer_class|initializer_factor"
+    r"|\w*(dropout|_pdrop|initializer_range|layerdrop|aux_loss_coef|jitter_noise))(\..*)?"
+)
+_QUANTIZATION = ("quantization_config", "compression_config")
+# Parts of a fast tokenizer that decide how text becomes tokens, and tokens text.
+_SECTIONS = ("normalizer", "pre_tokenizer", "post_processor", "decoder")
+_SETTINGS = ("bos_token", "eos_token", "unk_token", "clean_up_tokenization_spaces")
+_EXCERPT = 40  # characters of a text before and after the first that differs
+
+
+@dataclass(frozen=True)
+class Setup:
+    """All of a checkpoint but its weights."""
+
+    checkpoint: Checkpoint
+
+    @property
+    def folder(self) -> Path:
+        """Where it is."""
+        return self.checkpoint.folder
+
+    @cached_property
+    def files(self) -> dict[str, str]:
+        """SHA-256 of the files that a loader may open, by relative path."""
+        return {name: sha256_of_file(self.folder / name) for name in carried_files(self.folder)[0]}
+
+    def files_of(self, part: Part) -> dict[str, str]:
+        """Those of a chat template, a tokenizer, or code."""
+        return {name: digest for name, digest in self.files.items() if _part(name) == part}
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase | None:
+        """The tokenizer; None where it cannot be loaded without running code of the folder."""
+        from abliterator.model import load_tokenizer
+
+        try:
+            return load_tokenizer(self.folder)
+        except Exception:  # noqa: BLE001  whatever the files of a folder make libraries raise
+            return None
+
+    @cached_property
+    def loaded_config(self) -> dict[str, Any] | None:
+        """The config with its type's defaults; None where it is not of transformers' own types."""
+        from transformers import AutoConfig
+
+        try:
+            found: dict[str, Any] = AutoConfig.from_pretrained(
+                self.folder, local_files_only=True, trust_remote_code=False
+            ).to_dict()
+        except Exception:  # noqa: BLE001  whatever the files of a folder make libraries raise
+            return None
+        return found
+
+    def config(self, *, loaded: bool) -> dict[str, Any]:
+        """The fields of the config by dotted name; `loaded` with defaults filled in."""
+        plain = self.loaded_config if loaded else None
+        decoded = _QUANTIZATION if self._quantization_is_decoded else ()
+        return {
+            name: value
+            for name, value in _flat(plain or self.checkpoint.config)
+            if not _IGNORED.fullmatch(name) and name.split(".")[0] not in decoded
+        }
+
+    @cached_property
+    def generation(self) -> dict[str, Any]:
+        """The fields of generation_config.json, but for stop tokens and versions."""
+        plain = self._generation_config
+        return {name: value for name, value in _flat(plain) if not _IGNORED.fullmatch(name)}
+
+    @cached_property
+    def stop_ids(self) -> tuple[int, ...]:
+        """The tokens that end an answer: of generation_config, config and tokenizer together."""
+        config = self.loaded_config or self.checkpoint.config
+        nested = [config, *(part for part in config.values() if isinstance(part, dict))]
+        declared = [part.get("eos_token_id") for part in (self._generation_config, *nested)]
+        declared.append(getattr(self.tokenizer, "eos_token_id", None))
+        found: set[int] = set()
+        for ids in declared:
+            each = ids if isinstance(ids, list) else [ids]
+            found.update(i for i in each if isinstance(i, int))
+        return tuple(sorted(found))
+
+    @cached_property
+    def templates(self) -> dict[str, str]:
+        """Chat templates by name, "default" is the one that prompts are rendered with."""
+        found = getattr(self.tokenizer, "chat_template", None) or {}
+        named = dict(found) if isinstance(found, dict) else {"default": str(found)}
+        if not named:  # older processors have it in a file that tokenizers do not read
+            plain = self._json("chat_template.json").get("chat_template")
+            named = {"default": plain} if isinstance(plain, str) else {}
+        return named
+
+    @property
+    def logits(self) -> object:
+        """How many tokens the model predicts over, as its config says."""
+        config = self.loaded_config or self.checkpoint.config
+        inner = config.get("text_config")
+        return (inner if isinstance(inner, dict) else config).get("vocab_size")
+
+    @property
+    def _quantization_is_decoded(self) -> bool:
+        try:
+            storage_of(self.checkpoint.config)
+        except AbliteratorError:
+            return False
+        return True
+
+    @property
+    def _generation_config(self) -> dict[str, Any]:
+        return self._json(GENERATION_CONFIG)
+
+    def _json(self, name: str) -> dict[str, Any]:
+        if name not in self.files:
+            return {}
+        try:
+            plain = json.loads(read_text(self.folder / name))
+        except (AbliteratorError, ValueError):
+            return {}
+        return plain if isinstance(plain, dict) else {}
+
+
+def differences(base: Setup, edited: Setup) -> tuple[Difference, ...]:
+    """All that differs beside the weights and changes what is asked, answered or computed."""
+    return (
+        *_templates(base, edited),
+        *_tokenizers(base, edited),
+        *_stop_tokens(base, edited),
+        *_fields("generation_config", base.generation, edited.generation),
+        *_fields("config", *_configs(base, edited)),
+        *_files("code", base, edited),
+    )
+
+
+def compute_alike(base: Setup, edited: Setup) -> bool:
+    """Whether models of these configs and of this code compute the same with the same weights."""
+    before, after = _configs(base, edited)
+    return before == after and base.files_of("code") == edited.files_of("code")
+
+
+def _configs(base: Setup, edited: Setup) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Both configs in one form."""
+    loaded = base.loaded_config is not None and edited.loaded_config is not None
+    return base.config(loaded=loaded), edited.config(loaded=loaded)
+
+
+def differences_beside(base: Path, edited: Path) -> tuple[Difference, ...]:
+    """All that differs beside the weights of two checkpoint folders.
+
+    Raises:
+        CheckpointError: if a folder is no sound checkpoint.
+    """
+    return differences(Setup(Checkpoint.open(base)), Setup(Checkpoint.open(edited)))
+
+
+def same_vocabulary(base: Setup, edited: Setup) -> bool:
+    """Whether every token of the base has the same id in the edited model.
+
+    Then the base's token ids mean the same text to both, whatever else their tokenizers do.
+    """
+    if base.files_of("tokenizer") == edited.files_of("tokenizer"):
+        return True
+    if base.tokenizer is None or edited.tokenizer is None:
+        return False
+    return bool(base.tokenizer.get_vocab().items() <= edited.tokenizer.get_vocab().items())
+
+
+def asked_as_base(base: Setup, edited: Setup, folder: Path) -> Path:
+    """A folder of links: the edited model with the base's template, tokenizer and stop tokens."""
+    folder.mkdir()
+    for path in sorted(edited.folder.iterdir()):
+        if not _decides_the_question(path.name):
+            (folder / path.name).symlink_to(path.resolve())
+    for path in sorted(base.folder.iterdir()):
+        if _decides_the_question(path.name):
+            (folder / path.name).symlink_to(path.resolve())
+    if not (folder / GENERATION_CONFIG).exists():  # else the edited config would say where to stop
+        settings = {"eos_token_id": list(base.stop_ids)}
+        write_text_atomic(folder / GENERATION_CONFIG, json.dumps(settings))
+    return folder
+
+
+def _decides_the_question(name: str) -> bool:
+    """Whether a file, or a folder of files, of this name has a part in how a model is asked."""
+    if name in (GENERATION_CONFIG, "additional_chat_templates"):
+        return True
+    opened = is_opened_by_loaders(name) and not name.endswith(".safetensors")
+    return opened and _part(name) in ("chat_template", "tokenizer")
+
+
+def _part(file: str) -> Part | None:
+    if _TEMPLATES.fullmatch(file):
+        return "chat_template"
+    if _CODE.fullmatch(file):
+        return "code"
+    return None if _NOT_OF_TEXT.fullmatch(file) or is_legal(file) else "tokenizer"
+
+
+def _templates(base: Setup, edited: Setup) -> Iterator[Difference]:
+    parts: tuple[Part, ...] = ("chat_template", "tokenizer")  # tokenizer_config.json may hold one
+    if all(base.files_of(part) == edited.files_of(part) for part in parts):
+        return
+    if base.tokenizer is None or edited.tokenizer is None:
+        yield from _files("chat_template", base, edited)
+        return
+    for name in sorted(base.templates.keys() | edited.templates.keys()):
+        before, after = base.templates.get(name), edited.templates.get(name)
+        if before != after:
+            yield _difference("chat_template", name, *_excerpts(before, after))
+
+
+def _tokenizers(base: Setup, edited: Setup) -> Iterator[Difference]:
+    if base.files_of("tokenizer") == edited.files_of("tokenizer"):
+        return
+    if base.tokenizer is None or edited.tokenizer is None:
+        yield from _files("tokenizer", base, edited)
+        return
+    yield from _vocabularies(base.tokenizer.get_vocab(), edited.tokenizer.get_vocab())
+    before, after = _behaviour(base.tokenizer), _behaviour(edited.tokenizer)
+    if before is None or after is None:
+        yield from _files("tokenizer", base, edited)
+        return
+    for name in sorted(before.keys() | after.keys()):
+        if before.get(name) != after.get(name):
+            texts = (json.dumps(side.get(name), ensure_ascii=False) for side in (before, after))
+            yield _difference("tokenizer", name, *_excerpts(*texts))
+
+
+def _vocabularies(base: Mapping[str, int], edited: Mapping[str, int]) -> Iterator[Difference]:
+    """How many tokens have another id or are on one side only, and the first of them."""
+    changed = {token for token in base.keys() & edited.keys() if base[token] != edited[token]}
+    for name, tokens in (
+        ("tokens with another id", changed),
+        ("tokens of the base alone", base.keys() - edited.keys()),
+        ("tokens of the edited alone", edited.keys() - base.keys()),
+    ):
+        if tokens:
+            first = min(tokens, key=lambda token: (base.get(token, edited.get(token)), token))
+            yield Difference(
+                part="tokenizer",
+                name=f"{len(tokens)} {name}, such as {shown(first)}",
+                base=_id(base.get(first)),
+                edited=_id(edited.get(first)),
+            )
+
+
+def _id(token: int | None) -> str | None:
+    return None if token is None else f"id {token}"
+
+
+def _behaviour(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any] | None:
+    """What decides how text becomes ids and ids text, but for the vocabulary.
+
+    None of a tokenizer that is not built on `tokenizers`: there only the files tell.
+    """
+    fast = getattr(tokenizer, "backend_tokenizer", None)
+    if fast is None or not hasattr(fast, "to_str"):
+        return None
+    plain = json.loads(fast.to_str())
+    model = {f"model.{name}": value for name, value in plain["model"].items() if name != "vocab"}
+    return {
+        **{name: str(getattr(tokenizer, name, None)) for name in _SETTINGS},
+        **model,
+        **{name: plain.get(name) for name in _SECTIONS},
+        "added_tokens": sorted(plain.get("added_tokens") or [], key=lambda token: token["id"]),
+    }
+
+
+def _stop_tokens(base: Setup, edited: Setup) -> Iterator[Difference]:
+    if base.stop_ids != edited.stop_ids:
+        yield _difference("stop_tokens", "ids", *map(str, (base.stop_ids, edited.stop_ids)))
+
+
+def _fields(part: Part, base: Mapping[str, Any], edited: Mapping[str, Any]) -> Iterator[Difference]:
+    for name in sorted(base.keys() | edited.keys()):
+        before, after = base.get(name), edited.get(name)
+        if before != after:
+            yield _difference(part, name, *(_written(value) for value in (before, after)))
+
+
+def _written(value: Any) -> str | None:
+    return None if value is None else json.dumps(value, ensure_ascii=False, default=str)
+
+
+def _files(part: Part, base: Setup, edited: Setup) -> Iterator[Difference]:
+    before, after = base.files_of(part), edited.files_of(part)
+    for name in sorted(before.keys() | after.keys()):
+        if before.get(name) != after.get(name):
+            digests = (side.get(name) for side in (before, after))
+            yield _difference(part, name, *(d and f"sha256 {d[:12]}" for d in digests))
+
+
+def _difference(part: Part, name: str, base: str | None, edited: str | None) -> Difference:
+    """A difference, in text that fits on a line."""
+    sides = (None if side is None else shown(side) for side in (base, edited))
+    return Difference(part=part, name=shown(name), base=next(sides), edited=next(sides))
+
+
+def _excerpts(base: str | None, edited: str | None) -> tuple[str | None, str | None]:
+    """The two texts around the first character that differs."""
+    if base is None or edited is None:
+        return base, edited
+    same = next(
+        (i for i, (a, b) in enumerate(zip(base, edited, strict=False)) if a != b),
+        min(len(base), len(edited)),
+    )
+    start = max(0, same - _EXCERPT)
+    cut = slice(start, same + _EXCERPT)
+    return ("…" if start else "") + base[cut], ("…" if start else "") + edited[cut]
+
+
+def _flat(plain: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """The fields of a config, those of nested ones by dotted names; None is as good as absent."""
+    for name, value in plain.items():
+        if isinstance(value, dict) and value:
+            yield from _flat(value, f"{prefix}{name}.")
+        elif value is not None:
+            yield f"{prefix}{name}", value

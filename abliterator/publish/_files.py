@@ -1,0 +1,118 @@
+"""The files of a plan: the bytes that were verified are the bytes that are uploaded.
+
+Small files are read once, compared with the hash that the verification took, and held in memory
+until they are sent. Large ones stay on the disk: they are known by the hash that the verification
+took, and by what the file system says of them, which a later change gives away.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeAlias
+
+from abliterator.errors import PublishError
+from abliterator.files import open_regular, readable
+
+HELD_BYTES = 16 << 20
+"""Size up to which a file is held in memory; the Hub stores any file above 10 MB as a large one."""
+
+Stamp: TypeAlias = "tuple[tuple[int, ...], ...]"
+"""Size and times of a path and of what it links to: a write or a rename changes the last (ctime).
+
+Inode numbers are no part of it: some network file systems give a file another one now and then.
+"""
+
+
+@dataclass(frozen=True)
+class PlannedFile:
+    """One file to be uploaded.
+
+    Attributes:
+        path: where it goes in the repository.
+        size: in bytes.
+        sha256: of the bytes that were verified.
+        content: these bytes, or the path of a file that is too large to be held.
+        stamp: of that path when it was verified; None of bytes.
+    """
+
+    path: str
+    size: int
+    sha256: str
+    content: Path | bytes
+    stamp: Stamp | None = None
+
+    @property
+    def git_blob(self) -> str | None:
+        """Git's name of the content, which the Hub has of files that are not large; None if it is.
+
+        Large is what is not held: no such file is stored as a small one.
+        """
+        if isinstance(self.content, Path):
+            return None
+        return hashlib.sha1(b"blob %d\0" % self.size + self.content).hexdigest()
+
+
+def stamp_of(path: Path) -> Stamp:
+    """The stamp of a path; empty of one that is not there."""
+    try:
+        seen = path.lstat(), path.stat()
+    except OSError:
+        return ()
+    return tuple((found.st_size, found.st_mtime_ns, found.st_ctime_ns) for found in seen)
+
+
+def stamps_of(folder: Path) -> dict[str, Stamp]:
+    """The stamps of all files of a folder, by path in it."""
+    with readable(folder):
+        paths = [Path(parent) / name for parent, _, names in os.walk(folder) for name in names]
+    return {path.relative_to(folder).as_posix(): stamp_of(path) for path in paths}
+
+
+def verified_files(
+    folder: Path, sha256: Mapping[str, str], before: Mapping[str, Stamp]
+) -> list[PlannedFile]:
+    """The files of a folder that a verification has just proven, held where they are small.
+
+    Args:
+        folder: what was verified.
+        sha256: of each file that belongs to it, as verified.
+        before: the stamps of the folder's files from before the verification.
+
+    Raises:
+        PublishError: if a file is no longer what was verified, or changed while it was.
+    """
+    files = [_verified(folder / path, path, digest) for path, digest in sorted(sha256.items())]
+    require_unchanged({folder / path: before.get(path, ()) for path in sha256})
+    return files
+
+
+def _verified(place: Path, path: str, digest: str) -> PlannedFile:
+    stamp = stamp_of(place)
+    with open_regular(place) as source, readable(place):
+        if source.size > HELD_BYTES:
+            return PlannedFile(path, source.size, digest, place, stamp)
+        content = source.stream.readall()
+    if hashlib.sha256(content).hexdigest() != digest:
+        raise changed([place])
+    return PlannedFile(path, len(content), digest, content)
+
+
+def require_unchanged(stamps: Mapping[Path, Stamp]) -> None:
+    """Raises PublishError if a file has another stamp than it had."""
+    paths = [path for path, stamp in stamps.items() if stamp_of(path) != stamp]
+    if paths:
+        raise changed(paths)
+
+
+def changed(paths: Iterable[Path]) -> PublishError:
+    """The error for files that are not what was verified."""
+    names = ", ".join(map(str, paths))
+    return PublishError(
+        f"{names} changed after it was verified, or while it was; a folder that nothing writes to "
+        "was expected. What would be uploaded is no longer what was verified, so nothing more was "
+        "sent. Run the same command again when the folder is at rest."
+    )
