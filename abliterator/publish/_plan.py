@@ -11,6 +11,7 @@ from typing import Any, Literal, NamedTuple
 
 from abliterator.checkpoint import ADAPTER_CONFIG, ADAPTER_WEIGHTS, is_legal
 from abliterator.errors import PublishError
+from abliterator.files import require_regular_files, sha256_of_file
 from abliterator.record import RunRecord
 from abliterator.verification import (
     CARD,
@@ -266,8 +267,8 @@ def _planned(checkpoint: Path, path: str, target: Target) -> PlannedFile:
     if path == CARD and target.license is not None:
         content = _with_license(checkpoint / path, target.license)
         return PlannedFile(path, len(content), hashlib.sha256(content).hexdigest(), content)
-    with (checkpoint / path).open("rb") as stream:
-        digest = hashlib.file_digest(stream, "sha256").hexdigest()
+    require_regular_files([checkpoint / path])
+    digest = sha256_of_file(checkpoint / path)
     return PlannedFile(path, (checkpoint / path).stat().st_size, digest, content)
 
 
