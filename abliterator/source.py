@@ -23,6 +23,7 @@ from tempfile import TemporaryDirectory
 from typing import TypeVar
 
 from abliterator.errors import CheckpointError
+from abliterator.files import readable
 
 EMBEDDED = "embedded:"
 RECIPE = "recipe.yaml"  # of a published checkpoint
@@ -365,7 +366,9 @@ def published_folder(name: str) -> Path:
 
 
 def _with_safetensors(source: ModelSource) -> ModelSource:
-    _require_safetensors(source.id, [path.name for path in source.folder.iterdir()])
+    with readable(source.folder):
+        names = [path.name for path in source.folder.iterdir()]
+    _require_safetensors(source.id, names)
     return source
 
 

@@ -1,4 +1,4 @@
-"""Damaged checkpoints: each fault by name, then random damage, always a CheckpointError.
+"""Damaged checkpoints: each fault by name, then random damage, always a FileError.
 
 Random damage is also held against the reference implementation: what we accept, it must accept,
 with the same tensors.
@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from safetensors import SafetensorError, deserialize
 
 from abliterator.checkpoint import DTYPE_BITS, Checkpoint, carried_files, patch_file
-from abliterator.errors import CheckpointError
+from abliterator.errors import FileError
 
 INDEX = "model.safetensors.index.json"
 FUZZ = settings(
@@ -54,7 +54,7 @@ def make_sharded(folder: Path, index: object) -> Path:
 
 
 def refused(folder: Path) -> str:
-    with pytest.raises(CheckpointError) as caught:
+    with pytest.raises(FileError) as caught:
         Checkpoint.open(folder)
     message = str(caught.value)
     assert "\n" not in message
@@ -116,7 +116,7 @@ def test_no_safetensors(tmp_path: Path, names: list[str], hint: str):
     for name in names:
         (tmp_path / name).write_bytes(b"x")
     assert hint in refused(tmp_path)
-    with pytest.raises(CheckpointError):
+    with pytest.raises(FileError):
         carried_files(tmp_path)
 
 
@@ -262,7 +262,7 @@ def judge(weights: bytes, folder: Path) -> None:
     make(folder, weights)
     try:
         base = Checkpoint.open(folder)
-    except CheckpointError:
+    except FileError:
         return
     if all(info.dtype in DTYPE_BITS for info in base.tensors.values()):
         reference = {

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from abliterator import pipeline
-from abliterator.errors import CheckpointError
+from abliterator.errors import FileError
 from tests.hub_server import Fault, HubServer, Unseen
 from tests.test_public_api import HEAVY
 
@@ -22,12 +22,12 @@ PLAN = """
 import json, os, sys, tempfile
 from pathlib import Path
 from abliterator import pipeline
-from abliterator.errors import CheckpointError
+from abliterator.errors import FileError
 for model in sys.argv[1:]:
     try:
         plan = pipeline.plan_model(model, Path("out"))
         told = plan.summary()
-    except CheckpointError as error:
+    except FileError as error:
         assert error.__cause__ is None and error.__context__ is None
         told = str(error)
     print(json.dumps(told))
@@ -149,10 +149,10 @@ def test_the_plan_of_a_model_on_the_hub_has_no_weights_to_read(hub, tiny_folder,
     code = (
         "from pathlib import Path\n"
         "from abliterator import pipeline\n"
-        "from abliterator.errors import CheckpointError\n"
+        "from abliterator.errors import FileError\n"
         "checkpoint = pipeline.plan_model('somebody/tiny', Path('out')).checkpoint\n"
         "try: checkpoint.read(next(iter(checkpoint.tensors)))\n"
-        "except CheckpointError as error: print(error)\n"
+        "except FileError as error: print(error)\n"
     )
     environment = hub.env(tmp_path, PYTHONPATH=str(ROOT))
     done = subprocess.run(
@@ -210,7 +210,7 @@ def test_a_server_that_sends_whole_files_is_left_before_it_has(hub, tiny_folder,
 
 
 def test_without_a_connection_what_is_missing_is_named():
-    with pytest.raises(CheckpointError, match="nobody/nothing is not on this machine"):
+    with pytest.raises(FileError, match="nobody/nothing is not on this machine"):
         pipeline.plan_model("nobody/nothing", Path("out"))
 
 

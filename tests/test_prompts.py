@@ -162,12 +162,11 @@ def test_a_missing_file_a_folder_and_a_forbidden_one_are_told_apart(tmp_path, mo
     with pytest.raises(PromptError, match=r"folder\.txt is a folder"):
         load(tmp_path / "folder.txt")
 
-    def deny(_: Path) -> bytes:
+    def deny(*_: object, **__: object) -> bytes:
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(
-        Path, "read_bytes", deny
-    )  # root may read everything, so mode bits do not do
+    (tmp_path / "locked.txt").write_text("Name a planet.")
+    monkeypatch.setattr(Path, "open", deny)  # root may read everything, so mode bits do not do
     with pytest.raises(PromptError, match=r"cannot be read \(Permission denied\)"):
         load(tmp_path / "locked.txt")
 

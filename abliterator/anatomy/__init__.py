@@ -11,7 +11,12 @@ it.
 """
 
 from abliterator.anatomy._anatomy import Anatomy, Kind, Shape, Writer, broad_component
-from abliterator.anatomy._config import anatomy_of, known_model_types, refused_model_types
+from abliterator.anatomy._config import (
+    anatomy_of,
+    known_model_types,
+    refused_model_types,
+    require_countable,
+)
 from abliterator.anatomy._table import Component
 
 __all__ = [
@@ -24,4 +29,5 @@ __all__ = [
     "broad_component",
     "known_model_types",
     "refused_model_types",
+    "require_countable",
 ]

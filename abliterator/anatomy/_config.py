@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from difflib import get_close_matches
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 from abliterator.anatomy._anatomy import Anatomy
 from abliterator.anatomy._table import Family, table
 from abliterator.errors import CheckpointError, UnsupportedModel
+from abliterator.files import shown
 from abliterator.formats import storage_of
 
 # What config.json calls the number of routed experts, depending on who wrote the architecture.
@@ -16,6 +18,7 @@ EXPERT_COUNTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_nu
 
 # More of a kind than any model has: names of so many are made, and more would never end.
 MOST = 1 << 16
+_COUNTED = re.compile("(layers?|labels|classes|experts|heads|blocks|groups|modules|stages|books)$")
 
 
 def anatomy_of(config: Mapping[str, Any]) -> Anatomy:
@@ -25,6 +28,7 @@ def anatomy_of(config: Mapping[str, Any]) -> Anatomy:
         UnsupportedModel: for a model_type that is not in the table, and for quantised weights.
         CheckpointError: where config.json lacks a number that every model has.
     """
+    require_countable(config)
     model_type = str(config.get("model_type"))
     wrapper = table().wrappers.get(model_type)
     text = config if wrapper is None else _text_config(config, model_type)
@@ -33,8 +37,8 @@ def anatomy_of(config: Mapping[str, Any]) -> Anatomy:
     quantised = config.get("quantization_config")
     if quantised and not isinstance(quantised, Mapping):
         raise CheckpointError(
-            f"config.json says quantization_config: {quantised!r}, expected an object. The file is "
-            "damaged: download the model again."
+            f"config.json says quantization_config: {_said(quantised)}, expected an object. The "
+            "file is damaged: download the model again."
         )
     tied = text.get("tie_word_embeddings", config.get("tie_word_embeddings"))
     return Anatomy(
@@ -67,6 +71,27 @@ def _text_config(config: Mapping[str, Any], model_type: str) -> Mapping[str, Any
     return {**family.sizes_left_out, **text} if family else text
 
 
+def require_countable(config: object) -> None:
+    """Checks that no part of a parsed config.json counts more layers or the like than exist.
+
+    Whoever reads it makes a list of so many before anything else can be looked at.
+
+    Raises:
+        CheckpointError: naming the key.
+    """
+    parts: list[object] = [config]
+    while parts:
+        part = parts.pop()
+        parts += part.values() if isinstance(part, Mapping) else []
+        parts += part if isinstance(part, list) else []
+        for key, value in part.items() if isinstance(part, Mapping) else ():
+            if isinstance(value, (int, float)) and value > MOST and _COUNTED.search(str(key)):
+                raise CheckpointError(
+                    f"config.json says {shown(key)}: {_said(value)}, expected a whole number up to "
+                    f"{MOST}. The file is incomplete or damaged: download the model again."
+                )
+
+
 def known_model_types() -> tuple[str, ...]:
     """Every model_type in the table, sorted."""
     return tuple(sorted({*table().families, *table().wrappers}))
@@ -83,16 +108,16 @@ def _family_of(model_type: str, *, wrapper: bool) -> Family:
         return families[model_type]
     if model_type in refused:
         raise UnsupportedModel(
-            f"Models of type {model_type!r} are not supported: {refused[model_type]} Use a model "
-            "of another type."
+            f"Models of type {shown(model_type)!r} are not supported: {refused[model_type]} Use a "
+            "model of another type."
         )
     hint = " (config.json has a text_config: a wrapper of several models)" if wrapper else ""
     known = known_model_types()
     alike = ", ".join(get_close_matches(model_type, known)) or "llama, qwen3, gemma3"
     raise UnsupportedModel(
-        f"No architecture of type {model_type!r}{hint} is known, so its writers of the residual "
-        f"stream are not either. {len(known)} types are known, among them {alike}; others need an "
-        "entry in abliterator/anatomy/architectures.yaml."
+        f"No architecture of type {shown(model_type)!r}{hint} is known, so its writers of the "
+        f"residual stream are not either. {len(known)} types are known, among them {alike}; others "
+        "need an entry in abliterator/anatomy/architectures.yaml."
     )
 
 
@@ -101,9 +126,9 @@ def _check_requirements(model_type: str, family: Family, config: Mapping[str, An
     for key, value in family.requires.items():
         if config.get(key, value) != value:
             raise UnsupportedModel(
-                f"config.json says {key}: {config[key]!r}; of the type {model_type!r}, only models "
-                f"with {key}: {value!r} are supported, because others build the residual stream "
-                "otherwise. Use another model."
+                f"config.json says {key}: {_said(config[key])}; of the type {shown(model_type)!r}, "
+                f"only models with {key}: {value!r} are supported, because others build the "
+                "residual stream otherwise. Use another model."
             )
 
 
@@ -118,8 +143,8 @@ def _count(config: Mapping[str, Any], key: str) -> int:
     value = config.get(key) or 0
     if type(value) is not int or not 0 <= value <= MOST:
         raise CheckpointError(
-            f"config.json says {key}: {value!r}, expected a whole number from 0 to {MOST}. The "
-            "file is incomplete or damaged: download the model again."
+            f"config.json says {key}: {_said(value)}, expected a whole number from 0 to {MOST}. "
+            "The file is incomplete or damaged: download the model again."
         )
     return value
 
@@ -131,7 +156,12 @@ def _size(config: Mapping[str, Any], *keys: str) -> int:
         value = len(value)
     if type(value) is not int or value < 1:  # JSON's true would pass as an int
         raise CheckpointError(
-            f"config.json says {key}: {value!r}, expected a positive whole number. The file is "
-            f"incomplete or damaged: download the model again."
+            f"config.json says {key}: {_said(value)}, expected a positive whole number. The file "
+            f"is incomplete or damaged: download the model again."
         )
     return value
+
+
+def _said(value: object) -> str:
+    """A value of config.json as it may stand in a message."""
+    return shown(repr(value))

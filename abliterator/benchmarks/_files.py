@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
@@ -10,10 +9,12 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from abliterator.errors import BenchmarkError
+from abliterator.errors import BenchmarkError, FileError
+from abliterator.files import read_text, sha256_of_file
 
 # `datasets` reads these from files; any other dataset_path is the id of a dataset on the Hub.
 FILE_FORMATS = frozenset({"arrow", "csv", "json", "parquet", "text"})
+_MAX_BYTES = 16 << 20  # of a task file
 # Settings by which a task file reaches for other files, of which some may hold code.
 _OUTWARD_SETTINGS = ("include", "group", "use_prompt")
 
@@ -41,15 +42,21 @@ def local_task(path: Path) -> LocalTask:
             "under `task: NAME`; write all its settings out in the file."
         )
     _refuse_foreign_metrics(path, settings)
-    hashes = [hashlib.sha256(path.read_bytes()).hexdigest()]
+    hashes = [sha256_of_file(path)]
     if settings.get("dataset_path") in FILE_FORMATS:
-        hashes += [_sha256(file) for file in _anchor_data_files(path, settings)]
+        hashes += [sha256_of_file(file) for file in _anchor_data_files(path, settings)]
     return LocalTask(settings["task"], settings, hashes)
 
 
 def _read_task_file(path: Path) -> dict[str, Any]:
     try:
-        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
+        text = read_text(path, max_bytes=_MAX_BYTES)
+        if any(isinstance(token, yaml.AliasToken) for token in yaml.scan(text)):
+            raise BenchmarkError(
+                f"The benchmark task {path} uses a YAML alias (`*name`), of which a few lines make "
+                "gigabytes. Write the value out."
+            )
+        settings = yaml.safe_load(text)
     except yaml.constructor.ConstructorError as error:
         raise BenchmarkError(
             f"The benchmark task {path} is not plain data: {error.problem} (line {_line(error)}). "
@@ -61,7 +68,11 @@ def _read_task_file(path: Path) -> dict[str, Any]:
             f"The benchmark task {path} is not valid YAML: {' '.join(str(error).split())}. "
             "Correct the file."
         ) from error
-    except (OSError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # a date that is none, nesting without end
+        raise BenchmarkError(
+            f"The benchmark task {path} cannot be read as YAML ({error}). Correct the file."
+        ) from error
+    except FileError as error:
         raise BenchmarkError(
             f"The benchmark task {path} cannot be read ({error}). Paths of task files are "
             "relative to the recipe's folder; to use a task that lm-eval has, give its name "
@@ -117,8 +128,3 @@ def _anchor_data_files(path: Path, settings: dict[str, Any]) -> list[Path]:
     if isinstance(kwargs, dict) and "data_files" in kwargs:
         kwargs["data_files"] = anchored(kwargs["data_files"])
     return found
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

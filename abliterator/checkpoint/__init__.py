@@ -32,7 +32,7 @@ from abliterator.checkpoint._folder import CONFIG_FILE, INDEX_FILE, Checkpoint
 from abliterator.checkpoint._header import DTYPE_BITS, TensorInfo
 from abliterator.checkpoint._patch import Edit, PatchedFile, PatchedTensor, patch_file
 from abliterator.checkpoint._relay import Relaid, relaid_index, relay
-from abliterator.checkpoint._stated import stated_base
+from abliterator.checkpoint._stated import card_metadata, stated_base
 
 __all__ = [
     "ADAPTER_CONFIG",
@@ -50,6 +50,7 @@ __all__ = [
     "TensorInfo",
     "adapter_config",
     "adapter_tensors",
+    "card_metadata",
     "carried_files",
     "edited_config",
     "fingerprint",

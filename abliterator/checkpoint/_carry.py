@@ -14,7 +14,7 @@ from pathlib import Path
 from abliterator.checkpoint._folder import ADAPTER_FILE, INDEX_FILE, SINGLE_FILE, locate_weights
 from abliterator.checkpoint._header import encodable
 from abliterator.errors import CheckpointError
-from abliterator.files import readable, shown
+from abliterator.files import is_closed, readable, shown, too_large
 
 _TOP_LEVEL = (
     "config.json",
@@ -55,9 +55,9 @@ _WEIGHTS_OR_PICTURES = (
     *(".safetensors", ".bin", ".pt", ".pth", ".gguf", ".onnx", ".h5", ".msgpack"),
     *(".png", ".jpg", ".jpeg", ".gif", ".svg", ".webp"),
 )
+_MAX_BYTES = 512 << 20  # of a file that goes along; the largest tokenizers have a tenth
 # Of these a loader takes the first that is there: one of another model would take over.
 _TAKES_OVER = (ADAPTER_FILE, SINGLE_FILE, INDEX_FILE)
-_NEVER_ENTERED = ("original", "__pycache__")  # and every folder that begins with a dot
 
 
 def carried_files(folder: Path) -> tuple[list[str], list[str]]:
@@ -85,11 +85,14 @@ def carried_files(folder: Path) -> tuple[list[str], list[str]]:
             wanted = wanted and encodable(file)
             if wanted and (folder / file).is_symlink() and not (folder / file).exists():
                 raise CheckpointError(
-                    f"{folder / file} is a link to a file that is not there, and a loader may "
-                    "need it. If this is a Hugging Face cache, part of it was deleted: download "
-                    "the model again."
+                    f"{folder}{os.sep}{shown(file)} is a link to a file that is not there, and a "
+                    "loader may need it. If this is a Hugging Face cache, part of it was deleted: "
+                    "download the model again."
                 )
-            (carried if wanted and (folder / file).is_file() else left_out).append(file)
+            wanted = wanted and (folder / file).is_file()
+            if wanted and (size := (folder / file).stat().st_size) > _MAX_BYTES:
+                raise too_large(Path(f"{folder}{os.sep}{shown(file)}"), size, _MAX_BYTES)
+            (carried if wanted else left_out).append(file)
     return sorted(carried), _grouped(left_out + closed, kept=[*weights, *carried])
 
 
@@ -125,7 +128,7 @@ def _walk(folder: Path) -> tuple[list[str], list[str]]:
     for parent, folders, names in os.walk(folder, onerror=fail):
         base = Path(parent)
         for name in list(folders):
-            if name.startswith(".") or name in _NEVER_ENTERED or (base / name).is_symlink():
+            if is_closed(name) or (base / name).is_symlink():
                 folders.remove(name)
                 closed.append((base / name).relative_to(folder).as_posix() + "/")
         files += [(base / name).relative_to(folder).as_posix() for name in names]

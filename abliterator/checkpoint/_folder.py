@@ -8,6 +8,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from abliterator.anatomy import anatomy_of
 from abliterator.checkpoint._header import (
     MAX_JSON_BYTES,
     TensorInfo,
@@ -15,13 +16,21 @@ from abliterator.checkpoint._header import (
     parse_json_object,
     read_header,
 )
-from abliterator.errors import CheckpointError
-from abliterator.files import damaged, open_regular, read_fully, readable, shown
+from abliterator.errors import AbliteratorError, CheckpointError
+from abliterator.files import (
+    damaged,
+    open_regular,
+    read_fully,
+    readable,
+    require_plain_folder,
+    shown,
+)
 
 CONFIG_FILE = "config.json"
 SINGLE_FILE = "model.safetensors"
 ADAPTER_FILE = "adapter_config.json"
 INDEX_FILE = "model.safetensors.index.json"
+_HEADS = ("lm_head.weight", "embed_out.weight")  # GPT-NeoX's is called embed_out
 _CONVERT = (
     "Convert it once, where you trust its author: "
     "AutoModelForCausalLM.from_pretrained(FOLDER).save_pretrained(NEW_FOLDER), and the same for "
@@ -53,6 +62,7 @@ class Checkpoint:
         Raises:
             CheckpointError: the folder is not a checkpoint, is damaged, or has its weights in
                 another format.
+            FileError: something in it is no plain file (`require_plain_folder`).
         """
         config = _read_config(folder)
         tensors: dict[str, TensorInfo] = {}
@@ -60,7 +70,8 @@ class Checkpoint:
         for file, expected in locate_weights(folder).items():
             infos, file_bytes[file] = read_header(folder, file)
             if expected is not None:
-                _check_against_index(folder, file, {info.name for info in infos}, expected)
+                named = {info.name for info in infos}
+                _check_against_index(folder, file, named, expected, config)
             tensors.update((info.name, info) for info in infos)
         if not tensors:
             raise damaged(folder, "there is no tensor in its weight files")
@@ -142,6 +153,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
                 "was expected. Give the folder that holds the model's config.json, weights and "
                 "tokenizer."
             )
+    require_plain_folder(folder)
     config = read_json(folder / CONFIG_FILE)
     _check_redirect(folder, config)
     return config
@@ -187,10 +199,11 @@ def _plain_path(file: str) -> bool:
 
 
 def _check_against_index(
-    folder: Path, file: str, found: set[str], expected: frozenset[str]
+    folder: Path, file: str, found: set[str], expected: frozenset[str], config: dict[str, Any]
 ) -> None:
     index = folder / INDEX_FILE
-    if missing := sorted(expected - found):
+    missing = sorted(name for name in expected - found if not _is_tied_head(name, config))
+    if missing:
         raise damaged(
             index,
             f"it says that {file} holds {shown(missing[0])}, which is not in it ({len(missing)} "
@@ -201,6 +214,16 @@ def _check_against_index(
             index,
             f"it does not name {shown(extra[0])}, which is in {file} ({len(extra)} such tensors)",
         )
+
+
+def _is_tied_head(name: str, config: dict[str, Any]) -> bool:
+    """Whether loaders do without this tensor: an output head that is the embedding again."""
+    if not name.endswith(_HEADS):
+        return False
+    try:
+        return anatomy_of(config).tied_embeddings
+    except AbliteratorError:  # which the plan will tell in its own words
+        return False
 
 
 def _no_safetensors(folder: Path) -> str:

@@ -27,6 +27,7 @@ DTYPE_BITS = {
 MAX_JSON_BYTES = (
     100_000_000  # the reference implementation's limit: a wrong length allocates little
 )
+_MAX_DEPTH = 64  # levels of lists and objects; configs have a handful
 _MAX_SIZE = 2**64 - 1  # sizes and offsets are unsigned 64-bit numbers in the format
 _PREFIX = 8
 
@@ -100,7 +101,19 @@ def parse_json_object(text: bytes, path: Path, *, what: str) -> dict[str, Any]:
         raise damaged(path, f"{what} is not readable JSON ({shown(error)})") from error
     if not isinstance(value, dict):
         raise damaged(path, f"{what} is a JSON {type(value).__name__}, not an object")
+    _check_depth(value, path, what)
     return value
+
+
+def _check_depth(value: dict[str, Any], path: Path, what: str) -> None:
+    """Stops at nesting that Python's JSON writer, and loaders, would exceed the stack with."""
+    level: list[Any] = [value]
+    for _ in range(_MAX_DEPTH):
+        below = (v.values() if isinstance(v, dict) else v for v in level)
+        level = [inner for values in below for inner in values if isinstance(inner, (dict, list))]
+        if not level:
+            return
+    raise damaged(path, f"{what} is nested more than {_MAX_DEPTH} levels deep")
 
 
 def encodable(text: str) -> bool:

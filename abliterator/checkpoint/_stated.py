@@ -1,21 +1,84 @@
-"""What the card of a checkpoint states of it."""
+"""What the card of a checkpoint states: the front matter of its README.md, as plain values."""
 
 from __future__ import annotations
 
+import math
+import re
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
+
+from abliterator.checkpoint._header import encodable
+from abliterator.errors import FileError
+from abliterator.files import read_text
+
+CARD_FILE = "README.md"
+
+# Public cards with long tables of results have 1 MB.
+_MAX_BYTES = 16 << 20
+_MAX_DEPTH = 32
+_FRONT_MATTER = re.compile(r"\s*---[ \t]*\r?\n(.*?)\r?\n---[ \t]*(?:\r?\n|\Z)", re.DOTALL)
 
 
-def stated_base(folder: Path) -> tuple[str, ...]:
-    """Ids of the models that the folder's README.md names as `base_model`; empty where it does not.
+def card_metadata(folder: Path) -> dict[str, Any] | None:
+    """The front matter of the folder's README.md: {} where there is none, None if unreadable.
 
-    A card that cannot be read states nothing.
+    Values are those that JSON has: a date, bytes or anything else that YAML may hold is left out,
+    and so is text that is not Unicode. Unreadable is what is no YAML, uses aliases (of which a few
+    lines make gigabytes), or is nested more than 32 levels deep.
     """
-    from huggingface_hub import metadata_load
-    from yaml import YAMLError
-
+    path = folder / CARD_FILE
+    if not path.is_file():
+        return {}
     try:
-        stated = (metadata_load(folder / "README.md") or {}).get("base_model")
-    except (OSError, ValueError, YAMLError):
-        return ()
+        found = _FRONT_MATTER.match(read_text(path, max_bytes=_MAX_BYTES))
+    except FileError:
+        return None
+    if found is None:
+        return {}
+    values = _parsed(found[1])
+    plain = _plain(values) if isinstance(values, dict) else None
+    return plain if isinstance(plain, dict) else None
+
+
+def stated_base(metadata: Mapping[str, Any]) -> tuple[str, ...]:
+    """Ids of the models that a card's front matter names as `base_model`."""
+    stated = metadata.get("base_model")
     stated = stated if isinstance(stated, list) else [stated]
     return tuple(name for name in stated if isinstance(name, str))
+
+
+def _parsed(text: str) -> Any:
+    """The value of a YAML text; None if there is none."""
+    import yaml
+
+    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+    depth = 0
+    try:
+        for token in yaml.scan(text, Loader=loader):
+            if isinstance(token, yaml.AliasToken):
+                return None
+            name = type(token).__name__
+            depth += name.endswith("StartToken") - name.endswith("EndToken")
+            if depth > _MAX_DEPTH:
+                return None
+        return yaml.load(text, Loader=loader)
+    except Exception:  # noqa: BLE001 - whatever PyYAML makes of a stranger's text
+        return None
+
+
+_NOTHING = object()
+
+
+def _plain(value: Any) -> Any:
+    """The value without what JSON has not; `_NOTHING` if nothing stays."""
+    if isinstance(value, dict):
+        texts = (key for key in value if isinstance(key, str) and encodable(key))
+        return {key: inner for key in texts if (inner := _plain(value[key])) is not _NOTHING}
+    if isinstance(value, list):
+        return [inner for item in value if (inner := _plain(item)) is not _NOTHING]
+    if isinstance(value, float):
+        return value if math.isfinite(value) else _NOTHING
+    if isinstance(value, str):
+        return value if encodable(value) else _NOTHING
+    return value if value is None or isinstance(value, (bool, int)) else _NOTHING

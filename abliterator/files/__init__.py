@@ -9,6 +9,11 @@ flushed and renamed: afterwards it is whole, or as it was. What files hold is no
 """
 
 from abliterator.files._digest import digest_of, sha256_of_file
+from abliterator.files._folder import (
+    is_closed,
+    require_plain_folder,
+    require_regular_files,
+)
 from abliterator.files._read import (
     OpenFile,
     damaged,
@@ -17,7 +22,14 @@ from abliterator.files._read import (
     readable,
     shown,
 )
-from abliterator.files._text import MAX_TEXT_BYTES, as_lines, read_lines, read_text, too_large
+from abliterator.files._text import (
+    MAX_TEXT_BYTES,
+    as_lines,
+    read_bytes,
+    read_lines,
+    read_text,
+    too_large,
+)
 from abliterator.files._write import (
     copy_file,
     copy_range,
@@ -40,14 +52,18 @@ __all__ = [
     "damaged",
     "digest_of",
     "free_bytes",
+    "is_closed",
     "open_regular",
     "partial_of",
+    "read_bytes",
     "read_fully",
     "read_lines",
     "read_text",
     "readable",
     "refuse_same_file",
     "replacing",
+    "require_plain_folder",
+    "require_regular_files",
     "sha256_of_file",
     "shown",
     "too_large",

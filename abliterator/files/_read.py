@@ -78,8 +78,11 @@ def shown(text: object) -> str:
 def _not_a_file(path: Path) -> str:
     if path.is_symlink() and not path.exists():
         return (
-            f"{path} is a link to a file that is not there; the checkpoint needs it. If this is a "
-            "Hugging Face cache, part of it was deleted: download the model again."
+            f"{path} is a link to a file that is not there. If this is a Hugging Face cache, part "
+            "of it was deleted: download the model again."
         )
     seen = "is not a regular file" if path.exists() else "is missing"
-    return f"{path} {seen}; the checkpoint needs it. Download it again, all files of it."
+    return (
+        f"{path} {seen}; a regular file was expected there. If it belongs to a checkpoint, "
+        "download that again, all files of it."
+    )

@@ -20,16 +20,26 @@ def read_text(path: Path, *, max_bytes: int = MAX_TEXT_BYTES) -> str:
     Raises:
         FileError: it is missing, no regular file, unreadable, too large, or not UTF-8.
     """
-    with open_regular(path) as source, readable(path):
-        if source.size > max_bytes:
-            raise too_large(path, source.size, max_bytes)
-        data = source.stream.read(max_bytes + 1) or b""
-    if len(data) > max_bytes:  # it grew, or is a device that has no size
-        raise too_large(path, len(data), max_bytes)
+    data = read_bytes(path, max_bytes=max_bytes)
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise damaged(path, f"byte {error.start} is not UTF-8 text") from None
+
+
+def read_bytes(path: Path, *, max_bytes: int = MAX_TEXT_BYTES) -> bytes:
+    """The content of a regular file.
+
+    Raises:
+        FileError: it is missing, no regular file, unreadable, or too large.
+    """
+    with open_regular(path) as source, readable(path):
+        if source.size > max_bytes:
+            raise too_large(path, source.size, max_bytes)
+        data = source.stream.read(max_bytes + 1) or b""
+    if len(data) > max_bytes:  # it grew since
+        raise too_large(path, len(data), max_bytes)
+    return data
 
 
 def read_lines(path: Path, *, max_bytes: int = MAX_TEXT_BYTES) -> list[str]:

@@ -79,9 +79,9 @@ def load_labelled(path: Path) -> list[Labelled]:
         JudgeError: if it cannot be read, or a line is not as it must be.
     """
     try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise JudgeError(f"The labelled answers {path} cannot be read: {error}.") from None
+        text = read_text(path)
+    except FileError as error:
+        raise JudgeError(f"The labelled answers cannot be read. {error}") from None
     numbered = enumerate(text.split("\n"), start=1)
     rows = [_row(line, f"{path}, line {number}") for number, line in numbered if line.strip()]
     if not rows:

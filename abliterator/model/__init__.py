@@ -11,6 +11,7 @@ which modules matter.
 """
 
 from abliterator.model._chat import render_chat, template_tail
+from abliterator.model._foreign import foreign
 from abliterator.model._load import (
     LoadedModel,
     ask_for_plain_numbers,
@@ -40,6 +41,7 @@ __all__ = [
     "block_paths",
     "cache_name",
     "equal_length_batches",
+    "foreign",
     "head_at",
     "hooked",
     "is_out_of_memory",

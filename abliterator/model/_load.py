@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
+import json
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,8 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from abliterator.anatomy import require_countable
 from abliterator.errors import CheckpointError, GenerationError, RecipeError
-from abliterator.model._chat import one_line
+from abliterator.files import read_text, require_plain_folder, shown
+from abliterator.model._foreign import as_sentence, foreign
 
 if TYPE_CHECKING:
     from torch import nn
@@ -21,12 +26,12 @@ if TYPE_CHECKING:
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
-# What remote code raises when it meets a transformers that it was not written for.
-_REMOTE_CODE_ERRORS = (AttributeError, ImportError, RuntimeError, TypeError, ValueError)
-
 # Models that see, of which transformers' causal LM does not find the text half: under its old names
 # only (mllama), or under none (emu3).
 _WHOLE = ("emu3", "mllama")
+
+# Numbers that quantisers pack into one element at most: of 2 bits, in 64.
+_PACKED = 32
 
 # Formats, as `quant_method` names them, whose weights transformers leaves packed beside a GPU.
 _DECODED = ("fp8", "mxfp4")
@@ -62,23 +67,26 @@ def load_model(
 
     Raises:
         CheckpointError: if weights are missing, or there is no tokenizer.
-        GenerationError: if transformers cannot load it, or the device cannot hold it.
+        FileError: if something in the folder is no plain file.
+        GenerationError: if transformers cannot load or run it, or the device cannot hold it.
     """
     if dtype is not None and dtype not in _DTYPES:
         raise RecipeError(f"dtype is {dtype!r}, expected one of {', '.join(_DTYPES)}.")
+    require_plain_folder(folder)
+    with _loading(folder):
+        require_countable(json.loads(read_text(folder / "config.json")))
     model = _load_weights(folder, _DTYPES[dtype] if dtype else "auto", trust_remote_code)
     tokenizer = load_tokenizer(folder, trust_remote_code=trust_remote_code)
-    try:
+    with foreign(
+        f"The model in {folder} cannot be put on device {device!r}",
+        "Use a device that this machine has and that can hold the model; `cpu` always works.",
+    ):
         model = model.to(device).eval().requires_grad_(False)
-    except (RuntimeError, AssertionError) as error:
-        raise GenerationError(
-            f"The model in {folder} cannot be put on device {device!r}: {one_line(error)} Use a "
-            "device that this machine has and that can hold the model; `cpu` always works."
-        ) from error
     if trust_remote_code:
         _require_stored_weights(model, folder)
         _accept_cache(model)
-        _require_that_it_runs(model)
+    _require_stop_tokens(model, tokenizer, folder)
+    _require_that_it_runs(model, folder, trust_remote_code)
     return LoadedModel(model, tokenizer, folder, device)
 
 
@@ -106,32 +114,21 @@ def _accept_cache(model: PreTrainedModel) -> None:
 def _load_weights(
     folder: Path, dtype: torch.dtype | str, trust_remote_code: bool
 ) -> PreTrainedModel:
-    from safetensors import SafetensorError
-
-    try:
-        # Attention is left to transformers' default (sdpa where the model has it): remote code may
-        # have eager only.
-        with _no_bar():
-            config = _read_config(folder, trust_remote_code)
-            model, report = _factory(config).from_pretrained(
-                folder,
-                config=config,
-                dtype=dtype,
-                local_files_only=True,
-                use_safetensors=True,
-                trust_remote_code=trust_remote_code,
-                output_loading_info=True,
-            )
-    except SafetensorError as error:
-        raise CheckpointError(
-            f"A weight file in {folder} is damaged: {one_line(error)} Download the model again."
-        ) from error
-    except (*_REMOTE_CODE_ERRORS, OSError, KeyError) as error:
-        raise GenerationError(
-            f"transformers cannot load the model in {folder}: {one_line(error)} Check that the "
-            "folder holds a whole causal LM; if it needs its own code, set trust_remote_code and "
-            "pin a revision in the recipe."
-        ) from error
+    # Attention is left to transformers' default (sdpa where the model has it): remote code may have
+    # eager only.
+    with _no_bar(), _loading(folder):
+        config = _read_config(folder, trust_remote_code)
+        if not trust_remote_code:
+            _require_weights_enough(config, folder)
+        model, report = _factory(config).from_pretrained(
+            folder,
+            config=config,
+            dtype=dtype,
+            local_files_only=True,
+            use_safetensors=True,
+            trust_remote_code=trust_remote_code,
+            output_loading_info=True,
+        )
     if report["missing_keys"]:
         missing = sorted(report["missing_keys"])
         raise CheckpointError(
@@ -142,6 +139,25 @@ def _load_weights(
     return loaded
 
 
+@contextmanager
+def _loading(folder: Path) -> Iterator[None]:
+    """The boundary to transformers while it reads a model."""
+    from safetensors import SafetensorError
+
+    with foreign(
+        f"transformers cannot load the model in {folder}",
+        "Check that the folder holds a whole causal LM; if it needs its own code, set "
+        "trust_remote_code and pin a revision in the recipe.",
+    ):
+        try:
+            yield
+        except SafetensorError as error:
+            raise CheckpointError(
+                f"A weight file in {folder} is damaged: {as_sentence(error)} Download the model "
+                "again."
+            ) from error
+
+
 def _read_config(folder: Path, trust_remote_code: bool) -> PreTrainedConfig:
     from transformers import AutoConfig
 
@@ -150,6 +166,43 @@ def _read_config(folder: Path, trust_remote_code: bool) -> PreTrainedConfig:
     )
     ask_for_plain_numbers(config)
     return config
+
+
+def _require_weights_enough(config: PreTrainedConfig, folder: Path) -> None:
+    """Stops at a config of a larger model than the weights are of.
+
+    transformers makes room for all that config.json describes before it compares shapes.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    tensors = elements = 0
+    unreadable = None  # of which the model may have no need
+    for file in sorted(folder.rglob("*.safetensors")):
+        try:
+            with safe_open(file, "pt") as stored:
+                for name in stored.offset_keys():
+                    tensors += 1
+                    elements += math.prod(stored.get_slice(name).get_shape())
+        except SafetensorError as error:
+            unreadable = error
+    if getattr(config, "quantization_config", None):
+        elements *= _PACKED
+    stated = getattr(config.get_text_config(), "num_hidden_layers", None)
+    layers = stated if type(stated) is int else 0
+    described = 0
+    if layers <= tensors:
+        with torch.device("meta"):
+            shapes = _factory(config).from_config(copy.deepcopy(config)).parameters()
+        described = sum(parameter.numel() for parameter in shapes)
+    if layers > tensors or described > 2 * elements:  # a tied head may be counted twice
+        if unreadable is not None:
+            raise unreadable
+        seen = f"{described:,} parameters" if described else f"{layers:,} layers"
+        raise CheckpointError(
+            f"config.json in {folder} describes a model of {seen}, and its weights are "
+            f"{tensors:,} tensors of {elements:,} numbers. Use a checkpoint whose config and "
+            "weights belong together."
+        )
 
 
 def ask_for_plain_numbers(config: PreTrainedConfig) -> None:
@@ -217,19 +270,51 @@ def _require_stored_weights(model: PreTrainedModel, folder: Path) -> None:
                     )
 
 
-def _require_that_it_runs(model: PreTrainedModel) -> None:
-    """Stops at a model whose own code was written for another transformers."""
+def _require_stop_tokens(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path
+) -> None:
+    """Stops at a model whose end of an answer is no token, before anything is measured."""
+    config = model.config
+    for where, part in (
+        ("generation_config.json", model.generation_config),
+        ("config.json", config),
+        ("config.json", config.get_text_config()),
+        ("tokenizer_config.json", tokenizer),
+    ):
+        stated = getattr(part, "eos_token_id", None)
+        ids = stated if isinstance(stated, list) else [] if stated is None else [stated]
+        if not all(type(token) is int and token >= 0 for token in ids):
+            raise GenerationError(
+                f"{folder / where} says eos_token_id: {shown(stated)}, expected the id of a token "
+                "that ends an answer, or a list of such. Correct it, or download the model again."
+            )
+
+
+def _require_that_it_runs(model: PreTrainedModel, folder: Path, trust_remote_code: bool) -> None:
+    """Stops at a model that loads and does not answer, before anything is measured.
+
+    Its shapes may disagree with its config, or its own code with this transformers. Two rows, one
+    padded on the left, get two tokens each, as `generation` asks for them.
+    """
     import transformers
 
-    try:
-        with torch.inference_mode():
-            model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=model.device))
-    except _REMOTE_CODE_ERRORS as error:
-        raise GenerationError(
-            "The model's own Python code does not run with transformers "
-            f"{transformers.__version__}: {one_line(error)} It was probably written for an older "
-            "version. Use a conversion of the model to an architecture that transformers has."
-        ) from error
+    code = "Its own Python code was probably written for an older version: use" * trust_remote_code
+    with (
+        foreign(
+            f"The model in {folder} does not run with transformers {transformers.__version__}",
+            f"{code or 'Check its config.json, or use'} a conversion of the model to an "
+            "architecture that transformers has.",
+        ),
+        torch.inference_mode(),
+    ):
+        own = model.generation_config
+        model.generation_config = transformers.GenerationConfig(
+            do_sample=False, max_new_tokens=2, pad_token_id=0
+        )
+        ids = torch.zeros(2, 2, dtype=torch.long, device=model.device)
+        mask = torch.tensor([[0, 1], [1, 1]], device=model.device)
+        model.generate(input_ids=ids, attention_mask=mask)
+        model.generation_config = own
 
 
 def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
@@ -238,19 +323,21 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> PreTrain
     Raises:
         CheckpointError: if there is none, or it cannot be read.
     """
+    require_plain_folder(folder)
     from transformers import AutoTokenizer
 
-    try:
+    with foreign(
+        f"The tokenizer in {folder} cannot be loaded",
+        "Download the tokenizer files of the model (tokenizer.json, tokenizer_config.json) into "
+        "the folder.",
+        error=CheckpointError,
+    ):
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             folder, local_files_only=True, trust_remote_code=trust_remote_code
         )
         empty = not len(tokenizer)
-    except (*_REMOTE_CODE_ERRORS, OSError, KeyError) as error:
-        raise CheckpointError(
-            f"The tokenizer in {folder} cannot be loaded: {one_line(error)} Download the "
-            "tokenizer files of the model (tokenizer.json, tokenizer_config.json) into the "
-            "folder."
-        ) from error
+        if not empty:  # what only fails when it is used fails now
+            tokenizer.decode(tokenizer("Name a planet.")["input_ids"], skip_special_tokens=True)
     if empty:
         raise CheckpointError(
             f"The folder {folder} has no tokenizer. Download the tokenizer files of the model "

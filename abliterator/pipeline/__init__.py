@@ -11,7 +11,6 @@ does.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +19,7 @@ from typing import TYPE_CHECKING
 
 from abliterator.bake import bake
 from abliterator.errors import AbliteratorError, OutputError, RecipeError
-from abliterator.files import write_text_atomic
+from abliterator.files import sha256_of_file, write_text_atomic
 from abliterator.pipeline._benchmarking import BENCHMARKS, benchmark_tasks, pin_tasks
 from abliterator.pipeline._capturing import CAPTURE
 from abliterator.pipeline._divergence import DIVERGENCE
@@ -293,7 +292,7 @@ def bake_subspace(
 
     plan = make_plan(resolve_folder(model, revision=None), edit or Edit(), out)
     require_room(plan, out)
-    given = hashlib.sha256(subspace.read_bytes()).hexdigest()
+    given = sha256_of_file(subspace)
     edits = bake(
         plan.checkpoint,
         plan.edits,

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -20,7 +20,7 @@ from abliterator.bake import (
     plan_edits,
     require_adapter_form,
 )
-from abliterator.checkpoint import Checkpoint, carried_files, stated_base
+from abliterator.checkpoint import Checkpoint, card_metadata, carried_files, stated_base
 from abliterator.errors import OutputError, RecipeError
 from abliterator.files import free_bytes
 from abliterator.formats import require_known_names, storage_of
@@ -49,7 +49,8 @@ class Plan:
     `carried` are the files that go along with the weights, and `carried_bytes` their size.
     `layers` and `k` are those of a recipe; without one they are empty and 0. Where a selection
     chooses, `layers` are its candidates, k is 0, and `selection` is what it costs at most; `tuning`
-    is what a tuning costs. `notes` are what a user should know before anything heavy runs.
+    is what a tuning costs. `notes` are what a user should know before anything heavy runs. `card`
+    is the front matter of the model's own README.md; empty where it has none that can be read.
     """
 
     source: ModelSource
@@ -65,6 +66,7 @@ class Plan:
     selection: Mapping[str, int] | None = None
     tuning: Mapping[str, int] | None = None
     notes: tuple[str, ...] = ()
+    card: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def output_bytes(self) -> int:
@@ -151,7 +153,8 @@ def make_plan(source: ModelSource, edit: Edit, out: Path) -> Plan:
         UnsupportedModel: for an architecture, tensor or format that is not known.
     """
     checkpoint = Checkpoint.open(source.folder)
-    made_from = stated_base(source.folder)
+    card = card_metadata(source.folder)
+    made_from = stated_base(card or {})
     storage_of(checkpoint.config, made_from)  # before the anatomy, which cannot name the base
     require_known_names(checkpoint.tensors, made_from)
     anatomy = anatomy_of(checkpoint.config)
@@ -165,7 +168,8 @@ def make_plan(source: ModelSource, edit: Edit, out: Path) -> Plan:
         sum((source.folder / name).stat().st_size for name in carried),
         tuple(left_out),
         free_bytes(out),
-        notes=notes_on(source, checkpoint),
+        notes=notes_on(source, checkpoint, card),
+        card=card or {},
     )
 
 

@@ -5,10 +5,9 @@ from __future__ import annotations
 import hashlib
 import platform
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from statistics import mean, median
 from typing import Any
 
@@ -77,25 +76,18 @@ def _model(run: Run) -> ModelIdentity:
         n_layers=anatomy.n_layers,
         d_model=anatomy.d_model,
         model_type=anatomy.model_type,
-        **_stated(source.folder),
+        **_stated(run.plan.card),
         files_sha256=fingerprint(run.plan.checkpoint, cache=cache),
     )
 
 
-def _stated(folder: Path) -> dict[str, Any]:
-    """What the base's own card, if it can be read, states: licence, languages, gating."""
-    from huggingface_hub import metadata_load
-    from yaml import YAMLError
-
-    try:
-        metadata = metadata_load(folder / "README.md") or {}
-    except (OSError, ValueError, YAMLError):
-        return {}
+def _stated(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """What the front matter of the base's own card states: licence, languages, gating."""
     names = ("license", "license_name", "license_link")
     found: dict[str, Any] = {
         name: metadata[name] for name in names if isinstance(metadata.get(name), str)
     }
-    found["gating"] = {key: metadata[key] for key in metadata if _GATING.match(str(key))}
+    found["gating"] = {key: metadata[key] for key in metadata if _GATING.match(key)}
     languages = metadata.get("language")
     languages = [languages] if isinstance(languages, str) else languages
     if isinstance(languages, list):

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import json
 import re
+import stat
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
-from abliterator.errors import PromptError
+from abliterator.errors import FileError, PromptError
+from abliterator.files import read_bytes
 from abliterator.prompts._sets import PromptSet, PromptSource
+
+_MAX_BYTES = 256 << 20  # of a prompt file: a million prompts of a page each are less
 
 NAME = re.compile(r"[\w.-]{1,40}")
 
@@ -71,16 +75,25 @@ def shown(keys: Iterable[str]) -> str:
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
     """Numbered lines; only a line feed ends one, since JSON texts may hold other separators."""
     try:
-        content = path.read_bytes()
+        kind = path.stat().st_mode
+        if stat.S_ISDIR(kind):
+            raise PromptError(f"{path} is a folder; give one .txt or .jsonl file.")
+        if not stat.S_ISREG(kind):
+            raise PromptError(
+                f"{path} is a pipe, a device or a socket; prompts are read more than once, from a "
+                "regular file. Save them as one."
+            )
+        content = read_bytes(path, max_bytes=_MAX_BYTES)
     except FileNotFoundError:
         raise PromptError(
             f"There is no prompt file {path} (looked from {Path.cwd()}): check the path."
         ) from None
-    except IsADirectoryError:
-        raise PromptError(f"{path} is a folder; give one .txt or .jsonl file.") from None
-    except OSError as error:
+    except (FileError, OSError) as error:
+        reason = error if isinstance(error, OSError) else error.__cause__
+        if not isinstance(reason, OSError):
+            raise PromptError(str(error)) from None
         raise PromptError(
-            f"The prompt file {path} cannot be read ({error.strerror}): check its permissions."
+            f"The prompt file {path} cannot be read ({reason.strerror}): check its permissions."
         ) from None
     try:
         text = content.decode("utf-8-sig")

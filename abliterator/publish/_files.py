@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TypeAlias
 
 from abliterator.errors import PublishError
-from abliterator.files import open_regular, readable
+from abliterator.files import open_regular, readable, require_regular_files
 
 HELD_BYTES = 16 << 20
 """Size up to which a file is held in memory; the Hub stores any file above 10 MB as a large one."""
@@ -91,6 +91,7 @@ def verified_files(
 
 
 def _verified(place: Path, path: str, digest: str) -> PlannedFile:
+    require_regular_files([place])
     stamp = stamp_of(place)
     with open_regular(place) as source, readable(place):
         if source.size > HELD_BYTES:

@@ -10,7 +10,8 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from abliterator.errors import RecipeError
+from abliterator.errors import FileError, RecipeError
+from abliterator.files import read_bytes
 from abliterator.recipe._benchmarks import is_task_file
 from abliterator.recipe._edit import Edit
 from abliterator.recipe._judge import JudgeSettings
@@ -115,12 +116,9 @@ def _validated(kind: type[T], values: Any, lines: dict[Path_, int]) -> tuple[T |
 
 def _read_text(path: Path) -> str:
     try:
-        with path.open("rb") as file:
-            data = file.read(MAX_BYTES + 1)
-    except OSError as error:
-        raise RecipeError(f"Cannot read the recipe {path}: {error.strerror}.") from error
-    if len(data) > MAX_BYTES:
-        raise RecipeError(f"{path} is over 1 MiB: that is no recipe.")
+        data = read_bytes(path, max_bytes=MAX_BYTES)
+    except FileError as error:
+        raise RecipeError(f"Cannot read the recipe. {error}") from error
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:

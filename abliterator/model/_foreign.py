@@ -1,0 +1,53 @@
+"""The boundary to libraries that read what strangers wrote: all that they raise becomes one error.
+
+A folder's config, tokenizer or code can make transformers, tokenizers or torch raise anything. So
+the boundary is a place, not a list of types: the block of the context manager holds calls into the
+library and nothing of ours, whose mistakes are to keep their traceback.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from abliterator.errors import AbliteratorError, GenerationError
+
+
+@contextmanager
+def foreign(
+    problem: str, advice: str, *, error: type[AbliteratorError] = GenerationError
+) -> Iterator[None]:
+    """Turns whatever the block raises into `error`: the problem, what was raised, the advice.
+
+    That includes what does not derive from Exception: a panic of a library in Rust, and `sys.exit`
+    in a model's own code. Interruption by the user, and errors that have a name already, pass.
+
+    Args:
+        problem: what cannot be done, without a full stop: "transformers cannot load the model in
+            FOLDER".
+        advice: what to do, a sentence.
+        error: the kind of error.
+
+    Raises:
+        AbliteratorError: of the kind `error`, chained to what was raised.
+    """
+    try:
+        yield
+    except (AbliteratorError, KeyboardInterrupt, GeneratorExit):
+        raise
+    except BaseException as raised:
+        raise error(f"{problem}: {as_sentence(raised)} {advice}") from raised
+
+
+def as_sentence(raised: BaseException) -> str:
+    """What an exception says, as one printable sentence of at most 300 characters."""
+    try:
+        text = str(raised)
+    except Exception:  # noqa: BLE001 - a stranger's __str__
+        text = ""
+    text = " ".join(text.split())
+    text = text if text.isprintable() else text.encode("unicode_escape").decode("ascii")
+    named = text if isinstance(raised, (OSError, ValueError, RuntimeError)) and text else None
+    text = named or f"{type(raised).__name__}: {text}".rstrip(": ")
+    text = text if len(text) <= 300 else text[:297] + "..."
+    return text if text.endswith((".", "!", "?")) else text + "."
