@@ -10,7 +10,7 @@ which modules matter.
         loaded.model(torch.tensor([ids]))
 """
 
-from abliterator.model._chat import render_chat, template_tail
+from abliterator.model._chat import render_chat, render_messages, template_tail
 from abliterator.model._load import (
     LoadedModel,
     ask_for_plain_numbers,
@@ -47,6 +47,7 @@ __all__ = [
     "load_tokenizer",
     "release_memory",
     "render_chat",
+    "render_messages",
     "run_batches",
     "run_prefix",
     "shared_tokens",
