@@ -6,7 +6,7 @@ import json
 import os
 import signal
 import time
-from datetime import datetime
+from datetime import date, datetime
 from pathlib import Path
 
 import pytest
@@ -259,12 +259,12 @@ def test_the_text_is_that_of_transformers(tiny_tokenizer, monkeypatch, template)
         [{"role": "user", "content": parts}],
         tokenize=False,
         add_generation_prompt=True,
-        now=datetime(2024, 1, 1),
+        now="2024-01-01",
     )
     found = render_messages(
         tiny_tokenizer,
         [{"role": "user", "content": content}],
-        template_kwargs={"now": datetime(2024, 1, 1)},
+        template_kwargs={"now": date(2024, 1, 1)},
     )
     assert found == text
 

@@ -15,7 +15,6 @@ from abliterator.files import shown
 from abliterator.model._clock import with_fixed_clock
 from abliterator.model._render import (
     TemplateFailure,
-    as_transformers_shows_it,
     render_template,
 )
 
@@ -201,7 +200,7 @@ def _template_of(
     own = type(tokenizer).apply_chat_template is not PreTrainedTokenizerBase.apply_chat_template
     return _Template(
         with_fixed_clock(source),
-        json.dumps(variables, default=as_transformers_shows_it),
+        json.dumps(variables, default=str),  # YAML has dates
         tokenizer if own else None,
     )
 

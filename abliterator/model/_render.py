@@ -52,17 +52,12 @@ def render_template(
         "variables": variables,
         "continue_last": continue_last,
     }
-    line = json.dumps(request, default=as_transformers_shows_it).encode() + b"\n"
+    line = json.dumps(request).encode() + b"\n"
     with _lock:
         answer = _running_child().ask(line)
     if "text" not in answer:
         raise TemplateFailure(answer["error"])
     return answer["text"]
-
-
-def as_transformers_shows_it(value: object) -> str:
-    """What transformers lets a template see of a value that is not plain data, such as a date."""
-    return f"<{type(value).__name__}>"
 
 
 class _Child:
