@@ -12,17 +12,18 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from abliterator.benchmarks._run import run_tasks
+from abliterator.benchmarks._run import run_tasks, uses_chat
 from abliterator.benchmarks._scores import TaskScores
 from abliterator.benchmarks._settings import Engine, RunSettings
 from abliterator.benchmarks._tasks import Task
-from abliterator.errors import BenchmarkError
+from abliterator.errors import AbliteratorError, BenchmarkError
 from abliterator.files import write_text_atomic
+from abliterator.processes import HUB_TOKENS, child_environment, python_command
 from abliterator.record import Side
 
 OUT_OF_MEMORY, NAMED_ERROR = 75, 76  # exit codes of the child
@@ -46,11 +47,13 @@ def measure_sides(
     *,
     out: Path,
     on_task: Callable[[Side, str], None] = lambda side, task: None,
+    secrets: Collection[str] = (),
 ) -> dict[Side, Scores]:
     """Scores of every side on every task, with one batch size for all of them.
 
     Where a side runs out of memory, the batch size is halved for both: what is compared was
-    computed alike.
+    computed alike. Where scores that were kept belong to other prompts than those of the other side
+    now, the task is run again on both.
 
     Args:
         sides: what is compared.
@@ -59,14 +62,36 @@ def measure_sides(
         out: where scores are kept, as SIDE/TASK.json; what is there from the same files, tasks and
             settings is not run again.
         on_task: called with side and task when its scores are there.
+        secrets: names of environment variables that the processes must not see. Of what looks like
+            a token or a key they get the Hub's where a task may read a dataset there, and
+            OPENAI_API_KEY where a server is the engine.
 
     Raises:
         BenchmarkError: if a process fails, or memory is too small for one request at a time.
     """
+
+    def measured() -> dict[Side, Scores]:
+        return _measure_alike(sides, tasks, settings, out=out, on_task=on_task, secrets=secrets)
+
+    scores = measured()
+    stale = _asked_otherwise(scores)
+    for name in stale:
+        for side in sides:
+            (out / side / f"{name}.json").unlink()
+    return measured() if stale else scores
+
+
+def _measure_alike(
+    sides: Mapping[Side, Subject],
+    tasks: Sequence[Task],
+    settings: RunSettings,
+    **options: Any,
+) -> dict[Side, Scores]:
+    """Scores of all sides with one batch size: the stated one, halved until it fits."""
     while True:
         try:
             return {
-                side: _measure_side(side, subject, tasks, settings, out=out, on_task=on_task)
+                side: _measure_side(side, subject, tasks, settings, **options)
                 for side, subject in sides.items()
             }
         except _OutOfMemory as error:
@@ -99,6 +124,23 @@ class StoppedChild(BenchmarkError):
         )
 
 
+def _asked_otherwise(scores: Mapping[Side, Scores]) -> list[str]:
+    """The tasks that two sides were not asked alike: data or template were others, earlier."""
+    first, *others = scores.values()
+    return [
+        name
+        for name in first
+        if any(_questions(other[name]) != _questions(first[name]) for other in others)
+    ]
+
+
+def _questions(scores: TaskScores) -> set[tuple[int, str, str, str]]:
+    return {
+        (score.doc_id, score.doc_hash, score.prompt_hash, score.target_hash)
+        for score in scores.scores
+    }
+
+
 class _OutOfMemory(Exception):
     """A child ran out of memory; never leaves this module."""
 
@@ -111,6 +153,7 @@ def _measure_side(
     *,
     out: Path,
     on_task: Callable[[Side, str], None],
+    secrets: Collection[str],
 ) -> Scores:
     settings = replace(settings, engine=replace(settings.engine, url=subject.url))
     folder = out / side
@@ -127,6 +170,7 @@ def _measure_side(
                 "settings": asdict(settings),
                 "keys": keys,
                 "out": str(folder),
+                "secrets": sorted(secrets),
             },
             log=out / f"{side}.log",
             on_task=lambda name: on_task(side, name),
@@ -141,6 +185,8 @@ def _measure_side(
 
 def _key(subject: Subject, task: Task, settings: RunSettings) -> str:
     """All that the scores of a task depend on."""
+    if not uses_chat(task, settings):
+        settings = replace(settings, system=None, template_kwargs={})
     identity = {
         "checkpoint": subject.digest,
         "task": task.model_dump(mode="json"),
@@ -162,11 +208,16 @@ def _run_child(job: Mapping[str, Any], *, log: Path, on_task: Callable[[str], No
     """Runs `main` on the job in a new process; its stderr goes to `log`."""
     log.parent.mkdir(parents=True, exist_ok=True)
     job_file = log.with_suffix(".job.json")
-    write_text_atomic(job_file, json.dumps(job))
-    command = [sys.executable, "-m", "abliterator.benchmarks", str(job_file)]
+    write_text_atomic(job_file, json.dumps(job, default=str))  # YAML has dates
     with (
         log.open("w", encoding="utf-8") as errors,
-        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True) as child,
+        subprocess.Popen(
+            python_command("-m", "abliterator.benchmarks", str(job_file)),
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            encoding="utf-8",
+            env=_environment(job),
+        ) as child,
     ):
         try:
             said = ""
@@ -187,6 +238,15 @@ def _run_child(job: Mapping[str, Any], *, log: Path, on_task: Callable[[str], No
         raise StoppedChild(str(job["folder"]), log)
 
 
+def _environment(job: Mapping[str, Any]) -> dict[str, str]:
+    """The child's environment: of all secrets those that its tasks and its engine need."""
+    from_hub = any(task["dataset"] or task["spec"]["path"] for task in job["tasks"])
+    keep = HUB_TOKENS if from_hub else frozenset()
+    if job["settings"]["engine"]["kind"] == "server":
+        keep |= {"OPENAI_API_KEY"}
+    return child_environment(keep=keep, drop=job["secrets"])
+
+
 def main(job_file: Path) -> int:
     """The child: scores one checkpoint as the job file says, a line on stdout for each task."""
     from abliterator.model import is_out_of_memory
@@ -194,7 +254,8 @@ def main(job_file: Path) -> int:
     job = json.loads(job_file.read_text(encoding="utf-8"))
     settings = RunSettings(**{**job["settings"], "engine": Engine(**job["settings"]["engine"])})
     out = Path(job["out"])
-    to_parent = os.fdopen(os.dup(sys.stdout.fileno()), "w")  # lm-eval's own output is kept away
+    # lm-eval's own output is kept away
+    to_parent = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8")
 
     def keep(scores: TaskScores) -> None:
         plain = {"key": job["keys"][scores.task], "scores": scores.model_dump(mode="json")}
@@ -208,7 +269,7 @@ def main(job_file: Path) -> int:
             settings,
             on_task=keep,
         )
-    except BenchmarkError as error:
+    except AbliteratorError as error:
         print(f"error {json.dumps(str(error))}", file=to_parent, flush=True)
         return NAMED_ERROR
     except (MemoryError, RuntimeError) as error:

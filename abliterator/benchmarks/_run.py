@@ -8,6 +8,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from abliterator.benchmarks._chat import Chat
 from abliterator.benchmarks._contain import (
     OTHER_SEED,
     lm_eval_contained,
@@ -49,9 +50,14 @@ def run_tasks(
     scores = {}
     with lm_eval_contained(), own_randomness():
         model = open_model(folder, settings)
+        chat = None
+        if any(uses_chat(task, settings) for task in tasks):
+            chat = Chat.of(folder, settings)
+            model.apply_chat_template = chat.render  # whichever engine, the same text
         for task in tasks:
-            _require_template(model, folder, wanted=_chat_template(task, settings))
-            scores[task.name] = _run_task(model, task, settings)
+            scores[task.name] = _run_task(
+                model, task, settings, chat if uses_chat(task, settings) else None
+            )
             if on_task:
                 on_task(scores[task.name])
         del model
@@ -59,24 +65,14 @@ def run_tasks(
     return scores
 
 
-def _require_template(model: Any, folder: Path, *, wanted: bool) -> None:
-    tokenizer = getattr(model, "tokenizer", None)
-    if wanted and tokenizer is not None and getattr(tokenizer, "chat_template", None) is None:
-        raise BenchmarkError(
-            f"The benchmarks are to use the chat template, but the tokenizer in {folder} has "
-            "none. Set `benchmarks.chat_template: false`, or add a chat_template.jinja to "
-            "the model."
-        )
-
-
-def _chat_template(task: Task, settings: RunSettings) -> bool:
+def uses_chat(task: Task, settings: RunSettings) -> bool:
+    """Whether a task is asked through the chat template."""
     return settings.chat_template if task.chat_template is None else task.chat_template
 
 
-def _run_task(model: Any, task: Task, settings: RunSettings) -> TaskScores:
+def _run_task(model: Any, task: Task, settings: RunSettings, chat: Chat | None) -> TaskScores:
     from lm_eval.evaluator import evaluate
 
-    chat = _chat_template(task, settings)
     limit = settings.limit if task.limit is None else task.limit
     only_cached = task.dataset is not None and task.revision is None
     loaded = load(
@@ -89,8 +85,9 @@ def _run_task(model: Any, task: Task, settings: RunSettings) -> TaskScores:
         {"tasks": {task.name: loaded}},
         limit=limit,
         bootstrap_iters=0,  # intervals are ours, of paired differences
-        apply_chat_template=chat,
-        fewshot_as_multiturn=chat,
+        apply_chat_template=chat is not None,
+        fewshot_as_multiturn=chat is not None,
+        system_instruction=chat.system if chat else None,
     )
     samples = results["samples"][task.name]
     scores = tuple(
@@ -105,7 +102,8 @@ def _run_task(model: Any, task: Task, settings: RunSettings) -> TaskScores:
         aggregates=task.aggregates,
         settings={
             "limit": limit,
-            "chat_template": chat,
+            "chat_template": chat is not None,
+            **(chat.settings if chat else {}),
             "batch_size": settings.batch_size,
             "dtype": settings.dtype,
             "engine": settings.engine.kind,

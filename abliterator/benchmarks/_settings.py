@@ -38,6 +38,9 @@ class RunSettings:
         batch_size: requests a forward pass; the same for base and edited.
         limit: the first so many documents of each task; None for all.
         chat_template: whether prompts are wrapped in the checkpoint's chat template.
+        system: system prompt of these chats; None for none.
+        template_kwargs: further variables of the chat template; what the engine's options say of
+            it (`chat_template_args`, `enable_thinking`) goes before them.
         num_fewshot: worked examples before each question; None for the task's own number, which a
             task that says 0 keeps in any case.
         device: for example "cpu" or "cuda:0".
@@ -49,6 +52,8 @@ class RunSettings:
     batch_size: int = 8
     limit: int | None = None
     chat_template: bool = False
+    system: str | None = None
+    template_kwargs: Mapping[str, Any] = field(default_factory=dict)
     num_fewshot: int | None = None
     device: str = "cpu"
     dtype: str | None = None

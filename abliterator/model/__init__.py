@@ -10,7 +10,7 @@ which modules matter.
         loaded.model(torch.tensor([ids]))
 """
 
-from abliterator.model._chat import render_chat, template_tail
+from abliterator.model._chat import render_chat, render_messages, template_tail
 from abliterator.model._foreign import foreign
 from abliterator.model._load import (
     LoadedModel,
@@ -49,6 +49,7 @@ __all__ = [
     "load_tokenizer",
     "release_memory",
     "render_chat",
+    "render_messages",
     "run_batches",
     "run_prefix",
     "shared_tokens",

@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from itertools import takewhile
-from typing import TYPE_CHECKING, Any
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import product, takewhile
+from typing import TYPE_CHECKING, Any, Literal
 
 from abliterator.errors import UnsupportedModel
+from abliterator.files import shown
+from abliterator.model._clock import with_fixed_clock
+from abliterator.model._foreign import as_sentence, foreign
+from abliterator.model._render import (
+    TemplateFailure,
+    render_template,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-# Some templates write today's date: prompts, and so directions, would change from day to day. This
-# is the date that Llama 3's template falls back to. A macro, because a template sees plain data
-# only, never a function of ours.
-_FIXED_DATE = "26 Jul 2024"
-_FIXED_CLOCK = "{%- macro strftime_now(format) %}" + _FIXED_DATE + "{% endmacro %}"
+Message = Mapping[str, str]
+# How a template takes the contents of each role: as a string, or as a list of parts with a type.
+_Forms = frozenset[tuple[str, Literal["string", "parts"]]]
 
 
 def render_chat(
@@ -29,43 +38,62 @@ def render_chat(
     """Token ids of a chat up to and with the generation prompt; of one user turn, or of more.
 
     `before` are the turns that went before `prompt`, each with its answer. The template writes the
-    special tokens, so the text is tokenised without adding any (no second BOS). A template that
-    asks for the date gets a fixed one.
+    special tokens, so the text is tokenised without adding any (no second BOS).
 
     Raises:
-        UnsupportedModel: if there is no chat template, or it refuses these messages.
+        UnsupportedModel: as `render_messages`; or if the tokenizer cannot encode the text.
     """
-    from jinja2 import TemplateError
-
-    if not tokenizer.chat_template:
-        raise UnsupportedModel(
-            "The model has no chat template, so its prompts cannot be rendered as the model was "
-            "trained to read them. Use the chat or instruct version of the model, or put a "
-            "chat_template.jinja in its folder."
-        )
     turns = [] if system is None else [{"role": "system", "content": system}]
     for asked, answered in before:
         turns.append({"role": "user", "content": asked})
         turns.append({"role": "assistant", "content": answered})
     turns.append({"role": "user", "content": prompt})
-    template = tokenizer.get_chat_template()
-    if "strftime_now" in template:
-        template = _FIXED_CLOCK + template
+    text = render_messages(tokenizer, turns, template_kwargs=template_kwargs)
+    # The text of a prompt is in no error: some prompts are harmful.
+    with foreign(
+        f"The model's tokenizer cannot encode a prompt of {len(prompt)} characters",
+        "Change or leave out the prompt.",
+        error=UnsupportedModel,
+    ):
+        return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def render_messages(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Sequence[Message],
+    *,
+    template_kwargs: Mapping[str, Any] | None = None,
+    continue_last: bool = False,
+) -> str:
+    """The text of a chat, as the tokenizer's chat template writes it.
+
+    Contents reach the template in the form that it reads, strings or lists of parts, which is tried
+    out once for a template. A template that asks for the date gets a fixed one, and one that draws
+    at random draws the same each time. Its time and memory are bounded.
+
+    Args:
+        tokenizer: of the model.
+        messages: of "role" system, user and assistant, each with a text as "content".
+        template_kwargs: further variables of the template.
+        continue_last: whether the text ends within the last message, for the model to go on with
+            it, rather than with the generation prompt.
+
+    Raises:
+        UnsupportedModel: if there is no chat template; if it raises, takes too long, or writes
+            without end; or if what it writes lacks the prompt.
+    """
+    template = _template_of(tokenizer, template_kwargs or {})
+    forms = _forms(template, tuple(sorted({message["role"] for message in messages})))
+
+    def rendered(messages: Sequence[Message]) -> str:
+        return template.render(messages, forms, continue_last=continue_last)
+
     try:
-        text = tokenizer.apply_chat_template(
-            turns,
-            tokenize=False,
-            add_generation_prompt=True,
-            chat_template=template,
-            **dict(template_kwargs or {}),
-        )
-    except (TemplateError, TypeError) as error:
-        raise UnsupportedModel(
-            "The model's chat template cannot render a chat "
-            f"{'with' if system is not None else 'without'} a system prompt: {one_line(error)} "
-            "Change the system prompt or the template arguments in the recipe."
-        ) from error
-    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+        text = rendered(messages)
+    except TemplateFailure as error:
+        raise _cannot_render(messages, error) from error
+    _require_prompt(text, messages, rendered)
+    return text
 
 
 def template_tail(
@@ -88,8 +116,186 @@ def template_tail(
     return [token for token, _ in alike][::-1]
 
 
-def one_line(error: BaseException) -> str:
-    """An error's text on one line, as a sentence of at most 300 characters."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    text = text if len(text) <= 300 else text[:297] + "..."
-    return text if text.endswith((".", "!", "?")) else text + "."
+@dataclass(frozen=True)
+class _Template:
+    """A chat template with its variables; hashable, so that what is known of it can be kept.
+
+    Attributes:
+        source: Jinja.
+        variables: what else it may read, as JSON.
+        tokenizer: None, or one with code of its own that renders in place of transformers'.
+    """
+
+    source: str
+    variables: str
+    tokenizer: PreTrainedTokenizerBase | None
+
+    def render(
+        self, messages: Sequence[Message], forms: _Forms, *, continue_last: bool = False
+    ) -> str:
+        """The text of the messages, contents in their forms; raises TemplateFailure."""
+        shaped = [
+            {
+                **message,
+                "content": [{"type": "text", "text": message["content"]}]
+                if (message["role"], "parts") in forms
+                else message["content"],
+            }
+            for message in messages
+        ]
+        variables = json.loads(self.variables)
+        if self.tokenizer is None:
+            return render_template(
+                self.source, shaped, variables=variables, continue_last=continue_last
+            )
+        try:
+            text = self.tokenizer.apply_chat_template(
+                shaped,
+                tokenize=False,
+                chat_template=self.source,
+                add_generation_prompt=not continue_last,
+                continue_final_message=continue_last,
+                **variables,
+            )
+        except Exception as error:
+            raise TemplateFailure(as_sentence(error)) from error
+        return str(text)
+
+
+def _template_of(
+    tokenizer: PreTrainedTokenizerBase, template_kwargs: Mapping[str, Any]
+) -> _Template:
+    """The chat template that the tokenizer uses where nobody chooses one."""
+    from transformers import PreTrainedTokenizerBase
+
+    if not tokenizer.chat_template:
+        raise UnsupportedModel(
+            "The model has no chat template, so its prompts cannot be rendered as the model was "
+            "trained to read them. Use the chat or instruct version of the model, or put a "
+            "chat_template.jinja in its folder."
+        )
+    named = tokenizer.chat_template if isinstance(tokenizer.chat_template, dict) else None
+    try:
+        source = tokenizer.get_chat_template(tools=template_kwargs.get("tools"))
+    except ValueError:
+        source = None
+    if not isinstance(source, str):
+        seen = (
+            f"has several chat templates ({shown(', '.join(map(str, named)))}), of which none is "
+            "the default"
+            if named
+            else f"has a chat template that is no text ({shown(source)})"
+        )
+        raise UnsupportedModel(
+            f"The model {seen}, so it is not known how its prompts are rendered. Put the one that "
+            "is wanted into its folder as chat_template.jinja."
+        )
+    variables = {**tokenizer.special_tokens_map, **template_kwargs}
+    own = type(tokenizer).apply_chat_template is not PreTrainedTokenizerBase.apply_chat_template
+    return _Template(
+        with_fixed_clock(source),
+        json.dumps(variables, default=str),  # YAML has dates
+        tokenizer if own else None,
+    )
+
+
+# Words that no template has, one for each role.
+_PROBES = {"system": "qsystemq", "user": "quserq", "assistant": "qassistantq"}
+
+
+@lru_cache(maxsize=64)
+def _forms(template: _Template, roles: tuple[str, ...]) -> _Forms:
+    """The form in which the template takes the contents of each role.
+
+    Templates of models that also see walk through parts: `{% for part in message.content %}`. Given
+    a string they write an empty turn, or raise. What a template takes shows in what it writes.
+
+    Raises:
+        UnsupportedModel: if there is no form in which the contents of every role are written.
+    """
+    spoken = [*[role for role in ("system",) if role in roles], "user"]
+    if "assistant" in roles:
+        spoken += ["assistant", "user"]
+    probe = [{"role": role, "content": _PROBES[role]} for role in spoken]
+    failures: list[TemplateFailure] = []
+    missing: set[str] = set()
+    for forms in _all_forms(sorted(set(spoken))):
+        try:
+            text = template.render(probe, forms).casefold()
+        except TemplateFailure as error:
+            failures.append(error)
+            continue
+        lacking = {role for role in spoken if not _is_written(_PROBES[role], text)}
+        if not lacking:
+            return forms
+        missing = min(missing or lacking, lacking, key=len)
+    if failures and not missing:
+        raise _cannot_render(probe, failures[0]) from failures[0]
+    what = {"user": "prompt", "system": "system prompt", "assistant": "earlier answers"}
+    raise UnsupportedModel(
+        f"The model's chat template leaves out the {' and the '.join(what[m] for m in missing)}, "
+        "whether contents are strings or lists of parts, so the model would not read it. Correct "
+        "the template, or the system prompt and the template arguments in the recipe."
+    )
+
+
+def _is_written(probe: str, text: str) -> bool:
+    """Whether a rendering has the probe, other than in a list of parts printed as data."""
+    return probe in text and not re.search(rf"""text['"]\s*:\s*['"]{probe}""", text)
+
+
+def _all_forms(roles: Sequence[str]) -> Iterator[_Forms]:
+    """Every way to give each role one form: all strings, then all parts, then mixed."""
+    forms: tuple[Literal["string", "parts"], ...] = ("string", "parts")
+    ways = product(forms, repeat=len(roles))
+    for way in sorted(ways, key=lambda way: len(set(way))):
+        yield frozenset(zip(roles, way, strict=True))
+
+
+def _require_prompt(
+    text: str, messages: Sequence[Message], rendered: Callable[[Sequence[Message]], str]
+) -> None:
+    """Stops at a prompt that does not reach the model, though others do.
+
+    Templates may trim and replace. One that takes what looks like a tag or a thought for its own
+    leaves little or nothing of a prompt that is one.
+    """
+    turns = [index for index, message in enumerate(messages) if message["role"] == "user"]
+    prompt = messages[turns[-1]]["content"] if turns else ""
+    if prompt.strip() in text:
+        return
+    words, written = _words(prompt), _words(text)
+    if words and "".join(words) in "".join(written):
+        return
+    lost = len([word for word in words if word not in set(written)])
+    if 2 * lost > len(words) or text == _without(turns[-1], messages, rendered):
+        raise UnsupportedModel(
+            f"The model's chat template leaves out most of a prompt of {len(prompt)} characters, "
+            "so the model would not read it. Change or leave out the prompt: the template probably "
+            "takes part of it for a tag of its own."
+        )
+
+
+def _without(
+    index: int, messages: Sequence[Message], rendered: Callable[[Sequence[Message]], str]
+) -> str | None:
+    """The chat with one message emptied; None where the template refuses that."""
+    try:
+        return rendered(
+            [*messages[:index], {**messages[index], "content": ""}, *messages[index + 1 :]]
+        )
+    except TemplateFailure:
+        return None
+
+
+def _words(text: str) -> list[str]:
+    return re.findall(r"[^\W_]+", text.casefold())
+
+
+def _cannot_render(messages: Sequence[Message], error: TemplateFailure) -> UnsupportedModel:
+    with_system = any(message["role"] == "system" for message in messages)
+    return UnsupportedModel(
+        f"The model's chat template cannot render a chat {'with' if with_system else 'without'} a "
+        f"system prompt: {as_sentence(error)} Change the system prompt or the template arguments "
+        "in the recipe."
+    )

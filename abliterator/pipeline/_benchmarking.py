@@ -58,6 +58,7 @@ def _benchmarks_inputs(run: Run) -> Any:
     return [
         {side: _side_digest(run, side) for side in SIDES},
         run.recipe.published()["benchmarks"],
+        run.recipe.published()["chat"],
         {task.name: task.digest for task in run.tasks},
         run.dtype,
     ]
@@ -75,6 +76,8 @@ def _settings(run: Run) -> RunSettings:
         batch_size=recipe.batch_size,
         limit=recipe.limit,
         chat_template=recipe.chat_template,
+        system=run.recipe.chat.system,
+        template_kwargs=run.recipe.chat.template_kwargs,
         num_fewshot=recipe.num_fewshot,
         device=run.device,
         dtype=run.dtype,
@@ -102,6 +105,7 @@ def _benchmarks(run: Run) -> tuple[list[Path], Parts]:
             _settings(run),
             out=_folder(run),
             on_task=lambda side, task: advance(1),
+            secrets=_key_names(run.recipe.published()),
         )
     return [_folder(run) / side / f"{task.name}.json" for side in SIDES for task in run.tasks], {}
 
@@ -116,6 +120,16 @@ def _note_plain_http(run: Run) -> None:
         url = getattr(engine, name) or ""
         if warning := warn_of_plain_http(url, variable, name=f"benchmarks.engine.{name}"):
             run.progress.note(warning)
+
+
+def _key_names(plain: Any) -> set[str]:
+    """Names of the environment variables that hold keys, wherever a recipe states one."""
+    if isinstance(plain, list):
+        return set().union(*map(_key_names, plain))
+    if not isinstance(plain, dict):
+        return set()
+    own = plain.get("api_key_env")
+    return set().union([own] if isinstance(own, str) else [], *map(_key_names, plain.values()))
 
 
 def _folder(run: Run) -> Path:
@@ -133,4 +147,4 @@ def task_scores(run: Run, side: Side) -> dict[str, TaskScores]:
     }
 
 
-BENCHMARKS = Stage("benchmarks", 3, _benchmarks_inputs, _benchmarks)
+BENCHMARKS = Stage("benchmarks", 4, _benchmarks_inputs, _benchmarks)

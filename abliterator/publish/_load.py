@@ -6,17 +6,15 @@ Of an adapter: does plain PEFT load it, on top of the base?
 from __future__ import annotations
 
 import json
-import os
 import subprocess
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
 from abliterator.errors import PublishError
+from abliterator.processes import child_environment, python_command
 from abliterator.publish._plan import PublishPlan
 
-_SECRETS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_TOKEN_PATH")
 _TOLD = 300  # characters of what the other process said
 
 
@@ -51,17 +49,16 @@ def check_loads(plan: PublishPlan) -> None:
 
 def _run(arguments: list[str], remote_code: bool) -> dict[str, Any]:
     script = Path(__file__).with_name("_vanilla.py")
-    # -P: this folder's own modules must not stand in for anybody else's
-    command = [sys.executable, "-P", str(script), *arguments]
-    kept = {name: value for name, value in os.environ.items() if name not in _SECRETS}
-    env = kept | {
-        "CUDA_VISIBLE_DEVICES": "",  # seeing a GPU, transformers leaves FP8 packed, on the CPU too
-        "HF_HUB_OFFLINE": "1",
-        "TOKENIZERS_PARALLELISM": "0",
-        "TRANSFORMERS_OFFLINE": "1",
-    }
+    env = child_environment(
+        {
+            "CUDA_VISIBLE_DEVICES": "",  # seeing a GPU, transformers leaves FP8 packed, on CPUs too
+            "HF_HUB_OFFLINE": "1",
+            "TOKENIZERS_PARALLELISM": "0",
+            "TRANSFORMERS_OFFLINE": "1",
+        }
+    )
     done = subprocess.run(
-        command + ["--remote-code"] * remote_code,
+        python_command(str(script), *arguments, *["--remote-code"] * remote_code),
         env=env,
         capture_output=True,
         encoding="utf-8",

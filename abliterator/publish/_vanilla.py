@@ -6,9 +6,15 @@ usage: python _vanilla.py FOLDER [--adapter FOLDER] [--remote-code]     # prints
 from __future__ import annotations
 
 import argparse
+import faulthandler
 import json
 import sys
 import warnings
+from pathlib import Path
+from typing import Any
+
+_QUESTION = "Which planet is the largest?"
+_RENDERING_SECONDS = 60
 
 
 def main(folder: str, adapter: str | None, remote_code: bool) -> dict[str, object]:
@@ -36,8 +42,7 @@ def main(folder: str, adapter: str | None, remote_code: bool) -> dict[str, objec
             model = PeftModel.from_pretrained(model, adapter)
         # PEFT warns where the adapter lacks tensors, and fills in zeros
         missing += [str(w.message) for w in said if "adapter keys" in str(w.message)]
-    asked = [{"role": "user", "content": "Which planet is the largest?"}]
-    text = tokenizer.apply_chat_template(asked, add_generation_prompt=True, tokenize=False)
+    text = _chat(tokenizer, folder)
     ids = tokenizer(text, return_tensors="pt", add_special_tokens=False)["input_ids"]
     with torch.inference_mode():
         logits = model(input_ids=ids).logits
@@ -46,6 +51,37 @@ def main(folder: str, adapter: str | None, remote_code: bool) -> dict[str, objec
         "mismatched": sorted(str(key) for key in report["mismatched_keys"]),
         "finite": bool(torch.isfinite(logits[0, -1]).all()),
     }
+
+
+def _chat(tokenizer: Any, folder: str) -> str:
+    """A question through the chat template, in the first form of contents of which it is written.
+
+    A template is a program: one that does not end in time ends this process.
+    """
+    template = None
+    if not tokenizer.chat_template:  # a model that also sees may have it beside its processor
+        named = [Path(folder) / name for name in ("chat_template.json", "processor_config.json")]
+        stated = [json.loads(file.read_text(encoding="utf-8")) for file in named if file.is_file()]
+        template = next(
+            (found["chat_template"] for found in stated if "chat_template" in found), None
+        )
+    failure = ValueError("the chat template leaves out the question")
+    faulthandler.dump_traceback_later(_RENDERING_SECONDS, exit=True)
+    try:
+        for content in (_QUESTION, [{"type": "text", "text": _QUESTION}]):
+            asked = [{"role": "user", "content": content}]
+            try:
+                text = tokenizer.apply_chat_template(
+                    asked, chat_template=template, add_generation_prompt=True, tokenize=False
+                )
+            except Exception as error:  # noqa: BLE001  (it may want the other form)
+                failure = ValueError(f"the chat template cannot render a question: {error}")
+                continue
+            if "planet" in text.casefold():  # templates may trim, replace and capitalise
+                return str(text)
+    finally:
+        faulthandler.cancel_dump_traceback_later()
+    raise failure
 
 
 if __name__ == "__main__":

@@ -1,0 +1,89 @@
+"""Questions of tasks as the chats in which the model answers elsewhere."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from abliterator.benchmarks._settings import RunSettings
+from abliterator.errors import BenchmarkError, UnsupportedModel
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class Chat:
+    """The chat of a run: a tokenizer with its template, and what the recipe adds.
+
+    It stands in for what lm-eval's models do themselves, each in its own way: they know no system
+    prompt's failure, no fixed date, and no list of parts.
+
+    Attributes:
+        tokenizer: of the checkpoint.
+        system: the system prompt, or None.
+        template_kwargs: further variables of the template.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    system: str | None
+    template_kwargs: Mapping[str, Any]
+
+    @classmethod
+    def of(cls, folder: Path, settings: RunSettings) -> Chat:
+        """The chat of a checkpoint.
+
+        Raises:
+            BenchmarkError: if its tokenizer has no chat template.
+        """
+        from abliterator.model import load_tokenizer
+
+        tokenizer = load_tokenizer(folder, trust_remote_code=settings.trust_remote_code)
+        if not tokenizer.chat_template:
+            raise BenchmarkError(
+                f"The benchmarks are to use the chat template, but the tokenizer in {folder} has "
+                "none. Set `benchmarks.chat_template: false`, or add a chat_template.jinja to "
+                "the model."
+            )
+        options = settings.engine.options
+        stated = dict(options.get("chat_template_args") or {})
+        if options.get("enable_thinking") is not None:
+            stated["enable_thinking"] = options["enable_thinking"]
+        return cls(tokenizer, settings.system, {**settings.template_kwargs, **stated})
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What of it the recipe or the engine's options set, for the record."""
+        stated = {"system": self.system, "template_kwargs": dict(self.template_kwargs)}
+        return {name: value for name, value in stated.items() if value}
+
+    def render(
+        self, chat_history: Sequence[Mapping[str, str]], add_generation_prompt: bool = True
+    ) -> str:
+        """The text of a chat, called as lm-eval calls its models' `apply_chat_template`.
+
+        Where a template takes no system prompt, a task's description, which lm-eval makes one of,
+        is left out, as lm-eval does; the recipe's own never is.
+
+        Raises:
+            UnsupportedModel: as `render_messages`.
+        """
+        from abliterator.model import render_messages
+
+        def rendered(messages: Sequence[Mapping[str, str]]) -> str:
+            return render_messages(
+                self.tokenizer,
+                messages,
+                template_kwargs=self.template_kwargs,
+                continue_last=not add_generation_prompt,
+            )
+
+        try:
+            return rendered(chat_history)
+        except UnsupportedModel:
+            others = [message for message in chat_history if message["role"] != "system"]
+            if self.system is not None or len(others) == len(chat_history):
+                raise
+            return rendered(others)
