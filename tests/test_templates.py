@@ -132,7 +132,7 @@ def test_a_template_may_trim_and_replace(text_of, content, prompt):
     ],
 )
 def test_a_prompt_that_the_template_takes_for_its_own_is_a_named_error(text_of, content, prompt):
-    with pytest.raises(UnsupportedModel, match="leaves out most of the prompt"):
+    with pytest.raises(UnsupportedModel, match="leaves out most of a prompt"):
         text_of("{% for m in messages %}user: {{ " + content + " }}{% endfor %}", prompt)
 
 
