@@ -101,5 +101,5 @@ def read_record(out: Path) -> RunRecord:
     return RunRecord.model_validate_json(read_text(path))
 
 
-RECORD = Stage("record", 2, _record_inputs, _record)
-CARD = Stage("card", 5, _card_inputs, _card)
+RECORD = Stage("record", 3, _record_inputs, _record)
+CARD = Stage("card", 6, _card_inputs, _card)
