@@ -145,7 +145,9 @@ def _run_child(job: Mapping[str, Any], *, log: Path, on_task: Callable[[str], No
     command = [sys.executable, "-m", "abliterator.benchmarks", str(job_file)]
     with (
         log.open("w", encoding="utf-8") as errors,
-        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True) as child,
+        subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=errors, encoding="utf-8", errors="replace"
+        ) as child,
     ):
         try:
             said = ""
@@ -163,7 +165,9 @@ def _run_child(job: Mapping[str, Any], *, log: Path, on_task: Callable[[str], No
     if child.returncode == NAMED_ERROR:
         raise BenchmarkError(json.loads(said.removeprefix("error ")))
     if child.returncode != 0:
-        lines = log.read_text(encoding="utf-8").strip().splitlines() or ["it said nothing"]
+        lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines() or [
+            "it said nothing"
+        ]
         raise BenchmarkError(
             f"lm-eval stopped while it scored {job['folder']} ({lines[-1][:300]}). The whole "
             f"message is in {log}; tasks that were finished are kept."
@@ -177,7 +181,8 @@ def main(job_file: Path) -> int:
     job = json.loads(job_file.read_text(encoding="utf-8"))
     settings = RunSettings(**{**job["settings"], "engine": Engine(**job["settings"]["engine"])})
     out = Path(job["out"])
-    to_parent = os.fdopen(os.dup(sys.stdout.fileno()), "w")  # lm-eval's own output is kept away
+    # lm-eval's own output is kept away
+    to_parent = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8")
 
     def keep(scores: TaskScores) -> None:
         plain = {"key": job["keys"][scores.task], "scores": scores.model_dump(mode="json")}

@@ -16,7 +16,14 @@ from abliterator.checkpoint._header import (
     read_header,
 )
 from abliterator.errors import CheckpointError
-from abliterator.files import damaged, open_regular, read_fully, readable, shown
+from abliterator.files import (
+    damaged,
+    open_regular,
+    read_fully,
+    readable,
+    require_utf8_name,
+    shown,
+)
 
 CONFIG_FILE = "config.json"
 SINGLE_FILE = "model.safetensors"
@@ -54,6 +61,7 @@ class Checkpoint:
             CheckpointError: the folder is not a checkpoint, is damaged, or has its weights in
                 another format.
         """
+        require_utf8_name(folder)
         config = _read_config(folder)
         tensors: dict[str, TensorInfo] = {}
         file_bytes = {}

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from abliterator.cli._options import JSON, computing_arguments, judge_arguments, read_judge
-from abliterator.cli._show import Bars
+from abliterator.cli._show import Bars, json_of
 
 if TYPE_CHECKING:
     from abliterator.benchmarks import Task
@@ -80,7 +80,7 @@ def compare(
         found = compared(
             folder, _folder(edited), settings, judge, scratch=Path(scratch), bar=Bars().bar
         )
-    click.echo(found.model_dump_json(indent=1) if as_json else to_markdown(found), nl=as_json)
+    click.echo(json_of(found) if as_json else to_markdown(found), nl=as_json)
 
 
 def _folder(model: str) -> Path:

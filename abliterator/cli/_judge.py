@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from abliterator.cli._options import JSON, judge_arguments, read_judge
-from abliterator.cli._show import Bars
+from abliterator.cli._show import Bars, json_of
 
 if TYPE_CHECKING:
     from abliterator.judge import Calibration
@@ -37,7 +37,7 @@ def judge_calibrate(labelled: Path, as_json: bool, **asked: Any) -> None:
         )
         calibration = calibrate(rows, judge, name=labelled.name)
     save_calibration(calibration)
-    click.echo(calibration.model_dump_json(indent=1) if as_json else _told(calibration))
+    click.echo(json_of(calibration) if as_json else _told(calibration))
 
 
 def _told(calibration: Calibration) -> str:

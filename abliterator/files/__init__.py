@@ -15,6 +15,7 @@ from abliterator.files._read import (
     open_regular,
     read_fully,
     readable,
+    require_utf8_name,
     shown,
 )
 from abliterator.files._text import MAX_TEXT_BYTES, as_lines, read_lines, read_text, too_large
@@ -48,6 +49,7 @@ __all__ = [
     "readable",
     "refuse_same_file",
     "replacing",
+    "require_utf8_name",
     "sha256_of_file",
     "shown",
     "too_large",
