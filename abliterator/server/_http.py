@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any, Self
 from abliterator.errors import JudgeError
 from abliterator.server._budget import Budget
 from abliterator.server._cache import Reply
+from abliterator.server._read import mended
 from abliterator.server._request import Request
 
 if TYPE_CHECKING:
@@ -278,7 +279,7 @@ def _reply(said: Any, rung: str) -> Reply:
 
 
 def _text(value: object) -> str | None:
-    return value if isinstance(value, str) else None
+    return mended(value) if isinstance(value, str) else None
 
 
 def _name(model: str | None) -> str | None:
