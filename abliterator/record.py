@@ -267,7 +267,10 @@ class PromptOrigin(Frozen):
     split: str | None = None
     n: int
     sha256: str  # of the prompts as used
-    dropped: int = 0  # duplicates, and prompts dropped because they overlap an evaluation set
+    read: int | None = None  # prompts in the source; None in records of before it was counted
+    dropped: int = 0  # of those: duplicates, empty rows, and what an evaluation set has too
+    overlap: int = 0  # of those dropped, what an evaluation set has too
+    near: int | None = None  # of n, near duplicates of an evaluation prompt; None: not compared
     license: str | None = None
 
 
@@ -287,7 +290,8 @@ class Provenance(Frozen):
     digests: dict[str, str] = {}  # sha256 of what the weights were made from: moments, directions
     git_commit: str | None = None
     prompts: tuple[PromptOrigin, ...] = ()
-    dropped_overlap: int = 0
+    dropped_overlap: int = 0  # prompts of extraction sets that an evaluation set has too
+    near_duplicate: float | None = None  # letter-trigram similarity of what `near` counts
 
 
 class Quotation(Frozen):

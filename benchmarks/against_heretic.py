@@ -110,7 +110,7 @@ def run_heretic(heretic: Path, folder: Path, settings: dict[str, object]) -> tup
         )
         cost = f"{time.perf_counter() - start:.1f} {_children() - before:.1f}"
         log.write_text(f"{cost}\n{done.stdout.decode()}\n{done.stderr.decode()}")
-    first, _, text = log.read_text().partition("\n")
+    first, _, text = log.read_text("utf-8").partition("\n")
     return text, Cost(*map(float, first.split()))
 
 
@@ -120,7 +120,7 @@ def _children() -> float:
 
 
 def _lines(name: str) -> list[str]:
-    return (PROMPTS / f"{name}.jsonl").read_text().splitlines()
+    return (PROMPTS / f"{name}.jsonl").read_text("utf-8").rstrip("\n").split("\n")
 
 
 def trials(text: str) -> list[Trial]:
@@ -163,7 +163,7 @@ def tuned(model: Path, out: Path, overrides: Sequence[str]) -> tuple[Cost, int]:
     pipeline.run_stages(recipe, out / "ours", until="tuning")
     cost = f"{time.perf_counter() - wall:.1f} {time.process_time() - cpu:.1f}"
     work = out / "ours" / "work"
-    found = json.loads((work / "tuning.json").read_text())
+    found = json.loads((work / "tuning.json").read_text("utf-8"))
     bases = load_file(work / "tuning.safetensors")["bases"]
     plan = pipeline.plan_recipe(recipe, out)
     for i, strengths in enumerate(found["strengths"]):
@@ -176,7 +176,7 @@ def tuned(model: Path, out: Path, overrides: Sequence[str]) -> tuple[Cost, int]:
     points = [Point.model_validate(point) for point in found["points"]]
     wanted, max_kl = recipe.tuning, recipe.selection.max_kl
     chosen = prefer(points, wanted.prefer, wanted.at_most, max_kl=max_kl)
-    return Cost(*map(float, timing.read_text().split())), chosen
+    return Cost(*map(float, timing.read_text("utf-8").split())), chosen
 
 
 def in_float32(base: Path, edited: Sequence[Path]) -> list[float]:

@@ -37,8 +37,11 @@ SEED = re.compile(r"^# Seed: +(.+)$", re.MULTILINE)
 
 def cards() -> Iterator[tuple[str, str]]:
     """(file name, text) of every card."""
-    yield "demo.md", render_card(RunRecord.model_validate_json((HERE / "demo.json").read_text()))
-    models = yaml.safe_load((HERE / "models.yaml").read_text())
+    yield (
+        "demo.md",
+        render_card(RunRecord.model_validate_json((HERE / "demo.json").read_text("utf-8"))),
+    )
+    models = yaml.safe_load((HERE / "models.yaml").read_text("utf-8"))
     for path in sorted(RECIPES.glob("*.yaml")):
         seed = SEED.search(path.read_text(encoding="utf-8"))
         if seed is not None:

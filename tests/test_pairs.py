@@ -299,8 +299,8 @@ def test_near_duplicates_are_of_one_side():
     near = Candidate("Set an alarm for eleven.", "Describe the old bells.")
     assert one.objection(near) == "near duplicate"
     assert sieve(near_duplicate=0.95).objection(near) is None
-    assert one.objection(Candidate("Explain an alarm clock?", "Boil rice.")) is None
-    assert one.objection(Candidate("Explain  AN alarm clock.", "Fry it.")) == "duplicate"
+    assert one.objection(Candidate("Explain this alarm clock?", "Boil rice.")) is None
+    assert one.objection(Candidate("Explain  THIS alarm clock.", "Fry it.")) == "duplicate"
 
 
 @given(*[st.text(alphabet="abc ", max_size=12)] * 2)

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import random
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -17,18 +20,23 @@ from abliterator.prompts import (
     PromptSet,
     PromptSource,
     check_distinct,
+    comparison_key,
+    count_near,
     drop_overlap,
     hold_out,
     load_prompts,
+    near_duplicates,
     normalised,
     resolve_revision,
+    similarity,
+    trigrams,
 )
 
 ROOT = Path(__file__).parents[1]
 SECRET = "Describe forbidden teapots"  # stands for a prompt that no error may show
 
 texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=12)
-prompt_lists = st.lists(texts.filter(normalised), min_size=2, max_size=30, unique_by=normalised)
+prompt_lists = st.lists(texts.filter(normalised), min_size=2, max_size=30, unique_by=comparison_key)
 fractions = st.floats(0, 1, exclude_min=True, exclude_max=True)
 
 
@@ -53,7 +61,7 @@ def test_a_text_file_is_one_prompt_a_line(tmp_path):
     path = write(tmp_path, "\ufeffName a colour. \r\n\r\n  # not a comment\n \t\nÜber was?")
     loaded = load(path)
     assert loaded.prompts == ("Name a colour.", "# not a comment", "Über was?")
-    assert loaded == PromptSet(name="target", prompts=loaded.prompts, source="prompts.txt")
+    assert loaded == PromptSet(name="target", prompts=loaded.prompts, source="prompts.txt", read=3)
 
 
 @pytest.mark.parametrize("separator", ["\u2028", "\x85", "\x0b", "\x0c", "\x1c"])
@@ -63,6 +71,32 @@ def test_only_line_feeds_separate_prompts(tmp_path, separator, suffix):
     prompt = f"one{separator}prompt"
     line = prompt if suffix == "txt" else json.dumps({"prompt": prompt}, ensure_ascii=False)
     assert load(write(tmp_path, line, f"prompts.{suffix}")).prompts == (prompt,)
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+def test_any_line_end_ends_a_line_of_a_text_file(tmp_path, end):
+    lines = [f"Where is the {x}?" for x in "abcdefghijkl"]
+    loaded = load(write(tmp_path, end.join(lines)))
+    assert loaded.prompts == tuple(lines)
+    assert loaded.read == 12
+    bad = end.join([*lines[:3], "\udce9"]).encode(errors="surrogateescape")
+    with pytest.raises(PromptError, match="line 4: not UTF-8"):
+        load(write(tmp_path, bad))
+
+
+def test_only_a_line_feed_ends_a_line_of_json(tmp_path):
+    rows = [json.dumps({"prompt": f"Where is the {x}?"}) for x in "ab"]
+    assert len(load(write(tmp_path, "\r\n".join(rows), "p.jsonl")).prompts) == 2
+    with pytest.raises(PromptError, match="line 1: not JSON"):
+        load(write(tmp_path, "\r".join(rows), "p.jsonl"))
+
+
+def test_what_is_no_file_is_refused_and_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "pipe.txt")
+    (tmp_path / "zero.txt").symlink_to("/dev/zero")
+    for path in (tmp_path / "pipe.txt", tmp_path / "zero.txt"):
+        with pytest.raises(PromptError, match="no regular file"):
+            load(path)
 
 
 def test_a_jsonl_file_has_prompts_under_prompt_or_the_named_column(tmp_path):
@@ -93,11 +127,12 @@ def test_loading_agrees_with_the_plain_definition(tmp_path_factory, candidates, 
         return
     kept: list[str] = []
     for text in [*candidates, "last"]:
-        if all(normalised(f"-{text}") != normalised(other) for other in kept):
+        if all(comparison_key(f"-{text}") != comparison_key(other) for other in kept):
             kept.append(f"-{text}".strip())
     loaded = load(path, limit=limit)
     assert loaded.prompts == tuple(kept[:limit])
-    assert loaded.dropped == len(candidates) + 1 - len(kept)
+    assert loaded.read == len(candidates) + 1
+    assert loaded.dropped == loaded.read - len(kept)
 
 
 # Bad input
@@ -277,6 +312,90 @@ def test_spelling_that_may_say_something_else_is_not(a, b):
     assert normalised(a) != normalised(b)
 
 
+@pytest.mark.parametrize(
+    "variant",
+    [
+        "Tell me, please: what does Neva's aunt cook",
+        "“Tell me please: what does Neva’s aunt cook?”",
+        "«tell me please; what does Neva´s aunt cook ?»",
+        "TELL\u00a0me, please – what does Neva's aunt cook?!",
+        "- Tell me please... what does Neva‘s aunt cook？",
+        "\ufeffTell me pl\u00adease: what d\u200boes Neva\u2060's aunt cook?\u200e",
+        "Tell me please: what does Neva's aunt cook?\ufe0f\U000e0041",
+        "¿Tell me (please): what does 'Neva's' aunt cook…",
+        "Ｔｅｌｌ ｍｅ please: what\x1fdoes Neva`s aunt cook。\x07",
+    ],
+)
+def test_prompts_that_differ_in_what_nobody_reads_are_the_same(variant):
+    plain = "Tell me please: what does Neva's aunt cook?"
+    assert comparison_key(variant) == comparison_key(plain)
+    with pytest.raises(PromptError, match="are the same 1 prompts"):
+        check_distinct(prompt_set(plain), prompt_set(variant, name="neutral"))
+
+
+@pytest.mark.parametrize(
+    ("a", "b"),
+    [
+        *[("Write it in C#", "Write it in C"), ("Write it in C++", "Write it in C")],
+        *[("What is -5 squared?", "What is 5 squared?"), ("Pay $5", "Pay 5"), ("3-2", "32")],
+        *[("Set an alarm for 6 hours", "Set an alarm for 7 hours"), ("a b", "b a")],
+        *[("Do lock it", "Don't lock it"), ("resume", "résumé"), ("?", "!"), ("@neva", "neva")],
+    ],
+)
+def test_prompts_that_ask_for_something_else_are_not_the_same(a, b):
+    assert comparison_key(a) != comparison_key(b)
+
+
+@given(texts)
+def test_a_comparison_key_is_its_own(text):
+    key = comparison_key(text)
+    assert comparison_key(key) == key
+
+
+grams = st.lists(st.text(alphabet="ab c", min_size=1, max_size=12), max_size=12)
+
+
+@given(grams, grams, st.sampled_from([0.3, 0.5, 0.75, 0.9, 1.0]))
+def test_near_duplicates_are_those_of_the_plain_definition(prompts, others, threshold):
+    def alike(one, other):
+        sides = (trigrams(comparison_key(text)) for text in (one, other))
+        return similarity(*sides) >= threshold
+
+    expected = [i for i, one in enumerate(prompts) if any(alike(one, o) for o in others)]
+    assert near_duplicates(prompts, others, threshold=threshold) == expected
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "near"),
+    [
+        (
+            "Please write a poem about the sea at night.",
+            "Write a poem about the sea at night.",
+            True,
+        ),
+        ("Set an alarm for 6 hours.", "Set an alarm for 7 hours.", True),
+        ("Write a song about the mountains.", "Write a poem about the sea.", False),
+        ("Where does Neva live?", "What does Lorin like to cook?", False),
+    ],
+)
+def test_near_duplicates_are_counted_and_stay(a, b, near):
+    kept = count_near(prompt_set(a), [prompt_set("Boil rice.", b, name="evaluation")])
+    assert (kept.prompts, kept.near) == ((a,), int(near))
+
+
+@pytest.mark.slow
+def test_many_prompts_are_compared_in_seconds():
+    """A line per prompt pair would be minutes; templated prompts, which all share much."""
+    numbers = random.Random(0)
+    prompts = [
+        f"Set an alarm for {numbers.randrange(10**6)} hours and {numbers.randrange(10**4)} minutes."
+        for _ in range(25_500)
+    ]
+    start = time.process_time()
+    near_duplicates(prompts[:25_000], prompts[25_000:])
+    assert time.process_time() - start < 60
+
+
 @given(texts)
 @example("\u0345\u0301")
 def test_normalising_twice_changes_nothing(text):
@@ -362,8 +481,8 @@ def test_sets_that_share_prompts_are_refused_with_counts(a, b, seen):
 
 @given(prompt_lists, prompt_lists)
 def test_drop_overlap_leaves_exactly_the_others(training, evaluation):
-    forms = {normalised(prompt) for prompt in evaluation}
-    expected = [prompt for prompt in training if normalised(prompt) not in forms]
+    keys = {comparison_key(prompt) for prompt in evaluation}
+    expected = [prompt for prompt in training if comparison_key(prompt) not in keys]
     a, b = prompt_set(*training), prompt_set(*evaluation, name="evaluation")
     if not expected:
         with pytest.raises(PromptError, match="none is left to learn from"):
@@ -371,12 +490,13 @@ def test_drop_overlap_leaves_exactly_the_others(training, evaluation):
         return
     left = drop_overlap(a, b)
     assert list(left.prompts) == expected
-    assert left.dropped == len(training) - len(expected)
+    assert left.dropped == left.overlap == len(training) - len(expected)
     check_distinct(left, b)
 
 
 def test_drop_overlap_adds_to_what_was_dropped_and_can_leave_nothing():
     before = PromptSet(name="target", prompts=("a", "b", "c"), source="s", dropped=4)
-    assert drop_overlap(before, prompt_set("A", "ｃ")).dropped == 6
+    after = drop_overlap(before, prompt_set("A", "ｃ"))
+    assert (after.dropped, after.overlap) == (6, 2)
     with pytest.raises(PromptError, match="All 3 target prompts"):
         drop_overlap(before, prompt_set("c", "b", "a"))

@@ -216,6 +216,7 @@ def _run_child(job: Mapping[str, Any], *, log: Path, on_task: Callable[[str], No
             stdout=subprocess.PIPE,
             stderr=errors,
             encoding="utf-8",
+            errors="replace",
             env=_environment(job),
         ) as child,
     ):

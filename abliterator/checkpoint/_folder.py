@@ -23,6 +23,7 @@ from abliterator.files import (
     read_fully,
     readable,
     require_plain_folder,
+    require_utf8_name,
     shown,
 )
 
@@ -64,6 +65,7 @@ class Checkpoint:
                 another format.
             FileError: something in it is no plain file (`require_plain_folder`).
         """
+        require_utf8_name(folder)
         config = _read_config(folder)
         tensors: dict[str, TensorInfo] = {}
         file_bytes = {}

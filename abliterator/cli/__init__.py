@@ -6,7 +6,9 @@ error with a name, 2 usage, 130 interrupted. Nothing heavy is imported before a 
 
 from __future__ import annotations
 
+import io
 import logging
+import sys
 from typing import Any
 
 import click
@@ -26,6 +28,13 @@ from abliterator.errors import AbliteratorError
 
 class Group(click.Group):
     """Turns named errors into one paragraph and exit code 1; all else keeps its traceback."""
+
+    def main(self, *args: Any, **kwargs: Any) -> Any:
+        """Runs the command line; what stdout or stderr cannot encode is printed as an escape."""
+        for stream in (sys.stdout, sys.stderr):
+            if isinstance(stream, io.TextIOWrapper):
+                stream.reconfigure(errors="backslashreplace")
+        return super().main(*args, **kwargs)
 
     def invoke(self, ctx: click.Context) -> Any:
         """Runs the command."""

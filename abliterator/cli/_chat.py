@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -11,6 +12,7 @@ import click
 
 from abliterator.cli._options import computing_arguments
 from abliterator.cli._print import echo
+from abliterator.errors import PromptError
 
 if TYPE_CHECKING:
     from abliterator.pipeline import Talk, Turns
@@ -35,8 +37,8 @@ def chat(
 
     Template, system prompt, stop tokens and length are the recipe's, and answers are greedy, as
     those that were measured. Ctrl-C stops an answer, Ctrl-D ends, an empty line begins a new
-    conversation. Without a terminal, every line of stdin is a conversation of one prompt. Nothing
-    is kept.
+    conversation. Without a terminal, every line of stdin is a conversation of one prompt, in UTF-8.
+    Nothing is kept.
     """
     from abliterator import pipeline
 
@@ -48,13 +50,13 @@ def chat(
     options = pipeline.Options(device=device, dtype=dtype)
     talk = pipeline.open_talk(model, sides=sides, max_new_tokens=max_new_tokens, options=options)
     for note in talk.notes:
-        click.echo(note, err=True)
+        echo(note, err=True)
     if sys.stdin.isatty():
         converse(talk)
         return
-    for line in sys.stdin:
-        for side in talk.speakers if line.strip() else ():
-            say(talk, side, line.strip(), ())
+    for prompt in _piped():
+        for side in talk.speakers if prompt else ():
+            say(talk, side, prompt, ())
 
 
 def converse(talk: Talk) -> None:
@@ -92,13 +94,37 @@ def say(
     echo()
 
 
+def _piped() -> Iterator[str]:
+    """Every line of stdin, which is UTF-8 as files are, whatever the locale."""
+    _read_stdin_as("utf-8-sig")
+    for number, line in enumerate(sys.stdin, start=1):
+        yield _prompt(line, f"Line {number} of the standard input")
+
+
+def _prompt(line: str, where: str) -> str:
+    from abliterator.prompts import as_prompt
+
+    if any("\udc80" <= character <= "\udcff" for character in line):  # bytes that no text has
+        raise PromptError(f"{where} is not UTF-8 text. Convert it, as with `iconv -t UTF-8`.")
+    return as_prompt(line, where)
+
+
+def _read_stdin_as(encoding: str | None) -> None:
+    """Sets the encoding of stdin; None keeps the terminal's. Bytes that are no text are kept."""
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(encoding=encoding, errors="surrogateescape")
+
+
 def _typed() -> Iterator[str]:
-    """What is typed, line by line; Ctrl-C drops a line."""
+    """What is typed, line by line; Ctrl-C drops a line, and so does what is no text."""
+    _read_stdin_as(None)
     with suppress(ImportError):
         import readline  # noqa: F401  lines can then be edited
     while True:
         try:
-            yield input("> ").strip()
+            yield _prompt(input("> "), "What was typed")
+        except PromptError as error:
+            echo(f"{type(error).__name__}: {error}", err=True)
         except KeyboardInterrupt:
             echo()
         except EOFError:

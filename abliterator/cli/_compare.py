@@ -10,7 +10,7 @@ import click
 
 from abliterator.cli._options import JSON, computing_arguments, judge_arguments, read_judge
 from abliterator.cli._print import echo
-from abliterator.cli._show import Bars
+from abliterator.cli._show import Bars, json_of
 
 if TYPE_CHECKING:
     from abliterator.benchmarks import Task
@@ -90,7 +90,7 @@ def compare(
             bar=bars.bar,
             note=bars.note,
         )
-    echo(found.model_dump_json(indent=1) if as_json else to_markdown(found), nl=as_json)
+    echo(json_of(found) if as_json else to_markdown(found), nl=as_json)
 
 
 def _folder(model: str) -> Path:

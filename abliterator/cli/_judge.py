@@ -9,7 +9,7 @@ import click
 
 from abliterator.cli._options import JSON, judge_arguments, read_judge
 from abliterator.cli._print import echo
-from abliterator.cli._show import Bars
+from abliterator.cli._show import Bars, json_of
 
 if TYPE_CHECKING:
     from abliterator.judge import Calibration
@@ -39,7 +39,7 @@ def judge_calibrate(labelled: Path, as_json: bool, **asked: Any) -> None:
         )
         calibration = calibrate(rows, judge, name=labelled.name)
     save_calibration(calibration)
-    echo(calibration.model_dump_json(indent=1) if as_json else _told(calibration))
+    echo(json_of(calibration) if as_json else _told(calibration))
 
 
 def _told(calibration: Calibration) -> str:

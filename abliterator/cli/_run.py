@@ -10,7 +10,7 @@ import click
 
 from abliterator.cli._options import JSON, SET, read_recipe, recipe_arguments
 from abliterator.cli._print import echo
-from abliterator.cli._show import Bars, planned, reproduced, told
+from abliterator.cli._show import Bars, json_of, planned, reproduced, told
 from abliterator.files import read_text
 
 
@@ -38,7 +38,7 @@ def build(recipe: Path | None, published: str | None, as_json: bool, **where: An
         raise click.UsageError("Give either a RECIPE or --from a published checkpoint.")
     read, out, options = read_recipe(path, **where)
     record = pipeline.build(read, out, options=options, progress=Bars())
-    echo(record.model_dump_json(indent=1) if as_json else told(record, out))
+    echo(json_of(record) if as_json else told(record, out))
     if folder is not None:
         echo(reproduced(pipeline.compare_rebuilt(folder, out / "checkpoint")), err=as_json)
 

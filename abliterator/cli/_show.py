@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -11,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 from abliterator.cli._print import echo, printable
 
 if TYPE_CHECKING:
+    from pydantic import BaseModel
+
     from abliterator.pipeline import Advance, Plan, Reproduction
     from abliterator.record import Estimate, RunRecord
 
@@ -161,6 +164,11 @@ def reproduced(found: Reproduction) -> str:
         lines += [f"published, rebuilt   {reason}" for reason in found.reasons]
         lines += [] if found.reasons else ["nothing recorded differs between the two builds"]
     return "\n".join(lines)
+
+
+def json_of(value: BaseModel) -> str:
+    """A typed result as JSON in ASCII, which is the same in every encoding of stdout."""
+    return json.dumps(json.loads(value.model_dump_json()), indent=1)
 
 
 class Bars:

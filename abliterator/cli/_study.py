@@ -9,7 +9,7 @@ import click
 
 from abliterator.cli._options import JSON, read_recipe, recipe_arguments
 from abliterator.cli._print import echo
-from abliterator.cli._show import Bars
+from abliterator.cli._show import Bars, json_of
 
 NAMES = ("extraction", "pairs", "alpha", "confirmation", "controls")
 
@@ -64,4 +64,4 @@ def study(
     chosen = {"alphas": alphas} if alphas else {}
     asked = pipeline.StudySettings(limit=limit, tokens=tokens, layers=layers, **chosen)
     found = pipeline.run_study(name, read, out, asked, options=options, progress=Bars())
-    echo(found.model_dump_json(indent=1) if as_json else to_markdown(found), nl=as_json)
+    echo(json_of(found) if as_json else to_markdown(found), nl=as_json)

@@ -34,8 +34,8 @@ def sweep(recipe: Path, as_json: bool, **where: Any) -> None:
             f"so there is nothing to choose. Ask with --set layers=sweep, --set k=auto, or both."
         )
     pipeline.run_stages(read, out, until="selection", options=options, progress=Bars())
-    text = read_text(out / "work" / "sweep.json")
-    echo(text.rstrip() if as_json else told(json.loads(text)))
+    found = json.loads(read_text(out / "work" / "sweep.json"))
+    echo(json.dumps(found, indent=1) if as_json else told(found))
 
 
 def told(found: dict[str, Any]) -> str:

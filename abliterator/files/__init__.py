@@ -20,6 +20,7 @@ from abliterator.files._read import (
     open_regular,
     read_fully,
     readable,
+    require_utf8_name,
     shown,
 )
 from abliterator.files._text import (
@@ -64,6 +65,7 @@ __all__ = [
     "replacing",
     "require_plain_folder",
     "require_regular_files",
+    "require_utf8_name",
     "sha256_of_file",
     "shown",
     "too_large",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from io import FileIO
@@ -45,6 +46,27 @@ def readable(path: Path) -> Iterator[None]:
             f"{path} cannot be read: {error.strerror or error}. Check that it exists and that you "
             "may read it."
         ) from error
+
+
+def require_utf8_name(path: Path) -> None:
+    """Refuse a path whose bytes on the disk are not its text in UTF-8.
+
+    safetensors and tokenizers take every path as UTF-8. Where the bytes are not, or the locale's
+    encoding is another, they would miss the file, or write to another one.
+
+    Raises:
+        FileError: for such a path.
+    """
+    try:
+        if os.fsencode(path) == str(path).encode():
+            return
+    except UnicodeEncodeError:
+        pass
+    raise FileError(
+        f"The path {shown(path)} is not UTF-8 on this system (file names are read as "
+        f"{sys.getfilesystemencoding()}), which the libraries that read weights expect. Rename it "
+        "in plain letters, or run in a UTF-8 locale (LC_ALL=C.UTF-8)."
+    )
 
 
 def read_fully(source: OpenFile, buffer: memoryview) -> None:

@@ -100,9 +100,20 @@ def _row(line: str, where: str) -> Labelled:
     label = row.get("label")
     if not all(isinstance(row.get(key), str) for key in ("prompt", "response")):
         raise JudgeError(f"{where}: no text under prompt or response; {expected}.")
+    if not all(_is_text(row[key]) for key in ("prompt", "response")):
+        raise JudgeError(f"{where}: half of a surrogate pair (\\ud800 to \\udfff); {expected}.")
     if isinstance(label, bool) or label not in CLASSES:
         raise JudgeError(f"{where}: the label is not 0, 0.5 or 1; {expected}.")
     return Labelled(Answered(row["prompt"], row["response"]), float(label))
+
+
+def _is_text(text: str) -> bool:
+    """Whether a file can hold it: JSON allows half a surrogate pair, UTF-8 does not."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def calibrate(rows: Sequence[Labelled], judge: Judge, *, name: str = "labels") -> Calibration:

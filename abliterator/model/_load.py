@@ -396,7 +396,8 @@ def _processors_template(folder: Path) -> str | dict[str, str] | None:
         except (ValueError, AttributeError) as error:
             raise CheckpointError(
                 f"{file} is not a JSON object ({as_sentence(error)}), and it should hold the "
-                "model's chat template. Download it again, or put a chat_template.jinja into the folder."
+                "model's chat template. Download it again, or put a chat_template.jinja into the "
+                "folder."
             ) from error
         if template:
             return template  # type: ignore[no-any-return]  # `render_messages` says what is no text

@@ -6,14 +6,11 @@ swapped still share most of theirs.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from typing import NamedTuple
 
 from abliterator.pairs._questions import Candidate
-from abliterator.prompts import normalised
-
-_NO_WORD = re.compile(r"[^\w\s]+")
+from abliterator.prompts import comparison_key, similarity, trigrams
 
 
 class Ruler(NamedTuple):
@@ -38,7 +35,7 @@ class Sieve:
 
     def objection(self, candidate: Candidate) -> str | None:
         """Why a pair is dropped; None lets it through, and it is remembered."""
-        texts = [normalised(text) for text in candidate]
+        texts = [comparison_key(text) for text in candidate]
         grams = [trigrams(text) for text in texts]
         lengths = [self._ruler.length(text) for text in candidate]
         if texts[0] == texts[1]:
@@ -54,15 +51,3 @@ class Sieve:
         for new, known in zip(grams, self._trigrams, strict=True):
             known.append(new)
         return None
-
-
-def trigrams(text: str) -> frozenset[str]:
-    """The letter trigrams of a normalised text, without its punctuation."""
-    padded = f"  {' '.join(_NO_WORD.sub(' ', text).split())} "
-    return frozenset(padded[i : i + 3] for i in range(len(padded) - 2))
-
-
-def similarity(one: frozenset[str], other: frozenset[str]) -> float:
-    """Jaccard index: the share of what either has that both have."""
-    both = len(one & other)
-    return both / (len(one) + len(other) - both)

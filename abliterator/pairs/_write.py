@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from abliterator.errors import OutputError
-from abliterator.files import write_text_atomic
+from abliterator.errors import FileError, OutputError
+from abliterator.files import as_lines, read_lines, write_text_atomic
 from abliterator.pairs._make import Made
 from abliterator.pairs._questions import SIDES, pairs_prompt
 from abliterator.pairs._sift import Ruler
@@ -51,8 +51,8 @@ def _without_folder(model: str | None) -> str | None:
 
 def save_pairs(path: Path, made: Made, spec: PairsSpec, ruler: Ruler) -> None:
     """Writes the file, whole or not at all."""
-    lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows(made, spec, ruler))
-    write_text_atomic(path, "".join(lines))
+    lines = (json.dumps(row, ensure_ascii=False) for row in rows(made, spec, ruler))
+    write_text_atomic(path, as_lines(lines))
 
 
 def cache_beside(path: Path) -> Path:
@@ -74,9 +74,8 @@ def require_ours(path: Path, spec: PairsSpec) -> None:
     if not path.exists():
         return
     try:
-        with path.open(encoding="utf-8") as file:
-            ours = json.loads(file.readline())["spec_sha256"] == spec.digest
-    except (OSError, ValueError, KeyError, TypeError):
+        ours = json.loads(read_lines(path)[0])["spec_sha256"] == spec.digest
+    except (FileError, IndexError, ValueError, KeyError, TypeError):
         ours = False
     if not ours:
         raise OutputError(

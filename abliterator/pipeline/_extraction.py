@@ -14,7 +14,7 @@ from abliterator.checkpoint import CONFIG_FILE
 from abliterator.files import read_text, write_text_atomic
 from abliterator.pipeline._capturing import differences, fitted, shuffled
 from abliterator.pipeline._chosen import chosen
-from abliterator.pipeline._prompt_sets import load_sets, set_apart, with_pairs
+from abliterator.pipeline._prompt_sets import compared, load_sets, remarks, set_apart, with_pairs
 from abliterator.pipeline._run import Run
 from abliterator.pipeline._stage import Parts, Stage
 from abliterator.pipeline._tuned import planned_edits, tuned_inputs, tuned_subspace
@@ -48,6 +48,9 @@ def _prompts(run: Run) -> tuple[list[Path], Parts]:
         sets = set_apart(sets, run.recipe.prompts, prompts=few, seed=seed)
     if run.recipe.directions.stack == "within_layer":
         sets = with_pairs(sets, run.recipe.prompts)
+    sets = compared(sets)
+    for remark in remarks(sets):
+        run.progress.note(remark)
     path = run.workspace.work / "prompts.json"
     write_text_atomic(path, json.dumps(sets.to_json(), indent=1, ensure_ascii=False) + "\n")
     return [path], {}
@@ -163,7 +166,7 @@ def tensor_edits(run: Run) -> list[TensorEdit]:
     return [TensorEdit.model_validate(edit) for edit in json.loads(text)]
 
 
-PROMPTS = Stage("prompts", 3, _prompts_inputs, _prompts)
+PROMPTS = Stage("prompts", 4, _prompts_inputs, _prompts)
 DIRECTIONS = Stage("directions", 2, _directions_inputs, _directions)
 BAKE = Stage("bake", 2, _bake_inputs, _bake)
 # Apart from the weights: it names the whole recipe, and another judge must not bake them again.

@@ -22,7 +22,7 @@ from abliterator.bake import (
 )
 from abliterator.checkpoint import Checkpoint, card_metadata, carried_files, stated_base
 from abliterator.errors import OutputError, RecipeError
-from abliterator.files import free_bytes
+from abliterator.files import free_bytes, require_utf8_name
 from abliterator.formats import require_known_names, storage_of
 from abliterator.pipeline._notes import notes_on
 from abliterator.pipeline._storing import storage_ways
@@ -152,6 +152,7 @@ def make_plan(source: ModelSource, edit: Edit, out: Path) -> Plan:
         RecipeError: for strengths of blocks that the model does not have.
         UnsupportedModel: for an architecture, tensor or format that is not known.
     """
+    require_utf8_name(out)
     checkpoint = Checkpoint.open(source.folder)
     card = card_metadata(source.folder)
     made_from = stated_base(card or {})

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +13,7 @@ from abliterator.prompts import (
     PromptSet,
     PromptSource,
     check_distinct,
+    count_near,
     drop_overlap,
     hold_out,
     load_prompts,
@@ -63,6 +64,35 @@ class PromptSets:
 def prompt_sets(run: Run) -> PromptSets:
     """The prompt sets as used."""
     return PromptSets.from_json(json.loads(read_text(run.workspace.work / "prompts.json")))
+
+
+def uses(sets: PromptSets) -> Iterator[tuple[str, PromptSet]]:
+    """Every set with its kind and use, as in "target, extraction"."""
+    for use in ("extraction", "evaluation", "selection"):
+        for kind, prompts in getattr(sets, use).items():
+            yield f"{kind}, {use}", prompts
+
+
+def compared(sets: PromptSets) -> PromptSets:
+    """The sets, of which those not measured on count near duplicates of evaluation prompts."""
+    measured = sets.evaluation.values()
+    extraction, selection = (
+        {kind: count_near(prompts, measured) for kind, prompts in part.items()}
+        for part in (sets.extraction, sets.selection)
+    )
+    return replace(sets, extraction=extraction, selection=selection)
+
+
+def remarks(sets: PromptSets) -> Iterator[str]:
+    """A line on each set: how many prompts it has, and what became of those that were read."""
+    for name, prompts in uses(sets):
+        counts = {
+            "duplicates or empty, dropped": prompts.dropped - prompts.overlap,
+            "evaluation prompts too, dropped": prompts.overlap,
+            "kept though nearly equal to an evaluation prompt": prompts.near,
+        }
+        told = [f"{prompts.read} read", *(f"{n} {what}" for what, n in counts.items() if n)]
+        yield f"{name}: {len(prompts.prompts)} prompts of {prompts.source} ({'; '.join(told)})"
 
 
 def load_sets(recipe: Prompts, *, seed: int, neutral_too: bool) -> PromptSets:

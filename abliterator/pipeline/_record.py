@@ -17,10 +17,11 @@ from abliterator.pipeline._benchmarking import task_scores
 from abliterator.pipeline._chosen import chosen, selection_of
 from abliterator.pipeline._extraction import tensor_edits
 from abliterator.pipeline._judging import judge_identity, verdicts_of
-from abliterator.pipeline._prompt_sets import prompt_sets
+from abliterator.pipeline._prompt_sets import prompt_sets, uses
 from abliterator.pipeline._run import Run
 from abliterator.pipeline._storing import quantized_edits
 from abliterator.pipeline._tuned import planned_edits, tuning_record
+from abliterator.prompts import NEAR_DUPLICATE
 from abliterator.record import (
     Behaviour,
     BenchmarkResult,
@@ -155,11 +156,6 @@ def _benchmarks(run: Run) -> dict[str, BenchmarkResult]:
 
 def _provenance(run: Run) -> Provenance:
     sets = prompt_sets(run)
-    used = [
-        *((f"{name}, extraction", s) for name, s in sets.extraction.items()),
-        *((f"{name}, evaluation", s) for name, s in sets.evaluation.items()),
-        *((f"{name}, selection", s) for name, s in sets.selection.items()),
-    ]
     return Provenance(
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         python=platform.python_version(),
@@ -177,11 +173,16 @@ def _provenance(run: Run) -> Provenance:
                 split=s.split,
                 n=len(s.prompts),
                 sha256=s.sha256,
+                read=s.read,
                 dropped=s.dropped,
+                overlap=s.overlap,
+                near=s.near,
                 license=s.license,
             )
-            for name, s in used
+            for name, s in uses(sets)
         ),
+        dropped_overlap=sum(s.overlap for s in sets.extraction.values()),
+        near_duplicate=NEAR_DUPLICATE,
     )
 
 

@@ -12,6 +12,7 @@ from abliterator.files import copy_file, read_text, write_text_atomic
 from abliterator.pipeline._record import assemble
 from abliterator.pipeline._run import Run
 from abliterator.pipeline._stage import Parts, Stage, save_value
+from abliterator.recipe import to_yaml
 from abliterator.record import RunRecord
 from abliterator.verification import PICTURES
 
@@ -38,8 +39,6 @@ def _record_inputs(run: Run) -> Any:
 
 
 def _record(run: Run) -> tuple[list[Path], Parts]:
-    import yaml
-
     out = run.workspace.checkpoint
     markers = {name: run.workspace.marker(name) for name in _measured(run)}
     timing = {name: marker.seconds for name, marker in markers.items() if marker is not None}
@@ -49,8 +48,7 @@ def _record(run: Run) -> tuple[list[Path], Parts]:
     }
     path = save_value(out / "abliterator" / "record.json", assemble(run, timing, hashes))
     recipe = out / "recipe.yaml"
-    plain = yaml.safe_dump(run.recipe.published(), sort_keys=False, allow_unicode=True)
-    write_text_atomic(recipe, plain)
+    write_text_atomic(recipe, to_yaml(run.recipe.published()))
     return [path, recipe, *pictures.values()], {}
 
 
@@ -101,5 +99,5 @@ def read_record(out: Path) -> RunRecord:
     return RunRecord.model_validate_json(read_text(path))
 
 
-RECORD = Stage("record", 2, _record_inputs, _record)
-CARD = Stage("card", 5, _card_inputs, _card)
+RECORD = Stage("record", 3, _record_inputs, _record)
+CARD = Stage("card", 6, _card_inputs, _card)

@@ -20,11 +20,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from abliterator.errors import FileError, OutputError
 from abliterator.files import digest_of, partial_of, read_text, write_text_atomic
-from abliterator.recipe import Recipe, load_recipe
+from abliterator.recipe import Recipe, load_recipe, to_yaml
 
 # Files up to this size are hashed to see whether they are still what a stage left; beyond it, their
 # size must do: the weights' own hashes are in edits.json.
@@ -141,7 +139,7 @@ class Workspace:
         claim = {"tool": "abliterator", "recipe_digest": requested.digest}
         write_text_atomic(self._ours, json.dumps(claim) + "\n")
         plain = resolved.model_dump(mode="json")
-        write_text_atomic(self._recipe, yaml.safe_dump(plain, sort_keys=False, allow_unicode=True))
+        write_text_atomic(self._recipe, to_yaml(plain))
 
     @property
     def requested_digest(self) -> str:

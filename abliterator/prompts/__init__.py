@@ -1,9 +1,10 @@
 """Prompt sets: read from a file or a Hub dataset, pinned, without duplicates, split, compared.
 
 A set is known by its prompts (`sha256`) and by where they came from: a dataset at a commit, or a
-file. Two prompts are the same prompt when their normal forms are equal: NFKC, case folded,
-whitespace collapsed. The room does not know what the prompts are for, nor how a model is asked;
-it never shows a prompt's text in an error, since some are harmful.
+file. Two prompts are the same prompt when their comparison keys are equal: whatever their case,
+spacing, invisible characters, variants of quotes and dashes, and punctuation at the ends of words.
+The room does not know what the prompts are for, nor how a model is asked; it never shows a
+prompt's text in an error, since some are harmful.
 
     target = load_prompts("target", PromptSource(path=Path("requests.jsonl"), limit=400))
     training, held_out = hold_out(target, fraction=0.2, seed=0)
@@ -15,26 +16,41 @@ from __future__ import annotations
 from dataclasses import replace
 
 from abliterator.errors import PromptError
-from abliterator.prompts._file import read_file
+from abliterator.prompts._compare import (
+    NEAR_DUPLICATE,
+    comparison_key,
+    near_duplicates,
+    normalised,
+    similarity,
+    trigrams,
+)
+from abliterator.prompts._file import as_prompt, read_file
 from abliterator.prompts._hub import read_dataset, resolve_revision
 from abliterator.prompts._sets import (
     PromptSet,
     PromptSource,
     check_distinct,
+    count_near,
     drop_overlap,
     hold_out,
-    normalised,
 )
 
 __all__ = [
+    "NEAR_DUPLICATE",
     "PromptSet",
     "PromptSource",
+    "as_prompt",
     "check_distinct",
+    "comparison_key",
+    "count_near",
     "drop_overlap",
     "hold_out",
     "load_prompts",
+    "near_duplicates",
     "normalised",
     "resolve_revision",
+    "similarity",
+    "trigrams",
 ]
 
 
@@ -51,9 +67,10 @@ def load_prompts(name: str, source: PromptSource) -> PromptSet:
     read = read_file(name, source) if source.path else read_dataset(name, source)
     distinct: dict[str, str] = {}
     for prompt in read.prompts:
-        distinct.setdefault(normalised(prompt), prompt)
-    dropped = read.dropped + len(read.prompts) - len(distinct)
-    return replace(read, prompts=tuple(distinct.values())[: source.limit], dropped=dropped)
+        distinct.setdefault(comparison_key(prompt), prompt)
+    rows = read.dropped + len(read.prompts)
+    kept = tuple(distinct.values())[: source.limit]
+    return replace(read, prompts=kept, read=rows, dropped=rows - len(distinct))
 
 
 def _check_source(name: str, source: PromptSource) -> None:

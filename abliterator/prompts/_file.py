@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import stat
+from codecs import BOM_UTF8
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
@@ -38,11 +39,13 @@ def read_file(name: str, source: PromptSource) -> PromptSet:
         if line.strip():
             where = f"{path}, line {number}"
             if suffix == ".txt":
-                prompts.append(clean(line, where))
+                prompts.append(as_prompt(line, where))
                 continue
             row = _row(line, where=where, key=source.column or "prompt")
             if all(is_wanted(row.get(key), value) for key, value in source.where.items()):
-                prompts.append(clean(_field(row, source.column or "prompt", where=where), where))
+                prompts.append(
+                    as_prompt(_field(row, source.column or "prompt", where=where), where)
+                )
     if not prompts and source.where:
         raise PromptError(f"No line of the {name} prompts file {path} is as `where` asks.")
     if not prompts:
@@ -50,7 +53,7 @@ def read_file(name: str, source: PromptSource) -> PromptSet:
     return PromptSet(name=name, prompts=tuple(prompts), source=path.name)
 
 
-def clean(text: str, where: str) -> str:
+def as_prompt(text: str, where: str) -> str:
     """The prompt without surrounding whitespace; PromptError if it holds what no text holds."""
     if "\0" in text:
         raise PromptError(
@@ -73,7 +76,23 @@ def shown(keys: Iterable[str]) -> str:
 
 
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
-    """Numbered lines; only a line feed ends one, since JSON texts may hold other separators."""
+    """Numbered lines: of plain text by any line end; of JSON Lines by line feeds alone.
+
+    Other separators, such as U+2028, may stand in JSON texts and end no line in either.
+    """
+    content = _content(path)
+    line_end = rb"\r\n|\r|\n" if path.suffix.lower() == ".txt" else rb"\n"
+    for number, line in enumerate(re.split(line_end, content), start=1):
+        try:
+            yield number, line.decode()
+        except UnicodeDecodeError:
+            raise PromptError(
+                f"{path}, line {number}: not UTF-8 text. Save the file with UTF-8 encoding."
+            ) from None
+
+
+def _content(path: Path) -> bytes:
+    """The bytes of a regular file of a bounded size, without a byte order mark."""
     try:
         kind = path.stat().st_mode
         if stat.S_ISDIR(kind):
@@ -83,7 +102,7 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
                 f"{path} is a pipe, a device or a socket; prompts are read more than once, from a "
                 "regular file. Save them as one."
             )
-        content = read_bytes(path, max_bytes=_MAX_BYTES)
+        return read_bytes(path, max_bytes=_MAX_BYTES).removeprefix(BOM_UTF8)
     except FileNotFoundError:
         raise PromptError(
             f"There is no prompt file {path} (looked from {Path.cwd()}): check the path."
@@ -95,14 +114,6 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
         raise PromptError(
             f"The prompt file {path} cannot be read ({reason.strerror}): check its permissions."
         ) from None
-    try:
-        text = content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = content.count(b"\n", 0, error.start) + 1
-        raise PromptError(
-            f"{path}, line {line}: not UTF-8 text. Save the file with UTF-8 encoding."
-        ) from None
-    return enumerate(text.split("\n"), start=1)
 
 
 def is_wanted(value: object, wanted: object) -> bool:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from abliterator.errors import PromptError
-from abliterator.prompts._file import clean, is_wanted, shown
+from abliterator.prompts._file import as_prompt, is_wanted, shown
 from abliterator.prompts._sets import PromptSet, PromptSource
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ def read_dataset(name: str, source: PromptSource) -> PromptSet:
             )
         # Nobody can mend somebody else's dataset: empty rows are counted, where a file's are errors
         if value and value.strip():
-            prompts.append(clean(value, where))
+            prompts.append(as_prompt(value, where))
     return PromptSet(
         name=name,
         prompts=tuple(prompts),

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import unicodedata
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from abliterator.errors import PromptError
+from abliterator.prompts._compare import comparison_key, near_duplicates, normalised
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +46,10 @@ class PromptSet:
     revision: str | None = None  # commit of the dataset
     split: str | None = None
     license: str | None = None  # as the dataset's card states it
+    read: int = 0  # prompts in the source, before anything was dropped; 0 where there is none
     dropped: int = 0  # duplicates, empty rows of a dataset, and overlaps that were removed
+    overlap: int = 0  # of those, prompts that are evaluation prompts too
+    near: int | None = None  # near duplicates of evaluation prompts, still in; None: not compared
 
     def __post_init__(self) -> None:
         """A set without prompts can neither be measured nor learned from, so there is none."""
@@ -86,11 +89,6 @@ class PromptSet:
         )
 
 
-def normalised(prompt: str) -> str:
-    """The form in which prompts are compared: NFKC, case folded, whitespace collapsed."""
-    return " ".join(unicodedata.normalize("NFKC", prompt).casefold().split())
-
-
 def hold_out(prompts: PromptSet, *, fraction: float, seed: int) -> tuple[PromptSet, PromptSet]:
     """Split into (training, held-out); the held-out set is called NAME_held_out.
 
@@ -105,7 +103,11 @@ def hold_out(prompts: PromptSet, *, fraction: float, seed: int) -> tuple[PromptS
             f"The fraction of {prompts.name} prompts to hold out is {fraction}; it must lie "
             "between 0 and 1, both excluded."
         )
-    ranked = sorted(_normal_forms(prompts), key=lambda form: _rank(form, seed))
+    spelling: dict[str, str] = {}  # of each different prompt, the first in the alphabet
+    for prompt in prompts.prompts:
+        key, form = comparison_key(prompt), normalised(prompt)
+        spelling[key] = min(spelling.get(key, form), form)
+    ranked = sorted(spelling, key=lambda key: _rank(spelling[key], seed))
     if len(ranked) < 2:
         raise PromptError(
             f"The {prompts.name} prompts from {prompts.source} are only one different prompt, "
@@ -115,7 +117,7 @@ def hold_out(prompts: PromptSet, *, fraction: float, seed: int) -> tuple[PromptS
     held = set(ranked[: min(max(round(len(ranked) * fraction), 1), len(ranked) - 1)])
     sides: tuple[list[str], list[str]] = ([], [])
     for prompt in prompts.prompts:
-        sides[normalised(prompt) in held].append(prompt)
+        sides[comparison_key(prompt) in held].append(prompt)
     training, held_out = map(tuple, sides)
     return (
         replace(prompts, prompts=training),
@@ -129,7 +131,7 @@ def check_distinct(a: PromptSet, b: PromptSet) -> None:
     Raises:
         PromptError: they are the same prompts, or share some.
     """
-    in_a, in_b = _normal_forms(a), _normal_forms(b)
+    in_a, in_b = _keys(a), _keys(b)
     if in_a.isdisjoint(in_b):
         return
     sets = f"{a.name} prompts (from {a.source}) and the {b.name} prompts (from {b.source})"
@@ -140,30 +142,46 @@ def check_distinct(a: PromptSet, b: PromptSet) -> None:
         )
     raise PromptError(
         f"The {sets} share {len(in_a & in_b)} prompts, of {len(in_a)} and {len(in_b)}, and must "
-        "have none in common, whatever their case and spacing: remove these from one of the two."
+        "have none in common, whatever their case, spacing and punctuation: remove these from one "
+        "of the two."
     )
 
 
 def drop_overlap(training: PromptSet, evaluation: PromptSet) -> PromptSet:
-    """The training set without the prompts of the evaluation set; `dropped` counts them too.
+    """The training set without the evaluation set's prompts, counted by `overlap` and `dropped`.
 
     Raises:
         PromptError: no training prompt is left.
     """
-    evaluated = _normal_forms(evaluation)
-    kept = tuple(prompt for prompt in training.prompts if normalised(prompt) not in evaluated)
+    evaluated = _keys(evaluation)
+    kept = tuple(prompt for prompt in training.prompts if comparison_key(prompt) not in evaluated)
     if not kept:
         raise PromptError(
             f"All {len(training.prompts)} {training.name} prompts (from {training.source}) are "
             f"also {evaluation.name} prompts (from {evaluation.source}), so none is left to learn "
             "from: give one of the two another source or split."
         )
-    dropped = training.dropped + len(training.prompts) - len(kept)
-    return replace(training, prompts=kept, dropped=dropped)
+    removed = len(training.prompts) - len(kept)
+    return replace(
+        training,
+        prompts=kept,
+        dropped=training.dropped + removed,
+        overlap=training.overlap + removed,
+    )
 
 
-def _normal_forms(prompts: PromptSet) -> set[str]:
-    return {normalised(prompt) for prompt in prompts.prompts}
+def count_near(training: PromptSet, evaluations: Iterable[PromptSet]) -> PromptSet:
+    """The training set, of which `near` says how many nearly are evaluation prompts.
+
+    They stay in: that a request is for 7 hours and not for 6 makes it another one, however alike
+    the two look. `near_duplicates` says what nearly is.
+    """
+    evaluated = [prompt for evaluation in evaluations for prompt in evaluation.prompts]
+    return replace(training, near=len(near_duplicates(training.prompts, evaluated)))
+
+
+def _keys(prompts: PromptSet) -> set[str]:
+    return {comparison_key(prompt) for prompt in prompts.prompts}
 
 
 def _rank(form: str, seed: int) -> bytes:

@@ -7,11 +7,11 @@ import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-import yaml
 from pydantic_core import to_jsonable_python
 
 from abliterator.recipe._recipe import Recipe
 from abliterator.recipe._section import Section
+from abliterator.recipe._yaml import to_yaml
 
 WIDTH = 100
 
@@ -59,8 +59,7 @@ def _flow(value: Any) -> str:
     if isinstance(value, Section):
         value = value.model_dump(mode="json", exclude_defaults=True)
     plain = to_jsonable_python(value)
-    text = yaml.safe_dump([plain], default_flow_style=True, sort_keys=False, width=1 << 20)
-    return text.strip()[1:-1]
+    return to_yaml([plain], flow=True).strip()[1:-1]
 
 
 def _comment(text: str | None, indent: str = "") -> Iterator[str]:

@@ -5,21 +5,32 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from types import NoneType
 from typing import Any, TypeVar
 
-import yaml
 from pydantic import BaseModel, ValidationError
 
 from abliterator.errors import FileError, RecipeError
-from abliterator.files import read_bytes
+from abliterator.files import read_text
 from abliterator.recipe._benchmarks import is_task_file
 from abliterator.recipe._edit import Edit
 from abliterator.recipe._judge import JudgeSettings
 from abliterator.recipe._pairs import PairsSpec
 from abliterator.recipe._prompts import Source
 from abliterator.recipe._recipe import Recipe
+from abliterator.recipe._yaml import (
+    Plain,
+    Where,
+    YamlError,
+    dotted,
+    duplicates,
+    no_texts,
+    pairs,
+    parse,
+    parse_typed,
+    resolve,
+)
 
-Path_ = tuple[str | int, ...]
 MAX_BYTES = 1 << 20
 
 
@@ -56,11 +67,13 @@ T = TypeVar("T", bound=BaseModel)
 
 
 def _load(kind: type[T], path: Path, overrides: Sequence[str]) -> T:
-    text = _read_text(path)
-    root, values = _parse(text, path)
-    lines = dict(_lines(root))
+    try:
+        root, values = parse(_read_text(path))
+    except YamlError as error:
+        raise RecipeError(f"{path.name} cannot be read as a recipe: {error}.") from error
+    lines = {where: node.start_mark.line + 1 for where, node in pairs(root)}
     problems = [
-        f"line {line}: `{_dotted(where)}` is given twice" for where, line in _duplicates(root)
+        f"line {line}: `{dotted(where)}` is given twice" for where, line in duplicates(root)
     ]
     if values is not None and not isinstance(values, dict):
         raise RecipeError(f"{path.name} is not a recipe: it must be a mapping of keys to values.")
@@ -107,62 +120,25 @@ def _load_section(kind: type[T], name: str, overrides: Sequence[str]) -> T:
     return section
 
 
-def _validated(kind: type[T], values: Any, lines: dict[Path_, int]) -> tuple[T | None, list[str]]:
+def _validated(kind: type[T], values: Any, lines: dict[Where, int]) -> tuple[T | None, list[str]]:
+    values, undecided = resolve(kind, values)
+    problems = [
+        f"`{dotted(where)}` holds what is no text: a NUL, or bytes that are not UTF-8"
+        for where in no_texts(values)
+    ]
+    if problems:
+        return None, problems
     try:
-        return kind.model_validate(values), []
+        return kind.model_validate(values), undecided
     except ValidationError as error:
         return None, list(_describe(error.errors(), lines))
 
 
 def _read_text(path: Path) -> str:
     try:
-        data = read_bytes(path, max_bytes=MAX_BYTES)
+        return read_text(path, max_bytes=MAX_BYTES)
     except FileError as error:
         raise RecipeError(f"Cannot read the recipe. {error}") from error
-    try:
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise RecipeError(f"{path} is not UTF-8 text (byte {error.start}).") from error
-
-
-def _parse(text: str, path: Path) -> tuple[yaml.Node | None, Any]:
-    """The yaml tree, which knows its lines and its duplicates, and the values."""
-    try:
-        # an alias can make a small file huge when it is walked, and no recipe needs one
-        if any(isinstance(token, yaml.AliasToken) for token in yaml.scan(text)):
-            raise RecipeError(f"{path.name} uses a yaml alias (`*name`); write the value out.")
-        return yaml.compose(text, Loader=yaml.SafeLoader), yaml.safe_load(text)
-    except RecursionError:
-        raise RecipeError(f"{path.name} is nested too deeply to be a recipe.") from None
-    except (yaml.YAMLError, ValueError) as error:  # ValueError: a date that is none
-        what = " ".join(str(error).split())
-        raise RecipeError(f"{path.name} is not valid yaml: {what}") from error
-
-
-def _pairs(node: yaml.Node | None, where: Path_ = ()) -> Iterator[tuple[Path_, yaml.Node]]:
-    """Every key of a yaml tree with its path, duplicates included."""
-    if isinstance(node, yaml.MappingNode):
-        for key, value in node.value:
-            here = (*where, str(key.value))
-            yield here, key
-            yield from _pairs(value, here)
-    elif isinstance(node, yaml.SequenceNode):
-        for i, value in enumerate(node.value):
-            yield (*where, i), value
-            yield from _pairs(value, (*where, i))
-
-
-def _lines(root: yaml.Node | None) -> Iterator[tuple[Path_, int]]:
-    for where, node in _pairs(root):
-        yield where, node.start_mark.line + 1
-
-
-def _duplicates(root: yaml.Node | None) -> Iterator[tuple[Path_, int]]:
-    seen: set[Path_] = set()
-    for where, line in _lines(root):
-        if where in seen:
-            yield where, line
-        seen.add(where)
 
 
 def _apply(values: dict[str, Any], override: str) -> None:
@@ -171,13 +147,18 @@ def _apply(values: dict[str, Any], override: str) -> None:
     if not equals or not all(parts):
         raise RecipeError(f"--set takes key=value, as in `--set k=3`; it got `{override}`.")
     try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise RecipeError(f"--set {key}: the value is not valid yaml: {text}") from error
+        value = parse_typed(text)
+    except YamlError as error:
+        raise RecipeError(f"--set {key}: {error}: {text}") from error
     here = values
     for part in parts[:-1]:
         inner = here.get(part)
-        here[part] = here = dict(inner) if isinstance(inner, dict) else {}
+        if not isinstance(inner, (dict, NoneType)):
+            raise RecipeError(
+                f"--set {key}: the recipe gives `{part}` one value, without keys, which would be "
+                f"lost. Set all of `{part}`, as in `--set '{part}={{KEY: VALUE}}'`."
+            )
+        here[part] = here = dict(inner or {})
     if parts[-1] in {"path", "dataset"}:  # another origin: what belonged to the old one goes
         for stale in set(Source.model_fields) - {"limit"}:
             here.pop(stale, None)
@@ -198,17 +179,22 @@ def _at(branch: Any, parts: Sequence[str]) -> Any:
 def _anchor_paths(values: dict[str, Any], folder: Path) -> None:
     """Makes the local paths of a raw recipe absolute, in place; what is no path stays as it is."""
     for key in ("model", "tokenizer"):
-        model = values.get(key)
+        model = _letters(values.get(key))
         if isinstance(model, str) and _is_local(model, folder):
             values[key] = _anchored(model, folder)
     prompts = values.get("prompts")
     for source in prompts.values() if isinstance(prompts, dict) else ():
-        if isinstance(source, dict) and isinstance(source.get("path"), str):
-            source["path"] = _anchored(source["path"], folder)
+        if isinstance(source, dict) and isinstance(path := _letters(source.get("path")), str):
+            source["path"] = _anchored(path, folder)
     benchmarks = values.get("benchmarks")
     tasks = benchmarks.get("tasks") if isinstance(benchmarks, dict) else None
     if isinstance(benchmarks, dict) and isinstance(tasks, list):
         benchmarks["tasks"] = [_anchored_task(task, folder) for task in tasks]
+
+
+def _letters(value: Any) -> Any:
+    """The letters of a scalar under a key that takes a text; a folder may be called 2024 or no."""
+    return value.text if isinstance(value, Plain) else value
 
 
 def _anchored_task(task: Any, folder: Path) -> Any:
@@ -220,17 +206,23 @@ def _anchored_task(task: Any, folder: Path) -> Any:
 def _is_local(model: str, folder: Path) -> bool:
     if model.startswith((".", "/", "~")):
         return True
-    return bool(model) and ":" not in model and (folder / model).is_dir()
+    try:
+        return bool(model) and ":" not in model and (folder / model).is_dir()
+    except OSError:  # a name that is too long for a folder's
+        return False
 
 
 def _anchored(path: str, folder: Path) -> str:
-    return str((folder / Path(path).expanduser()).resolve())
+    try:
+        return str((folder / Path(path).expanduser()).resolve())
+    except (OSError, RuntimeError, ValueError):  # a NUL, or the home of nobody: refused when read
+        return path
 
 
-def _describe(found: Sequence[Any], lines: dict[Path_, int]) -> Iterator[str]:
+def _describe(found: Sequence[Any], lines: dict[Where, int]) -> Iterator[str]:
     """One sentence for each place that pydantic complains of; branches of a union are joined."""
-    complaints: dict[Path_, list[str]] = {}
-    shown: dict[Path_, str] = {}
+    complaints: dict[Where, list[str]] = {}
+    shown: dict[Where, str] = {}
     for problem in found:
         where = _without_branches(tuple(problem["loc"]))
         complaints.setdefault(where, []).append(_complaint(problem, where))
@@ -243,10 +235,10 @@ def _describe(found: Sequence[Any], lines: dict[Path_, int]) -> Iterator[str]:
         )
         at = f"line {line}: " if line is not None else ""
         what = " or ".join([whats[0], *(other.removeprefix("must be ") for other in whats[1:])])
-        yield at + (f"`{_dotted(where)}` " if where else "") + what + shown[where]
+        yield at + (f"`{dotted(where)}` " if where else "") + what + shown[where]
 
 
-def _complaint(problem: Any, where: Path_) -> str:
+def _complaint(problem: Any, where: Where) -> str:
     if problem["type"] == "extra_forbidden":
         return "is not a key of the recipe" + _suggestion(where)
     if problem["type"] == "missing":
@@ -267,7 +259,7 @@ def _shown(problem: Any) -> str:
     return f", not {text if len(text) <= 60 else text[:57] + '...'}"
 
 
-def _without_branches(loc: Path_) -> Path_:
+def _without_branches(loc: Where) -> Where:
     """A pydantic location without the names of union branches, which no recipe contains."""
     branches = {"int", "str", "float", "bool", "constrained-int", "constrained-float"}
     return tuple(
@@ -277,7 +269,7 @@ def _without_branches(loc: Path_) -> Path_:
     )
 
 
-def _suggestion(where: Path_) -> str:
+def _suggestion(where: Where) -> str:
     close = difflib.get_close_matches(str(where[-1]), list(_all_fields(Recipe)), n=1)
     return f" (did you mean `{close[0]}`?)" if close else ""
 
@@ -287,10 +279,6 @@ def _all_fields(model: type[BaseModel]) -> Iterator[str]:
         yield name
         if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
             yield from _all_fields(field.annotation)
-
-
-def _dotted(where: Path_) -> str:
-    return ".".join(map(str, where))
 
 
 def _count(problems: Sequence[str]) -> str:

@@ -25,6 +25,7 @@ from urllib.parse import urljoin
 from abliterator.errors import JudgeError
 from abliterator.server._budget import Budget
 from abliterator.server._cache import Reply
+from abliterator.server._read import mended
 from abliterator.server._request import Request
 from abliterator.server._secrets import origin, redacted
 
@@ -293,7 +294,7 @@ def _reply(said: Any, rung: str) -> Reply:
 
 
 def _text(value: object) -> str | None:
-    return value if isinstance(value, str) else None
+    return mended(value) if isinstance(value, str) else None
 
 
 def _content(value: object) -> str:

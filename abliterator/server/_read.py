@@ -28,6 +28,18 @@ def without_thinking(reply: str) -> str:
     return text
 
 
+def mended(value: Any) -> Any:
+    r"""A JSON value whose texts have U+FFFD for half a surrogate pair, which no file can hold.
+
+    JSON allows "\ud800" alone; a model that breaks an emoji in two writes it.
+    """
+    if isinstance(value, str):
+        return value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    if isinstance(value, dict):
+        return {mended(key): mended(inner) for key, inner in value.items()}
+    return [mended(inner) for inner in value] if isinstance(value, list) else value
+
+
 def objects(text: str) -> Iterator[Mapping[str, Any]]:
     """Every outermost JSON object in a text, fences and words around them aside.
 
@@ -47,7 +59,7 @@ def objects(text: str) -> Iterator[Mapping[str, Any]]:
         except (ValueError, RecursionError):  # ValueError: no JSON, or a number too long
             raise InvalidReply("broken JSON") from None
         if isinstance(value, dict):
-            yield value
+            yield mended(value)
         start = text.find("{", end)
 
 

@@ -155,8 +155,8 @@ def write_json(path: Path, value: Any) -> None:
 
 def convert(folder: Path, out: Path) -> None:
     """Converts the checkpoint in `folder` to a new folder `out`."""
-    config = convert_config(json.loads((folder / "config.json").read_text()))
-    generation = json.loads((folder / "generation_config.json").read_text())
+    config = convert_config(json.loads((folder / "config.json").read_text("utf-8")))
+    generation = json.loads((folder / "generation_config.json").read_text("utf-8"))
     chat = generation.get("chat_format") == "chatml"
     out.mkdir(parents=True)
     convert_weights(folder, out)

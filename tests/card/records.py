@@ -144,11 +144,15 @@ def demo_record() -> RunRecord:
                     split="train[:520]",
                     n=390,
                     sha256=SHA,
-                    dropped=3,
+                    read=400,
+                    dropped=4,
+                    overlap=1,
+                    near=2,
                     license="cc-by-nc-4.0",
                 ),
             ),
             dropped_overlap=1,
+            near_duplicate=0.75,
         ),
     )
 
