@@ -155,7 +155,10 @@ def _answers(
 
     return answer_sets(
         loaded,
-        {name: (asked, _rendered(loaded, asked)) for name, asked in settings.prompts.items()},
+        {
+            name: (asked, _rendered(loaded, asked, name, settings.max_new_tokens))
+            for name, asked in settings.prompts.items()
+        },
         side=side,
         max_new_tokens=settings.max_new_tokens,
         batch_size=settings.divergence.batch_size,
@@ -163,10 +166,14 @@ def _answers(
     )
 
 
-def _rendered(loaded: LoadedModel, prompts: Sequence[str]) -> list[list[int]]:
-    from abliterator.model import render_chat
+def _rendered(
+    loaded: LoadedModel, prompts: Sequence[str], name: str, max_new_tokens: int
+) -> list[list[int]]:
+    from abliterator.model import limits_of, render_prompts
 
-    return [render_chat(loaded.tokenizer, prompt) for prompt in prompts]
+    return render_prompts(
+        loaded.tokenizer, prompts, limits_of(loaded), name=name, max_new_tokens=max_new_tokens
+    )
 
 
 def _divergence(
@@ -177,7 +184,7 @@ def _divergence(
         return None
     return measure_divergence(
         load,
-        lambda loaded: _rendered(loaded, neutral),
+        lambda loaded: _rendered(loaded, neutral, "neutral", settings.divergence.tokens),
         settings.divergence,
         scratch=scratch / "base_logits.bin",
         bar=bar,

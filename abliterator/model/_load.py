@@ -13,6 +13,8 @@ import torch
 
 from abliterator.errors import CheckpointError, GenerationError, RecipeError
 from abliterator.model._chat import one_line
+from abliterator.model._finite import require_first_pass
+from abliterator.model._run import is_out_of_memory
 
 if TYPE_CHECKING:
     from torch import nn
@@ -23,6 +25,10 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torc
 
 # What remote code raises when it meets a transformers that it was not written for.
 _REMOTE_CODE_ERRORS = (AttributeError, ImportError, RuntimeError, TypeError, ValueError)
+UNLOADABLE = (*_REMOTE_CODE_ERRORS, OSError, KeyError)
+
+# The first text that every loaded model reads.
+_FIRST_TEXT = "Name a planet, and say how far it is from the sun."
 
 # Models that see, of which transformers' causal LM does not find the text half: under its old names
 # only (mllama), or under none (emu3).
@@ -78,8 +84,9 @@ def load_model(
     if trust_remote_code:
         _require_stored_weights(model, folder)
         _accept_cache(model)
-        _require_that_it_runs(model)
-    return LoadedModel(model, tokenizer, folder, device)
+    loaded = LoadedModel(model, tokenizer, folder, device)
+    _require_that_it_runs(loaded)
+    return loaded
 
 
 def _accept_cache(model: PreTrainedModel) -> None:
@@ -112,7 +119,7 @@ def _load_weights(
         # Attention is left to transformers' default (sdpa where the model has it): remote code may
         # have eager only.
         with _no_bar():
-            config = _read_config(folder, trust_remote_code)
+            config = read_config(folder, trust_remote_code)
             model, report = _factory(config).from_pretrained(
                 folder,
                 config=config,
@@ -126,7 +133,7 @@ def _load_weights(
         raise CheckpointError(
             f"A weight file in {folder} is damaged: {one_line(error)} Download the model again."
         ) from error
-    except (*_REMOTE_CODE_ERRORS, OSError, KeyError) as error:
+    except UNLOADABLE as error:
         raise GenerationError(
             f"transformers cannot load the model in {folder}: {one_line(error)} Check that the "
             "folder holds a whole causal LM; if it needs its own code, set trust_remote_code and "
@@ -142,7 +149,8 @@ def _load_weights(
     return loaded
 
 
-def _read_config(folder: Path, trust_remote_code: bool) -> PreTrainedConfig:
+def read_config(folder: Path, trust_remote_code: bool) -> PreTrainedConfig:
+    """The config in `folder`, of which quantised weights are to be decoded as they are loaded."""
     from transformers import AutoConfig
 
     config: PreTrainedConfig = AutoConfig.from_pretrained(
@@ -217,18 +225,32 @@ def _require_stored_weights(model: PreTrainedModel, folder: Path) -> None:
                     )
 
 
-def _require_that_it_runs(model: PreTrainedModel) -> None:
-    """Stops at a model whose own code was written for another transformers."""
+def _require_that_it_runs(loaded: LoadedModel) -> None:
+    """Stops at a model whose code fails, or whose logits are no numbers, before hours of work."""
     import transformers
 
+    from abliterator.model._limits import limits_of  # which needs LoadedModel
+
+    limits = limits_of(loaded)
+    ids = list(loaded.tokenizer(_FIRST_TEXT)["input_ids"])[: limits.context]
+    # which of the prompts' tokens it has is for whoever renders prompts to say
+    ids = [token for token in ids if limits.vocabulary is None or token < limits.vocabulary] or [0]
     try:
-        with torch.inference_mode():
-            model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=model.device))
+        require_first_pass(loaded, torch.tensor([ids], device=loaded.model.device))
     except _REMOTE_CODE_ERRORS as error:
+        if is_out_of_memory(error):
+            return  # what needs more memory than that says so with advice
+        if type(loaded.model).__module__.startswith("transformers."):
+            code, advice = "code", "Check its config.json, or download the model again."
+        else:
+            code = "own Python code"
+            advice = (
+                "It was probably written for an older version. Use a conversion of the model to an "
+                "architecture that transformers has."
+            )
         raise GenerationError(
-            "The model's own Python code does not run with transformers "
-            f"{transformers.__version__}: {one_line(error)} It was probably written for an older "
-            "version. Use a conversion of the model to an architecture that transformers has."
+            f"The model's {code} does not run with transformers {transformers.__version__}: "
+            f"{one_line(error)} {advice}"
         ) from error
 
 
