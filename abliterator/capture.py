@@ -14,6 +14,7 @@ would compute alone.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -25,7 +26,14 @@ from torch import Tensor
 
 from abliterator.errors import DirectionError
 from abliterator.files import write_bytes_atomic
-from abliterator.model import LoadedModel, equal_length_batches, hooked, run_batches
+from abliterator.model import (
+    LoadedModel,
+    equal_length_batches,
+    hooked,
+    limits_of,
+    require_fit,
+    run_batches,
+)
 from abliterator.subspace import Moments, MomentSet
 
 Padding = Literal["none", "left"]
@@ -99,9 +107,12 @@ def residuals(
 
     Raises:
         DirectionError: without prompts, and for a prompt with no token at a position.
+        PromptError: for a prompt that is longer than what the model reads.
+        CheckpointError: for tokens that the model has no embedding of.
     """
     for position in positions:
         _check_positions(token_ids, position)
+    require_fit(limits_of(loaded), token_ids)
     if padding == "none":
         batches = equal_length_batches(token_ids, max_batch_tokens)
     else:
@@ -149,11 +160,11 @@ def _residuals(
         else {"input_ids": torch.tensor(rows)}
     )
     hooks = {path: partial(keep, path) for path in blocks}
+    base_model = loaded.model.base_model  # logits are not needed
+    if "position_ids" not in inspect.signature(base_model.forward).parameters:
+        inputs.pop("position_ids", None)
     with torch.inference_mode(), hooked(loaded.model, hooks):
-        # The base model: logits are not needed.
-        loaded.model.base_model(
-            **{k: v.to(loaded.device) for k, v in inputs.items()}, use_cache=False
-        )
+        base_model(**{k: v.to(loaded.device) for k, v in inputs.items()}, use_cache=False)
     stream: list[Tensor] = []
     for path in blocks:
         # A block that was left out hands on what it would have read: Mllama's, that look at images.

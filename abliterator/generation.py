@@ -15,12 +15,25 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING
+from itertools import groupby
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from abliterator.errors import GenerationError
-from abliterator.model import ByRow, LoadedModel, Prefix, cache_name, run_batches, run_prefix
+from abliterator.model import (
+    ByRow,
+    LoadedModel,
+    Prefix,
+    cache_name,
+    limits_of,
+    masked_positions,
+    padding_is_neutral,
+    require_fit,
+    require_numbers,
+    run_batches,
+    run_prefix,
+)
 from abliterator.record import Completion, FinishReason, Side
 from abliterator.thinking import Splitter
 
@@ -28,6 +41,10 @@ if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedModel
     from transformers.generation.streamers import BaseStreamer
 
+
+PROBED = (
+    3  # tokens of an answer by which padding is tried: one from the prompt, then from its cache
+)
 
 Bar = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
 
@@ -81,8 +98,8 @@ def generate(
 ) -> list[Answer]:
     """The most likely token at every step, until a stop token or `max_new_tokens`.
 
-    Prompts of similar length share a left-padded batch; a batch that does not fit in memory is
-    halved.
+    Prompts of similar length share a left-padded batch, those of one length where padding would
+    change what this model answers; a batch that does not fit in memory is halved.
 
     Args:
         loaded: the model.
@@ -99,16 +116,17 @@ def generate(
         One answer a prompt, in the order of the prompts.
 
     Raises:
-        GenerationError: for an empty prompt, or when one prompt alone does not fit in memory.
+        GenerationError: for an empty prompt, when one prompt alone does not fit in memory, and for
+            logits that are NaN or infinite.
+        PromptError: for a prompt that with its answer is longer than what the model reads.
+        CheckpointError: for tokens that the model has no embedding of.
     """
     for index, prompt in enumerate(prompts):
         if not len(prompt):
             raise GenerationError(
                 f"Prompt {index} has no tokens. Remove it, or check the chat template."
             )
-    # Longest first: the batch that needs most memory shows at once whether batches must be halved.
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]), reverse=True)
-    batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
+    require_fit(limits_of(loaded), prompts, max_new_tokens=max_new_tokens)
     answers: dict[int, Answer] = {}
     if share_prefix and prompts:
         with torch.inference_mode():
@@ -118,6 +136,7 @@ def generate(
     run = partial(_continuations, loaded, prompts, prefix=prefix)
     splitter = Splitter(loaded.tokenizer)
     with _only(loaded.model, _greedy(loaded, max_new_tokens, stop_ids)):
+        batches = _batches(loaded, prompts, batch_size, prefix)
         for batch, rows in run_batches(batches, run):
             for index, row in zip(batch, rows, strict=True):
                 answers[index] = _answer(splitter, prompts[index], row, stop_ids)
@@ -263,6 +282,50 @@ def _only(model: PreTrainedModel, config: GenerationConfig) -> Iterator[None]:
         model.generation_config = own
 
 
+def _batches(
+    loaded: LoadedModel, prompts: Sequence[Sequence[int]], batch_size: int, prefix: Prefix
+) -> list[list[int]]:
+    """Indices of prompts that run together, of one length each where padding changes answers.
+
+    Longest first: the batch that needs most memory shows at once whether batches must be halved.
+    """
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]), reverse=True)
+    batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
+    if all(len(prompts[batch[0]]) == len(prompts[batch[-1]]) for batch in batches):
+        return batches
+    neutral = padding_is_neutral(
+        loaded,
+        lambda pads: _answer_logits(loaded, prompts, order[-1], prefix, pads),
+        len(prompts[order[-1]]) + PROBED,
+        shared=prefix.cache is not None,
+        width=len(prompts[order[0]]) + loaded.model.generation_config.max_new_tokens,
+    )
+    if neutral:
+        return batches
+    lengths = [list(same) for _, same in groupby(order, key=lambda i: len(prompts[i]))]
+    return [same[i : i + batch_size] for same in lengths for i in range(0, len(same), batch_size)]
+
+
+def _answer_logits(
+    loaded: LoadedModel,
+    prompts: Sequence[Sequence[int]],
+    index: int,
+    prefix: Prefix,
+    pads: int,
+) -> torch.Tensor:
+    """[tokens, V] logits of the first tokens that answer one prompt, with so many pads."""
+    width = len(prompts[index]) + pads
+    inputs = _inputs(loaded, prompts, [index], prefix, width)
+    with torch.inference_mode():
+        output = loaded.model.generate(
+            **inputs,
+            max_new_tokens=min(PROBED, loaded.model.generation_config.max_new_tokens),
+            output_logits=True,
+            return_dict_in_generate=True,
+        )
+        return torch.cat(output.logits)
+
+
 def _continuations(
     loaded: LoadedModel,
     prompts: Sequence[Sequence[int]],
@@ -272,23 +335,44 @@ def _continuations(
     streamer: BaseStreamer | None = None,
 ) -> list[list[int]]:
     """What the model adds to each prompt in `batch`, padding after the stop token included."""
+    width = max(len(prompts[i]) for i in batch)
+
+    def checked(_ids: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+        return require_numbers(logits, loaded)
+
+    with torch.inference_mode():
+        output = loaded.model.generate(
+            **_inputs(loaded, prompts, batch, prefix, width),
+            logits_processor=[checked],
+            streamer=streamer,
+        )
+    added: list[list[int]] = output[:, width:].tolist()
+    return added
+
+
+def _inputs(
+    loaded: LoadedModel,
+    prompts: Sequence[Sequence[int]],
+    batch: Sequence[int],
+    prefix: Prefix,
+    width: int,
+) -> dict[str, Any]:
+    """Ids and mask [rows, width] of the prompts in `batch`, and the cache that they continue."""
     rows = [list(prompts[i]) for i in batch]
-    width = max(map(len, rows))
     pad = loaded.model.generation_config.pad_token_id
     start = prefix.length  # padding goes between what is shared and the rest
     ids = [r[:start] + [pad] * (width - len(r)) + r[start:] for r in rows]
     mask = [[1] * start + [0] * (width - len(r)) + [1] * (len(r) - start) for r in rows]
     with torch.inference_mode():
         cache = prefix.enter(batch)
-        going_on = {} if cache is None else {cache_name(loaded.model): cache}
-        output = loaded.model.generate(
-            input_ids=torch.tensor(ids, device=loaded.device),
-            attention_mask=torch.tensor(mask, device=loaded.device),
-            streamer=streamer,
-            **going_on,
-        )
-    added: list[list[int]] = output[:, width:].tolist()
-    return added
+    inputs: dict[str, Any] = {
+        "input_ids": torch.tensor(ids, device=loaded.device),
+        "attention_mask": torch.tensor(mask, device=loaded.device),
+    }
+    if cache is not None:
+        inputs |= {cache_name(loaded.model): cache}
+        inputs |= masked_positions(loaded.model, inputs["attention_mask"])
+    return inputs
 
 
 def _answer(

@@ -15,7 +15,7 @@ from abliterator.bake import EditSettings, bake, plan_edits, preview_edit
 from abliterator.capture import capture
 from abliterator.checkpoint import Checkpoint
 from abliterator.directions import fit_directions, stack
-from abliterator.errors import DirectionError, RecipeError
+from abliterator.errors import DirectionError, GenerationError, RecipeError
 from abliterator.judge import RuleJudge
 from abliterator.model import _prefix, block_paths, load_model, render_chat
 from abliterator.pipeline import Options
@@ -206,13 +206,13 @@ def test_knobs_start_half_way(tiny_loaded):
     assert set(knobs.setting().strengths.values()) == {round(STRONGEST / 2, 4)}
 
 
-def test_a_loss_that_is_not_finite_stops(tiny_folder):
+def test_logits_that_are_nan_stop_the_descent(tiny_folder):
     loaded = load_model(tiny_folder("llama"), device="cpu", dtype="float32")
     subject = tiny_subject(loaded)
     with torch.no_grad():
         loaded.model.model.norm.weight.fill_(float("nan"))
     lessons = lessons_of()
-    with pytest.raises(DirectionError, match="not finite"):
+    with pytest.raises(GenerationError, match=r"logits .* are NaN"):
         descend(subject, lessons, basis_of(1), Settings(steps=1), on_step=lambda what: None)
 
 

@@ -248,7 +248,10 @@ def _answers(
     loaded = models.load(side)
     return answer_sets(
         loaded,
-        {name: (prompts, _rendered(loaded, prompts)) for name, prompts in settings.prompts.items()},
+        {
+            name: (asked, _rendered(loaded, asked, name, settings.max_new_tokens))
+            for name, asked in settings.prompts.items()
+        },
         side=side,
         max_new_tokens=settings.max_new_tokens,
         batch_size=settings.divergence.batch_size,
@@ -257,10 +260,14 @@ def _answers(
     )
 
 
-def _rendered(loaded: LoadedModel, prompts: Sequence[str]) -> list[list[int]]:
-    from abliterator.model import render_chat
+def _rendered(
+    loaded: LoadedModel, prompts: Sequence[str], name: str, max_new_tokens: int
+) -> list[list[int]]:
+    from abliterator.model import limits_of, render_prompts
 
-    return [render_chat(loaded.tokenizer, prompt) for prompt in prompts]
+    return render_prompts(
+        loaded.tokenizer, prompts, limits_of(loaded), name=name, max_new_tokens=max_new_tokens
+    )
 
 
 def _divergence(
@@ -271,7 +278,7 @@ def _divergence(
         return None
     return measure_divergence(
         load,
-        lambda loaded: _rendered(loaded, neutral),
+        lambda loaded: _rendered(loaded, neutral, "neutral", settings.divergence.tokens),
         settings.divergence,
         scratch=scratch / "base_logits.bin",
         bar=bar,

@@ -16,6 +16,8 @@ perplexity near 1 for the base by their making.
 from abliterator.divergence._distributions import (
     first_token_logprobs,
     kl_divergence,
+    kl_terms,
+    require_finite,
     top1_agreement,
 )
 from abliterator.divergence._paths import (
@@ -36,8 +38,10 @@ __all__ = [
     "compare_logits",
     "first_token_logprobs",
     "kl_divergence",
+    "kl_terms",
     "neutral_text",
     "path_divergence",
+    "require_finite",
     "text_perplexity",
     "top1_agreement",
     "write_logits",

@@ -19,6 +19,7 @@ from torch import Tensor
 from abliterator.divergence._distributions import (
     kl_divergence,
     last_logits,
+    require_finite,
     require_prompts,
     top1_agreement,
 )
@@ -79,7 +80,7 @@ def write_logits(
 
     Raises:
         OutputError: if the disk has no room for them.
-        GenerationError: if there is no path, or logits are NaN.
+        GenerationError: if there is no path, or logits are NaN or infinite.
     """
     with file.open("wb") as stream:
         for number, logits in enumerate(_logits(loaded, paths, max_batch_tokens, on_batch)):
@@ -102,7 +103,8 @@ def compare_logits(
         One for each path, in their order.
 
     Raises:
-        GenerationError: if the two models have other vocabularies or dtypes, or logits are NaN.
+        GenerationError: if the two models have other vocabularies or dtypes, or logits are NaN or
+            infinite, or KL is.
     """
     # made before the large temporaries: small tensors kept among them would be holes in the heap
     lengths = [path.positions for path in paths]
@@ -112,15 +114,15 @@ def compare_logits(
     order = [i for batch in _batches(paths, max_batch_tokens, 0) for i in batch]
     with file.open("rb", buffering=0) as stream:
         logits = _logits(loaded, paths, max_batch_tokens, on_batch)
-        for index, edited in zip(order, logits, strict=True):
+        for number, (index, edited) in enumerate(zip(order, logits, strict=True)):
+            if number == 0:
+                _require_same_shape(edited, sum(lengths), file)
             if len(buffer) < edited.nbytes:
                 buffer = bytearray(edited.nbytes)
-            base = _read(stream, edited, buffer).float().log_softmax(dim=1)
+            base = _read(stream, edited, buffer, file).float().log_softmax(dim=1)
             edited = edited.float().log_softmax(dim=1)
-            kl[index].copy_(kl_divergence(base, edited))
+            kl[index].copy_(require_finite(kl_divergence(base, edited)))
             top1[index].copy_(top1_agreement(base, edited))
-        if stream.read(1):
-            raise GenerationError(_OTHER_SHAPE)
     return [PathDivergence(*both) for both in zip(kl, top1, strict=True)]
 
 
@@ -144,19 +146,22 @@ def path_divergence(found: Sequence[PathDivergence], *, tokens: int, seed: int) 
     )
 
 
-_OTHER_SHAPE = (
-    "Base and edited have distributions of other sizes, so they cannot be compared: their "
-    "vocabularies or dtypes differ. Compare a model with an edit of itself, in one `--dtype`."
-)
+def _require_same_shape(logits: Tensor, positions: int, file: Path) -> None:
+    if file.stat().st_size != positions * logits.shape[1] * logits.element_size():
+        raise GenerationError(
+            "Base and edited have distributions of other sizes, so they cannot be compared: their "
+            "vocabularies or dtypes differ. Compare a model with an edit of itself, in one "
+            "`--dtype`."
+        )
 
 
-def _read(stream: FileIO, like: Tensor, buffer: bytearray) -> Tensor:
+def _read(stream: FileIO, like: Tensor, buffer: bytearray, file: Path) -> Tensor:
     """The next logits of the file, which lie in `buffer` until the next call."""
     view, done = memoryview(buffer)[: like.nbytes], 0
     while done < len(view) and (got := stream.readinto(view[done:])):
         done += got
     if done < len(view):
-        raise GenerationError(_OTHER_SHAPE)
+        raise OutputError(f"{file} was cut while it was read. Run the command again.")
     return torch.frombuffer(view, dtype=like.dtype).view(like.shape)
 
 
@@ -167,7 +172,7 @@ def _logits(
     on_batch: OnBatch | None,
 ) -> Iterator[Tensor]:
     """[positions, V] of every path on the CPU, path by path, in the order of the batches."""
-    require_prompts([path.token_ids for path in paths])
+    require_prompts(loaded, [path.token_ids for path in paths])
     vocabulary = loaded.model.config.get_text_config().vocab_size
     bytes_a_position = vocabulary * loaded.model.dtype.itemsize
     batches = _batches(paths, max_batch_tokens, bytes_a_position)

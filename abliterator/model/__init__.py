@@ -11,22 +11,39 @@ which modules matter.
 """
 
 from abliterator.model._chat import render_chat, render_messages, template_tail
+from abliterator.model._finite import require_numbers
 from abliterator.model._foreign import foreign
+from abliterator.model._limits import (
+    Limits,
+    context_limit,
+    limits_of,
+    render_prompts,
+    require_fit,
+    stored_limits,
+)
 from abliterator.model._load import (
     LoadedModel,
     ask_for_plain_numbers,
     load_model,
     load_tokenizer,
 )
-from abliterator.model._prefix import ByRow, Prefix, head_at, run_prefix, shared_tokens
+from abliterator.model._padding import (
+    cache_is_continued,
+    padding_is_neutral,
+    right_padding_is_neutral,
+)
+from abliterator.model._prefix import ByRow, Prefix, run_prefix, shared_tokens
 from abliterator.model._run import (
     CallHook,
     Hook,
     block_paths,
     cache_name,
     equal_length_batches,
+    head_at,
     hooked,
     is_out_of_memory,
+    masked_positions,
+    positions_from,
     release_memory,
     run_batches,
 )
@@ -35,23 +52,35 @@ __all__ = [
     "ByRow",
     "CallHook",
     "Hook",
+    "Limits",
     "LoadedModel",
     "Prefix",
     "ask_for_plain_numbers",
     "block_paths",
+    "cache_is_continued",
     "cache_name",
+    "context_limit",
     "equal_length_batches",
     "foreign",
     "head_at",
     "hooked",
     "is_out_of_memory",
+    "limits_of",
     "load_model",
     "load_tokenizer",
+    "masked_positions",
+    "padding_is_neutral",
+    "positions_from",
     "release_memory",
     "render_chat",
     "render_messages",
+    "render_prompts",
+    "require_fit",
+    "require_numbers",
+    "right_padding_is_neutral",
     "run_batches",
     "run_prefix",
     "shared_tokens",
+    "stored_limits",
     "template_tail",
 ]

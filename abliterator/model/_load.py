@@ -18,7 +18,9 @@ import torch
 from abliterator.anatomy import require_countable
 from abliterator.errors import CheckpointError, GenerationError, RecipeError
 from abliterator.files import read_text, require_plain_folder, shown
+from abliterator.model._finite import require_first_pass
 from abliterator.model._foreign import as_sentence, foreign
+from abliterator.model._run import is_out_of_memory
 
 if TYPE_CHECKING:
     from torch import nn
@@ -26,6 +28,9 @@ if TYPE_CHECKING:
     from transformers.models.auto.auto_factory import _BaseAutoModelClass
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+# The first text that every loaded model reads.
+_FIRST_TEXT = "Name a planet, and say how far it is from the sun."
 
 # Models that see, of which transformers' causal LM does not find the text half: under its old names
 # only (mllama), or under none (emu3).
@@ -87,8 +92,9 @@ def load_model(
         _require_stored_weights(model, folder)
         _accept_cache(model)
     _require_stop_tokens(model, tokenizer, folder)
-    _require_that_it_runs(model, folder, trust_remote_code)
-    return LoadedModel(model, tokenizer, folder, device)
+    loaded = LoadedModel(model, tokenizer, folder, device)
+    _require_that_it_runs(loaded, trust_remote_code)
+    return loaded
 
 
 def _accept_cache(model: PreTrainedModel) -> None:
@@ -118,7 +124,7 @@ def _load_weights(
     # Attention is left to transformers' default (sdpa where the model has it): remote code may have
     # eager only.
     with _no_bar(), _loading(folder):
-        config = _read_config(folder, trust_remote_code)
+        config = read_config(folder, trust_remote_code)
         if not trust_remote_code:
             _require_weights_enough(config, folder)
         model, report = _factory(config).from_pretrained(
@@ -159,7 +165,8 @@ def _loading(folder: Path) -> Iterator[None]:
             ) from error
 
 
-def _read_config(folder: Path, trust_remote_code: bool) -> PreTrainedConfig:
+def read_config(folder: Path, trust_remote_code: bool) -> PreTrainedConfig:
+    """The config in `folder`, of which quantised weights are to be decoded as they are loaded."""
     from transformers import AutoConfig
 
     config: PreTrainedConfig = AutoConfig.from_pretrained(
@@ -291,31 +298,44 @@ def _require_stop_tokens(
             )
 
 
-def _require_that_it_runs(model: PreTrainedModel, folder: Path, trust_remote_code: bool) -> None:
-    """Stops at a model that loads and does not answer, before anything is measured.
+def _require_that_it_runs(loaded: LoadedModel, trust_remote_code: bool) -> None:
+    """Stops at a model that loads and does not answer, or whose logits are no numbers.
 
-    Its shapes may disagree with its config, or its own code with this transformers. Two rows, one
-    padded on the left, get two tokens each, as `generation` asks for them.
+    Its shapes may disagree with its config, or its own code with this transformers: hours of work
+    would end there. What needs more memory than a first pass says so itself, with advice.
     """
     import transformers
 
+    from abliterator.model._limits import limits_of  # which needs LoadedModel
+
     code = "Its own Python code was probably written for an older version: use" * trust_remote_code
-    with (
-        foreign(
-            f"The model in {folder} does not run with transformers {transformers.__version__}",
-            f"{code or 'Check its config.json, or use'} a conversion of the model to an "
-            "architecture that transformers has.",
-        ),
-        torch.inference_mode(),
+    limits = limits_of(loaded)
+    ids = list(loaded.tokenizer(_FIRST_TEXT)["input_ids"])[: limits.context]
+    # which of the prompts' tokens it has is for whoever renders prompts to say
+    ids = [token for token in ids if limits.vocabulary is None or token < limits.vocabulary] or [0]
+    first = torch.tensor([ids], device=loaded.model.device)
+    with foreign(
+        f"The model in {loaded.folder} does not run with transformers {transformers.__version__}",
+        f"{code or 'Check its config.json, or use'} a conversion of the model to an architecture "
+        "that transformers has.",
     ):
-        own = model.generation_config
-        model.generation_config = transformers.GenerationConfig(
-            do_sample=False, max_new_tokens=2, pad_token_id=0
-        )
-        ids = torch.zeros(2, 2, dtype=torch.long, device=model.device)
-        mask = torch.tensor([[0, 1], [1, 1]], device=model.device)
-        model.generate(input_ids=ids, attention_mask=mask)
-        model.generation_config = own
+        try:
+            require_first_pass(loaded, first)
+            _generate_two(loaded.model, first[:, :2])
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+
+
+def _generate_two(model: PreTrainedModel, ids: torch.Tensor) -> None:
+    """Two tokens, as answers are generated: what only fails there fails now."""
+    from transformers import GenerationConfig
+
+    own = model.generation_config
+    model.generation_config = GenerationConfig(do_sample=False, max_new_tokens=2, pad_token_id=0)
+    with torch.inference_mode():
+        model.generate(input_ids=ids, attention_mask=torch.ones_like(ids))
+    model.generation_config = own
 
 
 def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:

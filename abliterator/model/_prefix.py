@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
 
-from abliterator.model._run import cache_name
+from abliterator.model._padding import continues_alike
+from abliterator.model._run import cache_name, head_at
 
 if TYPE_CHECKING:
     from transformers.cache_utils import DynamicCache
@@ -60,6 +59,10 @@ class Prefix:
         if self.by_row is not None:
             rows = [self.by_row.of[i] for i in batch]
             self.by_row.choose(rows)
+        return self.copied(rows)
+
+    def copied(self, rows: Sequence[int]) -> DynamicCache | None:
+        """A cache of one's own to go on from, with these rows of what is kept."""
         if self.cache is None:
             return None
         # what continues it puts longer tensors in place of these, which stay as they are
@@ -76,8 +79,9 @@ def run_prefix(
 
     Gradients flow through what is kept. Nothing is shared where it would be too little to be worth
     it; where the model keeps anything but plain keys and values: recurrent states and windows are
-    not what rows can continue from side by side; and by a model's own code, which need not take
-    back a cache under the name that `generate` gives it today.
+    not what rows can continue from side by side; where the rest of a prompt, continued, is not what
+    the whole prompt gives; and by a model's own code, which need not take back a cache under the
+    name that `generate` gives it today.
     """
     from transformers.cache_utils import DynamicCache, DynamicLayer
 
@@ -93,31 +97,17 @@ def run_prefix(
     first = torch.zeros(1, dtype=torch.long)
     with head_at(loaded.model.get_output_embeddings(), first, first):
         output = loaded.model(input_ids=ids, use_cache=True)
-    cache = getattr(output, cache_name(loaded.model))
-    if type(cache) is not DynamicCache or any(type(x) is not DynamicLayer for x in cache.layers):
+    cache: object = getattr(output, cache_name(loaded.model), None)
+    if not isinstance(cache, DynamicCache) or type(cache) is not DynamicCache:
         return Prefix(by_row=by_row)
-    return Prefix(shared, cache, by_row)
+    if any(type(layer) is not DynamicLayer for layer in cache.layers):
+        return Prefix(by_row=by_row)
+    prefix = Prefix(shared, cache, by_row)
+    alike = continues_alike(loaded, prompts[0], prefix, rows=len(rows))
+    return prefix if alike else Prefix(by_row=by_row)
 
 
 def shared_tokens(prompts: Sequence[Sequence[int]]) -> int:
     """Tokens with which all prompts begin, but for the last of any: it has an answer to predict."""
     columns = zip(*(prompt[:-1] for prompt in prompts), strict=False)
     return sum(1 for _ in takewhile(lambda column: len(set(column)) == 1, columns))
-
-
-@contextmanager
-def head_at(head: nn.Module, rows: Tensor, positions: Tensor) -> Iterator[None]:
-    """Lets the output head see the hidden states at these places only, as one row of them.
-
-    The vocabulary is the largest dimension there is: logits of whole prompts would fill the memory.
-    What a model does to its logits afterwards (scales, soft caps) is element by element.
-    """
-
-    def pick(_module: Any, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        return (args[0][rows, positions][None], *args[1:])
-
-    handle = head.register_forward_pre_hook(pick)
-    try:
-        yield
-    finally:
-        handle.remove()

@@ -141,6 +141,46 @@ def cache_name(model: nn.Module) -> str:
     return "cache" if "cache" in taken else "past_key_values"
 
 
+@contextmanager
+def head_at(head: nn.Module, rows: Tensor, positions: Tensor) -> Iterator[None]:
+    """Lets the output head see the hidden states at these places only, as one row of them.
+
+    The vocabulary is the largest dimension there is: logits of whole prompts would fill the memory.
+    What a model does to its logits afterwards (scales, soft caps) is element by element.
+    """
+
+    def pick(_module: Any, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return (args[0][rows, positions][None], *args[1:])
+
+    handle = head.register_forward_pre_hook(pick)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def positions_from(model: nn.Module, start: int, ids: Tensor) -> dict[str, Tensor]:
+    """Positions [N, T] of tokens that continue `start` others, for a forward pass that takes them.
+
+    Left out, some models whose positions have several dimensions take those of an earlier call.
+    """
+    if not start or "position_ids" not in inspect.signature(model.forward).parameters:
+        return {}
+    rows, width = ids.shape
+    positions = torch.arange(start, start + width, device=ids.device).expand(rows, width)
+    return {"position_ids": positions}
+
+
+def masked_positions(model: nn.Module, mask: Tensor) -> dict[str, Tensor]:
+    """Positions [N, T] that do not count what `mask` leaves out, for a model that takes them.
+
+    As `generate` makes them, for models that would take those of an earlier call instead.
+    """
+    if "position_ids" not in inspect.signature(model.forward).parameters:
+        return {}
+    return {"position_ids": (mask.cumsum(dim=1) - 1).masked_fill(mask == 0, 0)}
+
+
 def release_memory() -> None:
     """Gives back what nothing refers to any more: call it after letting go of a model.
 

@@ -43,6 +43,7 @@ from abliterator.pipeline._plan import (
     tuning_cost,
 )
 from abliterator.pipeline._progress import Advance, Progress, Silent
+from abliterator.pipeline._readable import ASKING, require_readable
 from abliterator.pipeline._report import CARD, RECORD, read_record
 from abliterator.pipeline._reproduce import Reproduction, compare_rebuilt
 from abliterator.pipeline._rollouts import ROLLOUTS
@@ -186,14 +187,26 @@ def _run_all(run: Run, recipe: Recipe, stages: Sequence[Stage], *, keep_from: St
     """Runs stages in a folder; a new one that fails before `keep_from` is done is deleted."""
     with run.workspace.held():
         run.workspace.create(recipe, run.recipe)
+        unread = True
         try:
             for stage in stages:
+                if (
+                    unread
+                    and stage.name.startswith((*ASKING, "study-"))
+                    and not _is_done(run, stage)
+                ):
+                    require_readable(run)
+                    unread = False
                 _run_stage(run, stage)
         except AbliteratorError:
             # nothing worth keeping was made yet: leave no folder behind that looks like a result
             if keep_from is not None and run.workspace.marker(keep_from.name) is None:
                 run.workspace.remove()
             raise
+
+
+def _is_done(run: Run, stage: Stage) -> bool:
+    return run.workspace.is_done(stage.name, stage.key(run))
 
 
 def _run_stage(run: Run, stage: Stage) -> None:

@@ -132,7 +132,7 @@ def _of_set(
     with run.progress.bar(f"capture {name}", n) as advance:
         for batch, found in residuals(
             loaded,
-            run.render(loaded, prompts.prompts),
+            run.render(loaded, prompts.prompts, name=name),
             blocks=block_paths(anatomy.blocks, anatomy.n_layers),
             positions=positions,
             padding=settings.padding,

@@ -62,8 +62,9 @@ def _divergence(run: Run) -> tuple[list[Path], Parts]:
 
 
 def _rendered(run: Run, loaded: LoadedModel) -> list[list[int]]:
-    asked = prompt_sets(run).evaluation["neutral"].prompts[: run.recipe.divergence.limit]
-    return run.render(loaded, asked)
+    settings = run.recipe.divergence
+    asked = prompt_sets(run).evaluation["neutral"].prompts[: settings.limit]
+    return run.render(loaded, asked, name="neutral", max_new_tokens=settings.tokens)
 
 
 def _write_paths(run: Run, settings: DivergenceSettings, file: Path) -> None:

@@ -65,7 +65,13 @@ def _answers(run: Run, loaded: LoadedModel, side: Side) -> list[Completion]:
     }
     return answer_sets(
         loaded,
-        {name: (prompts, run.render(loaded, prompts)) for name, prompts in asked.items()},
+        {
+            name: (
+                prompts,
+                run.render(loaded, prompts, name=name, max_new_tokens=settings.max_new_tokens),
+            )
+            for name, prompts in asked.items()
+        },
         side=side,
         max_new_tokens=settings.max_new_tokens,
         batch_size=run.batch_size,

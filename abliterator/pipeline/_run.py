@@ -130,17 +130,31 @@ class Run:
         self._loaded = None
         release_memory()
 
-    def render(self, loaded: LoadedModel, prompts: Sequence[str]) -> list[list[int]]:
-        """Token ids of each prompt in the recipe's chat."""
-        from abliterator.model import render_chat
+    def render(
+        self, loaded: LoadedModel, prompts: Sequence[str], *, name: str, max_new_tokens: int = 0
+    ) -> list[list[int]]:
+        """Token ids of each prompt in the recipe's chat.
 
-        chat = self.recipe.chat
-        return [
-            render_chat(
-                loaded.tokenizer, prompt, system=chat.system, template_kwargs=chat.template_kwargs
-            )
-            for prompt in prompts
-        ]
+        Args:
+            loaded: the model that reads them.
+            prompts: of one set.
+            name: of the set, for messages.
+            max_new_tokens: of an answer, for which there has to be room.
+
+        Raises:
+            PromptError: for a prompt that is too long for the model.
+            CheckpointError: for tokens that the model has no embedding of.
+        """
+        from abliterator.model import limits_of, render_prompts
+
+        return render_prompts(
+            loaded.tokenizer,
+            prompts,
+            limits_of(loaded),
+            name=name,
+            max_new_tokens=max_new_tokens,
+            **self.recipe.chat.model_dump(include={"system", "template_kwargs"}),
+        )
 
     def digest(self, stage: str) -> str:
         """Digest of what an earlier stage left."""

@@ -78,12 +78,13 @@ def subject_of(run: Run, loaded: LoadedModel) -> Subject:
 
     recipe, sets = run.recipe, prompt_sets(run)
 
-    def asked(prompts: Sequence[str]) -> Asked:
-        return Asked(prompts, run.render(loaded, prompts))
+    def asked(prompts: Sequence[str], name: str) -> Asked:
+        length = recipe.selection.tokens
+        return Asked(prompts, run.render(loaded, prompts, name=name, max_new_tokens=length))
 
     def sampled(prompts: PromptSet) -> Asked:
         few = min(recipe.selection.scored, len(prompts.prompts))
-        return asked(random.Random(recipe.seed).sample(prompts.prompts, few))
+        return asked(random.Random(recipe.seed).sample(prompts.prompts, few), prompts.name)
 
     return Subject(
         loaded=loaded,
@@ -91,8 +92,8 @@ def subject_of(run: Run, loaded: LoadedModel) -> Subject:
         blocks=block_paths(run.plan.anatomy.blocks, run.plan.anatomy.n_layers),
         target=sampled(sets.extraction["target"]),
         contrast=sampled(sets.extraction["contrast"]),
-        neutral=asked(sets.selection["neutral"].prompts),
-        held_out=asked(sets.selection["target"].prompts),
+        neutral=asked(sets.selection["neutral"].prompts, "selection neutral"),
+        held_out=asked(sets.selection["target"].prompts, "selection target"),
         judge=choosing_judge(run),
         max_new_tokens=recipe.selection.tokens,
         batch_size=recipe.selection.batch_size,

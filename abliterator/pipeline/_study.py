@@ -157,7 +157,7 @@ def _extraction(run: Run, asked: StudySettings) -> Study:
     with run.progress.bar("captured parts", 32) as advance:
         found = study_extraction(
             loaded,
-            *(run.render(loaded, kept) for kept in prompts.values()),
+            *(run.render(loaded, kept, name=name) for name, kept in prompts.items()),
             blocks=_blocks(run),
             position=_position(run),
             max_batch_tokens=run.recipe.capture.max_batch_tokens,
@@ -278,18 +278,20 @@ def _subject(
     recipe, loaded = run.recipe, run.loaded(run.plan.source.folder)
     limit = asked.limit or recipe.rollouts.limit
 
-    def rendered(name: str) -> Asked:
+    length = asked.tokens or recipe.rollouts.max_new_tokens
+
+    def rendered(name: str, tokens: int) -> Asked:
         kept = prompts[name][:limit]
-        return Asked(kept, run.render(loaded, kept))
+        return Asked(kept, run.render(loaded, kept, name=name, max_new_tokens=tokens))
 
     return Subject(
         loaded=loaded,
         plan=plan,
         blocks=_blocks(run),
-        target=rendered("target"),
-        neutral=rendered("neutral"),
+        target=rendered("target", length),
+        neutral=rendered("neutral", recipe.divergence.tokens),
         judge=choosing_judge(run),
-        max_new_tokens=asked.tokens or recipe.rollouts.max_new_tokens,
+        max_new_tokens=length,
         kl_tokens=recipe.divergence.tokens,
         batch_size=run.batch_size,
         max_batch_tokens=recipe.capture.max_batch_tokens,
@@ -307,13 +309,13 @@ def _directions(
     moments = [
         capture(
             loaded,
-            run.render(loaded, prompts),
+            run.render(loaded, prompts, name=name),
             blocks=_blocks(run),
             position=_position(run),
             padding=settings.padding,
             max_batch_tokens=settings.max_batch_tokens,
         )
-        for prompts in (target, contrast)
+        for name, prompts in (("target", target), ("contrast", contrast))
     ]
     return fit_directions(*moments)
 

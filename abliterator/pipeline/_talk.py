@@ -59,26 +59,35 @@ class Talk:
             side: who answers.
             prompt: what is asked.
             before: earlier turns of this side, each with its answer and without its thinking.
-            on_text: hears the answer piece by piece, thinking included.
+            on_text: hears the answer piece by piece, thinking included; it ends where the model's
+                context does.
             on_answer: is given the answer without its thinking, as a later turn hands it back; also
                 when Ctrl-C stopped it.
+
+        Raises:
+            PromptError: for a conversation that is longer than what the model reads.
         """
         from abliterator.generation import stop_ids, stream
-        from abliterator.model import render_chat
+        from abliterator.model import limits_of, render_prompts
 
         loaded, edit = self.speakers[side]
-        ids = render_chat(
+        limits = limits_of(loaded)
+        (ids,) = render_prompts(
             loaded.tokenizer,
-            prompt,
+            [prompt],
+            limits,
+            name="chat",
+            max_new_tokens=1,
             system=self.chat.system,
             template_kwargs=self.chat.template_kwargs,
             before=before,
         )
+        room = self.max_new_tokens if limits.context is None else limits.context - len(ids)
         with edit():
             stream(
                 loaded,
                 ids,
-                max_new_tokens=self.max_new_tokens,
+                max_new_tokens=min(self.max_new_tokens, room),
                 stop_ids=stop_ids(loaded),
                 on_text=on_text,
                 on_end=lambda answer: on_answer(answer.text[answer.start :].strip()),

@@ -87,8 +87,9 @@ def _subject(run: Run) -> Subject:
 
     loaded, sets = run.loaded(run.plan.source.folder), prompt_sets(run)
 
-    def asked(prompts: Sequence[str]) -> Asked:
-        return Asked(prompts, run.render(loaded, prompts))
+    def asked(prompts: Sequence[str], name: str) -> Asked:
+        length = run.recipe.selection.tokens
+        return Asked(prompts, run.render(loaded, prompts, name=name, max_new_tokens=length))
 
     def learned(name: str) -> list[str]:
         prompts = sets.extraction[name].prompts if name in sets.extraction else ()
@@ -98,11 +99,11 @@ def _subject(run: Run) -> Subject:
     return Subject(
         loaded=loaded,
         plan=run.plan.edits,
-        target=asked(learned("target")),
+        target=asked(learned("target"), "target"),
         # the contrast must stay as it was too: it is as like target as can be
-        neutral=asked(learned("neutral") + learned("contrast")),
-        held_out=asked(sets.selection["target"].prompts),
-        held_out_neutral=asked(sets.selection["neutral"].prompts),
+        neutral=asked(learned("neutral") + learned("contrast"), "neutral and contrast"),
+        held_out=asked(sets.selection["target"].prompts, "selection target"),
+        held_out_neutral=asked(sets.selection["neutral"].prompts, "selection neutral"),
         judge=choosing_judge(run),
         max_new_tokens=run.recipe.selection.tokens,
         batch_size=run.batch_size,

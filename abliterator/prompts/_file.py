@@ -17,6 +17,8 @@ _MAX_BYTES = 256 << 20  # of a prompt file: a million prompts of a page each are
 
 NAME = re.compile(r"[\w.-]{1,40}")
 
+LONGEST = 1 << 20  # characters of a prompt; a tokenizer takes seconds and gigabytes for a few more
+
 
 def read_file(name: str, source: PromptSource) -> PromptSet:
     """Every prompt of `source.path`, stripped, blank lines left out, duplicates still in."""
@@ -54,7 +56,12 @@ def read_file(name: str, source: PromptSource) -> PromptSet:
 
 
 def as_prompt(text: str, where: str) -> str:
-    """The prompt without surrounding whitespace; PromptError if it holds what no text holds."""
+    """The prompt without surrounding whitespace; PromptError for what no prompt is."""
+    if len(text) > LONGEST:
+        raise PromptError(
+            f"{where}: {len(text):,} characters, and a prompt has {LONGEST:,} at most. Is the file "
+            "one prompt a line? Shorten or remove this one."
+        )
     if "\0" in text:
         raise PromptError(
             f"{where}: a NUL character. A prompt is text; is the file binary, or UTF-16? Save it "

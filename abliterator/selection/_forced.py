@@ -10,13 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from abliterator.errors import GenerationError
 from abliterator.model import (
     ByRow,
     LoadedModel,
     Prefix,
     cache_name,
     equal_length_batches,
+    positions_from,
+    require_numbers,
     run_batches,
     run_prefix,
 )
@@ -68,7 +69,7 @@ def _last(
     """[len(batch), keep, V] log-probabilities at the last `keep` positions."""
     cache = prefix.enter([members[j] for j in batch])
     ids = torch.tensor([list(rows[i]) for i in batch], device=loaded.device)
-    return last_logprobs(loaded, ids, keep=keep, cache=cache)[0]
+    return last_logprobs(loaded, ids, keep=keep, cache=cache, start=prefix.length)[0]
 
 
 def shared_prefix(
@@ -80,7 +81,7 @@ def shared_prefix(
 
 
 def last_logprobs(
-    loaded: LoadedModel, ids: Tensor, *, keep: int, cache: Any = None
+    loaded: LoadedModel, ids: Tensor, *, keep: int, cache: Any = None, start: int = 0
 ) -> tuple[Tensor, Any]:
     """Next-token log-probabilities at the last `keep` positions of `ids` [N, T].
 
@@ -89,23 +90,25 @@ def last_logprobs(
         ids: token ids, rows of one length.
         keep: positions.
         cache: what an earlier call returned, which these tokens continue; it is changed.
+        start: tokens that are in the cache.
 
     Returns:
-        [N, keep, V] float32 on the CPU, and the model's cache.
+        [N, keep, V] float32 on the CPU, and the model's cache; None where it keeps none.
 
     Raises:
-        GenerationError: if logits are not finite.
+        GenerationError: for logits that are NaN or infinite.
     """
     # old remote code makes the logits of every position
     able = "logits_to_keep" in inspect.signature(loaded.model.forward).parameters
     only = {"logits_to_keep": keep} if able else {}
     name = cache_name(loaded.model)
     with torch.inference_mode():
-        output = loaded.model(input_ids=ids, use_cache=True, **{name: cache}, **only)
-        logprobs: Tensor = output.logits[:, -keep:].float().log_softmax(dim=2).cpu()
-    if logprobs.isnan().any():
-        raise GenerationError(
-            "The model's next-token distribution is NaN while a candidate edit is tried. It "
-            "overflows in this dtype, or its weights are damaged; try `--dtype float32`."
+        output = loaded.model(
+            input_ids=ids,
+            use_cache=True,
+            **({} if cache is None else {name: cache}),
+            **only,
+            **positions_from(loaded.model, start, ids),
         )
-    return logprobs, getattr(output, name)
+        logits = require_numbers(output.logits[:, -keep:], loaded)
+    return logits.float().log_softmax(dim=2).cpu(), getattr(output, name, None)

@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
 from torch import Tensor
 
-from abliterator.model import ByRow, LoadedModel, Prefix, equal_length_batches, run_batches
+from abliterator.model import (
+    ByRow,
+    LoadedModel,
+    Prefix,
+    cache_is_continued,
+    equal_length_batches,
+    run_batches,
+)
 from abliterator.selection._forced import last_logprobs, shared_prefix
 
 Tokens = tuple[int, ...]
@@ -96,19 +103,36 @@ def _log_likelihoods(
 ) -> Tensor:
     """[len(batch), openings] log-probabilities, float64; prompts in the batch have one length.
 
-    The prompts run once: every opening continues a copy of their cache.
+    The prompts run once: every opening continues a copy of their cache, where the model can.
     """
     ids = torch.tensor([list(prompts[i]) for i in batch], device=loaded.device)
-    first, cache = last_logprobs(loaded, ids, keep=1, cache=prefix.enter(batch))
+    start = prefix.length
+    first, cache = last_logprobs(loaded, ids, keep=1, cache=prefix.enter(batch), start=start)
+
+    def continued(given: Tensor) -> Tensor:
+        own, at = copy.deepcopy(cache), start + ids.shape[1]
+        return last_logprobs(loaded, given, keep=given.shape[1], cache=own, start=at)[0]
+
+    def whole(given: Tensor) -> Tensor:
+        rows, own = torch.cat([ids, given], dim=1), prefix.enter(batch)
+        return last_logprobs(loaded, rows, keep=given.shape[1], cache=own, start=start)[0]
+
     columns = []
     for opening in openings:
         column = first[:, -1, opening[0]].double()
         if len(opening) > 1:
             given = torch.tensor([opening[:-1]] * len(batch), device=loaded.device)
-            after, _ = last_logprobs(
-                loaded, given, keep=len(opening) - 1, cache=copy.deepcopy(cache)
+            able = cache is not None and cache_is_continued(
+                loaded, partial(_both, whole, continued, given)
             )
+            after = continued(given) if able else whole(given)
             steps, tokens = torch.arange(len(opening) - 1), torch.tensor(opening[1:])
             column = column + after[:, steps, tokens].double().sum(dim=1)
         columns.append(column)
     return torch.stack(columns, dim=1)
+
+
+def _both(
+    whole: Callable[[Tensor], Tensor], continued: Callable[[Tensor], Tensor], given: Tensor
+) -> tuple[Tensor, Tensor]:
+    return whole(given), continued(given)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from abliterator.divergence import kl_divergence
+from abliterator.divergence import kl_divergence, require_finite
 from abliterator.errors import PromptError
 from abliterator.generation import Answer, as_completions
 from abliterator.judge import judge_completions
@@ -183,7 +183,7 @@ def mean_kl(edited: Edited, base: Baseline, *, prompts: int | None = None) -> li
     forced = base.forced[:prompts]
     found = torch.zeros(edited.n, len(forced), dtype=torch.float64)
     for i, prompt, logprobs in edited.along(forced):
-        found[i, prompt] = kl_divergence(base.logprobs[prompt], logprobs).mean()
+        found[i, prompt] = require_finite(kl_divergence(base.logprobs[prompt], logprobs)).mean()
     return [float(mean) for mean in found.mean(dim=1)]
 
 

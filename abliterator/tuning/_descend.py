@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
+from abliterator.divergence import kl_terms
 from abliterator.errors import DirectionError
 from abliterator.tuning._knobs import Knobs, mean_of, slow_down
 from abliterator.tuning._rows import answer_logprobs, token_logprobs
@@ -112,14 +113,9 @@ def _losses(
         edited = answer_logprobs(subject.loaded, neutral)
     answers, unwanted = each[: len(pairs)], each[len(pairs) :]
     margins = torch.stack([u.sum() - a.sum() for u, a in zip(unwanted, answers, strict=True)])
-    kl = [_kl(b, e) for b, e in zip(base, edited, strict=True)]
+    kl = [kl_terms(b, e).sum(dim=1) for b, e in zip(base, edited, strict=True)]
     wanted = softplus(margins).mean() - torch.cat(answers).mean()
     return wanted, (torch.cat(kl).mean() + torch.stack([row[0] for row in kl]).mean()) / 2
-
-
-def _kl(base: Tensor, edited: Tensor) -> Tensor:
-    """KL(base || edited) [T] of log-probabilities [T, V]."""
-    return (base.exp() * (base - edited)).sum(dim=1)
 
 
 def _batches(items: Sequence[T], size: int, chance: random.Random) -> Iterator[list[T]]:

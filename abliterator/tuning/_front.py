@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from abliterator.bake import preview_edit
+from abliterator.divergence import kl_terms, require_finite
 from abliterator.errors import DirectionError
 from abliterator.record import Estimate
 from abliterator.statistics import mean_interval, rate_interval
@@ -48,7 +49,10 @@ class Yardstick:
         with preview_edit(subject.loaded, subject.plan, setting.basis, setting.strengths):
             edited = self._logprobs()
             answers = answers_of(subject, subject.held_out, subject.max_new_tokens)
-        kl = [(b.exp() * (b - e)).sum(dim=1) for b, e in zip(self._base, edited, strict=True)]
+        kl = [
+            require_finite(kl_terms(b, e).sum(dim=1))
+            for b, e in zip(self._base, edited, strict=True)
+        ]
         verdicts = [v for v in verdicts_of(subject, subject.held_out, answers) if v.kind]
         products = [(v.compliance or 0.0) * (v.coherence or 0.0) for v in verdicts]
         return Point(

@@ -8,7 +8,15 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from abliterator.model import cache_name, head_at, run_prefix
+from abliterator.model import (
+    Prefix,
+    cache_name,
+    head_at,
+    positions_from,
+    require_numbers,
+    right_padding_is_neutral,
+    run_prefix,
+)
 from abliterator.tuning._types import Row
 
 if TYPE_CHECKING:
@@ -18,27 +26,52 @@ if TYPE_CHECKING:
 def answer_logprobs(loaded: LoadedModel, rows: Sequence[Row]) -> tuple[Tensor, ...]:
     """Next-token log-probabilities at every token of each row's answer.
 
-    One forward pass, right-padded: in a causal model nothing before the padding sees it. The tokens
-    with which all rows begin run once, where the model keeps plain keys and values of them.
+    One forward pass, right-padded: in a causal model nothing before the padding sees it. Where it
+    is seen, a pass for each length. The tokens with which all rows begin run once, where the model
+    keeps plain keys and values of them.
 
     Returns:
         One [len(answer), V] float32 tensor a row, on the model's device.
+
+    Raises:
+        GenerationError: for logits that are NaN or infinite.
     """
     prefix = run_prefix(loaded, [row.prompt for row in rows])
-    start, cache = prefix.length, prefix.enter(range(len(rows)))
+    lengths = [len(row.prompt) + len(row.answer) for row in rows]
+    padded = [i for i, length in enumerate(lengths) if length < max(lengths)]
+    longest = rows[max(padded, key=lengths.__getitem__, default=0)]
+    if not padded or right_padding_is_neutral(
+        loaded, [*longest.prompt, *longest.answer], width=max(lengths)
+    ):
+        return _padded_logprobs(loaded, rows, range(len(rows)), prefix)
+    found: dict[int, Tensor] = {}
+    for length in sorted(set(lengths)):
+        members = [i for i, own in enumerate(lengths) if own == length]
+        logprobs = _padded_logprobs(loaded, [rows[i] for i in members], members, prefix)
+        found.update(zip(members, logprobs, strict=True))
+    return tuple(found[i] for i in range(len(rows)))
+
+
+def _padded_logprobs(
+    loaded: LoadedModel, rows: Sequence[Row], batch: Sequence[int], prefix: Prefix
+) -> tuple[Tensor, ...]:
+    """The same of rows that run together; `batch` are their indices among all rows."""
+    start, cache = prefix.length, prefix.enter(batch)
     going_on = {} if cache is None else {cache_name(loaded.model): cache}
     filled = [[*row.prompt, *row.answer][start:] for row in rows]
     width = max(map(len, filled))
     ids = torch.tensor([tokens + [0] * (width - len(tokens)) for tokens in filled])
     mask = torch.tensor([[1] * (start + len(t)) + [0] * (width - len(t)) for t in filled])
+    ids = ids.to(loaded.device)
     with head_at(loaded.model.get_output_embeddings(), *_places(rows, start)):
         logits = loaded.model(
-            input_ids=ids.to(loaded.device),
+            input_ids=ids,
             attention_mask=mask.to(loaded.device),
             use_cache=cache is not None,
+            **positions_from(loaded.model, start, ids),
             **going_on,
         ).logits
-    logprobs: Tensor = logits[0].float().log_softmax(dim=1)
+    logprobs: Tensor = require_numbers(logits[0], loaded).float().log_softmax(dim=1)
     return torch.split(logprobs, [len(row.answer) for row in rows])
 
 

@@ -52,7 +52,7 @@ def recipe(tmp_path, tiny_folder):
     (tmp_path / "n.txt").write_text("\n".join(f"What is the {x}?" for x in "abcdefgh"))
     path = tmp_path / "tiny.yaml"
     path.write_text(
-        f"model: {tiny_folder()}\nlayers: sweep\nk: auto\n"
+        f"model: {tiny_folder()}\nlayers: sweep\nk: auto\nrollouts: {{max_new_tokens: 8}}\n"
         "prompts: {target: {path: t.txt}, neutral: {path: n.txt}}\n"
         "selection: {tokens: 3}\n"
     )

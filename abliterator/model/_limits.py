@@ -1,0 +1,169 @@
+"""What a model can read: how many tokens, and which ids. Compared with prompts before any runs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from abliterator.errors import CheckpointError, PromptError
+from abliterator.model._chat import render_chat
+from abliterator.model._load import LoadedModel, read_config
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+
+# What configs call the length of the context, the name that sizes tables of positions first: of
+# the others some are left at a default that means nothing.
+_CONTEXT = (
+    *("max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length"),
+    *("max_seq_length", "seq_length", "n_ctx"),
+)
+# Types that state the length that they were trained on, and read on: distances that bias attention
+# (BLOOM makes them as it goes, MPT has a table) and recurrent states.
+_UNBOUNDED = ("bloom", "rwkv")
+
+# No tokenizer makes fewer tokens of a text than one for so many characters, spaces in a row aside.
+CHARACTERS_A_TOKEN = 64
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a model can read; None where there is no bound.
+
+    Attributes:
+        context: tokens of a prompt and its answer together.
+        vocabulary: rows of the embedding; token ids are below.
+    """
+
+    context: int | None = None
+    vocabulary: int | None = None
+
+
+def limits_of(loaded: LoadedModel) -> Limits:
+    """The limits of a loaded model: its config's context, its embedding's rows."""
+    rows = getattr(loaded.model.get_input_embeddings(), "weight", None)
+    return Limits(context_limit(loaded.model.config), None if rows is None else int(rows.shape[0]))
+
+
+def stored_limits(folder: Path, *, trust_remote_code: bool = False) -> Limits:
+    """The same of a checkpoint folder, before weights are loaded: by the config's word alone.
+
+    None where transformers cannot read it; to load the model says what is wrong.
+    """
+    try:
+        config = read_config(folder, trust_remote_code)
+    except Exception:  # noqa: BLE001 - of a library that reads what strangers wrote
+        return Limits()
+    text = config.get_text_config()
+    sizes = [getattr(text, name, None) for name in ("vocab_size", "additional_vocab_size")]
+    return Limits(context_limit(config), sum(map(_number, sizes)) or None)
+
+
+def context_limit(config: PreTrainedConfig) -> int | None:
+    """Tokens that a model reads at most; None where nothing bounds them (recurrent states, ALiBi).
+
+    Where positions are scaled (YaRN, LongRoPE and others), the length that scaling reaches, should
+    the config give the shorter one. A sliding window is no limit.
+    """
+    text = config.get_text_config()
+    if text.model_type in _UNBOUNDED or getattr(text, "alibi", None) is True:
+        return None
+    stated = next(filter(None, (_number(getattr(text, name, None)) for name in _CONTEXT)), None)
+    if stated is None:
+        return None
+    scalings = (getattr(text, name, None) for name in ("rope_parameters", "rope_scaling"))
+    return max([stated, *(_scaled(stated, scaling) for scaling in scalings)])
+
+
+def _scaled(stated: int, scaling: object) -> int:
+    """The length that a scaling of positions reaches; where layers differ, the farthest."""
+    if not isinstance(scaling, Mapping):
+        return 0
+    factor, original = (
+        scaling.get("factor"),
+        _number(scaling.get("original_max_position_embeddings")),
+    )
+    if isinstance(factor, (int, float)) and factor > 1:
+        return int((original or stated) * min(factor, 1e6))
+    return max((_scaled(stated, part) for part in scaling.values()), default=0)
+
+
+def _number(value: object) -> int:
+    """A positive integer of a config; 0 for whatever else stands there."""
+    return value if isinstance(value, int) and not isinstance(value, bool) and value > 0 else 0
+
+
+def render_prompts(
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Iterable[str],
+    limits: Limits,
+    *,
+    name: str,
+    max_new_tokens: int = 0,
+    **chat: Any,
+) -> list[list[int]]:
+    """Token ids of each prompt in a chat, none of which the model cannot read.
+
+    Args:
+        tokenizer: of the model.
+        prompts: of one set.
+        limits: what the model can read.
+        name: of the set, for messages.
+        max_new_tokens: of an answer, for which there has to be room.
+        chat: `system`, `template_kwargs` and `before`, as `render_chat` takes them.
+
+    Raises:
+        PromptError: for a prompt that is too long; it names the set and the prompt's number.
+        CheckpointError: for tokens that the model has no embedding of.
+        UnsupportedModel: if the template cannot render a prompt.
+    """
+    rendered = []
+    for number, prompt in enumerate(prompts, start=1):
+        if limits.context is not None and len(prompt) > CHARACTERS_A_TOKEN * limits.context:
+            raise PromptError(
+                f"Prompt {number} of the set {name!r} has {len(prompt):,} characters, and the "
+                f"model reads {limits.context:,} tokens at most. Shorten or remove it."
+            )
+        ids = render_chat(tokenizer, prompt, **chat)
+        where = f"Prompt {number} of the set {name!r}"
+        _require_fit(ids, limits, where, max_new_tokens=max_new_tokens)
+        rendered.append(ids)
+    return rendered
+
+
+def require_fit(
+    limits: Limits, token_ids: Sequence[Sequence[int]], *, max_new_tokens: int = 0
+) -> None:
+    """Stops at token ids that the model cannot read, before it runs.
+
+    Raises:
+        PromptError: for a prompt that is too long, with or without its answer.
+        CheckpointError: for tokens that the model has no embedding of.
+    """
+    for index, ids in enumerate(token_ids):
+        _require_fit(ids, limits, f"Prompt {index}", max_new_tokens=max_new_tokens)
+
+
+def _require_fit(ids: Sequence[int], limits: Limits, where: str, *, max_new_tokens: int) -> None:
+    context, vocabulary = limits.context, limits.vocabulary
+    if context is not None and len(ids) > context:
+        raise PromptError(
+            f"{where} has {len(ids):,} tokens with its chat template, and the model reads "
+            f"{context:,} at most, its answer included. Shorten or remove it."
+        )
+    if context is not None and len(ids) + max_new_tokens > context:
+        raise PromptError(
+            f"{where} has {len(ids):,} tokens with its chat template, so an answer of "
+            f"{max_new_tokens:,} goes beyond the {context:,} tokens that the model reads. Shorten "
+            f"or remove it, or ask for {context - len(ids):,} tokens of an answer or fewer "
+            "(`rollouts.max_new_tokens`, `selection.tokens`, `divergence.tokens`; "
+            "`--max-new-tokens`)."
+        )
+    if vocabulary is not None and ids and max(ids) >= vocabulary:
+        raise CheckpointError(
+            f"{where} holds token {max(ids)}, and the model's embedding has {vocabulary:,} rows: "
+            "its tokenizer has more entries than the model. Use the tokenizer that belongs to "
+            "these weights, or weights whose embedding was resized to it."
+        )
