@@ -39,7 +39,8 @@ def load_recipe(path: Path, *, overrides: Sequence[str] = ()) -> Recipe:
 
     Args:
         path: the yaml file. Paths in it are relative to its folder.
-        overrides: `key.sub=value`, a yaml value. Paths in them are relative to the working folder.
+        overrides: `key.sub=value`; the value is taken as it was typed, or as yaml where it begins
+            with a bracket or a quote. Paths in them are relative to the working folder.
 
     Returns:
         The recipe; every local path in it is absolute.
@@ -55,7 +56,7 @@ def load_pairs(path: Path, *, overrides: Sequence[str] = ()) -> PairsSpec:
 
     Args:
         path: the yaml file. A local tokenizer in it is relative to its folder.
-        overrides: `key.sub=value`, a yaml value.
+        overrides: as for `load_recipe`.
 
     Raises:
         RecipeError: everything that is wrong, together, each with its path and line.
