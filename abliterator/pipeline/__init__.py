@@ -47,7 +47,7 @@ from abliterator.pipeline._progress import Advance, Progress, Silent
 from abliterator.pipeline._report import CARD, RECORD, read_record
 from abliterator.pipeline._reproduce import Reproduction, compare_rebuilt
 from abliterator.pipeline._rollouts import ROLLOUTS
-from abliterator.pipeline._run import Options, Run, require_pinned_code, resolve
+from abliterator.pipeline._run import Options, Run, pinned, require_pinned_code, resolve
 from abliterator.pipeline._selection import SELECTION
 from abliterator.pipeline._stage import Stage
 from abliterator.pipeline._study import (
@@ -60,7 +60,7 @@ from abliterator.pipeline._study import (
 )
 from abliterator.pipeline._talk import Talk, Turns, open_talk
 from abliterator.pipeline._tuning import TUNING
-from abliterator.pipeline._workspace import Workspace
+from abliterator.pipeline._workspace import Workspace, usable
 from abliterator.recipe import Edit, Recipe
 from abliterator.record import RunRecord, TensorEdit
 from abliterator.source import ModelSource, headers_folder, resolve_folder
@@ -134,7 +134,18 @@ def run_stages(
     options: Options | None = None,
     progress: Progress | None = None,
 ) -> None:
-    """Runs the stages up to and with `until`, skipping those whose inputs have not changed."""
+    """Runs the stages up to and with `until`, skipping those whose inputs have not changed.
+
+    Raises:
+        AbliteratorError: as `build`.
+    """
+    with usable(out):
+        _run_stages(recipe, out, until, options or Options(), progress or Silent())
+
+
+def _run_stages(
+    recipe: Recipe, out: Path, until: str, options: Options, progress: Progress
+) -> None:
     stages = STAGES[: [stage.name for stage in STAGES].index(until) + 1]
     asked = {SELECTION: recipe.selects, TUNING: recipe.tunes, ADAPTER: recipe.edit.adapts}
     stages = tuple(stage for stage in stages if asked.get(stage, True))
@@ -143,7 +154,7 @@ def run_stages(
     judging = [stage for stage in (JUDGE, *choosing) if stage in stages]
     if any(Workspace(out).marker(stage.name) is None for stage in judging):
         require_key(recipe.judge)  # hours before it is needed
-    run = prepare(recipe, out, options=options or Options(), progress=progress or Silent())
+    run = prepare(recipe, out, options=options, progress=progress)
     first = CAPTURE if recipe.selects or recipe.tunes else DIRECTIONS
     _run_all(run, recipe, stages, keep_from=first if is_new else None)
 
@@ -170,16 +181,17 @@ def run_study(
     Raises:
         AbliteratorError: for what cannot be studied.
     """
-    is_new = not out.exists()
-    run = prepare(recipe, out, options=options or Options(), progress=progress or Silent())
-    stage = study_stage(run, name, asked or StudySettings())
-    before = [PROMPTS]
-    if name in USES_DIRECTIONS:
-        before += [CAPTURE, *([SELECTION] if recipe.selects else [])]
-    if name in USES_TUNING and recipe.tunes:
-        before.append(TUNING)
-    _run_all(run, recipe, (*before, stage), keep_from=before[-1] if is_new else None)
-    return read_study(run, name)
+    with usable(out):
+        is_new = not out.exists()
+        run = prepare(recipe, out, options=options or Options(), progress=progress or Silent())
+        stage = study_stage(run, name, asked or StudySettings())
+        before = [PROMPTS]
+        if name in USES_DIRECTIONS:
+            before += [CAPTURE, *([SELECTION] if recipe.selects else [])]
+        if name in USES_TUNING and recipe.tunes:
+            before.append(TUNING)
+        _run_all(run, recipe, (*before, stage), keep_from=before[-1] if is_new else None)
+        return read_study(run, name)
 
 
 def _run_all(run: Run, recipe: Recipe, stages: Sequence[Stage], *, keep_from: Stage | None) -> None:
@@ -204,6 +216,11 @@ def _run_stage(run: Run, stage: Stage) -> None:
         return
     start = perf_counter()
     artefacts, parts = stage.run(run)
+    if stage.key(run) != key:
+        raise OutputError(
+            f"What the stage `{stage.name}` depends on was changed while it ran: prompt files, for "
+            "example. Give the same command again when they are at rest."
+        )
     seconds = round(perf_counter() - start, 3)
     run.workspace.finish(stage.name, key, artefacts, seconds=seconds, parts=parts)
 
@@ -212,13 +229,13 @@ def prepare(recipe: Recipe, out: Path, *, options: Options, progress: Progress) 
     """Everything that can fail cheaply, before anything is written: the plan and its checks."""
     workspace = Workspace(out)
     resolved = workspace.claim(recipe, force=options.force)
-    wanted = resolved or recipe
+    wanted = recipe if resolved is None else pinned(recipe, resolved)
     require_pinned_code(wanted)
     plan = _plan_in(resolve_folder(wanted.model, revision=wanted.revision), wanted, out)
     tasks = benchmark_tasks(wanted)
     if resolved is None:
-        resolved = pin_tasks(resolve(recipe, plan.source.revision), tasks)
-    return Run(resolved, plan, workspace, options, progress, tasks)
+        wanted = pin_tasks(resolve(recipe, plan.source.revision), tasks)
+    return Run(wanted, plan, workspace, options, progress, tasks)
 
 
 def recipe_of(out: Path) -> Recipe:

@@ -80,11 +80,11 @@ def _judge(run: Run) -> tuple[list[Path], Parts]:
     with run.progress.bar("verdicts", len(answers)) as advance:
         judge = _judge_of(run, on_verdict=_teller(advance))
         verdicts = judge_completions(answers, judge)
-    path = run.workspace.work / "verdicts.jsonl"
+    path = _verdicts_path(run)
     write_text_atomic(path, as_lines(verdict.model_dump_json() for verdict in verdicts))
     identity = _compared(judge.identity, verdicts, run)
     _tell(run.progress, identity, verdicts)
-    return [path, save_value(run.workspace.work / "judge.json", identity)], {}
+    return [path, save_value(_identity_path(run), identity)], {}
 
 
 def _teller(advance: Callable[..., None]) -> Callable[[Tally], None]:
@@ -125,15 +125,23 @@ def _tell(progress: Progress, identity: JudgeIdentity, verdicts: Sequence[Verdic
         progress.note(f"The judge's calls of this folder: {spent}.")
 
 
+def _verdicts_path(run: Run) -> Path:
+    return run.workspace.work / "verdicts.jsonl"
+
+
+def _identity_path(run: Run) -> Path:
+    return run.workspace.work / "judge.json"
+
+
 def verdicts_of(run: Run) -> list[Verdict]:
     """All verdicts, base and edited."""
-    lines = read_lines(run.workspace.work / "verdicts.jsonl")
+    lines = read_lines(run.artefact("judge", _verdicts_path(run)))
     return [Verdict.model_validate_json(line) for line in lines]
 
 
 def judge_identity(run: Run) -> JudgeIdentity:
     """Which judge gave the verdicts, and what is known of it."""
-    return JudgeIdentity.model_validate_json(read_text(run.workspace.work / "judge.json"))
+    return JudgeIdentity.model_validate_json(read_text(run.artefact("judge", _identity_path(run))))
 
 
 JUDGE = Stage("judge", 2, _judge_inputs, _judge)

@@ -9,8 +9,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+from abliterator.card import with_license
 from abliterator.checkpoint import ADAPTER_CONFIG, ADAPTER_WEIGHTS, is_legal
 from abliterator.errors import PublishError
+from abliterator.files import read_text
 from abliterator.record import RunRecord
 from abliterator.verification import (
     CARD,
@@ -264,23 +266,8 @@ def _check_license(record: RunRecord, target: Target) -> None:
 def _planned(checkpoint: Path, path: str, target: Target) -> PlannedFile:
     content: Path | bytes = checkpoint / path
     if path == CARD and target.license is not None:
-        content = _with_license(checkpoint / path, target.license)
+        content = with_license(read_text(checkpoint / path), target.license).encode()
         return PlannedFile(path, len(content), hashlib.sha256(content).hexdigest(), content)
     with (checkpoint / path).open("rb") as stream:
         digest = hashlib.file_digest(stream, "sha256").hexdigest()
     return PlannedFile(path, (checkpoint / path).stat().st_size, digest, content)
-
-
-def _with_license(readme: Path, license_id: str) -> bytes:
-    """The card with a licence in its header, where it had none."""
-    from huggingface_hub import ModelCard
-    from yaml import YAMLError
-
-    try:
-        card = ModelCard(readme.read_text("utf-8"), ignore_metadata_errors=False)
-    except (ValueError, YAMLError):
-        problem = f"{readme} has no header that can be read."
-    else:
-        card.data["license"] = card.data.get("license") or license_id
-        return str(card).encode()
-    raise PublishError(f"{problem} Run `abliterator card` again.")
