@@ -17,13 +17,12 @@ from abliterator.comparison._divergence import (
 )
 from abliterator.comparison._result import Comparison
 from abliterator.comparison._weights import diff_weights
-from abliterator.judge import Judge, RuleJudge, judge_completions, last_calibration, summarise
+from abliterator.judge import Judge, RuleJudge, judge_completions, summarise
 from abliterator.record import (
     Behaviour,
     BenchmarkResult,
     Completion,
     Divergence,
-    JudgeIdentity,
     Side,
 )
 
@@ -90,7 +89,7 @@ def compare(
         edited=edited.name,
         weights=weights,
         behaviour=behaviour,
-        judge=_known(judge) if behaviour else None,
+        judge=judge.identity if behaviour else None,
         divergence=divergence,
         benchmarks=_benchmarks(checkpoints, settings, scratch=scratch, bar=bar),
     )
@@ -139,13 +138,6 @@ def _behaviour(
         )
         for name in settings.prompts
     }
-
-
-def _known(judge: Judge) -> JudgeIdentity:
-    """The judge, with how well it agreed with people when that was last measured."""
-    calibration = last_calibration(judge.identity)
-    summary = calibration and calibration.summary()
-    return judge.identity.model_copy(update={"calibration": summary})
 
 
 def _answers(

@@ -11,16 +11,14 @@ does.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING
 
-from abliterator.bake import bake
-from abliterator.errors import AbliteratorError, OutputError, RecipeError
-from abliterator.files import write_text_atomic
+from abliterator.errors import AbliteratorError, OutputError
+from abliterator.pipeline._bake_alone import bake_subspace
 from abliterator.pipeline._benchmarking import BENCHMARKS, benchmark_tasks, pin_tasks
 from abliterator.pipeline._capturing import CAPTURE
 from abliterator.pipeline._divergence import DIVERGENCE
@@ -30,7 +28,6 @@ from abliterator.pipeline._extraction import (
     CONFIG,
     DIRECTIONS,
     PROMPTS,
-    edits_json,
 )
 from abliterator.pipeline._init import first_recipe
 from abliterator.pipeline._judging import JUDGE, judge_of, require_key
@@ -62,7 +59,7 @@ from abliterator.pipeline._talk import Talk, Turns, open_talk
 from abliterator.pipeline._tuning import TUNING
 from abliterator.pipeline._workspace import Workspace, usable
 from abliterator.recipe import Edit, Recipe
-from abliterator.record import RunRecord, TensorEdit
+from abliterator.record import RunRecord
 from abliterator.source import ModelSource, headers_folder, resolve_folder
 
 if TYPE_CHECKING:
@@ -233,6 +230,7 @@ def prepare(recipe: Recipe, out: Path, *, options: Options, progress: Progress) 
     require_pinned_code(wanted)
     plan = _plan_in(resolve_folder(wanted.model, revision=wanted.revision), wanted, out)
     tasks = benchmark_tasks(wanted)
+    judge_of(wanted.judge, cache=workspace.work)  # its calibration is read; nobody is asked yet
     if resolved is None:
         wanted = pin_tasks(resolve(recipe, plan.source.revision), tasks)
     return Run(wanted, plan, workspace, options, progress, tasks)
@@ -282,40 +280,3 @@ def plan_model(model: str, out: Path, *, edit: Edit | None = None) -> Plan:
     """
     with headers_folder(model, revision=None) as source:
         return make_plan(source, edit or Edit(), out)
-
-
-def bake_subspace(
-    model: str, subspace: Path, out: Path, *, edit: Edit | None = None
-) -> tuple[TensorEdit, ...]:
-    """Bakes a given subspace into a model, without a recipe: `out` becomes the edited checkpoint.
-
-    Args:
-        model: Hub id or local folder.
-        subspace: safetensors file with a tensor `subspace` [H, k], or [L, H, k], of which Q[i] is
-            removed from what block i writes (L = n_layers); columns are made orthonormal.
-        out: a folder that does not exist yet, or is empty.
-        edit: how; by default strength 1 on every writer.
-
-    Raises:
-        AbliteratorError: if model, subspace and folder do not fit together; nothing is written.
-    """
-    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        raise OutputError(f"{out} exists and is not an empty folder. Choose another --out.")
-    if edit is not None and edit.adapts:
-        raise RecipeError(
-            "`edit.output` is a recipe's; a subspace baked alone has a checkpoint only."
-        )
-    from abliterator.directions import load_subspace
-
-    plan = make_plan(resolve_folder(model, revision=None), edit or Edit(), out)
-    require_room(plan, out)
-    given = hashlib.sha256(subspace.read_bytes()).hexdigest()
-    edits = bake(
-        plan.checkpoint,
-        plan.edits,
-        load_subspace(subspace).basis,
-        out,
-        made_from={"subspace_sha256": given},
-    )
-    write_text_atomic(out / "abliterator" / "edits.json", edits_json(edits))
-    return edits

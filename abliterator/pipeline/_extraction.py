@@ -115,17 +115,20 @@ def _bake(run: Run) -> tuple[list[Path], Parts]:
     out = run.workspace.checkpoint
     if out.exists():
         shutil.rmtree(out)  # what an earlier recipe left there is not part of this checkpoint
-    with run.progress.bar("bake", run.plan.checkpoint.total_bytes) as advance:
-        edits = bake(
-            run.plan.checkpoint,
-            planned_edits(run),
-            subspace.basis,
-            out,
-            made_from=_made_from(run),
-            on_bytes=advance,
-        )
-    report = out / EDITS
-    write_text_atomic(report, edits_json(edits))
+    try:
+        with run.progress.bar("bake", run.plan.checkpoint.total_bytes) as advance:
+            edits = bake(
+                run.plan.checkpoint,
+                planned_edits(run),
+                subspace.basis,
+                out,
+                made_from=_made_from(run),
+                on_bytes=advance,
+            )
+        write_text_atomic(out / EDITS, edits_json(edits))
+    except BaseException:
+        shutil.rmtree(out, ignore_errors=True)  # no loader takes a part for the whole
+        raise
     config = out / CONFIG_FILE  # left to the next stage
     return [path for path in out.rglob("*") if path.is_file() and path != config], {}
 

@@ -19,15 +19,10 @@ if TYPE_CHECKING:
 
 
 def _judge_inputs(run: Run) -> Any:
-    from abliterator.judge import last_calibration
-
-    identity = _judge_of(run).identity
-    calibration = last_calibration(identity)
     return [
         run.digest("rollouts"),
-        run.recipe.judge.model_dump(mode="json"),
-        identity.model_dump(mode="json"),
-        calibration and calibration.sha256,
+        run.recipe.published()["judge"],
+        _judge_of(run).identity.model_dump(mode="json"),
     ]
 
 
@@ -40,7 +35,11 @@ def choosing_judge(run: Run) -> Judge:
     """Who judges candidates and tuned points: the rules, which are free, or the recipe's judge."""
     from abliterator.judge import RuleJudge
 
-    return _judge_of(run) if run.recipe.selection.judge == "recipe" else RuleJudge()
+    if run.recipe.selection.judge != "recipe":
+        return RuleJudge()
+    # how far it agrees with people changes no verdict, so it is no reason to choose again
+    settings = run.recipe.judge.model_copy(update={"calibration": None})
+    return judge_of(settings, cache=run.workspace.work / "judge.sqlite", seed=run.recipe.seed)
 
 
 def judge_of(
@@ -57,12 +56,21 @@ def judge_of(
         cache: file for the replies of a judge that is paid.
         seed: of its order.
         on_verdict: hears how far it has come.
-    """
-    from abliterator.judge import OpenAIJudge, RuleJudge
 
-    if settings.kind == "rules":
-        return RuleJudge()
-    return OpenAIJudge(settings, cache=cache, seed=seed, on_verdict=on_verdict)
+    Raises:
+        JudgeError: for a calibration that cannot be read, or is of another judge.
+    """
+    from abliterator.judge import Calibrated, OpenAIJudge, RuleJudge, read_calibration
+
+    judge: Judge = (
+        RuleJudge()
+        if settings.kind == "rules"
+        else OpenAIJudge(settings, cache=cache, seed=seed, on_verdict=on_verdict)
+    )
+    if settings.calibration is None:
+        return judge
+    calibration = read_calibration(Path(settings.calibration), judge.identity)
+    return Calibrated(judge, calibration.summary())
 
 
 def require_key(settings: JudgeSettings) -> None:
@@ -95,21 +103,15 @@ def _teller(advance: Callable[..., None]) -> Callable[[Tally], None]:
 
 
 def _compared(identity: JudgeIdentity, verdicts: Sequence[Verdict], run: Run) -> JudgeIdentity:
-    """The judge with its last calibration, and how often the rules, which are free, disagree."""
-    from abliterator.judge import RuleJudge, disagreement, judge_completions, last_calibration
+    """The judge, and how often the rules, which are free, disagree with it."""
+    from abliterator.judge import RuleJudge, disagreement, judge_completions
 
-    calibration = last_calibration(identity)
     disagreements = dict(identity.disagreement)
     if identity.kind != "rules":
         by_rules = judge_completions(completions(run), RuleJudge())
         if (rate := disagreement(by_rules, verdicts)) is not None:
             disagreements["rules"] = rate
-    return identity.model_copy(
-        update={
-            "calibration": calibration and calibration.summary(),
-            "disagreement": disagreements,
-        }
-    )
+    return identity.model_copy(update={"disagreement": disagreements})
 
 
 def _tell(progress: Progress, identity: JudgeIdentity, verdicts: Sequence[Verdict]) -> None:

@@ -207,6 +207,9 @@ def _anchor_paths(values: dict[str, Any], folder: Path) -> None:
     for source in prompts.values() if isinstance(prompts, dict) else ():
         if isinstance(source, dict) and isinstance(source.get("path"), str):
             source["path"] = _anchored(source["path"], folder)
+    judge = values.get("judge")
+    if isinstance(judge, dict) and isinstance(judge.get("calibration"), str):
+        judge["calibration"] = _anchored(judge["calibration"], folder)
     benchmarks = values.get("benchmarks")
     tasks = benchmarks.get("tasks") if isinstance(benchmarks, dict) else None
     if isinstance(benchmarks, dict) and isinstance(tasks, list):
