@@ -133,11 +133,16 @@ def _read(folder: Path, task: str, key: str) -> TaskScores | None:
     """Scores that were kept under the key, as they were written; else None."""
     try:
         plain = json.loads(read_text(folder / f"{task}.json"))
-        if plain["key"] != key or plain["sha256"] != digest_of([key, plain["scores"]]):
+        if plain != _sealed(key, plain["scores"]):
             return None
         return TaskScores.model_validate(plain["scores"])
     except (FileError, ValueError, TypeError, KeyError):
         return None
+
+
+def _sealed(key: str, scores: Any) -> dict[str, Any]:
+    """Scores with their key and a digest of both, as they are kept."""
+    return {"key": key, "sha256": digest_of([key, scores]), "scores": scores}
 
 
 def _run_child(job: Mapping[str, Any], *, log: Path, on_task: Callable[[str], None]) -> None:
@@ -183,8 +188,7 @@ def main(job_file: Path) -> int:
     to_parent = os.fdopen(os.dup(sys.stdout.fileno()), "w")  # lm-eval's own output is kept away
 
     def keep(scores: TaskScores) -> None:
-        key, values = job["keys"][scores.task], scores.model_dump(mode="json")
-        plain = {"key": key, "sha256": digest_of([key, values]), "scores": values}
+        plain = _sealed(job["keys"][scores.task], scores.model_dump(mode="json"))
         write_text_atomic(out / f"{scores.task}.json", json.dumps(plain, indent=1) + "\n")
         print(f"done {scores.task}", file=to_parent, flush=True)
 
