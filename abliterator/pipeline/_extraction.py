@@ -17,6 +17,7 @@ from abliterator.pipeline._prompt_sets import load_sets, prompts_path, set_apart
 from abliterator.pipeline._run import Run
 from abliterator.pipeline._stage import Parts, Stage
 from abliterator.pipeline._tuned import planned_edits, tuned_inputs, tuned_subspace
+from abliterator.pipeline._workspace import remove_whole
 from abliterator.recipe import Prompts, Source
 from abliterator.record import TensorEdit
 from abliterator.verification import EDITS
@@ -113,8 +114,7 @@ def _bake(run: Run) -> tuple[list[Path], Parts]:
     run.free()  # baking needs no model, and the files may be as large as the memory
     subspace = removed_subspace(run)
     out = run.workspace.checkpoint
-    if out.exists():
-        shutil.rmtree(out)  # what an earlier recipe left there is not part of this checkpoint
+    remove_whole(out)  # what an earlier recipe left there is not part of this checkpoint
     try:
         with run.progress.bar("bake", run.plan.checkpoint.total_bytes) as advance:
             edits = bake(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ from abliterator.files import copy_file, digest_of, read_text, sha256_of_file, w
 from abliterator.pipeline._record import assemble, stated
 from abliterator.pipeline._run import Run
 from abliterator.pipeline._stage import Parts, Stage, save_value
+from abliterator.pipeline._workspace import remove_whole
 from abliterator.record import RunRecord
 from abliterator.verification import CARD as CARD_FILE
 from abliterator.verification import PICTURES, RECIPE, recipe_text
@@ -94,7 +94,7 @@ def _cards(run: Run) -> dict[Path, str]:
 def _card(run: Run) -> tuple[list[Path], Parts]:
     cards = _cards(run)
     if not run.recipe.edit.adapts and run.workspace.marker("adapter") is not None:
-        shutil.rmtree(run.workspace.adapter, ignore_errors=True)  # an earlier recipe's
+        remove_whole(run.workspace.adapter)  # an earlier recipe's
     for path, text in cards.items():
         write_text_atomic(path, text)
     return list(cards), {}

@@ -79,6 +79,14 @@ def usable(out: Path) -> Iterator[None]:
         ) from error
 
 
+def remove_whole(path: Path) -> None:
+    """Removes a folder with all that is in it, or whatever stands in its place; or nothing."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:  # rmtree would open it, and wait for ever at a named pipe
+        path.unlink(missing_ok=True)
+
+
 def _place(error: OSError, out: Path) -> str | None:
     """The path that an error is about, if it is `out`, within it, or on the way to it."""
     whole = out.absolute()

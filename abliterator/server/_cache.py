@@ -68,7 +68,7 @@ class ReplyCache:
             plain = json.loads(text)
             kept = plain.pop("sha256", None)  # files of older versions have none
             reply = Reply(**plain)
-        return reply if kept in (None, _digest(key, account, reply, cost)) else None
+            return reply if kept in (None, _digest(key, account, reply, cost)) else None
 
     def put(self, key: str, reply: Reply, *, cost: float) -> None:
         """Keeps a reply; on disk when this returns."""
