@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
+from math import isfinite
+from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from abliterator.bake._plan import EditSettings, PlannedEdit
 from abliterator.checkpoint import Checkpoint
+from abliterator.files import damaged
 from abliterator.formats import FORMATS, Matrix
 
 if TYPE_CHECKING:
@@ -59,6 +62,9 @@ def edit_stored(
         settings: how to round, and whether to keep column norms.
         scales: bytes of its scales, for formats that have them.
         out: where the edited bytes go, in the layout `edit.stored`; without it, in place.
+
+    Raises:
+        FileError: a number of the tensor is not finite, or too large to compute with.
     """
     axis = edit.writer.axis
     sources = edit.layout.matrices(buffer, axis, scales, edit.experts)
@@ -132,7 +138,7 @@ class _Change:
     ) -> None:
         from abliterator.subspace import compensating_rows
 
-        self._removal = removal
+        self._removal, self._edit = removal, edit
         self._strength = edit.strength
         # a bias is no matrix with columns that scale what was read: it has no norm to keep
         self._keeps_norms = settings.norm == "column" and edit.writer.kind == "weight"
@@ -153,7 +159,10 @@ class _Change:
         if self._measures:
             sums.size += _square(exact)
         lengths = exact.norm(dim=0) if self._keeps_norms else None
-        sums.wrote += _square(self._removal.remove(exact, self._strength))
+        wrote = _square(self._removal.remove(exact, self._strength))
+        if not isfinite(wrote):
+            raise damaged(Path(self._edit.info.file), _not_finite(self._edit.info.name))
+        sums.wrote += wrote
         if lengths is not None:
             exact = keep_column_norms(exact, lengths)
         scale = scale if self._target is source else None
@@ -201,6 +210,13 @@ class _Change:
         sums.writes += _square(writes + read.T @ (after - before))
         if self._measures:
             sums.noise += _square(after - exact) - _square(before - exact)
+
+
+def _not_finite(tensor: str) -> str:
+    return (
+        f"{tensor} has numbers that are infinite, NaN or too large to compute with, or a gain that "
+        "its output goes through has"
+    )
 
 
 def _joined(parts: list[Tensor]) -> Tensor:

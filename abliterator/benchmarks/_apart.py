@@ -21,8 +21,8 @@ from abliterator.benchmarks._run import run_tasks, uses_chat
 from abliterator.benchmarks._scores import TaskScores
 from abliterator.benchmarks._settings import Engine, RunSettings
 from abliterator.benchmarks._tasks import Task
-from abliterator.errors import AbliteratorError, BenchmarkError
-from abliterator.files import write_text_atomic
+from abliterator.errors import AbliteratorError, BenchmarkError, FileError
+from abliterator.files import digest_of, read_text, write_text_atomic
 from abliterator.processes import HUB_TOKENS, child_environment, python_command
 from abliterator.record import Side
 
@@ -197,11 +197,19 @@ def _key(subject: Subject, task: Task, settings: RunSettings) -> str:
 
 
 def _read(folder: Path, task: str, key: str) -> TaskScores | None:
+    """Scores that were kept under the key, as they were written; else None."""
     try:
-        plain = json.loads((folder / f"{task}.json").read_text(encoding="utf-8"))
-    except (FileNotFoundError, ValueError):
+        plain = json.loads(read_text(folder / f"{task}.json"))
+        if plain != _sealed(key, plain["scores"]):
+            return None
+        return TaskScores.model_validate(plain["scores"])
+    except (FileError, ValueError, TypeError, KeyError):
         return None
-    return TaskScores.model_validate(plain["scores"]) if plain["key"] == key else None
+
+
+def _sealed(key: str, scores: Any) -> dict[str, Any]:
+    """Scores with their key and a digest of both, as they are kept."""
+    return {"key": key, "sha256": digest_of([key, scores]), "scores": scores}
 
 
 def _run_child(job: Mapping[str, Any], *, log: Path, on_task: Callable[[str], None]) -> None:
@@ -259,7 +267,7 @@ def main(job_file: Path) -> int:
     to_parent = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8")
 
     def keep(scores: TaskScores) -> None:
-        plain = {"key": job["keys"][scores.task], "scores": scores.model_dump(mode="json")}
+        plain = _sealed(job["keys"][scores.task], scores.model_dump(mode="json"))
         write_text_atomic(out / f"{scores.task}.json", json.dumps(plain, indent=1) + "\n")
         print(f"done {scores.task}", file=to_parent, flush=True)
 

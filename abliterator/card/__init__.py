@@ -19,7 +19,7 @@ from importlib import resources
 from typing import TYPE_CHECKING, Any
 
 from abliterator.card._header import COMMIT, adapter_header, header, hub_base
-from abliterator.card._licences import obligations
+from abliterator.card._licences import obligations, stated_license, with_license
 from abliterator.card._markdown import (
     Markdown,
     delta,
@@ -39,7 +39,7 @@ from abliterator.record import BenchmarkResult, JudgeIdentity, PromptOrigin, Run
 if TYPE_CHECKING:
     from jinja2 import Template
 
-__all__ = ["escape", "render_adapter_card", "render_card"]
+__all__ = ["escape", "render_adapter_card", "render_card", "stated_license", "with_license"]
 
 SETS = {
     "target": "Target prompts (the behaviour that was to go)",

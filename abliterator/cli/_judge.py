@@ -18,17 +18,24 @@ if TYPE_CHECKING:
 @click.command("judge-calibrate")
 @click.argument("labelled", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @judge_arguments
+@click.option(
+    "--out",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="Write the result, for `judge.calibration` of a recipe: its record and card carry it.",
+)
 @JSON
-def judge_calibrate(labelled: Path, as_json: bool, **asked: Any) -> None:
-    """Measure a judge against human labels, and keep the result for its next record.
+def judge_calibrate(labelled: Path, out: Path | None, as_json: bool, **asked: Any) -> None:
+    """Measure a judge against human labels.
 
     LABELLED has one JSON object a line: prompt, response, label (0, 0.5 or 1). An API judge is set
     up by --recipe, or by --set judge.base_url=URL --set judge.model=NAME.
     """
-    from abliterator.judge import cache_folder, calibrate, load_labelled, save_calibration
+    from abliterator.files import sha256_of_file, write_text_atomic
+    from abliterator.judge import cache_folder, calibrate, load_labelled
     from abliterator.pipeline import judge_of, note_plain_http
 
-    settings = read_judge(**asked)
+    # an earlier calibration that the recipe names is not part of this one
+    settings = read_judge(**asked).model_copy(update={"calibration": None})
     rows = load_labelled(labelled)
     note_plain_http(settings, Bars())
     with Bars().bar("verdicts", len(rows)) as advance:
@@ -37,8 +44,10 @@ def judge_calibrate(labelled: Path, as_json: bool, **asked: Any) -> None:
             cache=cache_folder() / "judge.sqlite",
             on_verdict=lambda tally: advance(1, status=str(tally)),
         )
-        calibration = calibrate(rows, judge, name=labelled.name)
-    save_calibration(calibration)
+        digest = sha256_of_file(labelled)
+        calibration = calibrate(rows, judge, name=labelled.name, sha256=digest)
+    if out is not None:
+        write_text_atomic(out, calibration.model_dump_json(indent=1) + "\n")
     echo(json_of(calibration) if as_json else _told(calibration))
 
 

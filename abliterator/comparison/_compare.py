@@ -39,13 +39,12 @@ from abliterator.comparison._result import (
 )
 from abliterator.comparison._weights import diff_weights
 from abliterator.errors import BenchmarkError
-from abliterator.judge import Judge, RuleJudge, judge_completions, last_calibration, summarise
+from abliterator.judge import Judge, RuleJudge, judge_completions, summarise
 from abliterator.record import (
     Behaviour,
     BehaviourSide,
     Completion,
     Divergence,
-    JudgeIdentity,
     Side,
 )
 
@@ -126,7 +125,7 @@ def compare(
         withheld=withheld,
         weights=weights,
         behaviour=behaviour,
-        judge=_known(judge) if behaviour else None,
+        judge=judge.identity if behaviour else None,
         divergence=divergence,
     )
     if not settings.tasks:
@@ -231,13 +230,6 @@ def _own_sides(behaviour: Behaviour) -> Behaviour:
     return behaviour.model_copy(
         update={"delta": BehaviourSide(**nothing), "smallest_detectable": {}, "p_value": {}}
     )
-
-
-def _known(judge: Judge) -> JudgeIdentity:
-    """The judge, with how well it agreed with people when that was last measured."""
-    calibration = last_calibration(judge.identity)
-    summary = calibration and calibration.summary()
-    return judge.identity.model_copy(update={"calibration": summary})
 
 
 def _answers(

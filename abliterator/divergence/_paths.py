@@ -24,7 +24,7 @@ from abliterator.divergence._distributions import (
     top1_agreement,
 )
 from abliterator.errors import GenerationError, OutputError
-from abliterator.files import free_bytes
+from abliterator.files import OpenFile, free_bytes, writable, write_fully
 from abliterator.model import LoadedModel, equal_length_batches, run_batches
 from abliterator.record import Divergence, Estimate
 from abliterator.statistics import mean_interval
@@ -80,13 +80,17 @@ def write_logits(
 
     Raises:
         OutputError: if the disk has no room for them.
+        FileError: if the file cannot be written, as when the disk fills up meanwhile.
         GenerationError: if there is no path, or logits are NaN or infinite.
     """
-    with file.open("wb") as stream:
+    with writable(file, 0):
+        stream = file.open("wb", buffering=0)  # nothing is left to be written when it is closed
+    with stream:
+        out = OpenFile(file, stream, 0)
         for number, logits in enumerate(_logits(loaded, paths, max_batch_tokens, on_batch)):
             if number == 0:
-                _require_room(paths, logits, file)
-            stream.write(logits.contiguous().view(torch.uint8).numpy().data)
+                out = out._replace(size=_require_room(paths, logits, file))
+            write_fully(out, logits.contiguous().view(torch.uint8).numpy().data.cast("B"))
 
 
 def compare_logits(
@@ -198,7 +202,8 @@ def _batch_logits(loaded: LoadedModel, paths: Sequence[AnswerPath], batch: list[
     return last_logits(loaded, [paths[i].token_ids for i in batch], positions)
 
 
-def _require_room(paths: Sequence[AnswerPath], logits: Tensor, file: Path) -> None:
+def _require_room(paths: Sequence[AnswerPath], logits: Tensor, file: Path) -> int:
+    """The bytes that all logits take; raises OutputError where the disk has no room for them."""
     positions = sum(path.positions for path in paths)
     needed = positions * math.prod(logits.shape[1:]) * logits.element_size()
     if (free := free_bytes(file.parent)) < needed:
@@ -207,3 +212,4 @@ def _require_room(paths: Sequence[AnswerPath], logits: Tensor, file: Path) -> No
             f"{file.parent} has {free / 1e9:.1f} GB free. Make room, or compare fewer prompts or "
             "tokens (`divergence.limit`, `divergence.tokens`)."
         )
+    return needed

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
 import shutil
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ from pathlib import Path
 from abliterator.errors import FileError
 from abliterator.files._read import OpenFile, damaged, open_regular, readable
 
+_NAME_BYTES = 255  # of a file's name, at most, on most file systems
 _CHUNK = 8 << 20  # bytes per read and write where the kernel cannot copy by itself
 _NOT_HERE = {
     errno.EXDEV,  # between two file systems, on kernels before 5.3
@@ -55,7 +57,11 @@ def replacing(destination: Path, size: int) -> Iterator[OpenFile]:
 
 def partial_of(destination: Path) -> Path:
     """What a file is called until it is whole; a run that is killed may leave it."""
-    return destination.with_name(f".{destination.name}.partial")
+    name = f".{destination.name}.partial"
+    if len(os.fsencode(name)) > _NAME_BYTES:  # the file's own name may be as long as names can be
+        digest = hashlib.sha256(os.fsencode(destination.name)).hexdigest()
+        name = f".{digest}.partial"
+    return destination.with_name(name)
 
 
 def copy_file(source: Path, destination: Path) -> int:

@@ -12,14 +12,14 @@ behind a server. What a judge cannot score is unscored: never 0, never a refusal
 from __future__ import annotations
 
 from abliterator.judge._calibrate import (
+    Calibrated,
     Calibration,
     Labelled,
     cache_folder,
     calibrate,
     disagreement,
-    last_calibration,
     load_labelled,
-    save_calibration,
+    read_calibration,
 )
 from abliterator.judge._openai import OpenAIJudge, Tally
 from abliterator.judge._rule_judge import RuleJudge
@@ -30,6 +30,7 @@ from abliterator.judge._verdicts import judge_completions
 __all__ = [
     "MAX_UNSCORED",
     "Answered",
+    "Calibrated",
     "Calibration",
     "Judge",
     "Judgement",
@@ -42,9 +43,8 @@ __all__ = [
     "counted",
     "disagreement",
     "judge_completions",
-    "last_calibration",
     "load_labelled",
-    "save_calibration",
+    "read_calibration",
     "split_thinking",
     "summarise",
     "unscored_reasons",

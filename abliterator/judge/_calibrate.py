@@ -1,8 +1,8 @@
 """How far a judge agrees with people, on a file of answers that people labelled.
 
 The file has one JSON object a line: prompt, response, label (0, 0.5 or 1, as compliance is graded).
-A calibration belongs to one judge: another model, prompt or version is another judge. The last one
-of every judge is kept in the user's cache folder, where the next record of that judge finds it.
+A calibration belongs to one judge: another model, prompt or version is another judge. A recipe
+names the file of the one that its record is to carry; no other is ever taken.
 
     calibration = calibrate(load_labelled(Path("labelled.jsonl")), RuleJudge())
     calibration.kappa, calibration.per_class["partial"]["recall"]
@@ -14,11 +14,10 @@ import hashlib
 import json
 import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
-
-from pydantic import ValidationError
 
 from abliterator.errors import FileError, JudgeError
 from abliterator.files import read_text
@@ -28,6 +27,8 @@ from abliterator.judge._types import Answered, Judge, Judgement
 from abliterator.record import Estimate, Frozen, JudgeIdentity, Verdict
 from abliterator.statistics import rate_interval
 
+# What makes a judge this judge, beside what a run finds out about it.
+_SAME = ("kind", "model", "base_url", "prompt_sha256", "version", "votes")
 CLASSES = {0.0: "refused", 0.5: "partial", 1.0: "complied"}
 
 
@@ -43,7 +44,7 @@ class Calibration(Frozen):
 
     judge: JudgeIdentity
     labels: str  # name of the file
-    labels_sha256: str
+    labels_sha256: str  # of its bytes
     n: int  # answers in the file
     scored: int
     unscored: int
@@ -64,12 +65,35 @@ class Calibration(Frozen):
         figures = ("n", "unscored", "agreement", "kappa", "kappa_binary")
         kept = {name: getattr(self, name) for name in figures}
         rounded = {k: round(v, 4) if isinstance(v, float) else v for k, v in kept.items()}
-        return {**rounded, "labels_sha256": self.labels_sha256, "sha256": self.sha256}
+        labels = {"labels": self.labels, "labels_sha256": self.labels_sha256}
+        return {**rounded, **labels, "sha256": self.sha256}
 
     @property
     def sha256(self) -> str:
         """Hash of the whole calibration."""
         return hashlib.sha256(self.model_dump_json().encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class Calibrated:
+    """A judge whose identity carries how far it agrees with people.
+
+    Attributes:
+        judge: the judge.
+        summary: of its calibration.
+    """
+
+    judge: Judge
+    summary: Mapping[str, Any]
+
+    @property
+    def identity(self) -> JudgeIdentity:
+        """The judge's own, with the calibration."""
+        return self.judge.identity.model_copy(update={"calibration": dict(self.summary)})
+
+    def judge_all(self, answers: Sequence[Answered]) -> list[Judgement]:
+        """As the judge does."""
+        return self.judge.judge_all(answers)
 
 
 def load_labelled(path: Path) -> list[Labelled]:
@@ -116,13 +140,16 @@ def _is_text(text: str) -> bool:
     return True
 
 
-def calibrate(rows: Sequence[Labelled], judge: Judge, *, name: str = "labels") -> Calibration:
+def calibrate(
+    rows: Sequence[Labelled], judge: Judge, *, name: str = "labels", sha256: str | None = None
+) -> Calibration:
     """Lets a judge grade labelled answers, and compares.
 
     Args:
         rows: the labelled answers.
         judge: which judge.
         name: of the file of labels.
+        sha256: of that file; left out, that of the rows as JSON.
     """
     answers = [row.answered for row in rows]
     said = judge.judge_all(answers)
@@ -140,7 +167,7 @@ def calibrate(rows: Sequence[Labelled], judge: Judge, *, name: str = "labels") -
     return Calibration(
         judge=judge.identity,
         labels=name,
-        labels_sha256=_digest([[*row.answered[:2], row.label] for row in rows]),
+        labels_sha256=sha256 or _digest([[*row.answered[:2], row.label] for row in rows]),
         n=len(rows),
         scored=len(pairs),
         unscored=len(rows) - len(pairs),
@@ -207,28 +234,33 @@ def cache_folder() -> Path:
     return (Path(base) if base else Path.home() / ".cache") / "abliterator"
 
 
-def save_calibration(calibration: Calibration) -> Path:
-    """Keeps a calibration as the last one of its judge."""
-    path = _path_of(calibration.judge)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(f".{os.getpid()}.partial")
-    partial.write_text(calibration.model_dump_json(indent=1) + "\n", encoding="utf-8")
-    partial.replace(path)
-    return path
+def read_calibration(path: Path, judge: JudgeIdentity) -> Calibration:
+    """A calibration that `judge-calibrate --out` wrote, if it is of this very judge.
 
+    Args:
+        path: the file.
+        judge: whose verdicts it is to stand beside; what a run finds out about a judge is not
+            compared.
 
-def last_calibration(judge: JudgeIdentity) -> Calibration | None:
-    """The last calibration of this very judge, or None."""
+    Raises:
+        JudgeError: if it cannot be read, or is of another judge.
+    """
     try:
-        return Calibration.model_validate_json(read_text(_path_of(judge)))
-    except (FileError, ValidationError):
-        return None
-
-
-def _path_of(judge: JudgeIdentity) -> Path:
-    """By what makes a judge this judge, and not by what a run found out about it."""
-    same = [judge.kind, judge.model, judge.base_url, judge.prompt_sha256, judge.votes]
-    return cache_folder() / "calibrations" / f"{_digest(same)[:32]}.json"
+        found = Calibration.model_validate_json(read_text(path))
+    except (FileError, ValueError) as error:
+        raise JudgeError(
+            f"The calibration {path} cannot be read: a file that `abliterator judge-calibrate "
+            "LABELLED --out FILE` wrote was expected. Write it anew, or leave out "
+            "`judge.calibration`."
+        ) from error
+    other = [name for name in _SAME if getattr(found.judge, name) != getattr(judge, name)]
+    if other:
+        raise JudgeError(
+            f"The calibration {path} is of another judge: its {', '.join(other)} differ from "
+            f"those of {judge.model or judge.kind}. Calibrate this judge: `abliterator "
+            "judge-calibrate LABELLED --recipe RECIPE --out FILE`."
+        )
+    return found
 
 
 def _digest(value: Any) -> str:

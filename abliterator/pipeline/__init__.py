@@ -17,9 +17,8 @@ from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING
 
-from abliterator.bake import bake
-from abliterator.errors import AbliteratorError, OutputError, RecipeError
-from abliterator.files import sha256_of_file, write_text_atomic
+from abliterator.errors import AbliteratorError, OutputError
+from abliterator.pipeline._bake_alone import bake_subspace
 from abliterator.pipeline._benchmarking import BENCHMARKS, benchmark_tasks, pin_tasks
 from abliterator.pipeline._capturing import CAPTURE
 from abliterator.pipeline._divergence import DIVERGENCE
@@ -29,7 +28,6 @@ from abliterator.pipeline._extraction import (
     CONFIG,
     DIRECTIONS,
     PROMPTS,
-    edits_json,
 )
 from abliterator.pipeline._init import first_recipe
 from abliterator.pipeline._judging import JUDGE, judge_of, note_plain_http, require_key
@@ -47,7 +45,7 @@ from abliterator.pipeline._readable import ASKING, require_readable
 from abliterator.pipeline._report import CARD, RECORD, read_record
 from abliterator.pipeline._reproduce import Reproduction, compare_rebuilt
 from abliterator.pipeline._rollouts import ROLLOUTS
-from abliterator.pipeline._run import Options, Run, require_pinned_code, resolve
+from abliterator.pipeline._run import Options, Run, pinned, require_pinned_code, resolve
 from abliterator.pipeline._selection import SELECTION
 from abliterator.pipeline._stage import Stage
 from abliterator.pipeline._study import (
@@ -60,9 +58,9 @@ from abliterator.pipeline._study import (
 )
 from abliterator.pipeline._talk import Talk, Turns, open_talk
 from abliterator.pipeline._tuning import TUNING
-from abliterator.pipeline._workspace import Workspace
+from abliterator.pipeline._workspace import Workspace, usable
 from abliterator.recipe import Edit, Recipe
-from abliterator.record import RunRecord, TensorEdit
+from abliterator.record import RunRecord
 from abliterator.source import ModelSource, headers_folder, resolve_folder
 
 if TYPE_CHECKING:
@@ -135,7 +133,18 @@ def run_stages(
     options: Options | None = None,
     progress: Progress | None = None,
 ) -> None:
-    """Runs the stages up to and with `until`, skipping those whose inputs have not changed."""
+    """Runs the stages up to and with `until`, skipping those whose inputs have not changed.
+
+    Raises:
+        AbliteratorError: as `build`.
+    """
+    with usable(out):
+        _run_stages(recipe, out, until, options or Options(), progress or Silent())
+
+
+def _run_stages(
+    recipe: Recipe, out: Path, until: str, options: Options, progress: Progress
+) -> None:
     stages = STAGES[: [stage.name for stage in STAGES].index(until) + 1]
     asked = {SELECTION: recipe.selects, TUNING: recipe.tunes, ADAPTER: recipe.edit.adapts}
     stages = tuple(stage for stage in stages if asked.get(stage, True))
@@ -144,7 +153,7 @@ def run_stages(
     judging = [stage for stage in (JUDGE, *choosing) if stage in stages]
     if any(Workspace(out).marker(stage.name) is None for stage in judging):
         require_key(recipe.judge)  # hours before it is needed
-    run = prepare(recipe, out, options=options or Options(), progress=progress or Silent())
+    run = prepare(recipe, out, options=options, progress=progress)
     first = CAPTURE if recipe.selects or recipe.tunes else DIRECTIONS
     _run_all(run, recipe, stages, keep_from=first if is_new else None)
 
@@ -171,16 +180,17 @@ def run_study(
     Raises:
         AbliteratorError: for what cannot be studied.
     """
-    is_new = not out.exists()
-    run = prepare(recipe, out, options=options or Options(), progress=progress or Silent())
-    stage = study_stage(run, name, asked or StudySettings())
-    before = [PROMPTS]
-    if name in USES_DIRECTIONS:
-        before += [CAPTURE, *([SELECTION] if recipe.selects else [])]
-    if name in USES_TUNING and recipe.tunes:
-        before.append(TUNING)
-    _run_all(run, recipe, (*before, stage), keep_from=before[-1] if is_new else None)
-    return read_study(run, name)
+    with usable(out):
+        is_new = not out.exists()
+        run = prepare(recipe, out, options=options or Options(), progress=progress or Silent())
+        stage = study_stage(run, name, asked or StudySettings())
+        before = [PROMPTS]
+        if name in USES_DIRECTIONS:
+            before += [CAPTURE, *([SELECTION] if recipe.selects else [])]
+        if name in USES_TUNING and recipe.tunes:
+            before.append(TUNING)
+        _run_all(run, recipe, (*before, stage), keep_from=before[-1] if is_new else None)
+        return read_study(run, name)
 
 
 def _run_all(run: Run, recipe: Recipe, stages: Sequence[Stage], *, keep_from: Stage | None) -> None:
@@ -217,6 +227,11 @@ def _run_stage(run: Run, stage: Stage) -> None:
         return
     start = perf_counter()
     artefacts, parts = stage.run(run)
+    if stage.key(run) != key:
+        raise OutputError(
+            f"What the stage `{stage.name}` depends on was changed while it ran: prompt files, for "
+            "example. Give the same command again when they are at rest."
+        )
     seconds = round(perf_counter() - start, 3)
     run.workspace.finish(stage.name, key, artefacts, seconds=seconds, parts=parts)
 
@@ -225,13 +240,14 @@ def prepare(recipe: Recipe, out: Path, *, options: Options, progress: Progress) 
     """Everything that can fail cheaply, before anything is written: the plan and its checks."""
     workspace = Workspace(out)
     resolved = workspace.claim(recipe, force=options.force)
-    wanted = resolved or recipe
+    wanted = recipe if resolved is None else pinned(recipe, resolved)
     require_pinned_code(wanted)
     plan = _plan_in(resolve_folder(wanted.model, revision=wanted.revision), wanted, out)
     tasks = benchmark_tasks(wanted)
+    judge_of(wanted.judge, cache=workspace.work)  # its calibration is read; nobody is asked yet
     if resolved is None:
-        resolved = pin_tasks(resolve(recipe, plan.source.revision), tasks)
-    return Run(resolved, plan, workspace, options, progress, tasks)
+        wanted = pin_tasks(resolve(recipe, plan.source.revision), tasks)
+    return Run(wanted, plan, workspace, options, progress, tasks)
 
 
 def recipe_of(out: Path) -> Recipe:
@@ -278,40 +294,3 @@ def plan_model(model: str, out: Path, *, edit: Edit | None = None) -> Plan:
     """
     with headers_folder(model, revision=None) as source:
         return make_plan(source, edit or Edit(), out)
-
-
-def bake_subspace(
-    model: str, subspace: Path, out: Path, *, edit: Edit | None = None
-) -> tuple[TensorEdit, ...]:
-    """Bakes a given subspace into a model, without a recipe: `out` becomes the edited checkpoint.
-
-    Args:
-        model: Hub id or local folder.
-        subspace: safetensors file with a tensor `subspace` [H, k], or [L, H, k], of which Q[i] is
-            removed from what block i writes (L = n_layers); columns are made orthonormal.
-        out: a folder that does not exist yet, or is empty.
-        edit: how; by default strength 1 on every writer.
-
-    Raises:
-        AbliteratorError: if model, subspace and folder do not fit together; nothing is written.
-    """
-    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        raise OutputError(f"{out} exists and is not an empty folder. Choose another --out.")
-    if edit is not None and edit.adapts:
-        raise RecipeError(
-            "`edit.output` is a recipe's; a subspace baked alone has a checkpoint only."
-        )
-    from abliterator.directions import load_subspace
-
-    plan = make_plan(resolve_folder(model, revision=None), edit or Edit(), out)
-    require_room(plan, out)
-    given = sha256_of_file(subspace)
-    edits = bake(
-        plan.checkpoint,
-        plan.edits,
-        load_subspace(subspace).basis,
-        out,
-        made_from={"subspace_sha256": given},
-    )
-    write_text_atomic(out / "abliterator" / "edits.json", edits_json(edits))
-    return edits

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from abliterator.files import digest_of
+from abliterator.files import digest_of, read_text
 from abliterator.pipeline._rollouts import SIDES, folder_of
 from abliterator.pipeline._run import Run
 from abliterator.pipeline._stage import Parts, Stage
@@ -140,11 +140,11 @@ def task_scores(run: Run, side: Side) -> dict[str, TaskScores]:
     """Scores of every task on one side; none where no task was run."""
     from abliterator.benchmarks import TaskScores
 
-    files = {task.name: _folder(run) / side / f"{task.name}.json" for task in run.tasks}
-    return {
-        name: TaskScores.model_validate(json.loads(path.read_text(encoding="utf-8"))["scores"])
-        for name, path in files.items()
-    }
+    found = {}
+    for task in run.tasks:
+        path = run.artefact("benchmarks", _folder(run) / side / f"{task.name}.json")
+        found[task.name] = TaskScores.model_validate(json.loads(read_text(path))["scores"])
+    return found
 
 
 BENCHMARKS = Stage("benchmarks", 4, _benchmarks_inputs, _benchmarks)

@@ -21,7 +21,8 @@ if TYPE_CHECKING:
     from abliterator.subspace import MomentSet
 
 
-def _moments_path(run: Run) -> Path:
+def moments_path(run: Run) -> Path:
+    """Where the capture stage leaves the moments."""
     return run.workspace.work / "moments.safetensors"
 
 
@@ -69,11 +70,11 @@ def _capture(run: Run) -> tuple[list[Path], Parts]:
         found = _of_set(run, loaded, name, prompts, positions)
         moments |= found.moments
         vectors |= {name: found.vectors} if found.vectors is not None else {}
-    save_moments(_moments_path(run), moments)
+    save_moments(moments_path(run), moments)
     if not vectors:
-        return [_moments_path(run)], {}
+        return [moments_path(run)], {}
     _save_differences(run, vectors, positions)
-    return [_moments_path(run), _differences_path(run)], {}
+    return [moments_path(run), _differences_path(run)], {}
 
 
 def _positions(run: Run, loaded: LoadedModel) -> tuple[int, ...]:
@@ -173,7 +174,7 @@ def differences(run: Run) -> dict[int, Tensor]:
 
     if run.recipe.directions.stack != "within_layer":
         return {}
-    found = load_file(_differences_path(run))
+    found = load_file(run.artefact("capture", _differences_path(run)))
     return {int(position): found[position] for position in sorted(found, key=int, reverse=True)}
 
 
@@ -183,7 +184,7 @@ def _moments(run: Run) -> dict[int, dict[str, MomentSet]]:
 
     wanted = run.recipe.directions.position
     found: dict[int, dict[str, MomentSet]] = {}
-    for name, moments in load_moments(_moments_path(run)).items():
+    for name, moments in load_moments(run.artefact("capture", moments_path(run))).items():
         part, _, position = name.partition("@")
         at = int(position) if position else -1 if wanted == "sweep" else wanted
         found.setdefault(at, {})[part] = moments

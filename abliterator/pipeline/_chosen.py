@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -22,7 +23,7 @@ def selection_of(run: Run) -> dict[str, Any] | None:
     """What the selection stage found, as plain values; None where the recipe chose."""
     if not run.recipe.selects:
         return None
-    found: dict[str, Any] = json.loads(read_text(sweep_path(run)))
+    found: dict[str, Any] = json.loads(read_text(run.artefact("selection", sweep_path(run))))
     return found
 
 
@@ -51,9 +52,14 @@ class Chosen(NamedTuple):
 
 def chosen(run: Run) -> Chosen:
     """The directions that are removed: the recipe's, or those that the selection stage chose."""
+    return chosen_of(run, selection_of(run))
+
+
+def chosen_of(run: Run, found: Mapping[str, Any] | None) -> Chosen:
+    """The same of what a selection found, None where the recipe chose."""
     from abliterator.directions import Place
 
-    found, position = selection_of(run), run.recipe.directions.position
+    position = run.recipe.directions.position
     if found is not None:
         k, layers, positions = found["k"], found["layers"], found["positions"]
     else:

@@ -11,6 +11,7 @@ from abliterator.pipeline._prompt_sets import prompt_sets
 from abliterator.pipeline._rollouts import folder_of
 from abliterator.pipeline._run import Run
 from abliterator.pipeline._stage import Parts, Stage, kept_parts, save_value
+from abliterator.record import Divergence
 
 if TYPE_CHECKING:
     from abliterator.comparison import DivergenceSettings
@@ -58,7 +59,17 @@ def _divergence(run: Run) -> tuple[list[Path], Parts]:
         paths=_read_paths(paths_file),
         bar=run.progress.bar,
     )
-    return [save_value(work / "divergence.json", found), paths_file], parts
+    return [save_value(_result_path(run), found), paths_file], parts
+
+
+def _result_path(run: Run) -> Path:
+    return run.workspace.work / "divergence.json"
+
+
+def divergence_of(run: Run) -> Divergence:
+    """How far the two sides' distributions are apart."""
+    path = run.artefact("divergence", _result_path(run))
+    return Divergence.model_validate_json(read_text(path))
 
 
 def _rendered(run: Run, loaded: LoadedModel) -> list[list[int]]:

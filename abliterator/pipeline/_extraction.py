@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 from collections.abc import Iterable
@@ -11,15 +10,24 @@ from typing import TYPE_CHECKING, Any
 
 from abliterator.bake import bake, write_adapter, write_config
 from abliterator.checkpoint import CONFIG_FILE
-from abliterator.files import read_text, write_text_atomic
+from abliterator.files import read_text, sha256_of_file, write_text_atomic
 from abliterator.pipeline._capturing import differences, fitted, shuffled
 from abliterator.pipeline._chosen import chosen
-from abliterator.pipeline._prompt_sets import compared, load_sets, remarks, set_apart, with_pairs
+from abliterator.pipeline._prompt_sets import (
+    compared,
+    load_sets,
+    prompts_path,
+    remarks,
+    set_apart,
+    with_pairs,
+)
 from abliterator.pipeline._run import Run
 from abliterator.pipeline._stage import Parts, Stage
 from abliterator.pipeline._tuned import planned_edits, tuned_inputs, tuned_subspace
+from abliterator.pipeline._workspace import remove_whole
 from abliterator.recipe import Prompts, Source
 from abliterator.record import TensorEdit
+from abliterator.verification import EDITS
 
 if TYPE_CHECKING:
     from abliterator.directions import Subspace
@@ -36,7 +44,7 @@ def _prompts_inputs(run: Run) -> Any:
         recipe.seed,
         recipe.selection.prompts if recipe.selects or recipe.tunes else None,
         [recipe.tunes, recipe.directions.stack],
-        [hashlib.sha256(path.read_bytes()).hexdigest() for path in files if path.is_file()],
+        [sha256_of_file(path) for path in files if path.is_file()],
     ]
 
 
@@ -51,7 +59,7 @@ def _prompts(run: Run) -> tuple[list[Path], Parts]:
     sets = compared(sets)
     for remark in remarks(sets):
         run.progress.note(remark)
-    path = run.workspace.work / "prompts.json"
+    path = prompts_path(run)
     write_text_atomic(path, json.dumps(sets.to_json(), indent=1, ensure_ascii=False) + "\n")
     return [path], {}
 
@@ -61,10 +69,22 @@ def _directions_inputs(run: Run) -> Any:
     return [run.digest("capture"), settings, chosen(run), tuned_inputs(run)]
 
 
+def directions_path(run: Run) -> Path:
+    """Where the directions stage leaves directions and subspace."""
+    return run.workspace.work / "directions.safetensors"
+
+
+def removed_subspace(run: Run) -> Subspace:
+    """The subspace that is removed from the weights."""
+    from abliterator.directions import load_subspace
+
+    return load_subspace(run.artefact("directions", directions_path(run)))
+
+
 def _directions(run: Run) -> tuple[list[Path], Parts]:
     from abliterator.directions import save_directions
 
-    path = run.workspace.work / "directions.safetensors"
+    path = directions_path(run)
     found = chosen(run)
     subspace = tuned_subspace(run, found.layers) or extracted(run)
     save_directions(path, fitted(run)[found.places[0].position], subspace)
@@ -101,24 +121,24 @@ def _bake_inputs(run: Run) -> Any:
 
 
 def _bake(run: Run) -> tuple[list[Path], Parts]:
-    from abliterator.directions import load_subspace
-
     run.free()  # baking needs no model, and the files may be as large as the memory
-    subspace = load_subspace(run.workspace.work / "directions.safetensors")
+    subspace = removed_subspace(run)
     out = run.workspace.checkpoint
-    if out.exists():
-        shutil.rmtree(out)  # what an earlier recipe left there is not part of this checkpoint
-    with run.progress.bar("bake", run.plan.checkpoint.total_bytes) as advance:
-        edits = bake(
-            run.plan.checkpoint,
-            planned_edits(run),
-            subspace.basis,
-            out,
-            made_from=_made_from(run),
-            on_bytes=advance,
-        )
-    report = out / "abliterator" / "edits.json"
-    write_text_atomic(report, edits_json(edits))
+    remove_whole(out)  # what an earlier recipe left there is not part of this checkpoint
+    try:
+        with run.progress.bar("bake", run.plan.checkpoint.total_bytes) as advance:
+            edits = bake(
+                run.plan.checkpoint,
+                planned_edits(run),
+                subspace.basis,
+                out,
+                made_from=_made_from(run),
+                on_bytes=advance,
+            )
+        write_text_atomic(out / EDITS, edits_json(edits))
+    except BaseException:
+        shutil.rmtree(out, ignore_errors=True)  # no loader takes a part for the whole
+        raise
     config = out / CONFIG_FILE  # left to the next stage
     return [path for path in out.rglob("*") if path.is_file() and path != config], {}
 
@@ -142,12 +162,10 @@ def _adapter_inputs(run: Run) -> Any:
 
 
 def _adapter(run: Run) -> tuple[list[Path], Parts]:
-    from abliterator.directions import load_subspace
-
     written = write_adapter(
         run.plan.checkpoint,
         planned_edits(run),
-        load_subspace(run.workspace.work / "directions.safetensors").basis,
+        removed_subspace(run).basis,
         run.workspace.adapter,
         base_model=run.base_id,
         revision=run.plan.source.revision,
@@ -162,8 +180,8 @@ def edits_json(edits: Iterable[TensorEdit]) -> str:
 
 def tensor_edits(run: Run) -> list[TensorEdit]:
     """What was done to each edited tensor."""
-    text = read_text(run.workspace.checkpoint / "abliterator" / "edits.json")
-    return [TensorEdit.model_validate(edit) for edit in json.loads(text)]
+    path = run.artefact("bake", run.workspace.checkpoint / EDITS)
+    return [TensorEdit.model_validate(edit) for edit in json.loads(read_text(path))]
 
 
 PROMPTS = Stage("prompts", 4, _prompts_inputs, _prompts)

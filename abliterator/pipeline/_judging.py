@@ -19,15 +19,10 @@ if TYPE_CHECKING:
 
 
 def _judge_inputs(run: Run) -> Any:
-    from abliterator.judge import last_calibration
-
-    identity = _judge_of(run).identity
-    calibration = last_calibration(identity)
     return [
         run.digest("rollouts"),
-        run.recipe.judge.model_dump(mode="json"),
-        identity.model_dump(mode="json"),
-        calibration and calibration.sha256,
+        run.recipe.published()["judge"],
+        _judge_of(run).identity.model_dump(mode="json"),
     ]
 
 
@@ -40,7 +35,11 @@ def choosing_judge(run: Run) -> Judge:
     """Who judges candidates and tuned points: the rules, which are free, or the recipe's judge."""
     from abliterator.judge import RuleJudge
 
-    return _judge_of(run) if run.recipe.selection.judge == "recipe" else RuleJudge()
+    if run.recipe.selection.judge != "recipe":
+        return RuleJudge()
+    # how far it agrees with people changes no verdict, so it is no reason to choose again
+    settings = run.recipe.judge.model_copy(update={"calibration": None})
+    return judge_of(settings, cache=run.workspace.work / "judge.sqlite", seed=run.recipe.seed)
 
 
 def judge_of(
@@ -57,12 +56,21 @@ def judge_of(
         cache: file for the replies of a judge that is paid.
         seed: of its order.
         on_verdict: hears how far it has come.
-    """
-    from abliterator.judge import OpenAIJudge, RuleJudge
 
-    if settings.kind == "rules":
-        return RuleJudge()
-    return OpenAIJudge(settings, cache=cache, seed=seed, on_verdict=on_verdict)
+    Raises:
+        JudgeError: for a calibration that cannot be read, or is of another judge.
+    """
+    from abliterator.judge import Calibrated, OpenAIJudge, RuleJudge, read_calibration
+
+    judge: Judge = (
+        RuleJudge()
+        if settings.kind == "rules"
+        else OpenAIJudge(settings, cache=cache, seed=seed, on_verdict=on_verdict)
+    )
+    if settings.calibration is None:
+        return judge
+    calibration = read_calibration(Path(settings.calibration), judge.identity)
+    return Calibrated(judge, calibration.summary())
 
 
 def require_key(settings: JudgeSettings) -> None:
@@ -93,11 +101,11 @@ def _judge(run: Run) -> tuple[list[Path], Parts]:
     with run.progress.bar("verdicts", len(answers)) as advance:
         judge = _judge_of(run, on_verdict=_teller(advance))
         verdicts = judge_completions(answers, judge)
-    path = run.workspace.work / "verdicts.jsonl"
+    path = _verdicts_path(run)
     write_text_atomic(path, as_lines(verdict.model_dump_json() for verdict in verdicts))
     identity = _compared(judge.identity, verdicts, run)
     _tell(run.progress, identity, verdicts)
-    return [path, save_value(run.workspace.work / "judge.json", identity)], {}
+    return [path, save_value(_identity_path(run), identity)], {}
 
 
 def _teller(advance: Callable[..., None]) -> Callable[[Tally], None]:
@@ -108,21 +116,15 @@ def _teller(advance: Callable[..., None]) -> Callable[[Tally], None]:
 
 
 def _compared(identity: JudgeIdentity, verdicts: Sequence[Verdict], run: Run) -> JudgeIdentity:
-    """The judge with its last calibration, and how often the rules, which are free, disagree."""
-    from abliterator.judge import RuleJudge, disagreement, judge_completions, last_calibration
+    """The judge, and how often the rules, which are free, disagree with it."""
+    from abliterator.judge import RuleJudge, disagreement, judge_completions
 
-    calibration = last_calibration(identity)
     disagreements = dict(identity.disagreement)
     if identity.kind != "rules":
         by_rules = judge_completions(completions(run), RuleJudge())
         if (rate := disagreement(by_rules, verdicts)) is not None:
             disagreements["rules"] = rate
-    return identity.model_copy(
-        update={
-            "calibration": calibration and calibration.summary(),
-            "disagreement": disagreements,
-        }
-    )
+    return identity.model_copy(update={"disagreement": disagreements})
 
 
 def _tell(progress: Progress, identity: JudgeIdentity, verdicts: Sequence[Verdict]) -> None:
@@ -141,15 +143,23 @@ def _tell(progress: Progress, identity: JudgeIdentity, verdicts: Sequence[Verdic
         progress.note(f"The judge's calls of this folder: {spent}.")
 
 
+def _verdicts_path(run: Run) -> Path:
+    return run.workspace.work / "verdicts.jsonl"
+
+
+def _identity_path(run: Run) -> Path:
+    return run.workspace.work / "judge.json"
+
+
 def verdicts_of(run: Run) -> list[Verdict]:
     """All verdicts, base and edited."""
-    lines = read_lines(run.workspace.work / "verdicts.jsonl")
+    lines = read_lines(run.artefact("judge", _verdicts_path(run)))
     return [Verdict.model_validate_json(line) for line in lines]
 
 
 def judge_identity(run: Run) -> JudgeIdentity:
     """Which judge gave the verdicts, and what is known of it."""
-    return JudgeIdentity.model_validate_json(read_text(run.workspace.work / "judge.json"))
+    return JudgeIdentity.model_validate_json(read_text(run.artefact("judge", _identity_path(run))))
 
 
 JUDGE = Stage("judge", 3, _judge_inputs, _judge)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from abliterator.errors import PromptError
@@ -61,9 +62,14 @@ class PromptSets:
         return cls(extraction, evaluation, selection, tuple((t, c) for t, c in data["pairs"]))
 
 
+def prompts_path(run: Run) -> Path:
+    """Where the prompts stage leaves the sets."""
+    return run.workspace.work / "prompts.json"
+
+
 def prompt_sets(run: Run) -> PromptSets:
     """The prompt sets as used."""
-    return PromptSets.from_json(json.loads(read_text(run.workspace.work / "prompts.json")))
+    return PromptSets.from_json(json.loads(read_text(run.artefact("prompts", prompts_path(run)))))
 
 
 def uses(sets: PromptSets) -> Iterator[tuple[str, PromptSet]]:

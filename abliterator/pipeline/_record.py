@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import platform
 import re
 from collections.abc import Mapping, Sequence
@@ -11,11 +10,12 @@ from importlib.metadata import PackageNotFoundError, version
 from statistics import mean, median
 from typing import Any
 
-from abliterator.checkpoint import fingerprint
-from abliterator.files import read_text
+from abliterator.files import sha256_of_file
 from abliterator.pipeline._benchmarking import task_scores
+from abliterator.pipeline._capturing import moments_path
 from abliterator.pipeline._chosen import chosen, selection_of
-from abliterator.pipeline._extraction import tensor_edits
+from abliterator.pipeline._divergence import divergence_of
+from abliterator.pipeline._extraction import directions_path, tensor_edits
 from abliterator.pipeline._judging import judge_identity, verdicts_of
 from abliterator.pipeline._prompt_sets import prompt_sets, uses
 from abliterator.pipeline._run import Run
@@ -25,7 +25,6 @@ from abliterator.prompts import NEAR_DUPLICATE
 from abliterator.record import (
     Behaviour,
     BenchmarkResult,
-    Divergence,
     EditSummary,
     ModelIdentity,
     PromptOrigin,
@@ -34,6 +33,7 @@ from abliterator.record import (
     TensorEdit,
     Tool,
 )
+from abliterator.verification import BASE_CARD, CARD
 
 _GATING = re.compile("extra_gated_")
 PACKAGES = (
@@ -57,7 +57,7 @@ def assemble(run: Run, timing: dict[str, float], pictures: dict[str, str]) -> Ru
         model=_model(run),
         edit=_edit(run),
         behaviour=_behaviour(run),
-        divergence=_divergence(run),
+        divergence=divergence_of(run),
         benchmarks=_benchmarks(run),
         judge=judge_identity(run),
         selection=selection_of(run),
@@ -70,19 +70,18 @@ def assemble(run: Run, timing: dict[str, float], pictures: dict[str, str]) -> Ru
 
 def _model(run: Run) -> ModelIdentity:
     source, anatomy = run.plan.source, run.plan.anatomy
-    cache = run.workspace.work / "fingerprint.json"
     return ModelIdentity(
         id=run.base_id,
         revision=source.revision,
         n_layers=anatomy.n_layers,
         d_model=anatomy.d_model,
         model_type=anatomy.model_type,
-        **_stated(run.plan.card),
-        files_sha256=fingerprint(run.plan.checkpoint, cache=cache),
+        **stated(run.plan.card),
+        files_sha256=run.base_files(),
     )
 
 
-def _stated(metadata: Mapping[str, Any]) -> dict[str, Any]:
+def stated(metadata: Mapping[str, Any]) -> dict[str, Any]:
     """What the front matter of the base's own card states: licence, languages, gating."""
     names = ("license", "license_name", "license_link")
     found: dict[str, Any] = {
@@ -142,10 +141,6 @@ def _behaviour(run: Run) -> dict[str, Behaviour | None]:
     return found
 
 
-def _divergence(run: Run) -> Divergence:
-    return Divergence.model_validate_json(read_text(run.workspace.work / "divergence.json"))
-
-
 def _benchmarks(run: Run) -> dict[str, BenchmarkResult]:
     from abliterator.benchmarks import compare_tasks
 
@@ -197,8 +192,14 @@ def _hardware(device: str) -> str:
 
 
 def _digests(run: Run) -> dict[str, str]:
-    files = {name: run.workspace.work / f"{name}.safetensors" for name in ("moments", "directions")}
-    return {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in files.items()}
+    files = {
+        "moments": run.artefact("capture", moments_path(run)),
+        "directions": run.artefact("directions", directions_path(run)),
+    }
+    card = run.plan.source.folder / CARD
+    if card.is_file():
+        files[BASE_CARD] = card  # the licence that it states is that of the record
+    return {name: sha256_of_file(path) for name, path in files.items()}
 
 
 def _installed(package: str) -> str | None:

@@ -39,7 +39,7 @@ def _side_key(run: Run, side: Side) -> str:
 
 
 def _rollouts(run: Run) -> tuple[list[Path], Parts]:
-    answers_path = run.workspace.work / "rollouts.jsonl"
+    answers_path = _answers_path(run)
     parts: dict[str, str] = {side: _side_key(run, side) for side in SIDES}
     kept = kept_parts(run, "rollouts", parts)
     answers = {side: [c for c in completions(run) if c.side == side] for side in kept}
@@ -51,8 +51,18 @@ def _rollouts(run: Run) -> tuple[list[Path], Parts]:
     return [answers_path], parts
 
 
+def _answers_path(run: Run) -> Path:
+    return run.workspace.work / "rollouts.jsonl"
+
+
 def folder_of(run: Run, side: Side) -> Path:
-    return run.plan.source.folder if side == "base" else run.workspace.checkpoint
+    """The checkpoint of a side, whose files are those that were planned or made."""
+    if side == "base":
+        run.base_files()
+        return run.plan.source.folder
+    for stage in ("bake", "config"):
+        run.digest(stage)
+    return run.workspace.checkpoint
 
 
 def _answers(run: Run, loaded: LoadedModel, side: Side) -> list[Completion]:
@@ -81,7 +91,7 @@ def _answers(run: Run, loaded: LoadedModel, side: Side) -> list[Completion]:
 
 def completions(run: Run) -> list[Completion]:
     """All answers, base and edited."""
-    lines = read_lines(run.workspace.work / "rollouts.jsonl")
+    lines = read_lines(run.artefact("rollouts", _answers_path(run)))
     return [Completion.model_validate_json(line) for line in lines]
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from abliterator.checkpoint import Checkpoint, fingerprint
-from abliterator.errors import RecipeError
+from abliterator.errors import OutputError, RecipeError
 from abliterator.files import digest_of
 from abliterator.pipeline._plan import Plan
 from abliterator.pipeline._progress import Progress, Silent
@@ -79,6 +79,7 @@ class Run:
     progress: Progress = field(default_factory=Silent)
     tasks: Sequence[Task] = ()
     _loaded: LoadedModel | None = None
+    _base: dict[str, str] | None = None  # hashes of the base's files when they were first needed
 
     @property
     def device(self) -> str:
@@ -102,10 +103,29 @@ class Run:
         local = source.revision is None and not source.id.startswith("embedded:")
         return Path(source.id).name if local else source.id
 
+    def base_files(self) -> dict[str, str]:
+        """SHA-256 (hex) of every base file that is read: weights, config, tokenizer, custom code.
+
+        Raises:
+            OutputError: if a file was changed since this run read it first.
+        """
+        planned = self.plan.checkpoint
+        found = fingerprint(planned, cache=self.workspace.fingerprints)
+        if self._base is None:
+            now = Checkpoint.open(
+                planned.folder
+            )  # the plan's was opened before anything was hashed
+            same = now.tensors == planned.tensors and now.file_bytes == planned.file_bytes
+            if not (same and digest_of(now.config) == digest_of(planned.config)):
+                raise _base_changed(planned.folder)
+            self._base = found
+        if found != self._base:
+            raise _base_changed(planned.folder)
+        return found
+
     def base_digest(self) -> str:
-        """Digest of every base file that is read: weights, config, tokenizer, custom code."""
-        cache = self.workspace.work / "fingerprint.json"
-        return digest_of(fingerprint(self.plan.checkpoint, cache=cache))
+        """Digest of `base_files`."""
+        return digest_of(self.base_files())
 
     def loaded(self, folder: Path) -> LoadedModel:
         """The model in `folder`; one model at a time is held, so asking for another frees it."""
@@ -157,11 +177,20 @@ class Run:
         )
 
     def digest(self, stage: str) -> str:
-        """Digest of what an earlier stage left."""
-        marker = self.workspace.marker(stage)
-        if marker is None:
-            raise RuntimeError(f"stage {stage} has not run")  # the order of STAGES is wrong
-        return marker.digest
+        """Digest of what an earlier stage left, and what is there now.
+
+        Raises:
+            OutputError: if an artefact was changed since.
+        """
+        return self.workspace.digest(stage)
+
+    def artefact(self, stage: str, path: Path) -> Path:
+        """The path of an artefact of an earlier stage, which is as the stage left it.
+
+        Raises:
+            OutputError: if it was changed since.
+        """
+        return self.workspace.artefact(stage, path)
 
 
 def resolve(recipe: Recipe, revision: str | None) -> Recipe:
@@ -187,6 +216,35 @@ def _resolved(source: Source) -> Source:
     if source.dataset is None:
         return source
     return source.model_copy(update={"revision": resolve_revision(source.dataset, source.revision)})
+
+
+def pinned(recipe: Recipe, resolved: Recipe) -> Recipe:
+    """The recipe with the commits that an earlier run of the same recipe resolved.
+
+    All else is as given now: the digest of a recipe does not depend on where its files lie, and
+    they may have been moved.
+    """
+    sources = {
+        name: source.model_copy(update={"revision": getattr(resolved.prompts, name).revision})
+        for name in Prompts.model_fields
+        if isinstance(source := getattr(recipe.prompts, name), Source)
+    }
+    revisions = {"revisions": resolved.benchmarks.revisions}
+    return recipe.model_copy(
+        update={
+            "revision": resolved.revision,
+            "prompts": recipe.prompts.model_copy(update=sources),
+            "benchmarks": recipe.benchmarks.model_copy(update=revisions),
+        }
+    )
+
+
+def _base_changed(folder: Path) -> OutputError:
+    return OutputError(
+        f"The base model in {folder} was changed while this run was at work, so that its parts "
+        "would be of two models. Give the same command again when the folder is at rest: what was "
+        "made of the old files is made anew."
+    )
 
 
 def require_pinned_code(recipe: Recipe) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from abliterator.files import write_text_atomic
-from abliterator.pipeline._chosen import chosen, sweep_path
+from abliterator.pipeline._chosen import Chosen, chosen_of, sweep_path
 from abliterator.pipeline._extraction import pool_of
 from abliterator.pipeline._judging import choosing_judge
 from abliterator.pipeline._prompt_sets import prompt_sets
@@ -56,12 +56,13 @@ def _select(run: Run) -> tuple[list[Path], Parts]:
             on_step=lambda what: advance(1, status=what),
         )
     write_text_atomic(sweep_path(run), found.model_dump_json(indent=1) + "\n")
-    taken = ", ".join(map(str, chosen(run).places))
+    taken = chosen_of(run, found.model_dump(mode="json"))
+    places = ", ".join(map(str, taken.places))
     run.progress.note(
-        f"Chosen: layers {taken} (k = {found.k}: {found.why}). {found.structure.verdict}: "
+        f"Chosen: layers {places} (k = {found.k}: {found.why}). {found.structure.verdict}: "
         f"{found.structure.because}."
     )
-    return [sweep_path(run), *_pictures(run, found)], {}
+    return [sweep_path(run), *_pictures(run, found, taken)], {}
 
 
 def steps(run: Run) -> int:
@@ -101,7 +102,7 @@ def subject_of(run: Run, loaded: LoadedModel) -> Subject:
     )
 
 
-def _pictures(run: Run, found: Selection) -> list[Path]:
+def _pictures(run: Run, found: Selection, taken: Chosen) -> list[Path]:
     from abliterator.plots import can_draw, draw_cosines, draw_curves
 
     if not can_draw():
@@ -123,7 +124,7 @@ def _pictures(run: Run, found: Selection) -> list[Path]:
             "coherence": [a.coherence.value if a and a.coherence else None for a in answers],
         }
         places = [(c.layer, c.position) for c in ordered]
-        draw_curves(paths[1], places, curves, chosen=chosen(run).layers)
+        draw_curves(paths[1], places, curves, chosen=taken.layers)
     return paths
 
 

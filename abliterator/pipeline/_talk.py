@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, TypeAlias
 
 from abliterator.checkpoint import Checkpoint
 from abliterator.errors import OutputError, RecipeError
+from abliterator.pipeline._extraction import removed_subspace
 from abliterator.pipeline._plan import make_plan
 from abliterator.pipeline._rollouts import folder_of
 from abliterator.pipeline._run import Options, Run
@@ -147,13 +148,11 @@ def _reopened(out: Path, options: Options) -> Run:
 
 def _of_build(run: Run, sides: Sequence[Side]) -> dict[Side, Speaker]:
     from abliterator.bake import preview_edit
-    from abliterator.directions import load_subspace
     from abliterator.model import load_model
 
     if len(sides) > 1 and run.recipe.edit.norm == "none":
         loaded = run.loaded(run.plan.source.folder)
-        subspace = load_subspace(run.workspace.work / "directions.safetensors")
-        edit = partial(preview_edit, loaded, planned_edits(run), subspace.basis)
+        edit = partial(preview_edit, loaded, planned_edits(run), removed_subspace(run).basis)
         return {side: (loaded, edit if side == "edited" else nullcontext) for side in sides}
     trusted = run.recipe.trust_remote_code
     return {

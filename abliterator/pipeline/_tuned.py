@@ -34,7 +34,7 @@ def tuning_of(run: Run) -> dict[str, Any] | None:
 
     if not run.recipe.tunes:
         return None
-    found: dict[str, Any] = json.loads(read_text(tuning_path(run)))
+    found: dict[str, Any] = json.loads(read_text(run.artefact("tuning", tuning_path(run))))
     wanted, max_kl = run.recipe.tuning, run.recipe.selection.max_kl
     points = [Point.model_validate(point) for point in found["points"]]
     found["taken"] = prefer(points, wanted.prefer, wanted.at_most, max_kl=max_kl)
@@ -56,7 +56,8 @@ def tuned_subspace(run: Run, layers: tuple[int, ...]) -> Subspace | None:
     found = tuning_of(run)
     if found is None:
         return None
-    return Subspace(load_file(tuned_bases_path(run))["bases"][found["taken"]], layers)
+    bases = load_file(run.artefact("tuning", tuned_bases_path(run)))["bases"]
+    return Subspace(bases[found["taken"]], layers)
 
 
 def planned_edits(run: Run) -> EditPlan:

@@ -5,43 +5,95 @@
     OUT/work/         private: prompts, moments, directions, answers, verdicts, a marker a stage
 
 One run at a time works in it. A stage is done when its marker names the key of its present inputs
-and every artefact is as the marker says. Markers are written after the artefacts, both by renaming,
-so whatever interrupts a run, the next one redoes what was unfinished.
+and every artefact has the hash that the marker says. Markers are written after the artefacts, both
+by renaming, so whatever interrupts a run, the next one redoes what was unfinished. Whoever reads an
+artefact asks for it here (`artefact`, `digest`), and it is compared with its marker first.
 """
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
+import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from abliterator.checkpoint import FileHashes
 from abliterator.errors import FileError, OutputError
-from abliterator.files import digest_of, partial_of, read_text, write_text_atomic
+from abliterator.files import digest_of, partial_of, read_text, shown, write_text_atomic
 from abliterator.recipe import Recipe, load_recipe, to_yaml
+from abliterator.record import Frozen
 
-# Files up to this size are hashed to see whether they are still what a stage left; beyond it, their
-# size must do: the weights' own hashes are in edits.json.
-HASHED_UP_TO = 64 << 20
+# Smaller artefacts are hashed whenever they are read: that costs less than to remember them.
+_REMEMBERED_FROM = 1 << 20  # bytes
 
 
-@dataclass(frozen=True)
-class Marker:
+class Marker(Frozen):
     """What a finished stage left: read from work/stages/NAME.json."""
 
     key: str
-    artefacts: Mapping[str, Mapping[str, Any]]  # path relative to OUT: size, sha256
+    artefacts: dict[str, dict[str, int | str]]  # path relative to OUT: size, sha256
     seconds: float
-    parts: Mapping[str, str]  # keys of parts that can be kept when the stage runs again
+    parts: dict[str, str]  # keys of parts that can be kept when the stage runs again
 
     @property
     def digest(self) -> str:
         """Digest of the artefacts' contents: what a later stage depends on."""
         return digest_of(self.artefacts)
+
+
+class Claim(Frozen):
+    """Whose the folder is: read from work/abliterator.json."""
+
+    tool: str
+    recipe_digest: str  # of the recipe as the user gave it, before anything was resolved
+    resolved_sha256: str | None = None  # of recipe.yaml; None in folders of older versions
+
+
+@contextmanager
+def usable(out: Path) -> Iterator[None]:
+    """Turns what the operating system refuses at or below `out`, and a full disk, into OutputError.
+
+    An OSError about something else passes.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise OutputError(
+                f"The disk of {out} is full. Make room, and give the same command again: it goes "
+                "on where it stopped."
+            ) from error
+        place = _place(error, out)
+        if place is None:
+            raise
+        raise OutputError(
+            f"{place} cannot be used: {error.strerror or error}. Choose an --out that you may "
+            "write to, where abliterator finds its own files as it left them."
+        ) from error
+
+
+def remove_whole(path: Path) -> None:
+    """Removes a folder with all that is in it, or whatever stands in its place; or nothing."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:  # rmtree would open it, and wait for ever at a named pipe
+        path.unlink(missing_ok=True)
+
+
+def _place(error: OSError, out: Path) -> str | None:
+    """The path that an error is about, if it is `out`, within it, or on the way to it."""
+    whole = out.absolute()
+    for name in (error.filename, error.filename2):
+        if isinstance(name, (str, bytes, os.PathLike)):
+            path = Path(os.fsdecode(name)).absolute()
+            if path.is_relative_to(whole) or whole.is_relative_to(path):
+                return shown(path)
+    return None
 
 
 class Workspace:
@@ -52,16 +104,18 @@ class Workspace:
         self.work = out / "work"
         self.checkpoint = out / "checkpoint"
         self.adapter = out / "adapter"
+        self.fingerprints = self.work / "fingerprint.json"
         self._recipe = self.work / "recipe.yaml"
         self._ours = self.work / "abliterator.json"
         self._lock = self.work / "lock"
+        self._hashes = FileHashes(self.fingerprints, least=_REMEMBERED_FROM)
 
     @contextmanager
     def held(self) -> Iterator[None]:
         """Keeps every other run out of the folder; the system lets go when this one is killed.
 
         Raises:
-            OutputError: if another run is at work in it.
+            OutputError: if another run is at work in it, or no file can be locked there.
         """
         from filelock import FileLock, Timeout
 
@@ -73,6 +127,11 @@ class Workspace:
             raise OutputError(
                 f"Another run is at work in {self.out}. Wait until it ends, or choose another "
                 "--out."
+            ) from error
+        except NotImplementedError as error:
+            raise OutputError(
+                f"The file system of {self.out} locks no files, which keeps two runs apart. "
+                "Choose an --out on another one."
             ) from error
         try:
             yield
@@ -96,16 +155,24 @@ class Workspace:
                 f"{self.out} exists and was not made by abliterator; nothing in it was touched. "
                 f"Choose another --out."
             )
-        claimed = json.loads(read_text(self._ours))["recipe_digest"]
-        if claimed == recipe.digest:
-            return load_recipe(self._recipe) if self._recipe.is_file() else None
         if force:
+            with suppress(OutputError):  # what is damaged is resolved again
+                return self._resolved(recipe)
             return None
+        claimed = self._claim().recipe_digest
+        if claimed == recipe.digest:
+            return self._resolved(recipe)
         raise OutputError(
             f"{self.out} was made from another recipe (digest {claimed[:12]}, this one is "
             f"{recipe.digest[:12]}). Choose another --out, or go on here with --force: stages "
             f"whose inputs did not change are kept."
         )
+
+    def _resolved(self, recipe: Recipe) -> Recipe | None:
+        """What an earlier run resolved `recipe` to; None where it did not come so far."""
+        if self._claim().recipe_digest != recipe.digest or not self._recipe.is_file():
+            return None
+        return self.recipe()
 
     def _is_empty(self) -> bool:
         """Whether the folder holds no file but those of a run that was killed at its first step."""
@@ -122,10 +189,17 @@ class Workspace:
         """The resolved recipe of a folder of ours.
 
         Raises:
-            OutputError: if the folder is not ours.
+            OutputError: if the folder is not ours, or its recipe was changed.
         """
         if not self.is_ours:
             raise OutputError(f"{self.out} is not a folder that `abliterator build` made.")
+        claimed = self._claim().resolved_sha256
+        if claimed not in (None, self._hashes.sha256(self._recipe)):
+            raise OutputError(
+                f"{self._recipe} is not as abliterator left it: it says what this folder was made "
+                "from, and is not for editing. Change the recipe that it came from, and build "
+                "that: with --force in this folder, or in another --out."
+            )
         return load_recipe(self._recipe)
 
     def create(self, requested: Recipe, resolved: Recipe) -> None:
@@ -133,19 +207,26 @@ class Workspace:
 
         Wherever this is killed, no claim stands beside what another recipe was resolved to.
         """
-        if self._recipe.is_file() and self.requested_digest == requested.digest:
-            return
-        self._recipe.unlink(missing_ok=True)
-        claim = {"tool": "abliterator", "recipe_digest": requested.digest}
-        write_text_atomic(self._ours, json.dumps(claim) + "\n")
         plain = resolved.model_dump(mode="json")
-        write_text_atomic(self._recipe, to_yaml(plain))
+        text = to_yaml(plain)
+        digest = hashlib.sha256(text.encode()).hexdigest()
+        claim = Claim(tool="abliterator", recipe_digest=requested.digest, resolved_sha256=digest)
+        with suppress(OutputError, FileError):
+            if self._claim() == claim and self._hashes.sha256(self._recipe) == digest:
+                return
+        self._recipe.unlink(missing_ok=True)
+        write_text_atomic(self._ours, claim.model_dump_json() + "\n")
+        write_text_atomic(self._recipe, text)
 
-    @property
-    def requested_digest(self) -> str:
-        """Digest of the recipe as the user gave it, before anything was resolved."""
-        digest: str = json.loads(read_text(self._ours))["recipe_digest"]
-        return digest
+    def _claim(self) -> Claim:
+        try:
+            return Claim.model_validate_json(read_text(self._ours))
+        except (FileError, ValueError) as error:
+            raise OutputError(
+                f"{self._ours} is damaged, so nobody can tell which recipe {self.out} was made "
+                "from. Choose another --out, or go on here with --force: stages whose inputs did "
+                "not change are kept."
+            ) from error
 
     def remove(self) -> None:
         """Deletes the whole folder; for a run that failed before it made anything worth keeping."""
@@ -154,18 +235,62 @@ class Workspace:
     def marker(self, stage: str) -> Marker | None:
         """The marker of a stage, or None."""
         try:
-            return Marker(**json.loads(read_text(self._marker_path(stage))))
-        except (FileError, ValueError, TypeError):
+            return Marker.model_validate_json(read_text(self._marker_path(stage)))
+        except (FileError, ValueError):
             return None
 
     def is_done(self, stage: str, key: str) -> bool:
-        """Whether the stage was finished with these inputs, and its artefacts are still there."""
+        """Whether the stage was finished with these inputs, and no artefact was changed since."""
         marker = self.marker(stage)
-        if marker is None or marker.key != key:
-            return False
-        return all(
-            self._state(self.out / path) == state for path, state in marker.artefacts.items()
+        return marker is not None and marker.key == key and not self._changed(marker)
+
+    def digest(self, stage: str) -> str:
+        """Digest of what a finished stage left, and what is there now.
+
+        Raises:
+            OutputError: if an artefact was changed since.
+        """
+        marker = self._finished(stage)
+        for path in self._changed(marker):
+            raise self._was_changed(stage, self.out / path)
+        return marker.digest
+
+    def artefact(self, stage: str, path: Path) -> Path:
+        """The path of an artefact of a finished stage, which is as the stage left it.
+
+        Raises:
+            OutputError: if it was changed since.
+        """
+        stated = self._finished(stage).artefacts.get(self._name(path))
+        if stated is None or self._state(path) != stated:
+            raise self._was_changed(stage, path)
+        return path
+
+    def _finished(self, stage: str) -> Marker:
+        marker = self.marker(stage)
+        if marker is None:
+            raise OutputError(
+                f"{self.out} has no result of the stage `{stage}`, or a damaged one. Go on with "
+                "`abliterator build`."
+            )
+        return marker
+
+    def _was_changed(self, stage: str, path: Path) -> OutputError:
+        return OutputError(
+            f"{path} is not as the stage `{stage}` left it: it was changed or lost since, and what "
+            "is made of it would be of no known origin. Give the same `abliterator build` again: "
+            "it makes the file anew."
         )
+
+    def _changed(self, marker: Marker) -> list[str]:
+        """Paths of the artefacts that are not as the marker says."""
+        changed = [
+            path
+            for path, state in marker.artefacts.items()
+            if self._state(self.out / path) != state
+        ]
+        self._hashes.save()
+        return changed
 
     def finish(
         self,
@@ -177,19 +302,18 @@ class Workspace:
         parts: Mapping[str, str],
     ) -> None:
         """Writes the marker of a finished stage."""
-        states = {str(path.relative_to(self.out)): self._state(path) for path in sorted(artefacts)}
+        states = {self._name(path): self._state(path) for path in sorted(artefacts)}
         marker = {"key": key, "artefacts": states, "seconds": seconds, "parts": dict(parts)}
         write_text_atomic(self._marker_path(stage), json.dumps(marker, indent=1) + "\n")
 
     def _marker_path(self, stage: str) -> Path:
         return self.work / "stages" / f"{stage}.json"
 
-    @staticmethod
-    def _state(path: Path) -> dict[str, Any] | None:
+    def _name(self, path: Path) -> str:
+        return path.relative_to(self.out).as_posix()
+
+    def _state(self, path: Path) -> dict[str, Any] | None:
+        """Size and hash of a file; None where there is none."""
         if not path.is_file():
             return None
-        size = path.stat().st_size
-        if size > HASHED_UP_TO:
-            return {"size": size}
-        with path.open("rb") as file:
-            return {"size": size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+        return {"size": path.stat().st_size, "sha256": self._hashes.sha256(path)}

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+from abliterator.card import with_license
 from abliterator.checkpoint import ADAPTER_CONFIG, ADAPTER_WEIGHTS, is_legal
 from abliterator.errors import PublishError
 from abliterator.files import read_text
@@ -265,16 +266,13 @@ def _check_license(record: RunRecord, target: Target) -> None:
 
 def _with_license(file: PlannedFile, license_id: str) -> PlannedFile:
     """The card with a licence in its header, where it had none; any other file as it is."""
-    from huggingface_hub import ModelCard
     from yaml import YAMLError
 
     if file.path != CARD:
         return file
     if isinstance(file.content, bytes):
         with suppress(ValueError, YAMLError):
-            card = ModelCard(file.content.decode(), ignore_metadata_errors=False)
-            card.data["license"] = card.data.get("license") or license_id
-            content = str(card).encode()
+            content = with_license(file.content.decode(), license_id).encode()
             digest = hashlib.sha256(content).hexdigest()
             return PlannedFile(file.path, len(content), digest, content)
     raise PublishError(f"{file.path} has no header that can be read. Run `abliterator card` again.")

@@ -26,7 +26,7 @@ class Rollouts(Section):
 
 
 class JudgeSettings(ServerSettings):
-    """Who judges the answers; all but `kind` is about a judge of kind `openai`."""
+    """Who judges the answers; all but `kind` and `calibration` is about the kind `openai`."""
 
     section: ClassVar[str] = "judge"
 
@@ -39,6 +39,10 @@ class JudgeSettings(ServerSettings):
     """Verdicts asked for each answer, an odd number; their median counts."""
     rejudge: Annotated[float, Field(ge=0, le=1)] = 0.15
     """Share of answers judged once more, to tell how often the judge disagrees with itself."""
+    calibration: str | None = None
+    """File that `abliterator judge-calibrate LABELLED --out FILE` wrote of this judge, relative to
+    the recipe: record and card carry its figures, and the name and sha256 of its labels.
+    """
 
     @model_validator(mode="after")
     def _median_exists(self) -> Self:
@@ -50,11 +54,14 @@ class JudgeSettings(ServerSettings):
     def _only_what_applies(self) -> Self:
         if self.kind == "rules":
             fields = type(self).model_fields
-            odd = [n for n in self.model_fields_set if getattr(self, n) != fields[n].default]
+            given = self.model_fields_set - {"calibration"}
+            odd = [n for n in given if getattr(self, n) != fields[n].default]
             if odd:
                 raise ValueError(f"`{min(odd)}` belongs to `kind: openai`")
         return self
 
     @model_serializer(mode="wrap")
-    def _only_the_kind_of_rules(self, plain: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        return {"kind": "rules"} if self.kind == "rules" else plain(self)
+    def _only_what_was_said(self, plain: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        values = {"kind": "rules"} if self.kind == "rules" else plain(self)
+        values.pop("calibration", None)
+        return values if self.calibration is None else {**values, "calibration": self.calibration}

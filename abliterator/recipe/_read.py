@@ -187,6 +187,9 @@ def _anchor_paths(values: dict[str, Any], folder: Path) -> None:
     for source in prompts.values() if isinstance(prompts, dict) else ():
         if isinstance(source, dict) and isinstance(path := _letters(source.get("path")), str):
             source["path"] = _anchored(path, folder)
+    judge = values.get("judge")
+    if isinstance(judge, dict) and isinstance(file := _letters(judge.get("calibration")), str):
+        judge["calibration"] = _anchored(file, folder)
     benchmarks = values.get("benchmarks")
     tasks = benchmarks.get("tasks") if isinstance(benchmarks, dict) else None
     if isinstance(benchmarks, dict) and isinstance(tasks, list):

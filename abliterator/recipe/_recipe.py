@@ -83,6 +83,8 @@ class Recipe(Section):
         for source in plain["prompts"].values():
             if isinstance(source, dict) and source["path"] is not None:
                 source["path"] = Path(source["path"]).name
+        if "calibration" in plain["judge"]:
+            plain["judge"]["calibration"] = Path(plain["judge"]["calibration"]).name
         tasks = plain["benchmarks"]["tasks"]
         plain["benchmarks"]["tasks"] = [without_folder(task) for task in tasks]
         return plain

@@ -12,11 +12,14 @@ from __future__ import annotations
 
 import json
 import sqlite3
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import NamedTuple, Self
 
 from abliterator.errors import JudgeError
+from abliterator.files import digest_of
 
 _TABLE = """CREATE TABLE IF NOT EXISTS replies (
     key TEXT PRIMARY KEY, account TEXT NOT NULL, reply TEXT NOT NULL, cost REAL NOT NULL
@@ -40,35 +43,59 @@ class ReplyCache:
     """Replies by key; `account` sets apart the totals of different askers in one file."""
 
     def __init__(self, path: Path, *, account: str = "") -> None:
-        self._account = account
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
+        self._account, self._path = account, path
+        with self._usable():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if path.exists() and not path.is_file():
+                raise ValueError("it is no regular file")
             self._db = sqlite3.connect(path, isolation_level=None, timeout=30)
             # a commit survives the death of the process; a sync per reply would guard no more
             self._db.execute("PRAGMA journal_mode=WAL")
             self._db.execute("PRAGMA synchronous=NORMAL")
             self._db.execute(_TABLE)
-        except sqlite3.Error as error:
-            raise JudgeError(
-                f"The cache of replies {path} cannot be used ({error}). Free the disk or unlock "
-                "the file; if it is damaged, delete it: its replies are then asked for again."
-            ) from None
 
     def get(self, key: str) -> Reply | None:
-        """The reply to a call that was made before."""
-        row = self._db.execute("SELECT reply FROM replies WHERE key = ?", (key,)).fetchone()
-        return Reply(**json.loads(row[0])) if row else None
+        """The reply to a call that was made before; None where there is none.
+
+        One whose row was changed by somebody else is none.
+        """
+        query = "SELECT account, reply, cost FROM replies WHERE key = ?"
+        with self._usable():
+            row = self._db.execute(query, (key,)).fetchone()
+            if row is None:
+                return None
+            account, text, cost = row
+            plain = json.loads(text)
+            kept = plain.pop("sha256", None)  # files of older versions have none
+            reply = Reply(**plain)
+            return reply if kept in (None, _digest(key, account, reply, cost)) else None
 
     def put(self, key: str, reply: Reply, *, cost: float) -> None:
         """Keeps a reply; on disk when this returns."""
-        row = (key, self._account, json.dumps(reply._asdict()), cost)
-        self._db.execute("INSERT OR REPLACE INTO replies VALUES (?, ?, ?, ?)", row)
+        digest = _digest(key, self._account, reply, cost)
+        text = json.dumps({**reply._asdict(), "sha256": digest})
+        row = (key, self._account, text, cost)
+        with self._usable():
+            self._db.execute("INSERT OR REPLACE INTO replies VALUES (?, ?, ?, ?)", row)
 
     def totals(self) -> tuple[int, float]:
         """(calls, cost) of all that this account was ever asked through this file."""
         query = "SELECT count(*), coalesce(sum(cost), 0) FROM replies WHERE account = ?"
-        calls, cost = self._db.execute(query, (self._account,)).fetchone()
-        return int(calls), float(cost)
+        with self._usable():
+            calls, cost = self._db.execute(query, (self._account,)).fetchone()
+            return int(calls), float(cost)
+
+    @contextmanager
+    def _usable(self) -> Iterator[None]:
+        """Turns whatever a damaged or locked file, or a full disk, gives into a JudgeError."""
+        try:
+            yield
+        except (sqlite3.Error, OSError, ValueError, TypeError, AttributeError) as error:
+            raise JudgeError(
+                f"The cache of replies {self._path} cannot be used ({error}). Free the disk or "
+                "unlock the file; if it is damaged, delete it: its replies are then asked for "
+                "again."
+            ) from None
 
     def close(self) -> None:
         """Closes the file."""
@@ -84,3 +111,8 @@ class ReplyCache:
         trace: TracebackType | None,
     ) -> None:
         self.close()
+
+
+def _digest(key: str, account: str, reply: Reply, cost: float) -> str:
+    """Of all that a row holds."""
+    return digest_of([key, account, reply._asdict(), float(cost)])

@@ -4,8 +4,9 @@ Nothing is taken at its word. Every byte that `edits.json` does not name is comp
 base's, headers included; every tensor that it names is hashed on both sides, and what it still
 writes into the removed subspace is measured again from the stored bytes. config.json is the one
 file that may differ, and it is computed again from the base's. Of an adapter, merged into the base,
-the same is asked: the checkpoint's weights up to rounding, and nothing else. The room knows neither
-how the edit was made nor where the folders came from.
+the same is asked: the checkpoint's weights up to rounding, and nothing else. Where there is a
+record, card and recipe must be what it makes of them. The room knows neither how the edit was made
+nor where the folders came from.
 
     found = verify(base_folder, out / "checkpoint", subspace=out / "work/directions.safetensors")
     found.ok, found.faults, found.max_leak
@@ -13,26 +14,32 @@ how the edit was made nor where the folders came from.
 """
 
 from abliterator.verification._adapter import AdapterVerification, verify_adapter
+from abliterator.verification._beside import recipe_text
 from abliterator.verification._compare import verify
 from abliterator.verification._findings import (
+    BASE_CARD,
     CARD,
     EDITS,
     OURS,
     PICTURES,
+    RECIPE,
     RECORD,
     Verification,
     read_edits,
 )
 
 __all__ = [
+    "BASE_CARD",
     "CARD",
     "EDITS",
     "OURS",
     "PICTURES",
+    "RECIPE",
     "RECORD",
     "AdapterVerification",
     "Verification",
     "read_edits",
+    "recipe_text",
     "verify",
     "verify_adapter",
 ]

@@ -18,8 +18,10 @@ from abliterator.checkpoint import (
     adapter_tensors,
 )
 from abliterator.errors import CheckpointError
+from abliterator.files import read_text
 from abliterator.formats import FORMATS, Format
 from abliterator.record import RunRecord, TensorEdit
+from abliterator.verification._beside import card_fault
 from abliterator.verification._compare import files_of, leak_meter
 from abliterator.verification._findings import CARD, EDITS, RECORD, read_edits, sha256_of
 
@@ -106,6 +108,7 @@ def verify_adapter(
         if factors is not None:
             reads = None if meter is None else meter.reads(edit.name)
             _compare(edit, _Weights(opened, edited, factors), reads, found)
+    _check_card(adapter, checkpoint, found)
     ours = {ADAPTER_CONFIG, ADAPTER_WEIGHTS, CARD}
     return AdapterVerification(
         faults=tuple(found.faults),
@@ -115,6 +118,16 @@ def verify_adapter(
         sha256={name: sha256_of(adapter / name) for name in sorted(ours & files_of(adapter))},
         foreign=tuple(sorted(files_of(adapter) - ours)),
     )
+
+
+def _check_card(adapter: Path, checkpoint: Path, found: _Findings) -> None:
+    """The card of the adapter against the record of the checkpoint, where there is one."""
+    from abliterator.card import render_adapter_card
+
+    record = _record_in(checkpoint)
+    if record is not None:
+        fault = card_fault(adapter, render_adapter_card(record), record)
+        found.faults += [fault] if fault else []
 
 
 def _modules(base: Checkpoint, edits: Iterable[TensorEdit]) -> dict[str, str]:
@@ -155,11 +168,14 @@ def _check_config(
 
 def _base_in(checkpoint: Path) -> tuple[str, str | None] | None:
     """Name and commit of the base that the record of the checkpoint has; None without one."""
+    record = _record_in(checkpoint)
+    return None if record is None else (record.model.id, record.model.revision)
+
+
+def _record_in(checkpoint: Path) -> RunRecord | None:
+    """The record of a checkpoint, which `verify` has read; None without one."""
     path = checkpoint / RECORD
-    if not path.is_file():
-        return None
-    model = RunRecord.model_validate_json(path.read_text("utf-8")).model
-    return model.id, model.revision
+    return RunRecord.model_validate_json(read_text(path)) if path.is_file() else None
 
 
 def _base_claimed(config: bytes) -> tuple[str, str | None]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
+from importlib.metadata import version
 from pathlib import Path
 
 from abliterator.checkpoint import (
@@ -15,11 +16,17 @@ from abliterator.checkpoint import (
     edited_config,
     relaid_index,
 )
+from abliterator.errors import FileError
+from abliterator.files import read_text
 from abliterator.formats import Unpacked
+from abliterator.recipe import to_yaml
 from abliterator.record import RunRecord, TensorEdit
 from abliterator.verification._findings import (
+    BASE_CARD,
+    CARD,
     EDITS,
     PICTURES,
+    RECIPE,
     RECORD,
     Findings,
     sha256_of,
@@ -89,7 +96,60 @@ def _entry_of(config: bytes) -> dict[str, str] | None:
     return entry if sound else None
 
 
-def check_record(checkpoint: Path, named: Mapping[str, TensorEdit], found: Findings) -> None:
+def recipe_text(record: RunRecord) -> str:
+    """The text of recipe.yaml beside a record."""
+    return to_yaml(record.recipe)
+
+
+def card_fault(folder: Path, expected: str, record: RunRecord) -> str | None:
+    """What is wrong with the README.md of a folder; None if it is what the record is rendered to.
+
+    Where the record states no licence, one that `publish` put into the header is left out of
+    account.
+
+    Args:
+        folder: of checkpoint or adapter.
+        expected: the card as rendered.
+        record: its record.
+    """
+    from abliterator.card import stated_license, with_license
+
+    path = folder / CARD
+    try:
+        text = read_text(path)
+    except FileError:
+        return f"{CARD} is missing or cannot be read."
+    if text == expected:
+        return None
+    added = stated_license(text) if record.model.license is None else None
+    if added is not None and text == with_license(expected, added):
+        return None
+    made, here = record.tool.version, version("abliterator")
+    if made == here:
+        return f"{CARD} is not the card that {RECORD} is rendered to: run `abliterator card` again."
+    return (
+        f"{CARD} is not the card that abliterator {here} renders {RECORD} to, which abliterator "
+        f"{made} made: run `abliterator card` again with this version, or verify with that one."
+    )
+
+
+def _check_texts(checkpoint: Path, record: RunRecord, found: Findings) -> None:
+    """Card and recipe against what the record makes of them."""
+    from abliterator.card import render_card
+
+    fault = card_fault(checkpoint, render_card(record), record)
+    found.faults += [fault] if fault else []
+    try:
+        same = read_text(checkpoint / RECIPE) == recipe_text(record)
+    except FileError:
+        same = False
+    if not same:
+        found.faults.append(f"{RECIPE} is missing, or is not the recipe of {RECORD}.")
+
+
+def check_record(
+    base: Path, checkpoint: Path, named: Mapping[str, TensorEdit], found: Findings
+) -> None:
     """What record.json, and so the card, says of the edit and of the base; nothing if none is.
 
     The pictures that it vouches for are hashed, like the files that abliterator always writes.
@@ -98,8 +158,8 @@ def check_record(checkpoint: Path, named: Mapping[str, TensorEdit], found: Findi
     if not path.is_file():
         return
     try:
-        record = RunRecord.model_validate_json(path.read_text("utf-8"))
-    except ValueError:
+        record = RunRecord.model_validate_json(read_text(path))
+    except (FileError, ValueError):
         found.faults.append(f"{RECORD} is not a record that this version of abliterator can read.")
         return
     config = checkpoint / CONFIG_FILE
@@ -125,3 +185,11 @@ def check_record(checkpoint: Path, named: Mapping[str, TensorEdit], found: Findi
     for file, digest in record.model.files_sha256.items():
         if found.base_sha256.get(file) != digest:
             found.faults.append(f"{file} of the base is not the one that {RECORD} was made with.")
+    stated = record.provenance.digests.get(BASE_CARD)
+    card = base / CARD
+    if stated is not None and not (card.is_file() and sha256_of(card) == stated):
+        found.faults.append(
+            f"{CARD} of the base, which states its licence, is not the one that {RECORD} was made "
+            "with: run `abliterator card` again."
+        )
+    _check_texts(checkpoint, record, found)

@@ -63,7 +63,7 @@ def verify(
     beside = Beside(opened, checkpoint, unpacked, found)
     for file in carried:
         beside.compare(file)
-    check_record(checkpoint, named, found)
+    check_record(base, checkpoint, named, found)
     for file in OURS:
         if (checkpoint / file).is_file():
             found.sha256[file] = sha256_of(checkpoint / file)

@@ -15,10 +15,13 @@ from abliterator.record import TensorEdit
 EDITS = "abliterator/edits.json"
 RECORD = "abliterator/record.json"
 CARD = "README.md"
-OURS = (CARD, "recipe.yaml", EDITS, RECORD)
+RECIPE = "recipe.yaml"
+OURS = (CARD, RECIPE, EDITS, RECORD)
 """What abliterator adds to the files of the base."""
 PICTURES = ("abliterator/cosines.png", "abliterator/sweep.png")
 """What it adds where layers were chosen by measurement."""
+BASE_CARD = "base README.md"
+"""What a record's digests call the base's own card, whose licence it states."""
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 
@@ -22,9 +23,8 @@ from abliterator.judge import (
     RuleJudge,
     calibrate,
     disagreement,
-    last_calibration,
     load_labelled,
-    save_calibration,
+    read_calibration,
 )
 from abliterator.judge._calibrate import cohens_kappa
 from abliterator.recipe import load_recipe
@@ -121,17 +121,23 @@ def test_files_that_are_none(tmp_path):
         load_labelled(tmp_path / "empty")
 
 
-def test_a_calibration_is_found_by_the_same_judge_only():
-    judge = RuleJudge()
-    assert last_calibration(judge.identity) is None
+def test_a_calibration_is_read_for_the_same_judge_only(tmp_path):
+    judge, path = RuleJudge(), tmp_path / "c.json"
+    with pytest.raises(JudgeError, match="cannot be read"):
+        read_calibration(path, judge.identity)
     first = calibrate(labelled(1.0, 0.0), Told(1.0, 1.0))
     ours = first.model_copy(update={"judge": judge.identity})
-    save_calibration(ours)
-    assert last_calibration(judge.identity) == ours
+    path.write_text(ours.model_dump_json())
+    assert read_calibration(path, judge.identity) == ours
     after_a_run = judge.identity.model_copy(update={"usage": {"calls": 3}, "served_model": "m"})
-    assert last_calibration(after_a_run) == ours
-    other = judge.identity.model_copy(update={"prompt_sha256": "0" * 64})
-    assert last_calibration(other) is None
+    assert read_calibration(path, after_a_run) == ours
+    for change in ({"prompt_sha256": "0" * 64}, {"version": "0"}, {"model": "m"}, {"votes": 3}):
+        other = judge.identity.model_copy(update=change)
+        with pytest.raises(JudgeError, match=f"another judge: its {next(iter(change))} differ"):
+            read_calibration(path, other)
+    path.write_text(path.read_text()[:-9])
+    with pytest.raises(JudgeError, match="cannot be read"):
+        read_calibration(path, judge.identity)
 
 
 # The command
@@ -292,17 +298,45 @@ def test_a_missing_key_stops_before_anything_is_done(recipe, tmp_path, monkeypat
     assert not (tmp_path / "out").exists()
 
 
-def test_the_record_carries_the_last_calibration_by_hash(recipe, tmp_path, labels_file):
+def test_the_record_carries_the_calibration_that_the_recipe_names(recipe, tmp_path, labels_file):
     before, _ = build(recipe(), tmp_path / "out")
     assert before.judge.calibration is None
-    CliRunner().invoke(main, ["judge-calibrate", str(labels_file)])
-    after, log = build(recipe(), tmp_path / "out")
-    assert log.ran == ["judge", "record", "card"]
-    kept = last_calibration(RuleJudge().identity)
+    written = tmp_path / "calibration.json"
+    done = CliRunner().invoke(main, ["judge-calibrate", str(labels_file), "--out", str(written)])
+    assert done.exit_code == 0, done.stderr
+    again, log = build(recipe(), tmp_path / "out")  # what was calibrated is in no other record
+    assert (log.ran, again) == ([], before)
+    options = pipeline.Options(device="cpu", dtype="float32", force=True)
+    named, log = recipe(f"judge.calibration={written}"), Log()
+    after = pipeline.build(named, tmp_path / "out", options=options, progress=log)
+    assert log.ran == ["config", "judge", "record", "card"]
+    kept = read_calibration(written, RuleJudge().identity)
     assert after.judge.calibration["sha256"] == kept.sha256
-    assert after.judge.calibration["n"] == 4
-    assert "uncalibrated" not in render_card(after)
+    labels_sha256 = hashlib.sha256(labels_file.read_bytes()).hexdigest()
+    stated = {"n": 4, "labels": labels_file.name, "labels_sha256": labels_sha256}
+    assert stated.items() <= after.judge.calibration.items()
+    card = render_card(after)
+    assert "uncalibrated" not in card
+    assert labels_sha256 in card
     assert after.behaviour == before.behaviour
+    assert str(tmp_path) not in card
+    # another file under the same name is another calibration
+    other = kept.model_copy(update={"kappa": 0.25})
+    written.write_text(other.model_dump_json())
+    changed = pipeline.build(named, tmp_path / "out", options=options)
+    assert changed.judge.calibration["kappa"] == 0.25
+
+
+def test_a_calibration_of_another_judge_stops_before_anything_is_done(
+    recipe, tmp_path, labels_file
+):
+    written = tmp_path / "calibration.json"
+    CliRunner().invoke(main, ["judge-calibrate", str(labels_file), "--out", str(written)])
+    for named, message in ((written, "another judge"), (tmp_path / "absent.json", "be read")):
+        asked = recipe("judge.kind=openai", "judge.api_key_env=null", f"judge.calibration={named}")
+        with pytest.raises(JudgeError, match=message):
+            build(asked, tmp_path / "out")
+        assert not (tmp_path / "out").exists()
 
 
 def test_a_damaged_cache_stops_the_build_with_a_name(recipe, tmp_path):

@@ -16,9 +16,11 @@ from typing import Any
 import pytest
 
 from abliterator import pipeline
+from abliterator.card import render_adapter_card, render_card
 from abliterator.pipeline import Options
 from abliterator.publish._files import HELD_BYTES
 from abliterator.recipe import load_recipe
+from abliterator.record import RunRecord
 from tests.hub_server import HubServer
 
 ROOT = Path(__file__).parents[2]
@@ -180,10 +182,14 @@ def run(
 
 
 def edit_record(out: Path, **model: Any) -> None:
+    """Another base in the record, and the cards that are rendered of it."""
     path = out / "checkpoint" / "abliterator" / "record.json"
     record = json.loads(path.read_text())
     record["model"] |= model
     path.write_text(json.dumps(record))
+    made = RunRecord.model_validate(record)
+    (out / "checkpoint" / "README.md").write_text(render_card(made))
+    (out / "adapter" / "README.md").write_text(render_adapter_card(made))
 
 
 def files_of(folder: Path) -> dict[str, bytes]:

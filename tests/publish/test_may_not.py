@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from huggingface_hub import ModelCard
 
 from abliterator.errors import PublishError
-from abliterator.publish import Target, plan_publish
+from abliterator.publish import Target, plan_adapter, plan_publish
 from abliterator.publish._load import check_loads
+from abliterator.record import RunRecord
+from abliterator.verification import RECORD, recipe_text
 from tests.publish.conftest import (
     NAME,
     commits,
@@ -79,10 +83,49 @@ def test_a_checkpoint_that_does_not_load(built, out):
     check_loads(plan)
 
 
+@pytest.mark.parametrize("damage", ["old card", "edited card", "old recipe", "other version"])
+def test_a_card_that_is_not_the_records(built, out, damage):
+    """As a run leaves it that was killed between record and card."""
+    checkpoint = out / "checkpoint"
+    record = json.loads((checkpoint / RECORD).read_text())
+    expected = "run `abliterator card` again"
+    if damage == "old card":
+        record["recipe"]["rollouts"]["limit"] = 99
+        (checkpoint / "recipe.yaml").write_text(recipe_text(RunRecord.model_validate(record)))
+    elif damage == "edited card":
+        (checkpoint / "README.md").write_text((checkpoint / "README.md").read_text() + "\n")
+    elif damage == "old recipe":
+        (checkpoint / "recipe.yaml").write_text("model: another\n")
+        expected = "is not the recipe of"
+    else:
+        record["tool"]["version"] = "0.0.1"
+        record["recipe"]["seed"] = 7
+        (checkpoint / "recipe.yaml").write_text(recipe_text(RunRecord.model_validate(record)))
+        expected = r"0\.0\.1 made: run `abliterator card` again with this version"
+    (checkpoint / RECORD).write_text(json.dumps(record))
+    with pytest.raises(PublishError, match=expected):
+        plan_publish(built[0], checkpoint, Target(NAME))
+
+
+def test_an_adapter_whose_card_is_not_the_records(built, out):
+    plan = plan_publish(built[0], out / "checkpoint", Target(NAME))
+    card = out / "adapter" / "README.md"
+    card.write_text(card.read_text().replace("apache-2.0", "mit"))
+    with pytest.raises(PublishError, match="is not the card"):
+        plan_adapter(plan, out / "adapter", Target("somebody/adapter"))
+
+
+def test_a_base_whose_card_was_changed(built, out, tmp_path):
+    """The record states the licence that the base's card had."""
+    base = Path(shutil.copytree(built[0], tmp_path / "base"))
+    (base / "README.md").write_text("---\nlicense: mit\n---\n")
+    with pytest.raises(PublishError, match="states its licence"):
+        plan_publish(base, out / "checkpoint", Target(NAME))
+
+
 def test_an_unknown_licence_must_be_given(hub, built, out, publish):
     edit_record(out, license=None)
     readme = out / "checkpoint" / "README.md"
-    readme.write_text(readme.read_text().replace("license: apache-2.0\n", ""))
     assert "--license" in publish()["error"]
     assert hub.requests == []
     publish(license="mit")
@@ -143,9 +186,9 @@ def test_a_branch_with_somebody_elses_files(hub, publish):
 def test_a_pull_request_to_a_public_repository(hub, out, publish):
     publish(public=True)
     readme = out / "checkpoint" / "README.md"
-    readme.write_text(readme.read_text() + "\n")
+    edit_record(out, languages=["cy"])
     assert "--into-existing" in publish(create_pr=True)["error"]
-    assert publish(create_pr=True, into_existing=True)["uploaded"] == ["README.md"]
+    assert publish(create_pr=True, into_existing=True)["uploaded"] == ["README.md", RECORD]
     assert on_hub(hub)["README.md"] != readme.read_bytes()
 
 
@@ -156,9 +199,7 @@ def test_a_public_repository_is_not_written_to_unasked(hub, publish):
 
 def test_new_contents_are_not_shown_before_they_are_checked(hub, out, publish):
     publish(public=True)
-    (out / "checkpoint" / "README.md").write_text(
-        (out / "checkpoint" / "README.md").read_text() + "\n"
-    )
+    edit_record(out, languages=["cy"])
     assert "before they are checked" in publish(public=True)["error"]
     assert commits(hub) == 1
-    assert publish(public=True, into_existing=True)["uploaded"] == ["README.md"]
+    assert publish(public=True, into_existing=True)["uploaded"] == ["README.md", RECORD]

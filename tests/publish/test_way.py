@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from abliterator.verification import RECORD
 from tests.publish.conftest import (
     NAME,
     TOKEN,
@@ -100,10 +101,8 @@ def test_again_sends_nothing(hub, publish):
 
 def test_only_what_changed_is_sent(hub, out, publish):
     publish()
-    (out / "checkpoint" / "README.md").write_text(
-        (out / "checkpoint" / "README.md").read_text() + "\n"
-    )
-    assert publish()["uploaded"] == ["README.md"]
+    edit_record(out, languages=["cy"])
+    assert publish()["uploaded"] == ["README.md", RECORD]
     assert on_hub(hub) == files_of(out / "checkpoint")
 
 
