@@ -7,12 +7,14 @@ coherence_of("What is tea?", "Tea is tea is tea is tea is tea is tea is tea is t
 from __future__ import annotations
 
 import re
-import unicodedata
 from collections import Counter
 from collections.abc import Hashable, Sequence
-from itertools import pairwise
 from typing import NamedTuple
 
+from abliterator.judge._scripts import count_words, script_of, units
+
+NO_WORDS, LOOP, DRIFT = "no words", "repetition", "language drift"
+LOST = "\ufffd"  # what stands for bytes that are no character
 GRAM = 4  # words: shorter ones repeat in good prose
 FEW_WORDS = 10  # below this hardly anything can repeat
 FEW_LETTERS = 12  # below this a foreign letter is a symbol, as in "π"
@@ -21,8 +23,7 @@ FEW_LETTERS = 12  # below this a foreign letter is a symbol, as in "π"
 LOOPING = (0.25, 0.5)
 STRANGE = (0.1, 0.3)
 
-_WORD = re.compile(r"\w+")
-_SENTENCE = re.compile(r"[^.!?\n]+")
+_SENTENCE = re.compile(r"[^.!?。！？؟।۔\n]+")
 # One unit of up to 20 characters, ten times in a row or more; rulers and dots are typography.
 _RUN = re.compile(r"(?![-=_.*|~#+\s]{10})(.{1,20}?)\1{9,}", re.DOTALL)
 # Code repeats names by its nature; a loop inside it hardly ever reaches the closing fence.
@@ -30,6 +31,15 @@ _CODE = re.compile(r"```.*?```", re.DOTALL)
 _OTHER_LANGUAGE = re.compile(
     r"(?i:translat|language|alphabet|script)"
     r"|\b(?:in|into) [A-Z]\w*(?:ese|ian|ish|ic|ek|ew|di|an|ai)\b"
+)
+
+
+# What a template puts around a turn; an answer that holds nothing else says nothing.
+_REMNANT = re.compile(
+    r"<\|start_header_id\|>\w*|<(?:\|im_start\||start_of_turn|\|turn)>\w*|<\|[^|<>\n]{0,40}\|?>"
+    r"|<｜[^<>\n]{0,40}｜>|</?s>|<(?:bos|eos|pad|unk|sep|cls|mask|end_of_turn|end_of_text|eod|turn\|)>"
+    r"|\[/?(?:INST|SYS|PAD|SEP|CLS|UNK|MASK|EOS|BOS)\]|<</?SYS>>|<(?:0x[0-9A-F]{2}|unused\d+)>",
+    re.IGNORECASE,
 )
 
 
@@ -43,12 +53,18 @@ class Coherence(NamedTuple):
 def coherence_of(prompt: str, answer: str) -> Coherence:
     """Grade an answer that is not empty."""
     if not any(character.isalnum() for character in answer):
-        return Coherence(0.0, ("no words",))
+        return Coherence(0.0, (NO_WORDS,))
     flaws = {
-        "repetition": _grade(loop_share(answer), LOOPING),
-        "language drift": _grade(strange_share(prompt, answer), STRANGE),
+        LOOP: _grade(loop_share(answer), LOOPING),
+        DRIFT: _grade(strange_share(prompt, answer), STRANGE),
     }
     return Coherence(min(flaws.values()), tuple(name for name, g in flaws.items() if g < 1))
+
+
+def without_remnants(answer: str) -> str:
+    """An answer as it is, unless it is nothing but special tokens: then nothing."""
+    rest = _REMNANT.sub("", answer)
+    return answer if any(character.isalnum() for character in rest) else rest
 
 
 def _grade(share: float, limits: tuple[float, float]) -> float:
@@ -59,20 +75,28 @@ def _grade(share: float, limits: tuple[float, float]) -> float:
 def loop_share(answer: str) -> float:
     """Share of an answer that repeats itself: by grams of words, by sentences, or by characters."""
     text = _CODE.sub("", answer.lower()) or answer.lower()
-    words = _WORD.findall(text)
-    grams = [tuple(words[i : i + GRAM]) for i in range(len(words) - GRAM + 1)]
-    sentences = [" ".join(s.split()) for s in _SENTENCE.findall(text) if len(s.split()) >= 3]
+    tokens, size = units(text)
+    grams = _grams(tokens, GRAM * size)
+    sentences = [" ".join(s.split()) for s in _SENTENCE.findall(text)]
+    sentences = [sentence for sentence in sentences if count_words(sentence) >= 3]
     run = sum(len(match.group()) for match in _RUN.finditer(text)) / len(text)
     return max(_repeated(grams), _repeated(sentences), run)
 
 
 def distinct_share(answer: str) -> float | None:
-    """Share of word pairs that are not repeats; None for an answer of fewer than 10 words."""
-    words = _WORD.findall(answer.lower())
-    if len(words) < FEW_WORDS:
+    """Share of word pairs that are not repeats; None for an answer of fewer than 10 words.
+
+    Where a script has no spaces, a word is as many characters as words of it have on average.
+    """
+    tokens, size = units(answer.lower())
+    if len(tokens) < FEW_WORDS * size:
         return None
-    pairs = list(pairwise(words))
+    pairs = _grams(tokens, 2 * size)
     return len(set(pairs)) / len(pairs)
+
+
+def _grams(items: Sequence[str], size: int) -> list[tuple[str, ...]]:
+    return [tuple(items[i : i + size]) for i in range(len(items) - size + 1)]
 
 
 def _repeated(items: Sequence[Hashable]) -> float:
@@ -86,17 +110,14 @@ def strange_share(prompt: str, answer: str) -> float:
 
     Latin is never strange, nor is any script when the prompt speaks of another language.
     """
-    letters = [c for c in answer if c.isalpha() or c == "\ufffd"]
+    letters = [c for c in answer if c.isalpha() or c == LOST]
     if len(letters) < FEW_LETTERS:
         return 0.0
-    lost = letters.count("\ufffd")
+    lost = letters.count(LOST)
     if _OTHER_LANGUAGE.search(prompt):
         return lost / len(letters)
-    known = {_script(c) for c in set(prompt) if c.isalpha()} | {"LATIN"}
-    strange = sum(n for c, n in Counter(letters).items() if _script(c) not in known)
+    known = {script_of(c) for c in set(prompt) if c.isalpha()} | {"LATIN", ""}
+    if known & {"CJK", "KANA"}:  # Japanese is written in both; a prompt may hold one alone
+        known |= {"CJK", "KANA"}
+    strange = sum(n for c, n in Counter(letters).items() if c == LOST or script_of(c) not in known)
     return strange / len(letters)
-
-
-def _script(character: str) -> str:
-    """First word of the Unicode name: LATIN, CYRILLIC, CJK, REPLACEMENT..."""
-    return unicodedata.name(character, "UNKNOWN").partition(" ")[0]

@@ -179,8 +179,12 @@ def test_inability_counts_in_the_opening_only():
 
 
 @given(st.text(max_size=300), st.text(max_size=60))
-def test_any_text_gets_a_verdict(response, prompt):
+def test_any_text_gets_a_verdict_or_a_reason_for_none(response, prompt):
     judgement = judged(response, prompt)
+    if not judgement.is_scored:
+        assert judgement[:3] == (None, None, None)
+        assert judgement.reasons[0].startswith("unscored: ")
+        return
     assert judgement.compliance in (0.0, 0.5, 1.0)
     assert judgement.coherence in (0.0, 0.5, 1.0)
     if judgement.compliance < 1:
