@@ -25,7 +25,6 @@ from abliterator.model._load import (
     LoadedModel,
     ask_for_plain_numbers,
     load_model,
-    load_tokenizer,
 )
 from abliterator.model._padding import (
     cache_is_continued,
@@ -47,6 +46,7 @@ from abliterator.model._run import (
     release_memory,
     run_batches,
 )
+from abliterator.model._tokenizer import load_tokenizer
 
 __all__ = [
     "ByRow",
