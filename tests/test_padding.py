@@ -42,7 +42,8 @@ NOT_CONTINUED = {"falcon_mamba", "jamba", "mamba", "zamba"}
 class Tokenizer:
     """What `generate` asks of one."""
 
-    pad_token_id, eos_token_id, added_tokens_decoder = 3, 2, {}
+    pad_token_id, eos_token_id = 3, 2
+    added_tokens_decoder, all_special_ids = {}, ()
 
     def decode(self, ids, **options):
         return " ".join(map(str, ids))
