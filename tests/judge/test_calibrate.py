@@ -223,7 +223,7 @@ def recipe(tmp_path, tiny_folder):
     sets = ", ".join(f"{n}: {{path: {n}.txt}}" for n in ("target", "neutral", "over_refusal"))
     path.write_text(
         f"model: {tiny_folder()}\nlayers: [2]\nk: 1\nprompts: {{{sets}}}\n"
-        "rollouts: {max_new_tokens: 3}\n"
+        "rollouts: {max_new_tokens: 48}\n"
     )
 
     def load(*overrides):
