@@ -207,7 +207,7 @@ def test_a_model_against_itself_differs_in_nothing(tiny_folder, tmp_path):
     folder = tiny_folder("llama")
     settings = CompareSettings(
         prompts={"neutral": ["what is winter?", "the people there"]},
-        max_new_tokens=48,
+        max_new_tokens=80,
         divergence=DivergenceSettings(tokens=4),
     )
     found = compare(folder, folder, settings, scratch=tmp_path)
@@ -223,7 +223,7 @@ def test_the_command(tiny_folder, tmp_path, prompts, monkeypatch):
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
     base = tiny_folder("llama", dtype=torch.bfloat16)
     edited = baked(base, tmp_path / "edit", 2)
-    arguments = ["compare", str(base), str(edited), "--device", "cpu", "--max-new-tokens", "48"]
+    arguments = ["compare", str(base), str(edited), "--device", "cpu", "--max-new-tokens", "80"]
     arguments += ["--target", str(prompts / "target.txt")]
     arguments += ["--neutral", str(prompts / "neutral.txt"), "--json"]
     result = CliRunner().invoke(main, arguments, catch_exceptions=False)

@@ -63,7 +63,7 @@ def project(tmp_path, tiny_folder):
             f"model: {model or tiny_folder('llama', dtype=torch.bfloat16)}\n"
             "layers: [2, 1, 3]\nk: 2\n"
             "prompts: {target: {path: target.txt}, neutral: {path: neutral.jsonl}}\n"
-            "rollouts: {max_new_tokens: 48}\n"
+            "rollouts: {max_new_tokens: 80}\n"
         )
         return load_recipe(path, overrides=overrides)
 

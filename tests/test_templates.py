@@ -236,7 +236,7 @@ def test_a_process_that_somebody_ended_is_started_again(text_of):
 
 
 def test_a_text_that_the_tokenizer_cannot_encode(tiny_tokenizer):
-    with pytest.raises(UnsupportedModel, match="cannot encode the prompt"):
+    with pytest.raises(UnsupportedModel, match="cannot encode a prompt"):
         render_chat(tiny_tokenizer, "a lone \ud800")
 
 

@@ -306,6 +306,7 @@ def test_the_command_knows_the_base_and_the_subspace_of_a_build(tmp_path, tiny_f
     recipe.write_text(
         f"model: {tiny_folder('qwen3', dtype=torch.bfloat16)}\nlayers: [2]\nk: 1\n"
         "prompts: {target: {path: target.txt}, neutral: {path: neutral.txt}}\n"
+        "rollouts: {max_new_tokens: 8}\n"
     )
     out = tmp_path / "out"
     options = pipeline.Options(device="cpu", dtype="float32")

@@ -106,8 +106,8 @@ def _content(path: Path) -> bytes:
             raise PromptError(f"{path} is a folder; give one .txt or .jsonl file.")
         if not stat.S_ISREG(kind):
             raise PromptError(
-                f"{path} is a pipe, a device or a socket; prompts are read more than once, from a "
-                "regular file. Save them as one."
+                f"{path} is no regular file but a pipe, a device or a socket, and prompts are read "
+                "more than once. Save them as a file."
             )
         return read_bytes(path, max_bytes=_MAX_BYTES).removeprefix(BOM_UTF8)
     except FileNotFoundError:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from abliterator.checkpoint import ADAPTER_WEIGHTS
-from abliterator.errors import PublishError
+from abliterator.errors import FileError, PublishError
 from abliterator.publish import Target, _plan, plan_adapter, plan_publish
 from tests.hub_server import Fault
 from tests.publish.conftest import NAME, commits, files_of, on_hub, require_only
@@ -144,7 +144,7 @@ def test_a_swap_by_a_link_is_seen(built, out, tmp_path, monkeypatch):
         return verify(*args, **options)
 
     monkeypatch.setattr(_plan, "verify", verify_beside_a_writer)
-    with pytest.raises(PublishError, match="changed after it was verified"):
+    with pytest.raises(FileError, match="is a link"):
         plan_publish(built[0], out / "checkpoint", Target(NAME))
 
 
