@@ -36,7 +36,7 @@ def project(tmp_path, tiny_tokenizer, monkeypatch):
         (tmp_path / "r.yaml").write_text(
             f"model: {folder}\nlayers: {layers}\nk: {len(layers)}\n"
             "prompts: {target: {path: target.txt}, neutral: {path: neutral.jsonl}}\n"
-            "rollouts: {max_new_tokens: 3, limit: 2}\n"
+            "rollouts: {max_new_tokens: 80, limit: 2}\n"
         )
         return load_recipe(tmp_path / "r.yaml")
 
