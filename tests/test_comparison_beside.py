@@ -86,7 +86,7 @@ def compared(base: Path, edited: Path, scratch: Path, **settings: Any) -> Compar
         edited,
         CompareSettings(
             prompts={"target": PROMPTS, "neutral": PROMPTS},
-            max_new_tokens=6,
+            max_new_tokens=80,  # enough to be judged
             divergence=DivergenceSettings(tokens=4),
             **settings,
         ),

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -18,13 +19,14 @@ from typing import TYPE_CHECKING, Any
 from abliterator.checkpoint import Checkpoint, carried_files, is_legal, is_opened_by_loaders
 from abliterator.comparison._result import Difference, Part
 from abliterator.errors import AbliteratorError
-from abliterator.files import read_text, sha256_of_file, shown, write_text_atomic
+from abliterator.files import copy_file, read_text, sha256_of_file, shown, write_text_atomic
 from abliterator.formats import storage_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 GENERATION_CONFIG = "generation_config.json"
+CHAT_TEMPLATES = "additional_chat_templates"
 _TEMPLATES = re.compile(r"(additional_chat_templates/.*|.*\.jinja|chat_template.*\.json)")
 _CODE = re.compile(r".*\.(py|cpp|cu|h)")
 _NOT_OF_TEXT = re.compile(
@@ -202,23 +204,36 @@ def same_vocabulary(base: Setup, edited: Setup) -> bool:
 
 
 def asked_as_base(base: Setup, edited: Setup, folder: Path) -> Path:
-    """A folder of links: the edited model with the base's template, tokenizer and stop tokens."""
+    """A folder with the edited model and the base's template, tokenizer and stop tokens.
+
+    Weights are linked; what else a loader opens is copied.
+    """
     folder.mkdir()
     for path in sorted(edited.folder.iterdir()):
         if not _decides_the_question(path.name):
-            (folder / path.name).symlink_to(path.resolve())
+            _put(path, folder)
     for path in sorted(base.folder.iterdir()):
         if _decides_the_question(path.name):
-            (folder / path.name).symlink_to(path.resolve())
+            _put(path, folder)
     if not (folder / GENERATION_CONFIG).exists():  # else the edited config would say where to stop
         settings = {"eos_token_id": list(base.stop_ids)}
         write_text_atomic(folder / GENERATION_CONFIG, json.dumps(settings))
     return folder
 
 
+def _put(path: Path, folder: Path) -> None:
+    place = folder / path.name
+    if path.suffix == ".safetensors":
+        place.symlink_to(path.resolve())
+    elif path.name == CHAT_TEMPLATES:
+        shutil.copytree(path, place)
+    elif path.is_file() and is_opened_by_loaders(path.name):
+        copy_file(path, place)
+
+
 def _decides_the_question(name: str) -> bool:
     """Whether a file, or a folder of files, of this name has a part in how a model is asked."""
-    if name in (GENERATION_CONFIG, "additional_chat_templates"):
+    if name in (GENERATION_CONFIG, CHAT_TEMPLATES):
         return True
     opened = is_opened_by_loaders(name) and not name.endswith(".safetensors")
     return opened and _part(name) in ("chat_template", "tokenizer")

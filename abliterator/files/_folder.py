@@ -31,12 +31,16 @@ _MAX_BYTES = {
 _BLOB = re.compile("[0-9a-f]{40}|[0-9a-f]{64}")  # how the Hub's cache calls the content of a file
 
 
-def require_plain_folder(folder: Path) -> None:
+def require_plain_folder(folder: Path, *, but: str = "") -> None:
     """Checks that a model's folder holds regular files and folders only, none of them too large.
 
     A link is followed where it stays in the folder, or is one of the Hub's cache, from
     `snapshots/COMMIT` to `blobs`. A link that leads nowhere is left to whoever needs the file.
     Folders that begin with a dot, and `original`, are not entered.
+
+    Args:
+        folder: the model's.
+        but: files of a name that fits this pattern are left to another check.
 
     Raises:
         FileError: for a link that leaves the folder, a pipe, a device or a socket, and a file that
@@ -45,7 +49,7 @@ def require_plain_folder(folder: Path) -> None:
     with readable(folder):
         root = folder.resolve()
         for path in _entries(folder):
-            if path.exists():
+            if path.exists() and not fnmatchcase(path.name, but):
                 _check_link(folder, path, root)
                 _check_kind(folder, path)
 

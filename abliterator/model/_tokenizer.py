@@ -23,7 +23,7 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> PreTrain
     Raises:
         CheckpointError: if there is none, or it cannot be read.
     """
-    require_plain_folder(folder)
+    require_plain_folder(folder, but="*.safetensors")  # weights are no business of a tokenizer
     from transformers import AutoTokenizer
 
     with foreign(
