@@ -166,7 +166,7 @@ def test_a_write_that_fails_half_way_leaves_no_checkpoint(project):
         text=True,
     )
     assert done.returncode == 1, done.stderr
-    assert done.stderr.startswith("CheckpointError")
+    assert done.stderr.startswith("FileError")
     assert not list(Path("out").rglob("*.safetensors*"))
 
 
