@@ -1,7 +1,7 @@
 """Kill a run at each of its file operations, give the same command again, compare what it leaves.
 
-    OMP_NUM_THREADS=1 python -m tests.kill_points                 # every point: 15 to 60 minutes
-    OMP_NUM_THREADS=1 python -m tests.kill_points build --every 10
+    python -m tests.kill_points                 # every point: 15 to 60 minutes
+    python -m tests.kill_points build --every 10
 
 A point lies before each opening for writing, rename, removal, mkdir, fsync and copy of a range, and
 in the middle of each write, of files below the scenario's folder. A child process ends itself there
@@ -25,6 +25,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+os.environ["OMP_NUM_THREADS"] = "1"  # this process forks: torch must have made no threads in it
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
@@ -204,12 +205,18 @@ def failures(scenario: Scenario, points: Iterator[int] | range) -> Iterator[tupl
 
 def scenarios(folder: Path) -> dict[str, Scenario]:
     """All of them, on a tiny model in `folder`."""
-    base = save_tiny("llama", folder / "base", train_tokenizer(), dtype=torch.bfloat16)
-    (base / "README.md").write_text("---\nlicense: apache-2.0\n---\n")
+    base = folder / "base"
+
+    def make() -> None:  # in a child: whoever forks has not used torch
+        save_tiny("llama", base, train_tokenizer(), dtype=torch.bfloat16)
+        (base / "README.md").write_text("---\nlicense: apache-2.0\n---\n")
+        basis = torch.linalg.qr(torch.randn(32, 1)).Q.contiguous()
+        save_file({"subspace": basis}, folder / "q.safetensors")
+
+    in_child(make)
     for name, question in (("t", "Tell me about the"), ("n", "Name a")):
         (folder / f"{name}.txt").write_text("\n".join(f"{question} {x}." for x in "abcdefg"))
     (folder / "r.yaml").write_text(RECIPE.format(model=base))
-    save_file({"subspace": torch.linalg.qr(torch.randn(32, 1)).Q}, folder / "q.safetensors")
     out, old = folder / "out" / "run", folder / "old"
     out.parent.mkdir()
 
@@ -317,7 +324,6 @@ def main() -> int:
     parser.add_argument("--first", type=int, default=1, help="the first point")
     parser.add_argument("--last", type=int, help="the last one")
     asked = parser.parse_args()
-    torch.set_num_threads(1)
     bad = 0
     with tempfile.TemporaryDirectory(prefix="kill-points-") as folder:
         known = scenarios(Path(folder).resolve())

@@ -74,7 +74,7 @@ def test_too_little_memory_halves_the_batch_of_both_sides(monkeypatch, plain, ta
             found = scored([1.0], task=task["name"]).model_dump(mode="json")
             path = Path(job["out"]) / f"{task['name']}.json"
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps({"key": job["keys"][task["name"]], "scores": found}))
+            path.write_text(json.dumps(_apart._sealed(job["keys"][task["name"]], found)))
 
     monkeypatch.setattr(_apart, "_run_child", child)
     sides = {side: Subject(Path(side), side) for side in ("base", "edited")}
