@@ -31,7 +31,7 @@ def recipe(tmp_path, tiny_folder):
     (tmp_path / "n.txt").write_text("\n".join(f"Name {word}." for word in words))
     path = tmp_path / "tiny.yaml"
     path.write_text(
-        f"model: {tiny_folder()}\nlayers: [2, 1]\nk: 1\n"
+        f"model: {tiny_folder()}\nlayers: [2, 1]\nk: 1\nrollouts: {{max_new_tokens: 80}}\n"
         "prompts: {target: {path: t.txt}, contrast: {path: c.txt}, neutral: {path: n.txt}}\n"
     )
     return lambda *overrides: load_recipe(path, overrides=overrides)

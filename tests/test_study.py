@@ -60,7 +60,7 @@ def subject(tiny_loaded):
         target=asked,
         neutral=asked,
         judge=RuleJudge(),
-        max_new_tokens=4,
+        max_new_tokens=80,
         kl_tokens=3,
         batch_size=8,
         max_batch_tokens=512,
@@ -225,7 +225,7 @@ def recipe(tmp_path, tiny_folder):
     sources = ", ".join(f"{name}: {{path: {name}.txt}}" for name in sets)
     path.write_text(
         f"model: {tiny_folder()}\nlayers: [2, 1]\nk: 1\nprompts: {{{sources}}}\n"
-        "rollouts: {max_new_tokens: 4}\ndivergence: {tokens: 3}\n"
+        "rollouts: {max_new_tokens: 80}\ndivergence: {tokens: 3}\n"
     )
     return path
 
@@ -270,10 +270,10 @@ def test_the_controls_are_of_the_edit_that_a_build_bakes(recipe, tmp_path, stack
 
 def test_settings_are_part_of_what_was_measured(recipe, tmp_path):
     read, out = load_recipe(recipe), tmp_path / "o"
-    asked = pipeline.StudySettings(limit=5, tokens=2, alphas=(1.0,))
+    asked = pipeline.StudySettings(limit=5, tokens=80, alphas=(1.0,))
     study = pipeline.run_study("alpha", read, out, asked, options=OPTIONS)
     assert study.about["target prompts"] == study.rows[1].answers.compliance.n == 5
-    assert (study.about["tokens of an answer"], len(study.rows)) == (2, 2)
+    assert (study.about["tokens of an answer"], len(study.rows)) == (80, 2)
     other = pipeline.run_study("alpha", read, out, pipeline.StudySettings(limit=6), options=OPTIONS)
     assert (other.about["target prompts"], len(other.rows)) == (6, 8)
 

@@ -61,7 +61,10 @@ def origin(url: str) -> tuple[str, str, int | None]:
 
 def _forms(key: str) -> Iterator[str]:
     data = key.encode()
-    yield from (key, key[::-1], quote(key, safe=""), data.hex(), data.hex().upper())
+    yield key
+    if len(key) < SHARED:
+        return  # of a short key, another form may stand in any text
+    yield from (key[::-1], quote(key, safe=""), data.hex(), data.hex().upper())
     for offset in range(3):  # what stands before the key shifts its base64 by 0, 1 or 2 bytes
         for encode in (base64.b64encode, base64.urlsafe_b64encode):
             text = encode(b"\0" * offset + data).decode().rstrip("=")
