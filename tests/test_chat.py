@@ -22,6 +22,8 @@ from abliterator.recipe import load_recipe
 TOKENS = 6
 OPTIONS = pipeline.Options(device="cpu", dtype="float32")
 
+EVERY_MESSAGE = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
+
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory, tiny_folder):
@@ -88,7 +90,7 @@ def test_a_checkpoint_that_is_asked_otherwise_than_its_base_says_so(built, tmp_p
     assert "model: llama\n" in recipe
     (changed / "recipe.yaml").write_text(recipe.replace("llama", str(tiny_folder()), 1))
     arguments = ["chat", str(changed), "--compare", "--max-new-tokens", "2", "--device", "cpu"]
-    for template, says in ((None, False), ("{{ messages[-1]['content'] }} The answer is", True)):
+    for template, says in ((None, False), (EVERY_MESSAGE + " The answer is", True)):
         if template is not None:
             (changed / "chat_template.jinja").write_text(template)
         done = CliRunner().invoke(main, arguments, input="Where is the a?\n")

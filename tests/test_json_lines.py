@@ -172,10 +172,11 @@ def test_separators_pass_through_a_whole_run(tmp_path, tiny_folder, monkeypatch)
         "prompts: {target: {path: t.jsonl}, neutral: {path: n.txt}}\n"
     )
     said = f"<think>{SEPARATORS}</think>Sure!{SEPARATORS}"
+    changed = {"response": said, "answer_start": said.index("Sure!")}
 
     def answering(*arguments, **options):
         answers = generation.answer_sets_(*arguments, **options)
-        return [a.model_copy(update={"response": said}) for a in answers]
+        return [a.model_copy(update=changed) for a in answers]
 
     monkeypatch.setattr(generation, "answer_sets_", generation.answer_sets, raising=False)
     monkeypatch.setattr(generation, "answer_sets", answering)
