@@ -166,12 +166,23 @@ def _loading(folder: Path) -> Iterator[None]:
 
 
 def read_config(folder: Path, trust_remote_code: bool) -> PreTrainedConfig:
-    """The config in `folder`, of which quantised weights are to be decoded as they are loaded."""
-    from transformers import AutoConfig
+    """The config in `folder`, of which quantised weights are to be decoded as they are loaded.
+
+    Raises:
+        CheckpointError: for a config whose language model is not described by a config.
+        Exception: whatever transformers raises for a config that it cannot read.
+    """
+    from transformers import AutoConfig, PreTrainedConfig
 
     config: PreTrainedConfig = AutoConfig.from_pretrained(
         folder, local_files_only=True, trust_remote_code=trust_remote_code
     )
+    # transformers keeps whatever stands under `text_config` of a type that has none
+    if not isinstance(config.get_text_config(), PreTrainedConfig):
+        raise CheckpointError(
+            f"config.json in {folder} has a part for its language model that {config.model_type} "
+            "does not have, such as `text_config`. Remove it, or download the model again."
+        )
     ask_for_plain_numbers(config)
     return config
 
