@@ -23,7 +23,7 @@ from abliterator.errors import (
     RecipeError,
 )
 from abliterator.files import require_plain_folder, require_regular_files
-from abliterator.model import foreign, load_model, load_tokenizer
+from abliterator.model import foreign, load_model, load_tokenizer, stored_limits
 from abliterator.prompts import PromptSource, load_prompts
 from abliterator.recipe import load_recipe
 from tests.hostile_folders import CARDS, make_sound, run_all
@@ -90,6 +90,7 @@ def change(folder: Path, file: str, **values: object) -> None:
         ("config.json", {"dtype": []}),
         ("config.json", {"rope_parameters": {"rope_type": 3}}),
         ("config.json", {"hidden_act": "\ud800"}),
+        *(("config.json", {"text_config": wrong}) for wrong in ({}, 0.5, True, 7)),
         ("generation_config.json", {"eos_token_id": [1, "a"]}),
         ("generation_config.json", {"eos_token_id": -5}),
         ("generation_config.json", {"eos_token_id": {"a": 1}}),
@@ -97,10 +98,12 @@ def change(folder: Path, file: str, **values: object) -> None:
         ("tokenizer.json", {"model": {"type": "BPE", "vocab": {}, "merges": [["x", "y"]]}}),
         ("tokenizer_config.json", {"tokenizer_class": "T5Tokenizer", "extra_ids": "x"}),
         ("tokenizer_config.json", {"extra_special_tokens": {"a": [3]}}),
+        ("tokenizer_config.json", {"unk_token": ""}),
     ],
 )
 def test_what_transformers_cannot_use_is_a_named_error(writable, file, values):
     change(writable, file, **values)
+    stored_limits(writable)  # leaves it to loading
     with pytest.raises(AbliteratorError) as caught:
         load_model(writable, device="cpu", dtype=None)
     assert str(caught.value).isprintable()

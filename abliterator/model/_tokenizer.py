@@ -35,6 +35,8 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> PreTrain
         empty = not len(tokenizer)
         if not empty:  # what only fails when it is used fails now
             tokenizer.decode(tokenizer("Name a planet.")["input_ids"], skip_special_tokens=True)
+            # transformers asks for the id of an unknown special token without end
+            _ = tokenizer.all_special_ids, tokenizer.eos_token_id, tokenizer.pad_token_id
     if empty:
         raise CheckpointError(f"The folder {folder} has no tokenizer. {_remedy(folder)}")
     if not tokenizer.chat_template:
