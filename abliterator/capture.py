@@ -1,62 +1,41 @@
-"""Prompts through a model, to its residual stream at some positions of every layer.
+"""Mean and spread of the residual stream over prompts, at every layer.
 
-The room does not know what the prompts mean or what is made of the moments. Residual l (1 to
-n_layers) is the output of block l - 1, taken from a hook on the block: transformers'
-`hidden_states[-1]` has gone through the final norm, and keeping every position of every layer would
-cost memory for numbers that nobody reads.
+Residual l (1 to n_layers) is the output of block l - 1. Prompts run in batches of equal token
+length, without padding, so a batch computes what its prompts would compute alone.
 
-Prompts run in batches of equal token length, without padding, so a batch computes what its prompts
-would compute alone.
-
-    moments = capture(loaded, token_ids, blocks=block_paths("model.layers", 30))
+    moments = capture(engine, token_ids)
     moments.mean[9 - 1]                             # mean residual at layer 9, float64
 """
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Literal
 
 import torch
 from safetensors.torch import load_file, save
-from torch import Tensor
 
-from abliterator.errors import DirectionError
+from abliterator.engines import Engine, OnBatch, Padding
 from abliterator.files import write_bytes_atomic
-from abliterator.model import (
-    LoadedModel,
-    equal_length_batches,
-    hooked,
-    limits_of,
-    require_fit,
-    run_batches,
-)
 from abliterator.subspace import Moments, MomentSet
-
-Padding = Literal["none", "left"]
 
 
 def capture(
-    loaded: LoadedModel,
+    engine: Engine,
     token_ids: Sequence[Sequence[int]],
     *,
-    blocks: Sequence[str],
     position: int = -1,
     padding: Padding = "none",
     max_batch_tokens: int = 4096,
-    on_batch: Callable[[int], None] | None = None,
+    on_batch: OnBatch | None = None,
 ) -> MomentSet:
     """Mean and spread of the residual stream at `position`, over prompts, at every layer.
 
     Args:
-        loaded: the model.
+        engine: the model.
         token_ids: one rendered prompt each.
-        blocks: module paths of all blocks, in order.
         position: counted from the end of each prompt: -1 is its last token.
-        padding: as `residuals` takes it.
+        padding: "none", or "left" as most tools do it (`Engine.hidden_states`).
         max_batch_tokens: tokens in a batch, padding included.
         on_batch: called with the number of prompts done after each batch.
 
@@ -65,67 +44,24 @@ def capture(
 
     Raises:
         DirectionError: without prompts, for a prompt with no token at `position`, for NaN.
+        PromptError: for a prompt that is longer than what the model reads.
     """
-    moments = Moments(len(blocks), loaded.model.config.get_text_config().hidden_size)
-    for batch, vectors in residuals(
-        loaded,
-        token_ids,
-        blocks=blocks,
-        positions=(position,),
-        padding=padding,
-        max_batch_tokens=max_batch_tokens,
+    moments = Moments(*engine.hidden_shape)
+    for batch, residuals in engine.hidden_states(
+        token_ids, positions=(position,), padding=padding, max_batch_tokens=max_batch_tokens
     ):
-        moments.update(vectors[:, 0])
+        moments.update(residuals[:, 0])
         if on_batch:
             on_batch(len(batch))
     return moments.freeze()
 
 
-def residuals(
-    loaded: LoadedModel,
-    token_ids: Sequence[Sequence[int]],
-    *,
-    blocks: Sequence[str],
-    positions: Sequence[int] = (-1,),
-    padding: Padding = "none",
-    max_batch_tokens: int = 4096,
-) -> Iterator[tuple[list[int], Tensor]]:
-    """The residual stream of every prompt at some positions of every layer, batch by batch.
-
-    Args:
-        loaded: the model.
-        token_ids: one rendered prompt each.
-        blocks: module paths of all blocks, in order.
-        positions: P of them, counted from the end of each prompt: -1 is its last token.
-        padding: "none" batches prompts of equal length; "left" pads in batches of mixed length,
-            which is how most tools do it, and costs exactness in low-precision dtypes.
-        max_batch_tokens: tokens in a batch, padding included.
-
-    Yields:
-        The indices of a batch's prompts, and their vectors [N, P, n_layers, d_model] in the dtype
-        of the model, on its device.
-
-    Raises:
-        DirectionError: without prompts, and for a prompt with no token at a position.
-        PromptError: for a prompt that is longer than what the model reads.
-        CheckpointError: for tokens that the model has no embedding of.
-    """
-    for position in positions:
-        _check_positions(token_ids, position)
-    require_fit(limits_of(loaded), token_ids)
-    if padding == "none":
-        batches = equal_length_batches(token_ids, max_batch_tokens)
-    else:
-        batches = _mixed_length_batches(token_ids, max_batch_tokens)
-    yield from run_batches(batches, partial(_residuals, loaded, token_ids, blocks, positions))
-
-
 def save_moments(path: Path, moments: Mapping[str, MomentSet]) -> None:
     """Writes moments of several prompt sets as safetensors: NAME.mean, NAME.m2, NAME.n."""
     tensors = {}
-    for name, found in moments.items():
-        tensors[f"{name}.mean"], tensors[f"{name}.m2"] = found.mean, found.m2
-        tensors[f"{name}.n"] = torch.tensor(found.n)
+    for name, moment_set in moments.items():
+        tensors[f"{name}.mean"], tensors[f"{name}.m2"] = moment_set.mean, moment_set.m2
+        tensors[f"{name}.n"] = torch.tensor(moment_set.n)
     write_bytes_atomic(path, save(tensors))
 
 
@@ -137,75 +73,3 @@ def load_moments(path: Path) -> dict[str, MomentSet]:
         name: MomentSet(int(tensors[f"{name}.n"]), tensors[f"{name}.mean"], tensors[f"{name}.m2"])
         for name in sorted(names)
     }
-
-
-def _residuals(
-    loaded: LoadedModel,
-    token_ids: Sequence[Sequence[int]],
-    blocks: Sequence[str],
-    positions: Sequence[int],
-    batch: list[int],
-) -> Tensor:
-    """[N, P, L, H] residuals of the prompts in `batch`, in the dtype of the model."""
-    found: dict[str, Tensor] = {}
-
-    def keep(path: str, hidden: Tensor) -> None:
-        # A copy, which a list of positions makes: a view would keep all positions alive.
-        found[path] = hidden[:, list(positions)]
-
-    rows = [token_ids[i] for i in batch]
-    inputs = (
-        _left_padded(rows)
-        if len({len(row) for row in rows}) > 1
-        else {"input_ids": torch.tensor(rows)}
-    )
-    hooks = {path: partial(keep, path) for path in blocks}
-    base_model = loaded.model.base_model  # logits are not needed
-    if "position_ids" not in inspect.signature(base_model.forward).parameters:
-        inputs.pop("position_ids", None)
-    with torch.inference_mode(), hooked(loaded.model, hooks):
-        base_model(**{k: v.to(loaded.device) for k, v in inputs.items()}, use_cache=False)
-    stream: list[Tensor] = []
-    for path in blocks:
-        # A block that was left out hands on what it would have read: Mllama's, that look at images.
-        stream.append(found[path] if path in found else stream[-1])
-    return torch.stack(stream, dim=2)
-
-
-def _left_padded(rows: Sequence[Sequence[int]]) -> dict[str, Tensor]:
-    """Input ids, mask and positions [N, T]; token 0 stands where the mask is 0."""
-    width = max(map(len, rows))
-    ids = torch.tensor([[0] * (width - len(row)) + list(row) for row in rows])
-    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
-    positions = (mask.cumsum(dim=1) - 1).clamp_min(0)
-    return {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
-
-
-def _mixed_length_batches(
-    token_ids: Sequence[Sequence[int]], max_batch_tokens: int
-) -> list[list[int]]:
-    """Indices in order of length, cut so that rows x longest stays within the budget."""
-    batches: list[list[int]] = []
-    for index in sorted(range(len(token_ids)), key=lambda i: len(token_ids[i])):
-        # Sorted, so this row is the longest of the batch that it would join.
-        if batches and (len(batches[-1]) + 1) * len(token_ids[index]) <= max_batch_tokens:
-            batches[-1].append(index)
-        else:
-            batches.append([index])
-    return batches
-
-
-def _check_positions(token_ids: Sequence[Sequence[int]], position: int) -> None:
-    if not token_ids:
-        raise DirectionError("There are no prompts to capture. Give at least two of each kind.")
-    if position >= 0:
-        raise DirectionError(
-            f"Position {position} is not counted from the end of the prompt. Use -1 for its last "
-            "token."
-        )
-    for index, ids in enumerate(token_ids):
-        if len(ids) < -position:
-            raise DirectionError(
-                f"Prompt {index} has {len(ids)} tokens, so none at position {position}. Use a "
-                "position nearer to the end, or drop the prompt."
-            )

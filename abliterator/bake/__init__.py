@@ -15,7 +15,6 @@ H = d_model, k rank, Q [H, k] the orthonormal basis; wherever one is taken, a ba
 
 from abliterator.bake._adapter import require_adapter_form, write_adapter
 from abliterator.bake._experts import Chosen
-from abliterator.bake._intervene import intervene
 from abliterator.bake._plan import EditPlan, EditSettings, PlannedEdit, plan_edits, require_fit
 from abliterator.bake._preview import preview_edit, preview_edits
 from abliterator.bake._stored import PANEL_ELEMENTS
@@ -28,7 +27,6 @@ __all__ = [
     "EditSettings",
     "PlannedEdit",
     "bake",
-    "intervene",
     "plan_edits",
     "preview_edit",
     "preview_edits",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from bisect import bisect_left
 from collections.abc import Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -61,6 +62,23 @@ class Splitter:
         for token in control:
             answer = answer.replace(token, "")
         return Split(thinking + split.thinking, answer)
+
+    def first_token(self, reply: Sequence[int], split: Split) -> int:
+        """Where the answer of a reply begins, in tokens; at its end where it has no answer.
+
+        At the first token with a word of the answer: line breaks after the thinking are part of
+        neither.
+        """
+        length = len(split.answer.strip())
+        if not length:
+            return len(reply)
+
+        def holds_answer(start: int) -> bool:
+            rest = self._tokenizer.decode(list(reply[start:]), skip_special_tokens=True)
+            return len(str(rest).strip()) >= length
+
+        # the later the start, the less text is left: the last start that leaves all of the answer
+        return bisect_left(range(len(reply)), True, key=lambda at: not holds_answer(at)) - 1
 
     def opened_by(self, prompt: Sequence[int]) -> Opened:
         """What a rendered prompt leaves open where the reply begins.

@@ -1,25 +1,20 @@
-"""Prompts to answers: greedy decoding, the same for base and edited.
+"""Greedy decoding, the same for base and edited.
 
-The room knows nothing of refusals or scores. What a model's own generation_config says about
-sampling, penalties or lengths does not apply here: two models are compared, so only the weights may
-differ.
-
-    stop = stop_ids(loaded)
-    answers = generate(loaded, prompts, max_new_tokens=256, batch_size=16, stop_ids=stop)
-    answers[0].text, answers[0].finish_reason
+What a model's own generation_config says about sampling, penalties or lengths does not apply here:
+two models are compared, so only the weights may differ.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from abliterator.engines._protocol import Answer
 from abliterator.errors import GenerationError
 from abliterator.model import (
     ByRow,
@@ -34,37 +29,14 @@ from abliterator.model import (
     run_batches,
     run_prefix,
 )
-from abliterator.record import Completion, FinishReason, Side
 from abliterator.thinking import Splitter
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedModel
     from transformers.generation.streamers import BaseStreamer
 
-
-PROBED = (
-    3  # tokens of an answer by which padding is tried: one from the prompt, then from its cache
-)
-
-Bar = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
-
-
-@dataclass(frozen=True)
-class Answer:
-    """One answer.
-
-    Attributes:
-        text: decoded without special tokens; before it, the model's thinking with them.
-        token_ids: what was generated, without the stop token.
-        finish_reason: "stop" if a stop token ended it, "length" if max_new_tokens did.
-        start: where the answer begins in `text`, behind the thinking; at its end where the model
-            had not begun to answer.
-    """
-
-    text: str
-    token_ids: tuple[int, ...]
-    finish_reason: FinishReason
-    start: int = 0
+# tokens of an answer by which padding is tried: one from the prompt, then from its cache
+PROBED = 3
 
 
 def stop_ids(loaded: LoadedModel) -> tuple[int, ...]:
@@ -184,70 +156,6 @@ def stream(
             _continuations(loaded, [prompt], [0], prefix=Prefix(), streamer=teller)
     finally:
         on_end(_answer(Splitter(loaded.tokenizer), prompt, tokens, stop_ids))
-
-
-def as_completions(
-    answers: Sequence[Answer], prompts: Sequence[str], *, set_name: str, side: Side
-) -> list[Completion]:
-    """Answers as lines of rollouts.jsonl: each with its prompt, and where it belongs.
-
-    Args:
-        answers: one a prompt, in their order.
-        prompts: as they were asked, before rendering.
-        set_name: the set they come from, such as "target".
-        side: which model answered.
-    """
-    return [
-        Completion(
-            set=set_name,
-            side=side,
-            index=index,
-            prompt=prompt,
-            response=answer.text,
-            finish_reason=answer.finish_reason,
-            n_tokens=len(answer.token_ids),
-            answer_start=answer.start,
-        )
-        for index, (prompt, answer) in enumerate(zip(prompts, answers, strict=True))
-    ]
-
-
-def answer_sets(
-    loaded: LoadedModel,
-    sets: Mapping[str, tuple[Sequence[str], Sequence[Sequence[int]]]],
-    *,
-    side: Side,
-    max_new_tokens: int,
-    batch_size: int,
-    bar: Bar,
-    stop: Sequence[int] | None = None,
-) -> list[Completion]:
-    """One side's answers to several prompt sets, as lines of rollouts.jsonl.
-
-    Args:
-        loaded: the model.
-        sets: by name, the prompts and the token ids of each when rendered.
-        side: which model answers.
-        max_new_tokens: at most this many tokens an answer.
-        batch_size: prompts at a time.
-        bar: shows progress; it is given a label and how many there are.
-        stop: tokens that end an answer; left out, the model's own. An edited folder of a build has
-            its base's config and tokenizer byte for byte, so they are the same on both sides.
-    """
-    found: list[Completion] = []
-    ending = stop_ids(loaded) if stop is None else stop
-    for name, (prompts, token_ids) in sets.items():
-        with bar(f"{side} answers, {name}", len(prompts)) as advance:
-            answers = generate(
-                loaded,
-                token_ids,
-                max_new_tokens=max_new_tokens,
-                batch_size=batch_size,
-                stop_ids=ending,
-                on_batch=advance,
-            )
-        found += as_completions(answers, prompts, set_name=name, side=side)
-    return found
 
 
 def _greedy(loaded: LoadedModel, max_new_tokens: int, stop_ids: Sequence[int]) -> GenerationConfig:
@@ -381,5 +289,10 @@ def _answer(
     end = next((i for i, token in enumerate(row) if token in stop_ids), None)
     token_ids = tuple(row[:end])
     split = splitter.split(prompt, token_ids, is_cut=end is None)
-    text = split.thinking + split.answer
-    return Answer(text, token_ids, "length" if end is None else "stop", len(split.thinking))
+    return Answer(
+        text=split.thinking + split.answer,
+        token_ids=token_ids,
+        finish_reason="length" if end is None else "stop",
+        start=len(split.thinking),
+        start_token=splitter.first_token(token_ids, split) if split.thinking else 0,
+    )

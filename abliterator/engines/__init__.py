@@ -1,0 +1,37 @@
+"""A model that can be asked: hidden states, greedy answers, log-probabilities along answers.
+
+`Engine` is the protocol, and `TransformersEngine` its implementation in this process. Whatever runs
+the model lies behind it: module paths, stop tokens, device and dtype, padding, caches and hooks.
+Every question can be asked under an edit, or under several, one a row of a batch.
+
+    engine = TransformersEngine(load_model(folder, device="cpu", dtype="float32"))
+    with engine.edited(WriterEdit(plan, basis)):
+        engine.answers(prompts, max_new_tokens=64, batch_size=16)[0].text
+"""
+
+from abliterator.engines._edits import Edit, Steering, StreamEdit, WriterEdit
+from abliterator.engines._protocol import (
+    Answer,
+    AnswerPath,
+    Engine,
+    OnBatch,
+    Padding,
+    SideBySide,
+    Tokens,
+)
+from abliterator.engines._transformers import TransformersEngine
+
+__all__ = [
+    "Answer",
+    "AnswerPath",
+    "Edit",
+    "Engine",
+    "OnBatch",
+    "Padding",
+    "SideBySide",
+    "Steering",
+    "StreamEdit",
+    "Tokens",
+    "TransformersEngine",
+    "WriterEdit",
+]

@@ -1,0 +1,137 @@
+"""The residual stream at some positions of given prompts, from hooks on the blocks.
+
+Residual l (1 to n_layers) is the output of block l - 1: transformers' `hidden_states[-1]` has gone
+through the final norm, and keeping every position of every layer would cost memory for numbers that
+nobody reads.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Sequence
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from abliterator.engines._protocol import Padding
+from abliterator.errors import DirectionError
+from abliterator.model import (
+    LoadedModel,
+    equal_length_batches,
+    hooked,
+    limits_of,
+    require_fit,
+    run_batches,
+)
+
+
+def hidden_states(
+    loaded: LoadedModel,
+    token_ids: Sequence[Sequence[int]],
+    *,
+    blocks: Sequence[str],
+    positions: Sequence[int] = (-1,),
+    padding: Padding = "none",
+    max_batch_tokens: int = 4096,
+) -> Iterator[tuple[list[int], Tensor]]:
+    """The residual stream of every prompt at some positions of every layer, batch by batch.
+
+    Args:
+        loaded: the model.
+        token_ids: one rendered prompt each.
+        blocks: module paths of all blocks, in order.
+        positions: P of them, counted from the end of each prompt: -1 is its last token.
+        padding: "none" batches prompts of equal length; "left" pads in batches of mixed length,
+            which is how most tools do it, and costs exactness in low-precision dtypes.
+        max_batch_tokens: tokens in a batch, padding included.
+
+    Yields:
+        The indices of a batch's prompts, and their vectors [N, P, n_layers, d_model] in the dtype
+        of the model, on its device.
+
+    Raises:
+        DirectionError: without prompts, and for a prompt with no token at a position.
+        PromptError: for a prompt that is longer than what the model reads.
+        CheckpointError: for tokens that the model has no embedding of.
+    """
+    for position in positions:
+        _check_positions(token_ids, position)
+    require_fit(limits_of(loaded), token_ids)
+    if padding == "none":
+        batches = equal_length_batches(token_ids, max_batch_tokens)
+    else:
+        batches = _mixed_length_batches(token_ids, max_batch_tokens)
+    yield from run_batches(batches, partial(_hidden_states, loaded, token_ids, blocks, positions))
+
+
+def _hidden_states(
+    loaded: LoadedModel,
+    token_ids: Sequence[Sequence[int]],
+    blocks: Sequence[str],
+    positions: Sequence[int],
+    batch: list[int],
+) -> Tensor:
+    """[N, P, L, H] residuals of the prompts in `batch`, in the dtype of the model."""
+    found: dict[str, Tensor] = {}
+
+    def keep(path: str, hidden: Tensor) -> None:
+        # A copy, which a list of positions makes: a view would keep all positions alive.
+        found[path] = hidden[:, list(positions)]
+
+    rows = [token_ids[i] for i in batch]
+    inputs = (
+        _left_padded(rows)
+        if len({len(row) for row in rows}) > 1
+        else {"input_ids": torch.tensor(rows)}
+    )
+    hooks = {path: partial(keep, path) for path in blocks}
+    base_model = loaded.model.base_model  # logits are not needed
+    if "position_ids" not in inspect.signature(base_model.forward).parameters:
+        inputs.pop("position_ids", None)
+    with torch.inference_mode(), hooked(loaded.model, hooks):
+        base_model(**{k: v.to(loaded.device) for k, v in inputs.items()}, use_cache=False)
+    stream: list[Tensor] = []
+    for path in blocks:
+        # A block that was left out hands on what it would have read: Mllama's, that look at images.
+        stream.append(found[path] if path in found else stream[-1])
+    return torch.stack(stream, dim=2)
+
+
+def _left_padded(rows: Sequence[Sequence[int]]) -> dict[str, Tensor]:
+    """Input ids, mask and positions [N, T]; token 0 stands where the mask is 0."""
+    width = max(map(len, rows))
+    ids = torch.tensor([[0] * (width - len(row)) + list(row) for row in rows])
+    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
+    positions = (mask.cumsum(dim=1) - 1).clamp_min(0)
+    return {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
+
+
+def _mixed_length_batches(
+    token_ids: Sequence[Sequence[int]], max_batch_tokens: int
+) -> list[list[int]]:
+    """Indices in order of length, cut so that rows x longest stays within the budget."""
+    batches: list[list[int]] = []
+    for index in sorted(range(len(token_ids)), key=lambda i: len(token_ids[i])):
+        # Sorted, so this row is the longest of the batch that it would join.
+        if batches and (len(batches[-1]) + 1) * len(token_ids[index]) <= max_batch_tokens:
+            batches[-1].append(index)
+        else:
+            batches.append([index])
+    return batches
+
+
+def _check_positions(token_ids: Sequence[Sequence[int]], position: int) -> None:
+    if not token_ids:
+        raise DirectionError("There are no prompts to capture. Give at least two of each kind.")
+    if position >= 0:
+        raise DirectionError(
+            f"Position {position} is not counted from the end of the prompt. Use -1 for its last "
+            "token."
+        )
+    for index, ids in enumerate(token_ids):
+        if len(ids) < -position:
+            raise DirectionError(
+                f"Prompt {index} has {len(ids)} tokens, so none at position {position}. Use a "
+                "position nearer to the end, or drop the prompt."
+            )

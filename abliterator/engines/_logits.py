@@ -1,0 +1,225 @@
+"""Next-token distributions along answers that are given, not generated."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from abliterator.engines._protocol import AnswerPath, OnBatch, Tokens
+from abliterator.errors import GenerationError
+from abliterator.model import (
+    ByRow,
+    LoadedModel,
+    Prefix,
+    cache_is_continued,
+    cache_name,
+    equal_length_batches,
+    limits_of,
+    positions_from,
+    require_fit,
+    require_numbers,
+    run_batches,
+    run_prefix,
+)
+
+# Logits of one batch: with their float32 and float64 copies, a few times this is in memory.
+BATCH_BYTES = 32 << 20
+
+
+def logits_along(
+    loaded: LoadedModel,
+    paths: Sequence[AnswerPath],
+    *,
+    max_batch_tokens: int,
+    share_prefix: bool = False,
+    by_row: ByRow | None = None,
+    on_batch: OnBatch | None = None,
+) -> Iterator[tuple[int, Tensor]]:
+    """Logits at the last positions of every path.
+
+    Paths run in batches of one length, unpadded; of each, only the compared positions' logits are
+    made (where the model's code can do that), and batches are cut so that their logits stay small.
+
+    Args:
+        loaded: the model, hooks and all.
+        paths: at least one, none empty.
+        max_batch_tokens: tokens in a batch.
+        share_prefix: run what all paths begin with once for each edit, and do not count it.
+        by_row: the edit of each path, where they run under several.
+        on_batch: called with the number of paths done after each batch.
+
+    Yields:
+        In the order of the batches, which does not depend on the weights: the index of a path, and
+        [positions, V] in the model's dtype on the CPU.
+
+    Raises:
+        GenerationError: if there is no path, or one is empty, or logits are NaN or infinite.
+        PromptError: for a path that is longer than what the model reads.
+    """
+    token_ids = [path.token_ids for path in paths]
+    if not token_ids or not all(map(len, token_ids)):
+        raise GenerationError(
+            "There are no prompts to compare, or one of them has no tokens. Give ordinary prompts."
+        )
+    require_fit(limits_of(loaded), token_ids)
+    prefix = Prefix(by_row=by_row)
+    if share_prefix:
+        prefix = _run_prefix(loaded, [path.prompt for path in paths], by_row)
+    rests = [ids[prefix.length :] for ids in token_ids]
+
+    def run(batch: list[int]) -> Tensor:
+        ids = torch.tensor([list(rests[i]) for i in batch], device=loaded.device)
+        keep = max(paths[i].positions for i in batch)
+        cache = prefix.enter(batch)
+        return _last_logits(
+            loaded, ids, keep=keep, cache=cache, start=prefix.length, use_cache=cache is not None
+        )[0]
+
+    for batch, logits in run_batches(_batches(loaded, paths, rests, max_batch_tokens), run):
+        for row, index in enumerate(batch):
+            yield index, logits[row, -paths[index].positions :].cpu()
+        if on_batch:
+            on_batch(len(batch))
+
+
+def log_likelihoods(
+    loaded: LoadedModel,
+    prompts: Sequence[Sequence[int]],
+    continuations: Sequence[Tokens],
+    *,
+    max_batch_tokens: int,
+    by_row: ByRow | None = None,
+) -> Tensor:
+    """[N, C] float64 log-probabilities of each of C continuations after each prompt, nats.
+
+    What all prompts begin with runs once for each edit, and every prompt once: its continuations
+    continue a copy of its cache, where the model can.
+
+    Args:
+        loaded: the model, hooks and all.
+        prompts: token ids, one rendered prompt each.
+        continuations: token ids, none empty.
+        max_batch_tokens: tokens in a batch.
+        by_row: the edit of each prompt, where they run under several.
+    """
+    rows: dict[int, Tensor] = {}
+    prefix = _run_prefix(loaded, prompts, by_row)
+    rests = [prompt[prefix.length :] for prompt in prompts]
+    batches = equal_length_batches(rests, max_batch_tokens)
+    run = partial(_log_likelihoods, loaded, rests, continuations, prefix)
+    for batch, found in run_batches(batches, run):
+        rows.update(zip(batch, found, strict=True))
+    return torch.stack([rows[i] for i in range(len(prompts))])
+
+
+def _log_likelihoods(
+    loaded: LoadedModel,
+    prompts: Sequence[Sequence[int]],
+    continuations: Sequence[Tokens],
+    prefix: Prefix,
+    batch: list[int],
+) -> Tensor:
+    """[len(batch), C] log-probabilities, float64; prompts in the batch have one length."""
+    ids = torch.tensor([list(prompts[i]) for i in batch], device=loaded.device)
+    start = prefix.length
+    first, cache = _last_logprobs(loaded, ids, keep=1, cache=prefix.enter(batch), start=start)
+
+    def continued(given: Tensor) -> Tensor:
+        own, at = copy.deepcopy(cache), start + ids.shape[1]
+        return _last_logprobs(loaded, given, keep=given.shape[1], cache=own, start=at)[0]
+
+    def whole(given: Tensor) -> Tensor:
+        rows, own = torch.cat([ids, given], dim=1), prefix.enter(batch)
+        return _last_logprobs(loaded, rows, keep=given.shape[1], cache=own, start=start)[0]
+
+    columns = []
+    for tokens in continuations:
+        column = first[:, -1, tokens[0]].double()
+        if len(tokens) > 1:
+            given = torch.tensor([tokens[:-1]] * len(batch), device=loaded.device)
+            able = cache is not None and cache_is_continued(
+                loaded, partial(_both, whole, continued, given)
+            )
+            after = continued(given) if able else whole(given)
+            steps, following = torch.arange(len(tokens) - 1), torch.tensor(tokens[1:])
+            column = column + after[:, steps, following].double().sum(dim=1)
+        columns.append(column)
+    return torch.stack(columns, dim=1)
+
+
+def _both(
+    whole: Callable[[Tensor], Tensor], continued: Callable[[Tensor], Tensor], given: Tensor
+) -> tuple[Tensor, Tensor]:
+    return whole(given), continued(given)
+
+
+def _run_prefix(
+    loaded: LoadedModel, prompts: Sequence[Sequence[int]], by_row: ByRow | None
+) -> Prefix:
+    with torch.inference_mode():
+        return run_prefix(loaded, prompts, by_row)
+
+
+def _batches(
+    loaded: LoadedModel,
+    paths: Sequence[AnswerPath],
+    rests: Sequence[Sequence[int]],
+    max_batch_tokens: int,
+) -> list[list[int]]:
+    """Batches of one length, cut so that their logits stay small; the order stays the same."""
+    vocabulary = loaded.model.config.get_text_config().vocab_size
+    longest = max(path.positions for path in paths)
+    rows = max(1, BATCH_BYTES // max(1, longest * vocabulary * loaded.model.dtype.itemsize))
+    batches = equal_length_batches(rests, max_batch_tokens)
+    return [batch[i : i + rows] for batch in batches for i in range(0, len(batch), rows)]
+
+
+def _last_logits(
+    loaded: LoadedModel,
+    ids: Tensor,
+    *,
+    keep: int,
+    cache: Any = None,
+    start: int = 0,
+    use_cache: bool = True,
+) -> tuple[Tensor, Any]:
+    """Logits [N, keep, V] at the last `keep` positions of `ids` [N, T], and the model's cache.
+
+    Args:
+        loaded: the model.
+        ids: token ids, rows of one length.
+        keep: positions.
+        cache: what an earlier call returned, which these tokens continue; it is changed.
+        start: tokens that are in the cache.
+        use_cache: whether the model keeps what a later call can continue.
+
+    Raises:
+        GenerationError: for logits that are NaN or infinite.
+    """
+    # old remote code makes the logits of every position
+    able = "logits_to_keep" in inspect.signature(loaded.model.forward).parameters
+    only = {"logits_to_keep": keep} if able else {}
+    name = cache_name(loaded.model)
+    with torch.inference_mode():
+        output = loaded.model(
+            input_ids=ids,
+            use_cache=use_cache,
+            **({} if cache is None else {name: cache}),
+            **only,
+            **positions_from(loaded.model, start, ids),
+        )
+        return require_numbers(output.logits[:, -keep:], loaded), getattr(output, name, None)
+
+
+def _last_logprobs(
+    loaded: LoadedModel, ids: Tensor, *, keep: int, cache: Any = None, start: int = 0
+) -> tuple[Tensor, Any]:
+    """The same as log-probabilities, float32 on the CPU."""
+    logits, cache = _last_logits(loaded, ids, keep=keep, cache=cache, start=start)
+    return logits.float().log_softmax(dim=2).cpu(), cache

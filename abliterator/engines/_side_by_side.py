@@ -1,0 +1,139 @@
+"""Prompts under many edits at once: every row of a batch has a prompt and an edit of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from abliterator.bake import preview_edits
+from abliterator.engines._edits import Edit, Steering, WriterEdit
+from abliterator.engines._generate import generate, stop_ids
+from abliterator.engines._logits import log_likelihoods, logits_along
+from abliterator.engines._protocol import Answer, AnswerPath, Tokens
+from abliterator.errors import GenerationError
+from abliterator.model import ByRow, LoadedModel, hooked, shared_tokens
+
+Choose = Callable[[Sequence[int]], None]
+
+
+@dataclass(frozen=True)
+class EditsByRow:
+    """A loaded model that `n` edits at once change, each in rows of its own (`SideBySide`).
+
+    Attributes:
+        loaded: the model.
+        n: edits.
+        choose: called before a forward pass with the edit of every row.
+        max_batch_tokens: tokens in one forward pass.
+    """
+
+    loaded: LoadedModel
+    n: int
+    choose: Choose
+    max_batch_tokens: int
+
+    def answers(
+        self, prompts: Sequence[Sequence[int]], *, max_new_tokens: int, batch_size: int
+    ) -> list[list[Answer]]:
+        """Greedy answers to `prompts`, for each edit."""
+        answers: list[Answer] = []
+        for edits in self._groups(prompts):
+            answers += generate(
+                self.loaded,
+                list(prompts) * len(edits),
+                max_new_tokens=max_new_tokens,
+                batch_size=batch_size,
+                stop_ids=stop_ids(self.loaded),
+                share_prefix=True,
+                by_row=self._by_row(prompts, edits),
+            )
+        return [answers[i * len(prompts) :][: len(prompts)] for i in range(self.n)]
+
+    def logits(self, paths: Sequence[AnswerPath]) -> Iterator[tuple[int, int, Tensor]]:
+        """Logits along given answers: edit, index of the path, [positions, V] on the CPU."""
+        for edits in self._groups([path.prompt for path in paths]):
+            for index, logits in logits_along(
+                self.loaded,
+                list(paths) * len(edits),
+                max_batch_tokens=self.max_batch_tokens,
+                share_prefix=True,
+                by_row=self._by_row(paths, edits),
+            ):
+                yield edits[index // len(paths)], index % len(paths), logits
+
+    def log_likelihoods(
+        self, prompts: Sequence[Sequence[int]], continuations: Sequence[Tokens]
+    ) -> Tensor:
+        """[n, N, C] float64 log-probabilities of each continuation after each prompt, nats."""
+        each = [
+            log_likelihoods(
+                self.loaded,
+                list(prompts) * len(edits),
+                continuations,
+                max_batch_tokens=self.max_batch_tokens,
+                by_row=self._by_row(prompts, edits),
+            )
+            for edits in self._groups(prompts)
+        ]
+        return torch.cat(each).view(self.n, len(prompts), -1)
+
+    def _groups(self, prompts: Sequence[Sequence[int]]) -> list[range]:
+        """Edits in groups so small that what prompts begin with fits one forward pass."""
+        at_once = max(1, self.max_batch_tokens // max(1, shared_tokens(prompts)))
+        return [range(i, min(i + at_once, self.n)) for i in range(0, self.n, at_once)]
+
+    def _by_row(self, prompts: Sequence[object], edits: range) -> ByRow:
+        """Every prompt under each of some edits, one after the other."""
+        return ByRow(
+            [i for i in range(len(edits)) for _ in prompts],
+            lambda rows: self.choose([edits[row] for row in rows]),
+        )
+
+
+@contextmanager
+def edited_by_row(
+    loaded: LoadedModel, blocks: Sequence[str], edits: Sequence[Edit], *, max_batch_tokens: int
+) -> Iterator[EditsByRow]:
+    """The model under several edits of one kind, side by side.
+
+    Raises:
+        GenerationError: for edits of several kinds, or of a kind that has no such form.
+    """
+    writer_edits = [edit for edit in edits if isinstance(edit, WriterEdit)]
+    steerings = [edit for edit in edits if isinstance(edit, Steering)]
+    if writer_edits and len(writer_edits) == len(edits) and not any(e.strengths for e in edits):
+        plan, bases = writer_edits[0].plan, [edit.basis for edit in writer_edits]
+        with preview_edits(loaded, plan, bases) as choose:
+            yield EditsByRow(loaded, len(edits), choose, max_batch_tokens)
+    elif steerings and len(steerings) == len(edits):
+        with _steered(loaded, blocks, steerings) as choose:
+            yield EditsByRow(loaded, len(edits), choose, max_batch_tokens)
+    else:
+        raise GenerationError(
+            "Edits run side by side where all are of one kind: of writers at the strengths of one "
+            "plan, or directions that are added. Run these one at a time."
+        )
+
+
+@contextmanager
+def _steered(
+    loaded: LoadedModel, blocks: Sequence[str], steerings: Sequence[Steering]
+) -> Iterator[Choose]:
+    """Each direction added at its layer, at every token and as it is, in rows of its own."""
+    chosen: list[Tensor] = []
+
+    def choose(rows: Sequence[int]) -> None:
+        chosen[:] = [torch.tensor(rows, device=loaded.device)]
+
+    def adder(layer: int) -> Callable[[Tensor], Tensor]:
+        at_layer = [s.direction if s.layer == layer else s.direction * 0 for s in steerings]
+        table = torch.stack(at_layer).to(loaded.device, loaded.model.dtype)
+        return lambda hidden: hidden + table[chosen[0]][:, None]
+
+    layers = sorted({steering.layer for steering in steerings})
+    with hooked(loaded.model, {blocks[layer - 1]: adder(layer) for layer in layers}):
+        yield choose

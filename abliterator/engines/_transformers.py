@@ -1,0 +1,177 @@
+"""The engine in this process: a loaded transformers model, all of it on one device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from abliterator.anatomy import anatomy_of
+from abliterator.bake import preview_edit
+from abliterator.checkpoint import Checkpoint
+from abliterator.engines._edits import Edit, StreamEdit, WriterEdit
+from abliterator.engines._generate import generate, stop_ids, stream
+from abliterator.engines._hidden import hidden_states
+from abliterator.engines._logits import log_likelihoods, logits_along
+from abliterator.engines._protocol import Answer, AnswerPath, OnBatch, Padding, Tokens
+from abliterator.engines._side_by_side import EditsByRow, edited_by_row
+from abliterator.model import Limits, LoadedModel, block_paths, hooked, limits_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class TransformersEngine:
+    """A loaded model as an `Engine`; its methods are documented there.
+
+    Attributes:
+        loaded: the model; its weights never change.
+    """
+
+    loaded: LoadedModel
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The model's tokenizer."""
+        return self.loaded.tokenizer
+
+    @property
+    def limits(self) -> Limits:
+        """What the model can read."""
+        return limits_of(self.loaded)
+
+    @property
+    def stop_ids(self) -> Tokens:
+        """Token ids that end an answer."""
+        return stop_ids(self.loaded)
+
+    @property
+    def hidden_shape(self) -> tuple[int, int]:
+        """(n_layers, d_model)."""
+        return len(self.blocks), self.loaded.model.config.get_text_config().hidden_size
+
+    @cached_property
+    def blocks(self) -> list[str]:
+        """Module paths of all blocks, in order."""
+        anatomy = anatomy_of(Checkpoint.open(self.loaded.folder).config)
+        return block_paths(anatomy.blocks, anatomy.n_layers)
+
+    def hidden_states(
+        self,
+        prompts: Sequence[Sequence[int]],
+        *,
+        positions: Sequence[int] = (-1,),
+        padding: Padding = "none",
+        max_batch_tokens: int = 4096,
+    ) -> Iterator[tuple[list[int], Tensor]]:
+        """The residual stream of every prompt at some positions of every layer."""
+        return hidden_states(
+            self.loaded,
+            prompts,
+            blocks=self.blocks,
+            positions=positions,
+            padding=padding,
+            max_batch_tokens=max_batch_tokens,
+        )
+
+    def answers(
+        self,
+        prompts: Sequence[Sequence[int]],
+        *,
+        max_new_tokens: int,
+        batch_size: int,
+        stop_ids: Sequence[int] | None = None,
+        share_prefix: bool = False,
+        on_batch: OnBatch | None = None,
+    ) -> list[Answer]:
+        """Greedy answers, one a prompt."""
+        return generate(
+            self.loaded,
+            prompts,
+            max_new_tokens=max_new_tokens,
+            batch_size=batch_size,
+            stop_ids=self.stop_ids if stop_ids is None else stop_ids,
+            share_prefix=share_prefix,
+            on_batch=on_batch,
+        )
+
+    def stream(
+        self,
+        prompt: Sequence[int],
+        *,
+        max_new_tokens: int,
+        on_text: Callable[[str], None],
+        on_end: Callable[[Answer], None] = lambda answer: None,
+    ) -> None:
+        """The answer to one prompt, handed over piece by piece as it is generated."""
+        stream(
+            self.loaded,
+            prompt,
+            max_new_tokens=max_new_tokens,
+            stop_ids=self.stop_ids,
+            on_text=on_text,
+            on_end=on_end,
+        )
+
+    def logits(
+        self,
+        paths: Sequence[AnswerPath],
+        *,
+        max_batch_tokens: int,
+        share_prefix: bool = False,
+        on_batch: OnBatch | None = None,
+    ) -> Iterator[tuple[int, Tensor]]:
+        """Next-token logits along given answers."""
+        return logits_along(
+            self.loaded,
+            paths,
+            max_batch_tokens=max_batch_tokens,
+            share_prefix=share_prefix,
+            on_batch=on_batch,
+        )
+
+    def log_likelihoods(
+        self,
+        prompts: Sequence[Sequence[int]],
+        continuations: Sequence[Tokens],
+        *,
+        max_batch_tokens: int,
+    ) -> Tensor:
+        """[N, C] log-probabilities of each continuation after each prompt."""
+        return log_likelihoods(
+            self.loaded, prompts, continuations, max_batch_tokens=max_batch_tokens
+        )
+
+    def edited(self, edit: Edit) -> AbstractContextManager[None]:
+        """The model under an edit, as long as the context is open."""
+        if isinstance(edit, WriterEdit):
+            return preview_edit(self.loaded, edit.plan, edit.basis, edit.strengths)
+        if isinstance(edit, StreamEdit):
+            remove = self._removed_from_stream(edit)
+            return hooked(self.loaded.model, dict.fromkeys(self.blocks, remove))
+        direction = edit.direction.to(self.loaded.device, self.loaded.model.dtype)
+        block = self.blocks[edit.layer - 1]
+        return hooked(self.loaded.model, {block: lambda hidden: hidden + direction})
+
+    def edited_side_by_side(
+        self, edits: Sequence[Edit], *, max_batch_tokens: int
+    ) -> AbstractContextManager[EditsByRow]:
+        """The model under several edits of one kind at once, one edit a row of each batch."""
+        return edited_by_row(self.loaded, self.blocks, edits, max_batch_tokens=max_batch_tokens)
+
+    def _removed_from_stream(self, edit: StreamEdit) -> Callable[[Tensor], Tensor]:
+        """h - alpha Q Qᵀ h in float32 at least, rounded once."""
+        wide = torch.promote_types(self.loaded.model.dtype, torch.float32)
+        q = edit.basis.to(self.loaded.device, wide)
+
+        def remove(hidden: Tensor) -> Tensor:
+            stream = hidden.to(wide)
+            return (stream - edit.alpha * ((stream @ q) @ q.T)).to(hidden.dtype)
+
+        return remove
