@@ -23,7 +23,7 @@ from abliterator.errors import (
     RecipeError,
 )
 from abliterator.files import require_plain_folder, require_regular_files
-from abliterator.model import foreign, load_model, load_tokenizer, stored_limits
+from abliterator.model import Limits, foreign, load_model, load_tokenizer, stored_limits
 from abliterator.prompts import PromptSource, load_prompts
 from abliterator.recipe import load_recipe
 from tests.hostile_folders import CARDS, make_sound, run_all
@@ -103,10 +103,14 @@ def change(folder: Path, file: str, **values: object) -> None:
 )
 def test_what_transformers_cannot_use_is_a_named_error(writable, file, values):
     change(writable, file, **values)
-    stored_limits(writable)  # leaves it to loading
     with pytest.raises(AbliteratorError) as caught:
         load_model(writable, device="cpu", dtype=None)
     assert str(caught.value).isprintable()
+
+
+def test_limits_of_a_config_that_cannot_be_read_are_left_to_loading(writable):
+    change(writable, "config.json", text_config=0.5)
+    assert stored_limits(writable) == Limits()
 
 
 def test_a_model_that_loads_and_does_not_run_is_named_when_it_is_loaded(writable):
