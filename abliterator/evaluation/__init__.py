@@ -1,48 +1,67 @@
-"""How far an edit moved the next-token distributions.
+"""Everything that is measured of a loaded model: answers, verdicts on them, divergence.
 
-Numbers only: the room does not know which prompts should have stayed the same, nor what is too far.
-Base and edited are loaded one after the other, never together: the base's logits wait on the disk.
+Selection, tuning, studies, comparison and the stages of a build measure by what is here. The
+divergence is KL(base || edited) along the base's own greedy answers, so both read the same tokens
+at every position; of a model that thinks first, along the answer behind its thinking. Perplexity is
+of fixed prose that comes with the package.
 
-    paths = [answer_path(prompt, answer, tokens=32, stopped=True) for prompt, answer in ...]
-    write_logits(base, paths, file, max_batch_tokens=4096)            # the base loaded
-    compare_logits(edited, paths, file, max_batch_tokens=4096)[0].kl  # [positions] nats
-    text_perplexity(edited, neutral_text()).value
-
-The answers are the base's greedy ones, so both models read the same tokens at every position. The
-fixed text is prose that comes with the package, not the model's own answers: those have a
-perplexity near 1 for the base by their making.
+    context = EvaluationContext(engine, plan, target=target, neutral=neutral, judge=RuleJudge(), ...)
+    with EditEvaluator(context, scratch) as evaluator:
+        measured = evaluator.measure("the edit", context.writer_edit(basis))
+    measured.judged.summary.refusal, measured.divergence.kl
 """
 
-from abliterator.divergence._distributions import (
-    first_token_logprobs,
-    kl_divergence,
-    kl_terms,
-    require_finite,
-    top1_agreement,
+from abliterator.evaluation._answers import (
+    Bar,
+    JudgedAnswers,
+    answer_and_judge,
+    answer_sets,
+    as_completions,
+    judge_answers,
+    no_bar,
+    summarise_answers,
 )
-from abliterator.divergence._paths import (
-    AnswerPath,
+from abliterator.evaluation._context import EvaluationContext, RenderedPrompts
+from abliterator.evaluation._evaluator import EditEvaluator, MeasuredEdit, OnStep
+from abliterator.evaluation._kl import kl_divergence, kl_terms, require_finite
+from abliterator.evaluation._paths import (
+    LogitFile,
     PathDivergence,
     answer_path,
-    compare_logits,
+    base_paths,
     path_divergence,
-    write_logits,
+    summarise_divergence,
+    with_thinking,
 )
-from abliterator.divergence._text import Perplexity, neutral_text, text_perplexity
+from abliterator.evaluation._perplexity import neutral_text, text_perplexity
+from abliterator.evaluation._two_checkpoints import DivergenceSettings, measure_divergence
 
 __all__ = [
-    "AnswerPath",
+    "Bar",
+    "DivergenceSettings",
+    "EditEvaluator",
+    "EvaluationContext",
+    "JudgedAnswers",
+    "LogitFile",
+    "MeasuredEdit",
+    "OnStep",
     "PathDivergence",
-    "Perplexity",
+    "RenderedPrompts",
+    "answer_and_judge",
     "answer_path",
-    "compare_logits",
-    "first_token_logprobs",
+    "answer_sets",
+    "as_completions",
+    "base_paths",
+    "judge_answers",
     "kl_divergence",
     "kl_terms",
+    "measure_divergence",
     "neutral_text",
+    "no_bar",
     "path_divergence",
     "require_finite",
+    "summarise_answers",
+    "summarise_divergence",
     "text_perplexity",
-    "top1_agreement",
-    "write_logits",
+    "with_thinking",
 ]

@@ -1,14 +1,14 @@
-"""Base and edited along the base's own answers, one model in memory at a time.
+"""Distributions along the base's own answers, which base and edited read alike.
 
-The base's logits go to a file in its own dtype, which loses nothing, in the order in which the
-edited model makes its own; of both, never more than one batch is in memory.
+The base's logits go to a file in its own dtype, which loses nothing; of base and edited, never more
+than one batch is in memory.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from io import FileIO
 from pathlib import Path
 from typing import NamedTuple
@@ -16,33 +16,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from abliterator.divergence._distributions import (
-    kl_divergence,
-    last_logits,
-    require_finite,
-    require_prompts,
-    top1_agreement,
-)
+from abliterator.engines import AnswerPath, Engine, OnBatch, Tokens
 from abliterator.errors import GenerationError, OutputError
+from abliterator.evaluation._kl import kl_divergence, require_finite, top1_agreement
 from abliterator.files import OpenFile, free_bytes, writable, write_fully
-from abliterator.model import LoadedModel, equal_length_batches, run_batches
 from abliterator.record import Divergence, Estimate
 from abliterator.statistics import mean_interval
-
-# Logits of one batch: with their float32 and float64 copies, a few times this is in memory.
-BATCH_BYTES = 32 << 20
-
-OnBatch = Callable[[int], None]
-
-
-class AnswerPath(NamedTuple):
-    """A prompt with the base's answer to it, and how many of its last positions are compared.
-
-    The first of those positions predicts the first token of the answer.
-    """
-
-    token_ids: tuple[int, ...]
-    positions: int
 
 
 class PathDivergence(NamedTuple):
@@ -68,138 +47,194 @@ def answer_path(
     return AnswerPath((*prompt, *answer[: positions - 1]), positions)
 
 
-def write_logits(
-    loaded: LoadedModel,
-    paths: Sequence[AnswerPath],
-    file: Path,
+def base_paths(
+    engine: Engine,
+    prompts: Sequence[Sequence[int]],
     *,
-    max_batch_tokens: int,
+    tokens: int,
+    max_new_tokens: int,
+    batch_size: int,
     on_batch: OnBatch | None = None,
-) -> None:
-    """Writes the logits of every compared position to `file`: N x T x V numbers.
+) -> list[AnswerPath]:
+    """The model's own greedy answers, along which distributions are compared.
+
+    Of a model that thinks first, the answer is what follows its thinking, which is then part of the
+    prompt; prompts on which it does not come to an answer are left out.
+
+    Args:
+        engine: the base.
+        prompts: token ids, one rendered prompt each.
+        tokens: answer tokens compared of each prompt, at most.
+        max_new_tokens: of the thinking before them.
+        batch_size: prompts at a time.
+        on_batch: called with the number of prompts done after each batch.
 
     Raises:
-        OutputError: if the disk has no room for them.
-        FileError: if the file cannot be written, as when the disk fills up meanwhile.
-        GenerationError: if there is no path, or logits are NaN or infinite.
+        GenerationError: if there is no prompt, or the model comes to no answer on any.
     """
-    with writable(file, 0):
-        stream = file.open("wb", buffering=0)  # nothing is left to be written when it is closed
-    with stream:
-        out = OpenFile(file, stream, 0)
-        for number, logits in enumerate(_logits(loaded, paths, max_batch_tokens, on_batch)):
-            if number == 0:
-                out = out._replace(size=_require_room(paths, logits, file))
-            write_fully(out, logits.contiguous().view(torch.uint8).numpy().data.cast("B"))
+
+    def paths_of(prompts: Sequence[Sequence[int]]) -> tuple[list[AnswerPath], bool]:
+        answers = engine.answers(
+            prompts, max_new_tokens=tokens, batch_size=batch_size, on_batch=on_batch
+        )
+        paths = [
+            answer_path(
+                prompt, answer.token_ids, tokens=tokens, stopped=answer.finish_reason == "stop"
+            )
+            for prompt, answer in zip(prompts, answers, strict=True)
+        ]
+        return paths, any(answer.start_token for answer in answers)
+
+    paths, thinks = paths_of(prompts)
+    if not thinks:
+        return paths
+    extended = with_thinking(engine, prompts, max_new_tokens=max_new_tokens, batch_size=batch_size)
+    return paths_of([prompt for prompt in extended if prompt is not None])[0]
 
 
-def compare_logits(
-    loaded: LoadedModel,
-    paths: Sequence[AnswerPath],
-    file: Path,
-    *,
-    max_batch_tokens: int,
-    on_batch: OnBatch | None = None,
-) -> list[PathDivergence]:
-    """The edited model against what `write_logits` wrote of the base on the same paths.
+def with_thinking(
+    engine: Engine, prompts: Sequence[Sequence[int]], *, max_new_tokens: int, batch_size: int
+) -> list[Tokens | None]:
+    """Each prompt with the thinking that the model writes before its answer.
+
+    So that what is asked of the first answer token is not asked of the first token of a thought.
 
     Returns:
-        One for each path, in their order.
+        One a prompt; None where no answer has begun within `max_new_tokens`.
 
     Raises:
-        GenerationError: if the two models have other vocabularies or dtypes, or logits are NaN or
-            infinite, or KL is.
+        GenerationError: if that is so for every prompt.
     """
-    # made before the large temporaries: small tensors kept among them would be holes in the heap
-    lengths = [path.positions for path in paths]
-    kl = torch.split(torch.empty(sum(lengths), dtype=torch.float64), lengths)
-    top1 = torch.split(torch.empty(sum(lengths), dtype=torch.bool), lengths)
-    buffer = bytearray()  # of one path, used again: many large ones leave holes in memory
-    order = [i for batch in _batches(paths, max_batch_tokens, 0) for i in batch]
-    with file.open("rb", buffering=0) as stream:
-        logits = _logits(loaded, paths, max_batch_tokens, on_batch)
-        for number, (index, edited) in enumerate(zip(order, logits, strict=True)):
-            if number == 0:
-                _require_same_shape(edited, sum(lengths), file)
-            if len(buffer) < edited.nbytes:
-                buffer = bytearray(edited.nbytes)
-            base = _read(stream, edited, buffer, file).float().log_softmax(dim=1)
-            edited = edited.float().log_softmax(dim=1)
-            kl[index].copy_(require_finite(kl_divergence(base, edited)))
-            top1[index].copy_(top1_agreement(base, edited))
-    return [PathDivergence(*both) for both in zip(kl, top1, strict=True)]
+    answers = engine.answers(
+        prompts, max_new_tokens=max_new_tokens, batch_size=batch_size, share_prefix=True
+    )
+    extended = [
+        (*prompt, *answer.token_ids[: answer.start_token])
+        if answer.start_token < len(answer.token_ids) or not answer.start_token
+        else None
+        for prompt, answer in zip(prompts, answers, strict=True)
+    ]
+    if prompts and not any(extended):
+        raise GenerationError(
+            f"The model thinks for longer than {max_new_tokens} tokens on each of {len(prompts)} "
+            "prompts, so that there is no answer to measure. Switch thinking off in "
+            "`chat.template_kwargs` (often `enable_thinking: false`), or raise "
+            "`rollouts.max_new_tokens` and `selection.tokens`."
+        )
+    return extended
 
 
-def path_divergence(found: Sequence[PathDivergence], *, tokens: int, seed: int) -> Divergence:
+@dataclass
+class LogitFile:
+    """Logits of the base at every compared position of some paths, in a file that may be large.
+
+    Attributes:
+        path: of the file; `with` deletes it at the end.
+    """
+
+    path: Path
+    _places: dict[int, int] = field(default_factory=dict)  # byte offset by index of a path
+    _shape: tuple[int, torch.dtype] | None = None  # vocabulary and dtype
+    _buffer: bytearray = field(default_factory=bytearray)  # of one path, used again
+
+    def __enter__(self) -> LogitFile:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.path.unlink(missing_ok=True)
+
+    def write(self, paths: Sequence[AnswerPath], logits: Iterable[tuple[int, Tensor]]) -> None:
+        """Writes the logits of every path, as `Engine.logits` gives them.
+
+        Raises:
+            OutputError: if the disk has no room for them.
+            FileError: if the file cannot be written, as when the disk fills up meanwhile.
+        """
+        with writable(self.path, 0):
+            stream = self.path.open("wb", buffering=0)  # nothing is left to be written at the end
+        with stream:
+            out = OpenFile(self.path, stream, 0)
+            place = 0
+            for index, rows in logits:
+                if self._shape is None:
+                    self._shape = rows.shape[1], rows.dtype
+                    out = out._replace(size=_require_room(paths, rows, self.path))
+                write_fully(out, rows.contiguous().view(torch.uint8).numpy().data.cast("B"))
+                self._places[index] = place
+                place += rows.nbytes
+
+    def compare(
+        self, paths: Sequence[AnswerPath], logits: Iterable[tuple[int, Tensor]]
+    ) -> list[PathDivergence]:
+        """The edited model's logits on the same paths against those that were written.
+
+        Returns:
+            One for each path, in their order.
+
+        Raises:
+            GenerationError: if the two models have other vocabularies or dtypes, or KL is not
+                finite.
+        """
+        # made before the large temporaries: small tensors kept among them would be holes in memory
+        lengths = [path.positions for path in paths]
+        kl = torch.split(torch.empty(sum(lengths), dtype=torch.float64), lengths)
+        top1 = torch.split(torch.empty(sum(lengths), dtype=torch.bool), lengths)
+        with self.path.open("rb", buffering=0) as stream:
+            for index, edited in logits:
+                one = path_divergence(self._read(stream, index, edited), edited)
+                kl[index].copy_(one.kl)
+                top1[index].copy_(one.top1)
+        return [PathDivergence(*both) for both in zip(kl, top1, strict=True)]
+
+    def _read(self, stream: FileIO, index: int, like: Tensor) -> Tensor:
+        """The base's logits of one path, which lie in the buffer until the next call."""
+        if (like.shape[1], like.dtype) != self._shape:
+            raise GenerationError(
+                "Base and edited have distributions of other sizes, so they cannot be compared: "
+                "their vocabularies or dtypes differ. Compare a model with an edit of itself, in "
+                "one `--dtype`."
+            )
+        if len(self._buffer) < like.nbytes:
+            self._buffer = bytearray(like.nbytes)
+        view, done = memoryview(self._buffer)[: like.nbytes], 0
+        stream.seek(self._places[index])
+        while done < len(view) and (got := stream.readinto(view[done:])):
+            done += got
+        if done < len(view):
+            raise OutputError(f"{self.path} was cut while it was read. Run the command again.")
+        return torch.frombuffer(view, dtype=like.dtype).view(like.shape)
+
+
+def path_divergence(base: Tensor, edited: Tensor) -> PathDivergence:
+    """Edited against base at every position of a path, from logits [positions, V] of both.
+
+    Raises:
+        GenerationError: for KL that is infinite or NaN.
+    """
+    logprobs = [logits.float().log_softmax(dim=1) for logits in (base, edited)]
+    return PathDivergence(require_finite(kl_divergence(*logprobs)), top1_agreement(*logprobs))
+
+
+def summarise_divergence(
+    paths: Sequence[PathDivergence], *, tokens: int, seed: int = 0
+) -> Divergence:
     """Means over prompts; `kl` and `top1_agreement` of a prompt are means over its positions.
 
     Args:
-        found: from `compare_logits`.
+        paths: one a prompt.
         tokens: positions of a path, at most.
         seed: of the intervals.
     """
 
-    def mean(values: list[float]) -> Estimate | None:
-        return Estimate.of(mean_interval(values, seed=seed))
+    def mean(values: Iterator[float]) -> Estimate | None:
+        return Estimate.of(mean_interval(list(values), seed=seed))
 
     return Divergence(
-        kl_first_token=mean([float(path.kl[0]) for path in found]),
-        kl=mean([float(path.kl.mean()) for path in found]),
-        top1_agreement=mean([float(path.top1.double().mean()) for path in found]),
+        kl_first_token=mean(float(path.kl[0]) for path in paths),
+        kl=mean(float(path.kl.mean()) for path in paths),
+        top1_agreement=mean(float(path.top1.double().mean()) for path in paths),
         tokens=tokens,
     )
-
-
-def _require_same_shape(logits: Tensor, positions: int, file: Path) -> None:
-    if file.stat().st_size != positions * logits.shape[1] * logits.element_size():
-        raise GenerationError(
-            "Base and edited have distributions of other sizes, so they cannot be compared: their "
-            "vocabularies or dtypes differ. Compare a model with an edit of itself, in one "
-            "`--dtype`."
-        )
-
-
-def _read(stream: FileIO, like: Tensor, buffer: bytearray, file: Path) -> Tensor:
-    """The next logits of the file, which lie in `buffer` until the next call."""
-    view, done = memoryview(buffer)[: like.nbytes], 0
-    while done < len(view) and (got := stream.readinto(view[done:])):
-        done += got
-    if done < len(view):
-        raise OutputError(f"{file} was cut while it was read. Run the command again.")
-    return torch.frombuffer(view, dtype=like.dtype).view(like.shape)
-
-
-def _logits(
-    loaded: LoadedModel,
-    paths: Sequence[AnswerPath],
-    max_batch_tokens: int,
-    on_batch: OnBatch | None,
-) -> Iterator[Tensor]:
-    """[positions, V] of every path on the CPU, path by path, in the order of the batches."""
-    require_prompts(loaded, [path.token_ids for path in paths])
-    vocabulary = loaded.model.config.get_text_config().vocab_size
-    bytes_a_position = vocabulary * loaded.model.dtype.itemsize
-    batches = _batches(paths, max_batch_tokens, bytes_a_position)
-    for batch, logits in run_batches(batches, partial(_batch_logits, loaded, paths)):
-        for row, index in enumerate(batch):
-            yield logits[row, -paths[index].positions :].cpu()
-        if on_batch:
-            on_batch(len(batch))
-
-
-def _batches(
-    paths: Sequence[AnswerPath], max_batch_tokens: int, bytes_a_position: int
-) -> list[list[int]]:
-    """Batches of one length, cut so that their logits stay small; the order stays the same."""
-    longest = max((path.positions for path in paths), default=1)
-    rows = max(1, BATCH_BYTES // max(1, longest * bytes_a_position))
-    batches = equal_length_batches([path.token_ids for path in paths], max_batch_tokens)
-    return [batch[i : i + rows] for batch in batches for i in range(0, len(batch), rows)]
-
-
-def _batch_logits(loaded: LoadedModel, paths: Sequence[AnswerPath], batch: list[int]) -> Tensor:
-    positions = max(paths[i].positions for i in batch)
-    return last_logits(loaded, [paths[i].token_ids for i in batch], positions)
 
 
 def _require_room(paths: Sequence[AnswerPath], logits: Tensor, file: Path) -> int:

@@ -9,9 +9,9 @@ from typing import NamedTuple
 
 import torch
 
-from abliterator.divergence._distributions import last_logits
+from abliterator.engines import AnswerPath, Engine
 from abliterator.errors import GenerationError
-from abliterator.model import LoadedModel, limits_of, require_fit
+from abliterator.model import require_fit
 
 
 class Perplexity(NamedTuple):
@@ -23,11 +23,11 @@ class Perplexity(NamedTuple):
 
 def neutral_text() -> list[str]:
     """The fixed text: short passages of plain English prose, written for this package."""
-    text = files("abliterator.divergence").joinpath("neutral.txt").read_text(encoding="utf-8")
+    text = files("abliterator.evaluation").joinpath("neutral.txt").read_text(encoding="utf-8")
     return [" ".join(passage.split()) for passage in text.split("\n\n") if passage.strip()]
 
 
-def text_perplexity(loaded: LoadedModel, passages: list[str]) -> Perplexity:
+def text_perplexity(engine: Engine, passages: Sequence[str]) -> Perplexity:
     """Perplexity of passages read one by one, as plain text: no chat template.
 
     Every token counts but the first of a passage, which a BOS token may be. A passage that is
@@ -37,33 +37,30 @@ def text_perplexity(loaded: LoadedModel, passages: list[str]) -> Perplexity:
         GenerationError: if there is no token to predict, or one has probability 0, or logits are
             NaN or infinite.
     """
-    total, tokens = 0.0, 0
-    limits = limits_of(loaded)
-    for ids in _parts(loaded, passages, limits.context):
-        if len(ids) < 2:
-            continue
-        require_fit(limits, [ids])
-        logits = last_logits(loaded, [ids[:-1]], len(ids) - 1)[0].float()
-        targets = torch.tensor(ids[1:], device=logits.device)
-        total += torch.nn.functional.cross_entropy(logits, targets, reduction="sum").item()
-        tokens += len(targets)
-    if not tokens:
+    parts = [ids for ids in _parts(engine, passages) if len(ids) > 1]
+    if not parts:
         raise GenerationError("There is no text to take a perplexity of. Give whole sentences.")
+    total = 0.0
+    for ids in parts:
+        path = AnswerPath(tuple(ids[:-1]), len(ids) - 1)
+        require_fit(engine.limits, [ids])
+        ((_, logits),) = engine.logits([path], max_batch_tokens=len(ids))
+        targets = torch.tensor(ids[1:])
+        total += torch.nn.functional.cross_entropy(logits.float(), targets, reduction="sum").item()
     if not math.isfinite(total):
         raise GenerationError(
-            f"The model in {loaded.folder} gives probability 0 to a token of the fixed text, so it "
-            "has no perplexity. Its weights are damaged, or its tokenizer is another model's; "
-            "download or make the model again."
+            "The model gives probability 0 to a token of the fixed text, so it has no perplexity. "
+            "Its weights are damaged, or its tokenizer is another model's; download or make the "
+            "model again."
         )
+    tokens = sum(len(ids) - 1 for ids in parts)
     # a broken model can have any perplexity, but what is recorded must be a number
     return Perplexity(math.exp(min(total / tokens, 700.0)), tokens)
 
 
-def _parts(
-    loaded: LoadedModel, passages: Sequence[str], context: int | None
-) -> Iterator[list[int]]:
-    """Token ids of each passage, in parts of at most `context`."""
+def _parts(engine: Engine, passages: Sequence[str]) -> Iterator[list[int]]:
+    """Token ids of each passage, in parts of at most the model's context."""
     for passage in passages:
-        ids = list(loaded.tokenizer(passage)["input_ids"])
-        step = context or max(1, len(ids))
+        ids = list(engine.tokenizer(passage)["input_ids"])
+        step = engine.limits.context or max(1, len(ids))
         yield from (ids[i : i + step] for i in range(0, len(ids), step))

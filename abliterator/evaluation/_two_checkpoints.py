@@ -3,24 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
 
+from abliterator.engines import AnswerPath, Engine
 from abliterator.errors import GenerationError
+from abliterator.evaluation._answers import Bar, no_bar
+from abliterator.evaluation._paths import (
+    LogitFile,
+    PathDivergence,
+    base_paths,
+    summarise_divergence,
+)
+from abliterator.evaluation._perplexity import Perplexity, neutral_text, text_perplexity
 from abliterator.record import Divergence, Side
 
-if TYPE_CHECKING:
-    from abliterator.divergence import AnswerPath, PathDivergence, Perplexity
-    from abliterator.model import LoadedModel
-
-Bar = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
-
-
-def no_bar(label: str, total: int) -> AbstractContextManager[Callable[[int], None]]:
-    """Shows nothing."""
-    return nullcontext(lambda amount: None)
+TokenIds = list[list[int]]
 
 
 @dataclass(frozen=True)
@@ -29,51 +27,34 @@ class DivergenceSettings:
 
     Attributes:
         tokens: answer tokens compared of each prompt, at most.
+        max_new_tokens: of the thinking before them, of a model that thinks.
         batch_size: prompts that the base answers together.
         max_batch_tokens: tokens in one forward pass.
         seed: of the intervals.
     """
 
     tokens: int = 32
+    max_new_tokens: int = 256
     batch_size: int = 16
     max_batch_tokens: int = 4096
     seed: int = 0
 
-
-def answer_paths(
-    loaded: LoadedModel,
-    prompts: list[list[int]],
-    settings: DivergenceSettings,
-    *,
-    bar: Bar = no_bar,
-) -> list[AnswerPath]:
-    """The base's greedy answers to rendered prompts: where both sides are compared."""
-    from abliterator.divergence import answer_path
-    from abliterator.generation import generate, stop_ids
-
-    with bar("base answers to neutral prompts", len(prompts)) as advance:
-        answers = generate(
-            loaded,
-            prompts,
-            max_new_tokens=settings.tokens,
-            batch_size=settings.batch_size,
-            stop_ids=stop_ids(loaded),
-            on_batch=advance,
-        )
-    return [
-        answer_path(
-            prompt,
-            answer.token_ids,
-            tokens=settings.tokens,
-            stopped=answer.finish_reason == "stop",
-        )
-        for prompt, answer in zip(prompts, answers, strict=True)
-    ]
+    def paths(self, base: Engine, prompts: TokenIds, bar: Bar = no_bar) -> list[AnswerPath]:
+        """The base's greedy answers to rendered prompts: where both sides are compared."""
+        with bar("base answers to neutral prompts", len(prompts)) as advance:
+            return base_paths(
+                base,
+                prompts,
+                tokens=self.tokens,
+                max_new_tokens=self.max_new_tokens,
+                batch_size=self.batch_size,
+                on_batch=advance,
+            )
 
 
 def measure_divergence(
-    load: Callable[[Side], LoadedModel],
-    render: Callable[[LoadedModel], list[list[int]]],
+    load: Callable[[Side], Engine],
+    render: Callable[[Engine], TokenIds],
     settings: DivergenceSettings,
     *,
     scratch: Path,
@@ -89,24 +70,27 @@ def measure_divergence(
         render: token ids of the prompts, for a loaded model.
         settings: how.
         scratch: a file for the base's logits; it is deleted.
-        paths: the base's answers, from `answer_paths`; left out, the base gives them.
+        paths: the base's answers, from `settings.paths`; left out, the base gives them.
         bar: shows progress.
 
     Raises:
         GenerationError: if the two sides do not read the prompts alike, or give NaN.
         OutputError: if the disk has no room for `scratch`.
     """
-    from abliterator.divergence import path_divergence
-
+    # no name for an engine here: it would keep the base in memory while the edited is loaded
+    prompts = render(load("base"))
     if paths is None:
-        paths = answer_paths(load("base"), render(load("base")), settings, bar=bar)
-    both = _Both(paths, settings, scratch, bar)
-    try:
-        prompts, base = render(load("base")), _base(load("base"), both)
-        found, edited = _edited(load("edited"), both, render, prompts)
-    finally:
-        scratch.unlink(missing_ok=True)
-    along = path_divergence(found, tokens=settings.tokens, seed=settings.seed)
+        paths = settings.paths(load("base"), prompts, bar)
+    with LogitFile(scratch) as logits:
+        base = _write_base(load("base"), logits, paths, settings, bar)
+        if render(load("edited")) != prompts:
+            raise GenerationError(
+                "Base and edited turn the same prompts into different tokens, so their "
+                "distributions cannot be compared: their tokenizers or chat templates differ. "
+                "Compare a model with an edit of itself."
+            )
+        compared, edited = _compare(load("edited"), logits, paths, settings, bar)
+    along = summarise_divergence(compared, tokens=settings.tokens, seed=settings.seed)
     return along.model_copy(
         update={
             "perplexity_base": base.value,
@@ -116,43 +100,30 @@ def measure_divergence(
     )
 
 
-class _Both(NamedTuple):
-    """What is the same for both sides."""
-
-    paths: Sequence[AnswerPath]
-    settings: DivergenceSettings
-    scratch: Path
-    bar: Bar
-
-
-def _base(loaded: LoadedModel, both: _Both) -> Perplexity:
-    """The base's perplexity; its logits go to the scratch file."""
-    from abliterator.divergence import neutral_text, text_perplexity, write_logits
-
-    with both.bar("base distributions", len(both.paths)) as advance:
-        limit = both.settings.max_batch_tokens
-        write_logits(loaded, both.paths, both.scratch, max_batch_tokens=limit, on_batch=advance)
-    return text_perplexity(loaded, neutral_text())
+def _write_base(
+    engine: Engine,
+    file: LogitFile,
+    paths: Sequence[AnswerPath],
+    settings: DivergenceSettings,
+    bar: Bar,
+) -> Perplexity:
+    """Writes the base's logits; returns its perplexity."""
+    limit = settings.max_batch_tokens
+    with bar("base distributions", len(paths)) as advance:
+        file.write(paths, engine.logits(paths, max_batch_tokens=limit, on_batch=advance))
+    return text_perplexity(engine, neutral_text())
 
 
-def _edited(
-    loaded: LoadedModel,
-    both: _Both,
-    render: Callable[[LoadedModel], list[list[int]]],
-    prompts: list[list[int]],
+def _compare(
+    engine: Engine,
+    file: LogitFile,
+    paths: Sequence[AnswerPath],
+    settings: DivergenceSettings,
+    bar: Bar,
 ) -> tuple[list[PathDivergence], Perplexity]:
     """The edited model against the base's logits on every path; and its perplexity."""
-    from abliterator.divergence import compare_logits, neutral_text, text_perplexity
-
-    if render(loaded) != prompts:
-        raise GenerationError(
-            "Base and edited turn the same prompts into different tokens, so their distributions "
-            "cannot be compared: their tokenizers or chat templates differ. Compare a model with "
-            "an edit of itself."
-        )
-    with both.bar("edited distributions", len(both.paths)) as advance:
-        limit = both.settings.max_batch_tokens
-        found = compare_logits(
-            loaded, both.paths, both.scratch, max_batch_tokens=limit, on_batch=advance
-        )
-    return found, text_perplexity(loaded, neutral_text())
+    limit = settings.max_batch_tokens
+    with bar("edited distributions", len(paths)) as advance:
+        logits = engine.logits(paths, max_batch_tokens=limit, on_batch=advance)
+        compared = file.compare(paths, logits)
+    return compared, text_perplexity(engine, neutral_text())

@@ -1,0 +1,175 @@
+"""Answers of a loaded model, their verdicts, and what these come to."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from statistics import mean
+
+from abliterator.engines import Answer, Engine
+from abliterator.evaluation._context import EvaluationContext, RenderedPrompts
+from abliterator.judge import MAX_UNSCORED, judge_completions
+from abliterator.record import AnswerSummary, Completion, Estimate, Side, Verdict
+from abliterator.statistics import mean_interval, rate_interval
+
+Bar = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
+
+
+def no_bar(label: str, total: int) -> AbstractContextManager[Callable[[int], None]]:
+    """Shows no progress."""
+    return nullcontext(lambda amount: None)
+
+
+@dataclass(frozen=True)
+class JudgedAnswers:
+    """Answers to target prompts with the verdict on each, in one order."""
+
+    answers: tuple[Answer, ...]
+    verdicts: tuple[Verdict, ...]
+
+    def __add__(self, more: JudgedAnswers) -> JudgedAnswers:
+        return JudgedAnswers(self.answers + more.answers, self.verdicts + more.verdicts)
+
+    @property
+    def products(self) -> list[float | None]:
+        """Compliance x coherence of each; None where the judge could not tell, which is not 0."""
+        return [product(verdict) for verdict in self.verdicts]
+
+    @property
+    def mean_product(self) -> float:
+        """Mean compliance x coherence of the answers that have a verdict; 0 where none has."""
+        known = [value for value in self.products if value is not None]
+        return mean(known) if known else 0.0
+
+    @property
+    def tokens(self) -> int:
+        """Generated, all answers together."""
+        return sum(len(answer.token_ids) for answer in self.answers)
+
+    @property
+    def summary(self) -> AnswerSummary:
+        """All of them in figures."""
+        return summarise_answers([self])
+
+
+def summarise_answers(draws: Sequence[JudgedAnswers]) -> AnswerSummary:
+    """Rates and means over prompts; of several draws on the same prompts, each prompt's mean.
+
+    Unscored answers are left out; where they are more than 2 % of all, no figure is given (None).
+    """
+    verdicts = [verdict for judged in draws for verdict in judged.verdicts]
+    unscored = sum(product(v) is None for v in verdicts)
+    withheld = unscored > MAX_UNSCORED * len(verdicts)
+
+    def values(score: Callable[[Verdict], float | None]) -> list[float]:
+        columns = zip(*(judged.verdicts for judged in draws), strict=True)
+        known = ([s for v in column if (s := score(v)) is not None] for column in columns)
+        return [] if withheld else [mean(prompt) for prompt in known if prompt]
+
+    def scored(score: Callable[[Verdict], float | None]) -> Callable[[Verdict], float | None]:
+        return lambda verdict: score(verdict) if verdict.kind else None
+
+    refused = values(scored(lambda v: float(bool(v.refused))))
+    rate = rate_interval(round(sum(refused)), len(refused))
+    return AnswerSummary(
+        refusal=Estimate.of(rate if len(draws) == 1 else mean_interval(refused)),
+        compliance=Estimate.of(mean_interval(values(scored(lambda v: v.compliance)))),
+        coherence=Estimate.of(mean_interval(values(scored(lambda v: v.coherence)))),
+        product=Estimate.of(mean_interval(values(product))),
+        tokens=sum(judged.tokens for judged in draws),
+    )
+
+
+def product(verdict: Verdict) -> float | None:
+    """Compliance x coherence of an answer; None where the judge could not tell, which is not 0."""
+    if verdict.compliance is None or verdict.coherence is None:
+        return None
+    return verdict.compliance * verdict.coherence
+
+
+def judge_answers(
+    context: EvaluationContext,
+    prompts: RenderedPrompts,
+    answers: Sequence[Answer],
+    *,
+    side: Side = "edited",
+) -> JudgedAnswers:
+    """The verdict on each answer to target prompts."""
+    completions = as_completions(answers, prompts.prompts, set_name="target", side=side)
+    return JudgedAnswers(tuple(answers), tuple(judge_completions(completions, context.judge)))
+
+
+def answer_and_judge(
+    context: EvaluationContext, prompts: RenderedPrompts, *, side: Side = "edited"
+) -> JudgedAnswers:
+    """The model's greedy answers to target prompts under the edit that is in force, judged."""
+    answers = context.engine.answers(
+        prompts.token_ids,
+        max_new_tokens=context.max_new_tokens,
+        batch_size=context.batch_size,
+        share_prefix=True,
+    )
+    return judge_answers(context, prompts, answers, side=side)
+
+
+def as_completions(
+    answers: Sequence[Answer], prompts: Sequence[str], *, set_name: str, side: Side
+) -> list[Completion]:
+    """Answers as lines of rollouts.jsonl: each with its prompt, and where it belongs.
+
+    Args:
+        answers: one a prompt, in their order.
+        prompts: as they were asked, before rendering.
+        set_name: the set they come from, such as "target".
+        side: which model answered.
+    """
+    return [
+        Completion(
+            set=set_name,
+            side=side,
+            index=index,
+            prompt=prompt,
+            response=answer.text,
+            finish_reason=answer.finish_reason,
+            n_tokens=len(answer.token_ids),
+            answer_start=answer.start,
+        )
+        for index, (prompt, answer) in enumerate(zip(prompts, answers, strict=True))
+    ]
+
+
+def answer_sets(
+    engine: Engine,
+    sets: Mapping[str, RenderedPrompts],
+    *,
+    side: Side,
+    max_new_tokens: int,
+    batch_size: int,
+    bar: Bar = no_bar,
+    stop_ids: Sequence[int] | None = None,
+) -> list[Completion]:
+    """One side's greedy answers to several prompt sets, as lines of rollouts.jsonl.
+
+    Args:
+        engine: the model.
+        sets: by name.
+        side: which model answers.
+        max_new_tokens: at most this many tokens an answer.
+        batch_size: prompts at a time.
+        bar: shows progress; it is given a label and how many there are.
+        stop_ids: tokens that end an answer; left out, the model's own. An edited folder of a build
+            has its base's config and tokenizer byte for byte, so they are the same on both sides.
+    """
+    completions: list[Completion] = []
+    for name, (prompts, token_ids) in sets.items():
+        with bar(f"{side} answers, {name}", len(prompts)) as advance:
+            answers = engine.answers(
+                token_ids,
+                max_new_tokens=max_new_tokens,
+                batch_size=batch_size,
+                stop_ids=stop_ids,
+                on_batch=advance,
+            )
+        completions += as_completions(answers, prompts, set_name=name, side=side)
+    return completions
