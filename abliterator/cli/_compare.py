@@ -10,7 +10,7 @@ import click
 
 from abliterator.cli._options import JSON, computing_arguments, judge_arguments, read_judge
 from abliterator.cli._print import echo
-from abliterator.cli._show import Bars, json_of
+from abliterator.cli._terminal import Bars, json_of
 
 if TYPE_CHECKING:
     from abliterator.benchmarks import Task

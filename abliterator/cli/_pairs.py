@@ -9,7 +9,7 @@ import click
 
 from abliterator.cli._options import JSON, SET
 from abliterator.cli._print import echo
-from abliterator.cli._show import Bars
+from abliterator.cli._terminal import Bars
 
 if TYPE_CHECKING:
     from abliterator.pairs import Made, Ruler

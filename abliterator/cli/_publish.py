@@ -11,7 +11,7 @@ import click
 
 from abliterator.cli._options import JSON
 from abliterator.cli._print import echo
-from abliterator.cli._show import Bars
+from abliterator.cli._terminal import Bars
 from abliterator.errors import OutputError
 from abliterator.files import read_text
 

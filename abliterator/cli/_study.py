@@ -9,7 +9,7 @@ import click
 
 from abliterator.cli._options import JSON, read_recipe, recipe_arguments
 from abliterator.cli._print import echo
-from abliterator.cli._show import Bars, json_of
+from abliterator.cli._terminal import Bars, json_of
 
 NAMES = ("extraction", "pairs", "alpha", "confirmation", "controls")
 

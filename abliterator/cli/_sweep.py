@@ -10,7 +10,7 @@ import click
 
 from abliterator.cli._options import JSON, read_recipe, recipe_arguments
 from abliterator.cli._print import echo
-from abliterator.cli._show import Bars
+from abliterator.cli._terminal import Bars
 from abliterator.errors import RecipeError
 from abliterator.files import read_text
 

@@ -18,19 +18,9 @@ from time import perf_counter
 from typing import TYPE_CHECKING
 
 from abliterator.errors import AbliteratorError, OutputError
-from abliterator.pipeline._bake_alone import bake_subspace
-from abliterator.pipeline._benchmarking import BENCHMARKS, benchmark_tasks, pin_tasks
-from abliterator.pipeline._capturing import CAPTURE
-from abliterator.pipeline._divergence import DIVERGENCE
-from abliterator.pipeline._extraction import (
-    ADAPTER,
-    BAKE,
-    CONFIG,
-    DIRECTIONS,
-    PROMPTS,
-)
-from abliterator.pipeline._init import first_recipe
-from abliterator.pipeline._judging import JUDGE, judge_of, note_plain_http, require_key
+from abliterator.pipeline._bake_subspace import bake_subspace
+from abliterator.pipeline._chat_session import Talk, Turns, open_talk
+from abliterator.pipeline._first_recipe import first_recipe
 from abliterator.pipeline._plan import (
     Plan,
     make_plan,
@@ -41,12 +31,9 @@ from abliterator.pipeline._plan import (
     tuning_cost,
 )
 from abliterator.pipeline._progress import Advance, Progress, Silent
-from abliterator.pipeline._readable import ASKING, require_readable
-from abliterator.pipeline._report import CARD, RECORD, read_record
+from abliterator.pipeline._prompt_lengths import ASKING, require_readable
 from abliterator.pipeline._reproduce import Reproduction, compare_rebuilt
-from abliterator.pipeline._rollouts import ROLLOUTS
 from abliterator.pipeline._run import Options, Run, pinned, require_pinned_code, resolve
-from abliterator.pipeline._selection import SELECTION
 from abliterator.pipeline._stage import Stage
 from abliterator.pipeline._study import (
     STUDIES,
@@ -56,9 +43,22 @@ from abliterator.pipeline._study import (
     read_study,
     study_stage,
 )
-from abliterator.pipeline._talk import Talk, Turns, open_talk
-from abliterator.pipeline._tuning import TUNING
 from abliterator.pipeline._workspace import Workspace, usable
+from abliterator.pipeline.stages.bake import (
+    ADAPTER,
+    BAKE,
+    CONFIG,
+    DIRECTIONS,
+    PROMPTS,
+)
+from abliterator.pipeline.stages.benchmarks import BENCHMARKS, benchmark_tasks, pin_tasks
+from abliterator.pipeline.stages.capture import CAPTURE
+from abliterator.pipeline.stages.card import CARD, RECORD, read_record
+from abliterator.pipeline.stages.divergence import DIVERGENCE
+from abliterator.pipeline.stages.judge import JUDGE, judge_of, note_plain_http, require_key
+from abliterator.pipeline.stages.rollouts import ROLLOUTS
+from abliterator.pipeline.stages.selection import SELECTION
+from abliterator.pipeline.stages.tuning import TUNING
 from abliterator.recipe import Edit, Recipe
 from abliterator.record import RunRecord
 from abliterator.source import ModelSource, headers_folder, resolve_folder

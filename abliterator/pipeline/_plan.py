@@ -24,8 +24,8 @@ from abliterator.checkpoint import Checkpoint, card_metadata, carried_files, sta
 from abliterator.errors import OutputError, RecipeError
 from abliterator.files import free_bytes, require_utf8_name
 from abliterator.formats import require_known_names, storage_of
-from abliterator.pipeline._notes import notes_on
-from abliterator.pipeline._storing import storage_ways
+from abliterator.pipeline._model_notes import notes_on
+from abliterator.pipeline._quantization import storage_ways
 from abliterator.recipe import Edit, Recipe, blocks_of
 
 if TYPE_CHECKING:

@@ -12,14 +12,14 @@ from typing import TYPE_CHECKING, Any
 
 from abliterator.errors import RecipeError
 from abliterator.files import write_text_atomic
-from abliterator.pipeline._capturing import fitted
 from abliterator.pipeline._chosen import chosen, selection_of
-from abliterator.pipeline._extraction import extracted
-from abliterator.pipeline._judging import choosing_judge
-from abliterator.pipeline._prompt_sets import load_sets, prompt_sets
 from abliterator.pipeline._run import Run
 from abliterator.pipeline._stage import Parts, Stage, save_value
 from abliterator.pipeline._tuned import planned_edits, tuned_inputs, tuned_subspace
+from abliterator.pipeline.stages.bake import extracted
+from abliterator.pipeline.stages.capture import fitted
+from abliterator.pipeline.stages.judge import choosing_judge
+from abliterator.pipeline.stages.prompts import load_sets, prompt_sets
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from abliterator.files import digest_of, read_text
-from abliterator.pipeline._rollouts import SIDES, folder_of
 from abliterator.pipeline._run import Run
 from abliterator.pipeline._stage import Parts, Stage
+from abliterator.pipeline.stages.rollouts import SIDES, folder_of
 from abliterator.recipe import Recipe
 from abliterator.record import Side
 

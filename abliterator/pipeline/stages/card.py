@@ -7,10 +7,10 @@ from typing import Any
 
 from abliterator.errors import OutputError
 from abliterator.files import copy_file, digest_of, read_text, sha256_of_file, write_text_atomic
-from abliterator.pipeline._record import assemble, stated
 from abliterator.pipeline._run import Run
 from abliterator.pipeline._stage import Parts, Stage, save_value
 from abliterator.pipeline._workspace import remove_whole
+from abliterator.pipeline.stages.record import assemble, stated
 from abliterator.record import RunRecord
 from abliterator.verification import CARD as CARD_FILE
 from abliterator.verification import PICTURES, RECIPE, recipe_text

@@ -10,7 +10,7 @@ import click
 
 from abliterator.cli._options import JSON, SET, read_recipe, recipe_arguments
 from abliterator.cli._print import echo
-from abliterator.cli._show import Bars, json_of, planned, reproduced, told
+from abliterator.cli._terminal import Bars, json_of, planned, reproduced, told
 from abliterator.files import read_text
 
 

@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, TypeAlias
 
 from abliterator.checkpoint import Checkpoint
 from abliterator.errors import OutputError, RecipeError
-from abliterator.pipeline._extraction import removed_subspace
 from abliterator.pipeline._plan import make_plan
-from abliterator.pipeline._rollouts import folder_of
 from abliterator.pipeline._run import Options, Run
 from abliterator.pipeline._tuned import planned_edits
 from abliterator.pipeline._workspace import Workspace
+from abliterator.pipeline.stages.bake import removed_subspace
+from abliterator.pipeline.stages.rollouts import folder_of
 from abliterator.recipe import Chat, Recipe, load_recipe
 from abliterator.record import Side
 from abliterator.source import RECIPE, resolve_folder

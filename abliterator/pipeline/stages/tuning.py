@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 from abliterator.files import write_bytes_atomic, write_text_atomic
 from abliterator.pipeline._chosen import chosen
-from abliterator.pipeline._extraction import extracted
-from abliterator.pipeline._judging import choosing_judge
-from abliterator.pipeline._prompt_sets import prompt_sets
 from abliterator.pipeline._run import Run
 from abliterator.pipeline._stage import Parts, Stage
 from abliterator.pipeline._tuned import tuned_bases_path, tuning_path
+from abliterator.pipeline.stages.bake import extracted
+from abliterator.pipeline.stages.judge import choosing_judge
+from abliterator.pipeline.stages.prompts import prompt_sets
 
 if TYPE_CHECKING:
     from abliterator.recipe import Recipe

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-from abliterator.pipeline._prompt_sets import PromptSets, prompt_sets
 from abliterator.pipeline._run import Run
+from abliterator.pipeline.stages.prompts import PromptSets, prompt_sets
 
 # Stages that run prompts through a model. One that is done has checked its own.
 ASKING = ("capture", "selection", "tuning", "rollouts", "divergence")

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from abliterator.files import digest_of, read_text, write_text_atomic
-from abliterator.pipeline._prompt_sets import prompt_sets
-from abliterator.pipeline._rollouts import folder_of
 from abliterator.pipeline._run import Run
 from abliterator.pipeline._stage import Parts, Stage, kept_parts, save_value
+from abliterator.pipeline.stages.prompts import prompt_sets
+from abliterator.pipeline.stages.rollouts import folder_of
 from abliterator.record import Divergence
 
 if TYPE_CHECKING:

@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 from abliterator.files import as_lines, digest_of, read_lines, write_text_atomic
-from abliterator.pipeline._prompt_sets import prompt_sets
 from abliterator.pipeline._run import Run
 from abliterator.pipeline._stage import Parts, Stage, kept_parts
+from abliterator.pipeline.stages.prompts import prompt_sets
 from abliterator.record import Completion, Side
 
 if TYPE_CHECKING:

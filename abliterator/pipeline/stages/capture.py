@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from abliterator.errors import DirectionError
-from abliterator.pipeline._prompt_sets import prompt_sets
 from abliterator.pipeline._run import Run
 from abliterator.pipeline._stage import Parts, Stage
+from abliterator.pipeline.stages.prompts import prompt_sets
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 from abliterator.files import write_text_atomic
 from abliterator.pipeline._chosen import Chosen, chosen_of, sweep_path
-from abliterator.pipeline._extraction import pool_of
-from abliterator.pipeline._judging import choosing_judge
-from abliterator.pipeline._prompt_sets import prompt_sets
 from abliterator.pipeline._run import Run
 from abliterator.pipeline._stage import Parts, Stage
+from abliterator.pipeline.stages.bake import pool_of
+from abliterator.pipeline.stages.judge import choosing_judge
+from abliterator.pipeline.stages.prompts import prompt_sets
 
 if TYPE_CHECKING:
     from abliterator.model import LoadedModel

@@ -11,9 +11,13 @@ from typing import TYPE_CHECKING, Any
 from abliterator.bake import bake, write_adapter, write_config
 from abliterator.checkpoint import CONFIG_FILE
 from abliterator.files import read_text, sha256_of_file, write_text_atomic
-from abliterator.pipeline._capturing import differences, fitted, shuffled
 from abliterator.pipeline._chosen import chosen
-from abliterator.pipeline._prompt_sets import (
+from abliterator.pipeline._run import Run
+from abliterator.pipeline._stage import Parts, Stage
+from abliterator.pipeline._tuned import planned_edits, tuned_inputs, tuned_subspace
+from abliterator.pipeline._workspace import remove_whole
+from abliterator.pipeline.stages.capture import differences, fitted, shuffled
+from abliterator.pipeline.stages.prompts import (
     compared,
     load_sets,
     prompts_path,
@@ -21,10 +25,6 @@ from abliterator.pipeline._prompt_sets import (
     set_apart,
     with_pairs,
 )
-from abliterator.pipeline._run import Run
-from abliterator.pipeline._stage import Parts, Stage
-from abliterator.pipeline._tuned import planned_edits, tuned_inputs, tuned_subspace
-from abliterator.pipeline._workspace import remove_whole
 from abliterator.recipe import Prompts, Source
 from abliterator.record import TensorEdit
 from abliterator.verification import EDITS

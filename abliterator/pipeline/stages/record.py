@@ -11,16 +11,16 @@ from statistics import mean, median
 from typing import Any
 
 from abliterator.files import sha256_of_file
-from abliterator.pipeline._benchmarking import task_scores
-from abliterator.pipeline._capturing import moments_path
 from abliterator.pipeline._chosen import chosen, selection_of
-from abliterator.pipeline._divergence import divergence_of
-from abliterator.pipeline._extraction import directions_path, tensor_edits
-from abliterator.pipeline._judging import judge_identity, verdicts_of
-from abliterator.pipeline._prompt_sets import prompt_sets, uses
+from abliterator.pipeline._quantization import quantized_edits
 from abliterator.pipeline._run import Run
-from abliterator.pipeline._storing import quantized_edits
 from abliterator.pipeline._tuned import planned_edits, tuning_record
+from abliterator.pipeline.stages.bake import directions_path, tensor_edits
+from abliterator.pipeline.stages.benchmarks import task_scores
+from abliterator.pipeline.stages.capture import moments_path
+from abliterator.pipeline.stages.divergence import divergence_of
+from abliterator.pipeline.stages.judge import judge_identity, verdicts_of
+from abliterator.pipeline.stages.prompts import prompt_sets, uses
 from abliterator.prompts import NEAR_DUPLICATE
 from abliterator.record import (
     Behaviour,

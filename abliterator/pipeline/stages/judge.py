@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 from abliterator.files import as_lines, read_lines, read_text, write_text_atomic
 from abliterator.pipeline._progress import Progress
-from abliterator.pipeline._rollouts import completions
 from abliterator.pipeline._run import Run
 from abliterator.pipeline._stage import Parts, Stage, save_value
+from abliterator.pipeline.stages.rollouts import completions
 from abliterator.recipe import JudgeSettings
 from abliterator.record import JudgeIdentity, Verdict
 
