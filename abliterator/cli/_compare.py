@@ -63,7 +63,7 @@ def compare(
 
     sets = {"target": target, "neutral": neutral}
     folder, options = _folder(base), Options(device=device, dtype=dtype)
-    computed = options.computing(Checkpoint.open(folder))
+    computed = options.compute_dtype(Checkpoint.open(folder))
     settings = CompareSettings(
         prompts={
             name: load_prompts(name, PromptSource(path=path, limit=limit)).prompts
@@ -73,7 +73,7 @@ def compare(
         tasks=_tasks(tasks),
         max_new_tokens=max_new_tokens,
         divergence=DivergenceSettings(batch_size=options.batch_size("auto")),
-        benchmarks=RunSettings(limit=task_limit, device=options.on, dtype=computed),
+        benchmarks=RunSettings(limit=task_limit, device=options.compute_device, dtype=computed),
     )
     judge_settings = read_judge(**asked)
     require_key(judge_settings)  # before any model answers
