@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from abliterator.anatomy import anatomy_of
 from abliterator.bake import EditSettings, bake, plan_edits, preview_edit
 from abliterator.checkpoint import Checkpoint
-from abliterator.cli._terminal import planned as planned_text
+from abliterator.cli._plan import plan_text as planned_text
 from abliterator.formats import storage_of
 from abliterator.model import load_model
 from abliterator.pipeline import bake_subspace

@@ -1,17 +1,21 @@
-"""The commands that run a recipe, whole or stage by stage, and the plan that comes before."""
+"""`abliterator build`: a recipe becomes a measured checkpoint."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from abliterator.cli._options import JSON, SET, read_recipe, recipe_arguments
-from abliterator.cli._print import echo
-from abliterator.cli._terminal import Bars, json_of, planned, reproduced, told
-from abliterator.files import read_text
+from abliterator.cli._options import JSON, read_recipe, recipe_arguments
+from abliterator.cli._terminal import Bars, echo, show
+from abliterator.tables import cell, terminal_table
+
+if TYPE_CHECKING:
+    from abliterator.pipeline import Reproduction
+    from abliterator.record import RunRecord
+
+MEASURES = ("refusal", "compliance", "coherence", "truncated", "unscored")
 
 
 @click.command()
@@ -38,89 +42,56 @@ def build(recipe: Path | None, published: str | None, as_json: bool, **where: An
         raise click.UsageError("Give either a RECIPE or --from a published checkpoint.")
     read, out, options = read_recipe(path, **where)
     record = pipeline.build(read, out, options=options, progress=Bars())
-    echo(json_of(record) if as_json else told(record, out))
+    show(record, lambda record: _record_text(record, out), as_json=as_json)
     if folder is not None:
-        echo(reproduced(pipeline.compare_rebuilt(folder, out / "checkpoint")), err=as_json)
+        echo(_reproduction_text(pipeline.compare_rebuilt(folder, out / "checkpoint")), err=as_json)
 
 
-def _stage_command(stage: str, help_text: str) -> click.Command:
-    """The command of one stage: it runs what the stage needs, then the stage."""
-
-    @click.command(name=stage, help=help_text)
-    @recipe_arguments()
-    def command(recipe: Path, **where: Any) -> None:
-        from abliterator import pipeline
-
-        read, out, options = read_recipe(recipe, **where)
-        pipeline.run_stages(read, out, until=stage, options=options, progress=Bars())
-        echo(out)
-
-    return command
-
-
-STAGE_COMMANDS = (
-    _stage_command("directions", "Capture activations and find the subspace."),
-    _stage_command("rollouts", "Let base and edited answer the evaluation prompts."),
-    _stage_command("judge", "Judge the answers of base and edited."),
-    _stage_command("benchmarks", "Run lm-eval on base and edited."),
-    _stage_command("card", "Write record.json and the model card."),
-)
-
-
-@click.command()
-@recipe_arguments(required=False)
-@click.option("--model", help="Without a recipe: Hub id or local folder.")
-@click.option(
-    "--subspace",
-    type=click.Path(exists=True, dir_okay=False, path_type=Path),
-    help="Without a recipe: safetensors file with a tensor `subspace` [d_model, k], or "
-    "[n_layers, d_model, k] with one a block.",
-)
-@JSON
-def bake(
-    recipe: Path | None, model: str | None, subspace: Path | None, as_json: bool, **where: Any
-) -> None:
-    """Write the edited checkpoint: of RECIPE, or of --model and --subspace into --out."""
-    from abliterator import pipeline
-
-    if recipe is None:
-        edits = _bake_subspace(model, subspace, where)
-        place = where["out"]
-    else:
-        if model or subspace:
-            raise click.UsageError("--model and --subspace are given instead of a RECIPE.")
-        read, out, options = read_recipe(recipe, **where)
-        pipeline.run_stages(read, out, until="bake", options=options, progress=Bars())
-        place = out / "checkpoint"
-        edits = json.loads(read_text(place / "abliterator" / "edits.json"))
-    echo(json.dumps(edits, indent=1) if as_json else f"{place}: {len(edits)} tensors edited")
+def _record_text(record: RunRecord, out: Path) -> str:
+    """What was measured, base and edited side by side."""
+    lines = [f"{out / 'checkpoint'}: {record.edit.tensors} tensors edited, k = {record.edit.k}"]
+    if record.edit.max_leak is not None:
+        lines[0] += f", leak at most {record.edit.max_leak:.1e}"
+    rows = [["", "base", "edited", "delta"]]
+    for name, behaviour in record.behaviour.items():
+        for measure in MEASURES if behaviour else ():
+            sides = (getattr(behaviour, side) for side in ("base", "edited", "delta"))
+            cells = [cell(getattr(s, measure)) for s in sides]
+            seen = behaviour.smallest_detectable.get(measure) if behaviour else None
+            cells[2] += f", {seen:.3f} detectable" if seen is not None else ""
+            rows.append([f"{name} {measure}", *cells])
+    for task, result in record.benchmarks.items():
+        estimates = (result.base, result.edited, result.delta)
+        rows.append([f"{task} {result.metric}", *map(cell, estimates)])
+    lines += terminal_table(rows)
+    lines += _unscored(record)
+    kl = record.divergence.kl_first_token if record.divergence else None
+    lines.append(f"first-token KL on neutral prompts, nats: {cell(kl)}")
+    judged = record.judge.model or record.judge.kind if record.judge else "nobody"
+    for other, rate in record.judge.disagreement.items() if record.judge else ():
+        lines.append(f"the judge disagrees with {other} on: {cell(rate)}")
+    lines.append(f"judged by: {judged}")
+    return "\n".join(lines)
 
 
-def _bake_subspace(model: str | None, subspace: Path | None, where: dict[str, Any]) -> list[Any]:
-    from abliterator import pipeline
-    from abliterator.recipe import load_edit
+def _unscored(record: RunRecord) -> list[str]:
+    """Why answers have no verdict, a line for each set and side that has such answers."""
+    from abliterator.judge import counted
 
-    if not (model and subspace and where["out"]):
-        raise click.UsageError("Give a RECIPE, or --model, --subspace and --out together.")
-    edits = pipeline.bake_subspace(
-        model, subspace, where["out"], edit=load_edit(where["overrides"])
-    )
-    return [edit.model_dump(mode="json") for edit in edits]
+    return [
+        f"{name}, {side}: unscored {counted(reasons)}"
+        for name, behaviour in record.behaviour.items()
+        for side, reasons in (behaviour.unscored_reasons if behaviour else {}).items()
+        if reasons
+    ]
 
 
-@click.command()
-@click.argument("recipe_or_model")
-@click.option("--out", type=click.Path(path_type=Path), default="out", help="Where it would go.")
-@SET
-@JSON
-def plan(recipe_or_model: str, out: Path, overrides: tuple[str, ...], as_json: bool) -> None:
-    """Tell what a recipe, or the default edit of a model, would do; read headers only."""
-    from abliterator import pipeline
-    from abliterator.recipe import load_edit, load_recipe
-
-    path = Path(recipe_or_model)
-    if path.suffix in {".yaml", ".yml"}:
-        made = pipeline.plan_recipe(load_recipe(path, overrides=overrides), out)
-    else:
-        made = pipeline.plan_model(recipe_or_model, out, edit=load_edit(overrides))
-    echo(json.dumps(made.summary(), indent=1) if as_json else planned(made))
+def _reproduction_text(rebuilt: Reproduction) -> str:
+    """How a rebuilt checkpoint compares with the published one."""
+    whole = rebuilt.same + len(rebuilt.different)
+    lines = [f"{rebuilt.same} of {whole} edited tensors are the published ones to the last bit"]
+    if rebuilt.different:
+        lines.append(f"different   {', '.join(rebuilt.different[:3])}...")
+        lines += [f"published, rebuilt   {reason}" for reason in rebuilt.reasons]
+        lines += [] if rebuilt.reasons else ["nothing recorded differs between the two builds"]
+    return "\n".join(lines)

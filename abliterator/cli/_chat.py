@@ -1,4 +1,4 @@
-"""The command that talks to a model, base and edited."""
+"""`abliterator chat`: a conversation with base or edited, or both."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import click
 
 from abliterator.cli._options import computing_arguments
-from abliterator.cli._print import echo
+from abliterator.cli._terminal import echo
 from abliterator.errors import PromptError
 
 if TYPE_CHECKING:

@@ -1,4 +1,4 @@
-"""The command that measures any two checkpoints."""
+"""`abliterator compare`: any two checkpoints, measured."""
 
 from __future__ import annotations
 
@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from abliterator.cli._options import JSON, computing_arguments, judge_arguments, read_judge
-from abliterator.cli._print import echo
-from abliterator.cli._terminal import Bars, json_of
+from abliterator.cli._terminal import Bars, show
 
 if TYPE_CHECKING:
     from abliterator.benchmarks import Task
@@ -90,7 +89,7 @@ def compare(
             bar=bars.bar,
             note=bars.note,
         )
-    echo(json_of(found) if as_json else to_markdown(found), nl=as_json)
+    show(found, to_markdown, as_json=as_json)
 
 
 def _folder(model: str) -> Path:

@@ -31,7 +31,7 @@ from abliterator.pipeline._study import (
     read_study,
     study_stage,
 )
-from abliterator.pipeline._workspace import Workspace
+from abliterator.pipeline._workspace import Workspace, usable
 from abliterator.pipeline.stages import STAGES, stages_of
 from abliterator.pipeline.stages.capture import CAPTURE
 from abliterator.pipeline.stages.directions import DIRECTIONS
@@ -108,13 +108,15 @@ def run_stages(
 def _schedule(
     recipe: Recipe, out: Path, until: str, options: Options | None, progress: Progress | None
 ) -> Schedule:
-    stages, is_new = stages_of(recipe, until), not out.exists()
+    stages = stages_of(recipe, until)
     choosing = [SELECTION, TUNING] if recipe.selection.judge == "recipe" else []
     judging = [stage for stage in (JUDGE, *choosing) if stage in stages]
-    if any(Workspace(out).marker(stage.name) is None for stage in judging):
-        require_key(recipe.judge)  # hours before it is needed
     first = CAPTURE if recipe.selects or recipe.tunes else DIRECTIONS
-    run = prepare(recipe, out, options, progress)
+    with usable(out):
+        is_new = not out.exists()
+        if any(Workspace(out).marker(stage.name) is None for stage in judging):
+            require_key(recipe.judge)  # hours before it is needed
+        run = prepare(recipe, out, options, progress)
     return Schedule(run, recipe, stages, keep_from=first if is_new else None)
 
 
@@ -140,9 +142,10 @@ def run_study(
     Raises:
         AbliteratorError: for what cannot be studied.
     """
-    is_new = not out.exists()
-    run = prepare(recipe, out, options, progress)
-    stage = study_stage(run, name, settings or StudySettings())
+    with usable(out):
+        is_new = not out.exists()
+        run = prepare(recipe, out, options, progress)
+        stage = study_stage(run, name, settings or StudySettings())
     before = [PROMPTS]
     if name in USES_DIRECTIONS:
         before += [CAPTURE, *([SELECTION] if recipe.selects else [])]
