@@ -70,7 +70,7 @@ def test_answers_are_those_that_were_measured(built):
     both = pipeline.open_chat(
         str(built), sides=("base", "edited"), max_new_tokens=None, options=OPTIONS
     )
-    assert both.speakers["base"][0] is both.speakers["edited"][0]
+    assert both.models["base"][0] is both.models["edited"][0]
     alone = pipeline.open_chat(str(built), sides=("edited",), max_new_tokens=None, options=OPTIONS)
     shipped = str(built / "checkpoint")
     published = pipeline.open_chat(shipped, sides=("edited",), max_new_tokens=None, options=OPTIONS)

@@ -5,11 +5,12 @@ The stage leaves record.json, the recipe and pictures in the checkpoint.
 
 from __future__ import annotations
 
+import json
 import platform
 import re
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import PackageNotFoundError, distribution, version
 from pathlib import Path
 from statistics import mean, median
 from typing import Any
@@ -222,6 +223,7 @@ def _provenance(run: Run) -> Provenance:
         dtype=run.dtype or "as stored",
         hardware=_hardware(run.device),
         digests=_digests(run),
+        git_commit=_tool_commit(),
         prompts=tuple(
             PromptOrigin(
                 name=name,
@@ -262,6 +264,13 @@ def _digests(run: Run) -> dict[str, str]:
     if card.is_file():
         files[BASE_CARD] = card  # the licence that it states is that of the record
     return {name: sha256_of_file(path) for name, path in files.items()}
+
+
+def _tool_commit() -> str | None:
+    """Commit of an abliterator that pip installed from a Git repository (PEP 610); else None."""
+    origin = json.loads(distribution("abliterator").read_text("direct_url.json") or "{}")
+    commit: str | None = origin.get("vcs_info", {}).get("commit_id")
+    return commit
 
 
 def _installed(package: str) -> str | None:
