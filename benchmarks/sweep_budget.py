@@ -24,10 +24,9 @@ from abliterator.directions import Place
 from abliterator.generation import generate, stop_ids
 from abliterator.model import load_model
 from abliterator.pipeline import Options, Silent, plan_recipe, recipe_of, run_stages
-from abliterator.pipeline._extraction import pool_of
 from abliterator.pipeline._run import Run
-from abliterator.pipeline._selection import subject_of
 from abliterator.pipeline._workspace import Workspace
+from abliterator.pipeline.stages.selection import pool_of, subject_of
 from abliterator.recipe import load_recipe
 from abliterator.record import Estimate
 from abliterator.selection import Gates, Pool, Search, Subject, choose, judge_edits

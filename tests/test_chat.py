@@ -46,9 +46,9 @@ def measured(out):
     return [json.loads(line) for line in lines]
 
 
-def heard(talk, side, prompt, before=()):
+def heard(session, side, prompt, before=()):
     pieces = []
-    talk.answer(side, prompt, before, pieces.append)
+    session.answer(side, prompt, before, pieces.append)
     return "".join(pieces)
 
 
@@ -67,21 +67,21 @@ def test_a_stream_is_the_answer_in_pieces(tiny_loaded):
 
 def test_answers_are_those_that_were_measured(built):
     """Both sides of one loaded base, and each side alone from its files."""
-    both = pipeline.open_talk(
+    both = pipeline.open_chat(
         str(built), sides=("base", "edited"), max_new_tokens=None, options=OPTIONS
     )
-    assert both.speakers["base"][0] is both.speakers["edited"][0]
-    alone = pipeline.open_talk(str(built), sides=("edited",), max_new_tokens=None, options=OPTIONS)
+    assert both.models["base"][0] is both.models["edited"][0]
+    alone = pipeline.open_chat(str(built), sides=("edited",), max_new_tokens=None, options=OPTIONS)
     shipped = str(built / "checkpoint")
-    published = pipeline.open_talk(shipped, sides=("edited",), max_new_tokens=None, options=OPTIONS)
+    published = pipeline.open_chat(shipped, sides=("edited",), max_new_tokens=None, options=OPTIONS)
     answers = measured(built)
     assert {a["response"] for a in answers if a["side"] == "base"} != {
         a["response"] for a in answers if a["side"] == "edited"
     }
     for answer in answers:
         talks = [both] if answer["side"] == "base" else [both, alone, published]
-        for talk in talks:
-            assert heard(talk, answer["side"], answer["prompt"]) == answer["response"]
+        for session in talks:
+            assert heard(session, answer["side"], answer["prompt"]) == answer["response"]
 
 
 def test_a_checkpoint_that_is_asked_otherwise_than_its_base_says_so(built, tmp_path, tiny_folder):
@@ -99,7 +99,7 @@ def test_a_checkpoint_that_is_asked_otherwise_than_its_base_says_so(built, tmp_p
 
 
 def test_earlier_turns_are_part_of_the_conversation(built, monkeypatch):
-    talk = pipeline.open_talk(str(built), sides=("base",), max_new_tokens=3, options=OPTIONS)
+    session = pipeline.open_chat(str(built), sides=("base",), max_new_tokens=3, options=OPTIONS)
     typed = iter(["Where is the a?", "And the b?", "", "And the b?"])
     seen = []
 
@@ -114,15 +114,15 @@ def test_earlier_turns_are_part_of_the_conversation(built, monkeypatch):
         except StopIteration:
             raise EOFError from None
 
-    monkeypatch.setattr(pipeline.Talk, "answer", answer)
+    monkeypatch.setattr(pipeline.ChatSession, "answer", answer)
     monkeypatch.setattr(builtins, "input", type_)
-    converse(talk)
+    converse(session)
     first = ("Where is the a?", "Here.")
     assert seen == [(first[0], []), ("And the b?", [first]), ("And the b?", [])]
 
 
 def test_an_answer_can_be_stopped_and_the_talk_goes_on(built, monkeypatch, capsys):
-    talk = pipeline.open_talk(str(built), sides=("base",), max_new_tokens=3, options=OPTIONS)
+    session = pipeline.open_chat(str(built), sides=("base",), max_new_tokens=3, options=OPTIONS)
     typed = iter(["a?", KeyboardInterrupt, "b?", EOFError])
     seen = []
 
@@ -140,9 +140,9 @@ def test_an_answer_can_be_stopped_and_the_talk_goes_on(built, monkeypatch, capsy
             return what
         raise what
 
-    monkeypatch.setattr(pipeline.Talk, "answer", answer)
+    monkeypatch.setattr(pipeline.ChatSession, "answer", answer)
     monkeypatch.setattr(builtins, "input", type_)
-    converse(talk)
+    converse(session)
     assert seen == [("a?", []), ("b?", [("a?", "It is")])]
     assert capsys.readouterr().out == "It is (stopped)\n\nIt is here.\n\n"
 
@@ -171,7 +171,7 @@ def test_every_line_of_a_pipe_is_a_conversation(built):
 
 def test_a_base_that_nobody_names(tiny_folder):
     with pytest.raises(RecipeError, match="which model is its base"):
-        pipeline.open_talk(
+        pipeline.open_chat(
             str(tiny_folder()), sides=("base",), max_new_tokens=None, options=OPTIONS
         )
 
@@ -180,7 +180,7 @@ def test_an_unfinished_build(built, tmp_path, tiny_folder):
     recipe = load_recipe(built.parent / "tiny.yaml")
     pipeline.run_stages(recipe, tmp_path / "o", until="directions", options=OPTIONS)
     with pytest.raises(OutputError, match="no edited checkpoint yet"):
-        pipeline.open_talk(
+        pipeline.open_chat(
             str(tmp_path / "o"), sides=("edited",), max_new_tokens=None, options=OPTIONS
         )
 

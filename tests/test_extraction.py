@@ -13,7 +13,7 @@ from abliterator.directions import stack, within_layer
 from abliterator.errors import DirectionError, PromptError, RecipeError
 from abliterator.model import block_paths, load_model, render_chat, template_tail
 from abliterator.pipeline import Options
-from abliterator.pipeline._prompt_sets import PromptSets
+from abliterator.pipeline.stages.prompts import PromptSets
 from abliterator.recipe import load_recipe
 from abliterator.subspace import cosine_matrix
 from abliterator.verification import verify

@@ -21,7 +21,7 @@ from abliterator.judge._parse import parse
 from abliterator.pairs import WORDS, Candidate, require_ours, save_pairs
 from abliterator.pairs._make import Made
 from abliterator.pairs._questions import read_pairs
-from abliterator.pipeline._prompt_sets import PromptSets
+from abliterator.pipeline.stages.prompts import PromptSets
 from abliterator.prompts import PromptSet, PromptSource, load_prompts
 from abliterator.recipe import PairsSpec
 from abliterator.record import Completion, Verdict

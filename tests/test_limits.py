@@ -25,7 +25,7 @@ from abliterator.model import (
     render_prompts,
     stored_limits,
 )
-from abliterator.pipeline import Options, open_talk
+from abliterator.pipeline import Options, open_chat
 from abliterator.prompts import PromptSource, load_prompts
 from tests import architectures
 
@@ -171,13 +171,13 @@ def test_a_build_stops_before_weights_are_loaded(case, writable, tmp_path, monke
 
 
 def test_a_conversation_ends_where_the_context_does(tiny_folder):
-    talk = open_talk(
+    session = open_chat(
         str(tiny_folder()), sides=("edited",), max_new_tokens=None, options=Options(device="cpu")
     )
     pieces: list[str] = []
-    talk.answer("edited", "which river", [], pieces.append)  # 256 tokens would not fit
+    session.answer("edited", "which river", [], pieces.append)  # 256 tokens would not fit
     with pytest.raises(PromptError, match="set 'chat'"):
-        talk.answer("edited", "which river", [("the old town", "zq" * 300)], pieces.append)
+        session.answer("edited", "which river", [("the old town", "zq" * 300)], pieces.append)
 
 
 def test_a_tokenizer_larger_than_the_model_still_loads(tiny_folder, tiny_tokenizer, tmp_path):

@@ -11,7 +11,7 @@ import pytest
 from click.testing import CliRunner
 
 from abliterator.cli import main
-from abliterator.pipeline._prompt_sets import compared, load_sets, uses
+from abliterator.pipeline.stages.prompts import compared, load_sets, uses
 from abliterator.recipe import load_recipe
 
 ROOT = Path(__file__).parents[1]

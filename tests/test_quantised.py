@@ -15,12 +15,12 @@ from safetensors.torch import load_file, save_file
 from abliterator.anatomy import anatomy_of
 from abliterator.bake import EditSettings, bake, plan_edits, preview_edit
 from abliterator.checkpoint import Checkpoint
-from abliterator.cli._show import planned as planned_text
+from abliterator.cli._plan import plan_text as planned_text
 from abliterator.formats import storage_of
 from abliterator.model import load_model
 from abliterator.pipeline import bake_subspace
 from abliterator.pipeline._plan import make_plan
-from abliterator.pipeline._storing import quantized_edits
+from abliterator.pipeline._quantization import quantized_edits
 from abliterator.recipe import Edit
 from abliterator.record import TensorEdit
 from abliterator.source import ModelSource

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from abliterator.cli import main
-from abliterator.cli._print import printable
+from abliterator.cli._terminal import printable
 
 HOSTILE = "\x1b]0;owned\x07\x1b[2J\x9b31m\u202egnp\r"
 

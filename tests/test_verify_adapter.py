@@ -13,7 +13,7 @@ from abliterator.anatomy import anatomy_of
 from abliterator.bake import EditSettings, bake, plan_edits, write_adapter
 from abliterator.checkpoint import ADAPTER_CONFIG, ADAPTER_WEIGHTS, Checkpoint
 from abliterator.errors import CheckpointError
-from abliterator.pipeline._extraction import edits_json
+from abliterator.pipeline.stages.bake import edits_json
 from abliterator.subspace import orthonormal_basis
 from abliterator.verification import EDITS, verify_adapter
 from tests.architectures import save

@@ -13,16 +13,20 @@ from typing import Any
 
 import click
 
+from abliterator.cli._bake import bake
+from abliterator.cli._build import build
 from abliterator.cli._chat import chat
 from abliterator.cli._compare import compare
 from abliterator.cli._init import init
-from abliterator.cli._judge import judge_calibrate
+from abliterator.cli._judge_calibrate import judge_calibrate
 from abliterator.cli._pairs import pairs
-from abliterator.cli._print import echo, printable
-from abliterator.cli._publish import publish, verify
-from abliterator.cli._run import STAGE_COMMANDS, bake, build, plan
+from abliterator.cli._plan import plan
+from abliterator.cli._publish import publish
+from abliterator.cli._stages import STAGE_COMMANDS
 from abliterator.cli._study import study
 from abliterator.cli._sweep import sweep
+from abliterator.cli._terminal import echo, printable
+from abliterator.cli._verify import verify
 from abliterator.errors import AbliteratorError
 
 

@@ -1,4 +1,4 @@
-"""The command that talks to a model, base and edited."""
+"""`abliterator chat`: a conversation with base or edited, or both."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING
 import click
 
 from abliterator.cli._options import computing_arguments
-from abliterator.cli._print import echo
+from abliterator.cli._terminal import echo
 from abliterator.errors import PromptError
 
 if TYPE_CHECKING:
-    from abliterator.pipeline import Talk, Turns
+    from abliterator.pipeline import ChatSession, Turns
     from abliterator.record import Side
 
 
@@ -48,20 +48,20 @@ def chat(
         ("base", "edited") if compare else ("base" if only_base else "edited",)
     )
     options = pipeline.Options(device=device, dtype=dtype)
-    talk = pipeline.open_talk(model, sides=sides, max_new_tokens=max_new_tokens, options=options)
-    for note in talk.notes:
+    session = pipeline.open_chat(model, sides=sides, max_new_tokens=max_new_tokens, options=options)
+    for note in session.notes:
         echo(note, err=True)
     if sys.stdin.isatty():
-        converse(talk)
+        converse(session)
         return
     for prompt in _piped():
-        for side in talk.speakers if prompt else ():
-            say(talk, side, prompt, ())
+        for side in session.models if prompt else ():
+            say(session, side, prompt, ())
 
 
-def converse(talk: Talk) -> None:
+def converse(session: ChatSession) -> None:
     """A conversation with each side, until the end of input."""
-    before: dict[Side, list[tuple[str, str]]] = {side: [] for side in talk.speakers}
+    before: dict[Side, list[tuple[str, str]]] = {side: [] for side in session.models}
     for prompt in _typed():
         for side, turns in before.items():
             if not prompt:
@@ -69,14 +69,14 @@ def converse(talk: Talk) -> None:
                 continue
             answers: list[str] = []
             try:
-                say(talk, side, prompt, turns, answers.append)
+                say(session, side, prompt, turns, answers.append)
             except KeyboardInterrupt:
                 echo(" (stopped)")
             turns.append((prompt, "".join(answers)))
 
 
 def say(
-    talk: Talk,
+    session: ChatSession,
     side: Side,
     prompt: str,
     before: Turns,
@@ -88,9 +88,9 @@ def say(
         echo(text, nl=False)
         sys.stdout.flush()
 
-    if len(talk.speakers) > 1:
+    if len(session.models) > 1:
         click.secho(f"{side}: ", nl=False, bold=True)
-    talk.answer(side, prompt, before, tell, on_answer)
+    session.answer(side, prompt, before, tell, on_answer)
     echo()
 
 

@@ -1,4 +1,4 @@
-"""The command that measures any two checkpoints."""
+"""`abliterator compare`: any two checkpoints, measured."""
 
 from __future__ import annotations
 
@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from abliterator.cli._options import JSON, computing_arguments, judge_arguments, read_judge
-from abliterator.cli._print import echo
-from abliterator.cli._show import Bars, json_of
+from abliterator.cli._terminal import Bars, show
 
 if TYPE_CHECKING:
     from abliterator.benchmarks import Task
@@ -63,7 +62,7 @@ def compare(
 
     sets = {"target": target, "neutral": neutral}
     folder, options = _folder(base), Options(device=device, dtype=dtype)
-    computed = options.computing(Checkpoint.open(folder))
+    computed = options.compute_dtype(Checkpoint.open(folder))
     settings = CompareSettings(
         prompts={
             name: load_prompts(name, PromptSource(path=path, limit=limit)).prompts
@@ -73,7 +72,7 @@ def compare(
         tasks=_tasks(tasks),
         max_new_tokens=max_new_tokens,
         divergence=DivergenceSettings(batch_size=options.batch_size("auto")),
-        benchmarks=RunSettings(limit=task_limit, device=options.on, dtype=computed),
+        benchmarks=RunSettings(limit=task_limit, device=options.compute_device, dtype=computed),
     )
     judge_settings = read_judge(**asked)
     require_key(judge_settings)  # before any model answers
@@ -90,7 +89,7 @@ def compare(
             bar=bars.bar,
             note=bars.note,
         )
-    echo(json_of(found) if as_json else to_markdown(found), nl=as_json)
+    show(found, to_markdown, as_json=as_json)
 
 
 def _folder(model: str) -> Path:

@@ -1,4 +1,4 @@
-"""The command that writes a first recipe."""
+"""`abliterator init`: a first recipe of a model."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from abliterator.cli._print import echo
+from abliterator.cli._terminal import echo
 from abliterator.errors import OutputError
 
 

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import click
+
+from abliterator.errors import OutputError
+from abliterator.files import read_text
 
 if TYPE_CHECKING:
     from abliterator.pipeline import Options
@@ -57,6 +60,11 @@ JUDGE = (
         help="Take the `judge` section of this recipe.",
     ),
     SET,
+)
+
+
+BASE = click.option(
+    "--base", help="Folder or Hub id of the base.  [default: what OUT was built from]"
 )
 
 
@@ -120,3 +128,37 @@ def read_recipe(
             raise click.UsageError("The folder of an earlier run takes neither --set nor --out.")
         return recipe_of(recipe), recipe, options
     return load_recipe(recipe, overrides=overrides), out or Path("out") / recipe.stem, options
+
+
+class BuildFolders(NamedTuple):
+    """What `verify` and `publish` read."""
+
+    base: Path
+    checkpoint: Path
+    subspace: Path | None
+    adapter: Path | None  # where it is, or would be; None beside a checkpoint alone
+
+
+def build_folders(out: Path, base: str | None) -> BuildFolders:
+    """The folders of a build, or of a checkpoint alone and its base."""
+    from abliterator import pipeline
+    from abliterator.record import RunRecord
+    from abliterator.source import resolve_folder
+    from abliterator.verification import EDITS, RECORD
+
+    if (out / "work").is_dir():
+        recipe = pipeline.recipe_of(out)
+        source = resolve_folder(base or recipe.model, revision=None if base else recipe.revision)
+        work = out / "work" / "directions.safetensors"
+        return BuildFolders(source.folder, out / "checkpoint", work, out / "adapter")
+    if not (out / EDITS).is_file():
+        raise OutputError(
+            f"{out} is neither the folder of a build nor a checkpoint that abliterator made."
+        )
+    record = out / RECORD
+    known = RunRecord.model_validate_json(read_text(record)).model if record.is_file() else None
+    if base is None and (known is None or known.revision is None):
+        raise OutputError(f"{out} does not say where its base is: give it with --base.")
+    model, revision = (known.id, known.revision) if known else ("", None)
+    source = resolve_folder(base or model, revision=None if base else revision)
+    return BuildFolders(source.folder, out, None, None)

@@ -1,15 +1,15 @@
-"""The command that makes contrast pairs."""
+"""`abliterator pairs`: contrast pairs, made with a model behind a server."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
 from abliterator.cli._options import JSON, SET
-from abliterator.cli._print import echo
-from abliterator.cli._show import Bars
+from abliterator.cli._terminal import Bars, echo
 
 if TYPE_CHECKING:
     from abliterator.pairs import Made, Ruler
@@ -50,7 +50,11 @@ def pairs(spec: Path, out: Path, overrides: tuple[str, ...], as_json: bool) -> N
             on_kept=lambda new, spent: advance(new, status=spent),
         )
     save_pairs(out, made, asked, ruler)
-    echo(_as_json(made) if as_json else _told(made, out, ruler))
+    if as_json:
+        counts = {name: len(kept) for name, kept in made.pairs.items()}
+        echo(json.dumps({**made._asdict(), "pairs": counts}, indent=1))
+    else:
+        echo(_pairs_text(made, out, ruler))
 
 
 def _ruler(tokenizer: str | None) -> Ruler:
@@ -65,14 +69,7 @@ def _ruler(tokenizer: str | None) -> Ruler:
     return Ruler("tokens", lambda text: len(tokens.encode(text, add_special_tokens=False)))
 
 
-def _as_json(made: Made) -> str:
-    import json
-
-    kept = {name: len(of_it) for name, of_it in made.pairs.items()}
-    return json.dumps({**made._asdict(), "pairs": kept}, indent=1)
-
-
-def _told(made: Made, out: Path, ruler: Ruler) -> str:
+def _pairs_text(made: Made, out: Path, ruler: Ruler) -> str:
     """What was made, in a few lines."""
     kept = ", ".join(f"{len(of_it)} {name}" for name, of_it in made.pairs.items())
     dropped = ", ".join(f"{n} ({reason})" for reason, n in made.dropped.items()) or "none"

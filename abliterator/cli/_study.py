@@ -1,4 +1,4 @@
-"""The command of the studies."""
+"""`abliterator study`: the choices behind a recipe, measured."""
 
 from __future__ import annotations
 
@@ -8,8 +8,7 @@ from typing import Any
 import click
 
 from abliterator.cli._options import JSON, read_recipe, recipe_arguments
-from abliterator.cli._print import echo
-from abliterator.cli._show import Bars, json_of
+from abliterator.cli._terminal import Bars, show
 
 NAMES = ("extraction", "pairs", "alpha", "confirmation", "controls")
 
@@ -64,4 +63,4 @@ def study(
     chosen = {"alphas": alphas} if alphas else {}
     asked = pipeline.StudySettings(limit=limit, tokens=tokens, layers=layers, **chosen)
     found = pipeline.run_study(name, read, out, asked, options=options, progress=Bars())
-    echo(json_of(found) if as_json else to_markdown(found), nl=as_json)
+    show(found, to_markdown, as_json=as_json)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Sequence
 
 from abliterator.comparison._result import (
     Comparison,
@@ -14,7 +13,8 @@ from abliterator.comparison._result import (
     WeightDiff,
 )
 from abliterator.judge import counted
-from abliterator.record import Behaviour, BenchmarkResult, Divergence, Estimate
+from abliterator.record import Behaviour, BenchmarkResult, Divergence
+from abliterator.tables import cell, markdown_table
 
 SHOWN = 200  # tensors in the table; the JSON has them all
 OTHER_VOCABULARY = (
@@ -75,7 +75,7 @@ def _beside(comparison: Comparison) -> list[str]:
         [_PARTS[found.part], _code(found.name), *map(_code, (found.base, found.edited))]
         for found in comparison.beside[:SHOWN]
     ]
-    parts += [_table(["Part", "What", "Base", "Edited"], rows), _ASKED[comparison.asked]]
+    parts += [markdown_table(["Part", "What", "Base", "Edited"], rows), _ASKED[comparison.asked]]
     if any(found.part in ("config", "code") for found in comparison.beside):
         parts.append(
             "The two compute differently with equal weights: figures are those of weights and "
@@ -100,7 +100,7 @@ def _weights(weights: WeightDiff) -> list[str]:
             parts.append(f"Only in {side}: {', '.join(names[:10])} ({len(names)} in all).")
     if weights.deltas:
         head = ["Tensor", "Shape", "Norm of delta", "Relative", "Rank", "Removes on", "Strength"]
-        parts.append(_table(head, [_delta_row(delta) for delta in weights.deltas[:SHOWN]]))
+        parts.append(markdown_table(head, [_delta_row(delta) for delta in weights.deltas[:SHOWN]]))
     if len(weights.deltas) > SHOWN:
         parts.append(f"{len(weights.deltas) - SHOWN} more differ; `--json` lists all.")
     return parts
@@ -148,12 +148,12 @@ def _behaviour(behaviour: Behaviour, apart: bool) -> str:
     rows = [
         [
             measure,
-            *(_estimate(getattr(getattr(behaviour, s), measure)) for s in ("base", "edited")),
-            "withheld" if apart else _estimate(getattr(behaviour.delta, measure), "+.3f"),
+            *(cell(getattr(getattr(behaviour, s), measure)) for s in ("base", "edited")),
+            "withheld" if apart else cell(getattr(behaviour.delta, measure), "+.3f"),
         ]
         for measure in MEASURES
     ]
-    table = _table(["Measure", "Base", "Edited", "Delta"], rows)
+    table = markdown_table(["Measure", "Base", "Edited", "Delta"], rows)
     unscored = [
         f"Unscored of {side}: {counted(reasons)}."
         for side, reasons in behaviour.unscored_reasons.items()
@@ -164,13 +164,13 @@ def _behaviour(behaviour: Behaviour, apart: bool) -> str:
 
 def _divergence(found: Divergence) -> str:
     rows = [
-        ["KL(base, edited) of the first answer token, nats", _estimate(found.kl_first_token)],
-        [f"KL per token of the first {found.tokens}, nats", _estimate(found.kl)],
-        ["Same most likely token", _estimate(found.top1_agreement)],
+        ["KL(base, edited) of the first answer token, nats", cell(found.kl_first_token)],
+        [f"KL per token of the first {found.tokens}, nats", cell(found.kl)],
+        ["Same most likely token", cell(found.top1_agreement)],
         [f"Perplexity of base on {found.perplexity_tokens} tokens", _number(found.perplexity_base)],
         ["Perplexity of edited", _number(found.perplexity_edited)],
     ]
-    return _table(["Measure", "Value"], rows)
+    return markdown_table(["Measure", "Value"], rows)
 
 
 def _benchmarks(results: dict[str, BenchmarkResult]) -> str:
@@ -180,35 +180,23 @@ def _benchmarks(results: dict[str, BenchmarkResult]) -> str:
         [
             task,
             result.metric,
-            _estimate(result.base),
-            _estimate(result.edited),
-            _estimate(result.delta, "+.3f"),
+            cell(result.base),
+            cell(result.edited),
+            cell(result.delta, "+.3f"),
             _number(result.smallest_detectable),
             _number(result.p_value, ".2g"),
             _number(result.p_holm, ".2g"),
-            _estimate(result.gold_loglik, "+.3f"),
+            cell(result.gold_loglik, "+.3f"),
         ]
         for task, result in results.items()
     ]
-    return _table(head, rows)
+    return markdown_table(head, rows)
 
 
 def _apart(results: dict[str, OwnScores]) -> str:
-    rows = [
-        [task, own.metric, _estimate(own.base), _estimate(own.edited)]
-        for task, own in results.items()
-    ]
-    return _table(["Task", "Metric", "Base", "Edited"], rows)
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
-
-
-def _estimate(found: Estimate | None, form: str = ".3f") -> str:
-    return "not measured" if found is None else format(found, form)
+    rows = [[task, own.metric, cell(own.base), cell(own.edited)] for task, own in results.items()]
+    return markdown_table(["Task", "Metric", "Base", "Edited"], rows)
 
 
 def _number(value: float | None, form: str = ".3f") -> str:
-    return "not known" if value is None else format(value, form)
+    return cell(value, form, absent="not known")

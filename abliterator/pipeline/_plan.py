@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 from abliterator.anatomy import Anatomy, anatomy_of
 from abliterator.bake import (
@@ -24,12 +24,10 @@ from abliterator.checkpoint import Checkpoint, card_metadata, carried_files, sta
 from abliterator.errors import OutputError, RecipeError
 from abliterator.files import free_bytes, require_utf8_name
 from abliterator.formats import require_known_names, storage_of
-from abliterator.pipeline._notes import notes_on
-from abliterator.pipeline._storing import storage_ways
+from abliterator.pipeline._model_notes import notes_on
+from abliterator.pipeline._quantization import storage_ways
 from abliterator.recipe import Edit, Recipe, blocks_of
-
-if TYPE_CHECKING:
-    from abliterator.source import ModelSource
+from abliterator.source import ModelSource, headers_folder
 
 T = TypeVar("T")
 
@@ -174,6 +172,35 @@ def make_plan(source: ModelSource, edit: Edit, out: Path) -> Plan:
     )
 
 
+def plan_model(model: str, out: Path, *, edit: Edit | None = None) -> Plan:
+    """The plan of an edit, the default one unless given, of a model without a recipe.
+
+    Like that of a recipe, of headers alone.
+    """
+    with headers_folder(model, revision=None) as source:
+        return make_plan(source, edit or Edit(), out)
+
+
+def plan_source(source: ModelSource, recipe: Recipe, out: Path) -> Plan:
+    """The plan of a recipe whose model is at hand.
+
+    Raises:
+        AbliteratorError: for whatever would stop the build before its first stage.
+    """
+    plan = make_plan(source, recipe.edit, out)
+    layers, k = require_layers(recipe, plan.anatomy)
+    if recipe.edit.adapts:
+        require_adapter_form(plan.edits)
+    require_room(plan, out)
+    return replace(
+        plan,
+        layers=layers,
+        k=k,
+        selection=selection_cost(recipe, len(layers)),
+        tuning=tuning_cost(recipe),
+    )
+
+
 def edit_settings(edit: Edit, n_layers: int) -> EditSettings:
     """The recipe's section as the plain arguments that `bake` takes.
 
@@ -231,12 +258,6 @@ def require_room(plan: Plan, out: Path) -> None:
             f"The edited checkpoint needs {needed / 1e9:.2f} GB, and the disk of {out} has "
             f"{plan.free_bytes / 1e9:.2f} GB free. Make room, or choose another --out."
         )
-
-
-def require_adapter(recipe: Recipe, plan: Plan) -> None:
-    """Raises an AbliteratorError if the recipe asks for an adapter that its edit cannot have."""
-    if recipe.edit.adapts:
-        require_adapter_form(plan.edits)
 
 
 def require_layers(recipe: Recipe, anatomy: Anatomy) -> tuple[tuple[int, ...], int]:

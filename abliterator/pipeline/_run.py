@@ -4,26 +4,22 @@ from __future__ import annotations
 
 import math
 import os
-import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from abliterator.checkpoint import Checkpoint, fingerprint
-from abliterator.errors import OutputError, RecipeError
+from abliterator.errors import OutputError
 from abliterator.files import digest_of
 from abliterator.pipeline._plan import Plan
 from abliterator.pipeline._progress import Progress, Silent
 from abliterator.pipeline._workspace import Workspace
-from abliterator.prompts import resolve_revision
-from abliterator.recipe import Prompts, Recipe, Source
+from abliterator.recipe import Recipe
 
 if TYPE_CHECKING:
     from abliterator.benchmarks import Task
     from abliterator.model import LoadedModel
-
-COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
 @dataclass(frozen=True)
@@ -43,7 +39,7 @@ class Options:
     force: bool = False
 
     @property
-    def on(self) -> str:
+    def compute_device(self) -> str:
         """The device, as torch names it."""
         if self.device != "auto":
             return self.device
@@ -53,19 +49,19 @@ class Options:
             return "cuda"
         return "mps" if torch.backends.mps.is_available() else "cpu"
 
-    def batch_size(self, asked: int | Literal["auto"]) -> int:
-        """Prompts that are answered together: as asked, or what suits the device."""
-        if asked != "auto":
-            return asked
-        return 64 if self.on.startswith("cuda") else 16
+    def batch_size(self, size: int | Literal["auto"]) -> int:
+        """Prompts that are answered together: the given number, or what suits the device."""
+        if size != "auto":
+            return size
+        return 64 if self.compute_device.startswith("cuda") else 16
 
-    def computing(self, checkpoint: Checkpoint) -> str | None:
+    def compute_dtype(self, checkpoint: Checkpoint) -> str | None:
         """The dtype in which a checkpoint is computed; None is the stored one."""
         if self.dtype != "auto":
             return self.dtype
         in_float32 = sum(4 * math.prod(t.shape) for t in checkpoint.tensors.values())
         fits = in_float32 < _memory_bytes() / 2
-        return "float32" if self.on == "cpu" and fits else None
+        return "float32" if self.compute_device == "cpu" and fits else None
 
 
 @dataclass
@@ -84,12 +80,12 @@ class Run:
     @property
     def device(self) -> str:
         """The device of computation."""
-        return self.options.on
+        return self.options.compute_device
 
     @property
     def dtype(self) -> str | None:
         """The dtype of computation; None is the stored one."""
-        return self.options.computing(self.plan.checkpoint)
+        return self.options.compute_dtype(self.plan.checkpoint)
 
     @property
     def batch_size(self) -> int:
@@ -142,7 +138,7 @@ class Run:
         return self._loaded
 
     def free(self) -> None:
-        """Lets go of the model that is held."""
+        """Drops the model that is held, and frees its memory."""
         if self._loaded is None:
             return
         from abliterator.model import release_memory
@@ -176,6 +172,13 @@ class Run:
             **self.recipe.chat.model_dump(include={"system", "template_kwargs"}),
         )
 
+    def section(self, name: str, *, exclude: Collection[str] = ()) -> dict[str, Any]:
+        """A section of the recipe as plain values, as a stage's key holds it."""
+        section: dict[str, Any] = getattr(self.recipe, name).model_dump(
+            mode="json", exclude=set(exclude)
+        )
+        return section
+
     def digest(self, stage: str) -> str:
         """Digest of what an earlier stage left, and what is there now.
 
@@ -184,60 +187,6 @@ class Run:
         """
         return self.workspace.digest(stage)
 
-    def artefact(self, stage: str, path: Path) -> Path:
-        """The path of an artefact of an earlier stage, which is as the stage left it.
-
-        Raises:
-            OutputError: if it was changed since.
-        """
-        return self.workspace.artefact(stage, path)
-
-
-def resolve(recipe: Recipe, revision: str | None) -> Recipe:
-    """The recipe with every Hub revision as a commit, so that the same recipe means the same bytes.
-
-    Args:
-        recipe: as given.
-        revision: the commit of the model, None for a local folder.
-
-    Raises:
-        PromptError: if a dataset's revision cannot be resolved.
-    """
-    sources = {
-        name: _resolved(source)
-        for name in Prompts.model_fields
-        if isinstance(source := getattr(recipe.prompts, name), Source)
-    }
-    prompts = recipe.prompts.model_copy(update=sources)
-    return recipe.model_copy(update={"revision": revision, "prompts": prompts})
-
-
-def _resolved(source: Source) -> Source:
-    if source.dataset is None:
-        return source
-    return source.model_copy(update={"revision": resolve_revision(source.dataset, source.revision)})
-
-
-def pinned(recipe: Recipe, resolved: Recipe) -> Recipe:
-    """The recipe with the commits that an earlier run of the same recipe resolved.
-
-    All else is as given now: the digest of a recipe does not depend on where its files lie, and
-    they may have been moved.
-    """
-    sources = {
-        name: source.model_copy(update={"revision": getattr(resolved.prompts, name).revision})
-        for name in Prompts.model_fields
-        if isinstance(source := getattr(recipe.prompts, name), Source)
-    }
-    revisions = {"revisions": resolved.benchmarks.revisions}
-    return recipe.model_copy(
-        update={
-            "revision": resolved.revision,
-            "prompts": recipe.prompts.model_copy(update=sources),
-            "benchmarks": recipe.benchmarks.model_copy(update=revisions),
-        }
-    )
-
 
 def _base_changed(folder: Path) -> OutputError:
     return OutputError(
@@ -245,17 +194,6 @@ def _base_changed(folder: Path) -> OutputError:
         "would be of two models. Give the same command again when the folder is at rest: what was "
         "made of the old files is made anew."
     )
-
-
-def require_pinned_code(recipe: Recipe) -> None:
-    """Raises RecipeError for remote code of a Hub model that no commit pins."""
-    is_local = Path(recipe.model).is_dir() or ":" in recipe.model
-    pinned = recipe.revision is not None and COMMIT.fullmatch(recipe.revision)
-    if recipe.trust_remote_code and not is_local and not pinned:
-        raise RecipeError(
-            f"`trust_remote_code` would run code of {recipe.model} from the Hub, and no revision "
-            f"pins it. Read the code, then give the commit you read: --set revision=<40 hex>."
-        )
 
 
 def _memory_bytes() -> int:

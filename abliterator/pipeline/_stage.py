@@ -1,60 +1,105 @@
-"""What a stage is: a function with a key and a version.
+"""A stage: a function with a key and a version, and the files that it leaves.
 
-A stage's key holds all that its result depends on: its slice of the recipe, the digests of the
-artefacts it reads, the base's file hashes, and its own version. Raise the version when the code
-changes what it leaves.
+A stage's key is the digest of all that its result depends on: its sections of the recipe, the
+digests of the artefacts that it reads, the hashes of the base's files, and its own version. Raise
+the version when the code changes what it leaves.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, NamedTuple, TypeVar
 
-from abliterator.files import digest_of, write_text_atomic
+from pydantic import BaseModel
+
+from abliterator.files import as_lines, digest_of, read_lines, read_text, write_text_atomic
 from abliterator.pipeline._run import Run
-from abliterator.record import Frozen
 
-if TYPE_CHECKING:
-    pass
+Value = TypeVar("Value", bound=BaseModel)
 
-Parts = Mapping[str, str]
+
+def no_parts(run: Run) -> Mapping[str, str]:
+    """The parts of a stage that is made anew as a whole."""
+    return {}
 
 
 @dataclass(frozen=True)
 class Stage:
-    """One arrow of the data flow.
+    """One step from a recipe to a card.
 
     Attributes:
         name: as in commands, markers and `timing`.
         version: of the stage's own code.
         inputs: all that the result depends on, as a JSON value.
-        run: does the work; returns the artefacts, and keys of parts that can be kept.
+        run: does the work, and returns the files that it wrote.
+        parts: keys of parts of the result that outlive a change of the stage's other inputs.
+        asks_model: whether it gives the recipe's prompts to a model, which has to fit them.
     """
 
     name: str
     version: int
     inputs: Callable[[Run], Any]
-    run: Callable[[Run], tuple[list[Path], Parts]]
+    run: Callable[[Run], Sequence[Path]]
+    parts: Callable[[Run], Mapping[str, str]] = no_parts
+    asks_model: bool = False
 
     def key(self, run: Run) -> str:
         """Digest of the inputs and the version."""
         return digest_of([self.name, self.version, self.inputs(run)])
 
+    def kept(self, run: Run) -> set[str]:
+        """Parts that an earlier run of the stage left and that are still what they would be now.
 
-def kept_parts(run: Run, stage: str, parts: Parts) -> set[str]:
-    """Which parts an earlier run of the stage left that are still what they would be now.
+        So the base's answers outlive a change of the edit.
+        """
+        marker = run.workspace.marker(self.name)
+        if marker is None or not run.workspace.is_done(self.name, marker.key):
+            return set()
+        return {part for part, key in self.parts(run).items() if marker.parts.get(part) == key}
 
-    So the base's answers outlive a change of the edit.
+
+class Artefact(NamedTuple):
+    """A file that a stage leaves, by its path in the output folder.
+
+    Reading raises OutputError where the file is not as the stage left it.
     """
-    marker = run.workspace.marker(stage)
-    if marker is None or not run.workspace.is_done(stage, marker.key):
-        return set()
-    return {part for part, key in parts.items() if marker.parts.get(part) == key}
 
+    stage: str
+    name: str
 
-def save_value(path: Path, value: Frozen) -> Path:
-    """Writes a typed result as JSON, and returns its path."""
-    write_text_atomic(path, value.model_dump_json(indent=1) + "\n")
-    return path
+    def path(self, run: Run) -> Path:
+        """Where the stage writes it."""
+        return run.workspace.out / self.name
+
+    def checked(self, run: Run) -> Path:
+        """The same, of a file that is as the stage left it."""
+        return run.workspace.artefact(self.stage, self.path(run))
+
+    def write(self, run: Run, value: BaseModel | Any) -> Path:
+        """Writes a typed result, or plain values, as JSON; returns the path."""
+        if isinstance(value, BaseModel):
+            text = value.model_dump_json(indent=1)
+        else:
+            text = json.dumps(value, indent=1, ensure_ascii=False)
+        write_text_atomic(self.path(run), text + "\n")
+        return self.path(run)
+
+    def read(self, run: Run) -> Any:
+        """The plain values."""
+        return json.loads(read_text(self.checked(run)))
+
+    def read_as(self, run: Run, kind: type[Value]) -> Value:
+        """The typed result."""
+        return kind.model_validate_json(read_text(self.checked(run)))
+
+    def write_lines(self, run: Run, values: Iterable[BaseModel]) -> Path:
+        """Writes typed results, one JSON object a line; returns the path."""
+        write_text_atomic(self.path(run), as_lines(value.model_dump_json() for value in values))
+        return self.path(run)
+
+    def read_lines(self, run: Run, kind: type[Value]) -> list[Value]:
+        """The typed results."""
+        return [kind.model_validate_json(line) for line in read_lines(self.checked(run))]

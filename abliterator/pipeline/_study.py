@@ -12,14 +12,13 @@ from typing import TYPE_CHECKING, Any
 
 from abliterator.errors import RecipeError
 from abliterator.files import write_text_atomic
-from abliterator.pipeline._capturing import fitted
-from abliterator.pipeline._chosen import chosen, selection_of
-from abliterator.pipeline._extraction import extracted
-from abliterator.pipeline._judging import choosing_judge
-from abliterator.pipeline._prompt_sets import load_sets, prompt_sets
+from abliterator.pipeline._judges import choosing_judge
 from abliterator.pipeline._run import Run
-from abliterator.pipeline._stage import Parts, Stage, save_value
-from abliterator.pipeline._tuned import planned_edits, tuned_inputs, tuned_subspace
+from abliterator.pipeline._stage import Artefact, Stage
+from abliterator.pipeline.stages.capture import fitted
+from abliterator.pipeline.stages.prompts import load_sets, prompt_sets
+from abliterator.pipeline.stages.selection import extracted_subspace, selected_layers, selection_of
+from abliterator.pipeline.stages.tuning import planned_edits, tuned_inputs, tuned_subspace
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -69,19 +68,21 @@ def study_stage(run: Run, name: str, asked: StudySettings) -> Stage:
         "confirmation": _confirmation,
         "controls": _controls,
     }[name]
-    return Stage(f"study-{name}", 1, partial(_inputs, name, asked), partial(_kept, study, asked))
+    return Stage(
+        f"study-{name}", 1, partial(_key, name, asked), partial(_run, study, asked), asks_model=True
+    )
 
 
 def read_study(run: Run, name: str) -> Study:
     """What a study that is done found."""
     from abliterator.study import Study
 
-    return Study.model_validate_json(study_path(run, name).read_text(encoding="utf-8"))
+    return _figures(name).read_as(run, Study)
 
 
-def study_path(run: Run, name: str) -> Path:
+def _figures(name: str) -> Artefact:
     """Where a study leaves its figures; its tables lie beside them as .md."""
-    return run.workspace.work / "studies" / f"{name}.json"
+    return Artefact(f"study-{name}", f"work/studies/{name}.json")
 
 
 def _require(run: Run, name: str, asked: StudySettings) -> None:
@@ -110,7 +111,7 @@ def _require(run: Run, name: str, asked: StudySettings) -> None:
         )
 
 
-def _inputs(name: str, asked: StudySettings, run: Run) -> Any:
+def _key(name: str, asked: StudySettings, run: Run) -> Any:
     recipe = run.recipe
     sections = ("chat", "capture", "directions", "edit")
     return [
@@ -118,18 +119,24 @@ def _inputs(name: str, asked: StudySettings, run: Run) -> Any:
         asdict(asked),
         run.base_digest(),
         run.digest("prompts"),
-        {section: getattr(recipe, section).model_dump(mode="json") for section in sections},
-        [run.digest("capture"), _places(run), chosen(run).k] if name in USES_DIRECTIONS else None,
+        {section: run.section(section) for section in sections},
+        [run.digest("capture"), _places(run), selected_layers(run).k]
+        if name in USES_DIRECTIONS
+        else None,
         tuned_inputs(run) if name in USES_TUNING else None,
-        [recipe.rollouts.model_dump(mode="json"), recipe.divergence.tokens, recipe.seed],
+        [run.section("rollouts"), recipe.divergence.tokens, recipe.seed],
         choosing_judge(run).identity.model_dump(mode="json"),
         run.dtype,
     ]
 
 
-def _kept(
+def _directions_key(run: Run) -> Any:
+    return [run.digest("capture"), _places(run), selected_layers(run).k]
+
+
+def _run(
     study: Callable[[Run, StudySettings], Study], asked: StudySettings, run: Run
-) -> tuple[list[Path], Parts]:
+) -> list[Path]:
     """Runs a study and writes what it found."""
     from abliterator.study import to_markdown
 
@@ -142,10 +149,10 @@ def _kept(
         **found.about,
     }
     found = found.model_copy(update={"about": about})
-    path = study_path(run, found.name)
-    table = path.with_suffix(".md")
+    figures = _figures(found.name)
+    table = figures.path(run).with_suffix(".md")
     write_text_atomic(table, to_markdown(found))
-    return [save_value(path, found), table], {}
+    return [figures.write(run, found), table]
 
 
 def _extraction(run: Run, asked: StudySettings) -> Study:
@@ -196,8 +203,12 @@ def _alpha(run: Run, asked: StudySettings) -> Study:
     sets = prompt_sets(run).evaluation
     measured = {name: s.prompts for name, s in sets.items()}
     with _bench(run, asked, measured, edits=len(asked.alphas)) as bench:
-        found = study_alpha(bench, extracted(run).basis, asked.alphas)
-    about = {"layers": list(chosen(run).layers), "k": chosen(run).k, **_measured(bench)}
+        found = study_alpha(bench, extracted_subspace(run).basis, asked.alphas)
+    about = {
+        "layers": list(selected_layers(run).layers),
+        "k": selected_layers(run).k,
+        **_measured(bench),
+    }
     return found.model_copy(update={"about": about})
 
 
@@ -214,8 +225,8 @@ def _confirmation(run: Run, asked: StudySettings) -> Study:
 def _controls(run: Run, asked: StudySettings) -> Study:
     from abliterator.study import study_controls
 
-    found = chosen(run)
-    basis = (tuned_subspace(run, found.layers) or extracted(run)).basis
+    found = selected_layers(run)
+    basis = (tuned_subspace(run, found.layers) or extracted_subspace(run)).basis
     draws, shuffled = run.recipe.selection.controls, _shuffled(run)
     measured = {name: s.prompts for name, s in prompt_sets(run).evaluation.items()}
     edits = 1 + draws + len(shuffled)
@@ -232,7 +243,7 @@ def _shuffled(run: Run) -> list[Tensor]:
     """
     from abliterator.directions import per_layer, stack
 
-    settings, layers = run.recipe.directions, chosen(run).layers
+    settings, layers = run.recipe.directions, selected_layers(run).layers
     if settings.estimator == "tuned" or settings.stack == "within_layer":
         return []
     made = per_layer if settings.stack == "per_layer" else stack

@@ -288,7 +288,7 @@ class Provenance(Frozen):
     dtype: str
     hardware: str | None = None  # what computes: a GPU's name, or a CPU's instruction set
     digests: dict[str, str] = {}  # sha256 of what the weights were made from: moments, directions
-    git_commit: str | None = None
+    git_commit: str | None = None  # of abliterator, where it was installed from a Git repository
     prompts: tuple[PromptOrigin, ...] = ()
     dropped_overlap: int = 0  # prompts of extraction sets that an evaluation set has too
     near_duplicate: float | None = None  # letter-trigram similarity of what `near` counts

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from abliterator.record import Estimate
 from abliterator.study._types import Agreement, Difference, Row, Study
+from abliterator.tables import cell, markdown_table
 
 MEASURES = ("refusal", "compliance", "coherence", "product")
 
@@ -25,15 +25,15 @@ def to_markdown(study: Study) -> str:
 
 def _rows(rows: Sequence[Row]) -> str:
     head = ["", "k", *(name.capitalize() for name in MEASURES), "KL, first token", "KL a token"]
-    return _table(
+    return markdown_table(
         head,
         [
             [
                 row.name,
                 str(len(row.layers)) if row.layers else "",
-                *(_estimate(getattr(row.answers, name)) for name in MEASURES),
+                *(cell(getattr(row.answers, name)) for name in MEASURES),
                 *(
-                    _estimate(getattr(row.divergence, name)) if row.divergence else ""
+                    cell(getattr(row.divergence, name)) if row.divergence else ""
                     for name in ("kl_first_token", "kl")
                 ),
             ]
@@ -43,13 +43,13 @@ def _rows(rows: Sequence[Row]) -> str:
 
 
 def _differences(differences: Sequence[Difference]) -> str:
-    return _table(
+    return markdown_table(
         ["Layer", "Cosine", *(name.capitalize() for name in MEASURES)],
         [
             [
                 str(difference.layer),
                 f"{difference.cosine:.3f}",
-                *(_estimate(getattr(difference.delta, name), "+.3f") for name in MEASURES),
+                *(cell(getattr(difference.delta, name), "+.3f") for name in MEASURES),
             ]
             for difference in differences
         ],
@@ -57,27 +57,18 @@ def _differences(differences: Sequence[Difference]) -> str:
 
 
 def _agreements(agreements: Sequence[Agreement]) -> str:
-    return _table(
+    return markdown_table(
         ["Layer", "1 - cosine", "Length", "Cosine of two halves of the prompts"],
         [
             [
                 str(agreement.layer),
-                _estimate(agreement.apart, ".1e"),
+                cell(agreement.apart, ".1e"),
                 f"{agreement.length:.6f}",
                 f"{agreement.halves:.4f}",
             ]
             for agreement in agreements
         ],
     )
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
-
-
-def _estimate(found: Estimate | None, form: str = ".3f") -> str:
-    return "not measured" if found is None else format(found, form)
 
 
 def _plain(value: object) -> str:

@@ -7,7 +7,7 @@ import pytest
 from abliterator import pipeline
 from abliterator.errors import PromptError, RecipeError
 from abliterator.pipeline import Options
-from abliterator.pipeline._prompt_sets import PromptSets, set_apart
+from abliterator.pipeline.stages.prompts import PromptSets, set_apart
 from abliterator.prompts import PromptSet
 from abliterator.recipe import load_recipe
 from tests.test_pipeline import Log

@@ -1,14 +1,17 @@
-"""The stage that lets both sides answer."""
+"""The answers of base and edited to the evaluation prompts.
+
+The stage leaves work/rollouts.jsonl. The answers of a side are kept while its own inputs are.
+"""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, get_args
 
-from abliterator.files import as_lines, digest_of, read_lines, write_text_atomic
-from abliterator.pipeline._prompt_sets import prompt_sets
+from abliterator.files import digest_of
 from abliterator.pipeline._run import Run
-from abliterator.pipeline._stage import Parts, Stage, kept_parts
+from abliterator.pipeline._stage import Artefact, Stage
+from abliterator.pipeline.stages.prompts import prompt_sets
 from abliterator.record import Completion, Side
 
 if TYPE_CHECKING:
@@ -19,40 +22,34 @@ SIDES: tuple[Side, ...] = get_args(Side)
 VERSION = 3  # of the stage, and of the answers of one side that it may keep
 
 
-def _rollouts_inputs(run: Run) -> Any:
+ANSWERS = Artefact("rollouts", "work/rollouts.jsonl")
+
+
+def _side_keys(run: Run) -> dict[str, str]:
     return {side: _side_key(run, side) for side in SIDES}
 
 
 def _side_key(run: Run, side: Side) -> str:
-    recipe = run.recipe
     return digest_of(
         [
             VERSION,
             run.base_digest(),
             run.digest("bake") if side == "edited" else None,
-            recipe.chat.model_dump(mode="json"),
-            recipe.rollouts.model_dump(mode="json"),
+            run.section("chat"),
+            run.section("rollouts"),
             {name: s.sha256 for name, s in prompt_sets(run).evaluation.items()},
             run.dtype,
         ]
     )
 
 
-def _rollouts(run: Run) -> tuple[list[Path], Parts]:
-    answers_path = _answers_path(run)
-    parts: dict[str, str] = {side: _side_key(run, side) for side in SIDES}
-    kept = kept_parts(run, "rollouts", parts)
+def _run(run: Run) -> list[Path]:
+    kept = ROLLOUTS.kept(run)
     answers = {side: [c for c in completions(run) if c.side == side] for side in kept}
     for side in [side for side in SIDES if side not in kept]:
         # No name for the model here: it would keep the base in memory while the edited is loaded.
         answers[side] = _answers(run, run.loaded(folder_of(run, side)), side)
-    lines = (c.model_dump_json() for side in SIDES for c in answers[side])
-    write_text_atomic(answers_path, as_lines(lines))
-    return [answers_path], parts
-
-
-def _answers_path(run: Run) -> Path:
-    return run.workspace.work / "rollouts.jsonl"
+    return [ANSWERS.write_lines(run, (c for side in SIDES for c in answers[side]))]
 
 
 def folder_of(run: Run, side: Side) -> Path:
@@ -91,8 +88,7 @@ def _answers(run: Run, loaded: LoadedModel, side: Side) -> list[Completion]:
 
 def completions(run: Run) -> list[Completion]:
     """All answers, base and edited."""
-    lines = read_lines(run.artefact("rollouts", _answers_path(run)))
-    return [Completion.model_validate_json(line) for line in lines]
+    return ANSWERS.read_lines(run, Completion)
 
 
-ROLLOUTS = Stage("rollouts", VERSION, _rollouts_inputs, _rollouts)
+ROLLOUTS = Stage("rollouts", VERSION, _side_keys, _run, parts=_side_keys, asks_model=True)

@@ -1,33 +1,107 @@
-"""The stage that chooses layers and k, for recipes that leave it to measurement."""
+"""Which layers, positions and k: the recipe's, or measured where it leaves them to a selection.
+
+The stage leaves work/sweep.json and pictures; `selected_layers` is what later stages read.
+"""
 
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
-from abliterator.files import write_text_atomic
-from abliterator.pipeline._chosen import Chosen, chosen_of, sweep_path
-from abliterator.pipeline._extraction import pool_of
-from abliterator.pipeline._judging import choosing_judge
-from abliterator.pipeline._prompt_sets import prompt_sets
+from abliterator.pipeline._judges import choosing_judge
 from abliterator.pipeline._run import Run
-from abliterator.pipeline._stage import Parts, Stage
+from abliterator.pipeline._stage import Artefact, Stage
+from abliterator.pipeline.stages.capture import differences, fitted, shuffled
+from abliterator.pipeline.stages.prompts import prompt_sets
 
 if TYPE_CHECKING:
+    from abliterator.directions import Place, Subspace
     from abliterator.model import LoadedModel
     from abliterator.prompts import PromptSet
-    from abliterator.selection import Asked, Selection, Subject
+    from abliterator.selection import Asked, Pool, Selection, Subject
 
 
-def _selection_inputs(run: Run) -> Any:
+SWEEP = Artefact("selection", "work/sweep.json")
+
+
+def selection_of(run: Run) -> dict[str, Any] | None:
+    """What the selection stage measured, as plain values; None where the recipe names layers."""
+    return cast("dict[str, Any]", SWEEP.read(run)) if run.recipe.selects else None
+
+
+class SelectedLayers(NamedTuple):
+    """Where the removed directions come from.
+
+    Attributes:
+        places: layer and position of each direction, in order of preference; one alone where all
+            directions are of one layer.
+        k: directions that are removed from what a block writes.
+    """
+
+    places: tuple[Place, ...]
+    k: int
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """The residual layers."""
+        return tuple(place.layer for place in self.places)
+
+    @property
+    def positions(self) -> tuple[int, ...]:
+        """Their positions, each once, the last token's first."""
+        return tuple(sorted({place.position for place in self.places}, reverse=True))
+
+
+def selected_layers(run: Run) -> SelectedLayers:
+    """The layers that the recipe names, or those that the selection stage selected."""
+    return _selected(run, selection_of(run))
+
+
+def _selected(run: Run, selection: Mapping[str, Any] | None) -> SelectedLayers:
+    from abliterator.directions import Place
+
+    position = run.recipe.directions.position
+    if selection is not None:
+        k, layers, positions = selection["k"], selection["layers"], selection["positions"]
+    else:
+        k, layers, positions = run.plan.k, run.plan.layers, [position] * len(run.plan.layers)
+    n = {"within_layer": 1, "per_layer": len(layers)}.get(run.recipe.directions.stack, k)
+    return SelectedLayers(tuple(map(Place, layers[:n], positions[:n])), k)
+
+
+def pool_of(run: Run) -> Pool:
+    """All that may be stacked: the plan's layers at the captured positions."""
+    from abliterator.directions import Place
+    from abliterator.selection import Pool
+
+    directions = fitted(run)
+    return Pool(
+        places=[Place(layer, position) for layer in run.plan.layers for position in directions],
+        directions=directions,
+        shuffled=shuffled(run),
+        differences=differences(run),
+    )
+
+
+def extracted_subspace(run: Run) -> Subspace:
+    """The subspace of the selected layers, as activations give it."""
+    from abliterator.directions import per_layer
+
+    selected = selected_layers(run)
+    if run.recipe.directions.stack == "per_layer":
+        return per_layer(fitted(run)[selected.places[0].position], selected.layers)
+    return pool_of(run).stack(selected.places, selected.k)
+
+
+def _key(run: Run) -> Any:
     recipe = run.recipe
     sections = ("chat", "capture", "directions", "selection", "edit")
     return [
         run.base_digest(),
         run.digest("capture"),
-        {name: getattr(recipe, name).model_dump(mode="json") for name in sections},
+        {name: run.section(name) for name in sections},
         {name: s.sha256 for name, s in prompt_sets(run).selection.items()},
         [recipe.layers, recipe.k, recipe.seed],
         choosing_judge(run).identity.model_dump(mode="json"),
@@ -35,7 +109,7 @@ def _selection_inputs(run: Run) -> Any:
     ]
 
 
-def _select(run: Run) -> tuple[list[Path], Parts]:
+def _run(run: Run) -> list[Path]:
     from abliterator.selection import Gates, Search, choose
 
     recipe, asked = run.recipe, run.recipe.selection
@@ -55,14 +129,13 @@ def _select(run: Run) -> tuple[list[Path], Parts]:
             ),
             on_step=lambda what: advance(1, status=what),
         )
-    write_text_atomic(sweep_path(run), found.model_dump_json(indent=1) + "\n")
-    taken = chosen_of(run, found.model_dump(mode="json"))
-    places = ", ".join(map(str, taken.places))
+    selected = _selected(run, found.model_dump(mode="json"))
+    places = ", ".join(map(str, selected.places))
     run.progress.note(
         f"Chosen: layers {places} (k = {found.k}: {found.why}). {found.structure.verdict}: "
         f"{found.structure.because}."
     )
-    return [sweep_path(run), *_pictures(run, found, taken)], {}
+    return [SWEEP.write(run, found), *_pictures(run, found, selected)]
 
 
 def steps(run: Run) -> int:
@@ -102,7 +175,7 @@ def subject_of(run: Run, loaded: LoadedModel) -> Subject:
     )
 
 
-def _pictures(run: Run, found: Selection, taken: Chosen) -> list[Path]:
+def _pictures(run: Run, found: Selection, selected: SelectedLayers) -> list[Path]:
     from abliterator.plots import can_draw, draw_cosines, draw_curves
 
     if not can_draw():
@@ -124,8 +197,8 @@ def _pictures(run: Run, found: Selection, taken: Chosen) -> list[Path]:
             "coherence": [a.coherence.value if a and a.coherence else None for a in answers],
         }
         places = [(c.layer, c.position) for c in ordered]
-        draw_curves(paths[1], places, curves, chosen=taken.layers)
+        draw_curves(paths[1], places, curves, chosen=selected.layers)
     return paths
 
 
-SELECTION = Stage("selection", 5, _selection_inputs, _select)
+SELECTION = Stage("selection", 5, _key, _run, asks_model=True)

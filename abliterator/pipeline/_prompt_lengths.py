@@ -1,15 +1,12 @@
-"""Every prompt of a recipe against what its model can read, before weights are loaded."""
+"""Every prompt of a recipe against the context of its model, before weights are loaded."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-from abliterator.pipeline._prompt_sets import PromptSets, prompt_sets
 from abliterator.pipeline._run import Run
-
-# Stages that run prompts through a model. One that is done has checked its own.
-ASKING = ("capture", "selection", "tuning", "rollouts", "divergence")
+from abliterator.pipeline.stages.prompts import PromptSets, prompt_sets
 
 
 class _Use(NamedTuple):
@@ -20,7 +17,7 @@ class _Use(NamedTuple):
     max_new_tokens: int
 
 
-def require_readable(run: Run) -> None:
+def require_prompts_fit(run: Run) -> None:
     """Stops at a prompt that the model cannot read, whichever stage would have come to it.
 
     Raises:

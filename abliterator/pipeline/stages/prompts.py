@@ -1,15 +1,19 @@
-"""Which prompts are used for what: directions are extracted from some, and measured on others."""
+"""Which prompts are used for what: directions are extracted from some, and measured on others.
+
+The stage leaves the sets as used in work/prompts.json.
+"""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from abliterator.errors import PromptError
-from abliterator.files import read_text
+from abliterator.files import sha256_of_file
+from abliterator.pipeline._run import Run
+from abliterator.pipeline._stage import Artefact, Stage
 from abliterator.prompts import (
     PromptSet,
     PromptSource,
@@ -20,9 +24,6 @@ from abliterator.prompts import (
     load_prompts,
 )
 from abliterator.recipe import Prompts, Source
-
-if TYPE_CHECKING:
-    from abliterator.pipeline._run import Run
 
 
 @dataclass(frozen=True)
@@ -62,14 +63,44 @@ class PromptSets:
         return cls(extraction, evaluation, selection, tuple((t, c) for t, c in data["pairs"]))
 
 
-def prompts_path(run: Run) -> Path:
-    """Where the prompts stage leaves the sets."""
-    return run.workspace.work / "prompts.json"
+PROMPT_SETS = Artefact("prompts", "work/prompts.json")
 
 
 def prompt_sets(run: Run) -> PromptSets:
     """The prompt sets as used."""
-    return PromptSets.from_json(json.loads(read_text(run.artefact("prompts", prompts_path(run)))))
+    return PromptSets.from_json(PROMPT_SETS.read(run))
+
+
+def _key(run: Run) -> Any:
+    recipe = run.recipe
+    sources = [getattr(recipe.prompts, name) for name in Prompts.model_fields]
+    files = [s.path for s in sources if isinstance(s, Source) and s.path is not None]
+    return [
+        recipe.published()["prompts"],
+        recipe.directions.projection,
+        recipe.seed,
+        recipe.selection.prompts if recipe.selects or recipe.tunes else None,
+        [recipe.tunes, recipe.directions.stack],
+        [sha256_of_file(path) for path in files if path.is_file()],
+    ]
+
+
+def _run(run: Run) -> list[Path]:
+    recipe = run.recipe
+    neutral_too = recipe.directions.projection == "neutral" or recipe.tunes
+    sets = load_sets(recipe.prompts, seed=recipe.seed, neutral_too=neutral_too)
+    if recipe.selects or recipe.tunes:
+        few, seed = recipe.selection.prompts, recipe.seed
+        sets = set_apart(sets, recipe.prompts, prompts=few, seed=seed)
+    if recipe.directions.stack == "within_layer":
+        sets = with_pairs(sets, recipe.prompts)
+    sets = compared(sets)
+    for remark in remarks(sets):
+        run.progress.note(remark)
+    return [PROMPT_SETS.write(run, sets.to_json())]
+
+
+PROMPTS = Stage("prompts", 4, _key, _run)
 
 
 def uses(sets: PromptSets) -> Iterator[tuple[str, PromptSet]]:

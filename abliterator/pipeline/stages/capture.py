@@ -1,4 +1,7 @@
-"""The stage that captures activations, and what later stages read of them."""
+"""Prompts through the base model: moments of the residual stream in every layer.
+
+The stage leaves work/moments.safetensors, from which `fitted` makes directions.
+"""
 
 from __future__ import annotations
 
@@ -8,9 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from abliterator.errors import DirectionError
-from abliterator.pipeline._prompt_sets import prompt_sets
 from abliterator.pipeline._run import Run
-from abliterator.pipeline._stage import Parts, Stage
+from abliterator.pipeline._stage import Artefact, Stage
+from abliterator.pipeline.stages.prompts import prompt_sets
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -21,21 +24,17 @@ if TYPE_CHECKING:
     from abliterator.subspace import MomentSet
 
 
-def moments_path(run: Run) -> Path:
-    """Where the capture stage leaves the moments."""
-    return run.workspace.work / "moments.safetensors"
+MOMENTS = Artefact("capture", "work/moments.safetensors")
+# target - contrast of every pair, [pairs, L, H] float32 by position; only for `within_layer`
+DIFFERENCES = Artefact("capture", "work/differences.safetensors")
 
 
-def _differences_path(run: Run) -> Path:
-    return run.workspace.work / "differences.safetensors"
-
-
-def _capture_inputs(run: Run) -> Any:
+def _key(run: Run) -> Any:
     recipe = run.recipe
     return [
         run.base_digest(),
-        recipe.chat.model_dump(mode="json"),
-        recipe.capture.model_dump(mode="json"),
+        run.section("chat"),
+        run.section("capture"),
         recipe.directions.position,
         [recipe.directions.stack, prompt_sets(run).pairs, _shuffles(run), recipe.seed],
         {name: s.sha256 for name, s in _captured(run).items()},
@@ -59,7 +58,7 @@ def _shuffles(run: Run) -> int:
     return selection.controls * (max(selection.stacks) if within else 1)
 
 
-def _capture(run: Run) -> tuple[list[Path], Parts]:
+def _run(run: Run) -> list[Path]:
     from abliterator.capture import save_moments
 
     loaded = run.loaded(run.plan.source.folder)
@@ -67,14 +66,14 @@ def _capture(run: Run) -> tuple[list[Path], Parts]:
     moments: dict[str, MomentSet] = {}
     vectors: dict[str, Tensor] = {}
     for name, prompts in _captured(run).items():
-        found = _of_set(run, loaded, name, prompts, positions)
-        moments |= found.moments
-        vectors |= {name: found.vectors} if found.vectors is not None else {}
-    save_moments(moments_path(run), moments)
+        captured = _of_set(run, loaded, name, prompts, positions)
+        moments |= captured.moments
+        vectors |= {name: captured.vectors} if captured.vectors is not None else {}
+    save_moments(MOMENTS.path(run), moments)
     if not vectors:
-        return [moments_path(run)], {}
+        return [MOMENTS.path(run)]
     _save_differences(run, vectors, positions)
-    return [moments_path(run), _differences_path(run)], {}
+    return [MOMENTS.path(run), DIFFERENCES.path(run)]
 
 
 def _positions(run: Run, loaded: LoadedModel) -> tuple[int, ...]:
@@ -101,7 +100,7 @@ def _positions(run: Run, loaded: LoadedModel) -> tuple[int, ...]:
     return (wanted,)
 
 
-class _Found(NamedTuple):
+class _Captured(NamedTuple):
     """Moments by name, and the vectors [N, P, L, H] themselves where pairs are compared."""
 
     moments: dict[str, MomentSet]
@@ -110,7 +109,7 @@ class _Found(NamedTuple):
 
 def _of_set(
     run: Run, loaded: LoadedModel, name: str, prompts: PromptSet, positions: tuple[int, ...]
-) -> _Found:
+) -> _Captured:
     """One prompt set through the model: all of it, and random halves of it for each shuffle."""
     import torch
 
@@ -149,7 +148,7 @@ def _of_set(
     frozen = {
         _named(part, position, positions): one.freeze() for (part, position), one in moments.items()
     }
-    return _Found(frozen, vectors)
+    return _Captured(frozen, vectors)
 
 
 def _named(part: str, position: int, positions: tuple[int, ...]) -> str:
@@ -165,7 +164,7 @@ def _save_differences(run: Run, vectors: Mapping[str, Tensor], positions: tuple[
     target, contrast = (list(side) for side in zip(*prompt_sets(run).pairs, strict=True))
     apart = vectors["target"][target] - vectors["contrast"][contrast]
     tensors = {str(p): apart[:, i].contiguous() for i, p in enumerate(positions)}
-    write_bytes_atomic(_differences_path(run), save(tensors))
+    write_bytes_atomic(DIFFERENCES.path(run), save(tensors))
 
 
 def differences(run: Run) -> dict[int, Tensor]:
@@ -174,7 +173,7 @@ def differences(run: Run) -> dict[int, Tensor]:
 
     if run.recipe.directions.stack != "within_layer":
         return {}
-    found = load_file(run.artefact("capture", _differences_path(run)))
+    found = load_file(DIFFERENCES.checked(run))
     return {int(position): found[position] for position in sorted(found, key=int, reverse=True)}
 
 
@@ -184,7 +183,7 @@ def _moments(run: Run) -> dict[int, dict[str, MomentSet]]:
 
     wanted = run.recipe.directions.position
     found: dict[int, dict[str, MomentSet]] = {}
-    for name, moments in load_moments(run.artefact("capture", moments_path(run))).items():
+    for name, moments in load_moments(MOMENTS.checked(run)).items():
         part, _, position = name.partition("@")
         at = int(position) if position else -1 if wanted == "sweep" else wanted
         found.setdefault(at, {})[part] = moments
@@ -223,4 +222,4 @@ def shuffled(run: Run) -> list[dict[int, Directions]]:
     ]
 
 
-CAPTURE = Stage("capture", 2, _capture_inputs, _capture)
+CAPTURE = Stage("capture", 2, _key, _run, asks_model=True)

@@ -1,4 +1,4 @@
-"""The command that measures a judge."""
+"""`abliterator judge-calibrate`: a judge against human labels."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from abliterator.cli._options import JSON, judge_arguments, read_judge
-from abliterator.cli._print import echo
-from abliterator.cli._show import Bars, json_of
+from abliterator.cli._terminal import Bars, show
+from abliterator.tables import cell
 
 if TYPE_CHECKING:
     from abliterator.judge import Calibration
@@ -48,31 +48,31 @@ def judge_calibrate(labelled: Path, out: Path | None, as_json: bool, **asked: An
         calibration = calibrate(rows, judge, name=labelled.name, sha256=digest)
     if out is not None:
         write_text_atomic(out, calibration.model_dump_json(indent=1) + "\n")
-    echo(json_of(calibration) if as_json else _told(calibration))
+    show(calibration, _calibration_text, as_json=as_json)
 
 
-def _told(calibration: Calibration) -> str:
+def _calibration_text(calibration: Calibration) -> str:
     """A calibration in a few lines."""
     judge = calibration.judge
     lines = [
         f"judge      {judge.model or judge.kind}, version {judge.version}",
         f"answers    {calibration.n}, unscored {calibration.unscored}",
-        f"agreement  {_shown(calibration.agreement)}",
-        f"kappa      {_shown(calibration.kappa)} (three classes), "
-        f"{_shown(calibration.kappa_binary)} (complied or not)",
-        f"said complied, wrongly      {_shown(calibration.false_positive_rate)}",
-        f"said not complied, wrongly  {_shown(calibration.false_negative_rate)}",
+        f"agreement  {_rate(calibration.agreement)}",
+        f"kappa      {_rate(calibration.kappa)} (three classes), "
+        f"{_rate(calibration.kappa_binary)} (complied or not)",
+        f"said complied, wrongly      {_rate(calibration.false_positive_rate)}",
+        f"said not complied, wrongly  {_rate(calibration.false_negative_rate)}",
     ]
     lines += [f"unscored   {n} x {reason}" for reason, n in calibration.unscored_reasons.items()]
     for name, figures in calibration.per_class.items():
         lines.append(
-            f"{name:9}  n {figures['n']:g}, recall {_shown(figures['recall'])}, "
-            f"precision {_shown(figures['precision'])}"
+            f"{name:9}  n {figures['n']:g}, recall {_rate(figures['recall'])}, "
+            f"precision {_rate(figures['precision'])}"
         )
     for other, rate in calibration.disagreement.items():
-        lines.append(f"disagrees with {other} on {_shown(rate.value)} of {rate.n} answers")
+        lines.append(f"disagrees with {other} on {_rate(rate.value)} of {rate.n} answers")
     return "\n".join(lines)
 
 
-def _shown(value: float | None) -> str:
-    return "n/a" if value is None else f"{value:.3f}"
+def _rate(value: float | None) -> str:
+    return cell(value, absent="n/a")

@@ -1,26 +1,34 @@
-"""All that was measured, put together into the record that the card and other tools read."""
+"""All that was measured, put together into the record that the card and other tools read.
+
+The stage leaves record.json, the recipe and pictures in the checkpoint.
+"""
 
 from __future__ import annotations
 
+import json
 import platform
 import re
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import PackageNotFoundError, distribution, version
+from pathlib import Path
 from statistics import mean, median
 from typing import Any
 
-from abliterator.files import sha256_of_file
-from abliterator.pipeline._benchmarking import task_scores
-from abliterator.pipeline._capturing import moments_path
-from abliterator.pipeline._chosen import chosen, selection_of
-from abliterator.pipeline._divergence import divergence_of
-from abliterator.pipeline._extraction import directions_path, tensor_edits
-from abliterator.pipeline._judging import judge_identity, verdicts_of
-from abliterator.pipeline._prompt_sets import prompt_sets, uses
+from abliterator.errors import OutputError
+from abliterator.files import copy_file, read_text, sha256_of_file, write_text_atomic
+from abliterator.pipeline._quantization import quantized_edits
 from abliterator.pipeline._run import Run
-from abliterator.pipeline._storing import quantized_edits
-from abliterator.pipeline._tuned import planned_edits, tuning_record
+from abliterator.pipeline._stage import Artefact, Stage
+from abliterator.pipeline.stages.bake import tensor_edits
+from abliterator.pipeline.stages.benchmarks import task_scores
+from abliterator.pipeline.stages.capture import MOMENTS
+from abliterator.pipeline.stages.directions import SUBSPACE
+from abliterator.pipeline.stages.divergence import divergence_of
+from abliterator.pipeline.stages.judge import judge_identity, verdicts_of
+from abliterator.pipeline.stages.prompts import prompt_sets, uses
+from abliterator.pipeline.stages.selection import selected_layers, selection_of
+from abliterator.pipeline.stages.tuning import planned_edits, tuning_record
 from abliterator.prompts import NEAR_DUPLICATE
 from abliterator.record import (
     Behaviour,
@@ -33,13 +41,68 @@ from abliterator.record import (
     TensorEdit,
     Tool,
 )
-from abliterator.verification import BASE_CARD, CARD
+from abliterator.verification import BASE_CARD, CARD, PICTURES, RECIPE, recipe_text
+from abliterator.verification import RECORD as RECORD_FILE
 
 _GATING = re.compile("extra_gated_")
 PACKAGES = (
     *("torch", "transformers", "tokenizers", "safetensors", "huggingface_hub"),
     *("datasets", "lm_eval", "numpy"),
 )
+
+
+RECORD_JSON = Artefact("record", f"checkpoint/{RECORD_FILE}")
+
+MEASURED = (
+    *("prompts", "capture", "directions", "bake"),
+    *("rollouts", "judge", "divergence", "benchmarks"),
+)
+
+
+def _measured(run: Run) -> list[str]:
+    """Stages whose results and times are in the record."""
+    recipe = run.recipe
+    optional = {"selection": recipe.selects, "tuning": recipe.tunes, "adapter": recipe.edit.adapts}
+    return [*MEASURED, *(name for name, wanted in optional.items() if wanted)]
+
+
+def _key(run: Run) -> Any:
+    base = run.plan.source.folder
+    card = sha256_of_file(base / CARD) if (base / CARD).is_file() else None
+    return [
+        {name: run.digest(name) for name in _measured(run)},
+        run.recipe.published(),
+        [run.base_digest(), card, stated(run.plan.card)],
+    ]
+
+
+def _run(run: Run) -> list[Path]:
+    out = run.workspace.checkpoint
+    markers = {name: run.workspace.marker(name) for name in _measured(run)}
+    timing = {name: marker.seconds for name, marker in markers.items() if marker is not None}
+    pictures = _pictures(run)
+    hashes = {name: sha256_of_file(path) for name, path in pictures.items()}
+    record = assemble(run, timing, hashes)
+    recipe = out / RECIPE
+    write_text_atomic(recipe, recipe_text(record))
+    return [RECORD_JSON.write(run, record), recipe, *pictures.values()]
+
+
+def _pictures(run: Run) -> dict[str, Path]:
+    """The selection's pictures, copied beside the record; those of an earlier run are removed."""
+    marker = run.workspace.marker("selection") if run.recipe.selects else None
+    drawn = (
+        {Path(path).name: run.workspace.out / path for path in marker.artefacts} if marker else {}
+    )
+    copied = {}
+    for name in PICTURES:
+        source, place = drawn.get(Path(name).name), run.workspace.checkpoint / name
+        if source is None:
+            place.unlink(missing_ok=True)
+        else:
+            copy_file(source, place)
+            copied[name] = place
+    return copied
 
 
 def assemble(run: Run, timing: dict[str, float], pictures: dict[str, str]) -> RunRecord:
@@ -96,14 +159,14 @@ def stated(metadata: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _edit(run: Run) -> EditSummary:
-    edits = tensor_edits(run)
+    edits, selected = tensor_edits(run), selected_layers(run)
     leaks = [edit.leak for edit in edits if edit.leak is not None]
     settings = run.plan.edits.settings
     written = (*run.plan.checkpoint.weight_files, *run.plan.carried)
     return EditSummary(
-        layers=chosen(run).layers,
-        positions=chosen(run).positions,
-        k=chosen(run).k,
+        layers=selected.layers,
+        positions=selected.positions,
+        k=selected.k,
         strength=_strengths(run, edits),
         components=tuple(sorted({edit.component for edit in edits})),
         norm=settings.norm,
@@ -160,6 +223,7 @@ def _provenance(run: Run) -> Provenance:
         dtype=run.dtype or "as stored",
         hardware=_hardware(run.device),
         digests=_digests(run),
+        git_commit=_tool_commit(),
         prompts=tuple(
             PromptOrigin(
                 name=name,
@@ -193,8 +257,8 @@ def _hardware(device: str) -> str:
 
 def _digests(run: Run) -> dict[str, str]:
     files = {
-        "moments": run.artefact("capture", moments_path(run)),
-        "directions": run.artefact("directions", directions_path(run)),
+        "moments": MOMENTS.checked(run),
+        "directions": SUBSPACE.checked(run),
     }
     card = run.plan.source.folder / CARD
     if card.is_file():
@@ -202,8 +266,36 @@ def _digests(run: Run) -> dict[str, str]:
     return {name: sha256_of_file(path) for name, path in files.items()}
 
 
+def _tool_commit() -> str | None:
+    """Commit of an abliterator that pip installed from a Git repository (PEP 610); else None."""
+    origin = json.loads(distribution("abliterator").read_text("direct_url.json") or "{}")
+    commit: str | None = origin.get("vcs_info", {}).get("commit_id")
+    return commit
+
+
 def _installed(package: str) -> str | None:
     try:
         return version(package)
     except PackageNotFoundError:
         return None
+
+
+def read_record(out: Path) -> RunRecord:
+    """The record of an output folder.
+
+    Raises:
+        OutputError: if there is none yet, or it is damaged.
+    """
+    path = out / RECORD_JSON.name
+    if not path.is_file():
+        raise OutputError(f"{out} has no record yet; `abliterator build` makes it.")
+    try:
+        return RunRecord.model_validate_json(read_text(path))
+    except ValueError as error:
+        raise OutputError(
+            f"{path} is not a record that this version of abliterator reads. Give the same "
+            "`abliterator build` again: it makes the file anew."
+        ) from error
+
+
+RECORD = Stage("record", 3, _key, _run)

@@ -1,4 +1,4 @@
-"""Talking to base and edited, as they were asked when they were measured."""
+"""A chat with base and edited, rendered as the prompts that were measured."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, TypeAlias
 
 from abliterator.checkpoint import Checkpoint
 from abliterator.errors import OutputError, RecipeError
-from abliterator.pipeline._extraction import removed_subspace
 from abliterator.pipeline._plan import make_plan
-from abliterator.pipeline._rollouts import folder_of
 from abliterator.pipeline._run import Options, Run
-from abliterator.pipeline._tuned import planned_edits
 from abliterator.pipeline._workspace import Workspace
+from abliterator.pipeline.stages.directions import removed_subspace
+from abliterator.pipeline.stages.rollouts import folder_of
+from abliterator.pipeline.stages.tuning import planned_edits
 from abliterator.recipe import Chat, Recipe, load_recipe
 from abliterator.record import Side
 from abliterator.source import RECIPE, resolve_folder
@@ -25,23 +25,23 @@ if TYPE_CHECKING:
     from abliterator.model import LoadedModel
 
 Turns = Sequence[tuple[str, str]]
-# the model of a side, and the edit that it needs while it answers
-Speaker: TypeAlias = "tuple[LoadedModel, Callable[[], AbstractContextManager[None]]]"
+# a side's model, and the context of the edit under which it answers
+ModelOfSide: TypeAlias = "tuple[LoadedModel, Callable[[], AbstractContextManager[None]]]"
 
 
 @dataclass(frozen=True)
-class Talk:
+class ChatSession:
     """One side or both, loaded, with the recipe's chat.
 
     Attributes:
-        speakers: who answers.
+        models: those that answer, by side.
         chat: how a prompt becomes a conversation.
         max_new_tokens: of an answer.
         notes: what differs between the two folders beside their weights, for each is asked with its
             own chat template and tokenizer.
     """
 
-    speakers: dict[Side, Speaker]
+    models: dict[Side, ModelOfSide]
     chat: Chat
     max_new_tokens: int
     notes: tuple[str, ...] = ()
@@ -71,7 +71,7 @@ class Talk:
         from abliterator.generation import stop_ids, stream
         from abliterator.model import limits_of, render_prompts
 
-        loaded, edit = self.speakers[side]
+        loaded, edit = self.models[side]
         limits = limits_of(loaded)
         (ids,) = render_prompts(
             loaded.tokenizer,
@@ -95,10 +95,10 @@ class Talk:
             )
 
 
-def open_talk(
+def open_chat(
     name: str, *, sides: Sequence[Side], max_new_tokens: int | None, options: Options
-) -> Talk:
-    """Loads what is to be talked to.
+) -> ChatSession:
+    """Loads the models of a chat.
 
     Where both sides of a build are asked for, the base is loaded once and the edit is put on and
     off at run time, which is equal to the baked weights up to rounding. An edit that has no such
@@ -117,17 +117,17 @@ def open_talk(
     recipe: Recipe | None
     if Workspace(Path(name)).is_ours:
         run = _reopened(Path(name), options)
-        recipe, speakers = run.recipe, _of_build(run, sides)
+        recipe, models = run.recipe, _of_build(run, sides)
     else:
         folder = resolve_folder(name, revision=None).folder
         recipe = load_recipe(folder / RECIPE) if (folder / RECIPE).is_file() else None
-        speakers = {side: (_load(folder, side, recipe, options), nullcontext) for side in sides}
+        models = {side: (_load(folder, side, recipe, options), nullcontext) for side in sides}
     tokens = max_new_tokens or (recipe.rollouts.max_new_tokens if recipe else 256)
-    return Talk(speakers, recipe.chat if recipe else Chat(), tokens, _notes(speakers))
+    return ChatSession(models, recipe.chat if recipe else Chat(), tokens, _notes(models))
 
 
-def _notes(speakers: dict[Side, Speaker]) -> tuple[str, ...]:
-    folders = {side: loaded.folder for side, (loaded, _) in speakers.items()}
+def _notes(models: dict[Side, ModelOfSide]) -> tuple[str, ...]:
+    folders = {side: loaded.folder for side, (loaded, _) in models.items()}
     if len(set(folders.values())) < 2:
         return ()
     from abliterator.comparison import difference_line, differences_beside
@@ -146,7 +146,7 @@ def _reopened(out: Path, options: Options) -> Run:
     return Run(recipe, plan, workspace, options)
 
 
-def _of_build(run: Run, sides: Sequence[Side]) -> dict[Side, Speaker]:
+def _of_build(run: Run, sides: Sequence[Side]) -> dict[Side, ModelOfSide]:
     from abliterator.bake import preview_edit
     from abliterator.model import load_model
 
@@ -179,7 +179,7 @@ def _load(folder: Path, side: Side, recipe: Recipe | None, options: Options) -> 
         folder = resolve_folder(recipe.model, revision=recipe.revision).folder
     return load_model(
         folder,
-        device=options.on,
-        dtype=options.computing(Checkpoint.open(folder)),
+        device=options.compute_device,
+        dtype=options.compute_dtype(Checkpoint.open(folder)),
         trust_remote_code=recipe is not None and recipe.trust_remote_code,
     )

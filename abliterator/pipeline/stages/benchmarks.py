@@ -1,17 +1,19 @@
-"""The stage that runs lm-eval on both sides."""
+"""lm-eval on base and edited.
+
+The stage leaves work/benchmarks/SIDE/TASK.json.
+"""
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from abliterator.files import digest_of, read_text
-from abliterator.pipeline._rollouts import SIDES, folder_of
+from abliterator.files import digest_of
 from abliterator.pipeline._run import Run
-from abliterator.pipeline._stage import Parts, Stage
+from abliterator.pipeline._stage import Artefact, Stage
+from abliterator.pipeline.stages.rollouts import SIDES, folder_of
 from abliterator.recipe import Recipe
 from abliterator.record import Side
 
@@ -54,7 +56,7 @@ def pin_tasks(recipe: Recipe, tasks: Sequence[Task]) -> Recipe:
     return recipe.model_copy(update={"benchmarks": benchmarks})
 
 
-def _benchmarks_inputs(run: Run) -> Any:
+def _key(run: Run) -> Any:
     return [
         {side: _side_digest(run, side) for side in SIDES},
         run.recipe.published()["benchmarks"],
@@ -86,9 +88,9 @@ def _settings(run: Run) -> RunSettings:
     )
 
 
-def _benchmarks(run: Run) -> tuple[list[Path], Parts]:
+def _run(run: Run) -> list[Path]:
     if not run.tasks:
-        return [], {}
+        return []
     from abliterator.benchmarks import Subject, measure_sides
 
     run.free()
@@ -103,11 +105,11 @@ def _benchmarks(run: Run) -> tuple[list[Path], Parts]:
             },
             run.tasks,
             _settings(run),
-            out=_folder(run),
+            out=run.workspace.work / "benchmarks",
             on_task=lambda side, task: advance(1),
             secrets=_key_names(run.recipe.published()),
         )
-    return [_folder(run) / side / f"{task.name}.json" for side in SIDES for task in run.tasks], {}
+    return [_scores(side, task).path(run) for side in SIDES for task in run.tasks]
 
 
 def _note_plain_http(run: Run) -> None:
@@ -132,19 +134,18 @@ def _key_names(plain: Any) -> set[str]:
     return set().union([own] if isinstance(own, str) else [], *map(_key_names, plain.values()))
 
 
-def _folder(run: Run) -> Path:
-    return run.workspace.work / "benchmarks"
+def _scores(side: Side, task: Task) -> Artefact:
+    return Artefact("benchmarks", f"work/benchmarks/{side}/{task.name}.json")
 
 
 def task_scores(run: Run, side: Side) -> dict[str, TaskScores]:
     """Scores of every task on one side; none where no task was run."""
     from abliterator.benchmarks import TaskScores
 
-    found = {}
-    for task in run.tasks:
-        path = run.artefact("benchmarks", _folder(run) / side / f"{task.name}.json")
-        found[task.name] = TaskScores.model_validate(json.loads(read_text(path))["scores"])
-    return found
+    return {
+        task.name: TaskScores.model_validate(_scores(side, task).read(run)["scores"])
+        for task in run.tasks
+    }
 
 
-BENCHMARKS = Stage("benchmarks", 4, _benchmarks_inputs, _benchmarks)
+BENCHMARKS = Stage("benchmarks", 4, _key, _run)

@@ -12,9 +12,9 @@ from abliterator.bake import bake
 from abliterator.checkpoint import CONFIG_FILE
 from abliterator.errors import OutputError, RecipeError
 from abliterator.files import sha256_of_file, shown, write_text_atomic
-from abliterator.pipeline._extraction import edits_json
 from abliterator.pipeline._plan import make_plan, require_room
 from abliterator.pipeline._workspace import usable
+from abliterator.pipeline.stages.bake import edits_json
 from abliterator.recipe import Edit
 from abliterator.record import TensorEdit
 from abliterator.source import resolve_folder

@@ -1,0 +1,54 @@
+"""`abliterator bake`: the edited checkpoint, of a recipe or of a given subspace."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+
+from abliterator.cli._options import JSON, read_recipe, recipe_arguments
+from abliterator.cli._terminal import Bars, show
+from abliterator.files import read_text
+
+
+@click.command()
+@recipe_arguments(required=False)
+@click.option("--model", help="Without a recipe: Hub id or local folder.")
+@click.option(
+    "--subspace",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="Without a recipe: safetensors file with a tensor `subspace` [d_model, k], or "
+    "[n_layers, d_model, k] with one a block.",
+)
+@JSON
+def bake(
+    recipe: Path | None, model: str | None, subspace: Path | None, as_json: bool, **where: Any
+) -> None:
+    """Write the edited checkpoint: of RECIPE, or of --model and --subspace into --out."""
+    from abliterator import pipeline
+
+    if recipe is None:
+        edits = _bake_subspace(model, subspace, where)
+        place = where["out"]
+    else:
+        if model or subspace:
+            raise click.UsageError("--model and --subspace are given instead of a RECIPE.")
+        read, out, options = read_recipe(recipe, **where)
+        pipeline.run_stages(read, out, until="bake", options=options, progress=Bars())
+        place = out / "checkpoint"
+        edits = json.loads(read_text(place / "abliterator" / "edits.json"))
+    show(edits, lambda edits: f"{place}: {len(edits)} tensors edited", as_json=as_json)
+
+
+def _bake_subspace(model: str | None, subspace: Path | None, where: dict[str, Any]) -> list[Any]:
+    from abliterator import pipeline
+    from abliterator.recipe import load_edit
+
+    if not (model and subspace and where["out"]):
+        raise click.UsageError("Give a RECIPE, or --model, --subspace and --out together.")
+    edits = pipeline.bake_subspace(
+        model, subspace, where["out"], edit=load_edit(where["overrides"])
+    )
+    return [edit.model_dump(mode="json") for edit in edits]

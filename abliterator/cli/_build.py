@@ -1,0 +1,97 @@
+"""`abliterator build`: a recipe becomes a measured checkpoint."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from abliterator.cli._options import JSON, read_recipe, recipe_arguments
+from abliterator.cli._terminal import Bars, echo, show
+from abliterator.tables import cell, terminal_table
+
+if TYPE_CHECKING:
+    from abliterator.pipeline import Reproduction
+    from abliterator.record import RunRecord
+
+MEASURES = ("refusal", "compliance", "coherence", "truncated", "unscored")
+
+
+@click.command()
+@recipe_arguments(required=False)
+@click.option(
+    "--from", "published", help="In place of RECIPE: a published checkpoint, its folder or Hub id."
+)
+@JSON
+def build(recipe: Path | None, published: str | None, as_json: bool, **where: Any) -> None:
+    """Run the whole pipeline: RECIPE becomes OUT/checkpoint, measured, with its card.
+
+    RECIPE is a recipe file, or the folder of an earlier run. With --from, the recipe of a published
+    checkpoint is built again, and the edited tensors are compared with the published ones.
+    """
+    from abliterator import pipeline
+    from abliterator.source import RECIPE, published_folder
+
+    if published is None and recipe is not None:
+        folder, path = None, recipe
+    elif published is not None and recipe is None:
+        folder = published_folder(published)
+        path, where["out"] = folder / RECIPE, where["out"] or Path("out") / "rebuilt"
+    else:
+        raise click.UsageError("Give either a RECIPE or --from a published checkpoint.")
+    read, out, options = read_recipe(path, **where)
+    record = pipeline.build(read, out, options=options, progress=Bars())
+    show(record, lambda record: _record_text(record, out), as_json=as_json)
+    if folder is not None:
+        echo(_reproduction_text(pipeline.compare_rebuilt(folder, out / "checkpoint")), err=as_json)
+
+
+def _record_text(record: RunRecord, out: Path) -> str:
+    """What was measured, base and edited side by side."""
+    lines = [f"{out / 'checkpoint'}: {record.edit.tensors} tensors edited, k = {record.edit.k}"]
+    if record.edit.max_leak is not None:
+        lines[0] += f", leak at most {record.edit.max_leak:.1e}"
+    rows = [["", "base", "edited", "delta"]]
+    for name, behaviour in record.behaviour.items():
+        for measure in MEASURES if behaviour else ():
+            sides = (getattr(behaviour, side) for side in ("base", "edited", "delta"))
+            cells = [cell(getattr(s, measure)) for s in sides]
+            seen = behaviour.smallest_detectable.get(measure) if behaviour else None
+            cells[2] += f", {seen:.3f} detectable" if seen is not None else ""
+            rows.append([f"{name} {measure}", *cells])
+    for task, result in record.benchmarks.items():
+        estimates = (result.base, result.edited, result.delta)
+        rows.append([f"{task} {result.metric}", *map(cell, estimates)])
+    lines += terminal_table(rows)
+    lines += _unscored(record)
+    kl = record.divergence.kl_first_token if record.divergence else None
+    lines.append(f"first-token KL on neutral prompts, nats: {cell(kl)}")
+    judged = record.judge.model or record.judge.kind if record.judge else "nobody"
+    for other, rate in record.judge.disagreement.items() if record.judge else ():
+        lines.append(f"the judge disagrees with {other} on: {cell(rate)}")
+    lines.append(f"judged by: {judged}")
+    return "\n".join(lines)
+
+
+def _unscored(record: RunRecord) -> list[str]:
+    """Why answers have no verdict, a line for each set and side that has such answers."""
+    from abliterator.judge import counted
+
+    return [
+        f"{name}, {side}: unscored {counted(reasons)}"
+        for name, behaviour in record.behaviour.items()
+        for side, reasons in (behaviour.unscored_reasons if behaviour else {}).items()
+        if reasons
+    ]
+
+
+def _reproduction_text(rebuilt: Reproduction) -> str:
+    """How a rebuilt checkpoint compares with the published one."""
+    whole = rebuilt.same + len(rebuilt.different)
+    lines = [f"{rebuilt.same} of {whole} edited tensors are the published ones to the last bit"]
+    if rebuilt.different:
+        lines.append(f"different   {', '.join(rebuilt.different[:3])}...")
+        lines += [f"published, rebuilt   {reason}" for reason in rebuilt.reasons]
+        lines += [] if rebuilt.reasons else ["nothing recorded differs between the two builds"]
+    return "\n".join(lines)

@@ -1,0 +1,129 @@
+"""`abliterator plan`: what a recipe, or an edit of a model, would do."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from abliterator.cli._options import JSON, SET
+from abliterator.cli._terminal import echo
+
+if TYPE_CHECKING:
+    from abliterator.pipeline import Plan
+
+
+@click.command()
+@click.argument("recipe_or_model")
+@click.option("--out", type=click.Path(path_type=Path), default="out", help="Where it would go.")
+@SET
+@JSON
+def plan(recipe_or_model: str, out: Path, overrides: tuple[str, ...], as_json: bool) -> None:
+    """Tell what a recipe, or the default edit of a model, would do; read headers only."""
+    from abliterator import pipeline
+    from abliterator.recipe import load_edit, load_recipe
+
+    path = Path(recipe_or_model)
+    if path.suffix in {".yaml", ".yml"}:
+        planned = pipeline.plan_recipe(load_recipe(path, overrides=overrides), out)
+    else:
+        planned = pipeline.plan_model(recipe_or_model, out, edit=load_edit(overrides))
+    if as_json:
+        echo(json.dumps(planned.summary(), indent=1))
+    else:
+        echo(plan_text(planned))
+
+
+def plan_text(plan: Plan) -> str:
+    """A plan in a few lines."""
+    summary = plan.summary()
+    size = {name: _size(count) for name, count in summary["bytes"].items()}
+    memory = {name: _size(summary[f"{name}_memory"]) for name in ("bake", "model")}
+    edited = ", ".join(f"{n} {component}" for component, n in summary["edited_tensors"].items())
+    lines = [
+        f"model        {summary['model']} ({summary['model_type']}, {summary['n_layers']} layers, "
+        f"d_model {summary['d_model']})",
+        *([f"layers       {summary['layers']}, k = {summary['k']}"] if summary["k"] else []),
+        *([_selecting(summary, plan.selection)] if plan.selection else []),
+        *([_tuning(plan.tuning)] if plan.tuning else []),
+        *(
+            f"writers      {_writers(component, counts, summary)}"
+            for component, counts in summary["writers"].items()
+        ),
+        f"edit         {edited or 'nothing'} tensors; {summary['untouched_tensors']} untouched",
+        *_storage(summary),
+        f"bytes        read {size['read']}, edited {size['edited']}, written {size['written']}; "
+        f"{size['free']} free",
+        f"memory       {memory['bake']} to bake, beside Python's and torch's own; where the model "
+        f"runs, {memory['model']} for its weights as they are stored",
+        f"carried      {', '.join(summary['files']['carried'])}",
+        f"left out     {', '.join(summary['files']['left_out']) or 'nothing'}",
+        *(f"note         {note}" for note in plan.notes),
+    ]
+    return "\n".join(lines)
+
+
+def _size(count: int) -> str:
+    """Bytes as people read them, to three digits or more."""
+    for unit, name in ((10**9, "GB"), (10**6, "MB"), (10**3, "kB")):
+        if count >= unit:
+            return f"{count / unit:.{3 if unit > 10**6 else 1}f} {name}"
+    return f"{count} bytes"
+
+
+def _writers(component: str, counts: Mapping[str, int], summary: Mapping[str, Any]) -> str:
+    where = f" in {counts['blocks']} of {summary['n_layers']} blocks" if counts["blocks"] else ""
+    if component == "embedding" and summary["tied_embeddings"]:
+        where = ", the output head too (tied)"
+    experts = f", {summary['n_experts']} experts a block" if component == "expert" else ""
+    edited = "all" if counts["edited"] == counts["tensors"] else counts["edited"] or "none"
+    tensors = f"{counts['tensors']} of {counts['expected']} tensors"
+    return f"{component}: {tensors}{where}{experts}; {edited} edited"
+
+
+def _storage(summary: Mapping[str, Any]) -> list[str]:
+    lines = [f"stored as    {', '.join(f'{n} {name}' for name, n in summary['formats'].items())}"]
+    if summary["through_gains"]:
+        lines.append(
+            f"norms        {summary['through_gains']} edits go through the gain of a norm that "
+            "follows"
+        )
+    for stored in summary["quantised"]:
+        lines.append(
+            f"quantised    {stored['tensors']} tensors: {stored['format']}; {stored['way']}:"
+        )
+        lines += [_way(way, stored[way]) for way in ("keep", "dequantize")]
+    lines += [f"left alone   {n} tensors: {label}" for label, n in summary["left_alone"].items()]
+    return lines if summary["formats"] else lines[1:]
+
+
+def _way(way: str, cost: Mapping[str, Any]) -> str:
+    size = _size(cost["bytes"])
+    if cost["leak"] is None:
+        return f"             {way}: {size} of weights; leak and noise not measured before"
+    return (
+        f"             {way}: {size} of weights, leak about {cost['leak']:.0e}, noise "
+        f"{cost['noise']:.1%} of the weights (constants, k = {cost['k']})"
+    )
+
+
+def _selecting(summary: Mapping[str, Any], cost: Mapping[str, int]) -> str:
+    n = cost["candidates"]
+    what = f"sweep of {n} layers" if n else f"the first of {summary['layers']}"
+    places = " at every position after the prompt" if cost["every_position"] else ""
+    grown = f", k found with {cost['stacks']} sizes" if cost["stacks"] else ""
+    answers = f"about {cost['answers']} answers, {cost['tokens']} tokens in all"
+    return (
+        f"selection    {what}{places}{grown}; at most {cost['judged']} candidates judged on up to "
+        f"{cost['prompts']} prompts: {answers}"
+    )
+
+
+def _tuning(cost: Mapping[str, int]) -> str:
+    return (
+        f"tuning       {cost['steps']} steps by gradients; {cost['points']} points judged, each on "
+        f"{cost['answers_a_point']} answers of {cost['tokens']} tokens at most"
+    )

@@ -1,0 +1,74 @@
+"""Output of the command line: text made harmless, results, and progress bars."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, TypeVar
+
+import click
+
+if TYPE_CHECKING:
+    from abliterator.pipeline import Advance
+
+T = TypeVar("T")
+
+# Control characters but for line feed and tab, separators of lines and paragraphs, overrides of the
+# writing direction, and halves of surrogate pairs.
+_ACTIVE = re.compile(
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028\u2029\u202a-\u202e\u2066-\u2069"
+    "\ud800-\udfff]"
+)
+
+
+def printable(text: str) -> str:
+    r"""The text with characters that a terminal would act on as `\uXXXX`, which JSON reads too."""
+    return _ACTIVE.sub(lambda match: f"\\u{ord(match[0]):04x}", text)
+
+
+def echo(text: object = "", *, err: bool = False, nl: bool = True) -> None:
+    """Prints a text, made printable, to stdout or stderr."""
+    click.echo(printable(str(text)), err=err, nl=nl)
+
+
+def show(result: T, as_text: Callable[[T], str], *, as_json: bool) -> None:
+    """Prints a result on stdout, as text for people or as JSON.
+
+    JSON is ASCII, which is the same in every encoding of stdout.
+    """
+    from pydantic_core import to_jsonable_python
+
+    if as_json:
+        echo(json.dumps(to_jsonable_python(result), indent=1))
+    else:
+        echo(as_text(result).removesuffix("\n"))
+
+
+class Bars:
+    """Draws the pipeline's progress on stderr."""
+
+    def stage(self, name: str, *, done: bool) -> None:
+        """One line a stage."""
+        echo(f"{name}{' (done before)' if done else ''}", err=True)
+
+    @contextmanager
+    def bar(self, label: str, total: int) -> Iterator[Advance]:
+        """A tqdm bar that vanishes when it is full; none where stderr is a file."""
+        from tqdm import tqdm
+
+        label, here = f"  {printable(label)}", sys.stderr
+        with tqdm(total=total, desc=label, leave=False, file=here, disable=None) as bar:
+
+            def advance(amount: int, *, status: str = "") -> None:
+                if status:
+                    bar.set_postfix_str(printable(status), refresh=False)
+                bar.update(amount)
+
+            yield advance
+
+    def note(self, text: str) -> None:
+        """A line of its own."""
+        echo(text, err=True)

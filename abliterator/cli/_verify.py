@@ -1,0 +1,95 @@
+"""`abliterator verify`: the proof that a checkpoint is its base but for the edits."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from abliterator.cli._options import BASE, JSON, build_folders
+from abliterator.cli._terminal import echo
+
+if TYPE_CHECKING:
+    from abliterator.verification import AdapterVerification, Verification
+
+
+@click.command()
+@click.argument("out", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.option(
+    "--adapter",
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    help="Folder of its adapter.  [default: OUT/adapter, if it is there]",
+)
+@BASE
+@click.option(
+    "--subspace",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="What was removed, to measure the leak again.  [default: the build's]",
+)
+@JSON
+@click.pass_context
+def verify(
+    ctx: click.Context,
+    out: Path,
+    adapter: Path | None,
+    base: str | None,
+    subspace: Path | None,
+    as_json: bool,
+) -> None:
+    """Prove that OUT is its base but for the edits: every byte compared, the leak measured again.
+
+    OUT is the folder of a build, or a checkpoint folder (also one from the Hub). An adapter is
+    proven to be the same edit: merged into the base it gives the checkpoint's weights.
+    """
+    from abliterator import verification
+
+    folders = build_folders(out, base)
+    subspace = subspace or folders.subspace
+    proof = verification.verify(folders.base, folders.checkpoint, subspace=subspace)
+    if adapter is None and folders.adapter is not None and folders.adapter.is_dir():
+        adapter = folders.adapter
+    adapter_proof = None
+    if adapter is not None and proof.ok:  # beside a checkpoint that is not sound it proves nothing
+        adapter_proof = verification.verify_adapter(
+            folders.base, folders.checkpoint, adapter, subspace=subspace
+        )
+    if as_json:
+        plain = {**proof.to_json(), "adapter": adapter_proof and adapter_proof.to_json()}
+        echo(json.dumps(plain, indent=1))
+    else:
+        echo(_checkpoint_text(proof, folders.checkpoint))
+        if adapter_proof is not None:
+            echo(_adapter_text(adapter_proof, adapter))
+        elif adapter is not None:
+            echo(f"{adapter}: not looked at, for it is proven against the checkpoint")
+    if not (proof.ok and (adapter_proof is None or adapter_proof.ok)):
+        ctx.exit(1)
+
+
+def _checkpoint_text(proof: Verification, checkpoint: Path) -> str:
+    leak = "not measured again" if proof.max_leak is None else f"at most {proof.max_leak:.1e}"
+    return "\n".join(
+        [
+            f"{checkpoint}: {'verified' if proof.ok else 'NOT its base with the edits it names'}",
+            f"identical  {proof.tensors - proof.edited} tensors, every header and file: "
+            f"{proof.identical_bytes:,} bytes",
+            f"edited     {proof.edited} tensors, {proof.edited_bytes:,} bytes; leak {leak}",
+            *(f"not ours   {name}" for name in proof.foreign),
+            *(f"fault      {fault}" for fault in proof.faults),
+        ]
+    )
+
+
+def _adapter_text(proof: AdapterVerification, adapter: Path | None) -> str:
+    apart = "nothing" if proof.max_apart is None else f"at most {proof.max_apart:.2f} roundings"
+    leak = "not measured" if proof.max_leak is None else f"at most {proof.max_leak:.1e}"
+    return "\n".join(
+        [
+            f"{adapter}: {'verified' if proof.ok else 'NOT the edit of the checkpoint'}",
+            f"merged     {proof.modules} modules, apart from the checkpoint: {apart}; leak {leak}",
+            *(f"not ours   {name}" for name in proof.foreign),
+            *(f"fault      {fault}" for fault in proof.faults),
+        ]
+    )

@@ -1,0 +1,82 @@
+"""The judges of a recipe, made from its sections."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from abliterator.pipeline._progress import Progress
+from abliterator.pipeline._run import Run
+from abliterator.recipe import JudgeSettings
+
+if TYPE_CHECKING:
+    from abliterator.judge import Judge, Tally
+
+
+def evaluation_judge(run: Run, on_verdict: Callable[[Tally], None] | None = None) -> Judge:
+    """Who judges the answers of base and edited."""
+    cache = run.workspace.work / "judge.sqlite"
+    return judge_of(run.recipe.judge, cache=cache, seed=run.recipe.seed, on_verdict=on_verdict)
+
+
+def choosing_judge(run: Run) -> Judge:
+    """Who judges candidates and tuned points: the rules, which are free, or the recipe's judge."""
+    from abliterator.judge import RuleJudge
+
+    if run.recipe.selection.judge != "recipe":
+        return RuleJudge()
+    # how far it agrees with people changes no verdict, so it is no reason to choose again
+    settings = run.recipe.judge.model_copy(update={"calibration": None})
+    return judge_of(settings, cache=run.workspace.work / "judge.sqlite", seed=run.recipe.seed)
+
+
+def judge_of(
+    settings: JudgeSettings,
+    *,
+    cache: Path,
+    seed: int = 0,
+    on_verdict: Callable[[Tally], None] | None = None,
+) -> Judge:
+    """The judge that a recipe's section asks for.
+
+    Args:
+        settings: the section.
+        cache: file for the replies of a judge that is paid.
+        seed: of its order.
+        on_verdict: hears how far it has come.
+
+    Raises:
+        JudgeError: for a calibration that cannot be read, or is of another judge.
+    """
+    from abliterator.judge import Calibrated, OpenAIJudge, RuleJudge, read_calibration
+
+    judge: Judge = (
+        RuleJudge()
+        if settings.kind == "rules"
+        else OpenAIJudge(settings, cache=cache, seed=seed, on_verdict=on_verdict)
+    )
+    if settings.calibration is None:
+        return judge
+    calibration = read_calibration(Path(settings.calibration), judge.identity)
+    return Calibrated(judge, calibration.summary())
+
+
+def require_key(settings: JudgeSettings) -> None:
+    """Raises JudgeError if the judge needs a key that the environment does not hold."""
+    from abliterator.server import key_of
+
+    if settings.kind == "openai":
+        key_of(settings)
+
+
+def note_plain_http(settings: JudgeSettings, progress: Progress) -> None:
+    """Notes that a judge's key would cross a network unencrypted."""
+    from abliterator.server import warn_of_plain_http
+
+    if settings.kind == "openai" and (
+        warning := warn_of_plain_http(
+            settings.base_url, settings.api_key_env, name=f"{settings.section}.base_url"
+        )
+    ):
+        progress.note(warning)

@@ -1,0 +1,162 @@
+"""What is left to do in a folder: which stages run, and which are kept as an earlier run left them.
+
+A stage runs where its key or one of its files is not what its marker says. The Hub commits that the
+first run of a recipe resolved are kept by the later ones.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from time import perf_counter
+from typing import NamedTuple
+
+from abliterator.errors import AbliteratorError, OutputError, RecipeError
+from abliterator.pipeline._judges import judge_of
+from abliterator.pipeline._plan import plan_source
+from abliterator.pipeline._progress import Progress, Silent
+from abliterator.pipeline._prompt_lengths import require_prompts_fit
+from abliterator.pipeline._run import Options, Run
+from abliterator.pipeline._stage import Stage
+from abliterator.pipeline._workspace import Workspace, usable
+from abliterator.pipeline.stages.benchmarks import benchmark_tasks, pin_tasks
+from abliterator.prompts import resolve_revision
+from abliterator.recipe import Prompts, Recipe, Source
+from abliterator.source import resolve_folder
+
+COMMIT = re.compile(r"[0-9a-f]{40}")
+
+
+class Schedule(NamedTuple):
+    """Stages to run in one folder.
+
+    Attributes:
+        run: what every stage gets.
+        requested: the recipe as it was given.
+        stages: those to run, in order.
+        keep_from: a new folder is deleted if a stage before this one fails; None keeps it.
+    """
+
+    run: Run
+    requested: Recipe
+    stages: Sequence[Stage]
+    keep_from: Stage | None
+
+    def execute(self) -> None:
+        """Runs each stage that is not done, in order.
+
+        Raises:
+            AbliteratorError: of a stage. A folder with nothing worth keeping is deleted then.
+        """
+        run, workspace = self.run, self.run.workspace
+        with usable(workspace.out), workspace.held():
+            workspace.create(self.requested, run.recipe)
+            prompts_fit = False
+            try:
+                for stage in self.stages:
+                    key = stage.key(run)
+                    done = workspace.is_done(stage.name, key)
+                    if not (done or prompts_fit) and stage.asks_model:
+                        require_prompts_fit(run)
+                        prompts_fit = True
+                    run.progress.stage(stage.name, done=done)
+                    if done:
+                        continue
+                    start = perf_counter()
+                    artefacts = stage.run(run)
+                    seconds = round(perf_counter() - start, 3)
+                    _require_unchanged(stage, run, key)
+                    parts = stage.parts(run)
+                    workspace.finish(stage.name, key, artefacts, seconds=seconds, parts=parts)
+            except AbliteratorError:
+                # leave no folder behind that looks like a result
+                if self.keep_from is not None and workspace.marker(self.keep_from.name) is None:
+                    workspace.remove()
+                raise
+
+
+def _require_unchanged(stage: Stage, run: Run, key: str) -> None:
+    if stage.key(run) != key:
+        raise OutputError(
+            f"What the stage `{stage.name}` depends on was changed while it ran: prompt files, for "
+            "example. Give the same command again when they are at rest."
+        )
+
+
+def prepare(
+    recipe: Recipe, out: Path, options: Options | None = None, progress: Progress | None = None
+) -> Run:
+    """The run of a recipe, after every check that needs no model; writes nothing.
+
+    Raises:
+        AbliteratorError: if recipe, model and folder do not fit together.
+    """
+    options, workspace = options or Options(), Workspace(out)
+    resolved = workspace.claim(recipe, force=options.force)
+    pinned_recipe = recipe if resolved is None else pinned(recipe, resolved)
+    require_pinned_code(pinned_recipe)
+    source = resolve_folder(pinned_recipe.model, revision=pinned_recipe.revision)
+    plan = plan_source(source, pinned_recipe, out)
+    tasks = benchmark_tasks(pinned_recipe)
+    judge_of(pinned_recipe.judge, cache=workspace.work)  # its calibration is read, no model asked
+    if resolved is None:
+        pinned_recipe = pin_tasks(resolve(recipe, plan.source.revision), tasks)
+    return Run(pinned_recipe, plan, workspace, options, progress or Silent(), tasks)
+
+
+def resolve(recipe: Recipe, revision: str | None) -> Recipe:
+    """The recipe with every Hub revision as a commit, so that the same recipe means the same bytes.
+
+    Args:
+        recipe: as given.
+        revision: the commit of the model, None for a local folder.
+
+    Raises:
+        PromptError: if a dataset's revision cannot be resolved.
+    """
+    sources = {
+        name: _resolved(source)
+        for name in Prompts.model_fields
+        if isinstance(source := getattr(recipe.prompts, name), Source)
+    }
+    prompts = recipe.prompts.model_copy(update=sources)
+    return recipe.model_copy(update={"revision": revision, "prompts": prompts})
+
+
+def _resolved(source: Source) -> Source:
+    if source.dataset is None:
+        return source
+    return source.model_copy(update={"revision": resolve_revision(source.dataset, source.revision)})
+
+
+def pinned(recipe: Recipe, resolved: Recipe) -> Recipe:
+    """The recipe with the commits that an earlier run of the same recipe resolved.
+
+    All else is as given now: the digest of a recipe does not depend on where its files lie, and
+    they may have been moved.
+    """
+    sources = {
+        name: source.model_copy(update={"revision": getattr(resolved.prompts, name).revision})
+        for name in Prompts.model_fields
+        if isinstance(source := getattr(recipe.prompts, name), Source)
+    }
+    revisions = {"revisions": resolved.benchmarks.revisions}
+    return recipe.model_copy(
+        update={
+            "revision": resolved.revision,
+            "prompts": recipe.prompts.model_copy(update=sources),
+            "benchmarks": recipe.benchmarks.model_copy(update=revisions),
+        }
+    )
+
+
+def require_pinned_code(recipe: Recipe) -> None:
+    """Raises RecipeError for remote code of a Hub model that no commit pins."""
+    is_local = Path(recipe.model).is_dir() or ":" in recipe.model
+    is_pinned = recipe.revision is not None and COMMIT.fullmatch(recipe.revision)
+    if recipe.trust_remote_code and not is_local and not is_pinned:
+        raise RecipeError(
+            f"`trust_remote_code` would run code of {recipe.model} from the Hub, and no revision "
+            f"pins it. Read the code, then give the commit you read: --set revision=<40 hex>."
+        )

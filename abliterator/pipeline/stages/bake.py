@@ -1,0 +1,68 @@
+"""The edited checkpoint, all but its config.json, and what was done to each tensor."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from abliterator.bake import bake
+from abliterator.checkpoint import CONFIG_FILE
+from abliterator.files import write_text_atomic
+from abliterator.pipeline._run import Run
+from abliterator.pipeline._stage import Artefact, Stage
+from abliterator.pipeline._workspace import remove_whole
+from abliterator.pipeline.stages.directions import removed_subspace
+from abliterator.pipeline.stages.tuning import planned_edits, tuned_inputs
+from abliterator.record import TensorEdit
+from abliterator.verification import EDITS
+
+TENSOR_EDITS = Artefact("bake", f"checkpoint/{EDITS}")
+
+
+def _key(run: Run) -> Any:
+    edit = run.section("edit", exclude=("output",))
+    return [run.base_digest(), run.digest("directions"), edit, tuned_inputs(run)]
+
+
+def _run(run: Run) -> list[Path]:
+    run.free()  # baking needs no model, and the files may be as large as the memory
+    subspace = removed_subspace(run)
+    out = run.workspace.checkpoint
+    remove_whole(out)  # what an earlier recipe left there is not part of this checkpoint
+    try:
+        with run.progress.bar("bake", run.plan.checkpoint.total_bytes) as advance:
+            edits = bake(
+                run.plan.checkpoint,
+                planned_edits(run),
+                subspace.basis,
+                out,
+                made_from=made_from(run),
+                on_bytes=advance,
+            )
+        write_text_atomic(out / EDITS, edits_json(edits))
+    except BaseException:
+        shutil.rmtree(out, ignore_errors=True)  # no loader takes a part for the whole
+        raise
+    config = out / CONFIG_FILE  # left to the next stage
+    return [path for path in out.rglob("*") if path.is_file() and path != config]
+
+
+def made_from(run: Run) -> dict[str, str]:
+    """What config.json names as the origin of the weights."""
+    return {"recipe_digest": run.recipe.digest}
+
+
+def edits_json(edits: Iterable[TensorEdit]) -> str:
+    """The text of edits.json."""
+    return json.dumps([edit.model_dump(mode="json") for edit in edits], indent=1) + "\n"
+
+
+def tensor_edits(run: Run) -> list[TensorEdit]:
+    """What was done to each edited tensor."""
+    return [TensorEdit.model_validate(edit) for edit in TENSOR_EDITS.read(run)]
+
+
+BAKE = Stage("bake", 2, _key, _run)

@@ -1,0 +1,84 @@
+"""The answers of base and edited, judged.
+
+The stage leaves work/verdicts.jsonl, and in work/judge.json which judge gave them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from abliterator.pipeline._judges import evaluation_judge, note_plain_http
+from abliterator.pipeline._progress import Progress
+from abliterator.pipeline._run import Run
+from abliterator.pipeline._stage import Artefact, Stage
+from abliterator.pipeline.stages.rollouts import completions
+from abliterator.record import Completion, JudgeIdentity, Verdict
+
+VERDICTS = Artefact("judge", "work/verdicts.jsonl")
+IDENTITY = Artefact("judge", "work/judge.json")
+
+
+def _key(run: Run) -> Any:
+    return [
+        run.digest("rollouts"),
+        run.recipe.published()["judge"],
+        evaluation_judge(run).identity.model_dump(mode="json"),
+    ]
+
+
+def _run(run: Run) -> list[Path]:
+    from abliterator.judge import judge_completions
+
+    answers = completions(run)
+    note_plain_http(run.recipe.judge, run.progress)
+    with run.progress.bar("verdicts", len(answers)) as advance:
+        judge = evaluation_judge(run, lambda tally: advance(1, status=str(tally)))
+        verdicts = judge_completions(answers, judge)
+    identity = _compared(judge.identity, answers, verdicts)
+    _note_on(run.progress, identity, verdicts)
+    return [VERDICTS.write_lines(run, verdicts), IDENTITY.write(run, identity)]
+
+
+def _compared(
+    identity: JudgeIdentity, answers: Sequence[Completion], verdicts: Sequence[Verdict]
+) -> JudgeIdentity:
+    """The judge, and how often the rules, which are free, disagree with it."""
+    from abliterator.judge import RuleJudge, disagreement, judge_completions
+
+    disagreements = dict(identity.disagreement)
+    if identity.kind != "rules":
+        by_rules = judge_completions(answers, RuleJudge())
+        if (rate := disagreement(by_rules, verdicts)) is not None:
+            disagreements["rules"] = rate
+    return identity.model_copy(update={"disagreement": disagreements})
+
+
+def _note_on(progress: Progress, identity: JudgeIdentity, verdicts: Sequence[Verdict]) -> None:
+    """What a reader of the rates should know first; of the rule judge there is nothing to say."""
+    from abliterator.judge import counted, unscored_reasons
+
+    reasons = unscored_reasons(verdicts)
+    if reasons:
+        n = sum(reasons.values())
+        progress.note(f"{n} of {len(verdicts)} answers are unscored: {counted(reasons)}")
+    for other, rate in identity.disagreement.items():
+        whom = "itself, asked again," if other == "itself" else f"the judge `{other}`"
+        progress.note(f"The judge disagrees with {whom} on {rate.value:.1%} of {rate.n} answers.")
+    if identity.usage:
+        spent = ", ".join(f"{value:g} {name}" for name, value in identity.usage.items())
+        progress.note(f"The judge's calls of this folder: {spent}.")
+
+
+def verdicts_of(run: Run) -> list[Verdict]:
+    """All verdicts, base and edited."""
+    return VERDICTS.read_lines(run, Verdict)
+
+
+def judge_identity(run: Run) -> JudgeIdentity:
+    """Which judge gave the verdicts, and what is known of it."""
+    return IDENTITY.read_as(run, JudgeIdentity)
+
+
+JUDGE = Stage("judge", 3, _key, _run)
