@@ -17,9 +17,9 @@ import pytest
 from safetensors import deserialize
 
 from abliterator.checkpoint import Checkpoint, TensorInfo, carried_files, fingerprint, patch_file
-from abliterator.checkpoint import _fingerprint as fingerprint_room
 from abliterator.errors import CheckpointError, FileError
 from abliterator.files import (
+    FileHashes,
     OpenFile,
     copy_file,
     free_bytes,
@@ -220,6 +220,33 @@ def test_only_the_edited_tensors_differ(folder: Path, tmp_path: Path):
     assert sorted(path for path in out.rglob("*") if path.is_file()) == sorted(
         out / file for file in base.weight_files
     )
+
+
+@pytest.mark.parametrize("kernel_copies", [True, False])
+def test_tensors_larger_than_a_chunk_are_copied_and_hashed_whole(
+    tmp_path, monkeypatch, kernel_copies
+):
+    """Hashes go by 256 KiB and copies by 8 MiB: both tensors end within a later chunk."""
+    shapes = {"copied": ("BF16", [(9 << 20) // 2 + 3]), "edited": ("F16", [(1 << 20) + 5])}
+    folder = tmp_path / "large"
+    folder.mkdir()
+    (folder / "config.json").write_text('{"model_type": "llama"}')
+    (folder / "model.safetensors").write_bytes(pack(shapes))
+    if not kernel_copies:
+        monkeypatch.delattr(os, "copy_file_range")
+    inverted = bytes(reversed(range(256)))
+
+    def edit(_info: TensorInfo, buffer: memoryview) -> None:
+        buffer[:] = bytes(buffer).translate(inverted)
+
+    base, out = Checkpoint.open(folder), tmp_path / "out"
+    patched = patch_all(base, out, ["edited"], edit)["edited"]
+    copy_file(folder / "config.json", out / "config.json")
+    before, after = base.read("edited"), Checkpoint.open(out).read("edited")
+    assert after == before.translate(inverted)
+    assert patched.sha256_before == hashlib.sha256(before).hexdigest()
+    assert patched.sha256_after == hashlib.sha256(after).hexdigest()
+    assert base.read("copied") == Checkpoint.open(out).read("copied")
 
 
 def test_the_base_is_left_as_it_was(folder: Path, tmp_path: Path):
@@ -539,7 +566,7 @@ def test_fingerprint_remembers_files_that_stay_and_hashes_those_that_change(
     single: Path, tmp_path: Path, monkeypatch
 ):
     base, cache = Checkpoint.open(single), tmp_path / "work" / "hashes.json"
-    monkeypatch.setattr(fingerprint_room, "_SETTLED_NS", -1)
+    monkeypatch.setattr(FileHashes, "SETTLED_NS", -1)
     hashed = count_hashing(monkeypatch)
     first = fingerprint(base, cache=cache)
     assert fingerprint(base, cache=cache) == first

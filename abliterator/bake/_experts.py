@@ -4,13 +4,9 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
 
 from abliterator.anatomy import Writer
 from abliterator.errors import RecipeError, UnsupportedModel
-
-if TYPE_CHECKING:
-    pass
 
 Indices = tuple[int, ...]
 Chosen = Indices | Mapping[int, Indices | None]

@@ -27,7 +27,7 @@ from abliterator.checkpoint._config import (
     adapter_tensors,
     edited_config,
 )
-from abliterator.checkpoint._fingerprint import FileHashes, fingerprint
+from abliterator.checkpoint._fingerprint import fingerprint
 from abliterator.checkpoint._folder import CONFIG_FILE, INDEX_FILE, Checkpoint
 from abliterator.checkpoint._header import DTYPE_BITS, TensorInfo
 from abliterator.checkpoint._patch import Edit, PatchedFile, PatchedTensor, patch_file
@@ -44,7 +44,6 @@ __all__ = [
     "INDEX_FILE",
     "Checkpoint",
     "Edit",
-    "FileHashes",
     "PatchedFile",
     "PatchedTensor",
     "Relaid",

@@ -7,7 +7,6 @@ once. To copy the whole file and then write over the edited tensors would write 
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -18,22 +17,19 @@ from typing import NamedTuple
 from abliterator.checkpoint._header import TensorInfo
 from abliterator.checkpoint._relay import Relaid
 from abliterator.files import (
-    OpenFile,
     copy_range,
     damaged,
     open_regular,
     read_fully,
-    readable,
     refuse_same_file,
     replacing,
+    sha256_of_range,
     write_fully,
 )
 
 Edit = Callable[[TensorInfo, memoryview], memoryview | None]
 """Changes one tensor's bytes in place, or returns others where the tensor gets another dtype or
 shape. The next tensor gets the same buffer: keep no part of it."""
-
-_CHUNK = 256 << 10  # bytes: a chunk is hashed while it is still in the processor's cache
 
 
 @dataclass(frozen=True)
@@ -102,7 +98,9 @@ def patch_file(
                 # not bound to a name, so that it is gone before the next one is made
                 write_fully(out, edit(old, part) or part)
                 sides = (base, old), (out, new)
-                hashes.append((old, [hashing.submit(_sha256, *side) for side in sides]))
+                hashes.append(
+                    (old, [hashing.submit(sha256_of_range, f, i.start, i.nbytes) for f, i in sides])
+                )
             patched = tuple(
                 PatchedTensor(old.name, *(digest.result() for digest in digests))
                 for old, digests in hashes
@@ -141,17 +139,3 @@ def _in_file_order(tensors: Iterable[TensorInfo]) -> list[TensorInfo]:
         if second.start < first.end:
             raise ValueError(f"{first.name} and {second.name} overlap: was one given twice?")
     return ordered
-
-
-def _sha256(file: OpenFile, info: TensorInfo) -> str:
-    """SHA-256 of one tensor's stored bytes, through a stream of its own: this runs in a thread."""
-    digest = hashlib.sha256()
-    buffer = memoryview(bytearray(min(_CHUNK, info.nbytes)))
-    with readable(file.path), Path(file.stream.name).open("rb", buffering=0) as stream:
-        stream.seek(info.start)
-        own = file._replace(stream=stream)
-        for done in range(0, info.nbytes, _CHUNK):
-            part = buffer[: info.nbytes - done]
-            read_fully(own, part)
-            digest.update(part)
-    return digest.hexdigest()

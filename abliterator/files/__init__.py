@@ -8,12 +8,18 @@ flushed and renamed: afterwards it is whole, or as it was. What files hold is no
     lines = read_lines(path)
 """
 
-from abliterator.files._digest import digest_of, sha256_of_file
+from abliterator.files._digest import (
+    digest_of,
+    sha256_of_bytes,
+    sha256_of_file,
+    sha256_of_range,
+)
 from abliterator.files._folder import (
     is_closed,
     require_plain_folder,
     require_regular_files,
 )
+from abliterator.files._hashes import FileHashes
 from abliterator.files._read import (
     OpenFile,
     damaged,
@@ -24,7 +30,6 @@ from abliterator.files._read import (
     shown,
 )
 from abliterator.files._text import (
-    MAX_TEXT_BYTES,
     as_lines,
     read_bytes,
     read_lines,
@@ -45,7 +50,7 @@ from abliterator.files._write import (
 )
 
 __all__ = [
-    "MAX_TEXT_BYTES",
+    "FileHashes",
     "OpenFile",
     "as_lines",
     "copy_file",
@@ -66,7 +71,9 @@ __all__ = [
     "require_plain_folder",
     "require_regular_files",
     "require_utf8_name",
+    "sha256_of_bytes",
     "sha256_of_file",
+    "sha256_of_range",
     "shown",
     "too_large",
     "writable",

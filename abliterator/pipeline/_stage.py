@@ -10,14 +10,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from abliterator.files import digest_of, write_text_atomic
 from abliterator.pipeline._run import Run
 from abliterator.record import Frozen
-
-if TYPE_CHECKING:
-    pass
 
 Parts = Mapping[str, str]
 

@@ -18,12 +18,12 @@ from abliterator.checkpoint import (
     adapter_tensors,
 )
 from abliterator.errors import CheckpointError
-from abliterator.files import read_text
+from abliterator.files import read_text, sha256_of_file
 from abliterator.formats import FORMATS, Format
 from abliterator.record import RunRecord, TensorEdit
 from abliterator.verification._beside import card_fault
 from abliterator.verification._compare import files_of, leak_meter
-from abliterator.verification._findings import CARD, EDITS, RECORD, read_edits, sha256_of
+from abliterator.verification._findings import CARD, EDITS, RECORD, read_edits
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -115,7 +115,7 @@ def verify_adapter(
         modules=len(modules),
         max_apart=max(found.apart, default=None),
         max_leak=max(found.leaks, default=None),
-        sha256={name: sha256_of(adapter / name) for name in sorted(ours & files_of(adapter))},
+        sha256={name: sha256_of_file(adapter / name) for name in sorted(ours & files_of(adapter))},
         foreign=tuple(sorted(files_of(adapter) - ours)),
     )
 

@@ -17,7 +17,7 @@ from abliterator.checkpoint import (
     relaid_index,
 )
 from abliterator.errors import FileError
-from abliterator.files import read_text
+from abliterator.files import read_text, sha256_of_file
 from abliterator.formats import Unpacked
 from abliterator.recipe import to_yaml
 from abliterator.record import RunRecord, TensorEdit
@@ -29,7 +29,6 @@ from abliterator.verification._findings import (
     RECIPE,
     RECORD,
     Findings,
-    sha256_of,
     told_leak,
 )
 
@@ -54,11 +53,11 @@ class Beside:
     def compare(self, file: str) -> None:
         """One file: the base's, or the one text that an edit may make of it."""
         path, found = self._checkpoint / file, self._found
-        found.base_sha256[file] = sha256_of(self._base.folder / file)
+        found.base_sha256[file] = sha256_of_file(self._base.folder / file)
         if not path.is_file():
             found.faults.append(f"{file} is missing.")
             return
-        found.sha256[file] = sha256_of(path)
+        found.sha256[file] = sha256_of_file(path)
         if file == CONFIG_FILE:
             self._compare_config(path.read_bytes(), file)
         elif file == INDEX_FILE and self._index is not None:
@@ -178,7 +177,7 @@ def check_record(
         )
     for file in sorted(record.pictures.keys() & set(PICTURES)):
         picture = checkpoint / file
-        if picture.is_file() and sha256_of(picture) == record.pictures[file]:
+        if picture.is_file() and sha256_of_file(picture) == record.pictures[file]:
             found.sha256[file] = record.pictures[file]
         else:
             found.faults.append(f"{file} is not the picture that {RECORD} has the hash of.")
@@ -187,7 +186,7 @@ def check_record(
             found.faults.append(f"{file} of the base is not the one that {RECORD} was made with.")
     stated = record.provenance.digests.get(BASE_CARD)
     card = base / CARD
-    if stated is not None and not (card.is_file() and sha256_of(card) == stated):
+    if stated is not None and not (card.is_file() and sha256_of_file(card) == stated):
         found.faults.append(
             f"{CARD} of the base, which states its licence, is not the one that {RECORD} was made "
             "with: run `abliterator card` again."

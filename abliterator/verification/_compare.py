@@ -10,6 +10,7 @@ from typing import BinaryIO
 
 from abliterator.checkpoint import Checkpoint, TensorInfo, carried_files, relay
 from abliterator.errors import CheckpointError
+from abliterator.files import sha256_of_bytes, sha256_of_file
 from abliterator.formats import Unpacked, storage_of
 from abliterator.record import TensorEdit
 from abliterator.verification._beside import Beside, check_record
@@ -19,7 +20,6 @@ from abliterator.verification._findings import (
     Findings,
     Verification,
     read_edits,
-    sha256_of,
     told_leak,
 )
 from abliterator.verification._leak import LeakMeter
@@ -66,7 +66,7 @@ def verify(
     check_record(base, checkpoint, named, found)
     for file in OURS:
         if (checkpoint / file).is_file():
-            found.sha256[file] = sha256_of(checkpoint / file)
+            found.sha256[file] = sha256_of_file(checkpoint / file)
     known = {*opened.weight_files, *carried}
     return Verification(
         faults=tuple(found.faults),
@@ -155,7 +155,7 @@ def _compare_weights(
                     f"{file}: {info.name} differs from the base's, and {EDITS} does not name it."
                 )
     found.identical_bytes += pair.identical
-    found.base_sha256[file] = sha256_of(source) if relaid.changed else pair.first.hexdigest()
+    found.base_sha256[file] = sha256_of_file(source) if relaid.changed else pair.first.hexdigest()
     found.sha256[file] = pair.second.hexdigest()
 
 
@@ -262,7 +262,7 @@ class _Measure:
             ("base", before, edit.sha256_before),
             ("edited", after, edit.sha256_after),
         ):
-            if hashlib.sha256(data).hexdigest() != said:
+            if sha256_of_bytes(data) != said:
                 found.faults.append(
                     f"{info.file}: the {side} bytes of {info.name} are not those that {EDITS} "
                     f"has the hash of."

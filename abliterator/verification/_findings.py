@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -104,8 +103,3 @@ def read_edits(checkpoint: Path) -> tuple[TensorEdit, ...]:
 
 def told_leak(leak: float | None) -> str:
     return "none" if leak is None else f"{leak:.2e}"
-
-
-def sha256_of(path: Path) -> str:
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
