@@ -89,7 +89,7 @@ def _factors(checkpoint: Checkpoint, edit: PlannedEdit, basis: Tensor) -> tuple[
     stored = bytearray(checkpoint.read(edit.info.name))
     (matrix,) = edit.layout.matrices(stored, edit.writer.axis)
     panels = (matrix.decoded(*columns).double() for columns in matrix.ranges(PANEL_ELEMENTS))
-    reads = torch.cat([removal.read.T @ panel for panel in panels], dim=1)
+    reads = torch.cat([removal.reads(panel) for panel in panels], dim=1)
     return reads.float().contiguous(), (-edit.strength * removal.take).float().contiguous()
 
 

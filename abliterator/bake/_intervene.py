@@ -30,13 +30,14 @@ def intervene(
     import torch
 
     from abliterator.model import hooked
+    from abliterator.subspace import removal_of_basis
 
     wide = torch.promote_types(loaded.model.dtype, torch.float32)
-    q = basis.to(loaded.device, wide)
+    removal = removal_of_basis(basis).to(wide, loaded.device)
 
     def remove(hidden: Tensor) -> Tensor:
         stream = hidden.to(wide)
-        return (stream - alpha * ((stream @ q) @ q.T)).to(hidden.dtype)
+        return (stream - alpha * removal.removed(stream)).to(hidden.dtype)
 
     with hooked(loaded.model, dict.fromkeys(blocks, remove)):
         yield

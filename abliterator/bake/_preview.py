@@ -57,8 +57,7 @@ def preview_edit(
     require_fit(basis, plan)
 
     def remover(edit: PlannedEdit, checkpoint: Checkpoint) -> Remove:
-        removal = removal_of(edit.writer, checkpoint, basis).to(_wide(loaded), loaded.device)
-        return lambda written: (written @ removal.read) @ removal.take.T
+        return removal_of(edit.writer, checkpoint, basis).to(_wide(loaded), loaded.device).removed
 
     with _previewed(loaded, plan, remover, strengths or {}):
         yield
@@ -85,6 +84,8 @@ def preview_edits(loaded: LoadedModel, plan: EditPlan, bases: Sequence[Tensor]) 
     _require_rows(plan)
     import torch
 
+    from abliterator.subspace import Removal
+
     chosen: list[Tensor] = []
     known: dict[object, Removal] = {}
 
@@ -104,8 +105,8 @@ def preview_edits(loaded: LoadedModel, plan: EditPlan, bases: Sequence[Tensor]) 
             rows = chosen[0]
             # experts write [rows x tokens, H], one row's tokens together
             by_row = written.view(len(rows), -1, written.shape[-1])
-            removed = (by_row @ removal.read[rows]) @ removal.take[rows].mT
-            return removed.view_as(written)
+            by_edit = Removal(removal.take[rows], removal.read[rows])
+            return by_edit.removed(by_row).view_as(written)
 
         return remove
 

@@ -152,7 +152,6 @@ class _Change:
         """Edits and stores columns [H, c] of `source`."""
         from abliterator.subspace import keep_column_norms
 
-        read = self._removal.read
         exact, scale = source.get(start, stop)
         if scale is not None:
             exact.mul_(scale)
@@ -169,7 +168,7 @@ class _Change:
         numbers = self._target.rounded(exact if scale is None else exact / scale)
         self._target.put(start, numbers)
         stored = numbers if scale is None else numbers.mul_(scale)
-        writes = read.T @ stored
+        writes = self._removal.reads(stored)
         if self._measures:
             nearest = _square(stored - exact)
             sums.nearest += nearest
@@ -177,7 +176,7 @@ class _Change:
         if self._rows is None:
             sums.writes += _square(writes)
             return
-        rows, error = self._rows, writes - read.T @ exact
+        rows, error = self._rows, writes - self._removal.reads(exact)
         units = None if scale is None else scale[rows]
         self._waiting.append(_Waiting(start, exact[rows], stored[rows], units, writes, error))
         if sum(panel.exact.numel() for panel in self._waiting) >= WAITING_ELEMENTS:

@@ -25,7 +25,6 @@ from abliterator.subspace._edit import (
     column_ranges,
     keep_column_norms,
     removal_of_basis,
-    squared_write,
 )
 from abliterator.subspace._moments import Moments, MomentSet, merged
 
@@ -47,5 +46,4 @@ __all__ = [
     "orthonormal_columns",
     "random_basis",
     "removal_of_basis",
-    "squared_write",
 ]
