@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 from safetensors import deserialize
 
-from abliterator.checkpoint import Checkpoint, TensorInfo, carried_files, fingerprint, patch_file
+from abliterator.checkpoint import Checkpoint, TensorInfo, auxiliary_files, fingerprint, patch_file
 from abliterator.errors import CheckpointError, FileError
 from abliterator.files import (
     FileHashes,
@@ -167,7 +167,7 @@ def test_tensors_come_in_the_order_of_files_and_of_bytes(sharded: Path):
 def test_a_single_file_goes_before_an_index_as_in_transformers(sharded: Path):
     (sharded / "model.safetensors").write_bytes(pack({"only": ("F32", [2])}))
     assert list(Checkpoint.open(sharded).tensors) == ["only"]
-    _, left_out = carried_files(sharded)
+    _, left_out = auxiliary_files(sharded)
     assert left_out == ["b.safetensors", "model.safetensors.index.json", "sub/"]
 
 
@@ -490,7 +490,7 @@ def test_every_file_is_carried_or_named(folder: Path):
     for name in names(CARRIED) + names(LEFT_OUT) + names(LEFT_FOLDERS):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(name)
-    carried, left_out = carried_files(folder)
+    carried, left_out = auxiliary_files(folder)
     assert carried == sorted([*names(CARRIED), "config.json", *index])
     folders = [".cache/", ".eval_results/", ".git/", "__pycache__/", "code/__pycache__/"]
     assert left_out == sorted([*names(LEFT_OUT), *folders, "onnx/", "original/"])
@@ -506,25 +506,25 @@ def test_every_file_a_tokenizer_of_transformers_asks_for_is_carried(single: Path
     assert len(asked) > 10
     for name in asked:
         (single / name).write_text("x")
-    assert asked - set(carried_files(single)[0]) == set()
+    assert asked - set(auxiliary_files(single)[0]) == set()
 
 
 def test_a_carried_file_that_is_a_broken_link_stops(single: Path):
     (single / "tokenizer.json").symlink_to("gone")
     with pytest.raises(CheckpointError, match=r"tokenizer\.json is a link to a file that is not"):
-        carried_files(single)
+        auxiliary_files(single)
 
 
 def test_a_broken_link_nobody_needs_is_only_named(single: Path):
     (single / "notes.txt").symlink_to("gone")
-    assert carried_files(single) == (["config.json"], ["notes.txt"])
+    assert auxiliary_files(single) == (["config.json"], ["notes.txt"])
 
 
 def test_links_to_folders_are_named_and_not_entered(single: Path, tmp_path: Path):
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "elsewhere" / "secret.py").write_text("x")
     (single / "code").symlink_to(tmp_path / "elsewhere")
-    assert carried_files(single) == (["config.json"], ["code/"])
+    assert auxiliary_files(single) == (["config.json"], ["code/"])
 
 
 # Fingerprints
@@ -548,7 +548,7 @@ def count_hashing(monkeypatch) -> list:
 def test_fingerprint_is_the_hash_of_every_file(folder: Path):
     (folder / "README.md").write_text("not carried")
     base = Checkpoint.open(folder)
-    files = [*base.weight_files, *carried_files(folder)[0]]
+    files = [*base.weight_files, *auxiliary_files(folder)[0]]
     assert fingerprint(base) == {file: sha256_of(folder / file) for file in files}
 
 

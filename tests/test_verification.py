@@ -68,6 +68,16 @@ def test_what_bake_wrote_passes(baked, family, dtype):
     assert found.identical_bytes + found.edited_bytes == every_byte
 
 
+def test_edits_written_by_an_earlier_version_pass(baked):
+    """Its name for `dequantized` was `unpacked`."""
+    base, checkpoint, subspace = baked()
+    path = checkpoint / EDITS
+    earlier = path.read_text().replace('"dequantized":', '"unpacked":')
+    assert earlier != path.read_text()
+    path.write_text(earlier)
+    assert verify(base, checkpoint, subspace=subspace).ok
+
+
 def test_shards_pass_and_are_compared_one_by_one(baked):
     base, checkpoint, subspace = baked("llama", shard_size="30KB")
     sizes = []

@@ -14,7 +14,7 @@ H = d_model, k rank, Q [H, k] the orthonormal basis; wherever one is taken, a ba
 """
 
 from abliterator.bake._adapter import require_adapter_form, write_adapter
-from abliterator.bake._experts import Chosen
+from abliterator.bake._experts import ExpertSelection
 from abliterator.bake._intervene import intervene
 from abliterator.bake._plan import EditPlan, EditSettings, PlannedEdit, plan_edits, require_fit
 from abliterator.bake._preview import preview_edit, preview_edits
@@ -23,9 +23,9 @@ from abliterator.bake._write import bake, write_config
 
 __all__ = [
     "PANEL_ELEMENTS",
-    "Chosen",
     "EditPlan",
     "EditSettings",
+    "ExpertSelection",
     "PlannedEdit",
     "bake",
     "intervene",

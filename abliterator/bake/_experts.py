@@ -9,12 +9,12 @@ from abliterator.anatomy import Writer
 from abliterator.errors import RecipeError, UnsupportedModel
 
 Indices = tuple[int, ...]
-Chosen = Indices | Mapping[int, Indices | None]
+ExpertSelection = Indices | Mapping[int, Indices | None]
 """Experts of every block that has some, or of each block named: None for all of that block."""
 
 
 def experts_of_blocks(
-    writers: Sequence[Writer], shapes: Mapping[str, Sequence[int]], chosen: Chosen
+    writers: Sequence[Writer], shapes: Mapping[str, Sequence[int]], chosen: ExpertSelection
 ) -> dict[int, Indices | None]:
     """The chosen experts of each block, sorted; None for all. Of a block left out, none are edited.
 

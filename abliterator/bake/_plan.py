@@ -8,10 +8,10 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Literal
 
 from abliterator.anatomy import Anatomy, Writer, broad_component
-from abliterator.bake._experts import Chosen, Indices, experts_of_blocks, share_edited
+from abliterator.bake._experts import ExpertSelection, Indices, experts_of_blocks, share_edited
 from abliterator.checkpoint import DTYPE_BITS, Checkpoint, TensorInfo
 from abliterator.errors import RecipeError, UnsupportedModel
-from abliterator.formats import FORMATS, Layout, Storage, Unpacked, preferred
+from abliterator.formats import FORMATS, Dequantized, Layout, Storage, preferred
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -27,8 +27,7 @@ class EditSettings:
     A component without a strength of its own has that of "attention" if it mixes tokens, else that
     of "mlp": experts are edited as the MLP is unless they are named.
 
-    `experts` are the routed experts that are edited, in all blocks or by block (`_experts.Chosen`);
-    None for all.
+    `experts` are the routed experts that are edited (`ExpertSelection`); None for all.
     """
 
     strength: Mapping[str, float | Sequence[float]] = field(
@@ -38,7 +37,7 @@ class EditSettings:
     rounding: Literal["nearest", "compensated"] = "compensated"
     embeddings: bool = False
     biases: bool = True
-    experts: Chosen | None = None
+    experts: ExpertSelection | None = None
     quantized: Quantized = "auto"
 
 
@@ -58,7 +57,7 @@ class PlannedEdit:
     experts: Indices | None = None
 
     @property
-    def unpacks(self) -> bool:
+    def dequantizes(self) -> bool:
         """Whether a quantised tensor is written as plain numbers."""
         return self.stored is not self.layout
 
@@ -83,10 +82,10 @@ class EditPlan:
     writers: tuple[Writer, ...] = ()
     storage: Storage = field(default_factory=Storage)
 
-    def unpacked(self, checkpoint: Checkpoint) -> Unpacked:
+    def dequantized(self, checkpoint: Checkpoint) -> Dequantized:
         """What writing tensors as plain numbers changes beside them."""
-        names = [edit.info.name for edit in self.edits if edit.unpacks]
-        return self.storage.unpacked(checkpoint.tensors, names)
+        names = [edit.info.name for edit in self.edits if edit.dequantizes]
+        return self.storage.dequantized(checkpoint.tensors, names)
 
     def stored_as(self, quantized: Quantized) -> EditPlan:
         """The same plan with quantised tensors stored in another way."""
@@ -96,13 +95,15 @@ class EditPlan:
 
     def added_bytes(self, checkpoint: Checkpoint) -> int:
         """By how many bytes the edited checkpoint's tensors outgrow the base's."""
-        unpacked, tensors = self.unpacked(checkpoint), checkpoint.tensors
-        dense = sum(nbytes_of(layout) for layout in unpacked.dense.values())
-        return dense - sum(tensors[name].nbytes for name in (*unpacked.layouts, *unpacked.dropped))
+        dequantized, tensors = self.dequantized(checkpoint), checkpoint.tensors
+        dense = sum(nbytes_of(layout) for layout in dequantized.dense.values())
+        return dense - sum(
+            tensors[name].nbytes for name in (*dequantized.layouts, *dequantized.dropped)
+        )
 
     def largest_bytes(self, checkpoint: Checkpoint) -> int:
         """Bytes of one tensor that baking holds at once, at most: as it was, and as it will be."""
-        dense = self.unpacked(checkpoint).dense
+        dense = self.dequantized(checkpoint).dense
         held = [edit.info.nbytes for edit in self.edits if edit.info.name not in dense]
         held += [checkpoint.tensors[name].nbytes + nbytes_of(new) for name, new in dense.items()]
         return max(held, default=0)

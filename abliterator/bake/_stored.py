@@ -25,7 +25,7 @@ PANEL_ELEMENTS = 1 << 19
 
 # Elements that wait to be rounded once more: that takes many small steps, which are made for all
 # their columns at once.
-WAITING_ELEMENTS = 1 << 18
+DEFERRED_ELEMENTS = 1 << 18
 
 
 @dataclass(frozen=True)
@@ -72,12 +72,12 @@ def edit_stored(
         pairs: Iterator[tuple[Matrix, Matrix]] = ((matrix, matrix) for matrix in sources)
     else:
         if edit.experts is not None and scales is not None:
-            edit.layout.unpack(buffer, scales, out)  # the other experts
+            edit.layout.dequantize(buffer, scales, out)  # the other experts
         targets = edit.stored.matrices(out, edit.layout.dense_axis(axis), experts=edit.experts)
         pairs = zip(sources, targets, strict=True)
     sums = _Sums()
     for source, target in pairs:
-        change = _Change(removal.to(source.compute), edit, settings, target)
+        change = _MatrixEditor(removal.to(source.compute), edit, settings, target)
         for start, stop in source.ranges(PANEL_ELEMENTS):
             change.apply(source, start, stop, sums)
         change.finish(sums)
@@ -110,7 +110,7 @@ class _Sums:
         return StoredEdit(leak, (self.noise / self.size) ** 0.5, (self.nearest / self.size) ** 0.5)
 
 
-class _Waiting(NamedTuple):
+class _DeferredPanel(NamedTuple):
     """The rows of a panel that are to be rounded once more.
 
     Attributes:
@@ -130,7 +130,7 @@ class _Waiting(NamedTuple):
     error: Tensor
 
 
-class _Change:
+class _MatrixEditor:
     """The edit of one stored matrix, applied to its panels."""
 
     def __init__(
@@ -146,7 +146,7 @@ class _Change:
         self._measures = edit.layout.quantized
         compensates = settings.rounding == "compensated"
         self._rows = compensating_rows(removal.read) if compensates else None
-        self._waiting: list[_Waiting] = []
+        self._deferred: list[_DeferredPanel] = []
 
     def apply(self, source: Matrix, start: int, stop: int, sums: _Sums) -> None:
         """Edits and stores columns [H, c] of `source`."""
@@ -178,15 +178,17 @@ class _Change:
             return
         rows, error = self._rows, writes - self._removal.reads(exact)
         units = None if scale is None else scale[rows]
-        self._waiting.append(_Waiting(start, exact[rows], stored[rows], units, writes, error))
-        if sum(panel.exact.numel() for panel in self._waiting) >= WAITING_ELEMENTS:
+        self._deferred.append(
+            _DeferredPanel(start, exact[rows], stored[rows], units, writes, error)
+        )
+        if sum(panel.exact.numel() for panel in self._deferred) >= DEFERRED_ELEMENTS:
             self.finish(sums)
 
     def finish(self, sums: _Sums) -> None:
         """Rounds the rows that compensate once more, of the panels that wait for it."""
         from abliterator.subspace import compensate
 
-        panels, self._waiting = self._waiting, []
+        panels, self._deferred = self._deferred, []
         if self._rows is None or not panels:
             return
         read, rounded = self._removal.read[self._rows], self._target.rounded

@@ -17,14 +17,14 @@ from abliterator.checkpoint import (
     Checkpoint,
     PatchedTensor,
     TensorInfo,
-    carried_files,
+    auxiliary_files,
     edited_config,
+    edited_index,
     patch_file,
-    relaid_index,
-    relay,
+    shard_layout,
 )
 from abliterator.files import copy_file, write_text_atomic
-from abliterator.formats import Unpacked
+from abliterator.formats import Dequantized
 from abliterator.record import TensorEdit
 
 if TYPE_CHECKING:
@@ -72,63 +72,63 @@ def _bake(
     made_from: Mapping[str, str] | None,
     on_bytes: Callable[[int], None] | None,
 ) -> tuple[TensorEdit, ...]:
-    unpacked = plan.unpacked(checkpoint)
+    dequantized = plan.dequantized(checkpoint)
     done: list[TensorEdit] = []
     for file in checkpoint.weight_files:
-        relaid = relay(checkpoint, file, unpacked.dense, unpacked.dropped)
-        rewrite = _Rewrite(checkpoint, plan, basis, unpacked)
+        shard = shard_layout(checkpoint, file, dequantized.dense, dequantized.dropped)
+        editor = _ShardEditor(checkpoint, plan, basis, dequantized)
         patched = patch_file(
             checkpoint.folder / file,
             out / file,
-            [info for info in rewrite.infos if info.file == file],
-            rewrite,
-            relaid=relaid if relaid.changed else None,
+            [info for info in editor.infos if info.file == file],
+            editor,
+            layout=shard if shard.changed else None,
         )
         done += [
-            _report(rewrite.planned[tensor.name], basis, rewrite.found[tensor.name], tensor)
+            _report(editor.planned[tensor.name], basis, editor.found[tensor.name], tensor)
             for tensor in patched.tensors
-            if tensor.name in rewrite.found
+            if tensor.name in editor.found
         ]
         if on_bytes is not None:
             on_bytes(checkpoint.file_bytes[file])
-    index = relaid_index(checkpoint, unpacked.dense, unpacked.dropped)
+    index = edited_index(checkpoint, dequantized.dense, dequantized.dropped)
     if index is not None:
         write_text_atomic(out / INDEX_FILE, index)
-    for file in carried_files(checkpoint.folder)[0]:
+    for file in auxiliary_files(checkpoint.folder)[0]:
         if file != CONFIG_FILE and (file != INDEX_FILE or index is None):
             copy_file(checkpoint.folder / file, out / file)
     write_config(checkpoint, plan, out, made_from)
     return tuple(done)
 
 
-class _Rewrite:
+class _ShardEditor:
     """The edit of every planned tensor, and what is written as plain numbers along with them.
 
     `found` is what was measured of each edited tensor, by its name.
     """
 
     def __init__(
-        self, checkpoint: Checkpoint, plan: EditPlan, basis: Tensor, unpacked: Unpacked
+        self, checkpoint: Checkpoint, plan: EditPlan, basis: Tensor, dequantized: Dequantized
     ) -> None:
         self._checkpoint, self._basis, self._settings = checkpoint, basis, plan.settings
-        self._unpacked = unpacked.layouts
+        self._dequantized = dequantized.layouts
         self.planned = {edit.info.name: edit for edit in plan.edits}
-        names = dict.fromkeys([*self.planned, *self._unpacked])
+        names = dict.fromkeys([*self.planned, *self._dequantized])
         self.infos = [checkpoint.tensors[name] for name in names]
         self.found: dict[str, StoredEdit] = {}
 
     def __call__(self, info: TensorInfo, buffer: memoryview) -> memoryview | None:
         """Edits the bytes of one tensor in place, or returns it as plain numbers."""
-        edit, unpacked = self.planned.get(info.name), self._unpacked.get(info.name)
-        layout = edit.layout if edit is not None else unpacked
+        edit, dequantized = self.planned.get(info.name), self._dequantized.get(info.name)
+        layout = edit.layout if edit is not None else dequantized
         scales = None
         if layout is not None and layout.scales is not None:
             scales = self._checkpoint.read(layout.scales)
-        out = None if unpacked is None else memoryview(bytearray(nbytes_of(unpacked.dense)))
+        out = None if dequantized is None else memoryview(bytearray(nbytes_of(dequantized.dense)))
         if edit is None:
-            if unpacked is None or scales is None or out is None:
+            if dequantized is None or scales is None or out is None:
                 raise ValueError(f"{info.name} is neither edited nor quantised")
-            unpacked.unpack(buffer, scales, out)
+            dequantized.dequantize(buffer, scales, out)
             return out
         removal = removal_of(edit.writer, self._checkpoint, self._basis)
         self.found[info.name] = edit_stored(
@@ -153,7 +153,7 @@ def write_config(
             `subspace_sha256` where there was no recipe.
     """
     entry = {"version": version("abliterator"), **(made_from or {})}
-    text = edited_config(checkpoint.config, entry, changed=plan.unpacked(checkpoint).config)
+    text = edited_config(checkpoint.config, entry, changed=plan.dequantized(checkpoint).config)
     write_text_atomic(out / CONFIG_FILE, text)
 
 
@@ -197,7 +197,7 @@ def _report(
         dtype=edit.info.dtype,
         shape=edit.info.shape,
         storage=edit.layout.kind if edit.layout.quantized else None,
-        unpacked=edit.unpacks,
+        dequantized=edit.dequantizes,
         k=basis.shape[-1],
         subspace="all" if basis.ndim == 2 else "block",
         strength=edit.strength,

@@ -96,12 +96,13 @@ def _experts(edit: EditSummary) -> Iterator[Row]:
 
 
 def _quantized(edits: QuantizedEdits) -> Row:
-    noise, nearest = number(edits.noise, ".1e"), number(edits.noise_nearest, ".1e")
+    stored = "Written as bfloat16" if edits.dequantized else "Kept in this format"
+    measured = edits.max_leak, edits.noise, edits.noise_nearest
+    leak, noise, nearest = (number(value, ".1e") for value in measured)
     return row(
         f"{escape(edits.format)}: {edits.tensors} edited tensors",
         Markdown(
-            f"{'Written as bfloat16' if edits.unpacked else 'Kept in this format'}; leak at most "
-            f"{number(edits.max_leak, '.1e')}, rounding noise {noise} of the weights ({nearest} by "
+            f"{stored}; leak at most {leak}, rounding noise {noise} of the weights ({nearest} by "
             "plain rounding)"
         ),
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from abliterator.checkpoint._carry import carried_files
+from abliterator.checkpoint._auxiliary import auxiliary_files
 from abliterator.checkpoint._folder import Checkpoint
 from abliterator.files import FileHashes, readable
 
@@ -27,7 +27,7 @@ def fingerprint(checkpoint: Checkpoint, *, cache: Path | None = None) -> dict[st
     """
     hashes = FileHashes(cache)
     digests = {}
-    for file in (*checkpoint.weight_files, *carried_files(checkpoint.folder)[0]):
+    for file in (*checkpoint.weight_files, *auxiliary_files(checkpoint.folder)[0]):
         path = checkpoint.folder / file
         with readable(path):
             blob = _blob_name(path)

@@ -1,8 +1,9 @@
 """One weight file written anew with some of its tensors edited, and all else copied as it is.
 
-As a rule an edit keeps dtype and shape, so no offset moves; where tensors change them, a `Relaid`
-says where each tensor goes. Every byte is written once, and memory holds the largest edited tensor
-once. To copy the whole file and then write over the edited tensors would write those twice.
+As a rule an edit keeps dtype and shape, so no offset moves; where tensors change them, a
+`ShardLayout` says where each tensor goes. Every byte is written once, and memory holds the largest
+edited tensor once. To copy the whole file and then write over the edited tensors would write those
+twice.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from abliterator.checkpoint._header import TensorInfo
-from abliterator.checkpoint._relay import Relaid
+from abliterator.checkpoint._shard_layout import ShardLayout
 from abliterator.files import (
     copy_range,
     damaged,
@@ -27,7 +28,7 @@ from abliterator.files import (
     write_fully,
 )
 
-Edit = Callable[[TensorInfo, memoryview], memoryview | None]
+TensorEditor = Callable[[TensorInfo, memoryview], memoryview | None]
 """Changes one tensor's bytes in place, or returns others where the tensor gets another dtype or
 shape. The next tensor gets the same buffer: keep no part of it."""
 
@@ -54,9 +55,9 @@ def patch_file(
     source: Path,
     destination: Path,
     tensors: Iterable[TensorInfo],
-    edit: Edit,
+    edit: TensorEditor,
     *,
-    relaid: Relaid | None = None,
+    layout: ShardLayout | None = None,
 ) -> PatchedFile:
     """Write `source` to `destination` with `edit` applied to the bytes of each of `tensors`.
 
@@ -69,7 +70,7 @@ def patch_file(
         destination: Another file; its folder is made if needed, an older file is replaced.
         tensors: Tensors of this file, from `Checkpoint.tensors`, in any order.
         edit: Changes a writable buffer of `info.nbytes` bytes in place, or returns others.
-        relaid: Header and order of the new file, if they are not the base's.
+        layout: Header and order of the new file, if they are not the base's.
 
     Raises:
         CheckpointError: the source cannot be read or has become shorter since it was opened, or
@@ -81,12 +82,12 @@ def patch_file(
     with open_regular(source) as base, ThreadPoolExecutor(2) as hashing:
         if ordered and ordered[-1].end > base.size:
             raise damaged(source, f"it has become shorter since it was opened: {base.size} bytes")
-        size = base.size if relaid is None else relaid.size
+        size = base.size if layout is None else layout.size
         with replacing(destination, size) as out:
             hashes = []
-            if relaid is not None:
-                write_fully(out, memoryview(relaid.header))
-            for step in _steps(base.size, ordered, relaid):
+            if layout is not None:
+                write_fully(out, memoryview(layout.header))
+            for step in _steps(base.size, ordered, layout):
                 if isinstance(step, _Copy):
                     copy_range(base, out, *step)
                     continue
@@ -117,10 +118,10 @@ class _Copy(NamedTuple):
 
 
 def _steps(
-    size: int, ordered: list[TensorInfo], relaid: Relaid | None
+    size: int, ordered: list[TensorInfo], layout: ShardLayout | None
 ) -> Iterator[_Copy | tuple[TensorInfo, TensorInfo]]:
     """What is written one after the other: ranges of the base, and tensors that are edited."""
-    if relaid is None:
+    if layout is None:
         at = 0
         for info in ordered:
             yield _Copy(at, info.start, at)
@@ -129,7 +130,7 @@ def _steps(
         yield _Copy(at, size, at)
         return
     edited = {info.name for info in ordered}
-    for old, new in relaid.tensors:
+    for old, new in layout.tensors:
         yield (old, new) if old.name in edited else _Copy(old.start, old.end, new.start)
 
 

@@ -27,7 +27,7 @@ from abliterator.formats._numbers import (
     mxfp4_scales,
 )
 from abliterator.formats._refused import REFUSED, refused, require_known_names
-from abliterator.formats._storage import SCHEMES, SETTINGS, Header, Storage, Unpacked, storage_of
+from abliterator.formats._storage import SCHEMES, SETTINGS, Dequantized, Header, Storage, storage_of
 
 __all__ = [
     "DENSE",
@@ -39,6 +39,7 @@ __all__ = [
     "REFUSED",
     "SCHEMES",
     "SETTINGS",
+    "Dequantized",
     "Format",
     "Header",
     "Layout",
@@ -46,7 +47,6 @@ __all__ = [
     "Measured",
     "PlainLayout",
     "Storage",
-    "Unpacked",
     "Way",
     "format_of",
     "measured",

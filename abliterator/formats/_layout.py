@@ -27,7 +27,7 @@ Shape = tuple[int, ...]
 Bytes = memoryview | bytearray
 Experts = tuple[int, ...] | None
 
-UNPACKED_ELEMENTS = 1 << 19  # numbers that are in memory beside the bytes
+DEQUANTIZED_ELEMENTS = 1 << 19  # numbers that are in memory beside the bytes
 
 DENSE = "BF16"
 """What a quantised tensor is written as when it does not keep its layout."""
@@ -100,12 +100,12 @@ class Layout(ABC):
         """Which axis of `dense` is this axis."""
         return axis
 
-    def unpack(self, buffer: Bytes, scales: bytes, out: Bytes) -> None:
+    def dequantize(self, buffer: Bytes, scales: bytes, out: Bytes) -> None:
         """Writes the numbers in the layout `dense` to `out`, each rounded to the nearest."""
         axis = max(0, min(1, len(self.shape) - 2))
         targets = self.dense.matrices(out, self.dense_axis(axis))
         for source, target in zip(self.matrices(buffer, axis, scales), targets, strict=True):
-            for start, stop in source.ranges(UNPACKED_ELEMENTS):
+            for start, stop in source.ranges(DEQUANTIZED_ELEMENTS):
                 target.put(start, target.rounded(source.decoded(start, stop)))
 
     @abstractmethod

@@ -58,7 +58,7 @@ class Scheme:
 
 
 @dataclass(frozen=True)
-class Unpacked:
+class Dequantized:
     """What changes of a checkpoint's headers and config when some tensors lose their scales.
 
     Attributes:
@@ -111,7 +111,7 @@ class Storage:
             raise _misfit(name, header, "config.json has no quantization_config that explains it")
         return PlainLayout(name, format_of(header.dtype, name).name, header.shape)
 
-    def unpacked(self, headers: Headers, names: Collection[str]) -> Unpacked:
+    def dequantized(self, headers: Headers, names: Collection[str]) -> Dequantized:
         """What writing the quantised tensors `names` as plain numbers changes.
 
         Raises:
@@ -125,13 +125,13 @@ class Storage:
         units = {_module(name) for name in names}
         layouts = {name: layout for name, layout in found.items() if _module(name) in units}
         if not layouts:
-            return Unpacked(settings=dict(self.settings) or None)
+            return Dequantized(settings=dict(self.settings) or None)
         dropped = frozenset(
             name for name in headers if name not in layouts and self.owner(name) in layouts
         )
         if len(layouts) == len(found):
-            return Unpacked(layouts, dropped)
-        return Unpacked(layouts, dropped, self._settings_without(units, headers, found))
+            return Dequantized(layouts, dropped)
+        return Dequantized(layouts, dropped, self._settings_without(units, headers, found))
 
     def _settings_without(
         self, units: Collection[str], headers: Headers, found: Mapping[str, Layout]

@@ -8,13 +8,13 @@ the same is asked: the checkpoint's weights up to rounding, and nothing else. Wh
 record, card and recipe must be what it makes of them. The room knows neither how the edit was made
 nor where the folders came from.
 
-    found = verify(base_folder, out / "checkpoint", subspace=out / "work/directions.safetensors")
-    found.ok, found.faults, found.max_leak
+    findings = verify(base_folder, out / "checkpoint", subspace=out / "work/directions.safetensors")
+    findings.ok, findings.faults, findings.max_leak
     verify_adapter(base_folder, out / "checkpoint", out / "adapter").ok
 """
 
 from abliterator.verification._adapter import AdapterVerification, verify_adapter
-from abliterator.verification._beside import recipe_text
+from abliterator.verification._auxiliary import recipe_text
 from abliterator.verification._compare import verify
 from abliterator.verification._findings import (
     BASE_CARD,

@@ -21,9 +21,9 @@ from abliterator.errors import CheckpointError
 from abliterator.files import read_text, sha256_of_file
 from abliterator.formats import FORMATS, Format
 from abliterator.record import RunRecord, TensorEdit
-from abliterator.verification._beside import card_fault
+from abliterator.verification._auxiliary import card_fault
 from abliterator.verification._compare import files_of, leak_meter
-from abliterator.verification._findings import CARD, EDITS, RECORD, read_edits
+from abliterator.verification._findings import CARD, EDITS, RECORD, Findings, read_edits
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -68,10 +68,8 @@ class AdapterVerification:
 
 
 @dataclass
-class _Findings:
-    faults: list[str] = field(default_factory=list)
+class _Findings(Findings):
     apart: list[float] = field(default_factory=list)
-    leaks: list[float] = field(default_factory=list)
 
 
 def verify_adapter(
@@ -93,41 +91,41 @@ def verify_adapter(
         CheckpointError: if base or checkpoint cannot be read, or the edit has no low-rank form.
     """
     opened, edited = Checkpoint.open(base), Checkpoint.open(checkpoint)
-    edits, found = read_edits(checkpoint), _Findings()
+    edits, findings = read_edits(checkpoint), _Findings()
     modules = _modules(opened, edits)
-    _check_config(adapter, checkpoint, edits, modules.values(), found)
-    tensors = _read_tensors(adapter, found)
+    _check_config(adapter, checkpoint, edits, modules.values(), findings)
+    tensors = _read_tensors(adapter, findings)
     wanted = {name for module in modules.values() for name in adapter_tensors(module)}
-    found.faults += [
+    findings.faults += [
         f"{ADAPTER_WEIGHTS} has {name}, which no edit asks for."
         for name in sorted(tensors.keys() - wanted)
     ]
     meter = leak_meter(opened, subspace)
     for edit in edits:
-        factors = _factors(edit, modules[edit.name], tensors, found)
+        factors = _factors(edit, modules[edit.name], tensors, findings)
         if factors is not None:
             reads = None if meter is None else meter.reads(edit.name)
-            _compare(edit, _Weights(opened, edited, factors), reads, found)
-    _check_card(adapter, checkpoint, found)
+            _compare(edit, _Weights(opened, edited, factors), reads, findings)
+    _check_card(adapter, checkpoint, findings)
     ours = {ADAPTER_CONFIG, ADAPTER_WEIGHTS, CARD}
     return AdapterVerification(
-        faults=tuple(found.faults),
+        faults=tuple(findings.faults),
         modules=len(modules),
-        max_apart=max(found.apart, default=None),
-        max_leak=max(found.leaks, default=None),
+        max_apart=max(findings.apart, default=None),
+        max_leak=max(findings.leaks, default=None),
         sha256={name: sha256_of_file(adapter / name) for name in sorted(ours & files_of(adapter))},
         foreign=tuple(sorted(files_of(adapter) - ours)),
     )
 
 
-def _check_card(adapter: Path, checkpoint: Path, found: _Findings) -> None:
+def _check_card(adapter: Path, checkpoint: Path, findings: _Findings) -> None:
     """The card of the adapter against the record of the checkpoint, where there is one."""
     from abliterator.card import render_adapter_card
 
     record = _record_in(checkpoint)
     if record is not None:
         fault = card_fault(adapter, render_adapter_card(record), record)
-        found.faults += [fault] if fault else []
+        findings.faults += [fault] if fault else []
 
 
 def _modules(base: Checkpoint, edits: Iterable[TensorEdit]) -> dict[str, str]:
@@ -148,22 +146,22 @@ def _check_config(
     checkpoint: Path,
     edits: tuple[TensorEdit, ...],
     modules: Iterable[str],
-    found: _Findings,
+    findings: _Findings,
 ) -> None:
     """adapter_config.json against the one text that the edits, and the record's base, allow."""
     path = adapter / ADAPTER_CONFIG
     if not path.is_file():
-        found.faults.append(f"{ADAPTER_CONFIG} is missing.")
+        findings.fault(f"{ADAPTER_CONFIG} is missing.")
         return
     text = path.read_bytes()
     try:
         base, revision = _base_in(checkpoint) or _base_claimed(text)
     except ValueError:
-        found.faults.append(f"{ADAPTER_CONFIG} does not name a base.")
+        findings.fault(f"{ADAPTER_CONFIG} does not name a base.")
         return
     rank = max((edit.k for edit in edits), default=0)
     if text != adapter_config(base, revision, modules=modules, rank=rank).encode():
-        found.faults.append(f"{ADAPTER_CONFIG} is not the one that {EDITS} asks for.")
+        findings.fault(f"{ADAPTER_CONFIG} is not the one that {EDITS} asks for.")
 
 
 def _base_in(checkpoint: Path) -> tuple[str, str | None] | None:
@@ -189,28 +187,28 @@ def _base_claimed(config: bytes) -> tuple[str, str | None]:
     return base, revision
 
 
-def _read_tensors(adapter: Path, found: _Findings) -> dict[str, Tensor]:
+def _read_tensors(adapter: Path, findings: _Findings) -> dict[str, Tensor]:
     """The tensors of the adapter; a fault, and none, if its file holds anything beside them."""
     from safetensors import SafetensorError
     from safetensors.torch import load, save
 
     path = adapter / ADAPTER_WEIGHTS
     if not path.is_file():
-        found.faults.append(f"{ADAPTER_WEIGHTS} is missing.")
+        findings.fault(f"{ADAPTER_WEIGHTS} is missing.")
         return {}
     data = path.read_bytes()
     try:
         tensors: dict[str, Tensor] = load(data)
     except (SafetensorError, ValueError):
-        found.faults.append(f"{ADAPTER_WEIGHTS} is no sound safetensors file.")
+        findings.fault(f"{ADAPTER_WEIGHTS} is no sound safetensors file.")
         return {}
     if save(tensors, metadata=ADAPTER_METADATA) != data:
-        found.faults.append(f"{ADAPTER_WEIGHTS} holds more than its tensors.")
+        findings.fault(f"{ADAPTER_WEIGHTS} holds more than its tensors.")
     return tensors
 
 
 def _factors(
-    edit: TensorEdit, module: str, tensors: Mapping[str, Tensor], found: _Findings
+    edit: TensorEdit, module: str, tensors: Mapping[str, Tensor], findings: _Findings
 ) -> tuple[Tensor, Tensor] | None:
     """A [k, in] and B [out, k] of one edit in float64; a fault, and None, where they do not fit."""
     import torch
@@ -220,7 +218,7 @@ def _factors(
     for name, shape in zip(adapter_tensors(module), ((edit.k, wide), (tall, edit.k)), strict=True):
         tensor = tensors.get(name)
         if tensor is None or tensor.dtype != torch.float32 or tuple(tensor.shape) != shape:
-            found.faults.append(f"{ADAPTER_WEIGHTS} has no {name} of {list(shape)} in float32.")
+            findings.fault(f"{ADAPTER_WEIGHTS} has no {name} of {list(shape)} in float32.")
             return None
         factors.append(tensor.double())
     return factors[0], factors[1]
@@ -243,22 +241,24 @@ class _Sums(NamedTuple):
     reads: float  # |D Q|
 
 
-def _compare(edit: TensorEdit, weights: _Weights, reads: Tensor | None, found: _Findings) -> None:
+def _compare(
+    edit: TensorEdit, weights: _Weights, reads: Tensor | None, findings: _Findings
+) -> None:
     """One module, merged: against the stored bytes, and against its strength."""
     sums = _measured(edit, weights, reads)
     if not sums.apart <= _NOISE * sums.rounding + _FACTORS * sums.factors:  # true of NaN too
-        found.faults.append(
+        findings.fault(
             f"{edit.name}: base and adapter give weights that are {sums.apart:.1e} from the "
             f"checkpoint's; rounding explains {sums.rounding:.1e}."
         )
     if sums.rounding > 0:
-        found.apart.append(sums.apart / sums.rounding)
+        findings.apart.append(sums.apart / sums.rounding)
     if reads is None or sums.wrote == 0:
         return
-    found.leaks.append(sums.writes / sums.wrote)
+    findings.leaks.append(sums.writes / sums.wrote)
     left = abs(1 - edit.strength) * sums.wrote
     if not abs(sums.writes - left) <= _FACTORS * sums.reads * sums.factors:
-        found.faults.append(
+        findings.fault(
             f"{edit.name}: base and adapter have a leak of {sums.writes / sums.wrote:.2e}; its "
             f"strength, {edit.strength:g}, leaves {abs(1 - edit.strength):.2e}."
         )

@@ -72,7 +72,7 @@ class Verification:
 
 @dataclass
 class Findings:
-    """What accumulates while the files are read."""
+    """Faults, sizes, leaks and hashes, accumulated while the files are read."""
 
     faults: list[str] = field(default_factory=list)
     identical_bytes: int = 0
@@ -80,6 +80,10 @@ class Findings:
     leaks: list[float] = field(default_factory=list)
     base_sha256: dict[str, str] = field(default_factory=dict)
     sha256: dict[str, str] = field(default_factory=dict)
+
+    def fault(self, sentence: str) -> None:
+        """Adds what breaks the contract, as one sentence."""
+        self.faults.append(sentence)
 
 
 def read_edits(checkpoint: Path) -> tuple[TensorEdit, ...]:
@@ -101,5 +105,5 @@ def read_edits(checkpoint: Path) -> tuple[TensorEdit, ...]:
         ) from error
 
 
-def told_leak(leak: float | None) -> str:
+def format_leak(leak: float | None) -> str:
     return "none" if leak is None else f"{leak:.2e}"

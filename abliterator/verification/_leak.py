@@ -48,7 +48,7 @@ class LeakMeter:
         after: bytearray,
         experts: tuple[int, ...] | None = None,
         *,
-        unpacked: bool = False,
+        dequantized: bool = False,
     ) -> float | None:
         """|Qᵀ D W'| / |Qᵀ D W|, D the gains that follow; None if W wrote nothing there.
 
@@ -57,7 +57,7 @@ class LeakMeter:
             before: its bytes.
             after: those of the edited one.
             experts: those alone are measured; None for the whole tensor.
-            unpacked: whether the edited one is plain numbers, of a tensor that was quantised.
+            dequantized: whether the edited one is plain numbers, of a tensor that was quantised.
 
         Raises:
             CheckpointError: if the tensor does not write the residual stream, or the subspace is
@@ -66,7 +66,7 @@ class LeakMeter:
         writer, read = self._writer(info.name), self.reads(info.name)
         layout, axis = self._storage.layout(info.name, self._base.tensors), writer.axis
         was = self._squared(before, layout, axis, read, experts)
-        if unpacked:
+        if dequantized:
             layout, axis = layout.dense, layout.dense_axis(axis)
         is_now = self._squared(after, layout, axis, read, experts)
         return (is_now / was) ** 0.5 if was > 0 else None

@@ -60,7 +60,7 @@ _MAX_BYTES = 512 << 20  # of a file that goes along; the largest tokenizers have
 _TAKES_OVER = (ADAPTER_FILE, SINGLE_FILE, INDEX_FILE)
 
 
-def carried_files(folder: Path) -> tuple[list[str], list[str]]:
+def auxiliary_files(folder: Path) -> tuple[list[str], list[str]]:
     """Sort the files beside the weights into those that go along and those that do not.
 
     Returns:
@@ -81,7 +81,7 @@ def carried_files(folder: Path) -> tuple[list[str], list[str]]:
         for file in files:
             if file in weights:
                 continue
-            wanted = keep_index if file == INDEX_FILE else _is_carried(file)
+            wanted = keep_index if file == INDEX_FILE else _is_auxiliary(file)
             wanted = wanted and encodable(file)
             if wanted and (folder / file).is_symlink() and not (folder / file).exists():
                 raise CheckpointError(
@@ -96,7 +96,7 @@ def carried_files(folder: Path) -> tuple[list[str], list[str]]:
     return sorted(carried), _grouped(left_out + closed, kept=[*weights, *carried])
 
 
-def _is_carried(file: str) -> bool:
+def _is_auxiliary(file: str) -> bool:
     name = file.rsplit("/", 1)[-1]
     patterns = _ANY_LEVEL if "/" in file else _TOP_LEVEL + _ANY_LEVEL
     if name.lower().endswith(_WEIGHTS_OR_PICTURES):
@@ -109,7 +109,7 @@ def is_opened_by_loaders(file: str) -> bool:
 
     Weights of other formats are not among them: where there are safetensors, those are taken.
     """
-    return file in _TAKES_OVER or (_is_carried(file) and not is_legal(file))
+    return file in _TAKES_OVER or (_is_auxiliary(file) and not is_legal(file))
 
 
 def is_legal(file: str) -> bool:

@@ -13,7 +13,7 @@ from abliterator.checkpoint._header import DTYPE_BITS, TensorInfo, header_of
 from abliterator.files import open_regular
 
 
-class Told(Protocol):
+class TensorHeader(Protocol):
     """What a header says of one tensor."""
 
     @property
@@ -30,7 +30,7 @@ class Told(Protocol):
 
 
 @dataclass(frozen=True)
-class Relaid:
+class ShardLayout:
     """A weight file as it will be.
 
     Attributes:
@@ -49,9 +49,9 @@ class Relaid:
         return any(old != new for old, new in self.tensors)
 
 
-def relay(
-    base: Checkpoint, file: str, changes: Mapping[str, Told], dropped: Collection[str]
-) -> Relaid:
+def shard_layout(
+    base: Checkpoint, file: str, changes: Mapping[str, TensorHeader], dropped: Collection[str]
+) -> ShardLayout:
     """How one weight file looks when tensors become `changes` and `dropped` are left out.
 
     A file without any of both is as it was, header included. In another one wider numbers come
@@ -73,8 +73,10 @@ def relay(
         header = source.stream.read(end)
     kept = [info for info in infos if info.name not in dropped]
     if len(kept) == len(infos) and not any(info.name in changes for info in infos):
-        return Relaid(header, tuple((info, info) for info in infos), base.file_bytes[file])
-    wanted: list[tuple[TensorInfo, Told]] = [(info, changes.get(info.name, info)) for info in kept]
+        return ShardLayout(header, tuple((info, info) for info in infos), base.file_bytes[file])
+    wanted: list[tuple[TensorInfo, TensorHeader]] = [
+        (info, changes.get(info.name, info)) for info in kept
+    ]
     wanted.sort(key=lambda pair: -DTYPE_BITS.get(pair[1].dtype, 8))
     sizes = [_nbytes(info, new) for info, new in wanted]
     pairs = [(new, size) for (_, new), size in zip(wanted, sizes, strict=True)]
@@ -83,11 +85,11 @@ def relay(
     for (info, new), size in zip(wanted, sizes, strict=True):
         tensors.append((info, TensorInfo(new.name, file, new.dtype, new.shape, at, at + size)))
         at += size
-    return Relaid(header, tuple(tensors), at)
+    return ShardLayout(header, tuple(tensors), at)
 
 
-def relaid_index(
-    base: Checkpoint, changes: Mapping[str, Told], dropped: Collection[str]
+def edited_index(
+    base: Checkpoint, changes: Mapping[str, TensorHeader], dropped: Collection[str]
 ) -> str | None:
     """The text of the index afterwards; None where the base has none, or nothing changes."""
     path = base.folder / INDEX_FILE
@@ -109,7 +111,7 @@ def relaid_index(
     return json.dumps(index, indent=2) + "\n"
 
 
-def _nbytes(info: TensorInfo, new: Told) -> int:
+def _nbytes(info: TensorInfo, new: TensorHeader) -> int:
     if (info.dtype, info.shape) == (new.dtype, new.shape):
         return info.nbytes
     return math.prod(new.shape) * DTYPE_BITS[new.dtype] // 8

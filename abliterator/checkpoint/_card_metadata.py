@@ -41,7 +41,7 @@ def card_metadata(folder: Path) -> dict[str, Any] | None:
     return plain if isinstance(plain, dict) else None
 
 
-def stated_base(metadata: Mapping[str, Any]) -> tuple[str, ...]:
+def declared_base_models(metadata: Mapping[str, Any]) -> tuple[str, ...]:
     """Ids of the models that a card's front matter names as `base_model`."""
     stated = metadata.get("base_model")
     stated = stated if isinstance(stated, list) else [stated]
