@@ -21,14 +21,14 @@ from abliterator.errors import CheckpointError
 from abliterator.files import read_text, sha256_of_file
 from abliterator.formats import FORMATS, Format
 from abliterator.record import RunRecord, TensorEdit
-from abliterator.verification._auxiliary import card_fault
-from abliterator.verification._compare import files_of, leak_meter
-from abliterator.verification._findings import CARD, EDITS, RECORD, Findings, read_edits
+from abliterator.verification._auxiliary import card_faults
+from abliterator.verification._compare import files_of
+from abliterator.verification._findings import CARD, EDITS, RECORD, Findings, Proof, read_edits
+from abliterator.verification._leak import PANEL_ELEMENTS, leak_meter
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-_PANEL_ELEMENTS = 1 << 21  # elements of a tensor that are float64 at once
 # The checkpoint's rounding may be compensated: in wide models that is a few hundredths more noise
 # than rounding to nearest, and 1.7 times as much at 32 numbers a column.
 _NOISE = 2.0
@@ -36,11 +36,10 @@ _FACTORS = 2.0**-22  # of |B| |A|: what float32 leaves of the two factors, with 
 
 
 @dataclass(frozen=True)
-class AdapterVerification:
+class AdapterVerification(Proof):
     """What was found; `ok` if base and adapter give the checkpoint's weights, and nothing else.
 
     Attributes:
-        faults: one sentence each; empty if all holds.
         modules: modules that the adapter changes.
         max_apart: largest distance |W' - (W + B A)| (Frobenius) of a module, as a multiple of what
             rounding W + B A to the stored type gives; None where that rounds nothing.
@@ -49,17 +48,11 @@ class AdapterVerification:
         foreign: files of the folder that do not.
     """
 
-    faults: tuple[str, ...]
     modules: int
     max_apart: float | None
     max_leak: float | None
     sha256: Mapping[str, str]
     foreign: tuple[str, ...]
-
-    @property
-    def ok(self) -> bool:
-        """Whether nothing was found that breaks the contract."""
-        return not self.faults
 
     def to_json(self) -> dict[str, Any]:
         """The findings as plain values."""
@@ -69,6 +62,8 @@ class AdapterVerification:
 
 @dataclass
 class _Findings(Findings):
+    """With distances |W' - (W + B A)| as multiples of what rounding gives."""
+
     apart: list[float] = field(default_factory=list)
 
 
@@ -90,10 +85,12 @@ def verify_adapter(
     Raises:
         CheckpointError: if base or checkpoint cannot be read, or the edit has no low-rank form.
     """
+    from abliterator.card import render_adapter_card
+
     opened, edited = Checkpoint.open(base), Checkpoint.open(checkpoint)
     edits, findings = read_edits(checkpoint), _Findings()
-    modules = _modules(opened, edits)
-    _check_config(adapter, checkpoint, edits, modules.values(), findings)
+    modules, record = _modules(opened, edits), _record_in(checkpoint)
+    _check_config(adapter, record, edits, modules.values(), findings)
     tensors = _read_tensors(adapter, findings)
     wanted = {name for module in modules.values() for name in adapter_tensors(module)}
     findings.faults += [
@@ -106,7 +103,8 @@ def verify_adapter(
         if factors is not None:
             reads = None if meter is None else meter.reads(edit.name)
             _compare(edit, _Weights(opened, edited, factors), reads, findings)
-    _check_card(adapter, checkpoint, findings)
+    if record is not None:
+        findings.faults += card_faults(adapter, render_adapter_card(record), record)
     ours = {ADAPTER_CONFIG, ADAPTER_WEIGHTS, CARD}
     return AdapterVerification(
         faults=tuple(findings.faults),
@@ -116,16 +114,6 @@ def verify_adapter(
         sha256={name: sha256_of_file(adapter / name) for name in sorted(ours & files_of(adapter))},
         foreign=tuple(sorted(files_of(adapter) - ours)),
     )
-
-
-def _check_card(adapter: Path, checkpoint: Path, findings: _Findings) -> None:
-    """The card of the adapter against the record of the checkpoint, where there is one."""
-    from abliterator.card import render_adapter_card
-
-    record = _record_in(checkpoint)
-    if record is not None:
-        fault = card_fault(adapter, render_adapter_card(record), record)
-        findings.faults += [fault] if fault else []
 
 
 def _modules(base: Checkpoint, edits: Iterable[TensorEdit]) -> dict[str, str]:
@@ -143,7 +131,7 @@ def _modules(base: Checkpoint, edits: Iterable[TensorEdit]) -> dict[str, str]:
 
 def _check_config(
     adapter: Path,
-    checkpoint: Path,
+    record: RunRecord | None,
     edits: tuple[TensorEdit, ...],
     modules: Iterable[str],
     findings: _Findings,
@@ -155,19 +143,16 @@ def _check_config(
         return
     text = path.read_bytes()
     try:
-        base, revision = _base_in(checkpoint) or _base_claimed(text)
-    except ValueError:
+        if record is not None:
+            base, revision = record.model.id, record.model.revision
+        else:
+            base, revision = _base_claimed(text)
+    except (ValueError, RecursionError):
         findings.fault(f"{ADAPTER_CONFIG} does not name a base.")
         return
     rank = max((edit.k for edit in edits), default=0)
     if text != adapter_config(base, revision, modules=modules, rank=rank).encode():
         findings.fault(f"{ADAPTER_CONFIG} is not the one that {EDITS} asks for.")
-
-
-def _base_in(checkpoint: Path) -> tuple[str, str | None] | None:
-    """Name and commit of the base that the record of the checkpoint has; None without one."""
-    record = _record_in(checkpoint)
-    return None if record is None else (record.model.id, record.model.revision)
 
 
 def _record_in(checkpoint: Path) -> RunRecord | None:
@@ -177,7 +162,7 @@ def _record_in(checkpoint: Path) -> RunRecord | None:
 
 
 def _base_claimed(config: bytes) -> tuple[str, str | None]:
-    """The same by the adapter's own word."""
+    """Name and commit of the base that adapter_config.json states."""
     claimed = json.loads(config)
     if not isinstance(claimed, dict):
         raise ValueError("not an object")
@@ -274,7 +259,7 @@ def _measured(edit: TensorEdit, weights: _Weights, reads: Tensor | None) -> _Sum
     )
     a, b = weights.factors
     squares = [0.0] * 4
-    for start, end in column_ranges(edit.shape[1], max(1, _PANEL_ELEMENTS // edit.shape[0])):
+    for start, end in column_ranges(edit.shape[1], max(1, PANEL_ELEMENTS // edit.shape[0])):
         weight = before[:, start:end].double()
         merged = weight + b @ a[:, start:end]
         terms = [after[:, start:end].double() - merged, fmt.rounded(merged) - merged]

@@ -100,8 +100,8 @@ def recipe_text(record: RunRecord) -> str:
     return to_yaml(record.recipe)
 
 
-def card_fault(folder: Path, expected: str, record: RunRecord) -> str | None:
-    """What is wrong with the README.md of a folder; None if it is what the record is rendered to.
+def card_faults(folder: Path, expected: str, record: RunRecord) -> list[str]:
+    """What is wrong with the README.md of a folder: one fault, or none.
 
     Where the record states no licence, one that `publish` put into the header is left out of
     account.
@@ -117,27 +117,25 @@ def card_fault(folder: Path, expected: str, record: RunRecord) -> str | None:
     try:
         text = read_text(path)
     except FileError:
-        return f"{CARD} is missing or cannot be read."
-    if text == expected:
-        return None
+        return [f"{CARD} is missing or cannot be read."]
     added = stated_license(text) if record.model.license is None else None
-    if added is not None and text == with_license(expected, added):
-        return None
+    if text == expected or (added is not None and text == with_license(expected, added)):
+        return []
     made, here = record.tool.version, version("abliterator")
     if made == here:
-        return f"{CARD} is not the card that {RECORD} is rendered to: run `abliterator card` again."
-    return (
+        again = "run `abliterator card` again."
+        return [f"{CARD} is not the card that {RECORD} is rendered to: {again}"]
+    return [
         f"{CARD} is not the card that abliterator {here} renders {RECORD} to, which abliterator "
         f"{made} made: run `abliterator card` again with this version, or verify with that one."
-    )
+    ]
 
 
 def _check_texts(checkpoint: Path, record: RunRecord, findings: Findings) -> None:
     """Card and recipe against what the record makes of them."""
     from abliterator.card import render_card
 
-    fault = card_fault(checkpoint, render_card(record), record)
-    findings.faults += [fault] if fault else []
+    findings.faults += card_faults(checkpoint, render_card(record), record)
     try:
         same = read_text(checkpoint / RECIPE) == recipe_text(record)
     except FileError:

@@ -22,7 +22,7 @@ from abliterator.verification._findings import (
     format_leak,
     read_edits,
 )
-from abliterator.verification._leak import LeakMeter
+from abliterator.verification._leak import LeakMeter, leak_meter
 
 _CHUNK = 4 << 20  # bytes compared at once
 # Two measurements of one leak differ by the rounding of the sums behind them.
@@ -50,24 +50,26 @@ def verify(
         CheckpointError: if the base is damaged, or the checkpoint has no readable edits.json. What
             is wrong with the checkpoint's own bytes is a fault, not an error.
     """
-    opened = Checkpoint.open(base)
-    findings = Findings()
+    opened, findings = Checkpoint.open(base), Findings()
     named = _named(read_edits(checkpoint), opened, findings)
-    dequantized = _dequantized(named, opened)
-    measure = _Measure(opened, named, dequantized, leak_meter(opened, subspace))
+    dequantized = storage_of(opened.config).dequantized(
+        opened.tensors, [edit.name for edit in named.values() if edit.dequantized]
+    )
+    meter = leak_meter(opened, subspace)
+    weights = _WeightComparison(opened, checkpoint, named, dequantized, meter, findings)
     for file in opened.weight_files:
-        _compare_weights(opened, file, checkpoint / file, measure, findings)
+        weights.compare(file)
         if on_bytes is not None:
             on_bytes(opened.file_bytes[file])
-    carried = auxiliary_files(base)[0]
-    beside = AuxiliaryFileCheck(opened, checkpoint, dequantized, findings)
-    for file in carried:
-        beside.compare(file)
+    auxiliary = auxiliary_files(base)[0]
+    check = AuxiliaryFileCheck(opened, checkpoint, dequantized, findings)
+    for file in auxiliary:
+        check.compare(file)
     check_record(base, checkpoint, named, findings)
     for file in OURS:
         if (checkpoint / file).is_file():
             findings.sha256[file] = sha256_of_file(checkpoint / file)
-    known = {*opened.weight_files, *carried}
+    known = {*opened.weight_files, *auxiliary}
     return Verification(
         faults=tuple(findings.faults),
         tensors=len(opened.tensors),
@@ -112,65 +114,101 @@ def _named(
     return named
 
 
-def _dequantized(named: Mapping[str, TensorEdit], base: Checkpoint) -> Dequantized:
-    """What follows for the rest of the checkpoint from the edits that left their layout."""
-    names = [edit.name for edit in named.values() if edit.dequantized]
-    return storage_of(base.config).dequantized(base.tensors, names)
+@dataclass(frozen=True)
+class _WeightComparison:
+    """Compares the weight files of a checkpoint with the base's, and adds to `findings`.
 
+    Attributes:
+        base: the base.
+        checkpoint: folder of the edited one.
+        named: what edits.json says, by tensor.
+        dequantized: what follows from it for tensors that lose their scales.
+        meter: measures leaks again; None without a subspace.
+        findings: what is found.
+    """
 
-def leak_meter(base: Checkpoint, subspace: Path | None) -> LeakMeter | None:
-    """The meter of a subspace file; None without one."""
-    if subspace is None:
-        return None
-    from abliterator.directions import load_subspace
+    base: Checkpoint
+    checkpoint: Path
+    named: Mapping[str, TensorEdit]
+    dequantized: Dequantized
+    meter: LeakMeter | None
+    findings: Findings
 
-    return LeakMeter(base, load_subspace(subspace).basis)
+    def compare(self, file: str) -> None:
+        """One weight file, from its header to its last byte."""
+        findings, source, edited = self.findings, self.base.folder / file, self.checkpoint / file
+        shard = shard_layout(self.base, file, self.dequantized.dense, self.dequantized.dropped)
+        if not edited.is_file():
+            findings.fault(f"{file} is missing.")
+            return
+        if (size := edited.stat().st_size) != shard.size:
+            findings.fault(f"{file} has {size} bytes; {shard.size} were expected.")
+            return
+        with source.open("rb") as first, edited.open("rb") as second:
+            pair = _Pair(first, second)
+            if not pair.has(shard.header):
+                whose = "what the edit makes of the base's" if shard.changed else "the base's"
+                findings.fault(f"{file}: the header differs from {whose}.")
+            for info, new in shard.tensors:
+                if info.name in self.named:
+                    self._compare_edited(pair, info, new)
+                elif info.name in self.dequantized.layouts:
+                    expected = self._numbers(info, new, pair.base(info.start, info.nbytes))
+                    if pair.edited(new.nbytes) != expected:
+                        findings.fault(f"{file}: {new.name} is not what the base's numbers are.")
+                elif not pair.same(info):
+                    findings.fault(
+                        f"{file}: {info.name} differs from the base's, and {EDITS} does not name "
+                        "it."
+                    )
+        findings.identical_bytes += pair.identical
+        findings.base_sha256[file] = (
+            sha256_of_file(source) if shard.changed else pair.first.hexdigest()
+        )
+        findings.sha256[file] = pair.second.hexdigest()
 
+    def _numbers(self, info: TensorInfo, new: TensorInfo, stored: bytearray) -> bytearray:
+        """Bytes of a quantised tensor of the base as plain numbers, in the layout of `new`."""
+        layout, numbers = self.dequantized.layouts[info.name], bytearray(new.nbytes)
+        layout.dequantize(stored, self.base.read(layout.scales or info.name), numbers)
+        return numbers
 
-def _compare_weights(
-    base: Checkpoint,
-    file: str,
-    edited: Path,
-    measure: _Measure,
-    findings: Findings,
-) -> None:
-    """One weight file against the base's, from its header to its last byte."""
-    dequantized = measure.dequantized
-    shard = shard_layout(base, file, dequantized.dense, dequantized.dropped)
-    if not _has_size(edited, file, shard.size, findings):
-        return
-    source = base.folder / file
-    with source.open("rb") as first, edited.open("rb") as second:
-        pair = _Pair(first, second)
-        if not pair.has(shard.header):
-            whose = "what the edit makes of the base's" if shard.changed else "the base's"
-            findings.fault(f"{file}: the header differs from {whose}.")
-        for info, new in shard.tensors:
-            if info.name in measure.named:
-                measure.edited(pair, info, new, findings)
-            elif info.name in dequantized.layouts:
-                measure.decoded(pair, info, new, findings)
-            elif not pair.same(info):
+    def _compare_edited(self, pair: _Pair, info: TensorInfo, new: TensorInfo) -> None:
+        """One edited tensor: its hashes on both sides, and its leak."""
+        edit, findings = self.named[info.name], self.findings
+        if edit.dequantized != (info.name in self.dequantized.layouts):
+            findings.fault(
+                f"{EDITS} says that {info.name} is still quantised, and of others of its module "
+                "that they are not."
+            )
+            return
+        before, after = pair.base(info.start, info.nbytes), pair.edited(new.nbytes)
+        findings.edited_bytes += new.nbytes
+        if edit.experts is not None:
+            others = self._numbers(info, new, before) if edit.dequantized else before
+            _compare_other_experts(info, edit, (others, after), findings)
+        for side, data, claimed in (
+            ("base", before, edit.sha256_before),
+            ("edited", after, edit.sha256_after),
+        ):
+            if sha256_of_bytes(data) != claimed:
                 findings.fault(
-                    f"{file}: {info.name} differs from the base's, and {EDITS} does not name it."
+                    f"{info.file}: the {side} bytes of {info.name} are not those that {EDITS} "
+                    f"has the hash of."
                 )
-    findings.identical_bytes += pair.identical
-    findings.base_sha256[file] = sha256_of_file(source) if shard.changed else pair.first.hexdigest()
-    findings.sha256[file] = pair.second.hexdigest()
-
-
-def _has_size(path: Path, file: str, size: int, findings: Findings) -> bool:
-    if not path.is_file():
-        findings.fault(f"{file} is missing.")
-    elif path.stat().st_size != size:
-        findings.fault(f"{file} has {path.stat().st_size} bytes; {size} were expected.")
-    else:
-        return True
-    return False
+        if self.meter is None:
+            return
+        leak = self.meter.leak(info, before, after, edit.experts, dequantized=edit.dequantized)
+        findings.leaks += [] if leak is None else [leak]
+        if not _agree(leak, edit.leak):
+            findings.fault(
+                f"{info.file}: {info.name} has a leak of {format_leak(leak)}, measured again; "
+                f"{EDITS} says {format_leak(edit.leak)}."
+            )
 
 
 class _Pair:
-    """The same file of base and checkpoint, hashed on the way.
+    """The same file of base and checkpoint, hashed while both are read.
 
     The checkpoint's is read from its first byte to its last, and so is the base's unless its
     tensors lie elsewhere; then `first` is of no use.
@@ -221,63 +259,6 @@ def _read(stream: BinaryIO, size: int) -> bytearray:
     return part
 
 
-@dataclass(frozen=True)
-class _Measure:
-    """What edits.json says, what follows from it, and the subspace for measuring again."""
-
-    base: Checkpoint
-    named: Mapping[str, TensorEdit]
-    dequantized: Dequantized
-    meter: LeakMeter | None
-
-    def decoded(self, pair: _Pair, info: TensorInfo, new: TensorInfo, findings: Findings) -> None:
-        """One tensor that is a plain number's worth of the base's, and nothing else."""
-        expected = self._dequantized(info, new, pair.base(info.start, info.nbytes))
-        if pair.edited(new.nbytes) != expected:
-            findings.fault(f"{info.file}: {new.name} is not what the base's numbers are.")
-
-    def _dequantized(self, info: TensorInfo, new: TensorInfo, stored: bytearray) -> bytearray:
-        layout = self.dequantized.layouts[info.name]
-        numbers = bytearray(new.nbytes)
-        layout.dequantize(stored, self.base.read(layout.scales or info.name), numbers)
-        return numbers
-
-    def edited(self, pair: _Pair, info: TensorInfo, new: TensorInfo, findings: Findings) -> None:
-        """One edited tensor: its hashes on both sides, and its leak."""
-        edit = self.named[info.name]
-        if edit.dequantized != (info.name in self.dequantized.layouts):
-            findings.fault(
-                f"{EDITS} says that {info.name} is still quantised, and of others of its module "
-                "that they are not."
-            )
-            return
-        before, after = pair.base(info.start, info.nbytes), pair.edited(new.nbytes)
-        findings.edited_bytes += new.nbytes
-        if edit.experts is not None:
-            others = before
-            if edit.dequantized:
-                others = self._dequantized(info, new, before)
-            _compare_other_experts(info, edit, (others, after), findings)
-        for side, data, said in (
-            ("base", before, edit.sha256_before),
-            ("edited", after, edit.sha256_after),
-        ):
-            if sha256_of_bytes(data) != said:
-                findings.fault(
-                    f"{info.file}: the {side} bytes of {info.name} are not those that {EDITS} "
-                    f"has the hash of."
-                )
-        if self.meter is None:
-            return
-        leak = self.meter.leak(info, before, after, edit.experts, dequantized=edit.dequantized)
-        findings.leaks += [] if leak is None else [leak]
-        if not _agree(leak, edit.leak):
-            findings.fault(
-                f"{info.file}: {info.name} has a leak of {format_leak(leak)}, measured again; "
-                f"{EDITS} says {format_leak(edit.leak)}."
-            )
-
-
 def _compare_other_experts(
     info: TensorInfo, edit: TensorEdit, sides: tuple[bytearray, bytearray], findings: Findings
 ) -> None:
@@ -295,10 +276,10 @@ def _compare_other_experts(
             )
 
 
-def _agree(leak: float | None, said: float | None) -> bool:
-    if leak is None or said is None:
-        return leak is said
-    return abs(leak - said) <= max(_NO_LEAK, _SAME_LEAK * said)
+def _agree(leak: float | None, claimed: float | None) -> bool:
+    if leak is None or claimed is None:
+        return leak is claimed
+    return abs(leak - claimed) <= max(_NO_LEAK, _SAME_LEAK * claimed)
 
 
 def files_of(folder: Path) -> set[str]:

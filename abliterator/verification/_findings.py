@@ -24,11 +24,26 @@ BASE_CARD = "base README.md"
 
 
 @dataclass(frozen=True)
-class Verification:
-    """What was found; `ok` if the checkpoint is its base with the edits of edits.json.
+class Proof:
+    """Whether the contract holds, and what breaks it.
 
     Attributes:
         faults: one sentence each; empty if all holds.
+    """
+
+    faults: tuple[str, ...]
+
+    @property
+    def ok(self) -> bool:
+        """Whether nothing was found that breaks the contract."""
+        return not self.faults
+
+
+@dataclass(frozen=True)
+class Verification(Proof):
+    """What was found; `ok` if the checkpoint is its base with the edits of edits.json.
+
+    Attributes:
         tensors: tensors of the base.
         edited: tensors that edits.json names.
         identical_bytes: bytes, headers and files beside the weights included, equal to the base's.
@@ -40,7 +55,6 @@ class Verification:
         foreign: files of the checkpoint folder that neither the base nor abliterator put there.
     """
 
-    faults: tuple[str, ...]
     tensors: int
     edited: int
     identical_bytes: int
@@ -49,11 +63,6 @@ class Verification:
     base_sha256: Mapping[str, str]
     sha256: Mapping[str, str]
     foreign: tuple[str, ...]
-
-    @property
-    def ok(self) -> bool:
-        """Whether nothing was found that breaks the contract."""
-        return not self.faults
 
     def to_json(self) -> dict[str, Any]:
         """The findings as plain values."""
