@@ -1,8 +1,8 @@
-"""Directions into a checkpoint: the edit planned, previewed at run time, written into the files.
+"""The edit of a checkpoint: planned, previewed at run time, written into files or an adapter.
 
-`bake` edits files, not a model in memory: untouched byte ranges are streamed, and each writer of
-the residual stream is read, edited in column panels, and written at its old place. The room does
-not know how directions were found.
+`bake` edits files, not a model in memory: untouched byte ranges are streamed, and each writer (a
+matrix that adds to the residual stream) is read, edited in column panels, and written at its old
+place. How directions were found is not known here. The formula is `subspace.Removal`'s.
 
     plan = plan_edits(checkpoint, anatomy, EditSettings())
     with preview_edit(loaded, plan, basis): ...          # the same edit without writing weights

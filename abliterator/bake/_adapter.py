@@ -1,4 +1,4 @@
-"""The same edit as a low-rank adapter (LoRA) in PEFT's format, beside an untouched base."""
+"""The edit as a low-rank adapter (LoRA) in PEFT's format, beside an untouched base."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 def require_adapter_form(plan: EditPlan) -> None:
-    """Stops at an edit that adds no product of two thin matrices to a linear module's weight.
+    """Checks that every edit adds a product of two thin matrices to a linear module's weight.
 
     Raises:
         RecipeError: for `norm: column`, embeddings and biases, which the recipe can leave out.

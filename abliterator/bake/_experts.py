@@ -1,4 +1,4 @@
-"""Which routed experts are edited, where not all of them are."""
+"""The routed experts that are edited, where not all of them are."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ def experts_of_blocks(
         raise RecipeError(
             "`edit.experts` chooses among routed experts, and the model has none. Leave it out."
         )
-    asked = chosen if isinstance(chosen, Mapping) else dict.fromkeys(counts, chosen)
-    found: dict[int, Indices | None] = {}
-    for block, experts in asked.items():
+    by_block = chosen if isinstance(chosen, Mapping) else dict.fromkeys(counts, chosen)
+    selected: dict[int, Indices | None] = {}
+    for block, experts in by_block.items():
         if block not in counts:
             raise RecipeError(
                 f"`edit.experts` names block {block}, which has no routed experts; blocks "
@@ -47,8 +47,8 @@ def experts_of_blocks(
                 f"`edit.experts` names expert {beyond[0]} of block {block}, which has "
                 f"{counts[block]}: 0 to {counts[block] - 1}."
             )
-        found[block] = experts if experts is None else tuple(sorted(experts))
-    return found
+        selected[block] = experts if experts is None else tuple(sorted(experts))
+    return selected
 
 
 def share_edited(writer: Writer, chosen: Mapping[int, Indices | None] | None) -> Indices | None:

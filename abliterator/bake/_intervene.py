@@ -1,4 +1,4 @@
-"""The intervention on the stream itself, which no edit of weights equals."""
+"""The intervention on the residual stream, which no edit of weights equals."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 def intervene(
     loaded: LoadedModel, blocks: Sequence[str], basis: Tensor, alpha: float
 ) -> Iterator[None]:
-    """At run time, on the output of every block: h <- h - alpha Q Qᵀ h.
+    """Removes Q from the output of every block at run time: h <- h - alpha Q Qᵀ h.
 
     What tokens and other blocks wrote is removed too, but within a block the MLP still reads what
     attention just wrote; an edit of the writers (`preview_edit`) does neither.

@@ -1,4 +1,4 @@
-"""Which tensors will be edited, told from headers alone."""
+"""The tensors that will be edited, and how strongly, planned from headers alone."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Quantized = Literal["auto", "keep", "dequantize"]
 
 @dataclass(frozen=True)
 class EditSettings:
-    """How writers are edited; the fields mean what they mean in a recipe's `edit`.
+    """How writers are edited: the fields of a recipe's `edit`.
 
     The strength of a component is one number, or one for every block of the model.
     A component without a strength of its own has that of "attention" if it mixes tokens, else that
@@ -70,7 +70,7 @@ class PlannedEdit:
 
 @dataclass(frozen=True)
 class EditPlan:
-    """Every tensor that will be edited, in no order that matters; nothing else is touched.
+    """Every tensor that will be edited, in any order; no other tensor is.
 
     `writers` are all that the checkpoint has, edited or not.
     """
@@ -83,7 +83,7 @@ class EditPlan:
     storage: Storage = field(default_factory=Storage)
 
     def dequantized(self, checkpoint: Checkpoint) -> Dequantized:
-        """What writing tensors as plain numbers changes beside them."""
+        """What changes beside the tensors that are written as plain numbers."""
         names = [edit.info.name for edit in self.edits if edit.dequantizes]
         return self.storage.dequantized(checkpoint.tensors, names)
 
@@ -129,7 +129,7 @@ class EditPlan:
 
 
 def plan_edits(checkpoint: Checkpoint, anatomy: Anatomy, settings: EditSettings) -> EditPlan:
-    """Which tensors will be edited, from headers alone; loads no weights and no torch.
+    """Plans the edit of a checkpoint from its headers; loads no weights and no torch.
 
     Raises:
         RecipeError: for strengths by block that are not one for every block, and for experts that
@@ -147,8 +147,9 @@ def plan_edits(checkpoint: Checkpoint, anatomy: Anatomy, settings: EditSettings)
                 f"{len(strength)} strengths are given for `{component}`, and the model has "
                 f"{anatomy.n_layers} blocks. Give one for every block, or one number."
             )
-    asked = settings.experts
-    chosen = experts_of_blocks(writers, checkpoint.shapes, asked) if asked is not None else None
+    chosen = None
+    if settings.experts is not None:
+        chosen = experts_of_blocks(writers, checkpoint.shapes, settings.experts)
     edits = []
     for writer in writers:
         strength = _strength_of(writer, settings)
@@ -172,7 +173,7 @@ def plan_edits(checkpoint: Checkpoint, anatomy: Anatomy, settings: EditSettings)
 
 
 def require_fit(basis: Tensor, plan: EditPlan) -> None:
-    """Stops at a subspace that is not one for the planned model.
+    """Checks that a subspace fits the planned model.
 
     Args:
         basis: Q [H, k], or [L, H, k] with one a block.
@@ -233,12 +234,12 @@ def nbytes_of(layout: Layout) -> int:
 
 
 def _stored(layout: Layout, quantized: Quantized) -> Layout:
-    way = preferred(layout.kind) if quantized == "auto" else quantized
-    return layout.dense if layout.quantized and way == "dequantize" else layout
+    method = preferred(layout.kind) if quantized == "auto" else quantized
+    return layout.dense if layout.quantized and method == "dequantize" else layout
 
 
 def _require_plain(info: TensorInfo) -> None:
-    """Stops at a gain that is stored in a form which would need scales."""
+    """Checks that a norm's gain is stored without scales."""
     if info.dtype not in FORMATS:
         raise UnsupportedModel(
             f"Tensor {info.name}, on which an edit depends, is stored as {info.dtype}; expected "

@@ -1,4 +1,4 @@
-"""The edit at run time, without writing weights."""
+"""The edit as hooks on a loaded model, without writing weights."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def preview_edit(
     basis: Tensor,
     strengths: Mapping[str, float | Tensor] | None = None,
 ) -> Iterator[None]:
-    """The edit at run time, on the output of every planned writer: h <- h - s Q Qᵀ h.
+    """Edits the output of every planned writer at run time: h <- h - s Q Qᵀ h.
 
     Where a norm's gain follows the writer, it is the operator of the baked weights that is applied
     (`subspace.Removal`). Equal to the baked weights up to rounding, biases included.
@@ -65,7 +65,7 @@ def preview_edit(
 
 @contextmanager
 def preview_edits(loaded: LoadedModel, plan: EditPlan, bases: Sequence[Tensor]) -> Iterator[Choose]:
-    """Several edits at once: each row of a batch runs under its own, as `preview_edit` would.
+    """Runs each row of a batch under its own edit, as `preview_edit` would.
 
     Args:
         loaded: the base.
@@ -132,12 +132,12 @@ def _stacked(removals: Sequence[Removal]) -> Removal:
 
 
 def _require_rows(plan: EditPlan) -> None:
-    """Stops where a writer's output does not tell which row of the batch a token is from."""
-    found: dict[int, set[str]] = {}
+    """Checks that every writer's output tells which row of the batch a token is from."""
+    modules_of: dict[int, set[str]] = {}
     for edit in plan.edits:
         if edit.writer.component == "expert":
-            found.setdefault(edit.writer.layer, set()).add(edit.writer.module)
-    several = next((modules for modules in found.values() if len(modules) > 1), None)
+            modules_of.setdefault(edit.writer.layer, set()).add(edit.writer.module)
+    several = next((modules for modules in modules_of.values() if len(modules) > 1), None)
     if several is not None:
         raise UnsupportedModel(
             f"Experts are modules of their own here ({min(several)}), so several edits cannot "
@@ -230,11 +230,7 @@ def _run_some(
 
 
 def _takes(
-    loaded: LoadedModel,
-    edit: PlannedEdit,
-    plan: EditPlan,
-    remove: Remove,
-    strength: float | Tensor,
+    loaded: LoadedModel, edit: PlannedEdit, plan: EditPlan, remove: Remove, strength: float | Tensor
 ) -> Take:
     """What the edit takes of a write, in float32 at least."""
     module = loaded.model.get_submodule(edit.writer.module)

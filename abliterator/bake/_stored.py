@@ -30,7 +30,7 @@ DEFERRED_ELEMENTS = 1 << 18
 
 @dataclass(frozen=True)
 class StoredEdit:
-    """What was measured on the stored bytes of one tensor.
+    """Leak and rounding noise of one tensor, measured on its stored bytes.
 
     Attributes:
         leak: |Bᵀ W'| / |Bᵀ W| (B = D Q, D the gains, or Q where there are none), or None if W wrote
@@ -53,7 +53,7 @@ def edit_stored(
     scales: bytes | None = None,
     out: memoryview | None = None,
 ) -> StoredEdit:
-    """Edits the stored bytes of one tensor.
+    """Edits the stored bytes of one tensor, and measures what is left.
 
     Args:
         buffer: all bytes of the tensor.
@@ -85,7 +85,7 @@ def edit_stored(
 
 
 def read_vector(checkpoint: Checkpoint, name: str) -> Tensor:
-    """A small tensor of the checkpoint in float64: a gain."""
+    """A one-dimensional tensor of the checkpoint (a norm's gain) in float64."""
     import torch
 
     info = checkpoint.tensors[name]
@@ -95,7 +95,7 @@ def read_vector(checkpoint: Checkpoint, name: str) -> Tensor:
 
 @dataclass
 class _Sums:
-    """Squares, summed over the panels of one tensor."""
+    """Squared norms (Frobenius), summed over the panels of one tensor."""
 
     wrote: float = 0.0
     writes: float = 0.0
@@ -111,7 +111,7 @@ class _Sums:
 
 
 class _DeferredPanel(NamedTuple):
-    """The rows of a panel that are to be rounded once more.
+    """The rows of a panel whose compensated rounding is deferred to a larger batch of columns.
 
     Attributes:
         start: its first column.
@@ -131,7 +131,7 @@ class _DeferredPanel(NamedTuple):
 
 
 class _MatrixEditor:
-    """The edit of one stored matrix, applied to its panels."""
+    """Edits one stored matrix, panel by panel."""
 
     def __init__(
         self, removal: Removal, edit: PlannedEdit, settings: EditSettings, target: Matrix
@@ -149,7 +149,7 @@ class _MatrixEditor:
         self._deferred: list[_DeferredPanel] = []
 
     def apply(self, source: Matrix, start: int, stop: int, sums: _Sums) -> None:
-        """Edits and stores columns [H, c] of `source`."""
+        """Edits and stores columns `start` to `stop` of `source`, rounded to nearest."""
         from abliterator.subspace import keep_column_norms
 
         exact, scale = source.get(start, stop)
@@ -185,7 +185,7 @@ class _MatrixEditor:
             self.finish(sums)
 
     def finish(self, sums: _Sums) -> None:
-        """Rounds the rows that compensate once more, of the panels that wait for it."""
+        """Rounds the rows of the deferred panels again, so that they compensate the error."""
         from abliterator.subspace import compensate
 
         panels, self._deferred = self._deferred, []

@@ -1,8 +1,8 @@
-"""Which files beside the weights go along with an edited checkpoint, and which stay behind.
+"""Auxiliary files: those beside the weights that belong to an edited checkpoint too.
 
-A file is carried for one of two reasons: a loader may open it, or its licence says it must stay
-with the model. Everything else (the base's README and scores, other formats of the same weights,
-what nobody knows) stays.
+A file is copied for one of two reasons: a loader may open it, or its licence says it must stay with
+the model. Everything else (the base's README and scores, other formats of the same weights, unknown
+files) is left out.
 """
 
 from __future__ import annotations
@@ -55,26 +55,26 @@ _WEIGHTS_OR_PICTURES = (
     *(".safetensors", ".bin", ".pt", ".pth", ".gguf", ".onnx", ".h5", ".msgpack"),
     *(".png", ".jpg", ".jpeg", ".gif", ".svg", ".webp"),
 )
-_MAX_BYTES = 512 << 20  # of a file that goes along; the largest tokenizers have a tenth
+_MAX_BYTES = 512 << 20  # of an auxiliary file; the largest tokenizers have a tenth
 # Of these a loader takes the first that is there: one of another model would take over.
 _TAKES_OVER = (ADAPTER_FILE, SINGLE_FILE, INDEX_FILE)
 
 
 def auxiliary_files(folder: Path) -> tuple[list[str], list[str]]:
-    """Sort the files beside the weights into those that go along and those that do not.
+    """Sorts the files beside the weights into auxiliary files and those that are left out.
 
     Returns:
-        (carried, left_out): paths relative to the folder, sorted. A folder of which nothing is
-        carried stands as one entry that ends in "/". Each file of the folder is in one of the two,
-        or is a weight file of the checkpoint.
+        (auxiliary, left_out): paths relative to the folder, sorted. A folder without any auxiliary
+        file is one entry that ends in "/". Each file of the folder is in one of the two, or is a
+        weight file of the checkpoint.
 
     Raises:
-        CheckpointError: the folder cannot be read, has no safetensors, or a carried file is a
+        CheckpointError: the folder cannot be read, has no safetensors, or an auxiliary file is a
             broken link.
     """
     weights = locate_weights(folder)
     keep_index = list(weights.values()) != [None]
-    carried: list[str] = []
+    auxiliary: list[str] = []
     left_out: list[str] = []
     with readable(folder):
         files, closed = _walk(folder)
@@ -92,8 +92,8 @@ def auxiliary_files(folder: Path) -> tuple[list[str], list[str]]:
             wanted = wanted and (folder / file).is_file()
             if wanted and (size := (folder / file).stat().st_size) > _MAX_BYTES:
                 raise too_large(Path(f"{folder}{os.sep}{shown(file)}"), size, _MAX_BYTES)
-            (carried if wanted else left_out).append(file)
-    return sorted(carried), _grouped(left_out + closed, kept=[*weights, *carried])
+            (auxiliary if wanted else left_out).append(file)
+    return sorted(auxiliary), _grouped(left_out + closed, kept=[*weights, *auxiliary])
 
 
 def _is_auxiliary(file: str) -> bool:

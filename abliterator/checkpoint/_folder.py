@@ -1,4 +1,4 @@
-"""A checkpoint folder, opened: which files hold its weights, and every tensor in them."""
+"""A checkpoint folder: the files that hold its weights, and every tensor in them."""
 
 from __future__ import annotations
 
@@ -201,17 +201,17 @@ def _plain_path(file: str) -> bool:
 
 
 def _check_against_index(
-    folder: Path, file: str, found: set[str], expected: frozenset[str], config: dict[str, Any]
+    folder: Path, file: str, present: set[str], expected: frozenset[str], config: dict[str, Any]
 ) -> None:
     index = folder / INDEX_FILE
-    missing = sorted(name for name in expected - found if not _is_tied_head(name, config))
+    missing = sorted(name for name in expected - present if not _is_tied_head(name, config))
     if missing:
         raise damaged(
             index,
             f"it says that {file} holds {shown(missing[0])}, which is not in it ({len(missing)} "
             "such tensors)",
         )
-    if extra := sorted(found - expected):
+    if extra := sorted(present - expected):
         raise damaged(
             index,
             f"it does not name {shown(extra[0])}, which is in {file} ({len(extra)} such tensors)",
@@ -224,7 +224,7 @@ def _is_tied_head(name: str, config: dict[str, Any]) -> bool:
         return False
     try:
         return anatomy_of(config).tied_embeddings
-    except AbliteratorError:  # which the plan will tell in its own words
+    except AbliteratorError:  # the plan reports it
         return False
 
 

@@ -1,4 +1,4 @@
-"""One weight file written anew with some of its tensors edited, and all else copied as it is.
+"""Writes a weight file with some of its tensors edited and every other byte copied.
 
 As a rule an edit keeps dtype and shape, so no offset moves; where tensors change them, a
 `ShardLayout` says where each tensor goes. Every byte is written once, and memory holds the largest
@@ -35,7 +35,7 @@ shape. The next tensor gets the same buffer: keep no part of it."""
 
 @dataclass(frozen=True)
 class PatchedTensor:
-    """One tensor that was handed to the edit, with the SHA-256 (hex) of its bytes on each side."""
+    """An edited tensor, with the SHA-256 (hex) of its bytes before and after."""
 
     name: str
     sha256_before: str
@@ -120,7 +120,7 @@ class _Copy(NamedTuple):
 def _steps(
     size: int, ordered: list[TensorInfo], layout: ShardLayout | None
 ) -> Iterator[_Copy | tuple[TensorInfo, TensorInfo]]:
-    """What is written one after the other: ranges of the base, and tensors that are edited."""
+    """What is written, in the order of the bytes: ranges of the base, and edited tensors."""
     if layout is None:
         at = 0
         for info in ordered:

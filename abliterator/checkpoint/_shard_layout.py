@@ -1,4 +1,4 @@
-"""The headers and the index of a checkpoint some of whose tensors change name, dtype or shape."""
+"""Headers and index of a checkpoint some of whose tensors change name, dtype or shape."""
 
 from __future__ import annotations
 
@@ -11,31 +11,24 @@ from typing import Protocol
 from abliterator.checkpoint._folder import INDEX_FILE, Checkpoint, read_json
 from abliterator.checkpoint._header import DTYPE_BITS, TensorInfo, header_of
 from abliterator.files import open_regular
+from abliterator.formats import Header
 
 
-class TensorHeader(Protocol):
-    """What a header says of one tensor."""
+class TensorHeader(Header, Protocol):
+    """A tensor's entry in a header, with its name."""
 
     @property
     def name(self) -> str:
         """Of the tensor."""
 
-    @property
-    def dtype(self) -> str:
-        """Safetensors' name of the format."""
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Lengths of the axes."""
-
 
 @dataclass(frozen=True)
 class ShardLayout:
-    """A weight file as it will be.
+    """Header and tensor positions of one weight file after an edit.
 
     Attributes:
-        header: its first bytes, up to the first tensor.
-        tensors: in the order of their bytes, each after the tensor of the base that it is made of.
+        header: first bytes of the file, up to the first tensor.
+        tensors: pairs (tensor of the base, tensor in this file), in the order of their bytes.
         size: of the file, in bytes.
     """
 
@@ -45,24 +38,24 @@ class ShardLayout:
 
     @property
     def changed(self) -> bool:
-        """Whether a tensor lies elsewhere than in the base."""
+        """Whether a tensor differs from the base's in name, dtype, shape or position."""
         return any(old != new for old, new in self.tensors)
 
 
 def shard_layout(
     base: Checkpoint, file: str, changes: Mapping[str, TensorHeader], dropped: Collection[str]
 ) -> ShardLayout:
-    """How one weight file looks when tensors become `changes` and `dropped` are left out.
+    """The layout of one weight file after tensors were changed and left out.
 
-    A file without any of both is as it was, header included. In another one wider numbers come
-    first, as the reference implementation writes them, so that every tensor stays aligned; else the
-    order is the base's.
+    A file with neither keeps the base's header. In any other, wider numbers come first, as the
+    reference implementation writes them, so that every tensor stays aligned; else the order is the
+    base's.
 
     Args:
         base: the checkpoint.
         file: one of its weight files.
-        changes: what tensors become, by the base's name.
-        dropped: names of tensors.
+        changes: new name, dtype and shape of tensors, by the base's name.
+        dropped: names of tensors that are left out.
 
     Raises:
         CheckpointError: the file cannot be read.
@@ -91,7 +84,7 @@ def shard_layout(
 def edited_index(
     base: Checkpoint, changes: Mapping[str, TensorHeader], dropped: Collection[str]
 ) -> str | None:
-    """The text of the index afterwards; None where the base has none, or nothing changes."""
+    """The text of the edited checkpoint's index; None if the base has none or nothing changes."""
     path = base.folder / INDEX_FILE
     if not (changes or dropped) or not path.is_file():
         return None

@@ -1,4 +1,4 @@
-"""What is removed from a writer, also through the gains of a norm that follows it."""
+"""The edit of a weight that writes the residual stream, also through a norm's gains after it."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def ablate(panel: Tensor, basis: Tensor, strength: float) -> Tensor:
 
 
 def removal_of_basis(basis: Tensor, gain: Tensor | None = None) -> Removal:
-    """How Q is removed from a write that a norm's gain multiplies before it is added.
+    """The removal of Q from a weight whose output a norm's gain multiplies before it is added.
 
     What reaches the stream is D f(W x + b) with D = diag(gain), f a positive scalar. A = S D Q
     (Qᵀ D S D Q)⁻¹ and B = D Q leave none of Q in it, for any positive diagonal S; S = 1 / ((g /

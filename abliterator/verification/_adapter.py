@@ -1,4 +1,4 @@
-"""An adapter against the checkpoint whose edit it is: the same weights, and nothing else."""
+"""Compares an adapter, merged into its base, with the checkpoint of the same edit."""
 
 from __future__ import annotations
 

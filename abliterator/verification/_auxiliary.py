@@ -1,4 +1,4 @@
-"""The files of a checkpoint beside its weights, against the base's."""
+"""Compares the files beside the weights with the base's, and with what the record allows."""
 
 from __future__ import annotations
 

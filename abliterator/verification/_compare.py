@@ -1,4 +1,4 @@
-"""Every byte of a checkpoint against its base."""
+"""Compares every byte of a checkpoint with its base."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a verification finds, and the names of the files that it reads."""
+"""Results of a verification, and the names of the files that it reads."""
 
 from __future__ import annotations
 
