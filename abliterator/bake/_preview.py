@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     Remove = Callable[[Tensor], Tensor]
     Choose = Callable[[Sequence[int]], None]
-    Take = Callable[[Tensor], Tensor]
+    Subtract = Callable[..., Tensor]
     Share = Callable[[BoundArguments], Tensor]
 
 # What a module of experts calls the indices of those that run for each token, and their weights.
@@ -166,29 +166,15 @@ def _previewed(
             continue  # experts share a module and its edit
         seen.add(path)
         strength = strengths.get(path, edit.strength)
-        takes = _takes(loaded, edit, plan, remover(edit, checkpoint), strength)
+        subtract = _subtraction(loaded, edit, plan, remover(edit, checkpoint), strength)
         chosen = plan.experts_of(path)
         if chosen is None:
-            hooks[path] = partial(_edited, takes)
+            hooks[path] = subtract
         else:
             path, share = _experts_alone(loaded, path, chosen)
-            hooks[path] = CallHook(partial(_edited_share, takes, share))
+            hooks[path] = CallHook(partial(_subtract_of_share, subtract, share))
     with hooked(loaded.model, hooks):
         yield
-
-
-def _edited(takes: Take, hidden: Tensor) -> Tensor:
-    """A write without what the edit takes of it, rounded once, as the baked weights are."""
-    return _less(hidden, takes(hidden))
-
-
-def _edited_share(takes: Take, share: Share, hidden: Tensor, call: BoundArguments) -> Tensor:
-    """The same where only a share of the write is edited."""
-    return _less(hidden, takes(share(call)))
-
-
-def _less(hidden: Tensor, taken: Tensor) -> Tensor:
-    return (hidden.to(taken.dtype) - taken).to(hidden.dtype)
 
 
 def _experts_alone(loaded: LoadedModel, path: str, experts: tuple[int, ...]) -> tuple[str, Share]:
@@ -207,9 +193,9 @@ def _experts_alone(loaded: LoadedModel, path: str, experts: tuple[int, ...]) -> 
     """
     modules = dict(loaded.model.named_modules())
     for where in (path, f"{path}.experts"):
-        taken = signature(modules[where].forward).parameters if where in modules else {}
+        parameters = signature(modules[where].forward).parameters if where in modules else {}
         for names in _ROUTED:
-            if all(name in taken for name in names):
+            if all(name in parameters for name in names):
                 return where, partial(_run_some, modules[where], names, experts)
     raise RecipeError(
         f"`edit.experts` has no run-time form here: {path} of this model is not told which experts "
@@ -229,26 +215,33 @@ def _run_some(
     return written
 
 
-def _takes(
+def _subtraction(
     loaded: LoadedModel, edit: PlannedEdit, plan: EditPlan, remove: Remove, strength: float | Tensor
-) -> Take:
-    """What the edit takes of a write, in float32 at least."""
+) -> Subtract:
+    """The edit of a writer's output, rounded once, as the baked weights are."""
     module = loaded.model.get_submodule(edit.writer.module)
     if not plan.settings.biases and getattr(module, "down_proj_bias", None) is not None:
         raise RecipeError(
             "`edit.biases: false` has no run-time form for experts with biases; bake the edit "
             "instead."
         )
-    bias = getattr(module, "bias", None)
-    kept_bias = bias if not plan.settings.biases else None
+    kept_bias = None if plan.settings.biases else getattr(module, "bias", None)
     wide = _wide(loaded)
 
-    def takes(hidden: Tensor) -> Tensor:
-        written = hidden.to(wide)
+    def subtract(hidden: Tensor, share: Tensor | None = None) -> Tensor:
+        written = (hidden if share is None else share).to(wide)
         removable = written if kept_bias is None else written - kept_bias.to(wide)
-        return strength * remove(removable)
+        removed = strength * remove(removable)
+        return (hidden.to(removed.dtype) - removed).to(hidden.dtype)
 
-    return takes
+    return subtract
+
+
+def _subtract_of_share(
+    subtract: Subtract, share: Share, hidden: Tensor, call: BoundArguments
+) -> Tensor:
+    """The edit of an output of which only a share, that of some experts, is edited."""
+    return subtract(hidden, share(call))
 
 
 def _wide(loaded: LoadedModel) -> torch.dtype:

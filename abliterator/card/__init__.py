@@ -19,7 +19,7 @@ from importlib import resources
 from typing import TYPE_CHECKING
 
 from abliterator.card._edit import edit_variables
-from abliterator.card._header import adapter_header, header
+from abliterator.card._header import header
 from abliterator.card._licences import stated_license, with_license
 from abliterator.card._markdown import Markdown, cell, escape, optional_table, paragraphs, table
 from abliterator.card._origins import origin_variables
@@ -34,17 +34,17 @@ __all__ = ["escape", "render_adapter_card", "render_card", "stated_license", "wi
 
 def render_card(record: RunRecord) -> str:
     """The Markdown of a checkpoint's card, YAML header included, ending in one newline."""
-    return _render(record, header(record), adapter=False)
+    return _render(record, adapter=False)
 
 
 def render_adapter_card(record: RunRecord) -> str:
     """The card of the adapter of the same run: it says that the checkpoint is what was measured."""
-    return _render(record, adapter_header(record), adapter=True)
+    return _render(record, adapter=True)
 
 
-def _render(record: RunRecord, head: str, *, adapter: bool) -> str:
+def _render(record: RunRecord, *, adapter: bool) -> str:
     variables = {
-        "header": Markdown(head),
+        "header": Markdown(header(record, adapter=adapter)),
         **edit_variables(record, adapter=adapter),
         **result_variables(record),
         **origin_variables(record, adapter=adapter),
