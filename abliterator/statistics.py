@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 _LEVEL = 0.95
 _POWER = 0.80
-RESAMPLES = 10_000
+_RESAMPLES = 10_000
 
 _BLOCK = 500_000  # resampled counts held at once: 4 MB, whatever n is
 _Z = 1.959963984540054  # two-sided normal quantile of _LEVEL
@@ -148,7 +148,7 @@ def sign_flip_test(base: Sequence[float], edited: Sequence[float], *, seed: int 
         np.mean,
         permutation_type="samples",
         vectorized=True,
-        n_resamples=RESAMPLES - 1,
+        n_resamples=_RESAMPLES - 1,
         rng=seed,
     )
     return float(result.pvalue)
@@ -174,7 +174,7 @@ def smallest_detectable(base: Sequence[float], edited: Sequence[float]) -> float
 
 
 def _bootstrap_means(data: NDArray[np.float64], seed: int) -> NDArray[np.float64]:
-    """Means of RESAMPLES resamples of `data` [n], float64.
+    """Means of _RESAMPLES resamples of `data` [n], float64.
 
     How often each *distinct* value is drawn is multinomial, so that resampling ten thousand
     verdicts costs three columns and not ten thousand.
@@ -184,8 +184,8 @@ def _bootstrap_means(data: NDArray[np.float64], seed: int) -> NDArray[np.float64
     rng = np.random.default_rng(seed)
     rows = max(1, _BLOCK // levels.size)
     blocks = [
-        rng.multinomial(data.size, shares, size=min(rows, RESAMPLES - start)) @ levels
-        for start in range(0, RESAMPLES, rows)
+        rng.multinomial(data.size, shares, size=min(rows, _RESAMPLES - start)) @ levels
+        for start in range(0, _RESAMPLES, rows)
     ]
     return np.concatenate(blocks) / data.size
 

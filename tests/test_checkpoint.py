@@ -25,9 +25,9 @@ from abliterator.files import (
     free_bytes,
     read_fully,
     write_bytes_atomic,
+    write_fully,
     write_text_atomic,
 )
-from abliterator.files import _write as write_room
 
 SHAPES = {
     "embed": ("BF16", [7, 4]),
@@ -289,7 +289,7 @@ def test_without_the_kernels_copy_the_bytes_are_the_same(single, tmp_path, monke
         monkeypatch.delattr(os, "copy_file_range")
     else:
         monkeypatch.setattr(os, "copy_file_range", refuse)
-    monkeypatch.setattr(write_room, "_CHUNK", 5)
+    monkeypatch.setattr("abliterator.files._write._CHUNK", 5)
     test_only_the_edited_tensors_differ(single, tmp_path)
 
 
@@ -350,7 +350,7 @@ def test_a_full_disk_says_how_much_is_needed(single, tmp_path, monkeypatch, call
 
 def test_too_small_a_disk_is_met_before_the_work(single, tmp_path, monkeypatch):
     base = Checkpoint.open(single)
-    monkeypatch.setattr(write_room, "free_bytes", lambda _path: base.total_bytes - 1)
+    monkeypatch.setattr("abliterator.files._write.free_bytes", lambda _: base.total_bytes - 1)
     touched = []
     with pytest.raises(FileError, match=f"bytes, {base.total_bytes - 1:,} are free"):
         patch_all(base, tmp_path / "out", EDITED, lambda info, _: touched.append(info.name))
@@ -371,7 +371,7 @@ class Stingy(io.FileIO):
 def test_short_reads_and_writes_are_taken_up_again(tmp_path: Path):
     path, data = tmp_path / "file", bytes(range(20))
     with Stingy(path, "w") as stream:
-        write_room.write_fully(OpenFile(path, stream, 20), memoryview(data))
+        write_fully(OpenFile(path, stream, 20), memoryview(data))
     assert path.read_bytes() == data
     buffer = bytearray(20)
     with Stingy(path, "r") as stream:

@@ -21,7 +21,7 @@ def experts_of_blocks(
     Args:
         writers: all of the model.
         shapes: of the stored tensors, by name.
-        chosen: as asked for.
+        chosen: of every block, or by block.
 
     Raises:
         RecipeError: for a model or a block without routed experts, and an expert that a block does

@@ -97,8 +97,8 @@ def preview_edits(loaded: LoadedModel, plan: EditPlan, bases: Sequence[Tensor]) 
         own = edit.writer.gains or any(basis.ndim == 3 for basis in bases)
         key = (edit.writer.gains, edit.writer.layer) if own else None
         if key not in known:
-            each = [removal_of(edit.writer, checkpoint, basis) for basis in bases]
-            known[key] = _stacked(each).to(_wide(loaded), loaded.device)
+            removals = [removal_of(edit.writer, checkpoint, basis) for basis in bases]
+            known[key] = _stacked(removals).to(_wide(loaded), loaded.device)
         removal = known[key]
 
         def remove(written: Tensor) -> Tensor:

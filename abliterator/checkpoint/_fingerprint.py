@@ -13,7 +13,7 @@ _HEX64 = re.compile(r"[0-9a-f]{64}")
 
 
 def fingerprint(checkpoint: Checkpoint, *, cache: Path | None = None) -> dict[str, str]:
-    """SHA-256 (hex) of every weight file and every carried file, by path relative to the folder.
+    """SHA-256 (hex) of every weight file and every auxiliary file, by path relative to the folder.
 
     In a Hugging Face cache, a large file is a link to a blob that is named by its SHA-256: that
     name is trusted, and the file is not read.

@@ -1,4 +1,4 @@
-"""What storing an edit in each format leaves and costs, as measured, and what is chosen for it.
+"""Measured leak and noise of an edit in each storage format, and the choice that follows.
 
 The figures are those of `python benchmarks/storage_formats.py` (d_model 2048, random weights and
 directions, one block); the bake measures its own on the bytes that it stored.
@@ -13,7 +13,7 @@ Way = Literal["keep", "dequantize"]
 
 
 class Measured(NamedTuple):
-    """One way of storing an edit of rank k.
+    """Leak and noise of an edit of rank k in one storage format.
 
     Attributes:
         leak: |Qᵀ W'| / |Qᵀ W| of the stored bytes, the largest of all tensors.

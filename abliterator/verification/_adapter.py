@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 # The checkpoint's rounding may be compensated: in wide models that is a few hundredths more noise
 # than rounding to nearest, and 1.7 times as much at 32 numbers a column.
 _NOISE = 2.0
-_FACTORS = 2.0**-22  # of |B| |A|: what float32 leaves of the two factors, with room
+_FACTORS = 2.0**-22  # of |B| |A|: rounding of the two float32 factors, and a margin
 
 
 @dataclass(frozen=True)

@@ -50,7 +50,7 @@ class Verification(Proof):
             config.json is not among them: it is the base's but for what would be false now.
         edited_bytes: bytes of the edited tensors in the checkpoint.
         max_leak: largest |Qᵀ W'| / |Qᵀ W| measured again; None without a subspace.
-        base_sha256: sha256 of each weight and carried file of the base, by relative path.
+        base_sha256: sha256 of each weight and auxiliary file of the base, by relative path.
         sha256: the same of the checkpoint, with the files that abliterator adds.
         foreign: files of the checkpoint folder that neither the base nor abliterator put there.
     """
@@ -115,4 +115,5 @@ def read_edits(checkpoint: Path) -> tuple[TensorEdit, ...]:
 
 
 def format_leak(leak: float | None) -> str:
+    """A leak in a message."""
     return "none" if leak is None else f"{leak:.2e}"
