@@ -14,13 +14,13 @@ from abliterator.checkpoint._header import (
     TensorInfo,
     encodable,
     parse_json_object,
+    read_exactly,
     read_header,
 )
 from abliterator.errors import AbliteratorError, CheckpointError
 from abliterator.files import (
     damaged,
     open_regular,
-    read_fully,
     readable,
     require_plain_folder,
     require_utf8_name,
@@ -96,19 +96,10 @@ class Checkpoint:
 
     def read(self, name: str) -> bytes:
         """The stored bytes of one tensor."""
-        buffer = bytearray(self.tensors[name].nbytes)
-        self.read_into(name, buffer)
-        return bytes(buffer)
-
-    def read_into(self, name: str, buffer: bytearray | memoryview) -> None:
-        """Read the stored bytes of one tensor into `buffer`, which must be `nbytes` long."""
         info = self.tensors[name]
-        view = memoryview(buffer).cast("B")
-        if len(view) != info.nbytes:
-            raise ValueError(f"{name} takes {info.nbytes} bytes; the buffer has {len(view)}")
         with open_regular(self.folder / info.file) as source:
             source.stream.seek(info.start)
-            read_fully(source, view)
+            return read_exactly(source, info.nbytes)
 
 
 def locate_weights(folder: Path) -> dict[str, frozenset[str] | None]:

@@ -129,18 +129,19 @@ def _header_text(source: OpenFile) -> bytes:
     path, size = source.path, source.size
     if size < _PREFIX:
         raise damaged(path, f"it has {size} bytes, too few for the length of a header")
-    length = int.from_bytes(_read(source, _PREFIX), "little")
+    length = int.from_bytes(read_exactly(source, _PREFIX), "little")
     if length > MAX_JSON_BYTES:
         raise damaged(path, f"its header claims {length} bytes; {MAX_JSON_BYTES} are allowed")
     if length > size - _PREFIX:
         raise damaged(path, f"its header claims {length} bytes, more than the file has ({size})")
-    text = _read(source, length)
+    text = read_exactly(source, length)
     if not text.startswith(b"{"):
         raise damaged(path, "its header does not begin with '{', so it is not safetensors")
     return text
 
 
-def _read(source: OpenFile, length: int) -> bytes:
+def read_exactly(source: OpenFile, length: int) -> bytes:
+    """The next `length` bytes of a file."""
     buffer = bytearray(length)
     read_fully(source, memoryview(buffer))
     return bytes(buffer)
