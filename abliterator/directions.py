@@ -1,8 +1,8 @@
 """From moments to directions, and from directions to the subspace that is removed.
 
-The room knows neither models nor weights: it reads moments of prompt sets and writes one artefact,
-directions.safetensors, with `directions` [L, H] (row l - 1 belongs to residual layer l) and
-`subspace` [H, k], or [L, H, k] where each block has one of its own.
+Reads moments of prompt sets and writes one artefact, directions.safetensors, with `directions`
+[L, H] (row l - 1 belongs to residual layer l) and `subspace` [H, k], or [L, H, k] where each block
+has one of its own. Models and weights are not known here.
 
     directions = fit_directions(target, contrast)
     subspace = stack(directions, layers=(16, 15, 17))
@@ -23,12 +23,7 @@ from torch import Tensor
 
 from abliterator.errors import DirectionError
 from abliterator.files import write_bytes_atomic
-from abliterator.subspace import (
-    DEPENDENT_BELOW,
-    MomentSet,
-    orthonormal_basis,
-    orthonormal_columns,
-)
+from abliterator.subspace import DEPENDENT_BELOW, MomentSet, orthonormal_basis, orthonormal_columns
 
 
 @dataclass(frozen=True)
@@ -43,7 +38,7 @@ class Directions:
 
 
 class Place(NamedTuple):
-    """Where a direction is from.
+    """The layer and token position that a direction was taken at.
 
     Attributes:
         layer: residual layer, 1 .. L.
@@ -54,7 +49,7 @@ class Place(NamedTuple):
     position: int = -1
 
     def __str__(self) -> str:
-        """As people are told: the layer, and the position where it is not the last token."""
+        """The layer, and the position where it is not the last token."""
         return f"{self.layer}" if self.position == -1 else f"{self.layer} at {self.position}"
 
 
@@ -102,10 +97,10 @@ def fit_shuffled(
         target: moments of all prompts, and of a random half of them.
         contrast: the same.
     """
-    apart = [
+    differences = [
         (half.mean - all_.mean) * all_.n / (all_.n - half.n) for all_, half in (target, contrast)
     ]
-    return Directions((apart[0] + apart[1]) / 2)
+    return Directions((differences[0] + differences[1]) / 2)
 
 
 def stack(directions: Directions, layers: Sequence[int]) -> Subspace:
@@ -170,10 +165,7 @@ def within_layer(direction: Tensor, differences: Tensor) -> Tensor:
 
 def save_directions(path: Path, directions: Directions, subspace: Subspace) -> None:
     """Writes `directions` and `subspace` with the layers as metadata, atomically."""
-    tensors = {
-        "directions": directions.vectors,
-        "subspace": subspace.basis.contiguous(),
-    }
+    tensors = {"directions": directions.vectors, "subspace": subspace.basis.contiguous()}
     data = save(tensors, metadata={"layers": json.dumps(subspace.layers)})
     write_bytes_atomic(path, data)
 
@@ -190,22 +182,22 @@ def load_subspace(path: Path) -> Subspace:
     try:
         with safe_open(path, framework="pt") as file:
             names = list(file.keys())
-            found = file.get_tensor("subspace") if "subspace" in names else None
+            columns = file.get_tensor("subspace") if "subspace" in names else None
             metadata = file.metadata() or {}
     except (OSError, SafetensorError) as error:
         raise DirectionError(f"Cannot read a subspace from {path}: {error}.") from error
-    if found is None or found.ndim not in (2, 3) or not found.is_floating_point():
+    if columns is None or columns.ndim not in (2, 3) or not columns.is_floating_point():
+        seen = "" if columns is None else f", `subspace` as {columns.dtype} {list(columns.shape)}"
         raise DirectionError(
             f"{path} must hold a floating-point tensor `subspace` of shape [d_model, k], or "
             "[n_layers, d_model, k] with one subspace a block; it holds "
-            f"{', '.join(names) or 'nothing'}"
-            f"{'' if found is None else f', `subspace` as {found.dtype} {list(found.shape)}'}."
+            f"{', '.join(names) or 'nothing'}{seen}."
         )
-    if 0 in found.shape:
-        sizes = dict(zip(("n_layers", "d_model", "k")[-found.ndim :], found.shape, strict=True))
+    if 0 in columns.shape:
+        sizes = dict(zip(("n_layers", "d_model", "k")[-columns.ndim :], columns.shape, strict=True))
         empty = next(name for name, size in sizes.items() if size == 0)
-        raise DirectionError(f"`subspace` in {path} has shape {list(found.shape)}: {empty} is 0.")
-    return Subspace(orthonormal_columns(found), _layers(metadata))
+        raise DirectionError(f"`subspace` in {path} has shape {list(columns.shape)}: {empty} is 0.")
+    return Subspace(orthonormal_columns(columns), _layers(metadata))
 
 
 def _layers(metadata: dict[str, str]) -> tuple[int, ...]:

@@ -3,7 +3,7 @@
 A measurement travels as an `Interval`: a value, its 95 % bounds and n. Bounds that the data cannot
 support (n below 2, or every value the same) are None, never a zero-width interval, and no data at
 all is None, never 0. The unit of resampling is the prompt; `base` and `edited` are paired by
-position, and a delta is always edited - base. The room does not know what was measured.
+position, and a delta is always edited - base.
 
     rate_interval(3, 100)                     # Interval(value=0.03, low=0.0103, high=0.0845, n=100)
     paired_delta([1, 0, 1, 1], [1, 0, 0, 1])  # Interval(value=-0.25, low=-0.75, high=0.0, n=4)
@@ -18,12 +18,12 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-LEVEL = 0.95
-POWER = 0.80
-RESAMPLES = 10_000
+_LEVEL = 0.95
+_POWER = 0.80
+_RESAMPLES = 10_000
 
 _BLOCK = 500_000  # resampled counts held at once: 4 MB, whatever n is
-_Z = 1.959963984540054  # two-sided normal quantile of LEVEL
+_Z = 1.959963984540054  # two-sided normal quantile of _LEVEL
 
 
 class Interval(NamedTuple):
@@ -38,7 +38,7 @@ class Interval(NamedTuple):
 def rate_interval(successes: int, n: int) -> Interval | None:
     """Wilson's score interval of a rate (Wilson 1927, doi:10.2307/2276774); None when n is 0.
 
-    Unlike a bootstrap it stays honest at 0/n and n/n: 0 of 100 is [0, 0.037].
+    Unlike a bootstrap it has a width at 0/n and n/n: 0 of 100 is [0, 0.037].
 
     Raises:
         ValueError: unless 0 <= successes <= n.
@@ -70,7 +70,7 @@ def mean_interval(values: Sequence[float], *, seed: int = 0) -> Interval | None:
     mean = float(data.mean())
     if _all_equal(data):
         return Interval(mean, None, None, data.size)
-    tail = (1 - LEVEL) / 2
+    tail = (1 - _LEVEL) / 2
     low, high = np.quantile(_bootstrap_means(data, seed), [tail, 1 - tail])
     return Interval(mean, float(low), float(high), data.size)
 
@@ -105,7 +105,7 @@ def jackknife_interval(value: float, left_out: Sequence[float], n: int) -> Inter
     if g < 2 or _all_equal(data):
         return Interval(value, None, None, n)
     se = math.sqrt((g - 1) / g * float(((data - data.mean()) ** 2).sum()))
-    half = float(t.ppf((1 + LEVEL) / 2, g - 1)) * se
+    half = float(t.ppf((1 + _LEVEL) / 2, g - 1)) * se
     return Interval(value, value - half, value + half, n)
 
 
@@ -148,7 +148,7 @@ def sign_flip_test(base: Sequence[float], edited: Sequence[float], *, seed: int 
         np.mean,
         permutation_type="samples",
         vectorized=True,
-        n_resamples=RESAMPLES - 1,
+        n_resamples=_RESAMPLES - 1,
         rng=seed,
     )
     return float(result.pvalue)
@@ -169,12 +169,12 @@ def smallest_detectable(base: Sequence[float], edited: Sequence[float]) -> float
         return None
     from scipy.stats import t
 
-    quantiles = np.sum(t.ppf([(1 + LEVEL) / 2, POWER], changes.size - 1))
+    quantiles = np.sum(t.ppf([(1 + _LEVEL) / 2, _POWER], changes.size - 1))
     return float(quantiles * changes.std(ddof=1) / math.sqrt(changes.size))
 
 
 def _bootstrap_means(data: NDArray[np.float64], seed: int) -> NDArray[np.float64]:
-    """Means of RESAMPLES resamples of `data` [n], float64.
+    """Means of _RESAMPLES resamples of `data` [n], float64.
 
     How often each *distinct* value is drawn is multinomial, so that resampling ten thousand
     verdicts costs three columns and not ten thousand.
@@ -184,8 +184,8 @@ def _bootstrap_means(data: NDArray[np.float64], seed: int) -> NDArray[np.float64
     rng = np.random.default_rng(seed)
     rows = max(1, _BLOCK // levels.size)
     blocks = [
-        rng.multinomial(data.size, shares, size=min(rows, RESAMPLES - start)) @ levels
-        for start in range(0, RESAMPLES, rows)
+        rng.multinomial(data.size, shares, size=min(rows, _RESAMPLES - start)) @ levels
+        for start in range(0, _RESAMPLES, rows)
     ]
     return np.concatenate(blocks) / data.size
 

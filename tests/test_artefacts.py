@@ -17,10 +17,9 @@ from safetensors.torch import load_file, save_file
 
 from abliterator import pipeline
 from abliterator.benchmarks import _apart
-from abliterator.checkpoint import _fingerprint
 from abliterator.cli import main
 from abliterator.errors import FileError, JudgeError, OutputError
-from abliterator.files import sha256_of_file
+from abliterator.files import FileHashes, sha256_of_file
 from abliterator.pipeline import Options, _workspace
 from abliterator.pipeline._workspace import Workspace
 from abliterator.recipe import load_recipe
@@ -107,7 +106,7 @@ def stage_of(workspace: Workspace, name: str) -> str:
 def test_every_artefact_that_was_changed_is_noticed(project, tmp_path, monkeypatch, least):
     """One byte, with the size and the time of change as they were."""
     monkeypatch.setattr(_workspace, "_REMEMBERED_FROM", least)
-    monkeypatch.setattr(_fingerprint, "_SETTLED_NS", -1)
+    monkeypatch.setattr(FileHashes, "SETTLED_NS", -1)
     out = tmp_path / "out"
     build(project(), out)
     before = {name: (out / name).read_bytes() for name in ARTEFACTS}

@@ -16,18 +16,18 @@ from pathlib import Path
 import pytest
 from safetensors import deserialize
 
-from abliterator.checkpoint import Checkpoint, TensorInfo, carried_files, fingerprint, patch_file
-from abliterator.checkpoint import _fingerprint as fingerprint_room
+from abliterator.checkpoint import Checkpoint, TensorInfo, auxiliary_files, fingerprint, patch_file
 from abliterator.errors import CheckpointError, FileError
 from abliterator.files import (
+    FileHashes,
     OpenFile,
     copy_file,
     free_bytes,
     read_fully,
     write_bytes_atomic,
+    write_fully,
     write_text_atomic,
 )
-from abliterator.files import _write as write_room
 
 SHAPES = {
     "embed": ("BF16", [7, 4]),
@@ -167,7 +167,7 @@ def test_tensors_come_in_the_order_of_files_and_of_bytes(sharded: Path):
 def test_a_single_file_goes_before_an_index_as_in_transformers(sharded: Path):
     (sharded / "model.safetensors").write_bytes(pack({"only": ("F32", [2])}))
     assert list(Checkpoint.open(sharded).tensors) == ["only"]
-    _, left_out = carried_files(sharded)
+    _, left_out = auxiliary_files(sharded)
     assert left_out == ["b.safetensors", "model.safetensors.index.json", "sub/"]
 
 
@@ -184,13 +184,12 @@ def test_a_config_may_hold_infinity_as_in_mamba(single: Path):
     assert Checkpoint.open(single).config["time_step_limit"][1] == float("inf")
 
 
-def test_read_into_wants_a_buffer_of_the_right_size(single: Path):
+def test_read_gives_the_bytes_of_one_tensor(single: Path):
     base = Checkpoint.open(single)
-    buffer = bytearray(32)
-    base.read_into("layers.0.o_proj", buffer)
-    assert bytes(buffer) == tensors_of(single / "model.safetensors")["layers.0.o_proj"][2]
-    with pytest.raises(ValueError, match="32 bytes"):
-        base.read_into("layers.0.o_proj", bytearray(31))
+    expected = tensors_of(single / "model.safetensors")
+    assert {name: base.read(name) for name in base.tensors} == {
+        name: data for name, (_, _, data) in expected.items()
+    }
 
 
 def test_the_room_needs_no_torch():
@@ -220,6 +219,33 @@ def test_only_the_edited_tensors_differ(folder: Path, tmp_path: Path):
     assert sorted(path for path in out.rglob("*") if path.is_file()) == sorted(
         out / file for file in base.weight_files
     )
+
+
+@pytest.mark.parametrize("kernel_copies", [True, False])
+def test_tensors_larger_than_a_chunk_are_copied_and_hashed_whole(
+    tmp_path, monkeypatch, kernel_copies
+):
+    """Hashes go by 256 KiB and copies by 8 MiB: both tensors end within a later chunk."""
+    shapes = {"copied": ("BF16", [(9 << 20) // 2 + 3]), "edited": ("F16", [(1 << 20) + 5])}
+    folder = tmp_path / "large"
+    folder.mkdir()
+    (folder / "config.json").write_text('{"model_type": "llama"}')
+    (folder / "model.safetensors").write_bytes(pack(shapes))
+    if not kernel_copies:
+        monkeypatch.delattr(os, "copy_file_range")
+    inverted = bytes(reversed(range(256)))
+
+    def edit(_info: TensorInfo, buffer: memoryview) -> None:
+        buffer[:] = bytes(buffer).translate(inverted)
+
+    base, out = Checkpoint.open(folder), tmp_path / "out"
+    patched = patch_all(base, out, ["edited"], edit)["edited"]
+    copy_file(folder / "config.json", out / "config.json")
+    before, after = base.read("edited"), Checkpoint.open(out).read("edited")
+    assert after == before.translate(inverted)
+    assert patched.sha256_before == hashlib.sha256(before).hexdigest()
+    assert patched.sha256_after == hashlib.sha256(after).hexdigest()
+    assert base.read("copied") == Checkpoint.open(out).read("copied")
 
 
 def test_the_base_is_left_as_it_was(folder: Path, tmp_path: Path):
@@ -262,7 +288,7 @@ def test_without_the_kernels_copy_the_bytes_are_the_same(single, tmp_path, monke
         monkeypatch.delattr(os, "copy_file_range")
     else:
         monkeypatch.setattr(os, "copy_file_range", refuse)
-    monkeypatch.setattr(write_room, "_CHUNK", 5)
+    monkeypatch.setattr("abliterator.files._write._CHUNK", 5)
     test_only_the_edited_tensors_differ(single, tmp_path)
 
 
@@ -323,7 +349,7 @@ def test_a_full_disk_says_how_much_is_needed(single, tmp_path, monkeypatch, call
 
 def test_too_small_a_disk_is_met_before_the_work(single, tmp_path, monkeypatch):
     base = Checkpoint.open(single)
-    monkeypatch.setattr(write_room, "free_bytes", lambda _path: base.total_bytes - 1)
+    monkeypatch.setattr("abliterator.files._write.free_bytes", lambda _: base.total_bytes - 1)
     touched = []
     with pytest.raises(FileError, match=f"bytes, {base.total_bytes - 1:,} are free"):
         patch_all(base, tmp_path / "out", EDITED, lambda info, _: touched.append(info.name))
@@ -344,7 +370,7 @@ class Stingy(io.FileIO):
 def test_short_reads_and_writes_are_taken_up_again(tmp_path: Path):
     path, data = tmp_path / "file", bytes(range(20))
     with Stingy(path, "w") as stream:
-        write_room.write_fully(OpenFile(path, stream, 20), memoryview(data))
+        write_fully(OpenFile(path, stream, 20), memoryview(data))
     assert path.read_bytes() == data
     buffer = bytearray(20)
     with Stingy(path, "r") as stream:
@@ -463,7 +489,7 @@ def test_every_file_is_carried_or_named(folder: Path):
     for name in names(CARRIED) + names(LEFT_OUT) + names(LEFT_FOLDERS):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(name)
-    carried, left_out = carried_files(folder)
+    carried, left_out = auxiliary_files(folder)
     assert carried == sorted([*names(CARRIED), "config.json", *index])
     folders = [".cache/", ".eval_results/", ".git/", "__pycache__/", "code/__pycache__/"]
     assert left_out == sorted([*names(LEFT_OUT), *folders, "onnx/", "original/"])
@@ -479,25 +505,25 @@ def test_every_file_a_tokenizer_of_transformers_asks_for_is_carried(single: Path
     assert len(asked) > 10
     for name in asked:
         (single / name).write_text("x")
-    assert asked - set(carried_files(single)[0]) == set()
+    assert asked - set(auxiliary_files(single)[0]) == set()
 
 
 def test_a_carried_file_that_is_a_broken_link_stops(single: Path):
     (single / "tokenizer.json").symlink_to("gone")
     with pytest.raises(CheckpointError, match=r"tokenizer\.json is a link to a file that is not"):
-        carried_files(single)
+        auxiliary_files(single)
 
 
 def test_a_broken_link_nobody_needs_is_only_named(single: Path):
     (single / "notes.txt").symlink_to("gone")
-    assert carried_files(single) == (["config.json"], ["notes.txt"])
+    assert auxiliary_files(single) == (["config.json"], ["notes.txt"])
 
 
 def test_links_to_folders_are_named_and_not_entered(single: Path, tmp_path: Path):
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "elsewhere" / "secret.py").write_text("x")
     (single / "code").symlink_to(tmp_path / "elsewhere")
-    assert carried_files(single) == (["config.json"], ["code/"])
+    assert auxiliary_files(single) == (["config.json"], ["code/"])
 
 
 # Fingerprints
@@ -521,7 +547,7 @@ def count_hashing(monkeypatch) -> list:
 def test_fingerprint_is_the_hash_of_every_file(folder: Path):
     (folder / "README.md").write_text("not carried")
     base = Checkpoint.open(folder)
-    files = [*base.weight_files, *carried_files(folder)[0]]
+    files = [*base.weight_files, *auxiliary_files(folder)[0]]
     assert fingerprint(base) == {file: sha256_of(folder / file) for file in files}
 
 
@@ -539,7 +565,7 @@ def test_fingerprint_remembers_files_that_stay_and_hashes_those_that_change(
     single: Path, tmp_path: Path, monkeypatch
 ):
     base, cache = Checkpoint.open(single), tmp_path / "work" / "hashes.json"
-    monkeypatch.setattr(fingerprint_room, "_SETTLED_NS", -1)
+    monkeypatch.setattr(FileHashes, "SETTLED_NS", -1)
     hashed = count_hashing(monkeypatch)
     first = fingerprint(base, cache=cache)
     assert fingerprint(base, cache=cache) == first

@@ -16,7 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors import SafetensorError, deserialize
 
-from abliterator.checkpoint import DTYPE_BITS, Checkpoint, carried_files, patch_file
+from abliterator.checkpoint import DTYPE_BITS, Checkpoint, auxiliary_files, patch_file
 from abliterator.errors import FileError
 
 INDEX = "model.safetensors.index.json"
@@ -117,7 +117,7 @@ def test_no_safetensors(tmp_path: Path, names: list[str], hint: str):
         (tmp_path / name).write_bytes(b"x")
     assert hint in refused(tmp_path)
     with pytest.raises(FileError):
-        carried_files(tmp_path)
+        auxiliary_files(tmp_path)
 
 
 def test_weights_that_are_no_file(tmp_path: Path):

@@ -17,9 +17,12 @@ from abliterator.errors import FileError
 from abliterator.files import (
     as_lines,
     digest_of,
+    open_regular,
     read_lines,
     read_text,
+    sha256_of_bytes,
     sha256_of_file,
+    sha256_of_range,
     write_text_atomic,
 )
 
@@ -78,6 +81,30 @@ def test_digests(tmp_path):
     assert sha256_of_file(tmp_path / "data") == hashlib.sha256(data).hexdigest()
     assert digest_of({"b": 1, "a": ["é"]}) == digest_of(json.loads('{"a": ["\\u00e9"], "b": 1}'))
     assert digest_of([1]) != digest_of([1.0])
+
+
+CHUNK = 256 << 10  # bytes hashed at once
+
+
+@pytest.mark.parametrize("start", [0, 3])
+@pytest.mark.parametrize("size", [0, 1, CHUNK - 1, CHUNK, CHUNK + 1, 3 * CHUNK + 7])
+def test_the_digest_of_a_range_has_every_chunk(start, size, tmp_path):
+    data = hashlib.shake_128(b"data").digest(start + size + 5)
+    path = tmp_path / "data"
+    path.write_bytes(data)
+    with open_regular(path) as file:
+        file.stream.seek(2)
+        digest = sha256_of_range(file, start, size)
+        assert file.stream.tell() == 2  # other threads read this stream
+    assert digest == hashlib.sha256(data[start : start + size]).hexdigest()
+    assert digest == sha256_of_bytes(memoryview(data)[start : start + size])
+
+
+def test_a_range_that_ends_beyond_its_file_has_no_digest(tmp_path):
+    path = tmp_path / "data"
+    path.write_bytes(bytes(CHUNK + 9))
+    with open_regular(path) as file, pytest.raises(FileError, match="ended 1 bytes early"):
+        sha256_of_range(file, 10, CHUNK)
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "cp1252", "latin-1"])

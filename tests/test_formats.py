@@ -3,7 +3,6 @@ import torch
 
 from abliterator.errors import CheckpointError, UnsupportedModel
 from abliterator.formats import (
-    F8_E4M3,
     FORMATS,
     MEASURED,
     format_of,
@@ -11,6 +10,7 @@ from abliterator.formats import (
     preferred,
     storage_of,
 )
+from abliterator.formats._numbers import F8_E4M3
 
 
 @pytest.mark.parametrize("name", FORMATS)

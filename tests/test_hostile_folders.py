@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from abliterator import pipeline
 from abliterator.anatomy import require_countable
-from abliterator.checkpoint import Checkpoint, card_metadata, stated_base
+from abliterator.checkpoint import Checkpoint, card_metadata, declared_base_models
 from abliterator.errors import (
     AbliteratorError,
     CheckpointError,
@@ -247,7 +247,7 @@ def test_whatever_a_card_says_is_plain_or_nothing(tmp_path, kind):
     (tmp_path / "README.md").write_text(f"---\n{CARDS[kind]()}\n---\n# x\n", encoding="utf-8")
     found = card_metadata(tmp_path)
     json.dumps(found, allow_nan=False, ensure_ascii=False).encode()
-    stated_base(found or {})
+    declared_base_models(found or {})
 
 
 @pytest.mark.parametrize("kind", ["aliases", "deep lists", "deep blocks", "an open quote"])
@@ -263,7 +263,7 @@ def test_a_sound_card_is_read_when_the_plan_is_made(writable):
     (writable / "README.md").write_text(text)
     plan = pipeline.plan_model(str(writable), writable.parent / "out")
     assert plan.card == {"license": "apache-2.0", "language": ["en"], "base_model": "a/b"}
-    assert stated_base(plan.card) == ("a/b",)
+    assert declared_base_models(plan.card) == ("a/b",)
     assert not any("front matter" in note for note in plan.notes)
     (writable / "README.md").write_text("# A model without front matter\n---\na: 1\n---\n")
     assert card_metadata(writable) == {}

@@ -14,12 +14,12 @@ from abliterator.bake import EditSettings, bake, plan_edits
 from abliterator.checkpoint import Checkpoint
 from abliterator.errors import UnsupportedModel
 from abliterator.formats import (
-    MXFP4_STEPS,
     mxfp4_blocks,
     mxfp4_numbers,
     mxfp4_rounded,
     mxfp4_scales,
 )
+from abliterator.formats._numbers import MXFP4_STEPS
 from abliterator.subspace import orthonormal_basis
 from abliterator.verification._leak import LeakMeter
 from tests.leak import leak_meter

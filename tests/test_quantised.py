@@ -120,7 +120,7 @@ def rms(values):
 @pytest.mark.parametrize("name", ALL)
 def test_leak_and_noise_of_both_ways(name, k, base, tmp_path):
     folder = base(name)
-    kept, plain, unpacked = (
+    kept, plain, dequantized = (
         [edit for edit in baked(folder, tmp_path / str(i), k=k, **way) if edit.storage]
         for i, way in enumerate(
             [
@@ -134,8 +134,8 @@ def test_leak_and_noise_of_both_ways(name, k, base, tmp_path):
     assert min(edit.leak for edit in plain) > worse * max(edit.leak for edit in kept)
     assert max(edit.leak for edit in kept) < (2e-2 if name == "mxfp4" else 1e-3)
     assert rms([edit.noise for edit in kept]) < 1.5 * rms([edit.noise for edit in plain])
-    assert max(edit.leak for edit in unpacked) < 1e-4
-    assert max(edit.noise for edit in unpacked) < 3e-3  # that of bfloat16
+    assert max(edit.leak for edit in dequantized) < 1e-4
+    assert max(edit.noise for edit in dequantized) < 3e-3  # that of bfloat16
     for first, second in zip(kept, plain, strict=True):
         assert first.noise_nearest == pytest.approx(second.noise, rel=1e-4)
 
@@ -238,7 +238,7 @@ def test_verify_passes_and_names_what_is_forged(name, way, base, tmp_path):
     for file, old, new in (
         ("config.json", '"vocab_size": 64', '"vocab_size": 65'),
         ("model.safetensors.index.json", '"total_size": ', '"total_size": 1'),
-        (EDITS, '"unpacked": true', '"unpacked": false'),
+        (EDITS, '"dequantized": true', '"dequantized": false'),
     ):
         path = out / file
         text = path.read_text()
@@ -353,7 +353,7 @@ def test_memory_is_that_of_the_largest_tensor(base, tmp_path):
     """Of bytes: the tensor as it was, as it will be, and its scales; panels are torch's."""
     folder = base("mxfp4")
     checkpoint, plan = planned(folder, quantized="dequantize")
-    dense = plan.unpacked(checkpoint).layouts.values()
+    dense = plan.dequantized(checkpoint).layouts.values()
     largest = max(2 * math.prod(layout.dense.shape) for layout in dense)
     tracemalloc.start()
     bake(checkpoint, plan, basis(1), tmp_path)
@@ -384,14 +384,14 @@ def test_the_plan_tells_what_each_way_costs_and_bake_writes_so_much(way, base, t
         )
     )
     (summed,) = quantized_edits(edits)
-    assert summed.unpacked == (way == "dequantize")
+    assert summed.dequantized == (way == "dequantize")
     assert summed.max_leak == max(edit.leak for edit in edits if edit.storage)
     assert verify(base("mxfp4"), out, subspace=subspace).ok
 
 
 def test_the_default_keeps_the_format(base, tmp_path):
     edits = baked(base("mxfp4"), tmp_path)
-    assert not any(edit.unpacked for edit in edits)
+    assert not any(edit.dequantized for edit in edits)
 
 
 def test_load_model_reads_what_was_unpacked(base, tmp_path):

@@ -14,7 +14,8 @@ from safetensors.torch import save_file
 
 from abliterator.cli import main
 from abliterator.errors import CheckpointError, UnsupportedModel
-from abliterator.formats import SCHEMES, storage_of
+from abliterator.formats import storage_of
+from abliterator.formats._storage import SCHEMES
 from abliterator.pipeline import plan_model
 
 WRITER = "model.layers.0.mlp.down_proj"

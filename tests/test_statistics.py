@@ -142,7 +142,7 @@ def test_not_a_number_is_refused(bad):
 )
 def test_mean_interval_covers_the_true_mean(draw, monkeypatch):
     """800 samples of 100 prompts; 1,000 resamples each, for speed, change coverage by 0.2 %."""
-    monkeypatch.setattr("abliterator.statistics.RESAMPLES", 1000)
+    monkeypatch.setattr("abliterator.statistics._RESAMPLES", 1000)
     rng = np.random.default_rng(0)
     truth = draw(rng, 2_000_000).mean()
     intervals = [mean_interval(draw(rng, 100).tolist(), seed=trial) for trial in range(800)]
@@ -159,7 +159,7 @@ def test_mean_interval_covers_the_true_mean(draw, monkeypatch):
 )
 def test_paired_delta_covers_the_true_delta(n, right, gained, lost, monkeypatch):
     """800 pairs of models on n documents, of which a few change; 1,000 resamples each."""
-    monkeypatch.setattr("abliterator.statistics.RESAMPLES", 1000)
+    monkeypatch.setattr("abliterator.statistics._RESAMPLES", 1000)
     rng = np.random.default_rng(0)
     truth = (1 - right) * gained - right * lost
     covered = 0

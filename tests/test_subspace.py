@@ -7,6 +7,7 @@ from abliterator.errors import DirectionError
 from abliterator.formats import FORMATS
 from abliterator.subspace import (
     Moments,
+    Removal,
     ablate,
     compensate,
     compensating_rows,
@@ -15,7 +16,6 @@ from abliterator.subspace import (
     orthonormal_basis,
     random_basis,
     removal_of_basis,
-    squared_write,
 )
 from abliterator.subspace._compensate import _smallest
 
@@ -244,7 +244,26 @@ def test_the_weighting_keeps_the_output_nearer_to_the_ideal_one():
     assert (ours - ideal).norm() < 0.7 * (least - ideal).norm()
 
 
+@pytest.mark.parametrize("gained", [False, True])
+def test_weights_and_what_they_write_lose_the_same(gained):
+    """The edit of W and the edit of the vectors W x are one operator, also for one edit a row."""
+    w, x, q = torch.randn(H, 6).double(), torch.randn(5, 6).double(), basis_of(3)
+    removal = removal_of_basis(q, torch.randn(H).double() if gained else None)
+    edited = w.clone()
+    assert torch.equal(removal.remove(edited, 0.7), removal.reads(w))
+    written = x @ w.T
+    expected = written - 0.7 * removal.removed(written)
+    torch.testing.assert_close(x @ edited.T, expected, rtol=1e-12, atol=1e-13)
+    rows = Removal(torch.stack([removal.take] * 2), torch.stack([removal.read] * 2))
+    both = rows.removed(torch.stack([written, 2 * written]))
+    torch.testing.assert_close(both[1], 2 * removal.removed(written), rtol=1e-12, atol=1e-13)
+
+
 # ---- compensated rounding
+
+
+def _squared_write(panel: torch.Tensor, basis: torch.Tensor) -> float:
+    return float((basis.T @ panel).double().square().sum())
 
 
 def rounded(name: str, k: int, dim: int, **options) -> tuple[float, float, float]:
@@ -254,8 +273,8 @@ def rounded(name: str, k: int, dim: int, **options) -> tuple[float, float, float
     stored = fmt.rounded(0.02 * torch.randn(dim, 200))
     exact = ablate(stored, q, 1.0)
     nearest, best = fmt.rounded(exact), compensated(exact, q, fmt)
-    wrote = squared_write(stored, q) ** 0.5
-    plain, ours = (squared_write(w, q) ** 0.5 / wrote for w in (nearest, best))
+    wrote = _squared_write(stored, q) ** 0.5
+    plain, ours = (_squared_write(w, q) ** 0.5 / wrote for w in (nearest, best))
     return plain, ours, float((best - exact).norm() / (nearest - exact).norm())
 
 
@@ -293,7 +312,7 @@ def test_a_direction_along_few_dimensions_moves_only_those(dim):
     q /= q.norm()
     exact = ablate(fmt.rounded(0.02 * torch.randn(dim, 50)), q, 1.0)
     best, nearest = compensated(exact, q, fmt), fmt.rounded(exact)
-    assert squared_write(best, q) < squared_write(nearest, q) / 2  # three elements can do no more
+    assert _squared_write(best, q) < _squared_write(nearest, q) / 2  # three elements can do no more
     assert torch.equal(best[3:], nearest[3:])
 
 

@@ -68,6 +68,16 @@ def test_what_bake_wrote_passes(baked, family, dtype):
     assert found.identical_bytes + found.edited_bytes == every_byte
 
 
+def test_edits_written_by_an_earlier_version_pass(baked):
+    """Its name for `dequantized` was `unpacked`."""
+    base, checkpoint, subspace = baked()
+    path = checkpoint / EDITS
+    earlier = path.read_text().replace('"dequantized":', '"unpacked":')
+    assert earlier != path.read_text()
+    path.write_text(earlier)
+    assert verify(base, checkpoint, subspace=subspace).ok
+
+
 def test_shards_pass_and_are_compared_one_by_one(baked):
     base, checkpoint, subspace = baked("llama", shard_size="30KB")
     sizes = []
@@ -83,6 +93,25 @@ def test_one_bit_of_a_tensor_that_was_not_edited(baked):
     found = verify(base, checkpoint, subspace=subspace)
     assert [READER in fault for fault in found.faults] == [True]
     assert not found.ok
+
+
+def test_one_bit_in_a_later_chunk_of_a_large_tensor(tiny_folder, tmp_path):
+    """Tensors are compared 4 MiB at a time; this one has 5 and a bit."""
+    base = Path(shutil.copytree(tiny_folder("llama"), tmp_path / "base"))
+    tensors = load_file(base / "model.safetensors")
+    tensors["model.embed_tokens.weight"] = torch.randn(45_001, 32)
+    save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
+    save_file({"subspace": torch.linalg.qr(torch.randn(32, 2)).Q.contiguous()}, tmp_path / "q")
+    checkpoint = tmp_path / "edited"
+    pipeline.bake_subspace(str(base), tmp_path / "q", checkpoint)
+    assert verify(base, checkpoint).ok
+    info = Checkpoint.open(checkpoint).tensors["model.embed_tokens.weight"]
+    with (checkpoint / info.file).open("r+b") as stream:
+        stream.seek(info.end - 1)
+        byte = stream.read(1)[0]
+        stream.seek(info.end - 1)
+        stream.write(bytes([byte ^ 1]))
+    assert ["embed_tokens" in fault for fault in verify(base, checkpoint).faults] == [True]
 
 
 def test_one_bit_of_a_tensor_that_was_edited(baked):

@@ -1,8 +1,8 @@
-"""Directions into a checkpoint: the edit planned, previewed at run time, written into the files.
+"""The edit of a checkpoint: planned, previewed at run time, written into files or an adapter.
 
-`bake` edits files, not a model in memory: untouched byte ranges are streamed, and each writer of
-the residual stream is read, edited in column panels, and written at its old place. The room does
-not know how directions were found.
+`bake` edits files, not a model in memory: untouched byte ranges are streamed, and each writer (a
+matrix that adds to the residual stream) is read, edited in column panels, and written at its old
+place. How directions were found is not known here. The formula is `subspace.Removal`'s.
 
     plan = plan_edits(checkpoint, anatomy, EditSettings())
     with preview_edit(loaded, plan, basis): ...          # the same edit without writing weights
@@ -14,7 +14,7 @@ H = d_model, k rank, Q [H, k] the orthonormal basis; wherever one is taken, a ba
 """
 
 from abliterator.bake._adapter import require_adapter_form, write_adapter
-from abliterator.bake._experts import Chosen
+from abliterator.bake._experts import ExpertSelection
 from abliterator.bake._plan import EditPlan, EditSettings, PlannedEdit, plan_edits, require_fit
 from abliterator.bake._preview import preview_edit, preview_edits
 from abliterator.bake._stored import PANEL_ELEMENTS
@@ -22,9 +22,9 @@ from abliterator.bake._write import bake, write_config
 
 __all__ = [
     "PANEL_ELEMENTS",
-    "Chosen",
     "EditPlan",
     "EditSettings",
+    "ExpertSelection",
     "PlannedEdit",
     "bake",
     "plan_edits",

@@ -1,4 +1,4 @@
-"""The same edit as a low-rank adapter (LoRA) in PEFT's format, beside an untouched base."""
+"""The edit as a low-rank adapter (LoRA) in PEFT's format, beside an untouched base."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 def require_adapter_form(plan: EditPlan) -> None:
-    """Stops at an edit that adds no product of two thin matrices to a linear module's weight.
+    """Checks that every edit adds a product of two thin matrices to a linear module's weight.
 
     Raises:
         RecipeError: for `norm: column`, embeddings and biases, which the recipe can leave out.
@@ -89,7 +89,7 @@ def _factors(checkpoint: Checkpoint, edit: PlannedEdit, basis: Tensor) -> tuple[
     stored = bytearray(checkpoint.read(edit.info.name))
     (matrix,) = edit.layout.matrices(stored, edit.writer.axis)
     panels = (matrix.decoded(*columns).double() for columns in matrix.ranges(PANEL_ELEMENTS))
-    reads = torch.cat([removal.read.T @ panel for panel in panels], dim=1)
+    reads = torch.cat([removal.reads(panel) for panel in panels], dim=1)
     return reads.float().contiguous(), (-edit.strength * removal.take).float().contiguous()
 
 

@@ -1,31 +1,27 @@
-"""Which routed experts are edited, where not all of them are."""
+"""The routed experts that are edited, where not all of them are."""
 
 from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
 
 from abliterator.anatomy import Writer
 from abliterator.errors import RecipeError, UnsupportedModel
 
-if TYPE_CHECKING:
-    pass
-
 Indices = tuple[int, ...]
-Chosen = Indices | Mapping[int, Indices | None]
+ExpertSelection = Indices | Mapping[int, Indices | None]
 """Experts of every block that has some, or of each block named: None for all of that block."""
 
 
 def experts_of_blocks(
-    writers: Sequence[Writer], shapes: Mapping[str, Sequence[int]], chosen: Chosen
+    writers: Sequence[Writer], shapes: Mapping[str, Sequence[int]], chosen: ExpertSelection
 ) -> dict[int, Indices | None]:
     """The chosen experts of each block, sorted; None for all. Of a block left out, none are edited.
 
     Args:
         writers: all of the model.
         shapes: of the stored tensors, by name.
-        chosen: as asked for.
+        chosen: of every block, or by block.
 
     Raises:
         RecipeError: for a model or a block without routed experts, and an expert that a block does
@@ -37,9 +33,9 @@ def experts_of_blocks(
         raise RecipeError(
             "`edit.experts` chooses among routed experts, and the model has none. Leave it out."
         )
-    asked = chosen if isinstance(chosen, Mapping) else dict.fromkeys(counts, chosen)
-    found: dict[int, Indices | None] = {}
-    for block, experts in asked.items():
+    by_block = chosen if isinstance(chosen, Mapping) else dict.fromkeys(counts, chosen)
+    selected: dict[int, Indices | None] = {}
+    for block, experts in by_block.items():
         if block not in counts:
             raise RecipeError(
                 f"`edit.experts` names block {block}, which has no routed experts; blocks "
@@ -51,8 +47,8 @@ def experts_of_blocks(
                 f"`edit.experts` names expert {beyond[0]} of block {block}, which has "
                 f"{counts[block]}: 0 to {counts[block] - 1}."
             )
-        found[block] = experts if experts is None else tuple(sorted(experts))
-    return found
+        selected[block] = experts if experts is None else tuple(sorted(experts))
+    return selected
 
 
 def share_edited(writer: Writer, chosen: Mapping[int, Indices | None] | None) -> Indices | None:

@@ -1,4 +1,4 @@
-"""Which tensors will be edited, told from headers alone."""
+"""The tensors that will be edited, and how strongly, planned from headers alone."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Literal
 
 from abliterator.anatomy import Anatomy, Writer, broad_component
-from abliterator.bake._experts import Chosen, Indices, experts_of_blocks, share_edited
+from abliterator.bake._experts import ExpertSelection, Indices, experts_of_blocks, share_edited
 from abliterator.checkpoint import DTYPE_BITS, Checkpoint, TensorInfo
 from abliterator.errors import RecipeError, UnsupportedModel
-from abliterator.formats import FORMATS, Layout, Storage, Unpacked, preferred
+from abliterator.formats import FORMATS, Dequantized, Layout, Storage, preferred
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -21,14 +21,13 @@ Quantized = Literal["auto", "keep", "dequantize"]
 
 @dataclass(frozen=True)
 class EditSettings:
-    """How writers are edited; the fields mean what they mean in a recipe's `edit`.
+    """How writers are edited: the fields of a recipe's `edit`.
 
     The strength of a component is one number, or one for every block of the model.
     A component without a strength of its own has that of "attention" if it mixes tokens, else that
     of "mlp": experts are edited as the MLP is unless they are named.
 
-    `experts` are the routed experts that are edited, in all blocks or by block (`_experts.Chosen`);
-    None for all.
+    `experts` are the routed experts that are edited (`ExpertSelection`); None for all.
     """
 
     strength: Mapping[str, float | Sequence[float]] = field(
@@ -38,7 +37,7 @@ class EditSettings:
     rounding: Literal["nearest", "compensated"] = "compensated"
     embeddings: bool = False
     biases: bool = True
-    experts: Chosen | None = None
+    experts: ExpertSelection | None = None
     quantized: Quantized = "auto"
 
 
@@ -58,7 +57,7 @@ class PlannedEdit:
     experts: Indices | None = None
 
     @property
-    def unpacks(self) -> bool:
+    def dequantizes(self) -> bool:
         """Whether a quantised tensor is written as plain numbers."""
         return self.stored is not self.layout
 
@@ -71,7 +70,7 @@ class PlannedEdit:
 
 @dataclass(frozen=True)
 class EditPlan:
-    """Every tensor that will be edited, in no order that matters; nothing else is touched.
+    """Every tensor that will be edited, in any order; no other tensor is.
 
     `writers` are all that the checkpoint has, edited or not.
     """
@@ -83,10 +82,10 @@ class EditPlan:
     writers: tuple[Writer, ...] = ()
     storage: Storage = field(default_factory=Storage)
 
-    def unpacked(self, checkpoint: Checkpoint) -> Unpacked:
-        """What writing tensors as plain numbers changes beside them."""
-        names = [edit.info.name for edit in self.edits if edit.unpacks]
-        return self.storage.unpacked(checkpoint.tensors, names)
+    def dequantized(self, checkpoint: Checkpoint) -> Dequantized:
+        """What changes beside the tensors that are written as plain numbers."""
+        names = [edit.info.name for edit in self.edits if edit.dequantizes]
+        return self.storage.dequantized(checkpoint.tensors, names)
 
     def stored_as(self, quantized: Quantized) -> EditPlan:
         """The same plan with quantised tensors stored in another way."""
@@ -96,13 +95,15 @@ class EditPlan:
 
     def added_bytes(self, checkpoint: Checkpoint) -> int:
         """By how many bytes the edited checkpoint's tensors outgrow the base's."""
-        unpacked, tensors = self.unpacked(checkpoint), checkpoint.tensors
-        dense = sum(nbytes_of(layout) for layout in unpacked.dense.values())
-        return dense - sum(tensors[name].nbytes for name in (*unpacked.layouts, *unpacked.dropped))
+        dequantized, tensors = self.dequantized(checkpoint), checkpoint.tensors
+        dense = sum(nbytes_of(layout) for layout in dequantized.dense.values())
+        return dense - sum(
+            tensors[name].nbytes for name in (*dequantized.layouts, *dequantized.dropped)
+        )
 
     def largest_bytes(self, checkpoint: Checkpoint) -> int:
         """Bytes of one tensor that baking holds at once, at most: as it was, and as it will be."""
-        dense = self.unpacked(checkpoint).dense
+        dense = self.dequantized(checkpoint).dense
         held = [edit.info.nbytes for edit in self.edits if edit.info.name not in dense]
         held += [checkpoint.tensors[name].nbytes + nbytes_of(new) for name, new in dense.items()]
         return max(held, default=0)
@@ -128,7 +129,7 @@ class EditPlan:
 
 
 def plan_edits(checkpoint: Checkpoint, anatomy: Anatomy, settings: EditSettings) -> EditPlan:
-    """Which tensors will be edited, from headers alone; loads no weights and no torch.
+    """Plans the edit of a checkpoint from its headers; loads no weights and no torch.
 
     Raises:
         RecipeError: for strengths by block that are not one for every block, and for experts that
@@ -146,8 +147,9 @@ def plan_edits(checkpoint: Checkpoint, anatomy: Anatomy, settings: EditSettings)
                 f"{len(strength)} strengths are given for `{component}`, and the model has "
                 f"{anatomy.n_layers} blocks. Give one for every block, or one number."
             )
-    asked = settings.experts
-    chosen = experts_of_blocks(writers, checkpoint.shapes, asked) if asked is not None else None
+    chosen = None
+    if settings.experts is not None:
+        chosen = experts_of_blocks(writers, checkpoint.shapes, settings.experts)
     edits = []
     for writer in writers:
         strength = _strength_of(writer, settings)
@@ -171,7 +173,7 @@ def plan_edits(checkpoint: Checkpoint, anatomy: Anatomy, settings: EditSettings)
 
 
 def require_fit(basis: Tensor, plan: EditPlan) -> None:
-    """Stops at a subspace that is not one for the planned model.
+    """Checks that a subspace fits the planned model.
 
     Args:
         basis: Q [H, k], or [L, H, k] with one a block.
@@ -232,12 +234,12 @@ def nbytes_of(layout: Layout) -> int:
 
 
 def _stored(layout: Layout, quantized: Quantized) -> Layout:
-    way = preferred(layout.kind) if quantized == "auto" else quantized
-    return layout.dense if layout.quantized and way == "dequantize" else layout
+    method = preferred(layout.kind) if quantized == "auto" else quantized
+    return layout.dense if layout.quantized and method == "dequantize" else layout
 
 
 def _require_plain(info: TensorInfo) -> None:
-    """Stops at a gain that is stored in a form which would need scales."""
+    """Checks that a norm's gain is stored without scales."""
     if info.dtype not in FORMATS:
         raise UnsupportedModel(
             f"Tensor {info.name}, on which an edit depends, is stored as {info.dtype}; expected "

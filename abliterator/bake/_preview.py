@@ -1,4 +1,4 @@
-"""The edit at run time, without writing weights."""
+"""The edit as hooks on a loaded model, without writing weights."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     Remove = Callable[[Tensor], Tensor]
     Choose = Callable[[Sequence[int]], None]
-    Take = Callable[[Tensor], Tensor]
+    Subtract = Callable[..., Tensor]
     Share = Callable[[BoundArguments], Tensor]
 
 # What a module of experts calls the indices of those that run for each token, and their weights.
@@ -36,7 +36,7 @@ def preview_edit(
     basis: Tensor,
     strengths: Mapping[str, float | Tensor] | None = None,
 ) -> Iterator[None]:
-    """The edit at run time, on the output of every planned writer: h <- h - s Q Qᵀ h.
+    """Edits the output of every planned writer at run time: h <- h - s Q Qᵀ h.
 
     Where a norm's gain follows the writer, it is the operator of the baked weights that is applied
     (`subspace.Removal`). Equal to the baked weights up to rounding, biases included.
@@ -57,8 +57,7 @@ def preview_edit(
     require_fit(basis, plan)
 
     def remover(edit: PlannedEdit, checkpoint: Checkpoint) -> Remove:
-        removal = removal_of(edit.writer, checkpoint, basis).to(_wide(loaded), loaded.device)
-        return lambda written: (written @ removal.read) @ removal.take.T
+        return removal_of(edit.writer, checkpoint, basis).to(_wide(loaded), loaded.device).removed
 
     with _previewed(loaded, plan, remover, strengths or {}):
         yield
@@ -66,7 +65,7 @@ def preview_edit(
 
 @contextmanager
 def preview_edits(loaded: LoadedModel, plan: EditPlan, bases: Sequence[Tensor]) -> Iterator[Choose]:
-    """Several edits at once: each row of a batch runs under its own, as `preview_edit` would.
+    """Runs each row of a batch under its own edit, as `preview_edit` would.
 
     Args:
         loaded: the base.
@@ -85,6 +84,8 @@ def preview_edits(loaded: LoadedModel, plan: EditPlan, bases: Sequence[Tensor]) 
     _require_rows(plan)
     import torch
 
+    from abliterator.subspace import Removal
+
     chosen: list[Tensor] = []
     known: dict[object, Removal] = {}
 
@@ -96,16 +97,16 @@ def preview_edits(loaded: LoadedModel, plan: EditPlan, bases: Sequence[Tensor]) 
         own = edit.writer.gains or any(basis.ndim == 3 for basis in bases)
         key = (edit.writer.gains, edit.writer.layer) if own else None
         if key not in known:
-            each = [removal_of(edit.writer, checkpoint, basis) for basis in bases]
-            known[key] = _stacked(each).to(_wide(loaded), loaded.device)
+            removals = [removal_of(edit.writer, checkpoint, basis) for basis in bases]
+            known[key] = _stacked(removals).to(_wide(loaded), loaded.device)
         removal = known[key]
 
         def remove(written: Tensor) -> Tensor:
             rows = chosen[0]
             # experts write [rows x tokens, H], one row's tokens together
             by_row = written.view(len(rows), -1, written.shape[-1])
-            removed = (by_row @ removal.read[rows]) @ removal.take[rows].mT
-            return removed.view_as(written)
+            by_edit = Removal(removal.take[rows], removal.read[rows])
+            return by_edit.removed(by_row).view_as(written)
 
         return remove
 
@@ -131,12 +132,12 @@ def _stacked(removals: Sequence[Removal]) -> Removal:
 
 
 def _require_rows(plan: EditPlan) -> None:
-    """Stops where a writer's output does not tell which row of the batch a token is from."""
-    found: dict[int, set[str]] = {}
+    """Checks that every writer's output tells which row of the batch a token is from."""
+    modules_of: dict[int, set[str]] = {}
     for edit in plan.edits:
         if edit.writer.component == "expert":
-            found.setdefault(edit.writer.layer, set()).add(edit.writer.module)
-    several = next((modules for modules in found.values() if len(modules) > 1), None)
+            modules_of.setdefault(edit.writer.layer, set()).add(edit.writer.module)
+    several = next((modules for modules in modules_of.values() if len(modules) > 1), None)
     if several is not None:
         raise UnsupportedModel(
             f"Experts are modules of their own here ({min(several)}), so several edits cannot "
@@ -165,29 +166,15 @@ def _previewed(
             continue  # experts share a module and its edit
         seen.add(path)
         strength = strengths.get(path, edit.strength)
-        takes = _takes(loaded, edit, plan, remover(edit, checkpoint), strength)
+        subtract = _subtraction(loaded, edit, plan, remover(edit, checkpoint), strength)
         chosen = plan.experts_of(path)
         if chosen is None:
-            hooks[path] = partial(_edited, takes)
+            hooks[path] = subtract
         else:
             path, share = _experts_alone(loaded, path, chosen)
-            hooks[path] = CallHook(partial(_edited_share, takes, share))
+            hooks[path] = CallHook(partial(_subtract_of_share, subtract, share))
     with hooked(loaded.model, hooks):
         yield
-
-
-def _edited(takes: Take, hidden: Tensor) -> Tensor:
-    """A write without what the edit takes of it, rounded once, as the baked weights are."""
-    return _less(hidden, takes(hidden))
-
-
-def _edited_share(takes: Take, share: Share, hidden: Tensor, call: BoundArguments) -> Tensor:
-    """The same where only a share of the write is edited."""
-    return _less(hidden, takes(share(call)))
-
-
-def _less(hidden: Tensor, taken: Tensor) -> Tensor:
-    return (hidden.to(taken.dtype) - taken).to(hidden.dtype)
 
 
 def _experts_alone(loaded: LoadedModel, path: str, experts: tuple[int, ...]) -> tuple[str, Share]:
@@ -206,9 +193,9 @@ def _experts_alone(loaded: LoadedModel, path: str, experts: tuple[int, ...]) -> 
     """
     modules = dict(loaded.model.named_modules())
     for where in (path, f"{path}.experts"):
-        taken = signature(modules[where].forward).parameters if where in modules else {}
+        parameters = signature(modules[where].forward).parameters if where in modules else {}
         for names in _ROUTED:
-            if all(name in taken for name in names):
+            if all(name in parameters for name in names):
                 return where, partial(_run_some, modules[where], names, experts)
     raise RecipeError(
         f"`edit.experts` has no run-time form here: {path} of this model is not told which experts "
@@ -228,30 +215,33 @@ def _run_some(
     return written
 
 
-def _takes(
-    loaded: LoadedModel,
-    edit: PlannedEdit,
-    plan: EditPlan,
-    remove: Remove,
-    strength: float | Tensor,
-) -> Take:
-    """What the edit takes of a write, in float32 at least."""
+def _subtraction(
+    loaded: LoadedModel, edit: PlannedEdit, plan: EditPlan, remove: Remove, strength: float | Tensor
+) -> Subtract:
+    """The edit of a writer's output, rounded once, as the baked weights are."""
     module = loaded.model.get_submodule(edit.writer.module)
     if not plan.settings.biases and getattr(module, "down_proj_bias", None) is not None:
         raise RecipeError(
             "`edit.biases: false` has no run-time form for experts with biases; bake the edit "
             "instead."
         )
-    bias = getattr(module, "bias", None)
-    kept_bias = bias if not plan.settings.biases else None
+    kept_bias = None if plan.settings.biases else getattr(module, "bias", None)
     wide = _wide(loaded)
 
-    def takes(hidden: Tensor) -> Tensor:
-        written = hidden.to(wide)
+    def subtract(hidden: Tensor, share: Tensor | None = None) -> Tensor:
+        written = (hidden if share is None else share).to(wide)
         removable = written if kept_bias is None else written - kept_bias.to(wide)
-        return strength * remove(removable)
+        removed = strength * remove(removable)
+        return (hidden.to(removed.dtype) - removed).to(hidden.dtype)
 
-    return takes
+    return subtract
+
+
+def _subtract_of_share(
+    subtract: Subtract, share: Share, hidden: Tensor, call: BoundArguments
+) -> Tensor:
+    """The edit of an output of which only a share, that of some experts, is edited."""
+    return subtract(hidden, share(call))
 
 
 def _wide(loaded: LoadedModel) -> torch.dtype:

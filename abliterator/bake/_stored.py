@@ -25,12 +25,12 @@ PANEL_ELEMENTS = 1 << 19
 
 # Elements that wait to be rounded once more: that takes many small steps, which are made for all
 # their columns at once.
-WAITING_ELEMENTS = 1 << 18
+DEFERRED_ELEMENTS = 1 << 18
 
 
 @dataclass(frozen=True)
 class StoredEdit:
-    """What was measured on the stored bytes of one tensor.
+    """Leak and rounding noise of one tensor, measured on its stored bytes.
 
     Attributes:
         leak: |Bᵀ W'| / |Bᵀ W| (B = D Q, D the gains, or Q where there are none), or None if W wrote
@@ -53,7 +53,7 @@ def edit_stored(
     scales: bytes | None = None,
     out: memoryview | None = None,
 ) -> StoredEdit:
-    """Edits the stored bytes of one tensor.
+    """Edits the stored bytes of one tensor, and measures what is left.
 
     Args:
         buffer: all bytes of the tensor.
@@ -72,12 +72,12 @@ def edit_stored(
         pairs: Iterator[tuple[Matrix, Matrix]] = ((matrix, matrix) for matrix in sources)
     else:
         if edit.experts is not None and scales is not None:
-            edit.layout.unpack(buffer, scales, out)  # the other experts
+            edit.layout.dequantize(buffer, scales, out)  # the other experts
         targets = edit.stored.matrices(out, edit.layout.dense_axis(axis), experts=edit.experts)
         pairs = zip(sources, targets, strict=True)
     sums = _Sums()
     for source, target in pairs:
-        change = _Change(removal.to(source.compute), edit, settings, target)
+        change = _MatrixEditor(removal.to(source.compute), edit, settings, target)
         for start, stop in source.ranges(PANEL_ELEMENTS):
             change.apply(source, start, stop, sums)
         change.finish(sums)
@@ -85,7 +85,7 @@ def edit_stored(
 
 
 def read_vector(checkpoint: Checkpoint, name: str) -> Tensor:
-    """A small tensor of the checkpoint in float64: a gain."""
+    """A one-dimensional tensor of the checkpoint (a norm's gain) in float64."""
     import torch
 
     info = checkpoint.tensors[name]
@@ -95,7 +95,7 @@ def read_vector(checkpoint: Checkpoint, name: str) -> Tensor:
 
 @dataclass
 class _Sums:
-    """Squares, summed over the panels of one tensor."""
+    """Squared norms (Frobenius), summed over the panels of one tensor."""
 
     wrote: float = 0.0
     writes: float = 0.0
@@ -110,8 +110,8 @@ class _Sums:
         return StoredEdit(leak, (self.noise / self.size) ** 0.5, (self.nearest / self.size) ** 0.5)
 
 
-class _Waiting(NamedTuple):
-    """The rows of a panel that are to be rounded once more.
+class _DeferredPanel(NamedTuple):
+    """The rows of a panel whose compensated rounding is deferred to a larger batch of columns.
 
     Attributes:
         start: its first column.
@@ -130,8 +130,8 @@ class _Waiting(NamedTuple):
     error: Tensor
 
 
-class _Change:
-    """The edit of one stored matrix, applied to its panels."""
+class _MatrixEditor:
+    """Edits one stored matrix, panel by panel."""
 
     def __init__(
         self, removal: Removal, edit: PlannedEdit, settings: EditSettings, target: Matrix
@@ -146,13 +146,12 @@ class _Change:
         self._measures = edit.layout.quantized
         compensates = settings.rounding == "compensated"
         self._rows = compensating_rows(removal.read) if compensates else None
-        self._waiting: list[_Waiting] = []
+        self._deferred: list[_DeferredPanel] = []
 
     def apply(self, source: Matrix, start: int, stop: int, sums: _Sums) -> None:
-        """Edits and stores columns [H, c] of `source`."""
+        """Edits and stores columns `start` to `stop` of `source`, rounded to nearest."""
         from abliterator.subspace import keep_column_norms
 
-        read = self._removal.read
         exact, scale = source.get(start, stop)
         if scale is not None:
             exact.mul_(scale)
@@ -169,7 +168,7 @@ class _Change:
         numbers = self._target.rounded(exact if scale is None else exact / scale)
         self._target.put(start, numbers)
         stored = numbers if scale is None else numbers.mul_(scale)
-        writes = read.T @ stored
+        writes = self._removal.reads(stored)
         if self._measures:
             nearest = _square(stored - exact)
             sums.nearest += nearest
@@ -177,17 +176,19 @@ class _Change:
         if self._rows is None:
             sums.writes += _square(writes)
             return
-        rows, error = self._rows, writes - read.T @ exact
+        rows, error = self._rows, writes - self._removal.reads(exact)
         units = None if scale is None else scale[rows]
-        self._waiting.append(_Waiting(start, exact[rows], stored[rows], units, writes, error))
-        if sum(panel.exact.numel() for panel in self._waiting) >= WAITING_ELEMENTS:
+        self._deferred.append(
+            _DeferredPanel(start, exact[rows], stored[rows], units, writes, error)
+        )
+        if sum(panel.exact.numel() for panel in self._deferred) >= DEFERRED_ELEMENTS:
             self.finish(sums)
 
     def finish(self, sums: _Sums) -> None:
-        """Rounds the rows that compensate once more, of the panels that wait for it."""
+        """Rounds the rows of the deferred panels again, so that they compensate the error."""
         from abliterator.subspace import compensate
 
-        panels, self._waiting = self._waiting, []
+        panels, self._deferred = self._deferred, []
         if self._rows is None or not panels:
             return
         read, rounded = self._removal.read[self._rows], self._target.rounded

@@ -1,4 +1,4 @@
-"""An edit plan and a subspace into files."""
+"""Writes the edited checkpoint."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from abliterator.anatomy import Writer
-from abliterator.bake._plan import EditPlan, PlannedEdit, nbytes_of, require_fit
+from abliterator.bake._plan import EditPlan, nbytes_of, require_fit
 from abliterator.bake._stored import StoredEdit, edit_stored, read_vector
 from abliterator.checkpoint import (
     CONFIG_FILE,
@@ -17,14 +17,14 @@ from abliterator.checkpoint import (
     Checkpoint,
     PatchedTensor,
     TensorInfo,
-    carried_files,
+    auxiliary_files,
     edited_config,
+    edited_index,
     patch_file,
-    relaid_index,
-    relay,
+    shard_layout,
 )
 from abliterator.files import copy_file, write_text_atomic
-from abliterator.formats import Unpacked
+from abliterator.formats import Dequantized
 from abliterator.record import TensorEdit
 
 if TYPE_CHECKING:
@@ -33,6 +33,23 @@ if TYPE_CHECKING:
     from abliterator.subspace import Removal
 
 
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Torch on one thread: panels are too small to share, and files are hashed on another.
+
+    With one thread per core, each of thousands of small steps would wait for a core that hashes.
+    """
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@_one_thread()
 def bake(
     checkpoint: Checkpoint,
     plan: EditPlan,
@@ -60,88 +77,96 @@ def bake(
         One `TensorEdit` per edited tensor, in the order of the files.
     """
     require_fit(basis, plan)
-    with _one_thread():
-        return _bake(checkpoint, plan, basis, out, made_from, on_bytes)
-
-
-def _bake(
-    checkpoint: Checkpoint,
-    plan: EditPlan,
-    basis: Tensor,
-    out: Path,
-    made_from: Mapping[str, str] | None,
-    on_bytes: Callable[[int], None] | None,
-) -> tuple[TensorEdit, ...]:
-    unpacked = plan.unpacked(checkpoint)
+    dequantized = plan.dequantized(checkpoint)
+    editor = _ShardEditor(checkpoint, plan, basis, dequantized)
     done: list[TensorEdit] = []
     for file in checkpoint.weight_files:
-        relaid = relay(checkpoint, file, unpacked.dense, unpacked.dropped)
-        rewrite = _Rewrite(checkpoint, plan, basis, unpacked)
+        shard = shard_layout(checkpoint, file, dequantized.dense, dequantized.dropped)
         patched = patch_file(
             checkpoint.folder / file,
             out / file,
-            [info for info in rewrite.infos if info.file == file],
-            rewrite,
-            relaid=relaid if relaid.changed else None,
+            [info for info in editor.infos if info.file == file],
+            editor,
+            layout=shard if shard.changed else None,
         )
-        done += [
-            _report(rewrite.planned[tensor.name], basis, rewrite.found[tensor.name], tensor)
-            for tensor in patched.tensors
-            if tensor.name in rewrite.found
-        ]
+        done += [editor.report(t) for t in patched.tensors if t.name in editor.planned]
         if on_bytes is not None:
             on_bytes(checkpoint.file_bytes[file])
-    index = relaid_index(checkpoint, unpacked.dense, unpacked.dropped)
+    index = edited_index(checkpoint, dequantized.dense, dequantized.dropped)
     if index is not None:
         write_text_atomic(out / INDEX_FILE, index)
-    for file in carried_files(checkpoint.folder)[0]:
+    for file in auxiliary_files(checkpoint.folder)[0]:
         if file != CONFIG_FILE and (file != INDEX_FILE or index is None):
             copy_file(checkpoint.folder / file, out / file)
     write_config(checkpoint, plan, out, made_from)
     return tuple(done)
 
 
-class _Rewrite:
-    """The edit of every planned tensor, and what is written as plain numbers along with them.
+class _ShardEditor:
+    """Edits the planned tensors, and dequantizes those that change their format along with them.
 
-    `found` is what was measured of each edited tensor, by its name.
+    Attributes:
+        planned: the edit of each tensor, by its name.
+        infos: all tensors that it changes.
     """
 
     def __init__(
-        self, checkpoint: Checkpoint, plan: EditPlan, basis: Tensor, unpacked: Unpacked
+        self, checkpoint: Checkpoint, plan: EditPlan, basis: Tensor, dequantized: Dequantized
     ) -> None:
         self._checkpoint, self._basis, self._settings = checkpoint, basis, plan.settings
-        self._unpacked = unpacked.layouts
+        self._dequantized = dequantized.layouts
         self.planned = {edit.info.name: edit for edit in plan.edits}
-        names = dict.fromkeys([*self.planned, *self._unpacked])
+        names = dict.fromkeys([*self.planned, *self._dequantized])
         self.infos = [checkpoint.tensors[name] for name in names]
-        self.found: dict[str, StoredEdit] = {}
+        self._measured: dict[str, StoredEdit] = {}
 
     def __call__(self, info: TensorInfo, buffer: memoryview) -> memoryview | None:
         """Edits the bytes of one tensor in place, or returns it as plain numbers."""
-        edit, unpacked = self.planned.get(info.name), self._unpacked.get(info.name)
-        layout = edit.layout if edit is not None else unpacked
+        edit, dequantized = self.planned.get(info.name), self._dequantized.get(info.name)
+        layout = edit.layout if edit is not None else dequantized
         scales = None
         if layout is not None and layout.scales is not None:
             scales = self._checkpoint.read(layout.scales)
-        out = None if unpacked is None else memoryview(bytearray(nbytes_of(unpacked.dense)))
-        if edit is None:
-            if unpacked is None or scales is None or out is None:
-                raise ValueError(f"{info.name} is neither edited nor quantised")
-            unpacked.unpack(buffer, scales, out)
-            return out
-        removal = removal_of(edit.writer, self._checkpoint, self._basis)
-        self.found[info.name] = edit_stored(
-            buffer, edit, removal, self._settings, scales=scales, out=out
-        )
+        out = None if dequantized is None else memoryview(bytearray(nbytes_of(dequantized.dense)))
+        if edit is not None:
+            removal = removal_of(edit.writer, self._checkpoint, self._basis)
+            self._measured[info.name] = edit_stored(
+                buffer, edit, removal, self._settings, scales=scales, out=out
+            )
+        elif dequantized is not None and scales is not None and out is not None:
+            dequantized.dequantize(buffer, scales, out)
+        else:
+            raise ValueError(f"{info.name} is neither edited nor quantised")
         return out
+
+    def report(self, patched: PatchedTensor) -> TensorEdit:
+        """The entry of edits.json for an edited tensor that was written."""
+        edit, measured = self.planned[patched.name], self._measured[patched.name]
+        return TensorEdit(
+            name=edit.info.name,
+            file=edit.info.file,
+            component=edit.writer.component,
+            layer=edit.writer.layer,
+            axis=edit.writer.axis,
+            gains=edit.writer.gains,
+            dtype=edit.info.dtype,
+            shape=edit.info.shape,
+            storage=edit.layout.kind if edit.layout.quantized else None,
+            dequantized=edit.dequantizes,
+            k=self._basis.shape[-1],
+            subspace="all" if self._basis.ndim == 2 else "block",
+            strength=edit.strength,
+            experts=edit.experts,
+            leak=measured.leak,
+            noise=measured.noise,
+            noise_nearest=measured.noise_nearest,
+            sha256_before=patched.sha256_before,
+            sha256_after=patched.sha256_after,
+        )
 
 
 def write_config(
-    checkpoint: Checkpoint,
-    plan: EditPlan,
-    out: Path,
-    made_from: Mapping[str, str] | None = None,
+    checkpoint: Checkpoint, plan: EditPlan, out: Path, made_from: Mapping[str, str] | None = None
 ) -> None:
     """Writes config.json of the edited checkpoint, with an entry that says who edited it.
 
@@ -153,28 +178,12 @@ def write_config(
             `subspace_sha256` where there was no recipe.
     """
     entry = {"version": version("abliterator"), **(made_from or {})}
-    text = edited_config(checkpoint.config, entry, changed=plan.unpacked(checkpoint).config)
+    text = edited_config(checkpoint.config, entry, changed=plan.dequantized(checkpoint).config)
     write_text_atomic(out / CONFIG_FILE, text)
 
 
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """Torch on one thread: panels are too small to share, and files are hashed on another.
-
-    With one thread per core, each of thousands of small steps would wait for a core that hashes.
-    """
-    import torch
-
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
 def removal_of(writer: Writer, checkpoint: Checkpoint, basis: Tensor) -> Removal:
-    """How the Q of its block is removed from what a writer writes: through the gains after it."""
+    """The removal of a writer's subspace (its block's Q), through the gains of norms after it."""
     import torch
 
     from abliterator.subspace import basis_of_block, removal_of_basis
@@ -182,29 +191,3 @@ def removal_of(writer: Writer, checkpoint: Checkpoint, basis: Tensor) -> Removal
     gains = [read_vector(checkpoint, gain) + writer.gain_offset for gain in writer.gains]
     gain = torch.stack(gains).prod(dim=0) if gains else None
     return removal_of_basis(basis_of_block(basis, writer.layer).double(), gain)
-
-
-def _report(
-    edit: PlannedEdit, basis: Tensor, found: StoredEdit, patched: PatchedTensor
-) -> TensorEdit:
-    return TensorEdit(
-        name=edit.info.name,
-        file=edit.info.file,
-        component=edit.writer.component,
-        layer=edit.writer.layer,
-        axis=edit.writer.axis,
-        gains=edit.writer.gains,
-        dtype=edit.info.dtype,
-        shape=edit.info.shape,
-        storage=edit.layout.kind if edit.layout.quantized else None,
-        unpacked=edit.unpacks,
-        k=basis.shape[-1],
-        subspace="all" if basis.ndim == 2 else "block",
-        strength=edit.strength,
-        experts=edit.experts,
-        leak=found.leak,
-        noise=found.noise,
-        noise_nearest=found.noise_nearest,
-        sha256_before=patched.sha256_before,
-        sha256_after=patched.sha256_after,
-    )

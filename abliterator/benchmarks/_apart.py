@@ -6,7 +6,6 @@ a file a task, and is not scored again.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import signal
@@ -192,8 +191,7 @@ def _key(subject: Subject, task: Task, settings: RunSettings) -> str:
         "task": task.model_dump(mode="json"),
         "settings": asdict(settings),
     }
-    text = json.dumps(identity, sort_keys=True, default=str)
-    return hashlib.sha256(text.encode()).hexdigest()
+    return digest_of(identity, default=str)
 
 
 def _read(folder: Path, task: str, key: str) -> TaskScores | None:

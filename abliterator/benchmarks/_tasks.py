@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import hashlib
-import json
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -19,6 +17,7 @@ from abliterator.benchmarks._files import FILE_FORMATS, local_task
 from abliterator.benchmarks._named import named_tasks, yaml_settings
 from abliterator.benchmarks._scores import Aggregate
 from abliterator.errors import BenchmarkError, PromptError
+from abliterator.files import digest_of
 from abliterator.prompts import resolve_revision
 from abliterator.record import Frozen
 
@@ -229,7 +228,7 @@ def _checked(
     }  # fmt: skip
     return Task(
         name=name,
-        digest=hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest(),
+        digest=digest_of(identity),
         metric=metric,
         higher_is_better=bool(task.higher_is_better().get(metric, True)),
         version=str(task.VERSION),

@@ -28,41 +28,26 @@ GATING_TEXTS = tuple(
 GATING_FIELDS = "extra_gated_fields"
 
 
-def header(record: RunRecord) -> str:
-    """The header, without its two rules."""
+def header(record: RunRecord, *, adapter: bool) -> str:
+    """The header, without its two rules.
+
+    An adapter's has no results, which were measured on the checkpoint.
+    """
     from huggingface_hub import ModelCardData
 
-    base = hub_base(record)
-    results = list(_results(record))
+    base, relation = hub_base(record), "adapter" if adapter else "finetune"
+    # no results are None: an empty list would become an empty model-index
+    results = (None if adapter else list(_results(record))) or None
     data = ModelCardData(
         base_model=base,
-        base_model_relation="finetune" if base else None,
+        base_model_relation=relation if base else None,
         **_terms(record),
         datasets=_datasets(record) or None,
-        library_name="transformers",
+        library_name="peft" if adapter else "transformers",
         pipeline_tag="text-generation",
-        tags=list(TAGS),
-        # no results are None: an empty list would become an empty model-index
-        eval_results=results or None,
+        tags=[*TAGS, "lora"] if adapter else list(TAGS),
+        eval_results=results,
         model_name=f"{(base or 'model').rpartition('/')[2]}-abliterated" if results else None,
-        **_gating(record.model.gating),
-    )
-    return data.to_yaml()
-
-
-def adapter_header(record: RunRecord) -> str:
-    """The header of an adapter's card; without results, which were measured on the checkpoint."""
-    from huggingface_hub import ModelCardData
-
-    base = hub_base(record)
-    data = ModelCardData(
-        base_model=base,
-        base_model_relation="adapter" if base else None,
-        **_terms(record),
-        datasets=_datasets(record) or None,
-        library_name="peft",
-        pipeline_tag="text-generation",
-        tags=[*TAGS, "lora"],
         **_gating(record.model.gating),
     )
     return data.to_yaml()
@@ -74,7 +59,7 @@ def hub_base(record: RunRecord) -> str | None:
 
 
 def _terms(record: RunRecord) -> dict[str, Any]:
-    """What the base's licence and languages are."""
+    """Licence and languages of the base."""
     model = record.model
     return {
         # the Hub's licence ids are lower case
@@ -89,10 +74,10 @@ def _fitting(pattern: re.Pattern[str], text: str | None) -> str | None:
     return text if text is not None and pattern.fullmatch(text) else None
 
 
-def _gating(asked: Mapping[str, Any]) -> dict[str, Any]:
-    """What the base asks of those who want access; the Hub shows it, as text, where it is gated."""
-    texts = {key: asked[key] for key in GATING_TEXTS if isinstance(asked.get(key), str)}
-    fields = asked.get(GATING_FIELDS)
+def _gating(gating: Mapping[str, Any]) -> dict[str, Any]:
+    """Keys `extra_gated_*` of a gated base, whose texts the Hub shows to those who want access."""
+    texts = {key: gating[key] for key in GATING_TEXTS if isinstance(gating.get(key), str)}
+    fields = gating.get(GATING_FIELDS)
     if isinstance(fields, dict) and all(isinstance(kind, (str, dict)) for kind in fields.values()):
         texts[GATING_FIELDS] = fields
     visible: dict[str, Any] = without_invisible(texts)

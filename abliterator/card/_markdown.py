@@ -1,4 +1,4 @@
-"""What may stand in the Markdown of a card: free text made harmless, numbers in one form."""
+"""Cells, tables and paragraphs of a card: free text is escaped, numbers have one form."""
 
 from __future__ import annotations
 
@@ -23,6 +23,45 @@ class Markdown(str):
     """Text of our own making: the template prints it as it is, and escapes every other string."""
 
     __slots__ = ()
+
+
+Row = tuple[object, ...]
+"""Cells of one line of a table: `Markdown` and integers are printed as they are."""
+
+
+def row(label: str, *cells: object) -> Row:
+    """A line of a table; the label is a text of ours, not of a record."""
+    return (Markdown(label), *cells)
+
+
+def table(rows: Iterable[Row], *headings: str) -> Markdown:
+    """A Markdown table without a line break at its end; `Not measured.` where there is no row.
+
+    Args:
+        rows: cells from left to right; those that are no `Markdown` or integer are escaped.
+        headings: texts of ours, one a column.
+    """
+    lines = [" ".join(("|", *(f"{cell(value)} |" for value in values))) for values in rows]
+    if not lines:
+        return Markdown(f"{NOT_MEASURED}.")
+    head = "".join(f" {heading} |" if heading else " |" for heading in headings)
+    return Markdown("\n".join([f"|{head}", "|" + "---|" * len(headings), *lines]))
+
+
+def optional_table(rows: Iterable[Row], title: str, *headings: str) -> Markdown:
+    """A blank line, a title and a table; nothing where there is no row."""
+    listed_rows = list(rows)
+    return paragraphs([title, table(listed_rows, *headings)] if listed_rows else [])
+
+
+def paragraphs(texts: Iterable[str]) -> Markdown:
+    """Texts of ours, each after a blank line; nothing for no text."""
+    return Markdown("".join(f"\n\n{text}" for text in texts))
+
+
+def cell(value: object) -> object:
+    """The value itself if it is `Markdown` or an integer, else escaped: the template's default."""
+    return value if isinstance(value, (int, Markdown)) else escape(value)
 
 
 def escape(value: object) -> Markdown:
@@ -141,7 +180,7 @@ def listed(values: Iterable[object]) -> Markdown:
     return Markdown(", ".join(map(_plain, values)) or "none")
 
 
-def settings(values: Mapping[str, Any]) -> Markdown:
+def settings(values: Mapping[Any, Any]) -> Markdown:
     """Pairs of key and value in the order of the keys, between commas; `none` for no pair."""
     pairs = (f"{escape(key)} {_plain(value)}" for key, value in sorted(values.items()))
     return Markdown(", ".join(pairs) or "none")

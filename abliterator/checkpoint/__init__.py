@@ -1,23 +1,24 @@
 """Checkpoint folders as files: where each tensor's bytes lie, and how to change some of them.
 
-The room reads safetensors headers itself, because the contract is about bytes: which range of which
-file belongs to which tensor. It proves a folder sound before anything is written, streams the
-ranges that stay, hands the bytes of each tensor to be edited to its caller, and replaces a file
-only when all of it is on the disk. It does not know what an edit means, what a tensor is for, or
-how bytes become numbers; it never imports torch. Where tensors change dtype or shape, `relay` tells
-the new header.
+safetensors headers are read here and not by the library, because the contract is about bytes: which
+range of which file belongs to which tensor. A folder is proven sound before anything is written.
+The ranges that stay are streamed, the bytes of each tensor to be edited are handed to the caller,
+and a file is replaced only when all of it is on the disk. Where tensors change dtype or shape,
+`shard_layout` gives the new header. What an edit means, what a tensor is for, and how bytes become
+numbers is not known here; torch is never imported.
 
     base = Checkpoint.open(Path("Llama-3.2-1B-Instruct"))
     names = ["model.layers.9.mlp.down_proj.weight"]
     for file in base.weight_files:
         edited = [base.tensors[name] for name in names if base.tensors[name].file == file]
         patch_file(base.folder / file, out / file, edited, edit)  # edit changes a buffer in place
-    carried, left_out = carried_files(base.folder)
-    for file in carried:
+    copied, left_out = auxiliary_files(base.folder)
+    for file in copied:
         copy_file(base.folder / file, out / file)
 """
 
-from abliterator.checkpoint._carry import carried_files, is_legal, is_opened_by_loaders
+from abliterator.checkpoint._auxiliary import auxiliary_files, is_legal, is_opened_by_loaders
+from abliterator.checkpoint._card_metadata import card_metadata, declared_base_models
 from abliterator.checkpoint._config import (
     ADAPTER_CONFIG,
     ADAPTER_METADATA,
@@ -27,12 +28,11 @@ from abliterator.checkpoint._config import (
     adapter_tensors,
     edited_config,
 )
-from abliterator.checkpoint._fingerprint import FileHashes, fingerprint
+from abliterator.checkpoint._fingerprint import fingerprint
 from abliterator.checkpoint._folder import CONFIG_FILE, INDEX_FILE, Checkpoint
 from abliterator.checkpoint._header import DTYPE_BITS, TensorInfo
-from abliterator.checkpoint._patch import Edit, PatchedFile, PatchedTensor, patch_file
-from abliterator.checkpoint._relay import Relaid, relaid_index, relay
-from abliterator.checkpoint._stated import card_metadata, stated_base
+from abliterator.checkpoint._patch import PatchedFile, PatchedTensor, TensorEditor, patch_file
+from abliterator.checkpoint._shard_layout import ShardLayout, edited_index, shard_layout
 
 __all__ = [
     "ADAPTER_CONFIG",
@@ -43,22 +43,21 @@ __all__ = [
     "DTYPE_BITS",
     "INDEX_FILE",
     "Checkpoint",
-    "Edit",
-    "FileHashes",
     "PatchedFile",
     "PatchedTensor",
-    "Relaid",
+    "ShardLayout",
+    "TensorEditor",
     "TensorInfo",
     "adapter_config",
     "adapter_tensors",
+    "auxiliary_files",
     "card_metadata",
-    "carried_files",
+    "declared_base_models",
     "edited_config",
+    "edited_index",
     "fingerprint",
     "is_legal",
     "is_opened_by_loaders",
     "patch_file",
-    "relaid_index",
-    "relay",
-    "stated_base",
+    "shard_layout",
 ]

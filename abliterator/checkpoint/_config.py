@@ -1,6 +1,6 @@
-"""The configs that an edit comes with: config.json of a checkpoint, adapter_config.json.
+"""config.json of an edited checkpoint and adapter_config.json of an adapter.
 
-Each has one allowed text, so that whoever verifies it can compute it again.
+Each has one allowed text, so that a verification can compute it again.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from abliterator.checkpoint._folder import ADAPTER_FILE
 ADAPTER_CONFIG = ADAPTER_FILE
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 ADAPTER_METADATA = {"format": "pt"}
-"""What the header of ADAPTER_WEIGHTS says beside its tensors."""
+"""Metadata in the header of ADAPTER_WEIGHTS."""
 
 CONFIG_ENTRY = "abliterator"
 """Key under which config.json says who edited the weights; loaders keep it and do not read it."""
 
-# Where save_pretrained had loaded the base from: of the edited model it would be false.
+# Keys that would be false of the edited model: save_pretrained writes where the base came from.
 _FALSE_NOW = {"_name_or_path", CONFIG_ENTRY}
 
 
@@ -30,16 +30,15 @@ def edited_config(
     *,
     changed: Mapping[str, Any] = MappingProxyType({}),
 ) -> str:
-    """The one text that config.json of an edited checkpoint may have.
+    """The text of config.json of an edited checkpoint.
 
     All keys of the base stand in their order, `_name_or_path` left out; the last one is
     `abliterator`.
 
     Args:
         base: the base's config.json, parsed.
-        made_by: what the entry `abliterator` says.
-        changed: further keys of the base that the edit made false, and what is true; None leaves
-            the key out.
+        made_by: value of the key `abliterator`.
+        changed: new values of further keys that the edit changes; None leaves the key out.
     """
     gone = _FALSE_NOW.union(key for key, value in changed.items() if value is None)
     kept = {key: changed.get(key, value) for key, value in base.items() if key not in gone}
@@ -49,7 +48,7 @@ def edited_config(
 def adapter_config(
     base_model: str, revision: str | None, *, modules: Iterable[str], rank: int
 ) -> str:
-    """The one text that adapter_config.json of an edit may have: a LoRA of scale 1 for PEFT.
+    """The text of adapter_config.json: a LoRA of scale 1 for PEFT.
 
     Args:
         base_model: Hub id or name of the base.

@@ -1,4 +1,4 @@
-"""A checkpoint folder, opened: which files hold its weights, and every tensor in them."""
+"""A checkpoint folder: the files that hold its weights, and every tensor in them."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from abliterator.checkpoint._header import (
     TensorInfo,
     encodable,
     parse_json_object,
+    read_exactly,
     read_header,
 )
 from abliterator.errors import AbliteratorError, CheckpointError
 from abliterator.files import (
     damaged,
     open_regular,
-    read_fully,
     readable,
     require_plain_folder,
     require_utf8_name,
@@ -96,19 +96,10 @@ class Checkpoint:
 
     def read(self, name: str) -> bytes:
         """The stored bytes of one tensor."""
-        buffer = bytearray(self.tensors[name].nbytes)
-        self.read_into(name, buffer)
-        return bytes(buffer)
-
-    def read_into(self, name: str, buffer: bytearray | memoryview) -> None:
-        """Read the stored bytes of one tensor into `buffer`, which must be `nbytes` long."""
         info = self.tensors[name]
-        view = memoryview(buffer).cast("B")
-        if len(view) != info.nbytes:
-            raise ValueError(f"{name} takes {info.nbytes} bytes; the buffer has {len(view)}")
         with open_regular(self.folder / info.file) as source:
             source.stream.seek(info.start)
-            read_fully(source, view)
+            return read_exactly(source, info.nbytes)
 
 
 def locate_weights(folder: Path) -> dict[str, frozenset[str] | None]:
@@ -201,17 +192,17 @@ def _plain_path(file: str) -> bool:
 
 
 def _check_against_index(
-    folder: Path, file: str, found: set[str], expected: frozenset[str], config: dict[str, Any]
+    folder: Path, file: str, present: set[str], expected: frozenset[str], config: dict[str, Any]
 ) -> None:
     index = folder / INDEX_FILE
-    missing = sorted(name for name in expected - found if not _is_tied_head(name, config))
+    missing = sorted(name for name in expected - present if not _is_tied_head(name, config))
     if missing:
         raise damaged(
             index,
             f"it says that {file} holds {shown(missing[0])}, which is not in it ({len(missing)} "
             "such tensors)",
         )
-    if extra := sorted(found - expected):
+    if extra := sorted(present - expected):
         raise damaged(
             index,
             f"it does not name {shown(extra[0])}, which is in {file} ({len(extra)} such tensors)",
@@ -224,7 +215,7 @@ def _is_tied_head(name: str, config: dict[str, Any]) -> bool:
         return False
     try:
         return anatomy_of(config).tied_embeddings
-    except AbliteratorError:  # which the plan will tell in its own words
+    except AbliteratorError:  # the plan reports it
         return False
 
 

@@ -1,7 +1,7 @@
 """The safetensors header: 8 bytes of length (little-endian), the JSON, then the tensors' bytes.
 
-Everything a header claims is checked against the file before it is believed, by the reference
-implementation's rules and one more: a name that appears twice, of which it keeps the last.
+Everything in a header is checked against the file before it is used, by the reference
+implementation's rules and one more: a name that appears twice is an error, where it keeps the last.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def read_header(folder: Path, file: str) -> tuple[list[TensorInfo], int]:
         The tensors in the order of their bytes, and the size of the file in bytes.
 
     Raises:
-        CheckpointError: the file is missing, truncated, or its header is not to be believed.
+        CheckpointError: the file is missing, truncated, or its header does not fit the file.
     """
     path = folder / file
     with open_regular(path) as source:
@@ -74,7 +74,7 @@ def read_header(folder: Path, file: str) -> tuple[list[TensorInfo], int]:
 
 
 def header_of(tensors: list[tuple[str, str, tuple[int, ...], int]], *, like: bytes) -> bytes:
-    """The first bytes of a file with these tensors (name, dtype, shape, bytes), one after another.
+    """The header of a file with these tensors (name, dtype, shape, bytes), one after another.
 
     Its metadata is that of the header `like`, which has been checked. As in the reference
     implementation, spaces at the end make the tensors begin at a multiple of 8.
@@ -106,7 +106,7 @@ def parse_json_object(text: bytes, path: Path, *, what: str) -> dict[str, Any]:
 
 
 def _check_depth(value: dict[str, Any], path: Path, what: str) -> None:
-    """Stops at nesting that Python's JSON writer, and loaders, would exceed the stack with."""
+    """Refuses nesting on which Python's JSON writer, and loaders, would overflow the stack."""
     level: list[Any] = [value]
     for _ in range(_MAX_DEPTH):
         below = (v.values() if isinstance(v, dict) else v for v in level)
@@ -129,18 +129,19 @@ def _header_text(source: OpenFile) -> bytes:
     path, size = source.path, source.size
     if size < _PREFIX:
         raise damaged(path, f"it has {size} bytes, too few for the length of a header")
-    length = int.from_bytes(_read(source, _PREFIX), "little")
+    length = int.from_bytes(read_exactly(source, _PREFIX), "little")
     if length > MAX_JSON_BYTES:
         raise damaged(path, f"its header claims {length} bytes; {MAX_JSON_BYTES} are allowed")
     if length > size - _PREFIX:
         raise damaged(path, f"its header claims {length} bytes, more than the file has ({size})")
-    text = _read(source, length)
+    text = read_exactly(source, length)
     if not text.startswith(b"{"):
         raise damaged(path, "its header does not begin with '{', so it is not safetensors")
     return text
 
 
-def _read(source: OpenFile, length: int) -> bytes:
+def read_exactly(source: OpenFile, length: int) -> bytes:
+    """The next `length` bytes of a file."""
     buffer = bytearray(length)
     read_fully(source, memoryview(buffer))
     return bytes(buffer)

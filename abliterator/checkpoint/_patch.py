@@ -1,13 +1,13 @@
-"""One weight file written anew with some of its tensors edited, and all else copied as it is.
+"""Writes a weight file with some of its tensors edited and every other byte copied.
 
-As a rule an edit keeps dtype and shape, so no offset moves; where tensors change them, a `Relaid`
-says where each tensor goes. Every byte is written once, and memory holds the largest edited tensor
-once. To copy the whole file and then write over the edited tensors would write those twice.
+As a rule an edit keeps dtype and shape, so no offset moves; where tensors change them, a
+`ShardLayout` says where each tensor goes. Every byte is written once, and memory holds the largest
+edited tensor once. To copy the whole file and then write over the edited tensors would write those
+twice.
 """
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -16,29 +16,26 @@ from pathlib import Path
 from typing import NamedTuple
 
 from abliterator.checkpoint._header import TensorInfo
-from abliterator.checkpoint._relay import Relaid
+from abliterator.checkpoint._shard_layout import ShardLayout
 from abliterator.files import (
-    OpenFile,
     copy_range,
     damaged,
     open_regular,
     read_fully,
-    readable,
     refuse_same_file,
     replacing,
+    sha256_of_range,
     write_fully,
 )
 
-Edit = Callable[[TensorInfo, memoryview], memoryview | None]
+TensorEditor = Callable[[TensorInfo, memoryview], memoryview | None]
 """Changes one tensor's bytes in place, or returns others where the tensor gets another dtype or
 shape. The next tensor gets the same buffer: keep no part of it."""
-
-_CHUNK = 256 << 10  # bytes: a chunk is hashed while it is still in the processor's cache
 
 
 @dataclass(frozen=True)
 class PatchedTensor:
-    """One tensor that was handed to the edit, with the SHA-256 (hex) of its bytes on each side."""
+    """An edited tensor, with the SHA-256 (hex) of its bytes before and after."""
 
     name: str
     sha256_before: str
@@ -58,9 +55,9 @@ def patch_file(
     source: Path,
     destination: Path,
     tensors: Iterable[TensorInfo],
-    edit: Edit,
+    edit: TensorEditor,
     *,
-    relaid: Relaid | None = None,
+    layout: ShardLayout | None = None,
 ) -> PatchedFile:
     """Write `source` to `destination` with `edit` applied to the bytes of each of `tensors`.
 
@@ -73,7 +70,7 @@ def patch_file(
         destination: Another file; its folder is made if needed, an older file is replaced.
         tensors: Tensors of this file, from `Checkpoint.tensors`, in any order.
         edit: Changes a writable buffer of `info.nbytes` bytes in place, or returns others.
-        relaid: Header and order of the new file, if they are not the base's.
+        layout: Header and order of the new file, if they are not the base's.
 
     Raises:
         CheckpointError: the source cannot be read or has become shorter since it was opened, or
@@ -85,12 +82,12 @@ def patch_file(
     with open_regular(source) as base, ThreadPoolExecutor(2) as hashing:
         if ordered and ordered[-1].end > base.size:
             raise damaged(source, f"it has become shorter since it was opened: {base.size} bytes")
-        size = base.size if relaid is None else relaid.size
+        size = base.size if layout is None else layout.size
         with replacing(destination, size) as out:
             hashes = []
-            if relaid is not None:
-                write_fully(out, memoryview(relaid.header))
-            for step in _steps(base.size, ordered, relaid):
+            if layout is not None:
+                write_fully(out, memoryview(layout.header))
+            for step in _steps(base.size, ordered, layout):
                 if isinstance(step, _Copy):
                     copy_range(base, out, *step)
                     continue
@@ -102,7 +99,9 @@ def patch_file(
                 # not bound to a name, so that it is gone before the next one is made
                 write_fully(out, edit(old, part) or part)
                 sides = (base, old), (out, new)
-                hashes.append((old, [hashing.submit(_sha256, *side) for side in sides]))
+                hashes.append(
+                    (old, [hashing.submit(sha256_of_range, f, i.start, i.nbytes) for f, i in sides])
+                )
             patched = tuple(
                 PatchedTensor(old.name, *(digest.result() for digest in digests))
                 for old, digests in hashes
@@ -119,10 +118,10 @@ class _Copy(NamedTuple):
 
 
 def _steps(
-    size: int, ordered: list[TensorInfo], relaid: Relaid | None
+    size: int, ordered: list[TensorInfo], layout: ShardLayout | None
 ) -> Iterator[_Copy | tuple[TensorInfo, TensorInfo]]:
-    """What is written one after the other: ranges of the base, and tensors that are edited."""
-    if relaid is None:
+    """What is written, in the order of the bytes: ranges of the base, and edited tensors."""
+    if layout is None:
         at = 0
         for info in ordered:
             yield _Copy(at, info.start, at)
@@ -131,7 +130,7 @@ def _steps(
         yield _Copy(at, size, at)
         return
     edited = {info.name for info in ordered}
-    for old, new in relaid.tensors:
+    for old, new in layout.tensors:
         yield (old, new) if old.name in edited else _Copy(old.start, old.end, new.start)
 
 
@@ -141,17 +140,3 @@ def _in_file_order(tensors: Iterable[TensorInfo]) -> list[TensorInfo]:
         if second.start < first.end:
             raise ValueError(f"{first.name} and {second.name} overlap: was one given twice?")
     return ordered
-
-
-def _sha256(file: OpenFile, info: TensorInfo) -> str:
-    """SHA-256 of one tensor's stored bytes, through a stream of its own: this runs in a thread."""
-    digest = hashlib.sha256()
-    buffer = memoryview(bytearray(min(_CHUNK, info.nbytes)))
-    with readable(file.path), Path(file.stream.name).open("rb", buffering=0) as stream:
-        stream.seek(info.start)
-        own = file._replace(stream=stream)
-        for done in range(0, info.nbytes, _CHUNK):
-            part = buffer[: info.nbytes - done]
-            read_fully(own, part)
-            digest.update(part)
-    return digest.hexdigest()

@@ -16,7 +16,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from abliterator.checkpoint import Checkpoint, carried_files, is_legal, is_opened_by_loaders
+from abliterator.checkpoint import Checkpoint, auxiliary_files, is_legal, is_opened_by_loaders
 from abliterator.comparison._result import Difference, Part
 from abliterator.errors import AbliteratorError
 from abliterator.files import copy_file, read_text, sha256_of_file, shown, write_text_atomic
@@ -61,7 +61,9 @@ class Setup:
     @cached_property
     def files(self) -> dict[str, str]:
         """SHA-256 of the files that a loader may open, by relative path."""
-        return {name: sha256_of_file(self.folder / name) for name in carried_files(self.folder)[0]}
+        return {
+            name: sha256_of_file(self.folder / name) for name in auxiliary_files(self.folder)[0]
+        }
 
     def files_of(self, part: Part) -> dict[str, str]:
         """Those of a chat template, a tokenizer, or code."""

@@ -1,19 +1,16 @@
-"""Files: read with checks, replaced whole or not at all, hashed; the disk's free room.
+"""Files: checked reading, atomic writing and copying, SHA-256, canonical digests, free disk space.
 
 The lowest package that touches a disk. Text is UTF-8 in every locale. A file is read only if it is
 a regular file and, where it is held in memory, of a bounded size. It is written under another name,
-flushed and renamed: afterwards it is whole, or as it was. What files hold is not known here.
+flushed and renamed: afterwards it is complete, or unchanged. What files hold is not known here.
 
     write_text_atomic(path, as_lines(line for line in lines))
     lines = read_lines(path)
 """
 
-from abliterator.files._digest import digest_of, sha256_of_file
-from abliterator.files._folder import (
-    is_closed,
-    require_plain_folder,
-    require_regular_files,
-)
+from abliterator.files._digest import digest_of, sha256_of_bytes, sha256_of_file, sha256_of_range
+from abliterator.files._folder import is_closed, require_plain_folder, require_regular_files
+from abliterator.files._hashes import FileHashes
 from abliterator.files._read import (
     OpenFile,
     damaged,
@@ -23,14 +20,7 @@ from abliterator.files._read import (
     require_utf8_name,
     shown,
 )
-from abliterator.files._text import (
-    MAX_TEXT_BYTES,
-    as_lines,
-    read_bytes,
-    read_lines,
-    read_text,
-    too_large,
-)
+from abliterator.files._text import as_lines, read_bytes, read_lines, read_text, too_large
 from abliterator.files._write import (
     copy_file,
     copy_range,
@@ -45,7 +35,7 @@ from abliterator.files._write import (
 )
 
 __all__ = [
-    "MAX_TEXT_BYTES",
+    "FileHashes",
     "OpenFile",
     "as_lines",
     "copy_file",
@@ -66,7 +56,9 @@ __all__ = [
     "require_plain_folder",
     "require_regular_files",
     "require_utf8_name",
+    "sha256_of_bytes",
     "sha256_of_file",
+    "sha256_of_range",
     "shown",
     "too_large",
     "writable",

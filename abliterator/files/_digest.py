@@ -1,19 +1,32 @@
-"""SHA-256 of files and of JSON values."""
+"""SHA-256 of bytes, files, ranges of files, and JSON values."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from abliterator.files._read import open_regular, readable
+from abliterator.files._read import OpenFile, open_regular, read_fully, readable
+
+_CHUNK = 256 << 10  # bytes: a chunk is hashed while it is still in the processor's cache
 
 
-def digest_of(value: Any) -> str:
-    """SHA-256 (hex) of a JSON value in canonical form: sorted keys, no spaces, ASCII only."""
-    text = json.dumps(value, sort_keys=True, separators=(",", ":"))
-    return hashlib.sha256(text.encode()).hexdigest()
+def sha256_of_bytes(data: bytes | bytearray | memoryview) -> str:
+    """SHA-256 (hex) of bytes in memory."""
+    return hashlib.sha256(data).hexdigest()
+
+
+def digest_of(value: Any, *, default: Callable[[Any], Any] | None = None) -> str:
+    """SHA-256 (hex) of a JSON value in canonical form: sorted keys, no spaces, ASCII only.
+
+    Args:
+        value: the value.
+        default: makes a JSON value of what is none, as in `json.dumps`.
+    """
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), default=default)
+    return sha256_of_bytes(text.encode())
 
 
 def sha256_of_file(path: Path) -> str:
@@ -24,3 +37,23 @@ def sha256_of_file(path: Path) -> str:
     """
     with open_regular(path) as source, readable(path):
         return hashlib.file_digest(source.stream, "sha256").hexdigest()
+
+
+def sha256_of_range(file: OpenFile, start: int, size: int) -> str:
+    """SHA-256 (hex) of `size` bytes of a file from byte `start`.
+
+    They are read through a stream of its own, so that threads can share `file`.
+
+    Raises:
+        FileError: the file cannot be read, or ends before.
+    """
+    digest = hashlib.sha256()
+    buffer = memoryview(bytearray(min(_CHUNK, size)))
+    with readable(file.path), Path(file.stream.name).open("rb", buffering=0) as stream:
+        stream.seek(start)
+        own = file._replace(stream=stream)
+        for done in range(0, size, _CHUNK):
+            part = buffer[: size - done]
+            read_fully(own, part)
+            digest.update(part)
+    return digest.hexdigest()

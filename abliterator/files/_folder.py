@@ -1,4 +1,4 @@
-"""Whether a folder that somebody else made holds plain files only, of sizes that can be read."""
+"""Checks that a folder from elsewhere holds regular files only, of sizes that can be read."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Reading files that may not be what they claim, and the words for it when they are not."""
+"""Opens regular files for reading, and makes the errors for those that are not or are damaged."""
 
 from __future__ import annotations
 

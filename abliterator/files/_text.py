@@ -8,11 +8,10 @@ from pathlib import Path
 from abliterator.errors import FileError
 from abliterator.files._read import damaged, open_regular, readable
 
-MAX_TEXT_BYTES = 1 << 30
-"""Bytes of a text file that is read whole, at most."""
+_MAX_TEXT_BYTES = 1 << 30  # of a text file that is read whole, at most
 
 
-def read_text(path: Path, *, max_bytes: int = MAX_TEXT_BYTES) -> str:
+def read_text(path: Path, *, max_bytes: int = _MAX_TEXT_BYTES) -> str:
     """The text of a regular file, decoded as UTF-8; a byte order mark is not part of it.
 
     Line ends stay as they are.
@@ -27,7 +26,7 @@ def read_text(path: Path, *, max_bytes: int = MAX_TEXT_BYTES) -> str:
         raise damaged(path, f"byte {error.start} is not UTF-8 text") from None
 
 
-def read_bytes(path: Path, *, max_bytes: int = MAX_TEXT_BYTES) -> bytes:
+def read_bytes(path: Path, *, max_bytes: int = _MAX_TEXT_BYTES) -> bytes:
     """The content of a regular file.
 
     Raises:
@@ -42,7 +41,7 @@ def read_bytes(path: Path, *, max_bytes: int = MAX_TEXT_BYTES) -> bytes:
     return data
 
 
-def read_lines(path: Path, *, max_bytes: int = MAX_TEXT_BYTES) -> list[str]:
+def read_lines(path: Path, *, max_bytes: int = _MAX_TEXT_BYTES) -> list[str]:
     r"""The lines of a JSON Lines file, without blank ones.
 
     Only "\n" ends a line: `str.splitlines` would also cut at U+2028 and others, which may stand in

@@ -1,4 +1,4 @@
-"""Files that are whole or not there: a temporary name, flushed to the disk, then renamed."""
+"""Atomic writes: under a temporary name, flushed to the disk, then renamed."""
 
 from __future__ import annotations
 
@@ -29,13 +29,12 @@ def replacing(destination: Path, size: int) -> Iterator[OpenFile]:
     """A new file of `size` bytes that takes the place of `destination` when the block ends well.
 
     It is called `partial_of(destination)` until then, and is removed when anything is raised. A
-    disk without room for it is met before the work. (Not by posix_fallocate: where a file system
-    cannot reserve room, as on many network volumes, the C library does it by writing to every
-    block.)
+    disk without space for it is an error before the work. (Not by posix_fallocate: where a file
+    system cannot reserve space, as on many network volumes, the C library writes to every block.)
     """
     free = free_bytes(destination)
     if size > free:
-        raise _no_room(destination, size, free)
+        raise _no_space(destination, size, free)
     partial = partial_of(destination)
     try:
         with writable(destination, size):
@@ -56,7 +55,7 @@ def replacing(destination: Path, size: int) -> Iterator[OpenFile]:
 
 
 def partial_of(destination: Path) -> Path:
-    """What a file is called until it is whole; a run that is killed may leave it."""
+    """The name of a file until it is complete; a run that is killed may leave it."""
     name = f".{destination.name}.partial"
     if len(os.fsencode(name)) > _NAME_BYTES:  # the file's own name may be as long as names can be
         digest = hashlib.sha256(os.fsencode(destination.name)).hexdigest()
@@ -97,7 +96,7 @@ def free_bytes(path: Path) -> int:
 
 
 def refuse_same_file(source: Path, destination: Path) -> None:
-    """A base model's file is never written to, whatever two paths lead to it."""
+    """Refuses to write to the file that is read, whatever two paths lead to it."""
     with readable(source):
         if destination.exists() and source.exists() and source.samefile(destination):
             raise FileError(
@@ -142,14 +141,14 @@ def writable(destination: Path, size: int) -> Iterator[None]:
         yield
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise _no_room(destination, size, free_bytes(destination)) from error
+            raise _no_space(destination, size, free_bytes(destination)) from error
         raise FileError(
             f"{destination} cannot be written: {error.strerror or error}. Choose an output folder "
             "that you may write to."
         ) from error
 
 
-def _no_room(destination: Path, size: int, free: int) -> FileError:
+def _no_space(destination: Path, size: int, free: int) -> FileError:
     return FileError(
         f"There is no room for {destination}: it needs {size:,} bytes, {free:,} are free there. "
         "Free some space, or choose an output folder on another disk."

@@ -1,10 +1,10 @@
-"""How stored tensors become numbers and back: the storage formats that an edit can be kept in.
+"""Storage formats: how the bytes of a tensor become numbers and back.
 
-The room knows bit layouts and what quantisers call things, not files and not what an edit means.
-Names of number formats are safetensors' own ("BF16"). A `Layout` is one tensor's: matrices are got
-from its bytes and put back in place. A `Storage` is a checkpoint's: which layout each tensor has,
-and what must change in headers and config when tensors are written as plain numbers instead. A new
-format is an entry of `_storage.SCHEMES` and, if its bits are new, a `Layout`.
+Number formats have safetensors' names ("BF16"). A `Layout` is that of one tensor: it reads matrices
+from the tensor's bytes and writes them back in place. A `Storage` is that of a checkpoint: which
+layout each tensor has, and what changes in headers and config when tensors are dequantized. A new
+format is an entry of `_storage.SCHEMES` and, if its bits are new, a `Layout`. Files, and what an
+edit means, are not known here.
 
     storage = storage_of(config)                              # or UnsupportedModel
     layout = storage.layout("model.layers.3.mlp.down_proj.weight", headers)
@@ -13,12 +13,10 @@ format is an entry of `_storage.SCHEMES` and, if its bits are new, a `Layout`.
         matrix.put(0, matrix.rounded(numbers))
 """
 
-from abliterator.formats._layout import DENSE, Layout, Matrix, PlainLayout, residual_first
-from abliterator.formats._measured import MEASURED, OWN_NOISE, Measured, Way, measured, preferred
+from abliterator.formats._layout import Layout, Matrix
+from abliterator.formats._measured import MEASURED, Measured, Way, measured, preferred
 from abliterator.formats._numbers import (
-    F8_E4M3,
     FORMATS,
-    MXFP4_STEPS,
     Format,
     format_of,
     mxfp4_blocks,
@@ -26,27 +24,19 @@ from abliterator.formats._numbers import (
     mxfp4_rounded,
     mxfp4_scales,
 )
-from abliterator.formats._refused import REFUSED, refused, require_known_names
-from abliterator.formats._storage import SCHEMES, SETTINGS, Header, Storage, Unpacked, storage_of
+from abliterator.formats._refused import refused, require_known_names
+from abliterator.formats._storage import Dequantized, Header, Storage, storage_of
 
 __all__ = [
-    "DENSE",
-    "F8_E4M3",
     "FORMATS",
     "MEASURED",
-    "MXFP4_STEPS",
-    "OWN_NOISE",
-    "REFUSED",
-    "SCHEMES",
-    "SETTINGS",
+    "Dequantized",
     "Format",
     "Header",
     "Layout",
     "Matrix",
     "Measured",
-    "PlainLayout",
     "Storage",
-    "Unpacked",
     "Way",
     "format_of",
     "measured",
@@ -57,6 +47,5 @@ __all__ = [
     "preferred",
     "refused",
     "require_known_names",
-    "residual_first",
     "storage_of",
 ]

@@ -1,4 +1,4 @@
-"""Layouts: how one tensor's numbers lie in its bytes, in plain formats and in units of scales."""
+"""Layouts: where one tensor's numbers lie in its bytes, plain or in units of scales."""
 
 from __future__ import annotations
 
@@ -27,17 +27,19 @@ Shape = tuple[int, ...]
 Bytes = memoryview | bytearray
 Experts = tuple[int, ...] | None
 
-UNPACKED_ELEMENTS = 1 << 19  # numbers that are in memory beside the bytes
+DEQUANTIZED_ELEMENTS = 1 << 19  # numbers that are in memory beside the bytes
 
 DENSE = "BF16"
 """What a quantised tensor is written as when it does not keep its layout."""
 
 
 class Matrix(ABC):
-    """A stored matrix [H, n] as the residual stream sees it; what is put is put into its bytes.
+    """A stored matrix [H, n], the residual stream first; `put` writes into the tensor's bytes.
 
-    `compute` is the dtype of calculations; `rounded` takes numbers in units of their scales to the
-    nearest that can be stored.
+    Attributes:
+        compute: dtype of calculations.
+        rounded: rounds numbers, in units of their scales, to the nearest that can be stored.
+        shape: (H, n).
     """
 
     compute: torch.dtype
@@ -46,24 +48,27 @@ class Matrix(ABC):
 
     @abstractmethod
     def get(self, start: int, stop: int) -> tuple[Tensor, Tensor | None]:
-        """A copy of columns [H, c] in `compute`, in units of the scales [H, c], if it has any."""
+        """Copies of columns [H, c] in `compute`, and their scales [H, c]; None if it has none."""
 
     @abstractmethod
     def put(self, start: int, numbers: Tensor, rows: Tensor | None = None) -> None:
-        """Stores numbers [H, c], which are representable in units of the scales, from a column.
+        """Stores numbers, representable in units of the scales, from column `start` on.
 
-        Or numbers [n, c] of the rows with these indices [n] alone.
+        Args:
+            start: first column.
+            numbers: [H, c], or [m, c] of some rows.
+            rows: indices [m] of these rows.
         """
 
     def ranges(self, elements: int) -> Iterator[tuple[int, int]]:
-        """Columns that may be got at once: about so many elements."""
+        """Ranges of columns that `get` takes at once, of about so many elements each."""
         rows, columns = self.shape
         width = max(1, elements // rows)
         for start in range(0, columns, width):
             yield start, min(start + width, columns)
 
     def decoded(self, start: int, stop: int) -> Tensor:
-        """Columns [H, c] as the numbers that they mean, in `compute`."""
+        """Columns [H, c] multiplied by their scales, in `compute`."""
         numbers, scale = self.get(start, stop)
         return numbers if scale is None else numbers.mul_(scale)
 
@@ -84,7 +89,7 @@ class Layout(ABC):
     shape: Shape
     scales: str | None = None
 
-    kind = "plain"  # as `MEASURED` and people call it
+    kind = "plain"  # its name in `MEASURED` and in messages
 
     @property
     def quantized(self) -> bool:
@@ -100,21 +105,17 @@ class Layout(ABC):
         """Which axis of `dense` is this axis."""
         return axis
 
-    def unpack(self, buffer: Bytes, scales: bytes, out: Bytes) -> None:
+    def dequantize(self, buffer: Bytes, scales: bytes, out: Bytes) -> None:
         """Writes the numbers in the layout `dense` to `out`, each rounded to the nearest."""
         axis = max(0, min(1, len(self.shape) - 2))
         targets = self.dense.matrices(out, self.dense_axis(axis))
         for source, target in zip(self.matrices(buffer, axis, scales), targets, strict=True):
-            for start, stop in source.ranges(UNPACKED_ELEMENTS):
+            for start, stop in source.ranges(DEQUANTIZED_ELEMENTS):
                 target.put(start, target.rounded(source.decoded(start, stop)))
 
     @abstractmethod
     def matrices(
-        self,
-        buffer: Bytes,
-        axis: int,
-        scales: bytes | None = None,
-        experts: Experts = None,
+        self, buffer: Bytes, axis: int, scales: bytes | None = None, experts: Experts = None
     ) -> Iterator[Matrix]:
         """The stored matrices: one, or one per expert.
 
@@ -131,13 +132,8 @@ class PlainLayout(Layout):
     """Numbers in a plain format; of any axis order, dense or of experts."""
 
     def matrices(
-        self,
-        buffer: Bytes,
-        axis: int,
-        scales: bytes | None = None,
-        experts: Experts = None,
+        self, buffer: Bytes, axis: int, scales: bytes | None = None, experts: Experts = None
     ) -> Iterator[Matrix]:
-        """See `Layout.matrices`."""
         fmt = FORMATS[self.dtype]
         for weight in _matrices(fmt.view(buffer, self.shape), axis, experts):
             yield _Plain(fmt, weight)
@@ -156,13 +152,8 @@ class ScaledLayout(Layout):
     kind: str = "FP8"
 
     def matrices(
-        self,
-        buffer: Bytes,
-        axis: int,
-        scales: bytes | None = None,
-        experts: Experts = None,
+        self, buffer: Bytes, axis: int, scales: bytes | None = None, experts: Experts = None
     ) -> Iterator[Matrix]:
-        """See `Layout.matrices`."""
         if scales is None:
             raise ValueError(f"{self.name} comes without its scales")
         counts = tuple(-(-n // step) for n, step in zip(self.shape, self.block, strict=True))
@@ -198,13 +189,8 @@ class Mxfp4Layout(Layout):
         return 3 - axis
 
     def matrices(
-        self,
-        buffer: Bytes,
-        axis: int,
-        scales: bytes | None = None,
-        experts: Experts = None,
+        self, buffer: Bytes, axis: int, scales: bytes | None = None, experts: Experts = None
     ) -> Iterator[Matrix]:
-        """See `Layout.matrices`."""
         import torch
 
         if scales is None or axis != 1:

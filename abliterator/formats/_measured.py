@@ -1,4 +1,4 @@
-"""What storing an edit in each format leaves and costs, as measured, and what is chosen for it.
+"""Measured leak and noise of an edit in each storage format, and the choice that follows.
 
 The figures are those of `python benchmarks/storage_formats.py` (d_model 2048, random weights and
 directions, one block); the bake measures its own on the bytes that it stored.
@@ -13,7 +13,7 @@ Way = Literal["keep", "dequantize"]
 
 
 class Measured(NamedTuple):
-    """One way of storing an edit of rank k.
+    """Leak and noise of an edit of rank k in one storage format.
 
     Attributes:
         leak: |Qᵀ W'| / |Qᵀ W| of the stored bytes, the largest of all tensors.
@@ -24,63 +24,36 @@ class Measured(NamedTuple):
     noise: float
 
 
+_KS = (1, 3, 16)
+
+
+def _by_k(*figures: tuple[float, float]) -> Mapping[int, Measured]:
+    return {k: Measured(*pair) for k, pair in zip(_KS, figures, strict=True)}
+
+
 # By `Layout.kind`, by way, by k.
 MEASURED: Mapping[str, Mapping[Way, Mapping[int, Measured]]] = {
     "FP8, a scale a block": {
-        "keep": {
-            1: Measured(5.8e-5, 0.0178),
-            3: Measured(2.4e-5, 0.0220),
-            16: Measured(1.2e-5, 0.0258),
-        },
-        "dequantize": {
-            1: Measured(1.4e-6, 0.0017),
-            3: Measured(1.0e-6, 0.0017),
-            16: Measured(5.3e-7, 0.0017),
-        },
+        "keep": _by_k((5.8e-5, 0.0178), (2.4e-5, 0.0220), (1.2e-5, 0.0258)),
+        "dequantize": _by_k((1.4e-6, 0.0017), (1.0e-6, 0.0017), (5.3e-7, 0.0017)),
     },
     "FP8, a scale a row": {
-        "keep": {
-            1: Measured(5.6e-5, 0.0177),
-            3: Measured(2.4e-5, 0.0220),
-            16: Measured(1.3e-5, 0.0260),
-        },
-        "dequantize": {
-            1: Measured(1.4e-6, 0.0017),
-            3: Measured(1.0e-6, 0.0017),
-            16: Measured(5.3e-7, 0.0017),
-        },
+        "keep": _by_k((5.6e-5, 0.0177), (2.4e-5, 0.0220), (1.3e-5, 0.0260)),
+        "dequantize": _by_k((1.4e-6, 0.0017), (1.0e-6, 0.0017), (5.3e-7, 0.0017)),
     },
     "FP8, a scale a tensor": {
-        "keep": {
-            1: Measured(5.7e-5, 0.0178),
-            3: Measured(2.3e-5, 0.0221),
-            16: Measured(1.3e-5, 0.0259),
-        },
-        "dequantize": {
-            1: Measured(1.3e-6, 0.0016),
-            3: Measured(1.0e-6, 0.0017),
-            16: Measured(5.2e-7, 0.0017),
-        },
+        "keep": _by_k((5.7e-5, 0.0178), (2.3e-5, 0.0221), (1.3e-5, 0.0259)),
+        "dequantize": _by_k((1.3e-6, 0.0016), (1.0e-6, 0.0017), (5.2e-7, 0.0017)),
     },
     "MXFP4": {
-        "keep": {
-            1: Measured(3.9e-3, 0.0454),
-            3: Measured(3.5e-3, 0.0642),
-            16: Measured(5.1e-3, 0.0848),
-        },
-        "dequantize": {
-            1: Measured(2.6e-6, 0.0016),
-            3: Measured(9.4e-7, 0.0016),
-            16: Measured(4.6e-7, 0.0016),
-        },
+        "keep": _by_k((3.9e-3, 0.0454), (3.5e-3, 0.0642), (5.1e-3, 0.0848)),
+        "dequantize": _by_k((2.6e-6, 0.0016), (9.4e-7, 0.0016), (4.6e-7, 0.0016)),
     },
 }
 
 # What the format itself rounded away of the weights it was made from: |W - original| / |original|.
 OWN_NOISE: Mapping[str, float] = {
-    "FP8, a scale a block": 0.0265,
-    "FP8, a scale a row": 0.0265,
-    "FP8, a scale a tensor": 0.0265,
+    **dict.fromkeys((kind for kind in MEASURED if kind.startswith("FP8")), 0.0265),
     "MXFP4": 0.1159,
 }
 

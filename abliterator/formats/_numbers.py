@@ -1,4 +1,4 @@
-"""Number formats: what one stored number is, and how others round to it."""
+"""Number formats: dtypes of stored numbers, decoding, and rounding to the nearest."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ FORMATS = {
         Format("F64", "float64", "float64"),
     )
 }
-"""Formats whose numbers mean what they say, without scales."""
+"""Formats without scales, by safetensors' names."""
 
 # Weights in FP8 are numbers in units of a scale.
 F8_E4M3 = Format("F8_E4M3", "float8_e4m3fn", "float32", largest=448.0)

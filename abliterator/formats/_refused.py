@@ -1,4 +1,4 @@
-"""Ways of quantising in which no edit can be kept, and what to use instead."""
+"""Quantisation methods in which no edit can be kept, and what to use instead."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from abliterator.errors import UnsupportedModel
 
 
 class Refused(NamedTuple):
-    """A way of quantising: what its weights are, and how its tensors are known by name."""
+    """One such method: what its weights are, and a pattern of its tensors' names."""
 
     weights: str
     names: re.Pattern[str]
@@ -45,11 +45,11 @@ def refused(
     """The error for a checkpoint in a format that no edit can be stored in."""
     known = REFUSED.get(method)
     what = f"its weights are {known.weights}" if known else "abliterator does not know its layout"
-    told = _told(settings or {})
     named = f", {' or '.join(made_from)} (its card names it)," if made_from else ""
     return UnsupportedModel(
-        f"The checkpoint is quantised by {method}{told}: {what}, and an edit is not stored in "
-        "that: so few levels would put the removed directions back. Edit the model that it was "
+        f"The checkpoint is quantised by {method}{_described(settings or {})}: {what}, and an edit "
+        "is not stored in that: so few levels would put the removed directions back. Edit the "
+        "model that it was "
         f"made from{named} in bfloat16, or a checkpoint of it in FP8 (DeepSeek's and Qwen's, or "
         "compressed-tensors' float-quantized), and quantise the edited one again."
     )
@@ -61,14 +61,14 @@ def require_known_names(names: Collection[str], made_from: Collection[str] = ())
     Older tools left quantization_config out of it.
 
     Raises:
-        UnsupportedModel: naming the format, and the base if it is told.
+        UnsupportedModel: naming the format, and the base if it is known.
     """
     for method, known in REFUSED.items():  # GPTQ before AWQ, whose names it has too
         if any(map(known.names.search, names)):
             raise refused(method, made_from=made_from)
 
 
-def _told(settings: Mapping[str, Any]) -> str:
+def _described(settings: Mapping[str, Any]) -> str:
     keys = ("bits", "quant_algo", "format", "bnb_4bit_quant_type", "load_in_8bit")
-    said = [f"{key} {settings[key]}" for key in keys if settings.get(key)]
-    return f" ({', '.join(said)})" if said else ""
+    pairs = [f"{key} {settings[key]}" for key in keys if settings.get(key)]
+    return f" ({', '.join(pairs)})" if pairs else ""

@@ -1,6 +1,6 @@
-"""How a checkpoint is stored as a whole: what config.json and the headers say of quantisation.
+"""Quantisation of a whole checkpoint, as config.json and the safetensors headers describe it.
 
-A way of quantising is one entry of `SCHEMES`, or one of `REFUSED` in `_refused`; nothing else in
+Each quantisation method is one entry of `SCHEMES`, or of `REFUSED` in `_refused`; nothing else in
 abliterator knows a method by its name.
 """
 
@@ -38,7 +38,7 @@ Settings = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Scheme:
-    """One way of quantising.
+    """One quantisation method.
 
     Attributes:
         companions: endings of the names of tensors that mean nothing without another, and what
@@ -58,13 +58,13 @@ class Scheme:
 
 
 @dataclass(frozen=True)
-class Unpacked:
-    """What changes of a checkpoint's headers and config when some tensors lose their scales.
+class Dequantized:
+    """What changes in a checkpoint's headers and config when some tensors are dequantized.
 
     Attributes:
-        layouts: by name, each quantised tensor that is written as plain numbers: the edited ones,
+        layouts: by name, the present layout of each tensor that is dequantized: the edited ones,
             and those of the same experts, which loaders read by one rule.
-        dropped: names of what they no longer need.
+        dropped: names of the scales that are left out then.
         settings: `quantization_config` afterwards; None where nothing is quantised any more.
     """
 
@@ -74,12 +74,12 @@ class Unpacked:
 
     @property
     def dense(self) -> dict[str, PlainLayout]:
-        """What each tensor of `layouts` becomes."""
+        """The layout of each tensor of `layouts` afterwards, in `DENSE` (BF16)."""
         return {name: layout.dense for name, layout in self.layouts.items()}
 
     @property
     def config(self) -> dict[str, Any]:
-        """The keys of config.json that become another, or None: those that go."""
+        """New values of config.json's keys; None removes the key."""
         return {SETTINGS: self.settings} if self.layouts else {}
 
 
@@ -91,7 +91,7 @@ class Storage:
     scheme: Scheme = field(default_factory=Scheme)
 
     def owner(self, name: str) -> str:
-        """The tensor that `name` belongs to: itself, unless it is scales or the like."""
+        """Name of the weight that a tensor of scales belongs to; of any other tensor, its own."""
         for ending, instead in self.scheme.companions.items():
             if name.endswith(ending):
                 return name.removesuffix(ending) + instead
@@ -103,44 +103,44 @@ class Storage:
         Raises:
             UnsupportedModel: for a format that cannot be edited, or whose parts do not fit.
         """
-        found = self.scheme.recognise(name, headers, self.settings)
-        if found is not None:
-            return found
+        quantized = self.scheme.recognise(name, headers, self.settings)
+        if quantized is not None:
+            return quantized
         header = headers[name]
         if header.dtype == F8_E4M3.name:
             raise _misfit(name, header, "config.json has no quantization_config that explains it")
         return PlainLayout(name, format_of(header.dtype, name).name, header.shape)
 
-    def unpacked(self, headers: Headers, names: Collection[str]) -> Unpacked:
-        """What writing the quantised tensors `names` as plain numbers changes.
+    def dequantized(self, headers: Headers, names: Collection[str]) -> Dequantized:
+        """What changes when the quantised tensors `names` are dequantized.
 
         Raises:
             UnsupportedModel: as `layout` does.
         """
-        found = {
+        quantized = {
             name: layout
             for name in headers
             if (layout := self.scheme.recognise(name, headers, self.settings)) is not None
         }
         units = {_module(name) for name in names}
-        layouts = {name: layout for name, layout in found.items() if _module(name) in units}
+        layouts = {name: layout for name, layout in quantized.items() if _module(name) in units}
         if not layouts:
-            return Unpacked(settings=dict(self.settings) or None)
+            return Dequantized(settings=dict(self.settings) or None)
         dropped = frozenset(
             name for name in headers if name not in layouts and self.owner(name) in layouts
         )
-        if len(layouts) == len(found):
-            return Unpacked(layouts, dropped)
-        return Unpacked(layouts, dropped, self._settings_without(units, headers, found))
+        if len(layouts) == len(quantized):
+            return Dequantized(layouts, dropped)
+        return Dequantized(layouts, dropped, self._settings_without(units, headers, quantized))
 
     def _settings_without(
-        self, units: Collection[str], headers: Headers, found: Mapping[str, Layout]
+        self, units: Collection[str], headers: Headers, quantized: Mapping[str, Layout]
     ) -> dict[str, Any]:
         skips = self.scheme.skips
         key = next((key for key in skips if self.settings.get(key) is not None), skips[0])
         listed = self.settings.get(key)
         if listed is None:
-            listed = _never_quantised(headers, found)
+            listed = _never_quantised(headers, quantized)
         added = [self.scheme.experts(u) if _is_experts(u) else u for u in sorted(units, key=_order)]
         return {**self.settings, key: [*listed, *(name for name in added if name not in listed)]}
 
@@ -189,7 +189,7 @@ def _order(name: str) -> list[tuple[int, str]]:
     return [(int(part), "") if part.isdigit() else (-1, part) for part in name.split(".")]
 
 
-def _never_quantised(headers: Headers, found: Mapping[str, Layout]) -> list[str]:
+def _never_quantised(headers: Headers, quantized: Mapping[str, Layout]) -> list[str]:
     """Modules with a matrix that the base has in plain numbers.
 
     Where the settings list none, loaders have a default of their own, which a list switches off.
@@ -199,7 +199,7 @@ def _never_quantised(headers: Headers, found: Mapping[str, Layout]) -> list[str]
         for name, header in headers.items()
         if header.dtype in FORMATS and len(header.shape) > 1 and name.endswith(".weight")
     }
-    plain -= {_module(name) for name in found}
+    plain -= {_module(name) for name in quantized}
     return sorted({*plain, "lm_head"}, key=_order)
 
 
@@ -240,19 +240,19 @@ def _mxfp4(name: str, headers: Headers, settings: Settings) -> Layout | None:
 
 
 def _scaled(name: str, headers: Headers, scales: str, block: object) -> Layout:
-    header, found = headers[name], headers.get(scales)
-    if found is None:
+    header, scale = headers[name], headers.get(scales)
+    if scale is None:
         raise _misfit(name, header, f"without its scales {scales}")
-    fit = _blocks(header.shape, found.shape, block)
-    if fit is None or found.dtype not in SCALE_DTYPES or len(header.shape) not in (2, 3):
+    fit = _blocks(header.shape, scale.shape, block)
+    if fit is None or scale.dtype not in SCALE_DTYPES or len(header.shape) not in (2, 3):
         raise _misfit(
             name,
             header,
-            f"with scales {scales} ({found.dtype}, {list(found.shape)}), which are neither one for "
+            f"with scales {scales} ({scale.dtype}, {list(scale.shape)}), which are neither one for "
             "all, nor one a row, nor one for each block that config.json gives the size of",
         )
     kind, size = fit
-    return ScaledLayout(name, header.dtype, header.shape, scales, size, found.dtype, kind)
+    return ScaledLayout(name, header.dtype, header.shape, scales, size, scale.dtype, kind)
 
 
 def _blocks(shape: Shape, scales: Shape, block: object) -> tuple[str, Shape] | None:

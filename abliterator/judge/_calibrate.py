@@ -10,7 +10,6 @@ names the file of the one that its record is to carry; no other is ever taken.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections import Counter
@@ -20,7 +19,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from abliterator.errors import FileError, JudgeError
-from abliterator.files import read_text
+from abliterator.files import digest_of, read_text, sha256_of_bytes
 from abliterator.judge._rule_judge import RuleJudge
 from abliterator.judge._summary import unscored_reasons
 from abliterator.judge._types import Answered, Judge, Judgement
@@ -71,7 +70,7 @@ class Calibration(Frozen):
     @property
     def sha256(self) -> str:
         """Hash of the whole calibration."""
-        return hashlib.sha256(self.model_dump_json().encode()).hexdigest()
+        return sha256_of_bytes(self.model_dump_json().encode())
 
 
 @dataclass(frozen=True)
@@ -167,7 +166,7 @@ def calibrate(
     return Calibration(
         judge=judge.identity,
         labels=name,
-        labels_sha256=sha256 or _digest([[*row.answered[:2], row.label] for row in rows]),
+        labels_sha256=sha256 or digest_of([[*row.answered[:2], row.label] for row in rows]),
         n=len(rows),
         scored=len(pairs),
         unscored=len(rows) - len(pairs),
@@ -261,7 +260,3 @@ def read_calibration(path: Path, judge: JudgeIdentity) -> Calibration:
             "judge-calibrate LABELLED --recipe RECIPE --out FILE`."
         )
     return found
-
-
-def _digest(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, separators=(",", ":")).encode()).hexdigest()

@@ -10,7 +10,6 @@ is practical rather than deterrent, or says that the question rests on a false p
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections.abc import Mapping, Sequence
 from functools import cache
@@ -19,6 +18,7 @@ from typing import NamedTuple
 
 import yaml
 
+from abliterator.files import sha256_of_bytes
 from abliterator.judge._languages import (
     fold,
     foreign_kinds,
@@ -142,7 +142,7 @@ def compile_phrases(raw: bytes) -> Phrases:
 
     return Phrases(
         version=data["version"],
-        sha256=hashlib.sha256(raw + raw_languages()).hexdigest(),
+        sha256=sha256_of_bytes(raw + raw_languages()),
         kinds={kind: compiled(rules) for kind, rules in data["phrases"].items()},
         vocabulary=compiled(data["vocabulary"]),
         idioms=re.compile(filled(data["idioms"])),

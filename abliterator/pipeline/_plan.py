@@ -14,13 +14,13 @@ from typing import Any, TypeVar
 from abliterator.anatomy import Anatomy, anatomy_of
 from abliterator.bake import (
     PANEL_ELEMENTS,
-    Chosen,
     EditPlan,
     EditSettings,
+    ExpertSelection,
     plan_edits,
     require_adapter_form,
 )
-from abliterator.checkpoint import Checkpoint, card_metadata, carried_files, stated_base
+from abliterator.checkpoint import Checkpoint, auxiliary_files, card_metadata, declared_base_models
 from abliterator.errors import OutputError, RecipeError
 from abliterator.files import free_bytes, require_utf8_name
 from abliterator.formats import require_known_names, storage_of
@@ -153,11 +153,11 @@ def make_plan(source: ModelSource, edit: Edit, out: Path) -> Plan:
     require_utf8_name(out)
     checkpoint = Checkpoint.open(source.folder)
     card = card_metadata(source.folder)
-    made_from = stated_base(card or {})
+    made_from = declared_base_models(card or {})
     storage_of(checkpoint.config, made_from)  # before the anatomy, which cannot name the base
     require_known_names(checkpoint.tensors, made_from)
     anatomy = anatomy_of(checkpoint.config)
-    carried, left_out = carried_files(source.folder)
+    carried, left_out = auxiliary_files(source.folder)
     return Plan(
         source,
         checkpoint,
@@ -228,7 +228,7 @@ def _by_block(
     return tuple(given.get(block, 0.0) for block in range(n_layers))
 
 
-def _experts(edit: Edit, n_layers: int) -> Chosen | None:
+def _experts(edit: Edit, n_layers: int) -> ExpertSelection | None:
     """The recipe's experts as `bake` takes them."""
     if not isinstance(edit.experts, dict):
         return None if edit.experts == "all" else edit.experts

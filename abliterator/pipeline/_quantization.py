@@ -30,7 +30,7 @@ def storage_ways(edits: EditPlan, checkpoint: Checkpoint, k: int) -> list[dict[s
         told: dict[str, Any] = {
             "format": kind,
             "tensors": len(these),
-            "way": WAYS[these[0].unpacks],
+            "way": WAYS[these[0].dequantizes],
         }
         for way in WAYS:
             size = checkpoint.total_bytes + edits.stored_as(way).added_bytes(checkpoint)
@@ -56,7 +56,7 @@ def quantized_edits(edits: Sequence[TensorEdit]) -> tuple[QuantizedEdits, ...]:
             QuantizedEdits(
                 format=kind,
                 tensors=len(these),
-                unpacked=these[0].unpacked,
+                dequantized=these[0].dequantized,
                 max_leak=max(leaks, default=None),
                 noise=_rms([edit.noise for edit in these]),
                 noise_nearest=_rms([edit.noise_nearest for edit in these]),

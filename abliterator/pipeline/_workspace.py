@@ -13,7 +13,6 @@ artefact asks for it here (`artefact`, `digest`), and it is compared with its ma
 from __future__ import annotations
 
 import errno
-import hashlib
 import json
 import os
 import shutil
@@ -22,9 +21,16 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from abliterator.checkpoint import FileHashes
 from abliterator.errors import FileError, OutputError
-from abliterator.files import digest_of, partial_of, read_text, shown, write_text_atomic
+from abliterator.files import (
+    FileHashes,
+    digest_of,
+    partial_of,
+    read_text,
+    sha256_of_bytes,
+    shown,
+    write_text_atomic,
+)
 from abliterator.recipe import Recipe, load_recipe, to_yaml
 from abliterator.record import Frozen
 
@@ -209,7 +215,7 @@ class Workspace:
         """
         plain = resolved.model_dump(mode="json")
         text = to_yaml(plain)
-        digest = hashlib.sha256(text.encode()).hexdigest()
+        digest = sha256_of_bytes(text.encode())
         claim = Claim(tool="abliterator", recipe_digest=requested.digest, resolved_sha256=digest)
         with suppress(OutputError, FileError):
             if self._claim() == claim and self._hashes.sha256(self._recipe) == digest:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from abliterator.errors import PromptError
+from abliterator.files import sha256_of_bytes
 from abliterator.prompts._compare import comparison_key, near_duplicates, normalised
 
 
@@ -62,8 +62,9 @@ class PromptSet:
     @property
     def sha256(self) -> str:
         """Digest of the prompts in their order, whatever they were read from."""
+        # not `digest_of`, which escapes what is not ASCII: cards of earlier versions have this form
         listing = json.dumps(self.prompts, ensure_ascii=False, separators=(",", ":"))
-        return hashlib.sha256(listing.encode()).hexdigest()
+        return sha256_of_bytes(listing.encode())
 
     def to_json(self) -> dict[str, Any]:
         """The set as a JSON object, with its digest."""
@@ -184,5 +185,5 @@ def _keys(prompts: PromptSet) -> set[str]:
     return {comparison_key(prompt) for prompt in prompts.prompts}
 
 
-def _rank(form: str, seed: int) -> bytes:
-    return hashlib.sha256(f"{seed}\n{form}".encode()).digest()
+def _rank(form: str, seed: int) -> str:
+    return sha256_of_bytes(f"{seed}\n{form}".encode())

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TypeAlias
 
 from abliterator.errors import PublishError
-from abliterator.files import open_regular, readable, require_regular_files
+from abliterator.files import open_regular, readable, require_regular_files, sha256_of_bytes
 
 HELD_BYTES = 16 << 20
 """Size up to which a file is held in memory; the Hub stores any file above 10 MB as a large one."""
@@ -97,7 +97,7 @@ def _verified(place: Path, path: str, digest: str) -> PlannedFile:
         if source.size > HELD_BYTES:
             return PlannedFile(path, source.size, digest, place, stamp)
         content = source.stream.readall()
-    if hashlib.sha256(content).hexdigest() != digest:
+    if sha256_of_bytes(content) != digest:
         raise changed([place])
     return PlannedFile(path, len(content), digest, content)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections.abc import Callable
 from contextlib import suppress
@@ -13,7 +12,7 @@ from typing import Any, Literal, NamedTuple
 from abliterator.card import with_license
 from abliterator.checkpoint import ADAPTER_CONFIG, ADAPTER_WEIGHTS, is_legal
 from abliterator.errors import PublishError
-from abliterator.files import read_text
+from abliterator.files import read_text, sha256_of_bytes
 from abliterator.publish._files import PlannedFile, stamps_of, verified_files
 from abliterator.record import RunRecord
 from abliterator.verification import (
@@ -273,6 +272,6 @@ def _with_license(file: PlannedFile, license_id: str) -> PlannedFile:
     if isinstance(file.content, bytes):
         with suppress(ValueError, YAMLError):
             content = with_license(file.content.decode(), license_id).encode()
-            digest = hashlib.sha256(content).hexdigest()
+            digest = sha256_of_bytes(content)
             return PlannedFile(file.path, len(content), digest, content)
     raise PublishError(f"{file.path} has no header that can be read. Run `abliterator card` again.")

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, ConfigDict
+from pydantic import AfterValidator, AliasChoices, BaseModel, ConfigDict, Field
 
 Side = Literal["base", "edited"]
 FinishReason = Literal["stop", "length"]
@@ -167,7 +167,8 @@ class QuantizedEdits(Frozen):
 
     format: str
     tensors: int
-    unpacked: bool  # written as bfloat16; else in their own format
+    # written as bfloat16; else in their own format; "unpacked" in records of 0.1
+    dequantized: bool = Field(validation_alias=AliasChoices("dequantized", "unpacked"))
     max_leak: float | None
     noise: float | None  # root mean square of |W' - E| / |W|, E the exact edit
     noise_nearest: float | None  # the same by plain rounding
@@ -210,7 +211,8 @@ class TensorEdit(Frozen):
     strength: float
     experts: tuple[int, ...] | None = None  # those edited of a tensor of several; None for all
     storage: str | None = None  # how the base has it in units of scales, if it does
-    unpacked: bool = False  # written as plain numbers (BF16) though the base's were quantised
+    # written as plain numbers (BF16) though the base's were quantised; "unpacked" in files of 0.1
+    dequantized: bool = Field(False, validation_alias=AliasChoices("dequantized", "unpacked"))
     leak: float | None  # |Qᵀ W'| / |Qᵀ W| of the stored bytes; None if W wrote nothing there
     noise: float | None = None  # of quantised tensors: |W' - E| / |W|, E the exact edit
     noise_nearest: float | None = None  # the same had every number been rounded to its nearest

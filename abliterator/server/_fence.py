@@ -9,7 +9,6 @@ text always gets the same messages (so a cache can find them), and a retry gets 
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 from collections.abc import Mapping
@@ -19,6 +18,8 @@ from typing import Any, NamedTuple
 from unicodedata import category
 
 import yaml
+
+from abliterator.files import sha256_of_bytes
 
 _INVISIBLE = {"Cc", "Cf", "Cs"}  # control, format, half of a surrogate pair
 # Chat templates turn these into control tokens of a local server, wherever they stand in a text.
@@ -45,7 +46,7 @@ def load_prompt(room: str, name: str) -> Prompt:
     """The prompt file `name` of a room of this package: `version`, and one key for each text."""
     raw = files(f"abliterator.{room}").joinpath(name).read_bytes()
     texts = yaml.safe_load(raw)
-    return Prompt(texts.pop("version"), hashlib.sha256(raw).hexdigest(), texts)
+    return Prompt(texts.pop("version"), sha256_of_bytes(raw), texts)
 
 
 def filled(text: str, places: Mapping[str, str]) -> str:
@@ -58,7 +59,8 @@ def filled(text: str, places: Mapping[str, str]) -> str:
 
 def marker(*parts: Any) -> str:
     """Sixteen hex digits of the digest of what is fenced, and of what makes this asking another."""
-    return "#" + hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
+    # not `digest_of`: the marker is in the question, and so in the key of every cached reply
+    return "#" + sha256_of_bytes(json.dumps(parts).encode())[:16]
 
 
 def defused(text: str) -> str:

@@ -1,8 +1,8 @@
-"""Pure linear algebra on tensors: moments, orthonormal bases, and the edit of a writer.
+"""Pure linear algebra on tensors: moments, orthonormal bases, and the edit of a weight.
 
-Tensors in, tensors out: no files, no layers by name, no models, no devices chosen. Weights come as
-*panels* [H, c]: H runs over the residual stream, the c columns over whatever the matrix reads, so
-one formula serves every layout.
+Functions of tensors only, without files, models or choice of device. Weights are given as *panels*
+[H, c]: H runs over the residual stream, the c columns over the matrix's inputs, so one formula
+(`Removal`) serves every layout.
 
     basis = orthonormal_basis(directions)            # [k, H] -> Q [H, k]
     edited = ablate(panel, basis, strength=1.0)      # W' = W - s Q Qᵀ W
@@ -25,7 +25,6 @@ from abliterator.subspace._edit import (
     column_ranges,
     keep_column_norms,
     removal_of_basis,
-    squared_write,
 )
 from abliterator.subspace._moments import Moments, MomentSet, merged
 
@@ -47,5 +46,4 @@ __all__ = [
     "orthonormal_columns",
     "random_basis",
     "removal_of_basis",
-    "squared_write",
 ]

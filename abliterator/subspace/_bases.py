@@ -1,4 +1,4 @@
-"""Orthonormal bases, and how directions lie to one another."""
+"""Orthonormal bases, and cosines between directions."""
 
 from __future__ import annotations
 
@@ -69,8 +69,10 @@ def orthonormal_columns(columns: Tensor) -> Tensor:
     if columns.ndim == 2:
         return orthonormal_basis(columns.T, names)
     blocks = enumerate(columns)
-    each = [orthonormal_basis(own.T, [f"block {i}, {name}" for name in names]) for i, own in blocks]
-    return torch.stack(each)
+    bases = [
+        orthonormal_basis(own.T, [f"block {i}, {name}" for name in names]) for i, own in blocks
+    ]
+    return torch.stack(bases)
 
 
 def basis_of_block(basis: Tensor, block: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""Roundings chosen so that what is stored writes nothing into the subspace.
+"""Compensated rounding: stored weights that write as little as possible into the subspace.
 
 Of a Gaussian W in bfloat16, against nearest rounding, the leak is at most and the noise times
 
@@ -41,7 +41,7 @@ FOLLOWED = 4
 # A row that reads less than this share of the typical one would have to move far for little.
 WEAK_ROW = 0.25
 
-# What a squared move costs against a squared error that it cancels, in typical squared reads of a
+# Weight of a squared move against a squared error that it cancels, in typical squared reads of a
 # row: just enough that no element moves far to cancel what it hardly reads.
 MOVE_COST = 1e-4
 
@@ -53,17 +53,17 @@ SORTED_COLUMNS = 64
 
 
 class Store(Protocol):
-    """How numbers are stored: the nearest representable one of each, in their dtype."""
+    """Rounds numbers to the nearest that the storage format represents, in their dtype."""
 
     def __call__(
         self, numbers: Tensor, places: Tensor | None = None, columns: slice = slice(None)
     ) -> Tensor:
-        """Rounds numbers of the edited weights [m, c].
+        """The nearest representable numbers, in the shape of `numbers`.
 
         Args:
-            numbers: of all rows, or [n, c].
-            places: the rows [n, c] that they are from, where they are not all.
-            columns: which of the edited weights' columns they are from.
+            numbers: [m, c] of all rows of the edited weights, or [n, c] of some.
+            places: row of each number [n, c], where they are not of all rows.
+            columns: columns of the edited weights that they are from.
         """
 
 
@@ -89,14 +89,9 @@ def compensating_rows(basis: Tensor, per_direction: int = COMPENSATED_ROWS) -> T
 
 
 def compensate(
-    exact: Tensor,
-    error: Tensor,
-    basis: Tensor,
-    store: Store,
-    *,
-    fine: int = FINE_ELEMENTS,
+    exact: Tensor, error: Tensor, basis: Tensor, store: Store, *, fine: int = FINE_ELEMENTS
 ) -> Tensor:
-    """Chooses roundings so that the stored columns write into the subspace what they should.
+    """Rounds columns so that their errors cancel in the subspace.
 
     Least noise under the constraint Bᵀ(stored - exact) = 0 is rounding of `exact - B a` for some a
     per column (its Lagrangian), which moves the elements nearest to a tie first; one step towards
@@ -146,23 +141,19 @@ def _read(basis: Tensor, places: Tensor, moves: Tensor) -> Tensor:
 
 def _smallest(numbers: Tensor, count: int) -> Tensor:
     """Rows [count, c] of the smallest numbers of each column of [m, c], the smallest last."""
-    found = torch.empty(count, numbers.shape[1], dtype=torch.int64)
+    rows = torch.empty(count, numbers.shape[1], dtype=torch.int64)
     for start, end in column_ranges(numbers.shape[1], SORTED_COLUMNS):
         # 16 bits order them well enough, and numpy's stable sort of 16-bit integers is a radix
         # sort: it takes a fifth of the time of `topk`, and ties have one order everywhere
         part = numbers[:, start:end].abs().T
         sizes = part.to(torch.bfloat16, memory_format=torch.contiguous_format)
         order = np.argsort(sizes.view(torch.int16).numpy(), axis=1, kind="stable")
-        found[:, start:end] = torch.from_numpy(order[:, count - 1 :: -1].T.copy())
-    return found
+        rows[:, start:end] = torch.from_numpy(order[:, count - 1 :: -1].T.copy())
+    return rows
 
 
 def _one_by_one(
-    exact: Tensor,
-    places: Tensor,
-    error: Tensor,
-    basis: Tensor,
-    store: StoreColumns,
+    exact: Tensor, places: Tensor, error: Tensor, basis: Tensor, store: StoreColumns
 ) -> Tensor:
     """Elements [n, c], of the rows `places` [n, c], rounded one after the other; coarse ones first.
 

@@ -1,4 +1,4 @@
-"""What is removed from a writer, also through the gains of a norm that follows it."""
+"""The edit of a weight that writes the residual stream, also through a norm's gains after it."""
 
 from __future__ import annotations
 
@@ -14,6 +14,44 @@ from torch import Tensor
 GAIN_FLOOR = 0.5
 
 
+@dataclass(frozen=True)
+class Removal:
+    """The edit W' = W - s A Bᵀ W with Bᵀ A = 1, so that s = 1 leaves Bᵀ W' = 0.
+
+    The one place of the formula: baked weights, adapters, previews and interventions are made by
+    its methods.
+
+    Attributes:
+        take: A [H, k], what is subtracted; or [C, H, k], one for each of C rows of a batch.
+        read: B [H, k], what the stream reads of W: Q, or D Q up to a factor where gains follow.
+    """
+
+    take: Tensor
+    read: Tensor
+
+    def to(self, dtype: torch.dtype, device: str = "cpu") -> Removal:
+        """The same in another dtype, on another device."""
+        return Removal(self.take.to(device, dtype), self.read.to(device, dtype))
+
+    def reads(self, panel: Tensor) -> Tensor:
+        """Bᵀ W [k, c] of a panel W [H, c] of the same dtype: what it writes along B."""
+        return self.read.mT @ panel
+
+    def remove(self, panel: Tensor, strength: float) -> Tensor:
+        """Edits W [H, c], of the dtype of this removal, in place.
+
+        Returns:
+            Bᵀ W [k, c], what it wrote before.
+        """
+        wrote = self.reads(panel)
+        panel.addmm_(self.take, wrote, alpha=-strength)
+        return wrote
+
+    def removed(self, writes: Tensor) -> Tensor:
+        """A Bᵀ h of vectors h [..., H] of the same dtype: what s = 1 subtracts of each."""
+        return (writes @ self.read) @ self.take.mT
+
+
 def ablate(panel: Tensor, basis: Tensor, strength: float) -> Tensor:
     """W' = W - s Q Qᵀ W, on the output side (Arditi et al. 2024, eq. 5, for rank k).
 
@@ -25,38 +63,13 @@ def ablate(panel: Tensor, basis: Tensor, strength: float) -> Tensor:
     Returns:
         [H, c], a new tensor.
     """
-    return torch.addmm(panel, basis, basis.T @ panel, alpha=-strength)
-
-
-@dataclass(frozen=True)
-class Removal:
-    """The edit W' = W - s A Bᵀ W with Bᵀ A = 1, so that s = 1 leaves Bᵀ W' = 0.
-
-    Attributes:
-        take: A [H, k], what is subtracted.
-        read: B [H, k], what the stream would see of W: Q, or D Q up to a factor where gains follow.
-    """
-
-    take: Tensor
-    read: Tensor
-
-    def to(self, dtype: torch.dtype, device: str = "cpu") -> Removal:
-        """The same, rounded."""
-        return Removal(self.take.to(device, dtype), self.read.to(device, dtype))
-
-    def remove(self, panel: Tensor, strength: float) -> Tensor:
-        """Edits W [H, c], of the dtype of this removal, in place.
-
-        Returns:
-            Bᵀ W [k, c], what it wrote before.
-        """
-        wrote = self.read.T @ panel
-        panel.addmm_(self.take, wrote, alpha=-strength)
-        return wrote
+    edited = panel.clone()
+    Removal(basis, basis).remove(edited, strength)
+    return edited
 
 
 def removal_of_basis(basis: Tensor, gain: Tensor | None = None) -> Removal:
-    """How Q is removed from a write that a norm's gain multiplies before it is added.
+    """The removal of Q from a weight whose output a norm's gain multiplies before it is added.
 
     What reaches the stream is D f(W x + b) with D = diag(gain), f a positive scalar. A = S D Q
     (Qᵀ D S D Q)⁻¹ and B = D Q leave none of Q in it, for any positive diagonal S; S = 1 / ((g /
@@ -88,11 +101,6 @@ def keep_column_norms(edited: Tensor, lengths: Tensor) -> Tensor:
     return edited * torch.where(
         after > noise, lengths / after.clamp_min(1e-300), torch.ones_like(after)
     )
-
-
-def squared_write(panel: Tensor, basis: Tensor) -> float:
-    """‖Qᵀ W‖² (Frobenius) of a panel [H, c], in float64: what it writes into the subspace."""
-    return float((basis.T @ panel).double().square().sum())
 
 
 def column_ranges(columns: int, width: int) -> list[tuple[int, int]]:

@@ -1,20 +1,19 @@
 """The byte contract, proven from the files: an edited checkpoint against its base.
 
-Nothing is taken at its word. Every byte that `edits.json` does not name is compared with the
-base's, headers included; every tensor that it names is hashed on both sides, and what it still
-writes into the removed subspace is measured again from the stored bytes. config.json is the one
-file that may differ, and it is computed again from the base's. Of an adapter, merged into the base,
-the same is asked: the checkpoint's weights up to rounding, and nothing else. Where there is a
-record, card and recipe must be what it makes of them. The room knows neither how the edit was made
-nor where the folders came from.
+Every byte that `edits.json` does not name is compared with the base's, headers included; every
+tensor that it names is hashed on both sides, and what it still writes into the removed subspace is
+measured again from the stored bytes. config.json is the one file that may differ, and it is
+computed again from the base's. An adapter, merged into the base, must give the checkpoint's weights
+up to rounding, and nothing else. Where there is a record, card and recipe must be those that follow
+from it. How the edit was made, and where the folders came from, is not known here.
 
-    found = verify(base_folder, out / "checkpoint", subspace=out / "work/directions.safetensors")
-    found.ok, found.faults, found.max_leak
+    findings = verify(base_folder, out / "checkpoint", subspace=out / "work/directions.safetensors")
+    findings.ok, findings.faults, findings.max_leak
     verify_adapter(base_folder, out / "checkpoint", out / "adapter").ok
 """
 
 from abliterator.verification._adapter import AdapterVerification, verify_adapter
-from abliterator.verification._beside import recipe_text
+from abliterator.verification._auxiliary import recipe_text
 from abliterator.verification._compare import verify
 from abliterator.verification._findings import (
     BASE_CARD,

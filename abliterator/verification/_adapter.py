@@ -1,4 +1,4 @@
-"""An adapter against the checkpoint whose edit it is: the same weights, and nothing else."""
+"""Compares an adapter, merged into its base, with the checkpoint of the same edit."""
 
 from __future__ import annotations
 
@@ -18,29 +18,28 @@ from abliterator.checkpoint import (
     adapter_tensors,
 )
 from abliterator.errors import CheckpointError
-from abliterator.files import read_text
+from abliterator.files import read_text, sha256_of_file
 from abliterator.formats import FORMATS, Format
 from abliterator.record import RunRecord, TensorEdit
-from abliterator.verification._beside import card_fault
-from abliterator.verification._compare import files_of, leak_meter
-from abliterator.verification._findings import CARD, EDITS, RECORD, read_edits, sha256_of
+from abliterator.verification._auxiliary import card_faults
+from abliterator.verification._compare import files_of
+from abliterator.verification._findings import CARD, EDITS, RECORD, Findings, Proof, read_edits
+from abliterator.verification._leak import PANEL_ELEMENTS, leak_meter
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-_PANEL_ELEMENTS = 1 << 21  # elements of a tensor that are float64 at once
 # The checkpoint's rounding may be compensated: in wide models that is a few hundredths more noise
 # than rounding to nearest, and 1.7 times as much at 32 numbers a column.
 _NOISE = 2.0
-_FACTORS = 2.0**-22  # of |B| |A|: what float32 leaves of the two factors, with room
+_FACTORS = 2.0**-22  # of |B| |A|: rounding of the two float32 factors, and a margin
 
 
 @dataclass(frozen=True)
-class AdapterVerification:
+class AdapterVerification(Proof):
     """What was found; `ok` if base and adapter give the checkpoint's weights, and nothing else.
 
     Attributes:
-        faults: one sentence each; empty if all holds.
         modules: modules that the adapter changes.
         max_apart: largest distance |W' - (W + B A)| (Frobenius) of a module, as a multiple of what
             rounding W + B A to the stored type gives; None where that rounds nothing.
@@ -49,17 +48,11 @@ class AdapterVerification:
         foreign: files of the folder that do not.
     """
 
-    faults: tuple[str, ...]
     modules: int
     max_apart: float | None
     max_leak: float | None
     sha256: Mapping[str, str]
     foreign: tuple[str, ...]
-
-    @property
-    def ok(self) -> bool:
-        """Whether nothing was found that breaks the contract."""
-        return not self.faults
 
     def to_json(self) -> dict[str, Any]:
         """The findings as plain values."""
@@ -68,10 +61,10 @@ class AdapterVerification:
 
 
 @dataclass
-class _Findings:
-    faults: list[str] = field(default_factory=list)
+class _Findings(Findings):
+    """With distances |W' - (W + B A)| as multiples of what rounding gives."""
+
     apart: list[float] = field(default_factory=list)
-    leaks: list[float] = field(default_factory=list)
 
 
 def verify_adapter(
@@ -92,42 +85,35 @@ def verify_adapter(
     Raises:
         CheckpointError: if base or checkpoint cannot be read, or the edit has no low-rank form.
     """
+    from abliterator.card import render_adapter_card
+
     opened, edited = Checkpoint.open(base), Checkpoint.open(checkpoint)
-    edits, found = read_edits(checkpoint), _Findings()
-    modules = _modules(opened, edits)
-    _check_config(adapter, checkpoint, edits, modules.values(), found)
-    tensors = _read_tensors(adapter, found)
+    edits, findings = read_edits(checkpoint), _Findings()
+    modules, record = _modules(opened, edits), _record_in(checkpoint)
+    _check_config(adapter, record, edits, modules.values(), findings)
+    tensors = _read_tensors(adapter, findings)
     wanted = {name for module in modules.values() for name in adapter_tensors(module)}
-    found.faults += [
+    findings.faults += [
         f"{ADAPTER_WEIGHTS} has {name}, which no edit asks for."
         for name in sorted(tensors.keys() - wanted)
     ]
     meter = leak_meter(opened, subspace)
     for edit in edits:
-        factors = _factors(edit, modules[edit.name], tensors, found)
+        factors = _factors(edit, modules[edit.name], tensors, findings)
         if factors is not None:
             reads = None if meter is None else meter.reads(edit.name)
-            _compare(edit, _Weights(opened, edited, factors), reads, found)
-    _check_card(adapter, checkpoint, found)
+            _compare(edit, _Weights(opened, edited, factors), reads, findings)
+    if record is not None:
+        findings.faults += card_faults(adapter, render_adapter_card(record), record)
     ours = {ADAPTER_CONFIG, ADAPTER_WEIGHTS, CARD}
     return AdapterVerification(
-        faults=tuple(found.faults),
+        faults=tuple(findings.faults),
         modules=len(modules),
-        max_apart=max(found.apart, default=None),
-        max_leak=max(found.leaks, default=None),
-        sha256={name: sha256_of(adapter / name) for name in sorted(ours & files_of(adapter))},
+        max_apart=max(findings.apart, default=None),
+        max_leak=max(findings.leaks, default=None),
+        sha256={name: sha256_of_file(adapter / name) for name in sorted(ours & files_of(adapter))},
         foreign=tuple(sorted(files_of(adapter) - ours)),
     )
-
-
-def _check_card(adapter: Path, checkpoint: Path, found: _Findings) -> None:
-    """The card of the adapter against the record of the checkpoint, where there is one."""
-    from abliterator.card import render_adapter_card
-
-    record = _record_in(checkpoint)
-    if record is not None:
-        fault = card_fault(adapter, render_adapter_card(record), record)
-        found.faults += [fault] if fault else []
 
 
 def _modules(base: Checkpoint, edits: Iterable[TensorEdit]) -> dict[str, str]:
@@ -145,31 +131,28 @@ def _modules(base: Checkpoint, edits: Iterable[TensorEdit]) -> dict[str, str]:
 
 def _check_config(
     adapter: Path,
-    checkpoint: Path,
+    record: RunRecord | None,
     edits: tuple[TensorEdit, ...],
     modules: Iterable[str],
-    found: _Findings,
+    findings: _Findings,
 ) -> None:
     """adapter_config.json against the one text that the edits, and the record's base, allow."""
     path = adapter / ADAPTER_CONFIG
     if not path.is_file():
-        found.faults.append(f"{ADAPTER_CONFIG} is missing.")
+        findings.fault(f"{ADAPTER_CONFIG} is missing.")
         return
     text = path.read_bytes()
     try:
-        base, revision = _base_in(checkpoint) or _base_claimed(text)
-    except ValueError:
-        found.faults.append(f"{ADAPTER_CONFIG} does not name a base.")
+        if record is not None:
+            base, revision = record.model.id, record.model.revision
+        else:
+            base, revision = _base_claimed(text)
+    except (ValueError, RecursionError):
+        findings.fault(f"{ADAPTER_CONFIG} does not name a base.")
         return
     rank = max((edit.k for edit in edits), default=0)
     if text != adapter_config(base, revision, modules=modules, rank=rank).encode():
-        found.faults.append(f"{ADAPTER_CONFIG} is not the one that {EDITS} asks for.")
-
-
-def _base_in(checkpoint: Path) -> tuple[str, str | None] | None:
-    """Name and commit of the base that the record of the checkpoint has; None without one."""
-    record = _record_in(checkpoint)
-    return None if record is None else (record.model.id, record.model.revision)
+        findings.fault(f"{ADAPTER_CONFIG} is not the one that {EDITS} asks for.")
 
 
 def _record_in(checkpoint: Path) -> RunRecord | None:
@@ -179,7 +162,7 @@ def _record_in(checkpoint: Path) -> RunRecord | None:
 
 
 def _base_claimed(config: bytes) -> tuple[str, str | None]:
-    """The same by the adapter's own word."""
+    """Name and commit of the base that adapter_config.json states."""
     claimed = json.loads(config)
     if not isinstance(claimed, dict):
         raise ValueError("not an object")
@@ -189,28 +172,28 @@ def _base_claimed(config: bytes) -> tuple[str, str | None]:
     return base, revision
 
 
-def _read_tensors(adapter: Path, found: _Findings) -> dict[str, Tensor]:
+def _read_tensors(adapter: Path, findings: _Findings) -> dict[str, Tensor]:
     """The tensors of the adapter; a fault, and none, if its file holds anything beside them."""
     from safetensors import SafetensorError
     from safetensors.torch import load, save
 
     path = adapter / ADAPTER_WEIGHTS
     if not path.is_file():
-        found.faults.append(f"{ADAPTER_WEIGHTS} is missing.")
+        findings.fault(f"{ADAPTER_WEIGHTS} is missing.")
         return {}
     data = path.read_bytes()
     try:
         tensors: dict[str, Tensor] = load(data)
     except (SafetensorError, ValueError):
-        found.faults.append(f"{ADAPTER_WEIGHTS} is no sound safetensors file.")
+        findings.fault(f"{ADAPTER_WEIGHTS} is no sound safetensors file.")
         return {}
     if save(tensors, metadata=ADAPTER_METADATA) != data:
-        found.faults.append(f"{ADAPTER_WEIGHTS} holds more than its tensors.")
+        findings.fault(f"{ADAPTER_WEIGHTS} holds more than its tensors.")
     return tensors
 
 
 def _factors(
-    edit: TensorEdit, module: str, tensors: Mapping[str, Tensor], found: _Findings
+    edit: TensorEdit, module: str, tensors: Mapping[str, Tensor], findings: _Findings
 ) -> tuple[Tensor, Tensor] | None:
     """A [k, in] and B [out, k] of one edit in float64; a fault, and None, where they do not fit."""
     import torch
@@ -220,7 +203,7 @@ def _factors(
     for name, shape in zip(adapter_tensors(module), ((edit.k, wide), (tall, edit.k)), strict=True):
         tensor = tensors.get(name)
         if tensor is None or tensor.dtype != torch.float32 or tuple(tensor.shape) != shape:
-            found.faults.append(f"{ADAPTER_WEIGHTS} has no {name} of {list(shape)} in float32.")
+            findings.fault(f"{ADAPTER_WEIGHTS} has no {name} of {list(shape)} in float32.")
             return None
         factors.append(tensor.double())
     return factors[0], factors[1]
@@ -243,22 +226,24 @@ class _Sums(NamedTuple):
     reads: float  # |D Q|
 
 
-def _compare(edit: TensorEdit, weights: _Weights, reads: Tensor | None, found: _Findings) -> None:
+def _compare(
+    edit: TensorEdit, weights: _Weights, reads: Tensor | None, findings: _Findings
+) -> None:
     """One module, merged: against the stored bytes, and against its strength."""
     sums = _measured(edit, weights, reads)
     if not sums.apart <= _NOISE * sums.rounding + _FACTORS * sums.factors:  # true of NaN too
-        found.faults.append(
+        findings.fault(
             f"{edit.name}: base and adapter give weights that are {sums.apart:.1e} from the "
             f"checkpoint's; rounding explains {sums.rounding:.1e}."
         )
     if sums.rounding > 0:
-        found.apart.append(sums.apart / sums.rounding)
+        findings.apart.append(sums.apart / sums.rounding)
     if reads is None or sums.wrote == 0:
         return
-    found.leaks.append(sums.writes / sums.wrote)
+    findings.leaks.append(sums.writes / sums.wrote)
     left = abs(1 - edit.strength) * sums.wrote
     if not abs(sums.writes - left) <= _FACTORS * sums.reads * sums.factors:
-        found.faults.append(
+        findings.fault(
             f"{edit.name}: base and adapter have a leak of {sums.writes / sums.wrote:.2e}; its "
             f"strength, {edit.strength:g}, leaves {abs(1 - edit.strength):.2e}."
         )
@@ -274,7 +259,7 @@ def _measured(edit: TensorEdit, weights: _Weights, reads: Tensor | None) -> _Sum
     )
     a, b = weights.factors
     squares = [0.0] * 4
-    for start, end in column_ranges(edit.shape[1], max(1, _PANEL_ELEMENTS // edit.shape[0])):
+    for start, end in column_ranges(edit.shape[1], max(1, PANEL_ELEMENTS // edit.shape[0])):
         weight = before[:, start:end].double()
         merged = weight + b @ a[:, start:end]
         terms = [after[:, start:end].double() - merged, fmt.rounded(merged) - merged]

@@ -1,4 +1,4 @@
-"""Every byte of a checkpoint against its base."""
+"""Compares every byte of a checkpoint with its base."""
 
 from __future__ import annotations
 
@@ -8,21 +8,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from abliterator.checkpoint import Checkpoint, TensorInfo, carried_files, relay
+from abliterator.checkpoint import Checkpoint, TensorInfo, auxiliary_files, shard_layout
 from abliterator.errors import CheckpointError
-from abliterator.formats import Unpacked, storage_of
+from abliterator.files import sha256_of_bytes, sha256_of_file
+from abliterator.formats import Dequantized, storage_of
 from abliterator.record import TensorEdit
-from abliterator.verification._beside import Beside, check_record
+from abliterator.verification._auxiliary import AuxiliaryFileCheck, check_record
 from abliterator.verification._findings import (
     EDITS,
     OURS,
     Findings,
     Verification,
+    format_leak,
     read_edits,
-    sha256_of,
-    told_leak,
 )
-from abliterator.verification._leak import LeakMeter
+from abliterator.verification._leak import LeakMeter, leak_meter
 
 _CHUNK = 4 << 20  # bytes compared at once
 # Two measurements of one leak differ by the rounding of the sums behind them.
@@ -50,39 +50,41 @@ def verify(
         CheckpointError: if the base is damaged, or the checkpoint has no readable edits.json. What
             is wrong with the checkpoint's own bytes is a fault, not an error.
     """
-    opened = Checkpoint.open(base)
-    found = Findings()
-    named = _named(read_edits(checkpoint), opened, found)
-    unpacked = _unpacked(named, opened)
-    measure = _Measure(opened, named, unpacked, leak_meter(opened, subspace))
+    opened, findings = Checkpoint.open(base), Findings()
+    named = _named(read_edits(checkpoint), opened, findings)
+    dequantized = storage_of(opened.config).dequantized(
+        opened.tensors, [edit.name for edit in named.values() if edit.dequantized]
+    )
+    meter = leak_meter(opened, subspace)
+    weights = _WeightComparison(opened, checkpoint, named, dequantized, meter, findings)
     for file in opened.weight_files:
-        _compare_weights(opened, file, checkpoint / file, measure, found)
+        weights.compare(file)
         if on_bytes is not None:
             on_bytes(opened.file_bytes[file])
-    carried = carried_files(base)[0]
-    beside = Beside(opened, checkpoint, unpacked, found)
-    for file in carried:
-        beside.compare(file)
-    check_record(base, checkpoint, named, found)
+    auxiliary = auxiliary_files(base)[0]
+    check = AuxiliaryFileCheck(opened, checkpoint, dequantized, findings)
+    for file in auxiliary:
+        check.compare(file)
+    check_record(base, checkpoint, named, findings)
     for file in OURS:
         if (checkpoint / file).is_file():
-            found.sha256[file] = sha256_of(checkpoint / file)
-    known = {*opened.weight_files, *carried}
+            findings.sha256[file] = sha256_of_file(checkpoint / file)
+    known = {*opened.weight_files, *auxiliary}
     return Verification(
-        faults=tuple(found.faults),
+        faults=tuple(findings.faults),
         tensors=len(opened.tensors),
         edited=len(named),
-        identical_bytes=found.identical_bytes,
-        edited_bytes=found.edited_bytes,
-        max_leak=max(found.leaks, default=None),
-        base_sha256=found.base_sha256,
-        sha256=found.sha256,
-        foreign=tuple(sorted(files_of(checkpoint) - known.union(found.sha256))),
+        identical_bytes=findings.identical_bytes,
+        edited_bytes=findings.edited_bytes,
+        max_leak=max(findings.leaks, default=None),
+        base_sha256=findings.base_sha256,
+        sha256=findings.sha256,
+        foreign=tuple(sorted(files_of(checkpoint) - known.union(findings.sha256))),
     )
 
 
 def _named(
-    edits: tuple[TensorEdit, ...], base: Checkpoint, found: Findings
+    edits: tuple[TensorEdit, ...], base: Checkpoint, findings: Findings
 ) -> dict[str, TensorEdit]:
     """The edits by name; a fault for each that does not fit the base."""
     named: dict[str, TensorEdit] = {}
@@ -90,21 +92,21 @@ def _named(
     for edit in edits:
         info = base.tensors.get(edit.name)
         if info is None:
-            found.faults.append(f"{EDITS} names {edit.name}, which the base does not have.")
+            findings.fault(f"{EDITS} names {edit.name}, which the base does not have.")
         elif edit.name in named:
-            found.faults.append(f"{EDITS} names {edit.name} twice.")
+            findings.fault(f"{EDITS} names {edit.name} twice.")
         elif (info.file, info.dtype, info.shape) != (edit.file, edit.dtype, edit.shape):
-            found.faults.append(
+            findings.fault(
                 f"{EDITS} says that {edit.name} is {edit.dtype} {list(edit.shape)} in {edit.file}; "
                 f"in the base it is {info.dtype} {list(info.shape)} in {info.file}."
             )
         elif not set(edit.experts or ()) <= set(range(info.shape[0])):
-            found.faults.append(
+            findings.fault(
                 f"{EDITS} names experts {list(edit.experts or ())} of {edit.name}, which has "
                 f"{info.shape[0]}."
             )
-        elif edit.unpacked and not storage.layout(edit.name, base.tensors).quantized:
-            found.faults.append(
+        elif edit.dequantized and not storage.layout(edit.name, base.tensors).quantized:
+            findings.fault(
                 f"{EDITS} says that {edit.name} was quantised; in the base it is plain numbers."
             )
         else:
@@ -112,65 +114,101 @@ def _named(
     return named
 
 
-def _unpacked(named: Mapping[str, TensorEdit], base: Checkpoint) -> Unpacked:
-    """What follows for the rest of the checkpoint from the edits that left their layout."""
-    names = [edit.name for edit in named.values() if edit.unpacked]
-    return storage_of(base.config).unpacked(base.tensors, names)
+@dataclass(frozen=True)
+class _WeightComparison:
+    """Compares the weight files of a checkpoint with the base's, and adds to `findings`.
 
+    Attributes:
+        base: the base.
+        checkpoint: folder of the edited one.
+        named: what edits.json says, by tensor.
+        dequantized: what follows from it for tensors that lose their scales.
+        meter: measures leaks again; None without a subspace.
+        findings: what is found.
+    """
 
-def leak_meter(base: Checkpoint, subspace: Path | None) -> LeakMeter | None:
-    """The meter of a subspace file; None without one."""
-    if subspace is None:
-        return None
-    from abliterator.directions import load_subspace
+    base: Checkpoint
+    checkpoint: Path
+    named: Mapping[str, TensorEdit]
+    dequantized: Dequantized
+    meter: LeakMeter | None
+    findings: Findings
 
-    return LeakMeter(base, load_subspace(subspace).basis)
+    def compare(self, file: str) -> None:
+        """One weight file, from its header to its last byte."""
+        findings, source, edited = self.findings, self.base.folder / file, self.checkpoint / file
+        shard = shard_layout(self.base, file, self.dequantized.dense, self.dequantized.dropped)
+        if not edited.is_file():
+            findings.fault(f"{file} is missing.")
+            return
+        if (size := edited.stat().st_size) != shard.size:
+            findings.fault(f"{file} has {size} bytes; {shard.size} were expected.")
+            return
+        with source.open("rb") as first, edited.open("rb") as second:
+            pair = _Pair(first, second)
+            if not pair.has(shard.header):
+                whose = "what the edit makes of the base's" if shard.changed else "the base's"
+                findings.fault(f"{file}: the header differs from {whose}.")
+            for info, new in shard.tensors:
+                if info.name in self.named:
+                    self._compare_edited(pair, info, new)
+                elif info.name in self.dequantized.layouts:
+                    expected = self._numbers(info, new, pair.base(info.start, info.nbytes))
+                    if pair.edited(new.nbytes) != expected:
+                        findings.fault(f"{file}: {new.name} is not what the base's numbers are.")
+                elif not pair.same(info):
+                    findings.fault(
+                        f"{file}: {info.name} differs from the base's, and {EDITS} does not name "
+                        "it."
+                    )
+        findings.identical_bytes += pair.identical
+        findings.base_sha256[file] = (
+            sha256_of_file(source) if shard.changed else pair.first.hexdigest()
+        )
+        findings.sha256[file] = pair.second.hexdigest()
 
+    def _numbers(self, info: TensorInfo, new: TensorInfo, stored: bytearray) -> bytearray:
+        """Bytes of a quantised tensor of the base as plain numbers, in the layout of `new`."""
+        layout, numbers = self.dequantized.layouts[info.name], bytearray(new.nbytes)
+        layout.dequantize(stored, self.base.read(layout.scales or info.name), numbers)
+        return numbers
 
-def _compare_weights(
-    base: Checkpoint,
-    file: str,
-    edited: Path,
-    measure: _Measure,
-    found: Findings,
-) -> None:
-    """One weight file against the base's, from its header to its last byte."""
-    unpacked = measure.unpacked
-    relaid = relay(base, file, unpacked.dense, unpacked.dropped)
-    if not _has_size(edited, file, relaid.size, found):
-        return
-    source = base.folder / file
-    with source.open("rb") as first, edited.open("rb") as second:
-        pair = _Pair(first, second)
-        if not pair.has(relaid.header):
-            whose = "what the edit makes of the base's" if relaid.changed else "the base's"
-            found.faults.append(f"{file}: the header differs from {whose}.")
-        for info, new in relaid.tensors:
-            if info.name in measure.named:
-                measure.edited(pair, info, new, found)
-            elif info.name in unpacked.layouts:
-                measure.decoded(pair, info, new, found)
-            elif not pair.same(info):
-                found.faults.append(
-                    f"{file}: {info.name} differs from the base's, and {EDITS} does not name it."
+    def _compare_edited(self, pair: _Pair, info: TensorInfo, new: TensorInfo) -> None:
+        """One edited tensor: its hashes on both sides, and its leak."""
+        edit, findings = self.named[info.name], self.findings
+        if edit.dequantized != (info.name in self.dequantized.layouts):
+            findings.fault(
+                f"{EDITS} says that {info.name} is still quantised, and of others of its module "
+                "that they are not."
+            )
+            return
+        before, after = pair.base(info.start, info.nbytes), pair.edited(new.nbytes)
+        findings.edited_bytes += new.nbytes
+        if edit.experts is not None:
+            others = self._numbers(info, new, before) if edit.dequantized else before
+            _compare_other_experts(info, edit, (others, after), findings)
+        for side, data, claimed in (
+            ("base", before, edit.sha256_before),
+            ("edited", after, edit.sha256_after),
+        ):
+            if sha256_of_bytes(data) != claimed:
+                findings.fault(
+                    f"{info.file}: the {side} bytes of {info.name} are not those that {EDITS} "
+                    f"has the hash of."
                 )
-    found.identical_bytes += pair.identical
-    found.base_sha256[file] = sha256_of(source) if relaid.changed else pair.first.hexdigest()
-    found.sha256[file] = pair.second.hexdigest()
-
-
-def _has_size(path: Path, file: str, size: int, found: Findings) -> bool:
-    if not path.is_file():
-        found.faults.append(f"{file} is missing.")
-    elif path.stat().st_size != size:
-        found.faults.append(f"{file} has {path.stat().st_size} bytes; {size} were expected.")
-    else:
-        return True
-    return False
+        if self.meter is None:
+            return
+        leak = self.meter.leak(info, before, after, edit.experts, dequantized=edit.dequantized)
+        findings.leaks += [] if leak is None else [leak]
+        if not _agree(leak, edit.leak):
+            findings.fault(
+                f"{info.file}: {info.name} has a leak of {format_leak(leak)}, measured again; "
+                f"{EDITS} says {format_leak(edit.leak)}."
+            )
 
 
 class _Pair:
-    """The same file of base and checkpoint, hashed on the way.
+    """The same file of base and checkpoint, hashed while both are read.
 
     The checkpoint's is read from its first byte to its last, and so is the base's unless its
     tensors lie elsewhere; then `first` is of no use.
@@ -221,84 +259,27 @@ def _read(stream: BinaryIO, size: int) -> bytearray:
     return part
 
 
-@dataclass(frozen=True)
-class _Measure:
-    """What edits.json says, what follows from it, and the subspace for measuring again."""
-
-    base: Checkpoint
-    named: Mapping[str, TensorEdit]
-    unpacked: Unpacked
-    meter: LeakMeter | None
-
-    def decoded(self, pair: _Pair, info: TensorInfo, new: TensorInfo, found: Findings) -> None:
-        """One tensor that is a plain number's worth of the base's, and nothing else."""
-        expected = self._unpacked(info, new, pair.base(info.start, info.nbytes))
-        if pair.edited(new.nbytes) != expected:
-            found.faults.append(f"{info.file}: {new.name} is not what the base's numbers are.")
-
-    def _unpacked(self, info: TensorInfo, new: TensorInfo, stored: bytearray) -> bytearray:
-        layout = self.unpacked.layouts[info.name]
-        numbers = bytearray(new.nbytes)
-        layout.unpack(stored, self.base.read(layout.scales or info.name), numbers)
-        return numbers
-
-    def edited(self, pair: _Pair, info: TensorInfo, new: TensorInfo, found: Findings) -> None:
-        """One edited tensor: its hashes on both sides, and its leak."""
-        edit = self.named[info.name]
-        if edit.unpacked != (info.name in self.unpacked.layouts):
-            found.faults.append(
-                f"{EDITS} says that {info.name} is still quantised, and of others of its module "
-                "that they are not."
-            )
-            return
-        before, after = pair.base(info.start, info.nbytes), pair.edited(new.nbytes)
-        found.edited_bytes += new.nbytes
-        if edit.experts is not None:
-            others = before
-            if edit.unpacked:
-                others = self._unpacked(info, new, before)
-            _compare_other_experts(info, edit, (others, after), found)
-        for side, data, said in (
-            ("base", before, edit.sha256_before),
-            ("edited", after, edit.sha256_after),
-        ):
-            if hashlib.sha256(data).hexdigest() != said:
-                found.faults.append(
-                    f"{info.file}: the {side} bytes of {info.name} are not those that {EDITS} "
-                    f"has the hash of."
-                )
-        if self.meter is None:
-            return
-        leak = self.meter.leak(info, before, after, edit.experts, unpacked=edit.unpacked)
-        found.leaks += [] if leak is None else [leak]
-        if not _agree(leak, edit.leak):
-            found.faults.append(
-                f"{info.file}: {info.name} has a leak of {told_leak(leak)}, measured again; "
-                f"{EDITS} says {told_leak(edit.leak)}."
-            )
-
-
 def _compare_other_experts(
-    info: TensorInfo, edit: TensorEdit, sides: tuple[bytearray, bytearray], found: Findings
+    info: TensorInfo, edit: TensorEdit, sides: tuple[bytearray, bytearray], findings: Findings
 ) -> None:
     """The bytes of the experts of a tensor that were not to be edited."""
     size = len(sides[1]) // info.shape[0]
     for expert in sorted(set(range(info.shape[0])) - set(edit.experts or ())):
         before, after = (side[expert * size : (expert + 1) * size] for side in sides)
         if before == after:
-            found.identical_bytes += 0 if edit.unpacked else size
-            found.edited_bytes -= size
+            findings.identical_bytes += 0 if edit.dequantized else size
+            findings.edited_bytes -= size
         else:
-            found.faults.append(
+            findings.fault(
                 f"{info.file}: expert {expert} of {info.name} differs from the base's, and {EDITS} "
                 "does not name it."
             )
 
 
-def _agree(leak: float | None, said: float | None) -> bool:
-    if leak is None or said is None:
-        return leak is said
-    return abs(leak - said) <= max(_NO_LEAK, _SAME_LEAK * said)
+def _agree(leak: float | None, claimed: float | None) -> bool:
+    if leak is None or claimed is None:
+        return leak is claimed
+    return abs(leak - claimed) <= max(_NO_LEAK, _SAME_LEAK * claimed)
 
 
 def files_of(folder: Path) -> set[str]:

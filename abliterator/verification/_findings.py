@@ -1,8 +1,7 @@
-"""What a verification finds, and the names of the files that it reads."""
+"""Results of a verification, and the names of the files that it reads."""
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -25,23 +24,37 @@ BASE_CARD = "base README.md"
 
 
 @dataclass(frozen=True)
-class Verification:
-    """What was found; `ok` if the checkpoint is its base with the edits of edits.json.
+class Proof:
+    """Whether the contract holds, and what breaks it.
 
     Attributes:
         faults: one sentence each; empty if all holds.
+    """
+
+    faults: tuple[str, ...]
+
+    @property
+    def ok(self) -> bool:
+        """Whether nothing was found that breaks the contract."""
+        return not self.faults
+
+
+@dataclass(frozen=True)
+class Verification(Proof):
+    """What was found; `ok` if the checkpoint is its base with the edits of edits.json.
+
+    Attributes:
         tensors: tensors of the base.
         edited: tensors that edits.json names.
         identical_bytes: bytes, headers and files beside the weights included, equal to the base's.
             config.json is not among them: it is the base's but for what would be false now.
         edited_bytes: bytes of the edited tensors in the checkpoint.
         max_leak: largest |Qᵀ W'| / |Qᵀ W| measured again; None without a subspace.
-        base_sha256: sha256 of each weight and carried file of the base, by relative path.
+        base_sha256: sha256 of each weight and auxiliary file of the base, by relative path.
         sha256: the same of the checkpoint, with the files that abliterator adds.
         foreign: files of the checkpoint folder that neither the base nor abliterator put there.
     """
 
-    faults: tuple[str, ...]
     tensors: int
     edited: int
     identical_bytes: int
@@ -50,11 +63,6 @@ class Verification:
     base_sha256: Mapping[str, str]
     sha256: Mapping[str, str]
     foreign: tuple[str, ...]
-
-    @property
-    def ok(self) -> bool:
-        """Whether nothing was found that breaks the contract."""
-        return not self.faults
 
     def to_json(self) -> dict[str, Any]:
         """The findings as plain values."""
@@ -73,7 +81,7 @@ class Verification:
 
 @dataclass
 class Findings:
-    """What accumulates while the files are read."""
+    """Faults, sizes, leaks and hashes, accumulated while the files are read."""
 
     faults: list[str] = field(default_factory=list)
     identical_bytes: int = 0
@@ -81,6 +89,10 @@ class Findings:
     leaks: list[float] = field(default_factory=list)
     base_sha256: dict[str, str] = field(default_factory=dict)
     sha256: dict[str, str] = field(default_factory=dict)
+
+    def fault(self, sentence: str) -> None:
+        """Adds what breaks the contract, as one sentence."""
+        self.faults.append(sentence)
 
 
 def read_edits(checkpoint: Path) -> tuple[TensorEdit, ...]:
@@ -102,10 +114,6 @@ def read_edits(checkpoint: Path) -> tuple[TensorEdit, ...]:
         ) from error
 
 
-def told_leak(leak: float | None) -> str:
+def format_leak(leak: float | None) -> str:
+    """A leak in a message."""
     return "none" if leak is None else f"{leak:.2e}"
-
-
-def sha256_of(path: Path) -> str:
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()

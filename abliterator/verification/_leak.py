@@ -1,12 +1,13 @@
-"""What a tensor writes into the removed subspace, measured anew from stored bytes.
+"""What a tensor writes into the removed subspace, measured again from stored bytes.
 
-This shares no code with the edit but how bytes become numbers (`formats`, which the loaders' own
-decoding is the oracle of): columns in float64, and the gains of the norms that follow multiplied
-out.
+To be independent of the edit this shares with it only how bytes become numbers (`formats`, which
+tests compare with the loaders' own decoding): columns in float64, and the gains of the norms that
+follow multiplied out.
 """
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from abliterator.anatomy import Writer, anatomy_of
@@ -17,7 +18,16 @@ from abliterator.formats import Layout, format_of
 if TYPE_CHECKING:
     from torch import Tensor
 
-_PANEL_ELEMENTS = 1 << 21  # elements of a tensor that are float64 at once
+PANEL_ELEMENTS = 1 << 21  # elements of a tensor that are float64 at once
+
+
+def leak_meter(base: Checkpoint, subspace: Path | None) -> LeakMeter | None:
+    """The meter of a subspace file; None without one."""
+    if subspace is None:
+        return None
+    from abliterator.directions import load_subspace
+
+    return LeakMeter(base, load_subspace(subspace).basis)
 
 
 class LeakMeter:
@@ -37,9 +47,7 @@ class LeakMeter:
         self._base = base
         self._basis = basis.double()
         self._storage = anatomy.storage
-        self._writers: dict[str, Writer] = {
-            writer.name: writer for writer in anatomy.writers(base.shapes)
-        }
+        self._writers = {writer.name: writer for writer in anatomy.writers(base.shapes)}
 
     def leak(
         self,
@@ -48,7 +56,7 @@ class LeakMeter:
         after: bytearray,
         experts: tuple[int, ...] | None = None,
         *,
-        unpacked: bool = False,
+        dequantized: bool = False,
     ) -> float | None:
         """|Qᵀ D W'| / |Qᵀ D W|, D the gains that follow; None if W wrote nothing there.
 
@@ -57,7 +65,7 @@ class LeakMeter:
             before: its bytes.
             after: those of the edited one.
             experts: those alone are measured; None for the whole tensor.
-            unpacked: whether the edited one is plain numbers, of a tensor that was quantised.
+            dequantized: whether the edited one is plain numbers, of a tensor that was quantised.
 
         Raises:
             CheckpointError: if the tensor does not write the residual stream, or the subspace is
@@ -66,7 +74,7 @@ class LeakMeter:
         writer, read = self._writer(info.name), self.reads(info.name)
         layout, axis = self._storage.layout(info.name, self._base.tensors), writer.axis
         was = self._squared(before, layout, axis, read, experts)
-        if unpacked:
+        if dequantized:
             layout, axis = layout.dense, layout.dense_axis(axis)
         is_now = self._squared(after, layout, axis, read, experts)
         return (is_now / was) ** 0.5 if was > 0 else None
@@ -78,8 +86,15 @@ class LeakMeter:
             CheckpointError: if the tensor does not write the residual stream, or belongs to no
                 block, where each has a subspace of its own.
         """
+        import torch
+
         writer = self._writer(name)
-        return self._removed_from(writer) * self._gain(writer)
+        gain = torch.ones(self._basis.shape[-2], 1, dtype=torch.float64)
+        for norm in writer.gains:
+            info, data = self._base.tensors[norm], bytearray(self._base.read(norm))
+            stored = format_of(info.dtype, norm).view(data, info.shape).double()
+            gain = gain * (stored[:, None] + writer.gain_offset)
+        return self._basis_of(writer) * gain
 
     def _writer(self, name: str) -> Writer:
         if name not in self._writers:
@@ -89,7 +104,7 @@ class LeakMeter:
             )
         return self._writers[name]
 
-    def _removed_from(self, writer: Writer) -> Tensor:
+    def _basis_of(self, writer: Writer) -> Tensor:
         """[H, k]: the subspace that this writer should have lost."""
         if self._basis.ndim == 2:
             return self._basis
@@ -100,20 +115,6 @@ class LeakMeter:
             )
         return self._basis[writer.layer]
 
-    def _gain(self, writer: Writer) -> Tensor:
-        """[H, 1]: what multiplies the write on its way into the stream."""
-        import torch
-
-        gain = torch.ones(self._basis.shape[-2], 1, dtype=torch.float64)
-        for name in writer.gains:
-            gain = gain * (self._stored(name)[:, None] + writer.gain_offset)
-        return gain
-
-    def _stored(self, name: str) -> Tensor:
-        info = self._base.tensors[name]
-        data = bytearray(self._base.read(name))
-        return format_of(info.dtype, name).view(data, info.shape).double()
-
     def _squared(
         self,
         data: bytearray,
@@ -122,6 +123,7 @@ class LeakMeter:
         read: Tensor,
         experts: tuple[int, ...] | None,
     ) -> float:
+        """‖(D Q)ᵀ W‖² (Frobenius) of a stored tensor, `read` being D Q."""
         scales = None if layout.scales is None else self._base.read(layout.scales)
         total = 0.0
         for matrix in layout.matrices(data, axis, scales, experts):
@@ -131,7 +133,7 @@ class LeakMeter:
                     f"{matrix.shape[0]}: it was made for another model. Give the subspace of this "
                     "run."
                 )
-            for start, stop in matrix.ranges(_PANEL_ELEMENTS):
+            for start, stop in matrix.ranges(PANEL_ELEMENTS):
                 columns = matrix.decoded(start, stop).double()
                 total += float((read.T @ columns).square().sum())
         return total

@@ -213,13 +213,13 @@ def test_the_structure_is_told_and_the_pictures_are_shown_where_there_are_any():
 
 
 @pytest.mark.parametrize(
-    ("unpacked", "says"), [(False, "Kept in this format"), (True, "Written as bfloat16")]
+    ("dequantized", "says"), [(False, "Kept in this format"), (True, "Written as bfloat16")]
 )
-def test_what_quantised_tensors_became_is_on_the_card(unpacked: bool, says: str):
+def test_what_quantised_tensors_became_is_on_the_card(dequantized: bool, says: str):
     edits = QuantizedEdits(
         format="MXFP4",
         tensors=24,
-        unpacked=unpacked,
+        dequantized=dequantized,
         max_leak=4.7e-3,
         noise=0.0453,
         noise_nearest=0.0212,

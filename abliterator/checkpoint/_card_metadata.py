@@ -1,4 +1,4 @@
-"""What the card of a checkpoint states: the front matter of its README.md, as plain values."""
+"""The front matter of a checkpoint's README.md, as plain values."""
 
 from __future__ import annotations
 
@@ -23,29 +23,29 @@ _FRONT_MATTER = re.compile(r"\s*---[ \t]*\r?\n(.*?)\r?\n---[ \t]*(?:\r?\n|\Z)", 
 def card_metadata(folder: Path) -> dict[str, Any] | None:
     """The front matter of the folder's README.md: {} where there is none, None if unreadable.
 
-    Values are those that JSON has: a date, bytes or anything else that YAML may hold is left out,
-    and so is text that is not Unicode. Unreadable is what is no YAML, uses aliases (of which a few
-    lines make gigabytes), or is nested more than 32 levels deep.
+    Only JSON's values are kept: dates, bytes, and text that is not Unicode are left out. Unreadable
+    is what is no YAML, uses aliases (a few lines of which make gigabytes), or is nested more than
+    32 levels deep.
     """
     path = folder / CARD_FILE
     if not path.is_file():
         return {}
     try:
-        found = _FRONT_MATTER.match(read_text(path, max_bytes=_MAX_BYTES))
+        front = _FRONT_MATTER.match(read_text(path, max_bytes=_MAX_BYTES))
     except FileError:
         return None
-    if found is None:
+    if front is None:
         return {}
-    values = _parsed(found[1])
+    values = _parsed(front[1])
     plain = _plain(values) if isinstance(values, dict) else None
     return plain if isinstance(plain, dict) else None
 
 
-def stated_base(metadata: Mapping[str, Any]) -> tuple[str, ...]:
+def declared_base_models(metadata: Mapping[str, Any]) -> tuple[str, ...]:
     """Ids of the models that a card's front matter names as `base_model`."""
-    stated = metadata.get("base_model")
-    stated = stated if isinstance(stated, list) else [stated]
-    return tuple(name for name in stated if isinstance(name, str))
+    names = metadata.get("base_model")
+    names = names if isinstance(names, list) else [names]
+    return tuple(name for name in names if isinstance(name, str))
 
 
 def _parsed(text: str) -> Any:
@@ -71,7 +71,7 @@ _NOTHING = object()
 
 
 def _plain(value: Any) -> Any:
-    """The value without what JSON has not; `_NOTHING` if nothing stays."""
+    """The value with JSON's types only; `_NOTHING` if nothing is left."""
     if isinstance(value, dict):
         texts = (key for key in value if isinstance(key, str) and encodable(key))
         return {key: inner for key in texts if (inner := _plain(value[key])) is not _NOTHING}

@@ -1,4 +1,4 @@
-"""The headers and the index of a checkpoint some of whose tensors change name, dtype or shape."""
+"""Headers and index of a checkpoint some of whose tensors change name, dtype or shape."""
 
 from __future__ import annotations
 
@@ -11,31 +11,24 @@ from typing import Protocol
 from abliterator.checkpoint._folder import INDEX_FILE, Checkpoint, read_json
 from abliterator.checkpoint._header import DTYPE_BITS, TensorInfo, header_of
 from abliterator.files import open_regular
+from abliterator.formats import Header
 
 
-class Told(Protocol):
-    """What a header says of one tensor."""
+class TensorHeader(Header, Protocol):
+    """A tensor's entry in a header, with its name."""
 
     @property
     def name(self) -> str:
         """Of the tensor."""
 
-    @property
-    def dtype(self) -> str:
-        """Safetensors' name of the format."""
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Lengths of the axes."""
-
 
 @dataclass(frozen=True)
-class Relaid:
-    """A weight file as it will be.
+class ShardLayout:
+    """Header and tensor positions of one weight file after an edit.
 
     Attributes:
-        header: its first bytes, up to the first tensor.
-        tensors: in the order of their bytes, each after the tensor of the base that it is made of.
+        header: first bytes of the file, up to the first tensor.
+        tensors: pairs (tensor of the base, tensor in this file), in the order of their bytes.
         size: of the file, in bytes.
     """
 
@@ -45,24 +38,24 @@ class Relaid:
 
     @property
     def changed(self) -> bool:
-        """Whether a tensor lies elsewhere than in the base."""
+        """Whether a tensor differs from the base's in name, dtype, shape or position."""
         return any(old != new for old, new in self.tensors)
 
 
-def relay(
-    base: Checkpoint, file: str, changes: Mapping[str, Told], dropped: Collection[str]
-) -> Relaid:
-    """How one weight file looks when tensors become `changes` and `dropped` are left out.
+def shard_layout(
+    base: Checkpoint, file: str, changes: Mapping[str, TensorHeader], dropped: Collection[str]
+) -> ShardLayout:
+    """The layout of one weight file after tensors were changed and left out.
 
-    A file without any of both is as it was, header included. In another one wider numbers come
-    first, as the reference implementation writes them, so that every tensor stays aligned; else the
-    order is the base's.
+    A file with neither keeps the base's header. In any other, wider numbers come first, as the
+    reference implementation writes them, so that every tensor stays aligned; else the order is the
+    base's.
 
     Args:
         base: the checkpoint.
         file: one of its weight files.
-        changes: what tensors become, by the base's name.
-        dropped: names of tensors.
+        changes: new name, dtype and shape of tensors, by the base's name.
+        dropped: names of tensors that are left out.
 
     Raises:
         CheckpointError: the file cannot be read.
@@ -73,8 +66,10 @@ def relay(
         header = source.stream.read(end)
     kept = [info for info in infos if info.name not in dropped]
     if len(kept) == len(infos) and not any(info.name in changes for info in infos):
-        return Relaid(header, tuple((info, info) for info in infos), base.file_bytes[file])
-    wanted: list[tuple[TensorInfo, Told]] = [(info, changes.get(info.name, info)) for info in kept]
+        return ShardLayout(header, tuple((info, info) for info in infos), base.file_bytes[file])
+    wanted: list[tuple[TensorInfo, TensorHeader]] = [
+        (info, changes.get(info.name, info)) for info in kept
+    ]
     wanted.sort(key=lambda pair: -DTYPE_BITS.get(pair[1].dtype, 8))
     sizes = [_nbytes(info, new) for info, new in wanted]
     pairs = [(new, size) for (_, new), size in zip(wanted, sizes, strict=True)]
@@ -83,13 +78,13 @@ def relay(
     for (info, new), size in zip(wanted, sizes, strict=True):
         tensors.append((info, TensorInfo(new.name, file, new.dtype, new.shape, at, at + size)))
         at += size
-    return Relaid(header, tuple(tensors), at)
+    return ShardLayout(header, tuple(tensors), at)
 
 
-def relaid_index(
-    base: Checkpoint, changes: Mapping[str, Told], dropped: Collection[str]
+def edited_index(
+    base: Checkpoint, changes: Mapping[str, TensorHeader], dropped: Collection[str]
 ) -> str | None:
-    """The text of the index afterwards; None where the base has none, or nothing changes."""
+    """The text of the edited checkpoint's index; None if the base has none or nothing changes."""
     path = base.folder / INDEX_FILE
     if not (changes or dropped) or not path.is_file():
         return None
@@ -109,7 +104,7 @@ def relaid_index(
     return json.dumps(index, indent=2) + "\n"
 
 
-def _nbytes(info: TensorInfo, new: Told) -> int:
+def _nbytes(info: TensorInfo, new: TensorHeader) -> int:
     if (info.dtype, info.shape) == (new.dtype, new.shape):
         return info.nbytes
     return math.prod(new.shape) * DTYPE_BITS[new.dtype] // 8

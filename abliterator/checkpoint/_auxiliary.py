@@ -1,8 +1,8 @@
-"""Which files beside the weights go along with an edited checkpoint, and which stay behind.
+"""Auxiliary files: those beside the weights that belong to an edited checkpoint too.
 
-A file is carried for one of two reasons: a loader may open it, or its licence says it must stay
-with the model. Everything else (the base's README and scores, other formats of the same weights,
-what nobody knows) stays.
+A file is copied for one of two reasons: a loader may open it, or its licence says it must stay with
+the model. Everything else (the base's README and scores, other formats of the same weights, unknown
+files) is left out.
 """
 
 from __future__ import annotations
@@ -55,33 +55,33 @@ _WEIGHTS_OR_PICTURES = (
     *(".safetensors", ".bin", ".pt", ".pth", ".gguf", ".onnx", ".h5", ".msgpack"),
     *(".png", ".jpg", ".jpeg", ".gif", ".svg", ".webp"),
 )
-_MAX_BYTES = 512 << 20  # of a file that goes along; the largest tokenizers have a tenth
+_MAX_BYTES = 512 << 20  # of an auxiliary file; the largest tokenizers have a tenth
 # Of these a loader takes the first that is there: one of another model would take over.
 _TAKES_OVER = (ADAPTER_FILE, SINGLE_FILE, INDEX_FILE)
 
 
-def carried_files(folder: Path) -> tuple[list[str], list[str]]:
-    """Sort the files beside the weights into those that go along and those that do not.
+def auxiliary_files(folder: Path) -> tuple[list[str], list[str]]:
+    """Sorts the files beside the weights into auxiliary files and those that are left out.
 
     Returns:
-        (carried, left_out): paths relative to the folder, sorted. A folder of which nothing is
-        carried stands as one entry that ends in "/". Each file of the folder is in one of the two,
-        or is a weight file of the checkpoint.
+        (auxiliary, left_out): paths relative to the folder, sorted. A folder without any auxiliary
+        file is one entry that ends in "/". Each file of the folder is in one of the two, or is a
+        weight file of the checkpoint.
 
     Raises:
-        CheckpointError: the folder cannot be read, has no safetensors, or a carried file is a
+        CheckpointError: the folder cannot be read, has no safetensors, or an auxiliary file is a
             broken link.
     """
     weights = locate_weights(folder)
     keep_index = list(weights.values()) != [None]
-    carried: list[str] = []
+    auxiliary: list[str] = []
     left_out: list[str] = []
     with readable(folder):
         files, closed = _walk(folder)
         for file in files:
             if file in weights:
                 continue
-            wanted = keep_index if file == INDEX_FILE else _is_carried(file)
+            wanted = keep_index if file == INDEX_FILE else _is_auxiliary(file)
             wanted = wanted and encodable(file)
             if wanted and (folder / file).is_symlink() and not (folder / file).exists():
                 raise CheckpointError(
@@ -92,11 +92,11 @@ def carried_files(folder: Path) -> tuple[list[str], list[str]]:
             wanted = wanted and (folder / file).is_file()
             if wanted and (size := (folder / file).stat().st_size) > _MAX_BYTES:
                 raise too_large(Path(f"{folder}{os.sep}{shown(file)}"), size, _MAX_BYTES)
-            (carried if wanted else left_out).append(file)
-    return sorted(carried), _grouped(left_out + closed, kept=[*weights, *carried])
+            (auxiliary if wanted else left_out).append(file)
+    return sorted(auxiliary), _grouped(left_out + closed, kept=[*weights, *auxiliary])
 
 
-def _is_carried(file: str) -> bool:
+def _is_auxiliary(file: str) -> bool:
     name = file.rsplit("/", 1)[-1]
     patterns = _ANY_LEVEL if "/" in file else _TOP_LEVEL + _ANY_LEVEL
     if name.lower().endswith(_WEIGHTS_OR_PICTURES):
@@ -109,7 +109,7 @@ def is_opened_by_loaders(file: str) -> bool:
 
     Weights of other formats are not among them: where there are safetensors, those are taken.
     """
-    return file in _TAKES_OVER or (_is_carried(file) and not is_legal(file))
+    return file in _TAKES_OVER or (_is_auxiliary(file) and not is_legal(file))
 
 
 def is_legal(file: str) -> bool:

@@ -1,4 +1,4 @@
-"""The files of a checkpoint beside its weights, against the base's."""
+"""Compares the files beside the weights with the base's, and with what the record allows."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from abliterator.checkpoint import (
     INDEX_FILE,
     Checkpoint,
     edited_config,
-    relaid_index,
+    edited_index,
 )
 from abliterator.errors import FileError
-from abliterator.files import read_text
-from abliterator.formats import Unpacked
+from abliterator.files import read_text, sha256_of_file
+from abliterator.formats import Dequantized
 from abliterator.recipe import to_yaml
 from abliterator.record import RunRecord, TensorEdit
 from abliterator.verification._findings import (
@@ -29,8 +29,7 @@ from abliterator.verification._findings import (
     RECIPE,
     RECORD,
     Findings,
-    sha256_of,
-    told_leak,
+    format_leak,
 )
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -41,45 +40,45 @@ _ENTRY = {
 }
 
 
-class Beside:
+class AuxiliaryFileCheck:
     """The files beside the weights of one checkpoint, each against what it must be."""
 
     def __init__(
-        self, base: Checkpoint, checkpoint: Path, unpacked: Unpacked, found: Findings
+        self, base: Checkpoint, checkpoint: Path, dequantized: Dequantized, findings: Findings
     ) -> None:
-        self._base, self._checkpoint, self._found = base, checkpoint, found
-        self._unpacked = unpacked
-        self._index = relaid_index(base, unpacked.dense, unpacked.dropped)
+        self._base, self._checkpoint, self._findings = base, checkpoint, findings
+        self._dequantized = dequantized
+        self._index = edited_index(base, dequantized.dense, dequantized.dropped)
 
     def compare(self, file: str) -> None:
         """One file: the base's, or the one text that an edit may make of it."""
-        path, found = self._checkpoint / file, self._found
-        found.base_sha256[file] = sha256_of(self._base.folder / file)
+        path, findings = self._checkpoint / file, self._findings
+        findings.base_sha256[file] = sha256_of_file(self._base.folder / file)
         if not path.is_file():
-            found.faults.append(f"{file} is missing.")
+            findings.fault(f"{file} is missing.")
             return
-        found.sha256[file] = sha256_of(path)
+        findings.sha256[file] = sha256_of_file(path)
         if file == CONFIG_FILE:
             self._compare_config(path.read_bytes(), file)
         elif file == INDEX_FILE and self._index is not None:
             if path.read_bytes() != self._index.encode():
-                found.faults.append(f"{file} is not what the edit makes of the base's.")
-        elif found.sha256[file] == found.base_sha256[file]:
-            found.identical_bytes += path.stat().st_size
+                findings.fault(f"{file} is not what the edit makes of the base's.")
+        elif findings.sha256[file] == findings.base_sha256[file]:
+            findings.identical_bytes += path.stat().st_size
         else:
-            found.faults.append(f"{file} differs from the base's.")
+            findings.fault(f"{file} differs from the base's.")
 
     def _compare_config(self, text: bytes, file: str) -> None:
         entry = _entry_of(text)
         if entry is None:
-            self._found.faults.append(
+            self._findings.fault(
                 f"{file} has no entry {CONFIG_ENTRY!r} with the version and the digest that "
                 "abliterator writes."
             )
             return
-        allowed = edited_config(self._base.config, entry, changed=self._unpacked.config)
+        allowed = edited_config(self._base.config, entry, changed=self._dequantized.config)
         if text != allowed.encode():
-            self._found.faults.append(
+            self._findings.fault(
                 f"{file} differs from the base's by more than what abliterator changes in it."
             )
 
@@ -101,8 +100,8 @@ def recipe_text(record: RunRecord) -> str:
     return to_yaml(record.recipe)
 
 
-def card_fault(folder: Path, expected: str, record: RunRecord) -> str | None:
-    """What is wrong with the README.md of a folder; None if it is what the record is rendered to.
+def card_faults(folder: Path, expected: str, record: RunRecord) -> list[str]:
+    """What is wrong with the README.md of a folder: one fault, or none.
 
     Where the record states no licence, one that `publish` put into the header is left out of
     account.
@@ -118,37 +117,35 @@ def card_fault(folder: Path, expected: str, record: RunRecord) -> str | None:
     try:
         text = read_text(path)
     except FileError:
-        return f"{CARD} is missing or cannot be read."
-    if text == expected:
-        return None
+        return [f"{CARD} is missing or cannot be read."]
     added = stated_license(text) if record.model.license is None else None
-    if added is not None and text == with_license(expected, added):
-        return None
+    if text == expected or (added is not None and text == with_license(expected, added)):
+        return []
     made, here = record.tool.version, version("abliterator")
     if made == here:
-        return f"{CARD} is not the card that {RECORD} is rendered to: run `abliterator card` again."
-    return (
+        again = "run `abliterator card` again."
+        return [f"{CARD} is not the card that {RECORD} is rendered to: {again}"]
+    return [
         f"{CARD} is not the card that abliterator {here} renders {RECORD} to, which abliterator "
         f"{made} made: run `abliterator card` again with this version, or verify with that one."
-    )
+    ]
 
 
-def _check_texts(checkpoint: Path, record: RunRecord, found: Findings) -> None:
+def _check_texts(checkpoint: Path, record: RunRecord, findings: Findings) -> None:
     """Card and recipe against what the record makes of them."""
     from abliterator.card import render_card
 
-    fault = card_fault(checkpoint, render_card(record), record)
-    found.faults += [fault] if fault else []
+    findings.faults += card_faults(checkpoint, render_card(record), record)
     try:
         same = read_text(checkpoint / RECIPE) == recipe_text(record)
     except FileError:
         same = False
     if not same:
-        found.faults.append(f"{RECIPE} is missing, or is not the recipe of {RECORD}.")
+        findings.fault(f"{RECIPE} is missing, or is not the recipe of {RECORD}.")
 
 
 def check_record(
-    base: Path, checkpoint: Path, named: Mapping[str, TensorEdit], found: Findings
+    base: Path, checkpoint: Path, named: Mapping[str, TensorEdit], findings: Findings
 ) -> None:
     """What record.json, and so the card, says of the edit and of the base; nothing if none is.
 
@@ -160,36 +157,36 @@ def check_record(
     try:
         record = RunRecord.model_validate_json(read_text(path))
     except (FileError, ValueError):
-        found.faults.append(f"{RECORD} is not a record that this version of abliterator can read.")
+        findings.fault(f"{RECORD} is not a record that this version of abliterator can read.")
         return
     config = checkpoint / CONFIG_FILE
     entry = _entry_of(config.read_bytes()) if config.is_file() else None
     if entry is not None and entry.get("recipe_digest") != record.recipe_digest:
-        found.faults.append(f"{CONFIG_FILE} names another recipe than {RECORD}.")
+        findings.fault(f"{CONFIG_FILE} names another recipe than {RECORD}.")
     if record.edit.tensors != len(named):
-        found.faults.append(
+        findings.fault(
             f"{RECORD} speaks of {record.edit.tensors} edited tensors, {EDITS} of {len(named)}."
         )
     leak = max((edit.leak for edit in named.values() if edit.leak is not None), default=None)
     if record.edit.max_leak != leak:
-        found.faults.append(
-            f"{RECORD} says that the largest leak is {told_leak(record.edit.max_leak)}, {EDITS} "
-            f"{told_leak(leak)}."
+        findings.fault(
+            f"{RECORD} says that the largest leak is {format_leak(record.edit.max_leak)}, {EDITS} "
+            f"{format_leak(leak)}."
         )
     for file in sorted(record.pictures.keys() & set(PICTURES)):
         picture = checkpoint / file
-        if picture.is_file() and sha256_of(picture) == record.pictures[file]:
-            found.sha256[file] = record.pictures[file]
+        if picture.is_file() and sha256_of_file(picture) == record.pictures[file]:
+            findings.sha256[file] = record.pictures[file]
         else:
-            found.faults.append(f"{file} is not the picture that {RECORD} has the hash of.")
+            findings.fault(f"{file} is not the picture that {RECORD} has the hash of.")
     for file, digest in record.model.files_sha256.items():
-        if found.base_sha256.get(file) != digest:
-            found.faults.append(f"{file} of the base is not the one that {RECORD} was made with.")
+        if findings.base_sha256.get(file) != digest:
+            findings.fault(f"{file} of the base is not the one that {RECORD} was made with.")
     stated = record.provenance.digests.get(BASE_CARD)
     card = base / CARD
-    if stated is not None and not (card.is_file() and sha256_of(card) == stated):
-        found.faults.append(
+    if stated is not None and not (card.is_file() and sha256_of_file(card) == stated):
+        findings.fault(
             f"{CARD} of the base, which states its licence, is not the one that {RECORD} was made "
             "with: run `abliterator card` again."
         )
-    _check_texts(checkpoint, record, found)
+    _check_texts(checkpoint, record, findings)
