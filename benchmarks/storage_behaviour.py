@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from abliterator.generation import generate, stop_ids
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -41,7 +42,6 @@ from abliterator.directions import load_subspace
 from abliterator.divergence import first_token_logprobs, kl_divergence
 from abliterator.formats import mxfp4_numbers, mxfp4_scales, storage_of
 from abliterator.formats._layout import Mxfp4Layout
-from abliterator.generation import generate, stop_ids
 from abliterator.judge import RuleJudge
 from abliterator.model import LoadedModel, load_model, render_chat
 from abliterator.pipeline._plan import edit_settings

@@ -19,9 +19,10 @@ from tempfile import TemporaryDirectory
 from time import perf_counter
 from typing import NamedTuple
 
+from abliterator.generation import generate, stop_ids
+
 from abliterator.bake import bake
 from abliterator.directions import Place
-from abliterator.generation import generate, stop_ids
 from abliterator.model import load_model
 from abliterator.pipeline import Options, Silent, plan_recipe, recipe_of, run_stages
 from abliterator.pipeline._run import Run

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from abliterator.generation import generate, stop_ids
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
@@ -14,7 +15,6 @@ from abliterator.bake import EditSettings, bake, plan_edits, require_adapter_for
 from abliterator.checkpoint import Checkpoint
 from abliterator.directions import load_subspace
 from abliterator.errors import RecipeError, UnsupportedModel
-from abliterator.generation import generate, stop_ids
 from abliterator.model import load_model, render_chat
 from abliterator.pipeline import Options
 from abliterator.recipe import Edit, load_recipe

@@ -9,13 +9,13 @@ import sys
 from pathlib import Path
 
 import pytest
+from abliterator.generation import generate, stream
 from click.testing import CliRunner
 
 from abliterator import pipeline
 from abliterator.cli import main
 from abliterator.cli._chat import converse
 from abliterator.errors import OutputError, RecipeError
-from abliterator.generation import generate, stream
 from abliterator.model import render_chat
 from abliterator.recipe import load_recipe
 

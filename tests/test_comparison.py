@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from abliterator.comparison._divergence import DivergenceSettings
 from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 
@@ -15,7 +16,6 @@ from abliterator import pipeline
 from abliterator.checkpoint import Checkpoint
 from abliterator.cli import main
 from abliterator.comparison import CompareSettings, Comparison, compare, diff_weights, to_markdown
-from abliterator.comparison._divergence import DivergenceSettings
 from abliterator.recipe import Edit
 from tests.judge_server import JudgeServer, verdict
 from tests.tiny import D_MODEL

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from abliterator.generation import generate
 from click.testing import CliRunner
 from safetensors.torch import load_file
 
@@ -19,7 +20,6 @@ from abliterator.cli import main
 from abliterator.comparison import Comparison
 from abliterator.divergence import first_token_logprobs
 from abliterator.errors import GenerationError
-from abliterator.generation import generate
 from abliterator.model import block_paths, load_model, run_batches
 from abliterator.pipeline import Options
 from abliterator.recipe import load_recipe

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from abliterator.generation import generate, stop_ids
 
 from abliterator import pipeline
 from abliterator.bake import preview_edit
 from abliterator.directions import load_subspace
-from abliterator.generation import generate, stop_ids
 from abliterator.model import load_model, render_chat
 from abliterator.pipeline import Options
 from abliterator.recipe import load_recipe

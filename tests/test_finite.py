@@ -8,6 +8,8 @@ import math
 
 import pytest
 import torch
+from abliterator.generation import generate, stream
+from abliterator.selection._forced import forced_logprobs
 from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 
@@ -24,10 +26,8 @@ from abliterator.divergence import (
     write_logits,
 )
 from abliterator.errors import DirectionError, GenerationError
-from abliterator.generation import generate, stream
 from abliterator.model import block_paths, load_model
 from abliterator.selection import refusal_scores
-from abliterator.selection._forced import forced_logprobs
 from abliterator.tuning._rows import answer_logprobs
 from abliterator.tuning._types import Row
 

@@ -12,12 +12,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from abliterator.generation import generate, stop_ids
 from safetensors.torch import load_file, save_file
 
 from abliterator import pipeline
 from abliterator.bake import bake, preview_edit
 from abliterator.directions import load_subspace
-from abliterator.generation import generate, stop_ids
 from abliterator.judge import RuleJudge
 from abliterator.model import load_model, render_chat
 from abliterator.pipeline import Options

@@ -7,10 +7,10 @@ import dataclasses
 
 import pytest
 import torch
+from abliterator.generation import generate, stop_ids
 from transformers import GenerationConfig
 
 from abliterator.errors import GenerationError
-from abliterator.generation import generate, stop_ids
 from tests.tiny import FAMILIES, VOCABULARY
 
 

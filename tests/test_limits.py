@@ -8,6 +8,7 @@ import time
 
 import pytest
 import torch
+from abliterator.generation import generate
 from click.testing import CliRunner
 from transformers import AutoConfig
 
@@ -15,7 +16,6 @@ from abliterator.capture import capture
 from abliterator.cli import main
 from abliterator.divergence import first_token_logprobs, neutral_text, text_perplexity
 from abliterator.errors import CheckpointError, PromptError
-from abliterator.generation import generate
 from abliterator.model import (
     Limits,
     LoadedModel,

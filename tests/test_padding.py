@@ -7,11 +7,11 @@ from collections import Counter
 
 import pytest
 import torch
-
 from abliterator.generation import generate
+from abliterator.selection._forced import forced_logprobs
+
 from abliterator.model import LoadedModel, _padding, run_prefix
 from abliterator.selection import refusal_scores
-from abliterator.selection._forced import forced_logprobs
 from abliterator.selection._openings import FARTHEST
 from abliterator.tuning._rows import answer_logprobs
 from abliterator.tuning._types import Row

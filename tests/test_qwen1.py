@@ -12,13 +12,13 @@ from pathlib import Path
 import pytest
 import regex
 import torch
+from abliterator.generation import stop_ids
 from click.testing import CliRunner
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
 from abliterator.anatomy import anatomy_of
-from abliterator.generation import stop_ids
 from abliterator.model import load_model, render_chat
 
 SCRIPT = Path(__file__).parents[1] / "recipes" / "qwen1" / "make_model.py"

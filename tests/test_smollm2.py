@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from abliterator.generation import generate, stop_ids
 
 from abliterator import pipeline
 from abliterator.bake import preview_edit
 from abliterator.capture import capture
 from abliterator.directions import fit_directions, load_subspace
-from abliterator.generation import generate, stop_ids
 from abliterator.model import block_paths, load_model, render_chat
 from abliterator.pipeline import Options
 from abliterator.recipe import load_recipe

@@ -10,12 +10,12 @@ import json
 
 import pytest
 import torch
+from abliterator.generation import stop_ids
 
 from abliterator import pipeline
 from abliterator.anatomy import anatomy_of
 from abliterator.checkpoint import Checkpoint
 from abliterator.errors import DirectionError
-from abliterator.generation import stop_ids
 from abliterator.model import load_model
 from abliterator.pipeline import Options
 from abliterator.recipe import load_recipe

@@ -6,9 +6,9 @@ import json
 from contextlib import suppress
 
 import pytest
+from abliterator.generation import generate
 
 from abliterator.errors import AbliteratorError
-from abliterator.generation import generate
 from abliterator.model import load_model, load_tokenizer, render_chat
 from abliterator.publish import _load
 

@@ -6,6 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from abliterator.tuning._front import with_front
+from abliterator.tuning._knobs import STRONGEST, Knobs
+from abliterator.tuning._lessons import make_lessons, with_dodges
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -24,9 +27,6 @@ from abliterator.record import Estimate
 from abliterator.subspace import orthonormal_basis
 from abliterator.tuning import Asked, Point, Setting, Settings, Subject, prefer, tune
 from abliterator.tuning._descend import descend
-from abliterator.tuning._front import with_front
-from abliterator.tuning._knobs import STRONGEST, Knobs
-from abliterator.tuning._lessons import make_lessons, with_dodges
 from abliterator.tuning._rows import answer_logprobs, token_logprobs
 from abliterator.tuning._types import Lesson, Lessons, Row
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
 
 from abliterator.card._markdown import (
     Markdown,
@@ -17,7 +16,18 @@ from abliterator.card._markdown import (
     table,
 )
 from abliterator.card._origins import base_name
-from abliterator.record import EditSummary, QuantizedEdits, RunRecord
+from abliterator.record import (
+    AnswerSummary,
+    Candidate,
+    EditSummary,
+    Estimate,
+    QuantizedEdits,
+    RunRecord,
+    Selection,
+    Stack,
+    Trial,
+    Tuning,
+)
 
 _PICTURES = {
     "abliterator/cosines.png": "Heatmap of the cosines between the directions of the layers",
@@ -123,27 +133,27 @@ def _choice(record: RunRecord) -> Iterator[str]:
         yield from _tuning(record.tuning)
 
 
-def _selection(selection: Mapping[str, Any]) -> Iterator[str]:
-    if selection["candidates"]:
-        yield from _sweep(selection["candidates"])
+def _selection(selection: Selection) -> Iterator[str]:
+    if selection.candidates:
+        yield from _sweep(selection.candidates)
     else:
         yield (
             "The layers are those that the recipe names; how many of them are stacked was measured."
         )
-    if selection["stacks"]:
-        yield from _stacks(selection["stacks"])
-    structure = selection["structure"]
+    if selection.stacks:
+        yield from _stacks(selection.stacks)
+    structure = selection.structure
     yield (
-        f"Structure of the behaviour in this model: {escape(structure['verdict'])}. The directions "
+        f"Structure of the behaviour in this model: {escape(structure.verdict)}. The directions "
         "of the best layers have a\n"
-        f"participation ratio of {number(structure['participation_ratio'], '.2f')} (1: they are "
+        f"participation ratio of {number(structure.participation_ratio, '.2f')} (1: they are "
         "all the same; n: n layers have n orthogonal ones)."
     )
 
 
-def _sweep(candidates: list[Mapping[str, Any]]) -> Iterator[str]:
-    layers = {candidate["layer"] for candidate in candidates}
-    positions = {candidate.get("position", -1) for candidate in candidates}
+def _sweep(candidates: Sequence[Candidate]) -> Iterator[str]:
+    layers = {candidate.layer for candidate in candidates}
+    positions = {candidate.position for candidate in candidates}
     several = len(positions) > 1
     tokens = f" at {len(positions)} tokens that follow the prompt" if several else ""
     yield (
@@ -159,30 +169,39 @@ def _sweep(candidates: list[Mapping[str, Any]]) -> Iterator[str]:
     place = ("Layer", "Token") if several else ("Layer",)
     rows = [
         (
-            candidate["layer"],
-            *((candidate.get("position", -1),) if several else ()),
-            *(number(candidate[score]) for score in ("bypass", "kl", "induce")),
-            *_grades(candidate["answers"]),
-            candidate["answers"]["product"]["n"],
+            candidate.layer,
+            *((candidate.position,) if several else ()),
+            *(number(getattr(candidate, score)) for score in ("bypass", "kl", "induce")),
+            *_grades(candidate.answers),
+            _n(candidate.answers),
         )
         for candidate in candidates
-        if candidate["answers"] is not None
+        if candidate.answers is not None
     ]
     grades = ("Compliance", "Coherence", "Compliance x coherence")
     yield table(rows, *place, "Bypass", "KL", "Induce", *grades, "n")
 
 
-def _grades(answers: Mapping[str, Any]) -> tuple[Markdown, ...]:
-    return tuple(number(answers[key]["value"]) for key in ("compliance", "coherence", "product"))
+def _grades(answers: AnswerSummary) -> tuple[Markdown, ...]:
+    return tuple(_value(e) for e in (answers.compliance, answers.coherence, answers.product))
 
 
-def _stacks(stacks: list[Mapping[str, Any]]) -> Iterator[str]:
-    draws, largest = stacks[0].get("draws", 1), stacks[-1]
+def _value(estimate: Estimate | None) -> Markdown:
+    """A value without its interval; what is withheld says so."""
+    return Markdown("withheld") if estimate is None else number(estimate.value)
+
+
+def _n(answers: AnswerSummary) -> int | str:
+    return answers.product.n if answers.product else ""
+
+
+def _stacks(stacks: Sequence[Stack]) -> Iterator[str]:
+    draws, largest = stacks[0].draws, stacks[-1]
     mean = f" (of either, the mean of {cell(draws)} draws)" if draws > 1 else ""
     of_one_layer = (
         " (directions of one layer: its mean difference, then principal components of the paired "
         "differences)"
-        if len(largest["layers"]) < largest["k"]
+        if len(largest.layers) < largest.k
         else ""
     )
     yield (
@@ -193,13 +212,13 @@ def _stacks(stacks: list[Mapping[str, Any]]) -> Iterator[str]:
     )
     rows = [
         (
-            stack["k"],
-            number(stack["kl"]),
-            *_grades(stack["answers"]),
-            _gain(stack["over_smaller"], None),
-            _gain(stack["over_random"], stack.get("random_kl")),
-            _gain(stack.get("over_shuffled"), stack.get("shuffled_kl")),
-            stack["answers"]["product"]["n"],
+            stack.k,
+            number(stack.kl),
+            *_grades(stack.answers),
+            _gain(stack.over_smaller, None),
+            _gain(stack.over_random, stack.random_kl),
+            _gain(stack.over_shuffled, stack.shuffled_kl),
+            _n(stack.answers),
         )
         for stack in stacks
     ]
@@ -211,20 +230,21 @@ def _stacks(stacks: list[Mapping[str, Any]]) -> Iterator[str]:
     )
 
 
-def _gain(gain: Mapping[str, Any] | None, kl: float | None) -> Markdown:
+def _gain(gain: Estimate | None, kl: float | None) -> Markdown:
     """A difference with its interval, and the KL of what it was compared with; else empty."""
     if gain is None:
         return Markdown("")
-    value, low, high = (gain[key] for key in ("value", "low", "high"))
-    bounds = "" if low is None else f" [{number(low, '+.3f')}, {number(high, '+.3f')}]"
+    bounds = ""
+    if gain.low is not None and gain.high is not None:
+        bounds = f" [{number(gain.low, '+.3f')}, {number(gain.high, '+.3f')}]"
     against = "" if kl is None else f" at KL {number(kl)}"
-    return Markdown(f"{number(value, '+.3f')}{bounds}{against}")
+    return Markdown(f"{number(gain.value, '+.3f')}{bounds}{against}")
 
 
-def _tuning(tuning: Mapping[str, Any]) -> Iterator[str]:
+def _tuning(tuning: Tuning) -> Iterator[str]:
     yield (
         "From there strengths, directions or both were tuned by gradients, on "
-        f"{cell(tuning['lessons'])} target prompts that the base refuses and\n"
+        f"{cell(tuning.preference_pairs)} target prompts that the base refuses and\n"
         "that the plain edit answers, against the divergence on neutral prompts; the strengths "
         "above are means, and `abliterator/edits.json`\n"
         "has each tensor's. Every point below was judged on target prompts that nothing was "
@@ -233,14 +253,14 @@ def _tuning(tuning: Mapping[str, Any]) -> Iterator[str]:
     )
     rows = [
         (
-            _mark(point, taken=index == tuning["taken"]),
-            number(point["refusal"]["value"]),
-            number(point["product"]["value"]),
-            point["product"]["n"],
-            number(point["kl"], ".4f"),
-            number(point["kl_first_token"], ".4f"),
+            _mark(trial, taken=index == tuning.selected),
+            _value(trial.refusal),
+            _value(trial.product),
+            trial.product.n if trial.product else "",
+            number(trial.kl, ".4f"),
+            number(trial.kl_first_token, ".4f"),
         )
-        for index, point in enumerate(tuning["points"])
+        for index, trial in enumerate(tuning.trials)
     ]
     yield table(
         rows,
@@ -249,5 +269,5 @@ def _tuning(tuning: Mapping[str, Any]) -> Iterator[str]:
     )
 
 
-def _mark(point: Mapping[str, Any], *, taken: bool) -> Markdown:
-    return Markdown("**taken**" if taken else "on the front" if point["on_front"] else "")
+def _mark(trial: Trial, *, taken: bool) -> Markdown:
+    return Markdown("**taken**" if taken else "on the front" if trial.on_front else "")

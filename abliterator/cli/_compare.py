@@ -54,8 +54,9 @@ def compare(
     """
     from abliterator.benchmarks import RunSettings
     from abliterator.checkpoint import Checkpoint
-    from abliterator.comparison import CompareSettings, DivergenceSettings, to_markdown
+    from abliterator.comparison import CompareSettings, to_markdown
     from abliterator.comparison import compare as compared
+    from abliterator.evaluation import DivergenceSettings
     from abliterator.judge import cache_folder
     from abliterator.pipeline import Options, judge_of, note_plain_http, require_key
     from abliterator.prompts import PromptSource, load_prompts

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ from abliterator.cli._options import JSON, read_recipe, recipe_arguments
 from abliterator.cli._terminal import Bars, show
 from abliterator.errors import RecipeError
 from abliterator.files import read_text
+from abliterator.record import AnswerSummary, Selection
 from abliterator.tables import cell, terminal_table
 
 COLUMNS = ("bypass", "KL", "induce", "prompts", "compliance", "coherence", "product")
@@ -34,49 +34,46 @@ def sweep(recipe: Path, as_json: bool, **where: Any) -> None:
             f"so there is nothing to choose. Ask with --set layers=sweep, --set k=auto, or both."
         )
     pipeline.run_stages(read, out, until="selection", options=options, progress=Bars())
-    selection = json.loads(read_text(out / "work" / "sweep.json"))
+    selection = Selection.model_validate_json(read_text(out / "work" / "sweep.json"))
     show(selection, _selection_text, as_json=as_json)
 
 
-def _selection_text(selection: dict[str, Any]) -> str:
+def _selection_text(selection: Selection) -> str:
     """A selection as tables and two sentences."""
-    base = selection["base"]
-    at_last_token = {c["position"] for c in selection["candidates"]} <= {-1}
-    rows = [["", f"{base['bypass']:.3f}", "", "", *_judged(base["answers"])]]
-    for c in selection["candidates"]:
-        stopped = " ".join(f"({gate})" for gate in c["stopped_by"])
-        scores = [f"{c[name]:.3f}" for name in ("bypass", "kl", "induce")]
-        judged = [stopped, "", "", ""] if stopped else _judged(c["answers"])
-        rows.append([str(c["position"]), *scores, *judged])
-    names = ["base", *(str(c["layer"]) for c in selection["candidates"])]
+    base, candidates, stacks = selection.base, selection.candidates, selection.stacks
+    at_last_token = {c.position for c in candidates} <= {-1}
     table = [["layer", "position", *COLUMNS]]
-    table += [[name, *row] for name, row in zip(names, rows, strict=True)]
+    table.append(["base", "", f"{base.bypass:.3f}", "", "", *_judged(base.answers)])
+    for c in candidates:
+        stopped = " ".join(f"({gate})" for gate in c.stopped_by)
+        scores = [f"{score:.3f}" for score in (c.bypass, c.kl, c.induce)]
+        judged = [stopped, "", "", ""] if stopped else _judged(c.answers)
+        table.append([str(c.layer), str(c.position), *scores, *judged])
     lines = terminal_table([[row[0], *row[2:]] for row in table] if at_last_token else table, ">")
-    if selection["stacks"]:
-        stacks = [["k", "KL", *COLUMNS[3:], "product, random", "product, shuffled labels"]]
-        for s in selection["stacks"]:
-            controls = [_control(s, name) for name in ("random", "shuffled")]
-            stacks.append([str(s["k"]), f"{s['kl']:.3f}", *_judged(s["answers"]), *controls])
-        lines += ["", *terminal_table(stacks, ">")]
-    places = zip(selection["layers"], selection["positions"], strict=True)
+    if stacks:
+        rows = [["k", "KL", *COLUMNS[3:], "product, random", "product, shuffled labels"]]
+        for s in stacks:
+            controls = [_control(s.random, s.random_kl), _control(s.shuffled, s.shuffled_kl)]
+            rows.append([str(s.k), f"{s.kl:.3f}", *_judged(s.answers), *controls])
+        lines += ["", *terminal_table(rows, ">")]
+    places = zip(selection.layers, selection.positions, strict=True)
     named = [str(layer) if at == -1 else f"{layer} at {at}" for layer, at in places]
-    structure, k = selection["structure"], selection["k"]
-    first = min(len(selection["stacks"][-1]["layers"]), k) if selection["stacks"] else k
-    lines += ["", f"chosen: layers {', '.join(named[:first])}; k = {k}: {selection['why']}"]
-    lines.append(f"{structure['verdict']}: {structure['because']}")
+    structure, k = selection.structure, selection.k
+    first = min(len(stacks[-1].layers), k) if stacks else k
+    lines += ["", f"chosen: layers {', '.join(named[:first])}; k = {k}: {selection.why}"]
+    lines.append(f"{structure.verdict}: {structure.because}")
     return "\n".join(lines)
 
 
-def _judged(answers: dict[str, Any] | None) -> list[str]:
+def _judged(answers: AnswerSummary | None) -> list[str]:
     if answers is None:
         return ["", "", "", ""]
-    means = [answers[name] for name in ("compliance", "coherence", "product")]
-    n = max((e["n"] for e in means if e is not None), default=0)
-    return [str(n), *(cell(e and e["value"]) for e in means)]
+    means = (answers.compliance, answers.coherence, answers.product)
+    n = max((mean.n for mean in means if mean is not None), default=0)
+    return [str(n), *(cell(mean and mean.value) for mean in means)]
 
 
-def _control(stack: dict[str, Any], name: str) -> str:
-    if stack[name] is None:
+def _control(answers: AnswerSummary | None, kl: float | None) -> str:
+    if answers is None:
         return ""
-    kl = stack.get(f"{name}_kl")
-    return _judged(stack[name])[-1] + ("" if kl is None else f" (KL {kl:.3f})")
+    return _judged(answers)[-1] + ("" if kl is None else f" (KL {kl:.3f})")

@@ -1,7 +1,7 @@
 """Two checkpoints side by side: all beside the weights, weights, answers, divergence, benchmarks.
 
 The checkpoints may be anybody's: nothing is known of how one became the other, the weights tell.
-The room knows nothing of recipes.
+Recipes are not known here.
 
     found = compare(base, edited, CompareSettings(prompts={"neutral": texts}), scratch=folder)
     found.beside, found.asked                    # what else differs; "alike"
@@ -12,23 +12,14 @@ The room knows nothing of recipes.
 
 from abliterator.comparison._beside import differences_beside
 from abliterator.comparison._compare import CompareSettings, compare
-from abliterator.comparison._divergence import DivergenceSettings, answer_paths, measure_divergence
 from abliterator.comparison._markdown import difference_line, to_markdown
-from abliterator.comparison._result import Comparison, Difference, TensorDelta, WeightDiff
 from abliterator.comparison._weights import diff_weights
 
 __all__ = [
     "CompareSettings",
-    "Comparison",
-    "Difference",
-    "DivergenceSettings",
-    "TensorDelta",
-    "WeightDiff",
-    "answer_paths",
     "compare",
     "diff_weights",
     "difference_line",
     "differences_beside",
-    "measure_divergence",
     "to_markdown",
 ]

@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from abliterator.checkpoint import Checkpoint, auxiliary_files, is_legal, is_opened_by_loaders
-from abliterator.comparison._result import Difference, Part
 from abliterator.errors import AbliteratorError
 from abliterator.files import copy_file, read_text, sha256_of_file, shown, write_text_atomic
 from abliterator.formats import storage_of
+from abliterator.record import Difference, Part
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -23,35 +23,34 @@ from abliterator.comparison._beside import (
     differences,
     same_vocabulary,
 )
-from abliterator.comparison._divergence import (
+from abliterator.comparison._markdown import OTHER_VOCABULARY, difference_line
+from abliterator.comparison._weights import diff_weights
+from abliterator.engines import Engine, TransformersEngine
+from abliterator.errors import BenchmarkError
+from abliterator.evaluation import (
     Bar,
     DivergenceSettings,
+    RenderedPrompts,
+    answer_sets,
     measure_divergence,
     no_bar,
 )
-from abliterator.comparison._markdown import OTHER_VOCABULARY, difference_line
-from abliterator.comparison._result import (
-    Asked,
-    Comparison,
-    Difference,
-    Measurement,
-    OwnScores,
-)
-from abliterator.comparison._weights import diff_weights
-from abliterator.errors import BenchmarkError
 from abliterator.judge import Judge, RuleJudge, judge_completions, summarise
 from abliterator.record import (
+    Asking,
     Behaviour,
     BehaviourSide,
+    Comparison,
     Completion,
+    Difference,
     Divergence,
+    Measurement,
+    OwnScores,
     Side,
 )
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-    from abliterator.model import LoadedModel
 
 
 @dataclass(frozen=True)
@@ -137,14 +136,14 @@ def compare(
 _CHANGES_THE_QUESTION = {"chat_template", "tokenizer", "stop_tokens", "generation_config"}
 
 
-def _asked(base: Setup, edited: Setup, beside: Sequence[Difference]) -> Asked:
+def _asked(base: Setup, edited: Setup, beside: Sequence[Difference]) -> Asking:
     if not _CHANGES_THE_QUESTION & {difference.part for difference in beside}:
         return "alike"
     return "as_base" if same_vocabulary(base, edited) else "apart"
 
 
 def _withheld(
-    setups: tuple[Setup, Setup], settings: CompareSettings, asked: Asked
+    setups: tuple[Setup, Setup], settings: CompareSettings, asked: Asking
 ) -> dict[Measurement, str]:
     """Why a measurement that was asked for has no difference between the sides."""
     wanted: dict[Measurement, object] = {
@@ -163,14 +162,13 @@ def _withheld(
 class _OneAtATime:
     """Loads either side, and lets go of the other first."""
 
-    def __init__(self, folders: Mapping[Side, Path], settings: RunSettings, asked: Asked) -> None:
+    def __init__(self, folders: Mapping[Side, Path], settings: RunSettings, asked: Asking) -> None:
         self._folders, self._settings, self.asked = folders, settings, asked
-        self._held: tuple[Side, LoadedModel] | None = None
+        self._held: tuple[Side, Engine] | None = None
         self._of_base: tuple[PreTrainedTokenizerBase, tuple[int, ...]] | None = None
 
-    def load(self, side: Side) -> LoadedModel:
+    def load(self, side: Side) -> Engine:
         """The model of a side, with the tokenizer that it is asked with."""
-        from abliterator.generation import stop_ids
         from abliterator.model import load_model
 
         if self._held is None or self._held[0] != side:
@@ -180,11 +178,12 @@ class _OneAtATime:
             loaded = load_model(
                 self._folders[side], device=self._settings.device, dtype=self._settings.dtype
             )
-            if side == "base":
-                self._of_base = loaded.tokenizer, stop_ids(loaded)
-            elif self.asked == "as_base" and self._of_base is not None:
+            if side == "edited" and self.asked == "as_base" and self._of_base is not None:
                 loaded = replace(loaded, tokenizer=self._of_base[0])
-            self._held = (side, loaded)
+            engine = TransformersEngine(loaded)
+            if side == "base":
+                self._of_base = engine.tokenizer, engine.stop_ids
+            self._held = (side, engine)
         return self._held[1]
 
     @property
@@ -235,43 +234,43 @@ def _own_sides(behaviour: Behaviour) -> Behaviour:
 def _answers(
     models: _OneAtATime, side: Side, settings: CompareSettings, bar: Bar
 ) -> list[Completion]:
-    from abliterator.generation import answer_sets
-
-    loaded = models.load(side)
+    engine = models.load(side)
     return answer_sets(
-        loaded,
+        engine,
         {
-            name: (asked, _rendered(loaded, asked, name, settings.max_new_tokens))
-            for name, asked in settings.prompts.items()
+            name: RenderedPrompts(
+                prompts, _rendered(engine, prompts, name, settings.max_new_tokens)
+            )
+            for name, prompts in settings.prompts.items()
         },
         side=side,
         max_new_tokens=settings.max_new_tokens,
         batch_size=settings.divergence.batch_size,
         bar=bar,
-        stop=models.stop_ids,
+        stop_ids=models.stop_ids,
     )
 
 
 def _rendered(
-    loaded: LoadedModel, prompts: Sequence[str], name: str, max_new_tokens: int
+    engine: Engine, prompts: Sequence[str], name: str, max_new_tokens: int
 ) -> list[list[int]]:
-    from abliterator.model import limits_of, render_prompts
+    from abliterator.model import render_prompts
 
     return render_prompts(
-        loaded.tokenizer, prompts, limits_of(loaded), name=name, max_new_tokens=max_new_tokens
+        engine.tokenizer, prompts, engine.limits, name=name, max_new_tokens=max_new_tokens
     )
 
 
 def _divergence(
-    load: Callable[[Side], LoadedModel], settings: CompareSettings, *, scratch: Path, bar: Bar
+    load: Callable[[Side], Engine], settings: CompareSettings, *, scratch: Path, bar: Bar
 ) -> Divergence | None:
     neutral = settings.prompts.get("neutral")
     if not neutral:
         return None
     return measure_divergence(
         load,
-        lambda loaded: _rendered(loaded, neutral, "neutral", settings.divergence.tokens),
-        settings.divergence,
+        lambda engine: _rendered(engine, neutral, "neutral", settings.divergence.tokens),
+        replace(settings.divergence, max_new_tokens=settings.max_new_tokens),
         scratch=scratch / "base_logits.bin",
         bar=bar,
     )
@@ -280,7 +279,7 @@ def _divergence(
 def _benchmark_scores(
     setups: tuple[Setup, Setup],
     settings: CompareSettings,
-    asked: Asked,
+    asked: Asking,
     *,
     scratch: Path,
     bar: Bar,
@@ -307,7 +306,7 @@ def _benchmark_scores(
 
 
 def _benchmarks(
-    scores: Mapping[Side, Mapping[str, TaskScores]], asked: Asked, *, seed: int
+    scores: Mapping[Side, Mapping[str, TaskScores]], asked: Asking, *, seed: int
 ) -> dict[str, Any]:
     """The fields of a Comparison: paired, or each side's own figures."""
     if asked != "apart":

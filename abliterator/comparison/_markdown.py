@@ -5,15 +5,17 @@ from __future__ import annotations
 import re
 from collections import Counter
 
-from abliterator.comparison._result import (
+from abliterator.judge import counted
+from abliterator.record import (
+    Behaviour,
+    BenchmarkResult,
     Comparison,
     Difference,
+    Divergence,
     OwnScores,
     TensorDelta,
     WeightDiff,
 )
-from abliterator.judge import counted
-from abliterator.record import Behaviour, BenchmarkResult, Divergence
 from abliterator.tables import cell, markdown_table
 
 SHOWN = 200  # tensors in the table; the JSON has them all

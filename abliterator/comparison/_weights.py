@@ -21,9 +21,9 @@ from typing import TYPE_CHECKING, NamedTuple
 from abliterator.anatomy import Writer, anatomy_of
 from abliterator.checkpoint import Checkpoint
 from abliterator.comparison._beside import Setup, compute_alike
-from abliterator.comparison._result import TensorDelta, Verdict, WeightDiff
 from abliterator.comparison._stored import Side, only_in
 from abliterator.errors import AbliteratorError
+from abliterator.record import TensorDelta, WeightDiff, WeightVerdict
 
 if TYPE_CHECKING:
     import torch
@@ -196,7 +196,7 @@ def _removal(
     return _Removal(strength, misfit / allowed, basis)
 
 
-def _verdict(measured: list[_Measured], *, complete: bool) -> tuple[Verdict, int | None]:
+def _verdict(measured: list[_Measured], *, complete: bool) -> tuple[WeightVerdict, int | None]:
     """What the deltas are together, and the rank of the subspace that they share."""
     if not complete:
         return "other", None

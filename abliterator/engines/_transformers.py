@@ -21,6 +21,7 @@ from abliterator.engines._logits import log_likelihoods, logits_along
 from abliterator.engines._protocol import Answer, AnswerPath, OnBatch, Padding, Tokens
 from abliterator.engines._side_by_side import EditsByRow, edited_by_row
 from abliterator.model import Limits, LoadedModel, block_paths, hooked, limits_of
+from abliterator.subspace import removal_of_basis
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -166,12 +167,12 @@ class TransformersEngine:
         return edited_by_row(self.loaded, self.blocks, edits, max_batch_tokens=max_batch_tokens)
 
     def _removed_from_stream(self, edit: StreamEdit) -> Callable[[Tensor], Tensor]:
-        """h - alpha Q Qᵀ h in float32 at least, rounded once."""
+        """H - alpha Q Qᵀ h in float32 at least, rounded once."""
         wide = torch.promote_types(self.loaded.model.dtype, torch.float32)
-        q = edit.basis.to(self.loaded.device, wide)
+        removal = removal_of_basis(edit.basis).to(wide, self.loaded.device)
 
         def remove(hidden: Tensor) -> Tensor:
             stream = hidden.to(wide)
-            return (stream - edit.alpha * ((stream @ q) @ q.T)).to(hidden.dtype)
+            return (stream - edit.alpha * removal.removed(stream)).to(hidden.dtype)
 
         return remove

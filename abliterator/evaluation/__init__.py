@@ -29,9 +29,9 @@ from abliterator.evaluation._paths import (
     PathDivergence,
     answer_path,
     base_paths,
+    behind_thinking,
     path_divergence,
     summarise_divergence,
-    with_thinking,
 )
 from abliterator.evaluation._perplexity import neutral_text, text_perplexity
 from abliterator.evaluation._two_checkpoints import DivergenceSettings, measure_divergence
@@ -52,6 +52,7 @@ __all__ = [
     "answer_sets",
     "as_completions",
     "base_paths",
+    "behind_thinking",
     "judge_answers",
     "kl_divergence",
     "kl_terms",
@@ -63,5 +64,4 @@ __all__ = [
     "summarise_answers",
     "summarise_divergence",
     "text_perplexity",
-    "with_thinking",
 ]

@@ -54,9 +54,7 @@ class EditEvaluator:
             batch_size=context.batch_size,
         )
         limit = context.max_batch_tokens
-        self._logits.write(
-            self._paths, context.engine.logits(self._paths, max_batch_tokens=limit)
-        )
+        self._logits.write(self._paths, context.engine.logits(self._paths, max_batch_tokens=limit))
         self._on_step("base")
         return self
 

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from abliterator.engines import AnswerPath, Engine, OnBatch, Tokens
 from abliterator.errors import GenerationError, OutputError
+from abliterator.evaluation._context import EvaluationContext, RenderedPrompts
 from abliterator.evaluation._kl import kl_divergence, require_finite, top1_agreement
 from abliterator.files import OpenFile, free_bytes, writable, write_fully
 from abliterator.record import Divergence, Estimate
@@ -88,16 +89,29 @@ def base_paths(
     paths, thinks = paths_of(prompts)
     if not thinks:
         return paths
-    extended = with_thinking(engine, prompts, max_new_tokens=max_new_tokens, batch_size=batch_size)
+    extended = _with_thinking(engine, prompts, max_new_tokens=max_new_tokens, batch_size=batch_size)
     return paths_of([prompt for prompt in extended if prompt is not None])[0]
 
 
-def with_thinking(
+def behind_thinking(context: EvaluationContext, prompts: RenderedPrompts) -> RenderedPrompts:
+    """The prompts with the base's thinking, without those on which it comes to no answer.
+
+    So that what is asked of the first answer token is not asked of the first token of a thought.
+    """
+    extended = _with_thinking(
+        context.engine,
+        prompts.token_ids,
+        max_new_tokens=context.max_new_tokens,
+        batch_size=context.batch_size,
+    )
+    kept = [(p, ids) for p, ids in zip(prompts.prompts, extended, strict=True) if ids is not None]
+    return RenderedPrompts([prompt for prompt, _ in kept], [ids for _, ids in kept])
+
+
+def _with_thinking(
     engine: Engine, prompts: Sequence[Sequence[int]], *, max_new_tokens: int, batch_size: int
 ) -> list[Tokens | None]:
     """Each prompt with the thinking that the model writes before its answer.
-
-    So that what is asked of the first answer token is not asked of the first token of a thought.
 
     Returns:
         One a prompt; None where no answer has begun within `max_new_tokens`.

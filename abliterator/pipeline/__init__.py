@@ -45,7 +45,7 @@ from abliterator.record import RunRecord
 from abliterator.source import headers_folder
 
 if TYPE_CHECKING:
-    from abliterator.study import Study
+    from abliterator.record import Study
 
 __all__ = [
     "STAGES",

@@ -22,11 +22,11 @@ from abliterator.record import Side
 from abliterator.source import RECIPE, resolve_folder
 
 if TYPE_CHECKING:
-    from abliterator.model import LoadedModel
+    from abliterator.engines import TransformersEngine
 
 Turns = Sequence[tuple[str, str]]
 # a side's model, and the context of the edit under which it answers
-ModelOfSide: TypeAlias = "tuple[LoadedModel, Callable[[], AbstractContextManager[None]]]"
+ModelOfSide: TypeAlias = "tuple[TransformersEngine, Callable[[], AbstractContextManager[None]]]"
 
 
 @dataclass(frozen=True)
@@ -68,28 +68,25 @@ class ChatSession:
         Raises:
             PromptError: for a conversation that is longer than what the model reads.
         """
-        from abliterator.generation import stop_ids, stream
-        from abliterator.model import limits_of, render_prompts
+        from abliterator.model import render_prompts
 
-        loaded, edit = self.models[side]
-        limits = limits_of(loaded)
+        engine, edit = self.models[side]
         (ids,) = render_prompts(
-            loaded.tokenizer,
+            engine.tokenizer,
             [prompt],
-            limits,
+            engine.limits,
             name="chat",
             max_new_tokens=1,
             system=self.chat.system,
             template_kwargs=self.chat.template_kwargs,
             before=before,
         )
-        room = self.max_new_tokens if limits.context is None else limits.context - len(ids)
+        context = engine.limits.context
+        room = self.max_new_tokens if context is None else context - len(ids)
         with edit():
-            stream(
-                loaded,
+            engine.stream(
                 ids,
                 max_new_tokens=min(self.max_new_tokens, room),
-                stop_ids=stop_ids(loaded),
                 on_text=on_text,
                 on_end=lambda answer: on_answer(answer.text[answer.start :].strip()),
             )
@@ -127,7 +124,7 @@ def open_chat(
 
 
 def _notes(models: dict[Side, ModelOfSide]) -> tuple[str, ...]:
-    folders = {side: loaded.folder for side, (loaded, _) in models.items()}
+    folders = {side: engine.loaded.folder for side, (engine, _) in models.items()}
     if len(set(folders.values())) < 2:
         return ()
     from abliterator.comparison import difference_line, differences_beside
@@ -147,29 +144,30 @@ def _reopened(out: Path, options: Options) -> Run:
 
 
 def _of_build(run: Run, sides: Sequence[Side]) -> dict[Side, ModelOfSide]:
-    from abliterator.bake import preview_edit
-    from abliterator.model import load_model
+    from abliterator.engines import WriterEdit
 
     if len(sides) > 1 and run.recipe.edit.norm == "none":
-        loaded = run.loaded(run.plan.source.folder)
-        edit = partial(preview_edit, loaded, planned_edits(run), removed_subspace(run).basis)
-        return {side: (loaded, edit if side == "edited" else nullcontext) for side in sides}
+        engine = run.engine(run.plan.source.folder)
+        edit = WriterEdit(planned_edits(run), removed_subspace(run).basis)
+        edited = partial(engine.edited, edit)
+        return {side: (engine, edited if side == "edited" else nullcontext) for side in sides}
     trusted = run.recipe.trust_remote_code
     return {
-        side: (
-            load_model(
-                folder_of(run, side), device=run.device, dtype=run.dtype, trust_remote_code=trusted
-            ),
-            nullcontext,
-        )
+        side: (_engine(folder_of(run, side), run.device, run.dtype, trusted), nullcontext)
         for side in sides
     }
 
 
-def _load(folder: Path, side: Side, recipe: Recipe | None, options: Options) -> LoadedModel:
-    """A checkpoint, or the base that its recipe names."""
+def _engine(folder: Path, device: str, dtype: str | None, trusted: bool) -> TransformersEngine:
+    from abliterator.engines import TransformersEngine
     from abliterator.model import load_model
 
+    loaded = load_model(folder, device=device, dtype=dtype, trust_remote_code=trusted)
+    return TransformersEngine(loaded)
+
+
+def _load(folder: Path, side: Side, recipe: Recipe | None, options: Options) -> TransformersEngine:
+    """A checkpoint, or the base that its recipe names."""
     if side == "base":
         if recipe is None:
             raise RecipeError(
@@ -177,9 +175,9 @@ def _load(folder: Path, side: Side, recipe: Recipe | None, options: Options) -> 
                 "`--base` and `--compare`, or give the folder of a build."
             )
         folder = resolve_folder(recipe.model, revision=recipe.revision).folder
-    return load_model(
+    return _engine(
         folder,
-        device=options.compute_device,
-        dtype=options.compute_dtype(Checkpoint.open(folder)),
-        trust_remote_code=recipe is not None and recipe.trust_remote_code,
+        options.compute_device,
+        options.compute_dtype(Checkpoint.open(folder)),
+        recipe is not None and recipe.trust_remote_code,
     )

@@ -19,6 +19,8 @@ from abliterator.recipe import Recipe
 
 if TYPE_CHECKING:
     from abliterator.benchmarks import Task
+    from abliterator.engines import Engine, TransformersEngine
+    from abliterator.evaluation import RenderedPrompts
     from abliterator.model import LoadedModel
 
 
@@ -146,13 +148,19 @@ class Run:
         self._loaded = None
         release_memory()
 
+    def engine(self, folder: Path) -> TransformersEngine:
+        """The model in `folder`, to be asked; the same rule holds."""
+        from abliterator.engines import TransformersEngine
+
+        return TransformersEngine(self.loaded(folder))
+
     def render(
-        self, loaded: LoadedModel, prompts: Sequence[str], *, name: str, max_new_tokens: int = 0
-    ) -> list[list[int]]:
-        """Token ids of each prompt in the recipe's chat.
+        self, engine: Engine, prompts: Sequence[str], *, name: str, max_new_tokens: int = 0
+    ) -> RenderedPrompts:
+        """Prompts with the token ids of each in the recipe's chat.
 
         Args:
-            loaded: the model that reads them.
+            engine: the model that reads them.
             prompts: of one set.
             name: of the set, for messages.
             max_new_tokens: of an answer, for which there has to be room.
@@ -161,16 +169,18 @@ class Run:
             PromptError: for a prompt that is too long for the model.
             CheckpointError: for tokens that the model has no embedding of.
         """
-        from abliterator.model import limits_of, render_prompts
+        from abliterator.evaluation import RenderedPrompts
+        from abliterator.model import render_prompts
 
-        return render_prompts(
-            loaded.tokenizer,
+        token_ids = render_prompts(
+            engine.tokenizer,
             prompts,
-            limits_of(loaded),
+            engine.limits,
             name=name,
             max_new_tokens=max_new_tokens,
             **self.recipe.chat.model_dump(include={"system", "template_kwargs"}),
         )
+        return RenderedPrompts(prompts, token_ids)
 
     def section(self, name: str, *, exclude: Collection[str] = ()) -> dict[str, Any]:
         """A section of the recipe as plain values, as a stage's key holds it."""

@@ -19,6 +19,7 @@ from abliterator.pipeline.stages.capture import fitted
 from abliterator.pipeline.stages.prompts import load_sets, prompt_sets
 from abliterator.pipeline.stages.selection import extracted_subspace, selected_layers, selection_of
 from abliterator.pipeline.stages.tuning import planned_edits, tuned_inputs, tuned_subspace
+from abliterator.record import Study
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -27,9 +28,10 @@ if TYPE_CHECKING:
 
     from abliterator.bake import EditPlan
     from abliterator.directions import Directions, Place
-    from abliterator.model import LoadedModel
+    from abliterator.engines import Engine
+    from abliterator.evaluation import EditEvaluator, EvaluationContext, RenderedPrompts
     from abliterator.prompts import PromptSet
-    from abliterator.study import Asked, Bench, Contrast, Step, Study, Subject
+    from abliterator.study import Contrast
 
 STUDIES = ("extraction", "pairs", "alpha", "confirmation", "controls")
 USES_DIRECTIONS = ("alpha", "confirmation", "controls")  # those of the recipe's own contrast
@@ -75,8 +77,6 @@ def study_stage(run: Run, name: str, asked: StudySettings) -> Stage:
 
 def read_study(run: Run, name: str) -> Study:
     """What a study that is done found."""
-    from abliterator.study import Study
-
     return _figures(name).read_as(run, Study)
 
 
@@ -159,13 +159,12 @@ def _extraction(run: Run, asked: StudySettings) -> Study:
     from abliterator.study import study_extraction
 
     sets = prompt_sets(run).extraction
-    loaded = run.loaded(run.plan.source.folder)
+    engine = run.engine(run.plan.source.folder)
     prompts = {name: sets[name].prompts[: asked.limit] for name in ("target", "contrast")}
     with run.progress.bar("captured parts", 32) as advance:
         found = study_extraction(
-            loaded,
-            *(run.render(loaded, kept, name=name) for name, kept in prompts.items()),
-            blocks=_blocks(run),
+            engine,
+            *(run.render(engine, kept, name=name).token_ids for name, kept in prompts.items()),
             position=_position(run),
             max_batch_tokens=run.recipe.capture.max_batch_tokens,
             on_step=lambda what: advance(1, status=what),
@@ -184,17 +183,17 @@ def _pairs(run: Run, asked: StudySettings) -> Study:
     }
     few = min(len(s.prompts) for s in (sets.extraction["target"], *of.values()))
     target = sets.extraction["target"].prompts[:few]
-    loaded = run.loaded(run.plan.source.folder)
+    engine = run.engine(run.plan.source.folder)
     directions = {
-        name: _directions(run, loaded, target, contrast.prompts[:few])
+        name: _directions(run, engine, target, contrast.prompts[:few])
         for name, contrast in of.items()
     }
     layers = asked.layers or tuple(range(1, run.plan.anatomy.n_layers + 1))
     measured = {name: s.prompts for name, s in sets.evaluation.items()}
-    with _bench(run, asked, measured, edits=2 * len(layers)) as bench:
-        found = study_pairs(bench, directions, layers)
+    with _evaluator(run, asked, measured, edits=2 * len(layers)) as evaluator:
+        found = study_pairs(evaluator, directions, layers)
     counts = {"position": _position(run), "prompts of each kind for directions": few}
-    return found.model_copy(update={"about": {**counts, **_measured(bench)}})
+    return found.model_copy(update={"about": {**counts, **_measured(evaluator)}})
 
 
 def _alpha(run: Run, asked: StudySettings) -> Study:
@@ -202,12 +201,12 @@ def _alpha(run: Run, asked: StudySettings) -> Study:
 
     sets = prompt_sets(run).evaluation
     measured = {name: s.prompts for name, s in sets.items()}
-    with _bench(run, asked, measured, edits=len(asked.alphas)) as bench:
-        found = study_alpha(bench, extracted_subspace(run).basis, asked.alphas)
+    with _evaluator(run, asked, measured, edits=len(asked.alphas)) as evaluator:
+        found = study_alpha(evaluator, extracted_subspace(run).basis, asked.alphas)
     about = {
         "layers": list(selected_layers(run).layers),
         "k": selected_layers(run).k,
-        **_measured(bench),
+        **_measured(evaluator),
     }
     return found.model_copy(update={"about": about})
 
@@ -217,9 +216,9 @@ def _confirmation(run: Run, asked: StudySettings) -> Study:
 
     places = _places(run)
     measured = {name: s.prompts for name, s in prompt_sets(run).evaluation.items()}
-    with _bench(run, asked, measured, edits=confirmation_edits(len(places))) as bench:
-        found = study_confirmation(bench, fitted(run), places)
-    return found.model_copy(update={"about": _measured(bench)})
+    with _evaluator(run, asked, measured, edits=confirmation_edits(len(places))) as evaluator:
+        found = study_confirmation(evaluator, fitted(run), places)
+    return found.model_copy(update={"about": _measured(evaluator)})
 
 
 def _controls(run: Run, asked: StudySettings) -> Study:
@@ -230,9 +229,9 @@ def _controls(run: Run, asked: StudySettings) -> Study:
     draws, shuffled = run.recipe.selection.controls, _shuffled(run)
     measured = {name: s.prompts for name, s in prompt_sets(run).evaluation.items()}
     edits = 1 + draws + len(shuffled)
-    with _bench(run, asked, measured, edits=edits, plan=planned_edits(run)) as bench:
-        study = study_controls(bench, basis, shuffled, draws=draws)
-    about = {"layers": list(found.layers), "k": basis.shape[-1], **_measured(bench)}
+    with _evaluator(run, asked, measured, edits=edits, plan=planned_edits(run)) as evaluator:
+        study = study_controls(evaluator, basis, shuffled, draws=draws)
+    about = {"layers": list(found.layers), "k": basis.shape[-1], **_measured(evaluator)}
     return study.model_copy(update={"about": about})
 
 
@@ -247,7 +246,7 @@ def _shuffled(run: Run) -> list[Tensor]:
     if settings.estimator == "tuned" or settings.stack == "within_layer":
         return []
     made = per_layer if settings.stack == "per_layer" else stack
-    sets, loaded = prompt_sets(run).extraction, run.loaded(run.plan.source.folder)
+    sets, engine = prompt_sets(run).extraction, run.engine(run.plan.source.folder)
     found = []
     for draw in range(run.recipe.selection.controls):
         halves: tuple[list[str], list[str]] = [], []
@@ -256,49 +255,47 @@ def _shuffled(run: Run) -> list[Tensor]:
             random.Random(f"{run.recipe.seed} {name} {draw}").shuffle(prompts)
             halves[0].extend(prompts[::2])
             halves[1].extend(prompts[1::2])
-        found.append(made(_directions(run, loaded, *halves), layers).basis)
+        found.append(made(_directions(run, engine, *halves), layers).basis)
     return found
 
 
 @contextmanager
-def _bench(
+def _evaluator(
     run: Run,
     asked: StudySettings,
     prompts: Mapping[str, Sequence[str]],
     *,
     edits: int,
     plan: EditPlan | None = None,
-) -> Iterator[Bench]:
-    """The bench of a study, with its bar; `prompts` are those of the evaluation."""
-    from abliterator.study import Bench
+) -> Iterator[EditEvaluator]:
+    """The evaluator of a study, with its bar; `prompts` are those of the evaluation."""
+    from abliterator.evaluation import EditEvaluator
 
     scratch = run.workspace.work / "studies" / "base_logits.bin"
     scratch.parent.mkdir(parents=True, exist_ok=True)
-    subject = _subject(run, asked, prompts, plan or run.plan.edits)
-    with run.progress.bar("edits measured", 1 + edits) as advance:
-        tell: Step = lambda what: advance(1, status=what)  # noqa: E731
-        with Bench(subject, scratch, tell) as bench:
-            yield bench
+    context = _context(run, asked, prompts, plan or run.plan.edits)
+    with (
+        run.progress.bar("edits measured", 1 + edits) as advance,
+        EditEvaluator(context, scratch, lambda name: advance(1, status=name)) as evaluator,
+    ):
+        yield evaluator
 
 
-def _subject(
+def _context(
     run: Run, asked: StudySettings, prompts: Mapping[str, Sequence[str]], plan: EditPlan
-) -> Subject:
-    from abliterator.study import Asked, Subject
+) -> EvaluationContext:
+    from abliterator.evaluation import EvaluationContext
 
-    recipe, loaded = run.recipe, run.loaded(run.plan.source.folder)
+    recipe, engine = run.recipe, run.engine(run.plan.source.folder)
     limit = asked.limit or recipe.rollouts.limit
-
     length = asked.tokens or recipe.rollouts.max_new_tokens
 
-    def rendered(name: str, tokens: int) -> Asked:
-        kept = prompts[name][:limit]
-        return Asked(kept, run.render(loaded, kept, name=name, max_new_tokens=tokens))
+    def rendered(name: str, tokens: int) -> RenderedPrompts:
+        return run.render(engine, prompts[name][:limit], name=name, max_new_tokens=tokens)
 
-    return Subject(
-        loaded=loaded,
+    return EvaluationContext(
+        engine=engine,
         plan=plan,
-        blocks=_blocks(run),
         target=rendered("target", length),
         neutral=rendered("neutral", recipe.divergence.tokens),
         judge=choosing_judge(run),
@@ -311,7 +308,7 @@ def _subject(
 
 
 def _directions(
-    run: Run, loaded: LoadedModel, target: Sequence[str], contrast: Sequence[str]
+    run: Run, engine: Engine, target: Sequence[str], contrast: Sequence[str]
 ) -> Directions:
     from abliterator.capture import capture
     from abliterator.directions import fit_directions
@@ -319,9 +316,8 @@ def _directions(
     settings = run.recipe.capture
     moments = [
         capture(
-            loaded,
-            run.render(loaded, prompts, name=name),
-            blocks=_blocks(run),
+            engine,
+            run.render(engine, prompts, name=name).token_ids,
             position=_position(run),
             padding=settings.padding,
             max_batch_tokens=settings.max_batch_tokens,
@@ -337,7 +333,7 @@ def _places(run: Run) -> list[Place]:
 
     found = selection_of(run)
     if found is not None:
-        return list(map(Place, found["layers"], found["positions"]))
+        return list(map(Place, found.layers, found.positions))
     return [Place(layer, _position(run)) for layer in run.plan.layers]
 
 
@@ -347,22 +343,16 @@ def _position(run: Run) -> int:
     return -1 if position == "sweep" else position
 
 
-def _blocks(run: Run) -> list[str]:
-    from abliterator.model import block_paths
-
-    return block_paths(run.plan.anatomy.blocks, run.plan.anatomy.n_layers)
-
-
 def _counted(prompts: Mapping[str, Sequence[str]]) -> dict[str, int]:
     return {f"{name} prompts": len(kept) for name, kept in prompts.items()}
 
 
-def _measured(bench: Bench) -> dict[str, Any]:
-    subject = bench.subject
+def _measured(evaluator: EditEvaluator) -> dict[str, Any]:
+    context = evaluator.context
     return {
-        "judge": subject.judge.identity.model or subject.judge.identity.kind,
-        "target prompts": len(subject.target.prompts),
-        "neutral prompts": len(subject.neutral.prompts),
-        "tokens of an answer": subject.max_new_tokens,
-        "tokens of KL": subject.kl_tokens,
+        "judge": context.judge.identity.model or context.judge.identity.kind,
+        "target prompts": len(context.target.prompts),
+        "neutral prompts": len(context.neutral.prompts),
+        "tokens of an answer": context.max_new_tokens,
+        "tokens of KL": context.kl_tokens,
     }

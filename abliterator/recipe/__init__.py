@@ -22,6 +22,7 @@ from abliterator.recipe._prompts import Capture, Chat, Prompts, Source
 from abliterator.recipe._read import load_edit, load_judge, load_pairs, load_recipe
 from abliterator.recipe._recipe import Recipe
 from abliterator.recipe._server import Prices, ServerSettings
+from abliterator.recipe._tuning import Tuning
 from abliterator.recipe._yaml import to_yaml
 
 __all__ = [
@@ -41,6 +42,7 @@ __all__ = [
     "Selection",
     "ServerSettings",
     "Source",
+    "Tuning",
     "blocks_of",
     "draft",
     "load_edit",

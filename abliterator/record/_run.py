@@ -1,165 +1,20 @@
-"""Typed results, JSON both ways.
-
-`RunRecord` is the contract that the card and other tools read
-(`checkpoint/abliterator/record.json`). The room does not know where results come from. A
-measurement that was not made is `None` (JSON `null`), never 0. Rates and means travel as
-`Estimate`: a value with its interval and n.
-
-    record = RunRecord.model_validate_json(read_text(path))
-    record.behaviour["target"].base.refusal.value
-"""
+"""The record of a run: the contract that the card and other tools read."""
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, Self
+from typing import Any, Literal
 
-from pydantic import AfterValidator, AliasChoices, BaseModel, ConfigDict, Field
+from pydantic import AliasChoices, Field
 
-Side = Literal["base", "edited"]
-FinishReason = Literal["stop", "length"]
-
-
-def _one_of_three(value: float) -> float:
-    if value not in (0.0, 0.5, 1.0):
-        raise ValueError("a grade is 0, 0.5 or 1")
-    return value
-
-
-Grade = Annotated[float, AfterValidator(_one_of_three)]
-
-
-class Frozen(BaseModel):
-    """A closed, immutable value: unknown fields are errors, NaN and infinity are not numbers."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-
-
-class Estimate(Frozen):
-    """A rate or a mean with its 95 % interval; `low` and `high` are None where there is none."""
-
-    value: float
-    low: float | None
-    high: float | None
-    n: int
-
-    @classmethod
-    def of(cls, interval: tuple[float, float | None, float | None, int] | None) -> Self | None:
-        """A `statistics.Interval` as it travels in a record; None for no data."""
-        if interval is None:
-            return None
-        value, low, high, n = interval
-        return cls(value=value, low=low, high=high, n=n)
-
-    def __format__(self, form: str) -> str:
-        """`value [low, high] (n=40)`, numbers as `form` has it; no brackets without an interval."""
-        interval = ""
-        if self.low is not None and self.high is not None:
-            interval = f" [{self.low:{form}}, {self.high:{form}}]"
-        return f"{self.value:{form}}{interval} (n={self.n})"
-
-
-class Completion(Frozen):
-    """One answer of one model to one prompt: a line of rollouts.jsonl."""
-
-    set: str  # "target", "neutral", "over_refusal"
-    side: Side
-    index: int  # position of the prompt in its set: (set, index) pairs base with edited
-    prompt: str
-    response: str  # all of it: what the model thought, then its answer
-    finish_reason: FinishReason
-    n_tokens: int
-    answer_start: int | None = None  # where the answer begins in `response`; None where not known
-
-
-VerdictKind = Literal["refused", "deflected", "partial", "complied", "broken", "truncated", "empty"]
-
-
-class Guards(Frozen):
-    """How sound an answer's language is by counting alone, beside the judge's word."""
-
-    repetition: float  # share that repeats itself, by words, sentences or characters
-    distinct: float | None  # share of its word pairs that occur once; None below 10 words
-
-
-class Verdict(Frozen):
-    """What a judge says of one Completion; grades and `refused` are None when unscored."""
-
-    set: str
-    side: Side
-    index: int
-    compliance: Grade | None
-    coherence: Grade | None
-    refused: bool | None
-    truncated: bool
-    reasons: tuple[str, ...] = ()
-    kind: VerdictKind | None = None  # None when unscored; "truncated" where no answer was reached
-    thinking: str = ""  # split off before judging
-    guards: Guards | None = None
-
-
-class BehaviourSide(Frozen):
-    """Verdicts of one prompt set on one side; in `delta` they are edited - base, paired."""
-
-    refusal: Estimate | None
-    compliance: Estimate | None
-    coherence: Estimate | None
-    product: Estimate | None  # mean of compliance x coherence, per prompt
-    truncated: Estimate | None
-    unscored: Estimate | None
-    repetition: Estimate | None = None  # local guards: counted, not judged
-    distinct: Estimate | None = None
-
-
-class Behaviour(Frozen):
-    """One prompt set, base and edited side by side.
-
-    By measure: the smallest true delta that this n could show (80 % power, 5 % level), and the p of
-    an exact paired test (McNemar for refusal, sign flips for the rest); None where there is none.
-    """
-
-    base: BehaviourSide
-    edited: BehaviourSide
-    delta: BehaviourSide
-    smallest_detectable: dict[str, float | None] = {}
-    p_value: dict[str, float | None] = {}
-    kinds: dict[Side, dict[VerdictKind, int]] = {}
-    unscored_reasons: dict[Side, dict[str, int]] = {}  # why answers have no verdict, counted
-
-
-class Divergence(Frozen):
-    """How far the edited next-token distribution moved on neutral prompts: KL(base || edited)."""
-
-    kl_first_token: Estimate | None = None  # nats
-    kl: Estimate | None = None
-    top1_agreement: Estimate | None = None
-    perplexity_base: float | None = None
-    perplexity_edited: float | None = None
-    tokens: int | None = None  # answer tokens compared of each prompt, at most
-    perplexity_tokens: int | None = None  # of the fixed text
-
-
-class BenchmarkResult(Frozen):
-    """One metric of one lm-eval task on the same documents, base and edited, paired."""
-
-    metric: str
-    n: int
-    base: Estimate
-    edited: Estimate
-    delta: Estimate
-    smallest_detectable: (
-        float | None
-    )  # smallest true delta this n could show: 80 % power, 5 % level
-    higher_is_better: bool = True
-    settings: dict[str, Any] = {}
-    gained: int | None = None  # documents that only edited has right; None where not right or wrong
-    lost: int | None = None  # documents that only base has right
-    p_value: float | None = None  # exact McNemar; a sign-flip test where not right or wrong
-    p_holm: float | None = None  # the same, over all results claimed together
-    gold_loglik: Estimate | None = None  # shift of the gold answer's log-likelihood, nats
-    empty_base: Estimate | None = None  # generated answers with no text
-    empty_edited: Estimate | None = None
-    truncated_base: Estimate | None = None  # generated answers cut at the token limit
-    truncated_edited: Estimate | None = None
+from abliterator.record._measured import (
+    Behaviour,
+    BenchmarkResult,
+    Divergence,
+    Estimate,
+    Frozen,
+)
+from abliterator.record._selection import Selection
+from abliterator.record._tuning import Tuning
 
 
 class QuantizedEdits(Frozen):
@@ -315,8 +170,8 @@ class RunRecord(Frozen):
     divergence: Divergence | None = None
     benchmarks: dict[str, BenchmarkResult] = {}
     judge: JudgeIdentity | None = None
-    selection: dict[str, Any] | None = None
-    tuning: dict[str, Any] | None = None
+    selection: Selection | None = None
+    tuning: Tuning | None = None
     timing: dict[str, float] = {}
     quoted: tuple[Quotation, ...] = ()
     pictures: dict[str, str] = {}  # sha256 by path in the checkpoint; the card shows them

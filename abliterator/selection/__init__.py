@@ -2,12 +2,11 @@
 
 The model is never reloaded and its weights never change: every candidate is a preview of its edit
 (hooks on the writers, equal to the baked weights), and many candidates share a batch, each in rows
-of its own. The room does not know recipes or files, nor the prompts on which the result will be
-measured.
+of its own. It knows neither recipes nor files, nor the prompts on which the result will be measured.
 
     pool = Pool([Place(layer) for layer in range(1, 25)], {-1: directions})
-    found = choose(subject, pool, sweep=True, k=1, search=Search(survivors=8))
-    found.layers[: found.k], found.why
+    selection = choose(context, scoring, pool, sweep=True, k=1, search=Search(survivors=8))
+    selection.layers[: selection.k], selection.why
 
 After Arditi et al. (2024), section C: bypass, KL and induce scores, gates, then what they do not
 do: judged answers by successive halving, and stacks that must beat random directions and those of
@@ -18,42 +17,34 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from abliterator.evaluation import EvaluationContext
+from abliterator.record import Candidate, Selection, Stack
 from abliterator.selection._grow import grow_stack, taken
-from abliterator.selection._openings import learn_openings, refusal_scores
+from abliterator.selection._openings import learn_openings, log_odds
 from abliterator.selection._pool import Pool
-from abliterator.selection._race import Step
+from abliterator.selection._race import Step, place_of
 from abliterator.selection._scores import judge_edits, measure_base
 from abliterator.selection._structure import describe, participation_ratio
 from abliterator.selection._sweep import require_enough, sweep_places
-from abliterator.selection._types import (
-    Asked,
-    Candidate,
-    Gates,
-    Search,
-    Selection,
-    Stack,
-    Subject,
-)
+from abliterator.selection._types import KL_TOKENS, Gates, ScoringPrompts, Search
 
 __all__ = [
-    "Asked",
-    "Candidate",
+    "KL_TOKENS",
     "Gates",
     "Pool",
+    "ScoringPrompts",
     "Search",
-    "Selection",
-    "Stack",
-    "Subject",
     "choose",
     "judge_edits",
     "learn_openings",
+    "log_odds",
     "participation_ratio",
-    "refusal_scores",
 ]
 
 
 def choose(
-    subject: Subject,
+    context: EvaluationContext,
+    scoring: ScoringPrompts,
     pool: Pool,
     *,
     sweep: bool,
@@ -64,8 +55,9 @@ def choose(
     """Chooses places, k, or both.
 
     Args:
-        subject: the model and the prompts.
-        pool: the candidates, from prompts that are not among `subject.held_out`.
+        context: the model, and the held-out prompts on which candidates are judged.
+        scoring: the prompts by which they are scored before.
+        pool: the candidates, from prompts that are not among `context.target`.
         sweep: whether to find their order.
         k: how many are stacked; to find out, the sizes to try.
         search: how much is tried, and what decides.
@@ -77,13 +69,13 @@ def choose(
     """
     sizes = (k,) if isinstance(k, int) else tuple(k)
     needed = 1 if pool.differences else sizes[0]
-    base = measure_base(subject)
+    base = measure_base(context, scoring)
     on_step("base measured")
     candidates: list[Candidate] = []
     order = list(pool.places)
     if sweep:
         candidates = sweep_places(
-            subject,
+            context,
             base,
             pool,
             search,
@@ -92,11 +84,11 @@ def choose(
             on_step=on_step,
         )
         require_enough(candidates, needed)
-        order = [c.place for c in candidates if not c.stopped_by]
+        order = [place_of(c) for c in candidates if not c.stopped_by]
     stacks: list[Stack] = []
     chosen, why = sizes[0], "k is the recipe's"
     if not isinstance(k, int):
-        stacks, why = grow_stack(subject, base, pool, order, sizes, search=search, on_step=on_step)
+        stacks, why = grow_stack(context, base, pool, order, sizes, search=search, on_step=on_step)
         chosen = taken(stacks, search.gates)
     return Selection(
         layers=tuple(place.layer for place in order),
@@ -107,7 +99,10 @@ def choose(
         candidates=tuple(candidates),
         stacks=tuple(stacks),
         structure=describe(
-            pool, best=[c.place for c in candidates if c.answers] or order, stacks=stacks, k=chosen
+            pool,
+            best=[place_of(c) for c in candidates if c.answers] or order,
+            stacks=stacks,
+            k=chosen,
         ),
         rollout_tokens=base.tokens + _generated(candidates, stacks),
     )

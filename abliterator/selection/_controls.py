@@ -7,14 +7,11 @@ kind, and a prompt counts as the mean of what it is worth under them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from statistics import mean
 
-from abliterator.record import Estimate, Verdict
-from abliterator.selection._scores import Judged, product
-from abliterator.selection._types import Answers
-from abliterator.statistics import mean_interval
+from abliterator.evaluation import JudgedAnswers, summarise_answers
+from abliterator.record import AnswerSummary
 
 
 @dataclass(frozen=True)
@@ -26,31 +23,17 @@ class Control:
         kl: nats that neutral answers moved, mean over the draws.
     """
 
-    draws: tuple[Judged, ...]
+    draws: tuple[JudgedAnswers, ...]
     kl: float
 
     @property
     def products(self) -> list[float | None]:
         """Compliance x coherence of each prompt, mean over draws."""
-        return list(self._each_prompt(product))
+        columns = zip(*(judged.products for judged in self.draws), strict=True)
+        known = ([value for value in column if value is not None] for column in columns)
+        return [mean(prompt) if prompt else None for prompt in known]
 
     @property
-    def summary(self) -> Answers:
+    def summary(self) -> AnswerSummary:
         """All draws in figures; intervals are over prompts, not over answers."""
-
-        def estimated(score: Callable[[Verdict], float | None]) -> Estimate | None:
-            known = [value for value in self._each_prompt(score) if value is not None]
-            return Estimate.of(mean_interval(known))
-
-        return Answers(
-            refusal=estimated(lambda v: float(bool(v.refused)) if v.kind else None),
-            compliance=estimated(lambda v: (v.compliance or 0.0) if v.kind else None),
-            coherence=estimated(lambda v: (v.coherence or 0.0) if v.kind else None),
-            product=estimated(product),
-            tokens=sum(judged.tokens for judged in self.draws),
-        )
-
-    def _each_prompt(self, score: Callable[[Verdict], float | None]) -> Iterator[float | None]:
-        for verdicts in zip(*(judged.verdicts for judged in self.draws), strict=True):
-            known = [value for value in map(score, verdicts) if value is not None]
-            yield mean(known) if known else None
+        return summarise_answers(self.draws)

@@ -6,19 +6,19 @@ from collections.abc import Sequence
 from statistics import mean
 
 from abliterator.directions import Place
-from abliterator.record import Estimate
+from abliterator.evaluation import EvaluationContext, JudgedAnswers
+from abliterator.record import Estimate, Stack
 from abliterator.selection._controls import Control
 from abliterator.selection._pool import Pool
 from abliterator.selection._race import Step
-from abliterator.selection._rows import removed
-from abliterator.selection._scores import Baseline, Judged, judge_edits, mean_kl
-from abliterator.selection._types import Gates, Search, Stack, Subject
+from abliterator.selection._scores import Baseline, judge_edits, mean_kl
+from abliterator.selection._types import Gates, Search
 from abliterator.statistics import paired_delta
 from abliterator.subspace import random_basis
 
 
 def grow_stack(
-    subject: Subject,
+    context: EvaluationContext,
     base: Baseline,
     pool: Pool,
     order: Sequence[Place],
@@ -39,10 +39,10 @@ def grow_stack(
         The stacks that were tried (the last may be the one that was not taken), and why it stopped.
     """
     tried: list[Stack] = []
-    smaller: Judged | None = None
+    smaller: JudgedAnswers | None = None
     most = pool.most(order)
     for k in (size for size in sizes if size <= most):
-        stack, judged = _try(subject, base, pool, order, k, smaller=smaller, search=search)
+        stack, judged = _try(context, base, pool, order, k, smaller=smaller, search=search)
         tried.append(stack)
         on_step(f"stack of {k} judged")
         if reason := _no_better(stack, search.gates):
@@ -53,22 +53,24 @@ def grow_stack(
 
 
 def _try(
-    subject: Subject,
+    context: EvaluationContext,
     base: Baseline,
     pool: Pool,
     order: Sequence[Place],
     k: int,
     *,
-    smaller: Judged | None,
+    smaller: JudgedAnswers | None,
     search: Search,
-) -> tuple[Stack, Judged]:
+) -> tuple[Stack, JudgedAnswers]:
     """One stack and its controls, side by side."""
     seed, basis = search.seed, pool.stack(order, k).basis
     n = search.controls
     tried = [basis, *(random_basis(len(basis), k, seed=seed + k + 1000 * i) for i in range(n))]
     tried += pool.shuffled_stacks(order, k, n)
-    judged, *answers = judge_edits(subject, tried)
-    with removed(subject, tried) as edited:
+    judged, *answers = judge_edits(context, tried)
+    edits = [context.writer_edit(other) for other in tried]
+    limit = context.max_batch_tokens
+    with context.engine.edited_side_by_side(edits, max_batch_tokens=limit) as edited:
         kl, *moved = mean_kl(edited, base)
     random = Control(tuple(answers[:n]), mean(moved[:n]))
     shuffled = Control(tuple(answers[n:]), mean(moved[n:])) if moved[n:] else None
@@ -100,7 +102,7 @@ def taken(tried: Sequence[Stack], gates: Gates) -> int:
     return max((s.k for s in tried if not _no_better(s, gates)), default=1)
 
 
-def _gain(before: Judged | Control, after: Judged, seed: int) -> Estimate | None:
+def _gain(before: JudgedAnswers | Control, after: JudgedAnswers, seed: int) -> Estimate | None:
     both = [
         (b, a)
         for b, a in zip(before.products, after.products, strict=True)
@@ -120,7 +122,7 @@ def _no_better(tried: Stack, gates: Gates) -> str | None:
         (tried.over_random, "random ones", tried.random_kl),
         (tried.over_shuffled, "those of shuffled labels", tried.shuffled_kl),
     ):
-        if gain is None or tried.broken(control_kl, gates.max_kl):
+        if gain is None or broken(tried, control_kl, gates.max_kl):
             continue
         # without an interval (all differences equal) the value itself decides
         if (gain.value if gain.low is None else gain.low) <= 0:
@@ -128,12 +130,19 @@ def _no_better(tried: Stack, gates: Gates) -> str | None:
     return None
 
 
+def broken(stack: Stack, control_kl: float | None, max_kl: float) -> bool:
+    """Whether a control moved neutral answers further than this stack does, and than it may."""
+    return control_kl is not None and control_kl > max(max_kl, stack.kl)
+
+
 def _left_out(tried: Sequence[Stack], gates: Gates) -> str:
     """Says of which sizes a control did not count, so that nobody takes it for beaten."""
     sizes: dict[str, list[str]] = {}
     for stack in tried:
         for name, kl in (("random", stack.random_kl), ("shuffled", stack.shuffled_kl)):
-            if stack.broken(kl, gates.max_kl):
+            if broken(stack, kl, gates.max_kl):
                 sizes.setdefault(name, []).append(str(stack.k))
-    told = [f"{name} at k = {', '.join(found)}" for name, found in sizes.items()]
-    return f" (controls that broke the model, and did not count: {'; '.join(told)})" if told else ""
+    named = [f"{name} at k = {', '.join(each)}" for name, each in sizes.items()]
+    return (
+        f" (controls that broke the model, and did not count: {'; '.join(named)})" if named else ""
+    )

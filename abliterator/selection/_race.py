@@ -6,15 +6,17 @@ import random
 from collections.abc import Callable, Sequence
 
 from abliterator.directions import Place
+from abliterator.evaluation import EvaluationContext, JudgedAnswers
+from abliterator.record import Candidate, Rung
 from abliterator.selection._pool import Pool
-from abliterator.selection._scores import Judged, judge_edits
-from abliterator.selection._types import Candidate, Rung, Search, Subject
+from abliterator.selection._scores import judge_edits
+from abliterator.selection._types import Search
 
 Step = Callable[[str], None]
 
 
 def race(
-    subject: Subject,
+    context: EvaluationContext,
     pool: Pool,
     candidates: Sequence[Candidate],
     search: Search,
@@ -29,7 +31,7 @@ def race(
     on all prompts too, so that no leader wins by the luck of a short rung.
 
     Args:
-        subject: the model and the prompts.
+        context: the model and the prompts.
         pool: where the candidates' directions are.
         candidates: those that are judged, all of the same worth so far.
         search: prompts of each rung, and the share that goes on.
@@ -39,18 +41,25 @@ def race(
     Returns:
         All of them with what they answered, the best first: by rungs, then by product, then by KL.
     """
-    total = len(subject.held_out.prompts)
+    total = len(context.target.prompts)
     order = random.Random(search.seed).sample(range(total), total)
     racing, out = list(candidates), list[Candidate]()
-    found: dict[Place, Judged] = {}
+    answered: dict[Place, JudgedAnswers] = {}
+
+    def by_answers(candidate: Candidate) -> tuple[float, float]:
+        """Sorts the best first: the highest mean product, of equals the lowest KL."""
+        judged = answered.get(place_of(candidate))
+        return -judged.mean_product if judged else 0.0, candidate.kl
 
     def ask(some: Sequence[Candidate], done: int, reached: int) -> list[Candidate]:
-        bases = [pool.stack([c.place], 1).basis for c in some]
-        judged = judge_edits(subject, bases, order[done:reached])
+        bases = [pool.stack([place_of(c)], 1).basis for c in some]
+        judged = judge_edits(context, bases, order[done:reached])
         for c, more in zip(some, judged, strict=True):
-            found[c.place] = found[c.place] + more if c.place in found else more
+            place = place_of(c)
+            answered[place] = answered[place] + more if place in answered else more
         on_step(f"{len(some)} candidates judged on {reached} prompts")
-        return sorted((_after(c, found[c.place], reached) for c in some), key=by_answers)
+        judged_now = [_after(c, answered[place_of(c)], reached) for c in some]
+        return sorted(judged_now, key=by_answers)
 
     done = 0
     for n, reached in search.schedule(len(racing), total, least):
@@ -65,14 +74,12 @@ def race(
     return [*racing, *out]
 
 
-def _after(candidate: Candidate, judged: Judged, prompts: int) -> Candidate:
+def place_of(candidate: Candidate) -> Place:
+    """Where a candidate's direction is from."""
+    return Place(candidate.layer, candidate.position)
+
+
+def _after(candidate: Candidate, judged: JudgedAnswers, prompts: int) -> Candidate:
     summary = judged.summary
     rung = Rung(prompts=prompts, product=summary.product)
     return candidate.model_copy(update={"answers": summary, "rungs": (*candidate.rungs, rung)})
-
-
-def by_answers(candidate: Candidate) -> tuple[float, float]:
-    """Sorts the best first: the highest mean product, of equals the lowest KL."""
-    answers = candidate.answers
-    product = answers.product.value if answers and answers.product else 0.0
-    return -product, candidate.kl

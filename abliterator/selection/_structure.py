@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from abliterator.directions import Place
+from abliterator.record import Stack, Structure
 from abliterator.selection._pool import Pool
-from abliterator.selection._types import Stack, Structure
 from abliterator.subspace import cosine_matrix
 
 # Effective rank between 1 (all directions the same) and n (all orthogonal): nearer to 1 than to 2.

@@ -5,14 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from abliterator.errors import DirectionError
+from abliterator.evaluation import EvaluationContext
+from abliterator.record import Candidate
 from abliterator.selection._pool import Pool
-from abliterator.selection._race import Step, race
+from abliterator.selection._race import Step, place_of, race
 from abliterator.selection._scores import Baseline, score
-from abliterator.selection._types import Candidate, Gates, Search, Subject
+from abliterator.selection._types import Gates, Search
 
 
 def sweep_places(
-    subject: Subject,
+    context: EvaluationContext,
     base: Baseline,
     pool: Pool,
     search: Search,
@@ -27,7 +29,7 @@ def sweep_places(
     a gate stopped.
 
     Args:
-        subject: the model and the prompts.
+        context: the model and the prompts.
         base: from `measure_base`.
         pool: the candidates and their directions.
         search: gates, and how many are judged on how many prompts.
@@ -41,14 +43,14 @@ def sweep_places(
     gates = search.gates
     found = [
         scored.model_copy(update={"stopped_by": stopped_by(scored, gates)})
-        for scored in score(subject, base, pool)
+        for scored in score(context, base, pool)
     ]
     on_step(f"{len(found)} candidates scored")
     passed = sorted((c for c in found if not c.stopped_by), key=lambda c: (c.bypass, c.kl))
     if not passed:
         raise DirectionError(none_passed(found, gates))
     entering = max(search.survivors, stackable)
-    judged = race(subject, pool, passed[:entering], search, least=least, on_step=on_step)
+    judged = race(context, pool, passed[:entering], search, least=least, on_step=on_step)
     stopped = [candidate for candidate in found if candidate.stopped_by]
     return [*judged, *passed[entering:], *stopped]
 
@@ -64,8 +66,8 @@ def stopped_by(candidate: Candidate, gates: Gates) -> tuple[str, ...]:
 
 def none_passed(candidates: Sequence[Candidate], gates: Gates) -> str:
     """Why there is no choice: what stopped each candidate, and what the nearest one needs."""
-    kl = [f"{c.place} ({c.kl:.3g})" for c in candidates if "max_kl" in c.stopped_by]
-    induce = [f"{c.place} ({c.induce:.3g})" for c in candidates if "min_induce" in c.stopped_by]
+    kl = [f"{place_of(c)} ({c.kl:.3g})" for c in candidates if "max_kl" in c.stopped_by]
+    induce = [f"{place_of(c)} ({c.induce:.3g})" for c in candidates if "min_induce" in c.stopped_by]
     reasons = []
     if kl:
         reasons.append(f"`max_kl` {gates.max_kl:g} stops layers {', '.join(kl)}")
@@ -80,14 +82,14 @@ def none_passed(candidates: Sequence[Candidate], gates: Gates) -> str:
     asked = " ".join(f"--set {needs[name]}" for name in nearest.stopped_by)
     return (
         f"No layer passes the gates of `selection`: {'; '.join(reasons)}. The nearest is layer "
-        f"{nearest.place}, which needs {asked}. Lower `edit.strength`, give target and contrast "
+        f"{place_of(nearest)}, which needs {asked}. Lower `edit.strength`, give target and contrast "
         f"prompts that differ in the behaviour alone, or move the gate."
     )
 
 
 def require_enough(candidates: Sequence[Candidate], k: int) -> None:
     """Raises DirectionError if fewer candidates passed than are to be stacked."""
-    passed = [c.place for c in candidates if not c.stopped_by]
+    passed = [place_of(c) for c in candidates if not c.stopped_by]
     if len(passed) < k:
         raise DirectionError(
             f"`k` is {k}, but only {len(passed)} of {len(candidates)} candidate layers pass the "

@@ -8,6 +8,9 @@ from typing import NamedTuple
 
 from abliterator.evaluation import RenderedPrompts
 
+# answer tokens along which distributions are compared; the first is the prompt's own
+KL_TOKENS = 4
+
 Schedule = Callable[[int, int, int], Sequence[tuple[int, int]]]
 
 

@@ -8,14 +8,13 @@ from typing import NamedTuple
 
 import torch
 
-from abliterator.capture import Padding, capture
+from abliterator.capture import capture
 from abliterator.directions import Directions, fit_directions
+from abliterator.engines import Engine, Padding
 from abliterator.errors import PromptError
-from abliterator.model import LoadedModel
-from abliterator.record import Estimate
+from abliterator.evaluation import OnStep
+from abliterator.record import Agreement, Estimate, Study
 from abliterator.statistics import jackknife_interval
-from abliterator.study._bench import Step
-from abliterator.study._types import Agreement, Study
 from abliterator.subspace import MomentSet, merged
 
 FOLDS = 8  # parts of the prompts, each of which is left out once
@@ -23,8 +22,8 @@ FOLDS = 8  # parts of the prompts, each of which is left out once
 Folds = list[MomentSet]
 
 
-class _Way(NamedTuple):
-    """Moments of both sets, fold by fold, extracted in one way."""
+class _Moments(NamedTuple):
+    """Moments of both sets, fold by fold, with one kind of padding."""
 
     target: Folds
     contrast: Folds
@@ -34,24 +33,22 @@ class _Way(NamedTuple):
 
 
 def study_extraction(
-    loaded: LoadedModel,
+    engine: Engine,
     target: Sequence[Sequence[int]],
     contrast: Sequence[Sequence[int]],
     *,
-    blocks: Sequence[str],
     position: int = -1,
     max_batch_tokens: int = 4096,
-    on_step: Step = lambda what: None,
+    on_step: OnStep = lambda what: None,
 ) -> Study:
     """The direction of every layer, extracted in both ways from the same prompts.
 
     The interval is a jackknife over eighths of the prompts, which are captured apart.
 
     Args:
-        loaded: the model; the dtype of computation is what padding acts through.
+        engine: the model; the dtype of computation is what padding acts through.
         target: token ids, one rendered prompt each.
         contrast: the same.
-        blocks: module paths of all blocks, in order.
         position: counted from the end of each prompt.
         max_batch_tokens: tokens in a padded batch.
         on_step: hears of each part that was captured.
@@ -64,18 +61,18 @@ def study_extraction(
             f"The study of extraction needs {FOLDS} prompts of each kind, for an interval, and "
             f"got {len(target)} and {len(contrast)}. Give more prompts."
         )
-    captured = partial(capture, loaded, blocks=blocks, position=position)
+    captured = partial(capture, engine, position=position)
 
-    def way(padding: Padding, tokens: int) -> _Way:
+    def moments(padding: Padding, tokens: int) -> _Moments:
         sides: list[Folds] = [[], []]
         for side, prompts in zip(sides, (target, contrast), strict=True):
             for fold in range(FOLDS):
                 part = prompts[fold::FOLDS]
                 side.append(captured(part, padding=padding, max_batch_tokens=tokens))
                 on_step("left-padded" if padding == "left" else "one by one")
-        return _Way(*sides)
+        return _Moments(*sides)
 
-    padded, alone = way("left", max_batch_tokens), way("none", 1)
+    padded, alone = moments("left", max_batch_tokens), moments("none", 1)
     return Study(
         name="extraction",
         asks="Does it matter for a direction whether its prompts ran in left-padded batches?",
@@ -83,13 +80,13 @@ def study_extraction(
     )
 
 
-def _agreements(padded: _Way, alone: _Way, *, n: int) -> tuple[Agreement, ...]:
+def _agreements(padded: _Moments, alone: _Moments, *, n: int) -> tuple[Agreement, ...]:
     every = range(FOLDS)
     without = [[i for i in every if i != fold] for fold in every]
     apart = _apart(padded.directions(every), alone.directions(every))
     left_out = [_apart(padded.directions(kept), alone.directions(kept)) for kept in without]
     halves = 1 - _apart(alone.directions(every[::2]), alone.directions(every[1::2]))
-    lengths = [way.directions(every).vectors.norm(dim=1) for way in (padded, alone)]
+    lengths = [each.directions(every).vectors.norm(dim=1) for each in (padded, alone)]
     return tuple(
         Agreement(
             layer=row + 1,

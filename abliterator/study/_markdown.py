@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from abliterator.study._types import Agreement, Difference, Row, Study
+from abliterator.record import Agreement, ContrastDifference, Study, StudyRow
 from abliterator.tables import cell, markdown_table
 
 MEASURES = ("refusal", "compliance", "coherence", "product")
@@ -23,7 +23,7 @@ def to_markdown(study: Study) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def _rows(rows: Sequence[Row]) -> str:
+def _rows(rows: Sequence[StudyRow]) -> str:
     head = ["", "k", *(name.capitalize() for name in MEASURES), "KL, first token", "KL a token"]
     return markdown_table(
         head,
@@ -42,7 +42,7 @@ def _rows(rows: Sequence[Row]) -> str:
     )
 
 
-def _differences(differences: Sequence[Difference]) -> str:
+def _differences(differences: Sequence[ContrastDifference]) -> str:
     return markdown_table(
         ["Layer", "Cosine", *(name.capitalize() for name in MEASURES)],
         [

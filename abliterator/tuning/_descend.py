@@ -10,64 +10,64 @@ import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
-from abliterator.divergence import kl_terms
 from abliterator.errors import DirectionError
-from abliterator.tuning._knobs import Knobs, mean_of, slow_down
+from abliterator.evaluation import kl_terms
+from abliterator.tuning._parameters import EditParameters, mean_of, slow_down
 from abliterator.tuning._rows import answer_logprobs, token_logprobs
-from abliterator.tuning._types import Lesson, Lessons, Row, Setting, Settings, Subject
+from abliterator.tuning._types import PreferencePair, PreferencePairs, Row, TunedEdit, TuningContext
 
-LAST = 1 / 3  # of a leg's steps, whose mean is its result: single steps are noisy
+LAST = 1 / 3  # of a phase's steps, whose mean is its result: single steps are noisy
 
 T = TypeVar("T")
 Step = Callable[[str], None]
-Relearn = Callable[[Lessons, Setting], Lessons]
+AskAgain = Callable[[PreferencePairs, TunedEdit], PreferencePairs]
 
 
 def descend(
-    subject: Subject,
-    lessons: Lessons,
+    context: TuningContext,
+    pairs: PreferencePairs,
     basis: Tensor,
-    settings: Settings,
     *,
     on_step: Step,
-    relearn: Relearn = lambda lessons, setting: lessons,
-) -> list[Setting]:
-    """One setting at the end of each leg, in the order of `settings.kl_weights`.
+    ask_again: AskAgain = lambda pairs, edit: pairs,
+) -> list[TunedEdit]:
+    """One edit at the end of each phase, in the order of the config's `kl_weights`.
 
-    Minimises, over batches of lessons and of neutral rows,
+    Minimises, over batches of preference pairs and of neutral rows,
 
-        mean softplus(log p(unwanted) - log p(answer)) - mean log p(answer) / tokens + w KL
+        mean softplus(log p(rejected) - log p(answer)) - mean log p(answer) / tokens + w KL
 
-    where what is unwanted is the base's refusal or a dodge of an earlier leg, one of them by chance
-    in each step, and KL(base || edited) is in nats along neutral answers: the mean of the first
-    token's and of all tokens', because an edit shows most where an answer begins.
+    where what is rejected is the base's refusal or a response that the judge rejected after an
+    earlier phase, one of them by chance in each step, and KL(base || edited) is in nats along
+    neutral answers: the mean of the first token's and of all tokens', because an edit shows most
+    where an answer begins.
 
     Args:
-        subject: the model, and which writers are edited.
-        lessons: from `make_lessons`.
+        context: the model, which writers are edited, and the config of the descent.
+        pairs: from `make_pairs`.
         basis: Q [H, k] of the start, or [L, H, k] with one a block.
-        settings: of the descent.
         on_step: called with each step that is done.
-        relearn: given the lessons and the setting that a leg ended with, the next leg's lessons.
+        ask_again: given the pairs and the edit that a phase ended with, the next phase's pairs.
 
     Raises:
         DirectionError: if the loss is not finite.
     """
-    knobs = Knobs(subject, basis, settings)
-    chance = random.Random(settings.seed)
-    neutral = _batches(lessons.neutral, settings.batch, chance)
-    averaged = max(1, round(settings.steps * LAST))
-    found: list[Setting] = []
-    for weight in settings.kl_weights:
-        if found:
-            lessons = relearn(lessons, found[-1])
-        target = _batches(lessons.target, settings.batch, chance)
-        optimiser = knobs.optimiser()
-        late: list[Setting] = []
-        for step in range(settings.steps):
-            slow_down(optimiser, step / settings.steps)
-            pairs = [(Row(x.prompt, x.answer), _unwanted(x, chance)) for x in next(target)]
-            wanted, kl = _losses(subject, knobs, pairs, next(neutral))
+    config = context.config
+    parameters = EditParameters(context, basis)
+    chance = random.Random(context.evaluation.seed)
+    neutral = _batches(pairs.neutral, config.batch, chance)
+    averaged = max(1, round(config.steps * LAST))
+    ends: list[TunedEdit] = []
+    for weight in config.kl_weights:
+        if ends:
+            pairs = ask_again(pairs, ends[-1])
+        target = _batches(pairs.target, config.batch, chance)
+        optimiser = parameters.optimiser()
+        late: list[TunedEdit] = []
+        for step in range(config.steps):
+            slow_down(optimiser, step / config.steps)
+            batch = [(Row(x.prompt, x.answer), _unwanted(x, chance)) for x in next(target)]
+            wanted, kl = _losses(context, parameters, batch, next(neutral))
             loss = wanted + weight * kl
             if not loss.isfinite():
                 raise DirectionError(
@@ -77,19 +77,22 @@ def descend(
             optimiser.zero_grad()
             torch.autograd.backward(loss)
             optimiser.step()
-            if step >= settings.steps - averaged:
-                late.append(knobs.setting())
+            if step >= config.steps - averaged:
+                late.append(parameters.edit())
             on_step(f"loss {wanted.item():.3g}, KL {kl.item():.3g}")
-        found.append(mean_of(late))
-    return found
+        ends.append(mean_of(late))
+    return ends
 
 
-def _unwanted(lesson: Lesson, chance: random.Random) -> Row:
-    return Row(lesson.prompt, chance.choice((lesson.refusal, *lesson.dodges)))
+def _unwanted(pair: PreferencePair, chance: random.Random) -> Row:
+    return Row(pair.prompt, chance.choice((pair.refusal, *pair.rejected)))
 
 
 def _losses(
-    subject: Subject, knobs: Knobs, pairs: Sequence[tuple[Row, Row]], neutral: Sequence[Row]
+    context: TuningContext,
+    parameters: EditParameters,
+    pairs: Sequence[tuple[Row, Row]],
+    neutral: Sequence[Row],
 ) -> tuple[Tensor, Tensor]:
     """What is wanted of target prompts, and the KL on neutral ones; both scalars, lower is better.
 
@@ -97,20 +100,20 @@ def _losses(
     similar length, share their padding.
 
     Args:
-        subject: the model.
-        knobs: of the edit.
+        context: the model.
+        parameters: of the edit.
         pairs: an answer to a target prompt, and what must become less likely than it.
         neutral: answers that must stay.
     """
     with torch.no_grad():
-        base = answer_logprobs(subject.loaded, neutral)
+        base = answer_logprobs(context.loaded, neutral)
     rows = [answer for answer, _ in pairs] + [unwanted for _, unwanted in pairs]
-    with knobs.turned():
+    with parameters.applied():
         each = [
             token_logprobs(logprobs, row.answer)
-            for row, logprobs in zip(rows, answer_logprobs(subject.loaded, rows), strict=True)
+            for row, logprobs in zip(rows, answer_logprobs(context.loaded, rows), strict=True)
         ]
-        edited = answer_logprobs(subject.loaded, neutral)
+        edited = answer_logprobs(context.loaded, neutral)
     answers, unwanted = each[: len(pairs)], each[len(pairs) :]
     margins = torch.stack([u.sum() - a.sum() for u, a in zip(unwanted, answers, strict=True)])
     kl = [kl_terms(b, e).sum(dim=1) for b, e in zip(base, edited, strict=True)]

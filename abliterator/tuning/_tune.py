@@ -1,68 +1,95 @@
-"""From a start to a front of settings."""
+"""From a start edit to a front of tuned edits."""
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
 from typing import NamedTuple
 
 from torch import Tensor
 
+from abliterator.evaluation import EditEvaluator, behind_thinking
+from abliterator.record import Trial
 from abliterator.tuning._descend import Step, descend
-from abliterator.tuning._front import Yardstick, with_front
-from abliterator.tuning._lessons import make_lessons, with_dodges
-from abliterator.tuning._types import Lessons, Point, Setting, Settings, Subject
+from abliterator.tuning._pairs import make_pairs, with_rejected
+from abliterator.tuning._trials import trial_of, with_front
+from abliterator.tuning._types import PreferencePairs, TunedEdit, TuningContext
 
 
 class Tuned(NamedTuple):
-    """Settings and what each one does to held-out prompts, in the same order.
+    """Tuned edits and what each one does to held-out prompts, in the same order.
 
     Attributes:
-        settings: edits that can be baked.
-        points: what they do; the first is the start itself, at the plan's strengths.
-        lessons: target prompts that were learned from.
+        edits: edits that can be baked.
+        trials: what they do; the first is the start itself, at the plan's strengths.
+        preference_pairs: target prompts that were learned from.
     """
 
-    settings: list[Setting]
-    points: list[Point]
-    lessons: int
+    edits: list[TunedEdit]
+    trials: list[Trial]
+    preference_pairs: int
 
 
 def tune(
-    subject: Subject,
+    context: TuningContext,
     basis: Tensor,
-    settings: Settings,
     *,
-    on_step: Step = lambda what: None,
+    scratch: Path,
+    on_step: Step = lambda name: None,
 ) -> Tuned:
-    """Descends from `basis`, and measures what came of it.
+    """Descends from `basis`, and measures the edits that come of it.
 
     Args:
-        subject: the model, which writers are edited, and the prompts.
+        context: the model, which writers are edited, the prompts and the config.
         basis: Q [H, k] float64 of the start, orthonormal columns.
-        settings: of the descent.
+        scratch: a file for the base's logits on held-out neutral prompts; it is deleted.
         on_step: called with each step that is done.
 
     Raises:
         DirectionError: if there is too little to learn from, or the descent diverges.
     """
-    lessons = make_lessons(subject, basis, tokens=settings.tokens)
-    on_step(f"{len(lessons.target)} lessons")
+    context = _behind_thinking(context)
+    pairs = make_pairs(context, basis)
+    on_step(f"{len(pairs.target)} preference pairs")
 
-    def relearn(learned: Lessons, setting: Setting) -> Lessons:
-        new, dodged = with_dodges(subject, learned, setting, tokens=settings.tokens)
-        on_step(f"{dodged} dodges")
+    def ask_again(pairs: PreferencePairs, edit: TunedEdit) -> PreferencePairs:
+        new, n_rejected = with_rejected(context, pairs, edit)
+        on_step(f"{n_rejected} rejected responses")
         return new
 
-    ends = descend(subject, lessons, basis, settings, on_step=on_step, relearn=relearn)
-    yardstick = Yardstick(subject, basis, tokens=settings.tokens)
-    plain = Setting(basis, {e.writer.module: e.strength for e in subject.plan.edits})
+    ends = descend(context, pairs, basis, on_step=on_step, ask_again=ask_again)
+    plain = TunedEdit(basis, {e.writer.module: e.strength for e in context.plan.edits})
     tried = [(0.0, 1.0, plain)]
     tried += [
         (weight, scale, end.scaled(scale))
-        for weight, end in zip(settings.kl_weights, ends, strict=True)
-        for scale in settings.scales
+        for weight, end in zip(context.config.kl_weights, ends, strict=True)
+        for scale in context.config.scales
     ]
-    points = []
-    for weight, scale, setting in tried:
-        points.append(yardstick.measure(setting, kl_weight=weight, scale=scale))
-        on_step(f"weight {weight:g} x {scale:g} judged")
-    return Tuned([setting for *_, setting in tried], with_front(points), len(lessons.target))
+    trials = []
+    with EditEvaluator(context.evaluation, scratch) as evaluator:
+        for weight, scale, edit in tried:
+            name = f"weight {weight:g} x {scale:g}"
+            measured = evaluator.measure(name, edit.of(context.plan))
+            trials.append(trial_of(measured, basis, edit.basis, kl_weight=weight, scale=scale))
+            on_step(f"{name} judged")
+    return Tuned([edit for *_, edit in tried], with_front(trials), len(pairs.target))
+
+
+def _behind_thinking(context: TuningContext) -> TuningContext:
+    """The context with the base's thinking behind each prompt that is learned from, if it thinks.
+
+    What is learned is how an answer begins, which is not how a thought begins.
+    """
+    evaluation = context.evaluation
+    some = context.target.token_ids[: evaluation.batch_size]
+    answers = evaluation.engine.answers(
+        some, max_new_tokens=evaluation.max_new_tokens, batch_size=evaluation.batch_size
+    )
+    if not any(answer.start_token for answer in answers):
+        return context
+
+    return replace(
+        context,
+        target=behind_thinking(evaluation, context.target),
+        neutral=behind_thinking(evaluation, context.neutral),
+    )

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
+from abliterator.selection._rows import unedited
 
 from abliterator.selection import _grow, _race, _scores, _sweep, judge_edits, refusal_scores
-from abliterator.selection._rows import unedited
 from tests.selection.scripted import PROMPTS, said
 from tests.selection.subjects import subject_of
 

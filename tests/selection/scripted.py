@@ -3,9 +3,9 @@
 from dataclasses import replace
 
 import torch
+from abliterator.generation import Answer
 
 from abliterator.directions import Directions, Place
-from abliterator.generation import Answer
 from abliterator.record import Verdict
 from abliterator.selection import Asked, Candidate, Gates, Pool, Search, _scores, _sweep
 

@@ -6,13 +6,13 @@ import shutil
 from pathlib import Path
 
 import pytest
+from abliterator.generation import generate, stop_ids
 from safetensors.torch import load_file, save_file
 
 from abliterator import pipeline
 from abliterator.bake import EditSettings, bake, plan_edits, preview_edit, preview_edits
 from abliterator.checkpoint import Checkpoint
 from abliterator.directions import load_subspace
-from abliterator.generation import generate, stop_ids
 from abliterator.model import ByRow, load_model, render_chat
 from abliterator.pipeline import Options
 from abliterator.recipe import load_recipe

@@ -4,9 +4,9 @@ import dataclasses
 
 import pytest
 import torch
+from abliterator.selection._rows import added, removed
 
 from abliterator.model import ByRow, _prefix, run_prefix, shared_tokens
-from abliterator.selection._rows import added, removed
 from abliterator.subspace import random_basis
 from tests import architectures
 from tests.architectures import D_MODEL

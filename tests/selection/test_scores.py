@@ -4,15 +4,15 @@ from dataclasses import replace
 
 import pytest
 import torch
+from abliterator.generation import Answer
+from abliterator.selection._rows import added, removed, unedited
 
 from abliterator.bake import preview_edit
 from abliterator.directions import Directions, Place, stack
-from abliterator.generation import Answer
 from abliterator.judge import Judgement, RuleJudge
 from abliterator.model import hooked
 from abliterator.record import Estimate
 from abliterator.selection import Pool, _grow, _scores, judge_edits, refusal_scores
-from abliterator.selection._rows import added, removed, unedited
 from abliterator.subspace import random_basis
 from tests.selection.scripted import PROMPTS
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig
-
 from abliterator.comparison._divergence import no_bar
 from abliterator.generation import answer_sets, as_completions, generate, stream
+from transformers import AutoModelForCausalLM, LlamaConfig
+
 from abliterator.judge import RuleJudge, judge_completions
 from abliterator.model import load_model
 from abliterator.record import Completion

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from abliterator.directions import Directions
-    from abliterator.model import LoadedModel
+    from abliterator.engines import Engine
     from abliterator.prompts import PromptSet
     from abliterator.subspace import MomentSet
 
@@ -61,12 +61,12 @@ def _shuffles(run: Run) -> int:
 def _run(run: Run) -> list[Path]:
     from abliterator.capture import save_moments
 
-    loaded = run.loaded(run.plan.source.folder)
-    positions = _positions(run, loaded)
+    engine = run.engine(run.plan.source.folder)
+    positions = _positions(run, engine)
     moments: dict[str, MomentSet] = {}
     vectors: dict[str, Tensor] = {}
     for name, prompts in _captured(run).items():
-        captured = _of_set(run, loaded, name, prompts, positions)
+        captured = _of_set(run, engine, name, prompts, positions)
         moments |= captured.moments
         vectors |= {name: captured.vectors} if captured.vectors is not None else {}
     save_moments(MOMENTS.path(run), moments)
@@ -76,7 +76,7 @@ def _run(run: Run) -> list[Path]:
     return [MOMENTS.path(run), DIFFERENCES.path(run)]
 
 
-def _positions(run: Run, loaded: LoadedModel) -> tuple[int, ...]:
+def _positions(run: Run, engine: Engine) -> tuple[int, ...]:
     """The positions that are captured, -1 first.
 
     Raises:
@@ -85,7 +85,7 @@ def _positions(run: Run, loaded: LoadedModel) -> tuple[int, ...]:
     from abliterator.model import template_tail
 
     chat, wanted = run.recipe.chat, run.recipe.directions.position
-    tail = template_tail(loaded.tokenizer, system=chat.system, template_kwargs=chat.template_kwargs)
+    tail = template_tail(engine.tokenizer, system=chat.system, template_kwargs=chat.template_kwargs)
     there = f"The chat template puts {len(tail)} tokens after every prompt"
     if wanted == "sweep":
         if not tail:
@@ -108,13 +108,11 @@ class _Captured(NamedTuple):
 
 
 def _of_set(
-    run: Run, loaded: LoadedModel, name: str, prompts: PromptSet, positions: tuple[int, ...]
+    run: Run, engine: Engine, name: str, prompts: PromptSet, positions: tuple[int, ...]
 ) -> _Captured:
     """One prompt set through the model: all of it, and random halves of it for each shuffle."""
     import torch
 
-    from abliterator.capture import residuals
-    from abliterator.model import block_paths
     from abliterator.subspace import Moments
 
     n, anatomy, settings = len(prompts.prompts), run.plan.anatomy, run.recipe.capture
@@ -130,10 +128,8 @@ def _of_set(
     paired = run.recipe.directions.stack == "within_layer" and name in ("target", "contrast")
     vectors = torch.zeros(n, len(positions), anatomy.n_layers, anatomy.d_model) if paired else None
     with run.progress.bar(f"capture {name}", n) as advance:
-        for batch, found in residuals(
-            loaded,
-            run.render(loaded, prompts.prompts, name=name),
-            blocks=block_paths(anatomy.blocks, anatomy.n_layers),
+        for batch, residuals in engine.hidden_states(
+            run.render(engine, prompts.prompts, name=name).token_ids,
             positions=positions,
             padding=settings.padding,
             max_batch_tokens=settings.max_batch_tokens,
@@ -141,9 +137,9 @@ def _of_set(
             for (part, position), accumulated in moments.items():
                 rows = [row for row, index in enumerate(batch) if index in parts[part]]
                 if rows:
-                    accumulated.update(found[rows, positions.index(position)])
+                    accumulated.update(residuals[rows, positions.index(position)])
             if vectors is not None:
-                vectors[batch] = found.float().cpu()
+                vectors[batch] = residuals.float().cpu()
             advance(len(batch))
     frozen = {
         _named(part, position, positions): one.freeze() for (part, position), one in moments.items()

@@ -17,9 +17,8 @@ from abliterator.pipeline.stages.rollouts import folder_of
 from abliterator.record import Divergence
 
 if TYPE_CHECKING:
-    from abliterator.comparison import DivergenceSettings
-    from abliterator.divergence import AnswerPath
-    from abliterator.model import LoadedModel
+    from abliterator.engines import AnswerPath, Engine
+    from abliterator.evaluation import DivergenceSettings
 
 
 RESULT = Artefact("divergence", "work/divergence.json")
@@ -40,6 +39,7 @@ def _base_key(run: Run) -> str:
             run.base_digest(),
             run.section("chat"),
             run.section("divergence"),
+            run.recipe.rollouts.max_new_tokens,
             prompt_sets(run).evaluation["neutral"].sha256,
             run.dtype,
             run.recipe.seed,
@@ -48,26 +48,27 @@ def _base_key(run: Run) -> str:
 
 
 def _run(run: Run) -> list[Path]:
-    from abliterator.comparison import DivergenceSettings, measure_divergence
+    from abliterator.evaluation import DivergenceSettings, measure_divergence
 
     recipe = run.recipe
     settings = DivergenceSettings(
         tokens=recipe.divergence.tokens,
+        max_new_tokens=recipe.rollouts.max_new_tokens,
         batch_size=run.batch_size,
         max_batch_tokens=recipe.capture.max_batch_tokens,
         seed=recipe.seed,
     )
     if not DIVERGENCE.kept(run):
         _write_paths(run, settings)
-    found = measure_divergence(
-        lambda side: run.loaded(folder_of(run, side)),
-        lambda loaded: _rendered(run, loaded),
+    divergence = measure_divergence(
+        lambda side: run.engine(folder_of(run, side)),
+        lambda engine: _rendered(run, engine),
         settings,
         scratch=run.workspace.work / "base_logits.bin",
         paths=_read_paths(run),
         bar=run.progress.bar,
     )
-    return [RESULT.write(run, found), PATHS.path(run)]
+    return [RESULT.write(run, divergence), PATHS.path(run)]
 
 
 def divergence_of(run: Run) -> Divergence:
@@ -75,22 +76,21 @@ def divergence_of(run: Run) -> Divergence:
     return RESULT.read_as(run, Divergence)
 
 
-def _rendered(run: Run, loaded: LoadedModel) -> list[list[int]]:
+def _rendered(run: Run, engine: Engine) -> list[list[int]]:
     settings = run.recipe.divergence
     asked = prompt_sets(run).evaluation["neutral"].prompts[: settings.limit]
-    return run.render(loaded, asked, name="neutral", max_new_tokens=settings.tokens)
+    rendered = run.render(engine, asked, name="neutral", max_new_tokens=settings.tokens)
+    return [list(ids) for ids in rendered.token_ids]
 
 
 def _write_paths(run: Run, settings: DivergenceSettings) -> None:
-    from abliterator.comparison import answer_paths
-
-    base = run.loaded(folder_of(run, "base"))
-    paths = answer_paths(base, _rendered(run, base), settings, bar=run.progress.bar)
+    base = run.engine(folder_of(run, "base"))
+    paths = settings.paths(base, _rendered(run, base), run.progress.bar)
     write_text_atomic(PATHS.path(run), json.dumps(paths) + "\n")
 
 
 def _read_paths(run: Run) -> list[AnswerPath]:
-    from abliterator.divergence import AnswerPath
+    from abliterator.engines import AnswerPath
 
     return [
         AnswerPath(tuple(ids), positions)
@@ -98,4 +98,4 @@ def _read_paths(run: Run) -> list[AnswerPath]:
     ]
 
 
-DIVERGENCE = Stage("divergence", 2, _key, _run, parts=_parts, asks_model=True)
+DIVERGENCE = Stage("divergence", 3, _key, _run, parts=_parts, asks_model=True)

@@ -15,7 +15,7 @@ from abliterator.pipeline.stages.prompts import prompt_sets
 from abliterator.record import Completion, Side
 
 if TYPE_CHECKING:
-    from abliterator.model import LoadedModel
+    from abliterator.engines import Engine
 
 
 SIDES: tuple[Side, ...] = get_args(Side)
@@ -48,7 +48,7 @@ def _run(run: Run) -> list[Path]:
     answers = {side: [c for c in completions(run) if c.side == side] for side in kept}
     for side in [side for side in SIDES if side not in kept]:
         # No name for the model here: it would keep the base in memory while the edited is loaded.
-        answers[side] = _answers(run, run.loaded(folder_of(run, side)), side)
+        answers[side] = _answers(run, run.engine(folder_of(run, side)), side)
     return [ANSWERS.write_lines(run, (c for side in SIDES for c in answers[side]))]
 
 
@@ -62,25 +62,21 @@ def folder_of(run: Run, side: Side) -> Path:
     return run.workspace.checkpoint
 
 
-def _answers(run: Run, loaded: LoadedModel, side: Side) -> list[Completion]:
-    from abliterator.generation import answer_sets
+def _answers(run: Run, engine: Engine, side: Side) -> list[Completion]:
+    from abliterator.evaluation import answer_sets
 
     settings = run.recipe.rollouts
-    asked = {
-        name: prompts.prompts[: settings.limit]
-        for name, prompts in prompt_sets(run).evaluation.items()
-    }
+    tokens = settings.max_new_tokens
     return answer_sets(
-        loaded,
+        engine,
         {
-            name: (
-                prompts,
-                run.render(loaded, prompts, name=name, max_new_tokens=settings.max_new_tokens),
+            name: run.render(
+                engine, prompts.prompts[: settings.limit], name=name, max_new_tokens=tokens
             )
-            for name, prompts in asked.items()
+            for name, prompts in prompt_sets(run).evaluation.items()
         },
         side=side,
-        max_new_tokens=settings.max_new_tokens,
+        max_new_tokens=tokens,
         batch_size=run.batch_size,
         bar=run.progress.bar,
     )

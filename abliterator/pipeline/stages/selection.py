@@ -6,29 +6,29 @@ The stage leaves work/sweep.json and pictures; `selected_layers` is what later s
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from abliterator.pipeline._judges import choosing_judge
 from abliterator.pipeline._run import Run
 from abliterator.pipeline._stage import Artefact, Stage
 from abliterator.pipeline.stages.capture import differences, fitted, shuffled
 from abliterator.pipeline.stages.prompts import prompt_sets
+from abliterator.record import Selection
 
 if TYPE_CHECKING:
     from abliterator.directions import Place, Subspace
-    from abliterator.model import LoadedModel
-    from abliterator.prompts import PromptSet
-    from abliterator.selection import Asked, Pool, Selection, Subject
+    from abliterator.evaluation import EvaluationContext, RenderedPrompts
+    from abliterator.selection import Pool, ScoringPrompts
 
 
 SWEEP = Artefact("selection", "work/sweep.json")
 
 
-def selection_of(run: Run) -> dict[str, Any] | None:
-    """What the selection stage measured, as plain values; None where the recipe names layers."""
-    return cast("dict[str, Any]", SWEEP.read(run)) if run.recipe.selects else None
+def selection_of(run: Run) -> Selection | None:
+    """What the selection stage measured; None where the recipe names layers."""
+    return SWEEP.read_as(run, Selection) if run.recipe.selects else None
 
 
 class SelectedLayers(NamedTuple):
@@ -59,14 +59,14 @@ def selected_layers(run: Run) -> SelectedLayers:
     return _selected(run, selection_of(run))
 
 
-def _selected(run: Run, selection: Mapping[str, Any] | None) -> SelectedLayers:
+def _selected(run: Run, selection: Selection | None) -> SelectedLayers:
     from abliterator.directions import Place
 
     position = run.recipe.directions.position
     if selection is not None:
-        k, layers, positions = selection["k"], selection["layers"], selection["positions"]
+        k, layers, positions = selection.k, selection.layers, selection.positions
     else:
-        k, layers, positions = run.plan.k, run.plan.layers, [position] * len(run.plan.layers)
+        k, layers, positions = run.plan.k, run.plan.layers, (-1 if position == "sweep" else position,) * len(run.plan.layers)
     n = {"within_layer": 1, "per_layer": len(layers)}.get(run.recipe.directions.stack, k)
     return SelectedLayers(tuple(map(Place, layers[:n], positions[:n])), k)
 
@@ -113,10 +113,11 @@ def _run(run: Run) -> list[Path]:
     from abliterator.selection import Gates, Search, choose
 
     recipe, asked = run.recipe, run.recipe.selection
-    subject = subject_of(run, run.loaded(run.plan.source.folder))
+    context, scoring = context_of(run)
     with run.progress.bar("selection", steps(run)) as advance:
-        found = choose(
-            subject,
+        selection = choose(
+            context,
+            scoring,
             pool_of(run),
             sweep=recipe.sweeps,
             k=asked.stacks if recipe.k == "auto" else recipe.k,
@@ -129,13 +130,13 @@ def _run(run: Run) -> list[Path]:
             ),
             on_step=lambda what: advance(1, status=what),
         )
-    selected = _selected(run, found.model_dump(mode="json"))
+    selected = _selected(run, selection)
     places = ", ".join(map(str, selected.places))
     run.progress.note(
-        f"Chosen: layers {places} (k = {found.k}: {found.why}). {found.structure.verdict}: "
-        f"{found.structure.because}."
+        f"Chosen: layers {places} (k = {selection.k}: {selection.why}). "
+        f"{selection.structure.verdict}: {selection.structure.because}."
     )
-    return [SWEEP.write(run, found), *_pictures(run, found, selected)]
+    return [SWEEP.write(run, selection), *_pictures(run, selection, selected)]
 
 
 def steps(run: Run) -> int:
@@ -145,49 +146,54 @@ def steps(run: Run) -> int:
     return 1 + swept + cost.get("stacks", 0)
 
 
-def subject_of(run: Run, loaded: LoadedModel) -> Subject:
-    """The loaded model with the prompts on which candidates are tried."""
-    from abliterator.model import block_paths
-    from abliterator.selection import Asked, Subject
+def context_of(run: Run) -> tuple[EvaluationContext, ScoringPrompts]:
+    """The base with the prompts on which candidates are judged, and those by which they are scored.
+
+    Held-out prompts are judged; directions may have been taken from the others.
+    """
+    from abliterator.evaluation import EvaluationContext
+    from abliterator.selection import KL_TOKENS, ScoringPrompts
 
     recipe, sets = run.recipe, prompt_sets(run)
+    engine, length = run.engine(run.plan.source.folder), recipe.selection.tokens
 
-    def asked(prompts: Sequence[str], name: str) -> Asked:
-        length = recipe.selection.tokens
-        return Asked(prompts, run.render(loaded, prompts, name=name, max_new_tokens=length))
+    def rendered(prompts: Sequence[str], name: str) -> RenderedPrompts:
+        return run.render(engine, prompts, name=name, max_new_tokens=length)
 
-    def sampled(prompts: PromptSet) -> Asked:
+    def sampled(name: str) -> RenderedPrompts:
+        prompts = sets.extraction[name]
         few = min(recipe.selection.scored, len(prompts.prompts))
-        return asked(random.Random(recipe.seed).sample(prompts.prompts, few), prompts.name)
+        chosen = random.Random(recipe.seed).sample(prompts.prompts, few)
+        return rendered(chosen, prompts.name)
 
-    return Subject(
-        loaded=loaded,
+    context = EvaluationContext(
+        engine=engine,
         plan=run.plan.edits,
-        blocks=block_paths(run.plan.anatomy.blocks, run.plan.anatomy.n_layers),
-        target=sampled(sets.extraction["target"]),
-        contrast=sampled(sets.extraction["contrast"]),
-        neutral=asked(sets.selection["neutral"].prompts, "selection neutral"),
-        held_out=asked(sets.selection["target"].prompts, "selection target"),
+        target=rendered(sets.selection["target"].prompts, "selection target"),
+        neutral=rendered(sets.selection["neutral"].prompts, "selection neutral"),
         judge=choosing_judge(run),
-        max_new_tokens=recipe.selection.tokens,
+        max_new_tokens=length,
+        kl_tokens=KL_TOKENS,
         batch_size=recipe.selection.batch_size,
         max_batch_tokens=recipe.capture.max_batch_tokens,
+        seed=recipe.seed,
     )
+    return context, ScoringPrompts(sampled("target"), sampled("contrast"))
 
 
-def _pictures(run: Run, found: Selection, selected: SelectedLayers) -> list[Path]:
+def _pictures(run: Run, selection: Selection, selected: SelectedLayers) -> list[Path]:
     from abliterator.plots import can_draw, draw_cosines, draw_curves
 
     if not can_draw():
         run.progress.note("No pictures: `pip install 'abliterator[plots]'` draws the sweep.")
         return []
     folder = run.workspace.work / "plots"
-    structure = found.structure
+    structure = selection.structure
     paths = [folder / "cosines.png"]
     draw_cosines(paths[0], structure.cosines, structure.layers)
-    if found.candidates:
+    if selection.candidates:
         paths.append(folder / "sweep.png")
-        ordered = sorted(found.candidates, key=lambda c: (-c.position, c.layer))
+        ordered = sorted(selection.candidates, key=lambda c: (-c.position, c.layer))
         answers = [c.answers for c in ordered]
         curves: dict[str, list[float | None]] = {
             "bypass, log-odds": [c.bypass for c in ordered],
@@ -201,4 +207,4 @@ def _pictures(run: Run, found: Selection, selected: SelectedLayers) -> list[Path
     return paths
 
 
-SELECTION = Stage("selection", 5, _key, _run, asks_model=True)
+SELECTION = Stage("selection", 6, _key, _run, asks_model=True)

@@ -18,11 +18,12 @@ from abliterator.pipeline._run import Run
 from abliterator.pipeline._stage import Artefact, Stage
 from abliterator.pipeline.stages.prompts import prompt_sets
 from abliterator.pipeline.stages.selection import extracted_subspace, selected_layers
+from abliterator.record import Tuning
 
 if TYPE_CHECKING:
     from abliterator.directions import Subspace
-    from abliterator.recipe import Recipe
-    from abliterator.tuning import Asked, Settings, Subject
+    from abliterator.evaluation import RenderedPrompts
+    from abliterator.tuning import TuningContext
 
 
 TUNED = Artefact("tuning", "work/tuning.json")  # trials, and the strengths of each
@@ -53,90 +54,84 @@ def _run(run: Run) -> list[Path]:
     from abliterator.tuning import tune
 
     cost = run.plan.tuning or {}
-    lessons = len(run.recipe.tuning.kl_weights)  # one round before each leg
-    with run.progress.bar("tuning", lessons + cost["steps"] + cost["points"]) as advance:
-        found = tune(
-            _subject(run),
+    rounds = len(run.recipe.tuning.kl_weights)  # of answers, one before each phase
+    steps = rounds + cost["steps"] + 2 * cost["points"] + 1
+    with run.progress.bar("tuning", steps) as advance:
+        tuned = tune(
+            _context(run),
             extracted_subspace(run).basis,
-            settings_of(run.recipe),
-            on_step=lambda what: advance(1, status=what),
+            scratch=run.workspace.work / "base_logits.bin",
+            on_step=lambda name: advance(1, status=name),
         )
-    bases = torch.stack([setting.basis for setting in found.settings])
+    bases = torch.stack([edit.basis for edit in tuned.edits])
     write_bytes_atomic(BASES.path(run), save({"bases": bases}))
-    tuned = {
-        "lessons": found.lessons,
-        "points": [point.model_dump(mode="json") for point in found.points],
-        "strengths": [dict(setting.strengths) for setting in found.settings],
-    }
-    return [TUNED.write(run, tuned), BASES.path(run)]
+    result = Tuning(
+        preference_pairs=tuned.preference_pairs,
+        trials=tuple(tuned.trials),
+        strengths=tuple(dict(edit.strengths) for edit in tuned.edits),
+    )
+    return [TUNED.write(run, result), BASES.path(run)]
 
 
-def settings_of(recipe: Recipe) -> Settings:
-    """The recipe's section as the plain arguments that the descent takes."""
-    from abliterator.tuning import Settings
+def _context(run: Run) -> TuningContext:
+    from abliterator.evaluation import EvaluationContext
+    from abliterator.tuning import TuningContext
 
-    tuning = recipe.tuning
-    return Settings(
-        strengths=recipe.edit.strength == "auto",
-        directions=recipe.directions.estimator == "tuned",
-        steps=tuning.steps,
-        batch=tuning.batch,
-        tokens=tuning.tokens,
-        kl_weights=tuning.kl_weights,
-        scales=tuning.scales,
+    recipe, sets = run.recipe, prompt_sets(run)
+    engine = run.engine(run.plan.source.folder)
+
+    def rendered(prompts: Sequence[str], name: str) -> RenderedPrompts:
+        return run.render(engine, prompts, name=name, max_new_tokens=recipe.selection.tokens)
+
+    def sampled(name: str) -> list[str]:
+        prompts = sets.extraction[name].prompts if name in sets.extraction else ()
+        few = min(recipe.tuning.prompts, len(prompts))
+        return random.Random(recipe.seed).sample(prompts, few)
+
+    evaluation = EvaluationContext(
+        engine=engine,
+        plan=run.plan.edits,
+        target=rendered(sets.selection["target"].prompts, "selection target"),
+        neutral=rendered(sets.selection["neutral"].prompts, "selection neutral"),
+        judge=choosing_judge(run),
+        max_new_tokens=recipe.selection.tokens,
+        kl_tokens=recipe.tuning.tokens,
+        batch_size=run.batch_size,
+        max_batch_tokens=recipe.capture.max_batch_tokens,
         seed=recipe.seed,
     )
-
-
-def _subject(run: Run) -> Subject:
-    from abliterator.tuning import Asked, Subject
-
-    loaded, sets = run.loaded(run.plan.source.folder), prompt_sets(run)
-
-    def asked(prompts: Sequence[str], name: str) -> Asked:
-        length = run.recipe.selection.tokens
-        return Asked(prompts, run.render(loaded, prompts, name=name, max_new_tokens=length))
-
-    def learned(name: str) -> list[str]:
-        prompts = sets.extraction[name].prompts if name in sets.extraction else ()
-        few = min(run.recipe.tuning.prompts, len(prompts))
-        return random.Random(run.recipe.seed).sample(prompts, few)
-
-    return Subject(
-        loaded=loaded,
-        plan=run.plan.edits,
-        target=asked(learned("target"), "target"),
+    return TuningContext(
+        evaluation=evaluation,
+        loaded=run.loaded(run.plan.source.folder),
+        target=rendered(sampled("target"), "target"),
         # the contrast must stay as it was too: it is as like target as can be
-        neutral=asked(learned("neutral") + learned("contrast"), "neutral and contrast"),
-        held_out=asked(sets.selection["target"].prompts, "selection target"),
-        held_out_neutral=asked(sets.selection["neutral"].prompts, "selection neutral"),
-        judge=choosing_judge(run),
-        max_new_tokens=run.recipe.selection.tokens,
-        batch_size=run.batch_size,
+        neutral=rendered(sampled("neutral") + sampled("contrast"), "neutral and contrast"),
+        config=recipe.tuning,
+        strengths=recipe.edit.strength == "auto",
+        directions=recipe.directions.estimator == "tuned",
     )
 
 
-def tuning_of(run: Run) -> dict[str, Any] | None:
-    """What the tuning stage found and which point the recipe prefers; None where nothing is tuned.
+def tuning_of(run: Run) -> Tuning | None:
+    """All trials and which one the recipe prefers; None where nothing is tuned.
 
     Raises:
-        DirectionError: if no point keeps the recipe's limit.
+        DirectionError: if no trial keeps the recipe's limit.
     """
-    from abliterator.tuning import Point, prefer
+    from abliterator.tuning import prefer
 
     if not run.recipe.tunes:
         return None
-    found: dict[str, Any] = TUNED.read(run)
+    tuning = TUNED.read_as(run, Tuning)
     wanted, max_kl = run.recipe.tuning, run.recipe.selection.max_kl
-    points = [Point.model_validate(point) for point in found["points"]]
-    found["taken"] = prefer(points, wanted.prefer, wanted.at_most, max_kl=max_kl)
-    return found
+    selected = prefer(tuning.trials, wanted.prefer, wanted.at_most, max_kl=max_kl)
+    return tuning.model_copy(update={"selected": selected})
 
 
-def tuning_record(run: Run) -> dict[str, Any] | None:
+def tuning_record(run: Run) -> Tuning | None:
     """The same for the record, without the strengths, which are in edits.json."""
-    found = tuning_of(run)
-    return found and {name: value for name, value in found.items() if name != "strengths"}
+    tuning = tuning_of(run)
+    return tuning and tuning.model_copy(update={"strengths": ()})
 
 
 def tuned_subspace(run: Run, layers: tuple[int, ...]) -> Subspace | None:
@@ -145,25 +140,25 @@ def tuned_subspace(run: Run, layers: tuple[int, ...]) -> Subspace | None:
 
     from abliterator.directions import Subspace
 
-    found = tuning_of(run)
-    if found is None:
+    tuning = tuning_of(run)
+    if tuning is None or tuning.selected is None:
         return None
     bases = load_file(BASES.checked(run))["bases"]
-    return Subspace(bases[found["taken"]], layers)
+    return Subspace(bases[tuning.selected], layers)
 
 
 def planned_edits(run: Run) -> EditPlan:
     """Which tensors are edited and how strongly: the plan's, at tuned strengths where asked for."""
-    found = tuning_of(run)
-    if found is None:
+    tuning = tuning_of(run)
+    if tuning is None or tuning.selected is None:
         return run.plan.edits
-    return run.plan.edits.with_strengths(found["strengths"][found["taken"]])
+    return run.plan.edits.with_strengths(tuning.strengths[tuning.selected])
 
 
 def tuned_inputs(run: Run) -> Any:
     """What an artefact that depends on the point that is taken depends on."""
-    found = tuning_of(run)
-    return found and [run.digest("tuning"), found["taken"]]
+    tuning = tuning_of(run)
+    return tuning and [run.digest("tuning"), tuning.selected]
 
 
-TUNING = Stage("tuning", 4, _key, _run, asks_model=True)
+TUNING = Stage("tuning", 5, _key, _run, asks_model=True)

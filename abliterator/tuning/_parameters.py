@@ -1,4 +1,4 @@
-"""What turns in a descent: a strength for each writer, and the directions."""
+"""The trainable parameters of an edit: a strength for each writer, and the directions."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from torch import Tensor, nn
 
 from abliterator.bake import preview_edit
 from abliterator.subspace import orthonormal_columns
-from abliterator.tuning._types import Setting, Settings, Subject
+from abliterator.tuning._types import TunedEdit, TuningContext
 
 STRONGEST = 1.3  # a little beyond removal (1); at 2 an edit would mirror what it should remove
 STRENGTH_RATE = 0.25  # of Adam, on the logit of strength / STRONGEST
 DIRECTION_RATE = 0.25  # of Adam, in typical coordinates of a unit vector (H ** -0.5)
-SLOWEST = 0.1  # share of its rate that a leg ends with
+SLOWEST = 0.1  # share of its rate that a phase ends with
 
 
-class Knobs:
+class EditParameters:
     """Strengths as logits, one a writer's module, and directions as the columns of a matrix.
 
     Where each block has a subspace of its own, there is a matrix for each.
@@ -27,20 +27,20 @@ class Knobs:
     A strength starts half way to `STRONGEST`, where it can move both ways, unless it is not tuned.
     """
 
-    def __init__(self, subject: Subject, basis: Tensor, settings: Settings) -> None:
-        self._subject = subject
-        planned = {edit.writer.module: edit.strength for edit in subject.plan.edits}
-        device = subject.loaded.device
+    def __init__(self, context: TuningContext, basis: Tensor) -> None:
+        self._subject = context
+        planned = {edit.writer.module: edit.strength for edit in context.plan.edits}
+        device = context.loaded.device
         self._modules = list(planned)
         self._fixed = None
-        if not settings.strengths:
+        if not context.strengths:
             self._fixed = torch.tensor(list(planned.values()), device=device)
         self._logits = nn.Parameter(torch.zeros(len(planned), device=device))
         self._columns = nn.Parameter(basis.to(device, torch.float32, copy=True))
-        self._columns.requires_grad_(settings.directions)
+        self._columns.requires_grad_(context.directions)
 
     def optimiser(self) -> torch.optim.Optimizer:
-        """Adam, with a rate for each kind of knob."""
+        """Adam, with a rate for strengths and one for directions."""
         tuned = [{"params": [self._logits], "lr": STRENGTH_RATE}]
         if self._fixed is not None:
             tuned = []
@@ -50,17 +50,17 @@ class Knobs:
         return torch.optim.Adam(tuned)
 
     @contextmanager
-    def turned(self) -> Iterator[None]:
-        """The model edited as the knobs stand; gradients flow to them."""
+    def applied(self) -> Iterator[None]:
+        """The model under the edit with these parameters; gradients flow to them."""
         strengths = dict(zip(self._modules, self._strengths(), strict=True))
         with preview_edit(self._subject.loaded, self._subject.plan, self._basis(), strengths):
             yield
 
-    def setting(self) -> Setting:
-        """As the knobs stand, without gradients."""
+    def edit(self) -> TunedEdit:
+        """The edit with these parameters, without gradients."""
         basis = orthonormal_columns(self._columns.detach())
         strengths = self._strengths().detach().tolist()
-        return Setting(basis, dict(zip(self._modules, strengths, strict=True))).scaled(1)
+        return TunedEdit(basis, dict(zip(self._modules, strengths, strict=True))).scaled(1)
 
     def _strengths(self) -> Tensor:
         return STRONGEST * self._logits.sigmoid() if self._fixed is None else self._fixed
@@ -73,16 +73,16 @@ class Knobs:
         return basis
 
 
-def mean_of(settings: Sequence[Setting]) -> Setting:
+def mean_of(edits: Sequence[TunedEdit]) -> TunedEdit:
     """The mean of edits that lie near to one another."""
-    basis = orthonormal_columns(torch.stack([s.basis for s in settings]).mean(dim=0))
-    modules = settings[0].strengths
-    mean = {m: sum(s.strengths[m] for s in settings) / len(settings) for m in modules}
-    return Setting(basis, mean).scaled(1)
+    basis = orthonormal_columns(torch.stack([e.basis for e in edits]).mean(dim=0))
+    modules = edits[0].strengths
+    mean = {m: sum(e.strengths[m] for e in edits) / len(edits) for m in modules}
+    return TunedEdit(basis, mean).scaled(1)
 
 
 def slow_down(optimiser: torch.optim.Optimizer, share: float) -> None:
-    """Sets the rates to what they are when `share` of a leg is done: a cosine down to `SLOWEST`."""
+    """Sets the rates to what they are when `share` of a phase is done: a cosine down to `SLOWEST`."""
     factor = SLOWEST + (1 - SLOWEST) * (1 + math.cos(math.pi * share)) / 2
     for group in optimiser.param_groups:
         group["lr"] = factor * group.setdefault("initial_lr", group["lr"])

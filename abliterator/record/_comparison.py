@@ -1,4 +1,4 @@
-"""What a comparison found; JSON both ways."""
+"""Results of a comparison of two checkpoints."""
 
 from __future__ import annotations
 
@@ -6,16 +6,16 @@ from typing import Literal
 
 from pydantic import Field
 
-from abliterator.record import (
+from abliterator.record._measured import (
     Behaviour,
     BenchmarkResult,
     Divergence,
     Estimate,
     Frozen,
-    JudgeIdentity,
 )
+from abliterator.record._run import JudgeIdentity
 
-Verdict = Literal[
+WeightVerdict = Literal[
     "identical",
     "config",
     "rounding",
@@ -26,7 +26,7 @@ Verdict = Literal[
     "other",
 ]
 Part = Literal["chat_template", "tokenizer", "stop_tokens", "generation_config", "config", "code"]
-Asked = Literal["alike", "as_base", "apart"]
+Asking = Literal["alike", "as_base", "apart"]
 Measurement = Literal["behaviour", "divergence", "benchmarks"]
 
 
@@ -68,7 +68,7 @@ class WeightDiff(Frozen):
     only_base: tuple[str, ...]
     only_edited: tuple[str, ...]
     deltas: tuple[TensorDelta, ...]
-    verdict: Verdict
+    verdict: WeightVerdict
     rank: int | None
 
 
@@ -93,7 +93,7 @@ class Comparison(Frozen):
     base: str
     edited: str
     beside: tuple[Difference, ...] = ()
-    asked: Asked = "alike"
+    asked: Asking = "alike"
     withheld: dict[Measurement, str] = Field(default_factory=dict)
     weights: WeightDiff
     behaviour: dict[str, Behaviour] = Field(default_factory=dict)

@@ -1,0 +1,107 @@
+"""Typed results, JSON both ways.
+
+`RunRecord` is the contract that the card and other tools read
+(`checkpoint/abliterator/record.json`). A measurement that was not made is `None` (JSON `null`),
+never 0. Rates and means travel as `Estimate`: a value with its interval and n.
+
+    record = RunRecord.model_validate_json(read_text(path))
+    record.behaviour["target"].base.refusal.value
+"""
+
+from abliterator.record._comparison import (
+    Asking,
+    Comparison,
+    Difference,
+    Measurement,
+    OwnScores,
+    Part,
+    TensorDelta,
+    WeightDiff,
+    WeightVerdict,
+)
+from abliterator.record._measured import (
+    Behaviour,
+    BehaviourSide,
+    BenchmarkResult,
+    Completion,
+    Divergence,
+    Estimate,
+    FinishReason,
+    Frozen,
+    Grade,
+    Guards,
+    Side,
+    Verdict,
+    VerdictKind,
+)
+from abliterator.record._run import (
+    EditSummary,
+    JudgeIdentity,
+    ModelIdentity,
+    PromptOrigin,
+    Provenance,
+    QuantizedEdits,
+    Quotation,
+    RunRecord,
+    TensorEdit,
+    Tool,
+)
+from abliterator.record._selection import (
+    AnswerSummary,
+    Candidate,
+    Rung,
+    Selection,
+    SelectionBase,
+    Stack,
+    Structure,
+)
+from abliterator.record._study import Agreement, ContrastDifference, Study, StudyRow
+from abliterator.record._tuning import Trial, Tuning
+
+__all__ = [
+    "Agreement",
+    "AnswerSummary",
+    "Asking",
+    "Behaviour",
+    "BehaviourSide",
+    "BenchmarkResult",
+    "Candidate",
+    "Comparison",
+    "Completion",
+    "ContrastDifference",
+    "Difference",
+    "Divergence",
+    "EditSummary",
+    "Estimate",
+    "FinishReason",
+    "Frozen",
+    "Grade",
+    "Guards",
+    "JudgeIdentity",
+    "Measurement",
+    "ModelIdentity",
+    "OwnScores",
+    "Part",
+    "PromptOrigin",
+    "Provenance",
+    "QuantizedEdits",
+    "Quotation",
+    "RunRecord",
+    "Rung",
+    "Selection",
+    "SelectionBase",
+    "Side",
+    "Stack",
+    "Structure",
+    "Study",
+    "StudyRow",
+    "TensorDelta",
+    "TensorEdit",
+    "Tool",
+    "Trial",
+    "Tuning",
+    "Verdict",
+    "VerdictKind",
+    "WeightDiff",
+    "WeightVerdict",
+]

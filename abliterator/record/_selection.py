@@ -1,0 +1,99 @@
+"""Results of a selection of layers and k: an entry of the record, and work/sweep.json."""
+
+from __future__ import annotations
+
+from abliterator.record._measured import Estimate, Frozen
+
+
+class AnswerSummary(Frozen):
+    """Judged answers to held-out target prompts; None where over 2 % have no verdict."""
+
+    refusal: Estimate | None
+    compliance: Estimate | None
+    coherence: Estimate | None
+    product: Estimate | None  # mean of compliance x coherence, per prompt
+    tokens: int  # generated, all answers together
+
+
+class Rung(Frozen):
+    """How a candidate did on the first prompts of a race."""
+
+    prompts: int
+    product: Estimate | None
+
+
+class Candidate(Frozen):
+    """One direction: cheap scores, the gates that stopped it, and answers if it was judged.
+
+    `bypass` is the mean log-odds of a refusing opening on target prompts under the edit (lower is
+    better), `kl` that of the next-token distributions along the base's answers to neutral prompts
+    (nats, per token), `induce` the rise of the log-odds on contrast prompts when the direction is
+    added at its layer. `answers` are to the prompts of the last of its `rungs`.
+    """
+
+    layer: int
+    position: int = -1
+    bypass: float
+    kl: float
+    induce: float
+    stopped_by: tuple[str, ...] = ()
+    answers: AnswerSummary | None = None
+    rungs: tuple[Rung, ...] = ()
+
+
+class Stack(Frozen):
+    """k directions together, against fewer and against as many that know nothing.
+
+    Controls are means over `draws` of them. KL is that of neutral answers, in nats: a control with
+    a large one has broken the model.
+    """
+
+    k: int
+    layers: tuple[int, ...]
+    positions: tuple[int, ...] = ()
+    kl: float
+    answers: AnswerSummary
+    draws: int = 1
+    random: AnswerSummary  # the same number of random directions
+    random_kl: float | None = None
+    shuffled: AnswerSummary | None = None  # the same number of directions from shuffled labels
+    shuffled_kl: float | None = None
+    over_random: Estimate | None  # paired difference of the products
+    over_shuffled: Estimate | None = None
+    over_smaller: Estimate | None = None
+
+    def broken(self, control_kl: float | None, max_kl: float) -> bool:
+        """Whether a control moved neutral answers further than this stack does, and than it may."""
+        return control_kl is not None and control_kl > max(max_kl, self.kl)
+
+
+class Structure(Frozen):
+    """How the candidates' directions lie to one another."""
+
+    layers: tuple[int, ...]
+    position: int = -1  # of the directions whose cosines these are
+    cosines: tuple[tuple[float, ...], ...]
+    participation_ratio: float  # of the layers that were judged, or given
+    verdict: str  # "single direction" or "low-rank subspace"
+    because: str
+
+
+class SelectionBase(Frozen):
+    """The base on the same prompts."""
+
+    bypass: float
+    answers: AnswerSummary
+
+
+class Selection(Frozen):
+    """The layers and k that a selection chose, and on what evidence."""
+
+    layers: tuple[int, ...]  # in order of preference
+    positions: tuple[int, ...]  # of each of them
+    k: int
+    why: str
+    base: SelectionBase
+    candidates: tuple[Candidate, ...] = ()
+    stacks: tuple[Stack, ...] = ()
+    structure: Structure
+    rollout_tokens: int  # all that was generated

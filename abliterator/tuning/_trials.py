@@ -1,0 +1,100 @@
+"""What each tuned edit does to held-out prompts, which are on the front, and which one is baked."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from abliterator.errors import DirectionError
+from abliterator.evaluation import MeasuredEdit
+from abliterator.record import Trial
+
+Preference = Literal["product", "refusals_at_most", "kl_at_most"]
+
+NO_WORSE = 0.02  # less product than the best: a prompt or two, which chance decides
+
+
+def trial_of(
+    measured: MeasuredEdit, start: Tensor, basis: Tensor, *, kl_weight: float, scale: float
+) -> Trial:
+    """A measured edit as a trial.
+
+    Args:
+        measured: the edit on held-out prompts.
+        start: Q [H, k], or [L, H, k], that the descent began with.
+        basis: of the edit.
+        kl_weight: with which it was found.
+        scale: of its strengths.
+    """
+    summary, kl = measured.judged.summary, [path.kl for path in measured.paths]
+    return Trial(
+        kl_weight=kl_weight,
+        scale=scale,
+        cosine=_cosine(start, basis),
+        kl=float(torch.cat(kl).mean()),
+        kl_first_token=float(torch.stack([path[0] for path in kl]).mean()),
+        **summary.model_dump(exclude={"tokens"}),
+    )
+
+
+def _cosine(start: Tensor, basis: Tensor) -> float:
+    """The least singular value of Q_startᵀ Q, over all blocks where each has its own."""
+    return float(torch.linalg.svdvals(start.double().mT @ basis).min())
+
+
+def with_front(trials: Sequence[Trial]) -> list[Trial]:
+    """The trials, each told whether no other has both as high a product and as low a KL."""
+    return [
+        trial.model_copy(update={"on_front": not any(_beats(other, trial) for other in trials)})
+        for trial in trials
+    ]
+
+
+def prefer(
+    trials: Sequence[Trial],
+    preference: Preference,
+    at_most: float | None = None,
+    *,
+    max_kl: float = math.inf,
+) -> int:
+    """Which trial is taken: its index.
+
+    `product` takes the best mean of compliance x coherence among those with at most `max_kl` nats a
+    token, `kl_at_most` the same with a limit of its own, `refusals_at_most` the least KL among
+    those with at most that share of refusals. Where products are within `NO_WORSE`, the least KL
+    decides. Never the loss that was descended: that is what a model learns to please.
+
+    Raises:
+        DirectionError: if no trial keeps the limit; it names the nearest.
+    """
+
+    def measure(trial: Trial) -> float:
+        refusal = trial.refusal.value if trial.refusal else 1.0
+        return refusal if preference == "refusals_at_most" else trial.kl
+
+    limit = max_kl if at_most is None else at_most
+    allowed = [i for i, trial in enumerate(trials) if measure(trial) <= limit]
+    if not allowed:
+        nearest = min(map(measure, trials))
+        raise DirectionError(
+            f"No tuned trial keeps to {limit:g} (`tuning.prefer: {preference}`); the nearest has "
+            f"{nearest:.3g}. Allow more (`tuning.at_most`, `selection.max_kl`), or give more "
+            "`tuning.steps` or other `tuning.kl_weights`."
+        )
+    best = max(_product(trials[i]) for i in allowed)
+    if preference != "refusals_at_most":
+        allowed = [i for i in allowed if _product(trials[i]) >= best - NO_WORSE]
+    return min(allowed, key=lambda i: trials[i].kl)
+
+
+def _beats(one: Trial, other: Trial) -> bool:
+    at_least = _product(one) >= _product(other) and one.kl <= other.kl
+    return at_least and (_product(one), one.kl) != (_product(other), other.kl)
+
+
+def _product(trial: Trial) -> float:
+    return trial.product.value if trial.product else 0.0
