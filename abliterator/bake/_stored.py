@@ -77,10 +77,10 @@ def edit_stored(
         pairs = zip(sources, targets, strict=True)
     sums = _Sums()
     for source, target in pairs:
-        change = _MatrixEditor(removal.to(source.compute), edit, settings, target)
+        editor = _MatrixEditor(removal.to(source.compute), edit, settings, target, sums)
         for start, stop in source.ranges(PANEL_ELEMENTS):
-            change.apply(source, start, stop, sums)
-        change.finish(sums)
+            editor.apply(source, start, stop)
+        editor.finish()
     return sums.result(measured=edit.layout.quantized)
 
 
@@ -134,12 +134,16 @@ class _MatrixEditor:
     """Edits one stored matrix, panel by panel."""
 
     def __init__(
-        self, removal: Removal, edit: PlannedEdit, settings: EditSettings, target: Matrix
+        self,
+        removal: Removal,
+        edit: PlannedEdit,
+        settings: EditSettings,
+        target: Matrix,
+        sums: _Sums,
     ) -> None:
         from abliterator.subspace import compensating_rows
 
-        self._removal, self._edit = removal, edit
-        self._strength = edit.strength
+        self._removal, self._edit, self._sums = removal, edit, sums
         # a bias is no matrix with columns that scale what was read: it has no norm to keep
         self._keeps_norms = settings.norm == "column" and edit.writer.kind == "weight"
         self._target = target
@@ -148,19 +152,24 @@ class _MatrixEditor:
         self._rows = compensating_rows(removal.read) if compensates else None
         self._deferred: list[_DeferredPanel] = []
 
-    def apply(self, source: Matrix, start: int, stop: int, sums: _Sums) -> None:
+    def apply(self, source: Matrix, start: int, stop: int) -> None:
         """Edits and stores columns `start` to `stop` of `source`, rounded to nearest."""
         from abliterator.subspace import keep_column_norms
 
+        sums = self._sums
         exact, scale = source.get(start, stop)
         if scale is not None:
             exact.mul_(scale)
         if self._measures:
             sums.size += _square(exact)
         lengths = exact.norm(dim=0) if self._keeps_norms else None
-        wrote = _square(self._removal.remove(exact, self._strength))
+        wrote = _square(self._removal.remove(exact, self._edit.strength))
         if not isfinite(wrote):
-            raise damaged(Path(self._edit.info.file), _not_finite(self._edit.info.name))
+            raise damaged(
+                Path(self._edit.info.file),
+                f"{self._edit.info.name} has numbers that are infinite, NaN or too large to "
+                "compute with, or a gain that its output goes through has",
+            )
         sums.wrote += wrote
         if lengths is not None:
             exact = keep_column_norms(exact, lengths)
@@ -182,9 +191,9 @@ class _MatrixEditor:
             _DeferredPanel(start, exact[rows], stored[rows], units, writes, error)
         )
         if sum(panel.exact.numel() for panel in self._deferred) >= DEFERRED_ELEMENTS:
-            self.finish(sums)
+            self.finish()
 
-    def finish(self, sums: _Sums) -> None:
+    def finish(self) -> None:
         """Rounds the rows of the deferred panels again, so that they compensate the error."""
         from abliterator.subspace import compensate
 
@@ -208,16 +217,9 @@ class _MatrixEditor:
         for panel, (start, stop) in zip(panels, pairwise(edges), strict=True):
             self._target.put(panel.start, numbers[:, start:stop], self._rows)
         writes = _joined([panel.writes for panel in panels])
-        sums.writes += _square(writes + read.T @ (after - before))
+        self._sums.writes += _square(writes + read.T @ (after - before))
         if self._measures:
-            sums.noise += _square(after - exact) - _square(before - exact)
-
-
-def _not_finite(tensor: str) -> str:
-    return (
-        f"{tensor} has numbers that are infinite, NaN or too large to compute with, or a gain that "
-        "its output goes through has"
-    )
+            self._sums.noise += _square(after - exact) - _square(before - exact)
 
 
 def _joined(parts: list[Tensor]) -> Tensor:
