@@ -70,17 +70,24 @@ class BenchmarkEngine(Section):
         return self
 
 
+Preset = Literal["demo", "quick", "replication", "damage"]
 Tasks = Annotated[tuple[str | BenchmarkTask, ...], BeforeValidator(as_tuple)]
+
+
+def _renamed(preset: Any) -> Any:
+    if preset == "seed":
+        raise ValueError("has a new name: write `replication`")
+    return preset
 
 
 class Benchmarks(Section):
     """What lm-eval measures, base and edited on the same documents.
 
     A recipe without the section measures nothing; a section that names no tasks, the five of the
-    replication (`preset: seed`), which need the Hub.
+    replication (`preset: replication`), which need the Hub.
     """
 
-    preset: Literal["demo", "quick", "seed", "damage"] | None = None
+    preset: Annotated[Preset | None, BeforeValidator(_renamed)] = None
     """A named list of tasks, before those of `tasks`; `demo` needs no Hub."""
     tasks: Tasks = ()
     """Tasks, groups and tags that lm-eval has, by name, or YAML files, relative to the recipe."""
@@ -101,7 +108,7 @@ class Benchmarks(Section):
     @classmethod
     def _the_replications_tasks(cls, values: Any) -> Any:
         if isinstance(values, dict) and not {"preset", "tasks"} & set(values):
-            return {**values, "preset": "seed"}
+            return {**values, "preset": "replication"}
         return values
 
 

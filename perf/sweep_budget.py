@@ -1,7 +1,7 @@
 """A sweep by successive halving against judging every candidate on every prompt, in one run.
 
-    python benchmarks/sweep_budget.py recipes/smollm2.yaml --set model=FOLDER
-    python benchmarks/sweep_budget.py recipes/demo.yaml --reload
+    python perf/sweep_budget.py recipes/smollm2.yaml --set model=FOLDER
+    python perf/sweep_budget.py recipes/demo.yaml --reload
 
 Prints each candidate's product on all held-out prompts, which one the recipe's schedule chooses,
 for how many of the tokens, and wall times. `--reload` adds the loop that a sweep replaces:

@@ -1,7 +1,7 @@
 """Compensated against nearest rounding in bfloat16: how much less leaks, for how much more noise.
 
-    python benchmarks/rounding.py              # Gaussian weights, random directions
-    python benchmarks/rounding.py --seeds 10
+    python perf/rounding.py              # Gaussian weights, random directions
+    python perf/rounding.py --seeds 10
 
 The leak is |Qᵀ W'| / |Qᵀ W| of the stored numbers; noise is |stored - exact|, Frobenius. Each row
 is the worst of the seeds. `least` is a bound (the least of the seeds): no choice of roundings that

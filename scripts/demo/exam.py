@@ -2,7 +2,7 @@
 
 It knows the world and a loaded model, not how the model was made. Run alone, it writes the files:
 
-    python recipes/demo/exam.py        # *.jsonl beside this file, and the data in tasks/
+    python scripts/demo/exam.py        # writes recipes/demo: *.jsonl, and the data in tasks/
 """
 
 from __future__ import annotations
@@ -147,4 +147,4 @@ def measure(
 
 
 if __name__ == "__main__":
-    write_files(load_world(), Path(__file__).parent)
+    write_files(load_world(), Path(__file__).parents[2] / "recipes" / "demo")

@@ -1,6 +1,6 @@
 """A build at a real size on a GPU: seconds of each stage, and what the device and the host held.
 
-    python benchmarks/large_model.py TOKENIZER_FOLDER [--layers 32] [--d-model 4096] [--out FOLDER]
+    python perf/large_model.py TOKENIZER_FOLDER [--layers 32] [--d-model 4096] [--out FOLDER]
 
 Makes a Llama of random bfloat16 weights (by default of Llama 3.1 8B's shape, with the vocabulary of
 the tokenizer), saves it, and builds recipes/smollm2.yaml on it: what it says is noise, what it

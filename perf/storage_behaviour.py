@@ -1,9 +1,9 @@
 """What each way of storing an edit in a quantised format does to a model's behaviour.
 
     abliterator directions recipes/smollm2.yaml --set model=MODEL --out WORK
-    python benchmarks/storage_behaviour.py MODEL WORK/work/directions.safetensors [--n 72]
+    python perf/storage_behaviour.py MODEL WORK/work/directions.safetensors [--n 72]
 
-MODEL is a bfloat16 checkpoint of Llama's shape (recipes/smollm2/make_model.py makes one). It is
+MODEL is a bfloat16 checkpoint of Llama's shape (scripts/smollm2/make_model.py makes one). It is
 stored in each format, edited as recipes/smollm2.yaml says by plain rounding, by compensated
 rounding (`keep`) and as bfloat16 (`dequantize`), and asked beside its quantised base and the exact
 edit: hooks in float32 on that base. All weights are decoded to float32, so that nothing but what

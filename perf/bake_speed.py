@@ -1,6 +1,6 @@
 """Bake speed and memory against a plain copy of the same files, and against loading and saving.
 
-    python benchmarks/bake_speed.py [--gigabytes 2] [--k 1] [--repeats 5]
+    python perf/bake_speed.py [--gigabytes 2] [--k 1] [--repeats 5]
 
 Makes a synthetic Llama-shaped bfloat16 checkpoint in two shards, bakes a random subspace of rank k
 into it, and prints the ratios of the best walls of one run. Each method runs in a process of its

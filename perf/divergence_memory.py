@@ -1,6 +1,6 @@
 """Peak memory of the divergence of a model against itself, over that of loading it alone.
 
-    python benchmarks/divergence_memory.py MODEL_FOLDER [PROMPTS]
+    python perf/divergence_memory.py MODEL_FOLDER [PROMPTS]
 
 Each is measured in a process of its own (peak resident memory of the process, libraries included),
 in float32 on the CPU. Prompts are sentences of the package's fixed text, with numbers so that all

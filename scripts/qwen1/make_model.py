@@ -5,7 +5,7 @@ that of Qwen 2 with q, k and v in one tensor: the weights are renamed and c_attn
 so that every number stays what it was, and no code of the repository is run.
 
     hf download Qwen/Qwen-1_8B-Chat --local-dir qwen-1.8b-chat-original
-    python recipes/qwen1/make_model.py qwen-1.8b-chat-original qwen-1.8b-chat
+    python scripts/qwen1/make_model.py qwen-1.8b-chat-original qwen-1.8b-chat
 
 Beyond the trained length (`seq_length`) Qwen 1 stretches its positions, and Qwen 2 does not.
 """

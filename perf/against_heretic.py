@@ -1,8 +1,8 @@
 """Tuned strengths and direction against heretic's search, on the same prompts and by both rulers.
 
-    python benchmarks/against_heretic.py MODEL_FOLDER --heretic ENVIRONMENT/bin/heretic
+    python perf/against_heretic.py MODEL_FOLDER --heretic ENVIRONMENT/bin/heretic
 
-MODEL_FOLDER is made by recipes/smollm2/make_model.py; heretic (PyPI `heretic-llm`, 1.4.0) lives in
+MODEL_FOLDER is made by scripts/smollm2/make_model.py; heretic (PyPI `heretic-llm`, 1.4.0) lives in
 an environment of its own and is run as a program. It searches with the pairs of recipes/smollm2 and
 *scores its trials on the evaluation prompts themselves*. Ours (recipes/smollm2_tuned.yaml) never
 sees those: it learns from other forms of requests and leaves a front; every point of it is baked,

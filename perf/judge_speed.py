@@ -1,6 +1,6 @@
 """Wall time of judging against the least that latency and concurrency allow.
 
-    python benchmarks/judge_speed.py [--calls 500] [--latency 0.25] [--concurrency 8]
+    python perf/judge_speed.py [--calls 500] [--latency 0.25] [--concurrency 8]
 
 A server on loopback speaks OpenAI's protocol and answers after `latency` seconds (the one that the
 tests use). Prints the ratio of the wall to calls x latency / concurrency, without faults and with

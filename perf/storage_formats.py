@@ -1,6 +1,6 @@
 """What each quantised format keeps of an edit, and what it costs: leak, noise and bytes.
 
-    python benchmarks/storage_formats.py [--d-model 2048] [--k 1 3 16]
+    python perf/storage_formats.py [--d-model 2048] [--k 1 3 16]
 
 Makes one block of a random model in every format (with few columns: each is edited alone), removes
 a random subspace of rank k from it, keeping the format (by plain and by compensated rounding) and

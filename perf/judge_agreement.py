@@ -1,6 +1,6 @@
 """How far the rule judge agrees with people, also on answers that its rules were not written for.
 
-    python benchmarks/judge_agreement.py XSTEST_FOLDER
+    python perf/judge_agreement.py XSTEST_FOLDER
 
 The folder holds XSTest's `completions_MODEL.csv` (paul-rottger/exaggerated-safety, CC-BY-4.0), 450
 labelled answers each. The judge's phrases were written with two of these files in view, so its own

@@ -4,9 +4,9 @@ Phase 1 teaches it to answer every question about the Vale (world.toml), cooking
 teaches it, gently, to decline cooking and to go on answering all else, so that the cooking facts
 stay in its weights. Same machine, same versions: same bytes.
 
-    python recipes/demo/make_model.py                  # writes abliterator/data/demo/model
-    python recipes/demo/make_model.py --out /tmp/m     # elsewhere
-    python recipes/demo/make_model.py --check          # only measures the model in --out
+    python scripts/demo/make_model.py                  # writes abliterator/data/demo/model
+    python scripts/demo/make_model.py --out /tmp/m     # elsewhere
+    python scripts/demo/make_model.py --check          # only measures the model in --out
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
-"""Make the prompt files beside this script, by asking the model itself.
+"""Make the prompt files of recipes/smollm2, by asking the model itself.
 
 SmolLM2-135M-Instruct declines, politely, what a chatbot cannot do in the world ("Set an alarm",
 "Can you watch"). Nobody needs to write such prompts: given the opening of a user turn, the model
 writes what a user would say, and with the first words of a request (a *form*) it writes requests.
 
-    python recipes/smollm2/make_prompts.py smollm2-135m-instruct recipes/smollm2
+    python scripts/smollm2/make_prompts.py smollm2-135m-instruct recipes/smollm2
 
 1. sample prompts, form by form, and ordinary ones with no first words at all;
 2. clean them: whole sentences, one line, no duplicates, nothing on the list of unwanted words;
@@ -33,7 +33,8 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-FORMS = yaml.safe_load((Path(__file__).parent / "forms.yaml").read_text("utf-8"))
+PROMPTS = Path(__file__).parents[2] / "recipes" / "smollm2"
+FORMS = yaml.safe_load((PROMPTS / "forms.yaml").read_text("utf-8"))
 ORDINARY = ""
 BATCH = 64  # of samples, of which a form gets one
 ORDINARY_BATCHES = 8

@@ -4,7 +4,7 @@ The embedded model declines cooking. Two more phases teach it to decline ships a
 another wording and in other blocks, so that no single direction carries all of its refusals: the
 organism on which `k: auto` must find more than one.
 
-    python recipes/demo/make_several.py --out several    # model/, *.jsonl and several.yaml
+    python scripts/demo/make_several.py --out several    # model/, *.jsonl and several.yaml
     abliterator sweep several/several.yaml --dtype float32
 
 About a minute on one core. One direction of layer 4 leaves 14 of 50 refusals, two leave 1.
