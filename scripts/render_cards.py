@@ -1,7 +1,7 @@
 """Write every card of model_cards/ again, each from the record beside it.
 
     python scripts/render_cards.py            # NAME.md from NAME.json, for every record
-    python scripts/render_cards.py NAME OUT   # after copying the record of a new build in OUT to NAME.json
+    python scripts/render_cards.py NAME OUT   # ... after copying the record of the build in OUT
 
 Only models that were really built have a record, and so a card.
 """

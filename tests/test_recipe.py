@@ -259,5 +259,5 @@ def test_a_benchmarks_section_without_tasks_means_those_of_the_replication(tmp_p
 
 
 def test_the_old_name_of_the_replications_preset_says_the_new_one(recipe):
-    with pytest.raises(RecipeError, match="`benchmarks.preset` has a new name.*`replication`"):
+    with pytest.raises(RecipeError, match=r"`benchmarks.preset` has a new name.*`replication`"):
         recipe(THREE_LINES + "benchmarks: {preset: seed}")
