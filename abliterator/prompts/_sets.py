@@ -5,31 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from abliterator.errors import PromptError
 from abliterator.prompts._compare import comparison_key, near_duplicates, normalised
-
-
-@dataclass(frozen=True, kw_only=True)
-class PromptSource:
-    """Where prompts are to be read from: a local file or a Hub dataset, exactly one of them.
-
-    `revision`, `config` and `split` belong to a dataset. `column` is its column, or the key in a
-    .jsonl file. `where` keeps the rows whose columns (or keys) have these values. `limit` keeps the
-    first so many, counted after duplicates are gone.
-    """
-
-    path: Path | None = None
-    dataset: str | None = None
-    revision: str | None = None
-    config: str | None = None
-    split: str | None = None
-    column: str | None = None
-    where: Mapping[str, str | int | bool] = field(default_factory=dict)
-    limit: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
