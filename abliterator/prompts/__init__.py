@@ -1,10 +1,10 @@
 """Prompt sets: read from a file or a Hub dataset, pinned, without duplicates, split, compared.
 
-A set is known by its prompts (`sha256`) and by where they came from: a dataset at a commit, or a
-file. Two prompts are the same prompt when their comparison keys are equal: whatever their case,
-spacing, invisible characters, variants of quotes and dashes, and punctuation at the ends of words.
-The room does not know what the prompts are for, nor how a model is asked; it never shows a
-prompt's text in an error, since some are harmful.
+A set is identified by its prompts (`sha256`) and its origin: a dataset at a commit, or a file. Two
+prompts are the same prompt when their comparison keys are equal: whatever their case, spacing,
+invisible characters, variants of quotes and dashes, and punctuation at the ends of words. This
+package does not know what the prompts are for, nor how a model is run. No error quotes a prompt,
+since some are harmful.
 
     target = load_prompts("target", Source(path=Path("requests.jsonl"), limit=400))
     training, held_out = hold_out(target, fraction=0.2, seed=0)

@@ -151,10 +151,9 @@ def drop_overlap(training: PromptSet, evaluation: PromptSet) -> PromptSet:
 
 
 def count_near(training: PromptSet, evaluations: Iterable[PromptSet]) -> PromptSet:
-    """The training set, of which `near` says how many nearly are evaluation prompts.
+    """The training set with `near`: the number of near duplicates of evaluation prompts.
 
-    They stay in: that a request is for 7 hours and not for 6 makes it another one, however alike
-    the two look. `near_duplicates` says what nearly is.
+    They are kept: a request for 7 hours is not the request for 6. `near_duplicates` defines them.
     """
     evaluated = [prompt for evaluation in evaluations for prompt in evaluation.prompts]
     return replace(training, near=len(near_duplicates(training.prompts, evaluated)))
