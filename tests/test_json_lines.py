@@ -22,8 +22,8 @@ from abliterator.pairs import WORDS, Candidate, require_ours, save_pairs
 from abliterator.pairs._make import Made
 from abliterator.pairs._questions import read_pairs
 from abliterator.pipeline.stages.prompts import PromptSets
-from abliterator.prompts import PromptSet, PromptSource, load_prompts
-from abliterator.recipe import PairsSpec
+from abliterator.prompts import PromptSet, load_prompts
+from abliterator.recipe import PairsSpec, Source
 from abliterator.record import Completion, Verdict
 from abliterator.server import Reply, ReplyCache
 from abliterator.server._read import mended, objects
@@ -99,7 +99,7 @@ def test_prompts(place, text, escaped):
     text = f"-{text}-".replace("\0", "")
     row = json.dumps({"prompt": text}, ensure_ascii=escaped)
     place.write_bytes(f'{row}\n{{"prompt": "last"}}\n'.encode())
-    loaded = load_prompts("target", PromptSource(path=place))
+    loaded = load_prompts("target", Source(path=place))
     assert loaded.prompts == (text, "last")
     sets = PromptSets(
         {"target": loaded}, {"target": PromptSet(name="n", prompts=(text,), source=text)}

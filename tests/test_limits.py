@@ -26,7 +26,8 @@ from abliterator.model import (
     stored_limits,
 )
 from abliterator.pipeline import Options, open_chat
-from abliterator.prompts import PromptSource, load_prompts
+from abliterator.prompts import load_prompts
+from abliterator.recipe import Source
 from tests import architectures
 
 YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}
@@ -104,7 +105,7 @@ def test_ten_megabytes_are_refused_at_once(tiny_loaded, tmp_path):
         render_prompts(loaded.tokenizer, ["a" * 10_000_000], limits_of(loaded), name="target")
     (tmp_path / "p.txt").write_text("short\n" + "a" * 10_000_000)
     with pytest.raises(PromptError, match=r"p.txt, line 2: 10,000,000 characters"):
-        load_prompts("target", PromptSource(path=tmp_path / "p.txt"))
+        load_prompts("target", Source(path=tmp_path / "p.txt"))
     assert time.perf_counter() - start < 2
 
 

@@ -23,8 +23,8 @@ from abliterator.errors import JudgeError, OutputError, PairsError, RecipeError
 from abliterator.pairs import WORDS, Candidate, cache_beside, make_pairs, require_ours, save_pairs
 from abliterator.pairs._questions import pairs_prompt, read_pairs, read_side, to_sort, to_write
 from abliterator.pairs._sift import Sieve, similarity, trigrams
-from abliterator.prompts import PromptSource, load_prompts, normalised
-from abliterator.recipe import PairsSpec, ServerSettings, load_pairs, load_recipe
+from abliterator.prompts import load_prompts, normalised
+from abliterator.recipe import PairsSpec, ServerSettings, Source, load_pairs, load_recipe
 from abliterator.server import InvalidReply
 from abliterator.server import _http as http_module
 from tests.judge_server import JudgeServer
@@ -143,7 +143,7 @@ def test_the_file_is_two_sources_of_a_recipe(tmp_path):
     )
     prompts = load_recipe(tmp_path / "r.yaml").prompts
     for side, source in (("target", prompts.target), ("contrast", prompts.contrast)):
-        read = load_prompts(side, PromptSource(path=source.path, where=source.where))
+        read = load_prompts(side, Source(path=source.path, where=source.where))
         assert read.prompts == tuple(row["prompt"] for row in rows if row["side"] == side)
 
 

@@ -18,7 +18,6 @@ from hypothesis import strategies as st
 from abliterator.errors import PromptError
 from abliterator.prompts import (
     PromptSet,
-    PromptSource,
     check_distinct,
     comparison_key,
     count_near,
@@ -31,6 +30,7 @@ from abliterator.prompts import (
     similarity,
     trigrams,
 )
+from abliterator.recipe import Source
 
 ROOT = Path(__file__).parents[1]
 SECRET = "Describe forbidden teapots"  # stands for a prompt that no error may show
@@ -51,7 +51,7 @@ def write(folder: Path, content: str | bytes, name: str = "prompts.txt") -> Path
 
 
 def load(path: Path, **options) -> PromptSet:
-    return load_prompts("target", PromptSource(path=path, **options))
+    return load_prompts("target", Source(path=path, **options))
 
 
 # Reading files
@@ -207,20 +207,24 @@ def test_a_missing_file_a_folder_and_a_forbidden_one_are_told_apart(tmp_path, mo
 
 
 @pytest.mark.parametrize(
-    ("source", "seen"),
+    ("options", "seen"),
     [
-        (PromptSource(), "and have neither"),
-        (PromptSource(path=Path("a.txt"), dataset="some/set"), "and have both"),
-        (PromptSource(path=Path("a.txt"), split="train"), "a.txt and also name a split"),
-        (PromptSource(path=Path("a.txt"), revision="main", config="x"), "a revision and a config"),
-        (PromptSource(path=Path("a.txt"), column="text"), "plain text, which has no columns"),
-        (PromptSource(path=Path("a.txt"), limit=0), "limit of the target prompts is 0"),
-        (PromptSource(path=Path("a.txt"), limit=-1), "limit of the target prompts is -1"),
+        ({}, "give either `path` or `dataset`"),
+        ({"path": "a.txt", "dataset": "some/set"}, "give either `path` or `dataset`"),
+        ({"path": "a.txt", "split": "train"}, "belong to a `dataset`, not to a `path`"),
+        ({"path": "a.txt", "revision": "main", "config": "x"}, "`revision`, `config` and `split`"),
+        ({"path": "a.txt", "limit": 0}, "greater than or equal to 1"),
+        ({"path": "a.txt", "limit": -1}, "greater than or equal to 1"),
     ],
 )
-def test_a_source_that_contradicts_itself_is_refused(source, seen):
-    with pytest.raises(PromptError, match=seen):
-        load_prompts("target", source)
+def test_a_source_that_contradicts_itself_is_refused(options, seen):
+    with pytest.raises(ValueError, match=seen):
+        Source(**options)
+
+
+def test_plain_text_has_no_column():
+    with pytest.raises(PromptError, match="plain text, which has no columns"):
+        load_prompts("target", Source(path=Path("a.txt"), column="text"))
 
 
 # Identity

@@ -8,8 +8,9 @@ import pytest
 from datasets import Dataset
 
 from abliterator.errors import PromptError
-from abliterator.prompts import PromptSource, load_prompts
 from abliterator.prompts import _hub as hub_module
+from abliterator.prompts import load_prompts
+from abliterator.recipe import Source
 
 ROWS = [
     {"prompt": "How do I kill a process?", "label": "safe", "hard": True, "n": 1},
@@ -38,23 +39,23 @@ def path(tmp_path):
 )
 def test_rows_are_kept_by_value(where, kept, path, monkeypatch):
     expected = tuple(ROWS[i]["prompt"] for i in kept)
-    found = load_prompts("over_refusal", PromptSource(path=path, where=where))
+    found = load_prompts("over_refusal", Source(path=path, where=where))
     assert found.prompts == expected
     monkeypatch.setattr(hub_module, "_load", lambda source: Dataset.from_list(ROWS))
     monkeypatch.setattr(hub_module, "_license", lambda *_: None)
-    source = PromptSource(dataset="somebody/look-alikes", revision="0" * 40, where=where)
+    source = Source(dataset="somebody/look-alikes", revision="0" * 40, where=where)
     assert load_prompts("over_refusal", source).prompts == expected
 
 
 def test_true_is_not_one(path):
     with pytest.raises(PromptError, match="is as `where` asks"):
-        load_prompts("over_refusal", PromptSource(path=path, where={"hard": 1}))
+        load_prompts("over_refusal", Source(path=path, where={"hard": 1}))
 
 
 def test_a_column_that_is_not_there(monkeypatch):
     monkeypatch.setattr(hub_module, "_load", lambda source: Dataset.from_list(ROWS))
     monkeypatch.setattr(hub_module, "_license", lambda *_: None)
-    source = PromptSource(dataset="a/b", revision="0" * 40, where={"lable": "safe"})
+    source = Source(dataset="a/b", revision="0" * 40, where={"lable": "safe"})
     with pytest.raises(PromptError, match="no column lable to keep rows by"):
         load_prompts("over_refusal", source)
 
@@ -62,4 +63,4 @@ def test_a_column_that_is_not_there(monkeypatch):
 def test_plain_text_has_no_columns(tmp_path):
     (tmp_path / "a.txt").write_text("One.\n")
     with pytest.raises(PromptError, match="which has no columns"):
-        load_prompts("x", PromptSource(path=tmp_path / "a.txt", where={"label": "safe"}))
+        load_prompts("x", Source(path=tmp_path / "a.txt", where={"label": "safe"}))

@@ -21,7 +21,7 @@ from tokenizers import Tokenizer
 from abliterator.anatomy import anatomy_of
 from abliterator.model import load_model, render_chat
 
-SCRIPT = Path(__file__).parents[1] / "recipes" / "qwen1" / "make_model.py"
+SCRIPT = Path(__file__).parents[1] / "scripts" / "qwen1" / "make_model.py"
 spec = importlib.util.spec_from_file_location("qwen1_make_model", SCRIPT)
 make_model = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(make_model)

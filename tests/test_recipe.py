@@ -251,8 +251,13 @@ def test_a_benchmarks_section_without_tasks_means_those_of_the_replication(tmp_p
         return load_recipe(path).benchmarks
 
     assert (benchmarks("").preset, benchmarks("").tasks) == (None, ())
-    assert benchmarks("benchmarks: {limit: 50}\n").preset == "seed"
+    assert benchmarks("benchmarks: {limit: 50}\n").preset == "replication"
     assert benchmarks("benchmarks: {tasks: [piqa]}\n").preset is None
     assert benchmarks("benchmarks: {tasks: []}\n").preset is None
     kept = load_recipe(path).model_dump(mode="json")["benchmarks"]
     assert (kept["preset"], kept["tasks"]) == (None, [])  # as a resolved recipe is read again
+
+
+def test_the_old_name_of_the_replications_preset_says_the_new_one(recipe):
+    with pytest.raises(RecipeError, match=r"`benchmarks.preset` has a new name.*`replication`"):
+        recipe(THREE_LINES + "benchmarks: {preset: seed}")

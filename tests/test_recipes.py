@@ -44,7 +44,7 @@ BLOCKS = {
 LLAMA_1B = "meta-llama/Llama-3.2-1B-Instruct"
 LLAMA_3B = "meta-llama/Llama-3.2-3B-Instruct"
 # name: (model, layers, k, the figure that its comment must quote)
-SEED = {
+REPLICATION = {
     "llama3_2_1b_k1": (LLAMA_1B, (9,), 1, "{9} .251/.951"),
     "llama3_2_1b_k3": (LLAMA_1B, (9, 10, 7), 3, "k3 .373/.939"),
     "llama3_2_1b_k4": (LLAMA_1B, (9, 10, 7, 8), 4, "about .36 compliance on 100 prompts"),
@@ -115,9 +115,9 @@ def test_pins_are_whole_commits(name: str):
     assert all(re.fullmatch("[0-9a-f]{40}", pin) for pin in pins if pin is not None)
 
 
-@pytest.mark.parametrize("name", SEED)
-def test_the_seeds_recipe_is_as_the_seed_had_it(name: str):
-    model, layers, k, figure = SEED[name]
+@pytest.mark.parametrize("name", REPLICATION)
+def test_a_recipe_of_the_replication_is_as_the_replication_had_it(name: str):
+    model, layers, k, figure = REPLICATION[name]
     recipe = loaded(f"{name}.yaml")
     assert (recipe.model, recipe.layers, recipe.k) == (model, layers, k)
     assert recipe.revision is None  # nobody has named a commit: the build resolves one
@@ -125,9 +125,9 @@ def test_the_seeds_recipe_is_as_the_seed_had_it(name: str):
     assert figure in opening(f"{name}.yaml")
 
 
-def test_prompts_of_the_seeds_recipes_do_not_change_with_the_day():
+def test_prompts_of_the_replications_recipes_do_not_change_with_the_day():
     """The chat template of Llama 3.2 prints today's date unless it is given one."""
-    dated = [name for name in SEED if name.startswith("llama3_")]
+    dated = [name for name in REPLICATION if name.startswith("llama3_")]
     assert dated
     for name in dated:
         kwargs = loaded(f"{name}.yaml").chat.template_kwargs

@@ -1,9 +1,9 @@
 """Which tensors of a checkpoint write the residual stream: a table per architecture.
 
-The table is `architectures.yaml` beside this file. The room reads a parsed config.json and tensor
-names with their shapes; it opens no checkpoint, knows no directions, and never guesses a side from
-a shape. Nothing is skipped silently: a tensor that the table does not claim is an error that names
-it.
+The table is `architectures.yaml` beside this file. A *writer* is a tensor whose product is added to
+the residual stream. This package reads a parsed config.json and tensor names with their shapes; it
+opens no checkpoint, knows no directions, and never infers a side from a shape. Nothing is skipped
+silently: a tensor that the table does not claim is an error that names it.
 
     anatomy = anatomy_of(json.loads(read_text(folder / "config.json")))
     for writer in anatomy.writers({"model.embed_tokens.weight": (49152, 576), ...}):

@@ -1,4 +1,4 @@
-"""One model's anatomy: every tensor of a checkpoint held against the table."""
+"""The anatomy of one model: every tensor of a checkpoint classified by the table."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _MIXERS = ("attention", "linear_attention", "ssm", "convolution")
 
 @dataclass(frozen=True)
 class Writer:
-    """One tensor that writes the residual stream.
+    """One tensor that writes: its product is added to the residual stream.
 
     Attributes:
         name: tensor name on disk.
@@ -34,7 +34,7 @@ class Writer:
         expert: which expert's it is, where each has a tensor of its own.
         fused: whether the tensor's first axis counts experts.
         packed: whether the weight is in MXFP4: [expert, d_model, blocks, 16] bytes of two numbers.
-        either_order: whether the last two axes lie either way, to be told by their lengths.
+        either_order: whether the order of the last two axes has to be inferred from their lengths.
     """
 
     name: str
@@ -53,7 +53,7 @@ class Writer:
 
 @dataclass(frozen=True)
 class Anatomy:
-    """What the table says of one model.
+    """Sizes and writers of one model, from the table and config.json.
 
     Attributes:
         model_type: as in config.json.
@@ -100,11 +100,11 @@ class Anatomy:
         for known, name in on_disk.items():
             if known not in expected and not self._left_alone(known):
                 self._check_claimed(known, name)
-        found = []
+        writers = []
         for planned in expected.values():
-            writer = self._told_by_length(planned, on_disk, shapes)
+            writer = self._with_axis_by_length(planned, on_disk, shapes)
             self._check_shape(writer, on_disk, shapes)
-            found.append(
+            writers.append(
                 replace(
                     writer,
                     name=on_disk[writer.name],
@@ -112,10 +112,10 @@ class Anatomy:
                     gains=tuple(on_disk[gain] for gain in writer.gains),
                 )
             )
-        return tuple(found)
+        return tuple(writers)
 
     def left_alone(self, names: Collection[str]) -> dict[str, int]:
-        """What is no part of the language model's stream and stays as it is: tensors a label."""
+        """Number of tensors, by label, outside the language model's stream: they stay unedited."""
         counts: dict[str, int] = defaultdict(int)
         for name in names:
             label = self._left_alone(self._known_as(name))
@@ -124,7 +124,7 @@ class Anatomy:
         return dict(counts)
 
     def _known_as(self, name: str) -> str:
-        """A tensor's name on disk as the language model's own checkpoint would have it."""
+        """A tensor's name in the language model's own checkpoint, from its name on disk."""
         if self._wrapper is not None:
             for disk, known in self._wrapper.prefixes.items():
                 if name.startswith(disk):
@@ -271,12 +271,12 @@ class Anatomy:
             return
         first = needed[missing[0]]
         alike = [name for name, w in needed.items() if w.component == first.component]
-        found = sum(name in on_disk for name in alike)
+        present = sum(name in on_disk for name in alike)
         more = f" (nor {len(missing) - 1} more)" if len(missing) > 1 else ""
         raise UnsupportedModel(
             f"The checkpoint has no tensor {missing[0]}{more}, which a {self.model_type} with "
             f"{self.n_layers} blocks needs: it writes the residual stream. Of the {len(alike)} "
-            f"tensors that the component {first.component} has, {found} are there. Use a complete "
+            f"tensors of the component {first.component}, {present} are there. Use a complete "
             "checkpoint of the model."
         )
 
@@ -301,8 +301,10 @@ class Anatomy:
                 "by a quantiser: use an unquantised checkpoint of the model."
             )
 
-    def _told_by_length(self, writer: Writer, on_disk: Mapping[str, str], shapes: Shapes) -> Writer:
-        """The writer with its axis where it is d_model long, as the loader itself tells it."""
+    def _with_axis_by_length(
+        self, writer: Writer, on_disk: Mapping[str, str], shapes: Shapes
+    ) -> Writer:
+        """The writer with the axis that is d_model long, inferred as the loader infers it."""
         name = on_disk[writer.name]
         if not writer.either_order or len(shapes[name]) < 2:
             return writer

@@ -1,4 +1,4 @@
-"""A model's config.json held against the table: its anatomy, or why there is none."""
+"""From a model's config.json and the table to its anatomy, or an error that gives the reason."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def anatomy_of(config: Mapping[str, Any]) -> Anatomy:
 
 
 def _text_config(config: Mapping[str, Any], model_type: str) -> Mapping[str, Any]:
-    """What a wrapper's config.json says of its language model; older files say it outside."""
+    """Settings of a wrapper's language model: `text_config`, or the top level of older files."""
     half = f"{model_type}_text"
     own = model_type if model_type in table().families else half
     flat = {**config, "model_type": own} if "num_hidden_layers" in config else None
@@ -74,7 +74,7 @@ def _text_config(config: Mapping[str, Any], model_type: str) -> Mapping[str, Any
 def require_countable(config: object) -> None:
     """Checks that no part of a parsed config.json counts more layers or the like than exist.
 
-    Whoever reads it makes a list of so many before anything else can be looked at.
+    Loaders allocate a list of that length first, which a damaged number would never end.
 
     Raises:
         CheckpointError: naming the key.
@@ -115,9 +115,9 @@ def _family_of(model_type: str, *, wrapper: bool) -> Family:
     known = known_model_types()
     alike = ", ".join(get_close_matches(model_type, known)) or "llama, qwen3, gemma3"
     raise UnsupportedModel(
-        f"No architecture of type {shown(model_type)!r}{hint} is known, so its writers of the "
-        f"residual stream are not either. {len(known)} types are known, among them {alike}; others "
-        "need an entry in abliterator/anatomy/architectures.yaml."
+        f"No architecture of type {shown(model_type)!r}{hint} is known, so its writers (what is "
+        f"added to the residual stream) are not either. {len(known)} types are known, "
+        f"among them {alike}; others need an entry in abliterator/anatomy/architectures.yaml."
     )
 
 
@@ -163,5 +163,5 @@ def _size(config: Mapping[str, Any], *keys: str) -> int:
 
 
 def _said(value: object) -> str:
-    """A value of config.json as it may stand in a message."""
+    """A value of config.json for a message, escaped and shortened."""
     return shown(repr(value))

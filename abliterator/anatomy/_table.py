@@ -1,4 +1,4 @@
-"""The table read into types: shapes laid under families, names turned into patterns."""
+"""Reads the table into types: shapes merged into families, names compiled to patterns."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Component = Literal[
 
 @dataclass(frozen=True)
 class Part:
-    """A line under `writers` or `embeddings`: what one kind of writer is called, and how it lies.
+    """A line under `writers` or `embeddings`: the names and layout of one kind of writer.
 
     The fields are explained at the head of architectures.yaml.
     """
@@ -52,7 +52,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Family:
-    """An entry of the table, with the shape that it builds on already under it.
+    """An entry of the table, merged with the shape that it is based on.
 
     The names of `others` become patterns, as those of writers do, when they are first asked for: a
     run needs those of one family, and all of them take longer than a small model takes to bake.
@@ -72,12 +72,12 @@ class Family:
 
     @cached_property
     def writer_names(self) -> tuple[re.Pattern[str], ...]:
-        """What weights and biases of writers are called."""
+        """Names of the weights and biases of writers."""
         return tuple(_pattern(name) for p in self.writers for name in (p.tensor, p.bias))
 
     @cached_property
     def reader_names(self) -> tuple[re.Pattern[str], ...]:
-        """What is never edited is called."""
+        """Names of tensors that are never edited."""
         return tuple(_pattern(name) for name in self.others)
 
 
@@ -90,7 +90,7 @@ class Wrapper:
     left_alone: Mapping[str, str]
 
     def at_run_time(self, module: str) -> str:
-        """Where a module of the language model is in memory."""
+        """Path of a module of the language model in the loaded wrapper."""
         return self.run_time + module.removeprefix("model.")
 
 

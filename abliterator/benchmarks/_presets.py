@@ -9,10 +9,10 @@ from typing import Literal, get_args
 from abliterator.benchmarks._scores import Aggregate
 from abliterator.benchmarks._tasks import TaskRequest
 
-Preset = Literal["demo", "quick", "seed", "damage"]
+Preset = Literal["demo", "quick", "replication", "damage"]
 PRESETS: tuple[Preset, ...] = get_args(Preset)
 
-_SEED = ("arc_easy", "arc_challenge", "hellaswag", "piqa", "winogrande")
+_REPLICATION = ("arc_easy", "arc_challenge", "hellaswag", "piqa", "winogrande")
 # A science, a humanity, a trade and a sum from each end of MMLU's difficulty.
 _MMLU = (
     "mmlu_elementary_mathematics",
@@ -32,7 +32,7 @@ def preset_tasks(preset: Preset) -> list[TaskRequest]:
     - `demo`: two small tasks that come with the package, of choices and of generated answers; they
       need no Hub.
     - `quick`: the first 100 documents of three tasks.
-    - `seed`: the five multiple-choice tasks of the tables that this project was started from.
+    - `replication`: the five multiple-choice tasks of the replication whose figures recipes quote.
     - `damage`: what an edit breaks first: next words (LAMBADA), truthfulness, knowledge (six
       subjects of MMLU, and as `mmlu_subset` all their documents), common sense, and, through the
       chat template, sums worked out in many steps and instructions followed to the letter.
@@ -42,8 +42,8 @@ def preset_tasks(preset: Preset) -> list[TaskRequest]:
         return [TaskRequest(str(folder / name)) for name in _LOCAL]
     if preset == "quick":
         return [TaskRequest(name, limit=100) for name in ("arc_easy", "piqa", "winogrande")]
-    if preset == "seed":
-        return [TaskRequest(name) for name in _SEED]
+    if preset == "replication":
+        return [TaskRequest(name) for name in _REPLICATION]
     return [
         *(TaskRequest(name) for name in ("lambada_openai", "truthfulqa_mc2", "piqa")),
         *(TaskRequest(name, aggregates=(_MMLU_SUBSET,)) for name in _MMLU),

@@ -25,7 +25,13 @@ FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 @click.option(
     "--tasks", default="", help="Benchmarks: names, YAML files or a preset, between commas."
 )
-@click.option("--limit", default=100, show_default=True, help="Prompts of each file.")
+@click.option(
+    "--limit",
+    type=click.IntRange(min=1),
+    default=100,
+    show_default=True,
+    help="Prompts of each file.",
+)
 @click.option("--task-limit", default=500, show_default=True, help="Documents of each task.")
 @click.option("--max-new-tokens", default=256, show_default=True, help="Tokens of an answer.")
 @computing_arguments
@@ -59,14 +65,15 @@ def compare(
     from abliterator.evaluation import DivergenceSettings
     from abliterator.judge import cache_folder
     from abliterator.pipeline import Options, judge_of, note_plain_http, require_key
-    from abliterator.prompts import PromptSource, load_prompts
+    from abliterator.prompts import load_prompts
+    from abliterator.recipe import Source
 
     sets = {"target": target, "neutral": neutral}
     folder, options = _folder(base), Options(device=device, dtype=dtype)
     computed = options.compute_dtype(Checkpoint.open(folder))
     settings = CompareSettings(
         prompts={
-            name: load_prompts(name, PromptSource(path=path, limit=limit)).prompts
+            name: load_prompts(name, Source(path=path, limit=limit)).prompts
             for name, path in sets.items()
             if path is not None
         },

@@ -1,4 +1,4 @@
-"""Arguments that commands share, and what they become."""
+"""Arguments that several commands share, and the values made from them."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ COMPUTING = (
         type=click.Choice(["auto", "float32", "bfloat16", "float16"]),
         default="auto",
         show_default=True,
-        help="Dtype of computation; what is stored keeps its own.",
+        help="Dtype of computation; stored weights keep theirs.",
     ),
 )
 
@@ -43,7 +43,7 @@ WHERE = (
     ),
     SET,
     *COMPUTING,
-    click.option("--force", is_flag=True, help="Go on in a folder that another recipe made."),
+    click.option("--force", is_flag=True, help="Continue in a folder that another recipe made."),
 )
 
 
@@ -52,12 +52,12 @@ JUDGE = (
         "--judge",
         "kind",
         type=click.Choice(["rules", "openai"]),
-        help="Which judge.  [default: the recipe's, else rules]",
+        help="What grades the answers.  [default: the recipe's judge, else rules]",
     ),
     click.option(
         "--recipe",
         type=click.Path(exists=True, dir_okay=False, path_type=Path),
-        help="Take the `judge` section of this recipe.",
+        help="Use the `judge` section of this recipe.",
     ),
     SET,
 )
@@ -69,19 +69,19 @@ BASE = click.option(
 
 
 def computing_arguments(command: Command) -> Command:
-    """On which device, and in which dtype."""
+    """Adds --device and --dtype to a command."""
     return _decorated(command, COMPUTING)
 
 
 def judge_arguments(command: Command) -> Command:
-    """Which judge, and how it is set up."""
+    """Adds --judge, --recipe and --set to a command."""
     return _decorated(command, JUDGE)
 
 
 def read_judge(
     *, kind: str | None, recipe: Path | None, overrides: tuple[str, ...]
 ) -> JudgeSettings:
-    """The judge that `judge_arguments` ask for."""
+    """The judge settings that `judge_arguments` give."""
     from abliterator.recipe import load_judge, load_recipe
 
     if kind is not None:
@@ -92,7 +92,7 @@ def read_judge(
 
 
 def recipe_arguments(*, required: bool = True) -> Callable[[Command], Command]:
-    """RECIPE, and where and how it is run: what every command on a recipe takes."""
+    """Adds RECIPE, --out, --set, --device, --dtype and --force to a command."""
     argument = click.argument(
         "recipe", required=required, type=click.Path(exists=True, path_type=Path)
     )
@@ -118,7 +118,7 @@ def read_recipe(
     dtype: str,
     force: bool,
 ) -> tuple[Recipe, Path, Options]:
-    """The recipe of a file or of the folder of an earlier run, where it goes, and how it is run."""
+    """The recipe (from a file, or the folder of an earlier run), the output folder, options."""
     from abliterator.pipeline import Options, recipe_of
     from abliterator.recipe import load_recipe
 

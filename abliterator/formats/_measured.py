@@ -1,6 +1,6 @@
 """Measured leak and noise of an edit in each storage format, and the choice that follows.
 
-The figures are those of `python benchmarks/storage_formats.py` (d_model 2048, random weights and
+The figures are those of `python perf/storage_formats.py` (d_model 2048, random weights and
 directions, one block); the bake measures its own on the bytes that it stored.
 """
 
@@ -78,7 +78,7 @@ def preferred(kind: str) -> Way:
     Behaviour agrees, for both formats: KL of the first token from the exact edit, which
     `dequantize` is to 1e-4, against KL of the quantised base from the unquantised model, is 0.0037
     [0.0032, 0.0043] against 0.030 in FP8 blocks, and 0.024 [0.022, 0.026] against 0.46 in MXFP4
-    (benchmarks/storage_behaviour.py, SmolLM2-135M-Instruct, 72 prompts of each set). In MXFP4 that
+    (perf/storage_behaviour.py, SmolLM2-135M-Instruct, 72 prompts of each set). In MXFP4 that
     is half of the edit's own 0.050, and bfloat16 takes 3.8 times the bytes: who has them should
     dequantize. Declines do not tell the ways apart there (FP8 4, 6 and 7 of 72 for keep, dequantize
     and plain rounding; MXFP4 0 for all), nor does KL speak against plain rounding, which moves less

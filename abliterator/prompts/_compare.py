@@ -86,23 +86,23 @@ def near_duplicates(
     """Indices of the prompts that are near duplicates of one of `others`.
 
     Args:
-        prompts: what is looked through.
-        others: what it is compared with.
+        prompts: the texts that are checked.
+        others: the texts that they are compared with.
         threshold: least Jaccard index of the letter trigrams of two near duplicates.
     """
-    theirs = [trigrams(comparison_key(text)) for text in others]
+    other_grams = [trigrams(comparison_key(text)) for text in others]
     holders: defaultdict[str, array[int]] = defaultdict(lambda: array("l"))
-    for index, grams in enumerate(theirs):
+    for index, grams in enumerate(other_grams):
         for gram in grams:
             holders[gram].append(index)
 
     def is_near(grams: frozenset[str]) -> bool:
         lists = sorted((holders[gram] for gram in grams if gram in holders), key=len)
-        # whoever shares enough has one of the rarest: all but so many could be missing
+        # a text that shares enough trigrams has one of the rarest: only so many may be missing
         least = threshold * len(grams)
         rare = lists[: max(len(lists) - int(least) + 1, 0)]
         candidates = Counter(chain.from_iterable(rare))
-        return any(similarity(grams, theirs[index]) >= threshold for index in candidates)
+        return any(similarity(grams, other_grams[index]) >= threshold for index in candidates)
 
     keys = (trigrams(comparison_key(text)) for text in prompts)
     return [index for index, grams in enumerate(keys) if is_near(grams)]

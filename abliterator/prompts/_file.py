@@ -8,10 +8,14 @@ import stat
 from codecs import BOM_UTF8
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from abliterator.errors import FileError, PromptError
 from abliterator.files import read_bytes
-from abliterator.prompts._sets import PromptSet, PromptSource
+from abliterator.prompts._sets import PromptSet
+
+if TYPE_CHECKING:
+    from abliterator.recipe import Source
 
 _MAX_BYTES = 256 << 20  # of a prompt file: a million prompts of a page each are less
 
@@ -20,7 +24,7 @@ NAME = re.compile(r"[\w.-]{1,40}")
 LONGEST = 1 << 20  # characters of a prompt; a tokenizer takes seconds and gigabytes for a few more
 
 
-def read_file(name: str, source: PromptSource) -> PromptSet:
+def read_file(name: str, source: Source) -> PromptSet:
     """Every prompt of `source.path`, stripped, blank lines left out, duplicates still in."""
     path = source.path
     assert path is not None

@@ -5,16 +5,17 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from abliterator.errors import PromptError
 from abliterator.prompts._file import as_prompt, is_wanted, shown
-from abliterator.prompts._sets import PromptSet, PromptSource
+from abliterator.prompts._sets import PromptSet
 
 if TYPE_CHECKING:
     from datasets import Dataset
+
+    from abliterator.recipe import Source
 
 COMMIT = re.compile(r"[0-9a-f]{40}")
 # "text" comes last: instruction data often has a "text" with question and answer in one.
@@ -37,11 +38,11 @@ def resolve_revision(dataset: str, revision: str | None) -> str:
         return str(HfApi().dataset_info(dataset, revision=revision).sha)
 
 
-def read_dataset(name: str, source: PromptSource) -> PromptSet:
+def read_dataset(name: str, source: Source) -> PromptSet:
     """Every prompt of `source.dataset`, stripped, duplicates still in; empty rows are `dropped`."""
     assert source.dataset is not None
     commit = resolve_revision(source.dataset, source.revision)
-    pinned = replace(source, revision=commit, split=source.split or "train")
+    pinned = source.model_copy(update={"revision": commit, "split": source.split or "train"})
     with _hub_errors(source.dataset, f"load its split {pinned.split}"):
         rows = _load(pinned)
         license_ = _license(source.dataset, commit)
@@ -70,7 +71,7 @@ def read_dataset(name: str, source: PromptSource) -> PromptSet:
     )
 
 
-def _load(source: PromptSource) -> Dataset:
+def _load(source: Source) -> Dataset:
     from datasets import load_dataset
 
     return load_dataset(
@@ -83,7 +84,7 @@ def _load(source: PromptSource) -> Dataset:
     )
 
 
-def _kept(rows: Dataset, source: PromptSource) -> Dataset:
+def _kept(rows: Dataset, source: Source) -> Dataset:
     """The rows that `source.where` asks for."""
     for column, wanted in source.where.items():
         if column not in rows.column_names:
@@ -96,7 +97,7 @@ def _kept(rows: Dataset, source: PromptSource) -> Dataset:
     return rows
 
 
-def _check_commit(rows: Dataset, source: PromptSource) -> None:
+def _check_commit(rows: Dataset, source: Source) -> None:
     """Without a connection, `datasets` takes its newest cached copy, whatever its revision."""
     if any(source.revision not in Path(file["filename"]).parts for file in rows.cache_files):
         raise PromptError(
@@ -119,7 +120,7 @@ def _license(dataset: str, commit: str) -> str | None:
     return ", ".join(stated) if isinstance(stated, list) else stated
 
 
-def _column(columns: list[str], source: PromptSource) -> str:
+def _column(columns: list[str], source: Source) -> str:
     wanted = (source.column,) if source.column else USUAL_COLUMNS
     present = [column for column in wanted if column in columns]
     if not present:

@@ -4,32 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from abliterator.errors import PromptError
 from abliterator.files import sha256_of_bytes
 from abliterator.prompts._compare import comparison_key, near_duplicates, normalised
-
-
-@dataclass(frozen=True, kw_only=True)
-class PromptSource:
-    """Where prompts are to be read from: a local file or a Hub dataset, exactly one of them.
-
-    `revision`, `config` and `split` belong to a dataset. `column` is its column, or the key in a
-    .jsonl file. `where` keeps the rows whose columns (or keys) have these values. `limit` keeps the
-    first so many, counted after duplicates are gone.
-    """
-
-    path: Path | None = None
-    dataset: str | None = None
-    revision: str | None = None
-    config: str | None = None
-    split: str | None = None
-    column: str | None = None
-    where: Mapping[str, str | int | bool] = field(default_factory=dict)
-    limit: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -172,10 +152,9 @@ def drop_overlap(training: PromptSet, evaluation: PromptSet) -> PromptSet:
 
 
 def count_near(training: PromptSet, evaluations: Iterable[PromptSet]) -> PromptSet:
-    """The training set, of which `near` says how many nearly are evaluation prompts.
+    """The training set with `near`: the number of near duplicates of evaluation prompts.
 
-    They stay in: that a request is for 7 hours and not for 6 makes it another one, however alike
-    the two look. `near_duplicates` says what nearly is.
+    They are kept: a request for 7 hours is not the request for 6. `near_duplicates` defines them.
     """
     evaluated = [prompt for evaluation in evaluations for prompt in evaluation.prompts]
     return replace(training, near=len(near_duplicates(training.prompts, evaluated)))

@@ -1,13 +1,14 @@
 """A recipe: yaml to a frozen typed `Recipe`, its canonical form and its digest.
 
-The recipe is *what*: whatever changes a weight or a score is in it. Where and how (folders, device,
-dtype of computation) are flags. Three lines are a whole recipe:
+A recipe holds everything that changes a weight or a score. Folders, device and dtype of computation
+are flags. Three lines are a whole recipe:
 
     model: meta-llama/Llama-3.2-3B-Instruct
     layers: [16, 15, 17, 13, 9]
     k: 5
 
-The room knows no model and no file but the recipe: whether layer 16 exists is for the plan to say.
+This package reads no model and no file but the recipe: whether layer 16 exists is checked by the
+plan.
 
     recipe = load_recipe(Path("recipes/demo.yaml"), overrides=["k=1"])
     recipe.edit.strength["attention"], recipe.digest

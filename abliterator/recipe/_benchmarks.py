@@ -1,4 +1,4 @@
-"""What the edit cost: divergence and benchmarks."""
+"""Settings of what measures the cost of an edit: divergence and benchmarks."""
 
 from __future__ import annotations
 
@@ -12,36 +12,36 @@ from abliterator.recipe._server import PlainSettings, PlainUrl
 
 
 class DivergenceSettings(Section):
-    """How far the edited distribution moved on neutral prompts."""
+    """How far the next-token distribution moved on neutral prompts (KL divergence)."""
 
     limit: Positive = 128
-    """Neutral prompts compared."""
+    """Number of neutral prompts compared."""
     tokens: Positive = 32
-    """Answer tokens compared of each prompt, along the base's greedy answer."""
+    """Answer tokens compared for each prompt, along the base's greedy answer."""
 
 
 class BenchmarkTask(Section):
-    """A task with settings of its own, which go before those of the section."""
+    """A task with its own settings, which override those of the section."""
 
     task: str
-    """Name that lm-eval has, or YAML file, relative to the recipe."""
+    """A task name of lm-eval, or a YAML file, relative to the recipe."""
     limit: Positive | None = None
     """Documents of this task."""
     num_fewshot: Annotated[int, Field(ge=0)] | None = None
-    """Examples before each question."""
+    """Few-shot examples before each question."""
     chat_template: bool | None = None
-    """Ask through the chat template."""
+    """Apply the chat template."""
 
 
-# Which model is measured, where, and whether its own code may run, is not the backend's to say.
-_SAID_ELSEWHERE = {
+# Set by the run itself: which model is measured, where, and whether its own code may run.
+_SET_BY_THE_RUN = {
     *("delta", "gguf_file", "lora_local_path", "peft", "pretrained", "subfolder"),
     *("device", "softmax_dtype", "trust_remote_code"),
 }
 
 
 class BenchmarkEngine(Section):
-    """What runs the models: a backend of lm-eval's."""
+    """The lm-eval backend that runs the models."""
 
     kind: Literal["transformers", "vllm", "server"] = "transformers"
     """`vllm` needs vLLM installed; `server` two completions servers that give log-probabilities."""
@@ -57,9 +57,9 @@ class BenchmarkEngine(Section):
 
     @model_validator(mode="after")
     def _options_of_the_backend_alone(self) -> Self:
-        taken = sorted(_SAID_ELSEWHERE & self.options.keys())
-        if taken:
-            raise ValueError(f"`options` cannot set {', '.join(taken)}: the run itself does")
+        reserved = sorted(_SET_BY_THE_RUN & self.options.keys())
+        if reserved:
+            raise ValueError(f"`options` cannot set {', '.join(reserved)}: the run itself does")
         return self
 
     @model_validator(mode="after")
@@ -70,48 +70,55 @@ class BenchmarkEngine(Section):
         return self
 
 
+Preset = Literal["demo", "quick", "replication", "damage"]
 Tasks = Annotated[tuple[str | BenchmarkTask, ...], BeforeValidator(as_tuple)]
+
+
+def _renamed(preset: Any) -> Any:
+    if preset == "seed":
+        raise ValueError("has a new name: write `replication`")
+    return preset
 
 
 class Benchmarks(Section):
     """What lm-eval measures, base and edited on the same documents.
 
     A recipe without the section measures nothing; a section that names no tasks, the five of the
-    replication (`preset: seed`), which need the Hub.
+    replication (`preset: replication`), which need the Hub.
     """
 
-    preset: Literal["demo", "quick", "seed", "damage"] | None = None
+    preset: Annotated[Preset | None, BeforeValidator(_renamed)] = None
     """A named list of tasks, before those of `tasks`; `demo` needs no Hub."""
     tasks: Tasks = ()
-    """Tasks, groups and tags that lm-eval has, by name, or YAML files, relative to the recipe."""
+    """Names of lm-eval tasks, groups and tags, or YAML files, relative to the recipe."""
     limit: Positive | None = 500
     """Documents of each task; null for all."""
     batch_size: Positive = 8
     """Documents scored together, the same for base and edited."""
     chat_template: bool = False
-    """Ask through the chat template."""
+    """Apply the chat template."""
     num_fewshot: Annotated[int, Field(ge=0)] | None = None
-    """Examples before each question; null for the task's own number."""
+    """Few-shot examples before each question; null for the task's default."""
     engine: BenchmarkEngine = BenchmarkEngine()
     """What runs the models."""
     revisions: dict[str, str] = {}
-    """Commits of the tasks' Hub datasets; left out, the build resolves them and writes them."""
+    """Commits of the tasks' Hub datasets. Default: the build resolves and records them."""
 
     @model_validator(mode="before")
     @classmethod
     def _the_replications_tasks(cls, values: Any) -> Any:
         if isinstance(values, dict) and not {"preset", "tasks"} & set(values):
-            return {**values, "preset": "seed"}
+            return {**values, "preset": "replication"}
         return values
 
 
 def without_folder(task: str | dict[str, Any]) -> str | dict[str, Any]:
-    """A benchmark task whose YAML file, if it is one, is only its last name."""
+    """The benchmark task; a YAML file is reduced to its file name."""
     if isinstance(task, dict):
         return {**task, "task": without_folder(task["task"])}
     return Path(task).name if is_task_file(task) else task
 
 
 def is_task_file(task: str) -> bool:
-    """Whether a benchmark task is a YAML file rather than a name that lm-eval has."""
+    """Whether a benchmark task is a YAML file rather than a name of lm-eval."""
     return Path(task).suffix in {".yaml", ".yml"}

@@ -1,4 +1,4 @@
-"""A recipe to begin with: what was chosen, and every other key as a comment with its default."""
+"""A first recipe: the chosen values, and every other key as a comment with its default."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ WIDTH = 100
 
 
 def draft(chosen: Mapping[str, Any], preamble: Sequence[str] = ()) -> str:
-    """The text of a recipe, explained by the docstrings of its own keys.
+    """The text of a recipe, with the docstring of every key as a comment.
 
     A `#` with no space behind it hides a key at its default: without any of them, the recipe means
     the same.
@@ -38,9 +38,9 @@ def draft(chosen: Mapping[str, Any], preamble: Sequence[str] = ()) -> str:
 
 
 def _section(name: str, defaults: Section, chosen: Mapping[str, Any]) -> list[str]:
-    """A section key by key; its name is a comment too where nothing in it was chosen."""
+    """The lines of a section; its name is a comment too where nothing in it was chosen."""
     kind = type(defaults)
-    own = inspect.get_annotations(kind)  # what it says itself goes before what it inherits
+    own = inspect.get_annotations(kind)  # its own keys stand before inherited ones
     lines = [f"{name}:" if chosen else f"#{name}:"]
     for key in sorted(kind.model_fields, key=lambda key: key not in own):
         lines += _comment(kind.model_fields[key].description, "  ")

@@ -1,4 +1,4 @@
-"""Directions, how they are chosen, and what is done to the weights."""
+"""Settings of the directions, of their selection, and of the edit of the weights."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Component = Literal[
     "shared_expert",
     "per_layer_input",
 ]
-# The two that all others inherit from: whatever mixes tokens, and all else.
+# Other components inherit the strength of one: what mixes tokens of attention, the rest of mlp.
 COMPONENTS: tuple[Component, ...] = ("attention", "mlp")
 Strength = Annotated[float, Field(ge=0, le=2, allow_inf_nan=False)]
 Rungs = Annotated[tuple[Positive, ...], BeforeValidator(as_tuple)]
@@ -55,25 +55,26 @@ def _named_twice(by_block: Any) -> int | None:
 
 
 class DirectionSettings(Section):
-    """From moments to directions."""
+    """How directions are made from mean activations."""
 
     estimator: Literal["mean_difference", "tuned"] = "mean_difference"
-    """r = mean(target) - mean(contrast); `tuned` goes on from there by gradients (`tuning`)."""
+    """`mean_difference` is r = mean(target) - mean(contrast); `tuned` continues from it by
+    gradients (`tuning`)."""
     position: Annotated[int, Field(le=-1)] | Literal["sweep"] = -1
     """Token that the chat template puts after the prompt, from the end; -1 is the last one.
 
-    `sweep` tries every such token of every layer and chooses by evidence (`selection`).
+    `sweep` tries every such token of every layer and chooses by measurement (`selection`).
     """
     projection: Literal["none", "neutral"] = "none"
     """`neutral` removes the component along the neutral mean from every direction."""
     stack: Literal["layers", "per_layer", "within_layer"] = "layers"
-    """What k directions are: those of k layers, of each block's own layer, or k of the first layer.
+    """Which k directions are removed: one of each of k layers, each block's own, or k of one layer.
 
-    `per_layer` takes from what block i writes the direction of layer i + 1, or of the nearest of
-    `layers`; k is 1.
-    `within_layer` takes that layer's mean difference and the principal components of the paired
-    differences orthogonal to it, so `contrast` must be a set whose n-th prompt is the n-th of
-    `target` without the behaviour.
+    `layers` stacks the directions of the first k of `layers`. `per_layer` removes from the output
+    of block i the direction of layer i + 1, or of the nearest of `layers`; k is 1. `within_layer`
+    stacks the first layer's mean difference and the principal components of the paired differences
+    orthogonal to it, so `contrast` must be a set whose n-th prompt is the n-th of `target` without
+    the behaviour.
     """
 
     @model_validator(mode="after")
@@ -87,7 +88,7 @@ class DirectionSettings(Section):
 
 
 class Edit(Section):
-    """What is done to the weights."""
+    """How the writers are edited: the matrices whose output is added to the residual stream."""
 
     strength: dict[Component, Strength | dict[Blocks, Strength]] | Literal["auto"] = {
         "attention": 1.0,
@@ -97,7 +98,8 @@ class Edit(Section):
 
     `mlp: {0-8: 0.3, 9-24: 1}` counts blocks as `layers` and tensor names do: layer l enters block
     l, so they are 0 to n_layers - 1, both ends included. Ranges do not overlap; a block in none
-    has 0. `auto` finds a strength for every writer by gradients (`tuning`).
+    has 0. `auto` finds a strength for every writer (each matrix that adds to the residual stream)
+    by gradients (`tuning`).
 
     `attention` and `mlp` left out are 0. `linear_attention`, `ssm` and `convolution` are as
     `attention`, `expert`, `shared_expert` and `per_layer_input` as `mlp`, unless they are named.
@@ -106,8 +108,8 @@ class Edit(Section):
     """Which routed experts are edited, at the strength of `expert`: all, or those of these indices.
 
     `[0, 7]` is those of every block that has experts, `{3-5: [0, 7], 9: all}` those of each block
-    named, counted as in `strength`: of a block in no range, none are edited. Shared experts and all
-    other components follow `strength` alone; `strength: {expert: 1}` leaves them as they are.
+    named, counted as in `strength`; in a block without a range none are edited. Shared experts and
+    all other components follow `strength` alone; `strength: {expert: 1}` leaves them as they are.
     """
     norm: Literal["none", "column"] = "none"
     """`column` rescales the columns of an edited matrix to their old length."""
@@ -116,18 +118,19 @@ class Edit(Section):
     biases: bool = True
     """Edit the biases of edited matrices too."""
     rounding: Literal["nearest", "compensated"] = "compensated"
-    """`compensated` chooses roundings so that what is stored writes nothing into the subspace."""
+    """`compensated` chooses the rounding of each number so that the stored matrix writes nothing
+    along the removed directions; `nearest` leaves 2e-3 to 6e-3 of them in bfloat16."""
     quantized: Literal["auto", "keep", "dequantize"] = "auto"
-    """Edited tensors that the base has in units of scales (FP8, MXFP4): `keep` stores them so.
+    """How edited tensors that are quantised (FP8, MXFP4) are stored: `keep` keeps the format.
 
     `dequantize` writes them as bfloat16 (of experts, all tensors of the block's), and config.json
     says which modules are no longer quantised: the checkpoint grows, and the edit is exact up to
-    bfloat16. `auto` chooses for each format by what was measured: `abliterator plan` tells.
+    bfloat16. `auto` chooses for each format by measured error: `abliterator plan` shows it.
     """
     output: Literal["checkpoint", "adapter", "both"] = "checkpoint"
     """`adapter` and `both` write the edit as a LoRA for PEFT too, to OUT/adapter.
 
-    The checkpoint is made in any case, for it is what is measured: the two mean the same.
+    The checkpoint is always made, since it is what is measured; so the two mean the same.
     """
 
     @field_validator("strength", mode="before")
@@ -159,7 +162,7 @@ class Edit(Section):
 
     @property
     def strengths(self) -> dict[Component, float | dict[str, float]]:
-        """Per component; where they are tuned, those of the plain edit, from which that starts."""
+        """Strength of each component; with `auto`, those that tuning starts from."""
         return dict.fromkeys(COMPONENTS, 1.0) if self.strength == "auto" else self.strength
 
     @property
@@ -179,30 +182,32 @@ class Selection(Section):
     """How layers and k are chosen, for `layers: sweep` and `k: auto`."""
 
     max_kl: Annotated[float, Field(gt=0)] = 0.1
-    """Gate: a candidate moves the answers to neutral prompts by at most so many nats a token."""
+    """Gate: the largest KL divergence on neutral prompts, in nats per token, that a candidate may
+    cause."""
     min_induce: float = 0.0
-    """Gate: adding a candidate's direction raises the log-odds of a refusal at least so much."""
+    """Gate: the least rise of the log-odds of a refusal when a candidate's direction is added."""
     skip_last: Annotated[float, Field(ge=0, lt=1)] = 0.2
-    """Gate: share of the layers, at the end, that are no candidates."""
+    """Gate: share of the layers, counted from the last, that are not candidates."""
     scored: Positive = 16
     """Prompts of each kind on which every candidate is scored before any of them answers."""
     prompts: Positive = 32
     """Prompts of each kind that are held out, for answers and for the divergence."""
     tokens: Positive = 48
-    """Tokens of a judged answer."""
+    """Tokens of a judged answer, at most."""
     judge: Literal["rules", "recipe"] = "rules"
-    """Who judges answers here, and of tuned points: the rules, which are free, or `judge`."""
+    """Which judge grades these answers, and those of tuned edits: the rule judge, which costs
+    nothing, or the recipe's `judge`."""
     survivors: Positive = 8
-    """Candidates whose answers are judged; as many as may be stacked if that is more."""
+    """Number of candidates whose answers are judged; the largest stack if that is more."""
     rungs: Rungs = (8, 16)
     """Prompts that survivors answer before the worst of them drop out; the last rung has `prompts`.
 
-    `[]` lets all of them answer all prompts. An answer is never asked for twice.
+    With `[]` all survivors answer all prompts. No answer is generated twice.
     """
     keep: Annotated[float, Field(gt=0, le=1)] = 0.5
     """Share of the survivors that goes on to the next rung."""
     batch_size: Positive = 64
-    """Rows that run together; rows of several candidates share a batch."""
+    """Rows in one forward pass; rows of several candidates share a batch."""
     stacks: Layers = (1, 2, 3, 5)
     """Sizes that `k: auto` tries; it stops at the first that is no better than the one before."""
     controls: Positive = 3

@@ -1,4 +1,4 @@
-"""Answers, and who judges them."""
+"""Settings of answers and of the judge."""
 
 from __future__ import annotations
 
@@ -11,34 +11,34 @@ from abliterator.recipe._server import ServerSettings
 
 
 class Rollouts(Section):
-    """Answers of base and edited, greedy."""
+    """Greedy answers of the base and the edited model."""
 
     max_new_tokens: Positive = 256
-    """Tokens of an answer; fewer than 100 miss refusals that come late."""
+    """Tokens of an answer, at most; below 100, late refusals are missed."""
     limit: Positive = 100
     """Prompts of each set that are answered."""
     batch_size: Positive | Literal["auto"] = "auto"
     """Prompts answered together; halved where they do not fit in a GPU's memory.
 
-    `auto`: 64 on a GPU, which takes much the same time for a token of many answers as of few; else
-    16.
+    `auto`: 64 on a GPU, else 16.
     """
 
 
 class JudgeSettings(ServerSettings):
-    """Who judges the answers; all but `kind` and `calibration` is about the kind `openai`."""
+    """The judge of the answers. All keys but `kind` and `calibration` belong to `kind: openai`."""
 
     section: ClassVar[str] = "judge"
 
     kind: Literal["rules", "openai"] = "rules"
-    """`rules`: phrases and repetition, offline; it says so wherever its numbers appear.
+    """`rules`: phrases and repetition, offline; its name stands wherever its numbers appear.
 
     `openai`: a model behind a server with OpenAI's protocol.
     """
     votes: Annotated[int, Field(ge=1, le=9)] = 1
-    """Verdicts asked for each answer, an odd number; their median counts."""
+    """Verdicts requested for each answer, an odd number; their median counts."""
     rejudge: Annotated[float, Field(ge=0, le=1)] = 0.15
-    """Share of answers judged once more, to tell how often the judge disagrees with itself."""
+    """Share of answers judged a second time, to measure how often the judge disagrees with
+    itself."""
     calibration: str | None = None
     """File that `abliterator judge-calibrate LABELLED --out FILE` wrote of this judge, relative to
     the recipe: record and card carry its figures, and the name and sha256 of its labels.

@@ -1,4 +1,4 @@
-"""What contrast pairs are to be made; a file of its own, not a part of a recipe."""
+"""The specification of contrast pairs: a file of its own, not a part of a recipe."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class PairsSpec(Section):
     """Pairs of requests, as alike as possible, of which one shows a behaviour and one does not."""
 
     behaviour: Text
-    """The behaviour, in a sentence; the model is told it."""
+    """The behaviour, in a sentence, for the model that writes the pairs."""
     target: Text
     """Which requests show it."""
     contrast: Text
@@ -34,7 +34,7 @@ class PairsSpec(Section):
     per_category: Positive
     """Pairs of each category."""
     examples: Annotated[tuple[PairExample, ...], BeforeValidator(as_tuple)] = ()
-    """Pairs that show what is meant; they are not among those that are made."""
+    """Example pairs; they are not among those that are made."""
     language: Text = "English"
     """Language of the requests."""
     tokenizer: str | None = None
@@ -45,13 +45,14 @@ class PairsSpec(Section):
     length_gap: Annotated[int, Field(ge=0)] = 3
     """Tokens (or words) by which the two sides of a pair may differ."""
     near_duplicate: Annotated[float, Field(gt=0, le=1)] = 0.6
-    """Share of letter trigrams in common from which on two requests of one side are one."""
+    """Share of common letter trigrams from which two requests of one side count as duplicates."""
     per_call: Annotated[int, Field(ge=1, le=50)] = 10
-    """Pairs asked for in one call."""
+    """Pairs requested in one call."""
     patience: Positive = 4
-    """Calls in a row that may bring a category nothing; then the run ends, and says why."""
+    """Consecutive calls without a new pair in a category after which the run ends with an error."""
     parameters: dict[str, Any] = {"temperature": 1}
-    """Of the calls that write pairs, over `server.parameters`, which are for checking them."""
+    """Request parameters of the calls that write pairs, over `server.parameters`; the calls that
+    check them use `server.parameters` alone."""
     server: ServerSettings = ServerSettings()
     """The model that writes the pairs and checks them."""
 

@@ -1,4 +1,4 @@
-"""Prompts and how they become conversations."""
+"""Settings of prompt sets, chats and capture."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Source(Section):
     dataset: str | None = None
     """Hub dataset id."""
     revision: str | None = None
-    """Commit of the dataset; left out, the build resolves it once and writes it down."""
+    """Commit of the dataset. Default: the build resolves it once and records it."""
     config: str | None = None
     """Configuration of the dataset, where it has several."""
     split: str | None = None
@@ -28,7 +28,7 @@ class Source(Section):
     where: dict[str, str | int | bool] = {}
     """Keep only the rows whose columns have these values: `where: {label: safe}`."""
     limit: Positive | None = None
-    """Use the first so many, after duplicates are dropped."""
+    """Number of prompts used, counted after duplicates are dropped."""
 
     @model_validator(mode="after")
     def _one_origin(self) -> Self:
@@ -60,9 +60,10 @@ class Prompts(Section):
     """The prompt sets."""
 
     target: Source = DEFAULT_TARGET
-    """Prompts on which the behaviour shows; directions are extracted from them."""
+    """Prompts on which the behaviour shows; directions are extracted from their activations."""
     contrast: Source | None = None
-    """What is subtracted from target, as like it as possible but for the behaviour.
+    """Prompts as like target as possible, on which the behaviour does not show; their mean
+    activation is subtracted.
 
     Default: neutral.
     """
@@ -76,7 +77,7 @@ class Prompts(Section):
     over_refusal: Source | None = None
     """Benign prompts that look like target."""
     holdout: Annotated[float, Field(gt=0, lt=1)] = 0.25
-    """Share held out for evaluation where no set of its own is given for it."""
+    """Share held out for evaluation where no evaluation set is given."""
 
     @model_validator(mode="before")
     @classmethod
@@ -88,10 +89,10 @@ class Prompts(Section):
 
 
 class Chat(Section):
-    """How a prompt becomes a conversation, alike for extraction, base and edited."""
+    """How a prompt becomes a conversation, the same for extraction, base and edited."""
 
     system: str | None = None
-    """System prompt; left out, whatever the chat template itself does."""
+    """System prompt. Default: that of the chat template, if it has one."""
     template_kwargs: dict[str, Any] = {}
     """Arguments of the chat template, such as `enable_thinking: false`."""
 
@@ -100,6 +101,6 @@ class Capture(Section):
     """How activations are captured."""
 
     padding: Literal["none", "left"] = "none"
-    """`none` batches prompts of equal length, equal to one by one; `left` pads."""
+    """`none` batches prompts of equal length, with the results of single prompts; `left` pads."""
     max_batch_tokens: Positive = 4096
     """Tokens in one forward pass."""

@@ -1,4 +1,4 @@
-"""Reading a recipe: safe yaml, overrides, and one report of everything that is wrong with it."""
+"""Reads recipes: safe yaml, overrides, and one report of all faults."""
 
 from __future__ import annotations
 
@@ -39,27 +39,27 @@ def load_recipe(path: Path, *, overrides: Sequence[str] = ()) -> Recipe:
 
     Args:
         path: the yaml file. Paths in it are relative to its folder.
-        overrides: `key.sub=value`; the value is taken as it was typed, or as yaml where it begins
-            with a bracket or a quote. Paths in them are relative to the working folder.
+        overrides: `key.sub=value`; the value is read literally, or as yaml where it begins with a
+            bracket or a quote. Paths in them are relative to the working folder.
 
     Returns:
         The recipe; every local path in it is absolute.
 
     Raises:
-        RecipeError: everything that is wrong, together, each with its path and line.
+        RecipeError: with every fault, each with its path and line.
     """
     return _load(Recipe, path, overrides)
 
 
 def load_pairs(path: Path, *, overrides: Sequence[str] = ()) -> PairsSpec:
-    """Reads, overrides and validates what contrast pairs are to be made.
+    """Reads, overrides and validates a specification of contrast pairs.
 
     Args:
         path: the yaml file. A local tokenizer in it is relative to its folder.
         overrides: as for `load_recipe`.
 
     Raises:
-        RecipeError: everything that is wrong, together, each with its path and line.
+        RecipeError: with every fault, each with its path and line.
     """
     return _load(PairsSpec, path, overrides)
 
@@ -93,7 +93,7 @@ def load_edit(overrides: Sequence[str]) -> Edit:
     """The `edit` section alone, from defaults and overrides of the form `edit.key=value`.
 
     Raises:
-        RecipeError: everything that is wrong, together.
+        RecipeError: with every fault.
     """
     return _load_section(Edit, "edit", overrides)
 
@@ -102,7 +102,7 @@ def load_judge(overrides: Sequence[str]) -> JudgeSettings:
     """The `judge` section alone, from defaults and overrides of the form `judge.key=value`.
 
     Raises:
-        RecipeError: everything that is wrong, together.
+        RecipeError: with every fault.
     """
     return _load_section(JudgeSettings, "judge", overrides)
 
@@ -178,7 +178,7 @@ def _at(branch: Any, parts: Sequence[str]) -> Any:
 
 
 def _anchor_paths(values: dict[str, Any], folder: Path) -> None:
-    """Makes the local paths of a raw recipe absolute, in place; what is no path stays as it is."""
+    """Makes the local paths of a raw recipe absolute, in place; other values stay."""
     for key in ("model", "tokenizer"):
         model = _letters(values.get(key))
         if isinstance(model, str) and _is_local(model, folder):
@@ -223,11 +223,11 @@ def _anchored(path: str, folder: Path) -> str:
         return path
 
 
-def _describe(found: Sequence[Any], lines: dict[Where, int]) -> Iterator[str]:
+def _describe(errors: Sequence[Any], lines: dict[Where, int]) -> Iterator[str]:
     """One sentence for each place that pydantic complains of; branches of a union are joined."""
     complaints: dict[Where, list[str]] = {}
     shown: dict[Where, str] = {}
-    for problem in found:
+    for problem in errors:
         where = _without_branches(tuple(problem["loc"]))
         complaints.setdefault(where, []).append(_complaint(problem, where))
         shown[where] = _shown(problem)

@@ -17,7 +17,7 @@ from abliterator.recipe._tuning import Tuning
 
 
 class Recipe(Section):
-    """What is to be made. Everything but `model`, `layers` and `k` has a default."""
+    """A whole recipe. Every key but `model`, `layers` and `k` has a default."""
 
     model: Annotated[str, Field(min_length=1)]
     """Hub id, local folder, or `embedded:demo`."""
@@ -29,11 +29,11 @@ class Recipe(Section):
     k: Positive | Literal["auto"]
     """Rank of the subspace; `auto` finds it by measurement (`selection`)."""
     revision: str | None = None
-    """Commit of the model; left out, the build resolves it once and writes it down."""
+    """Commit of the model. Default: the build resolves it once and records it."""
     trust_remote_code: bool = False
     """Run the model's own code; for a Hub model only at a pinned revision."""
     seed: Annotated[int, Field(ge=0)] = 0
-    """Seed of splits and intervals."""
+    """Random seed of splits and intervals."""
     chat: Chat = Chat()
     prompts: Prompts = Prompts()
     capture: Capture = Capture()
@@ -75,7 +75,7 @@ class Recipe(Section):
     def published(self) -> dict[str, Any]:
         """The recipe as plain values in which a local path is only its last name.
 
-        What a card and a published folder show: it does not depend on where files lie.
+        Shown by cards and published folders; it does not depend on where files are stored.
         """
         plain = self.model_dump(mode="json")
         if Path(self.model).is_absolute():
@@ -96,7 +96,7 @@ class Recipe(Section):
 
     @property
     def sweeps(self) -> bool:
-        """Whether layers or positions are."""
+        """Whether layers or positions are to be chosen by measurement."""
         return self.layers == "sweep" or self.directions.position == "sweep"
 
     @property

@@ -1,4 +1,4 @@
-"""A server with OpenAI's protocol, and what may be spent on it."""
+"""Settings of a model behind a server with OpenAI's protocol, and its budget."""
 
 from __future__ import annotations
 
@@ -32,22 +32,22 @@ class Prices(Section):
 
 
 class ServerSettings(Section):
-    """Where a model is, and how it is asked."""
+    """Address of a model server, and how requests are made."""
 
     section: ClassVar[str] = "server"  # what a file calls these settings
 
     base_url: PlainUrl = "https://api.deepseek.com"
-    """Where the server is; with `/v1` where it wants that."""
+    """Address of the server, with `/v1` if the server needs it."""
     model: Annotated[str, Field(min_length=1)] = "deepseek-flash"
     """Model, as the server names it."""
     api_key_env: str | None = "DEEPSEEK_API_KEY"
     """Name of the environment variable that holds the key; null for a server that wants none."""
     structured: Literal["auto", "json_schema", "json_object", "none"] = "auto"
-    """How strictly JSON is asked for; `auto` takes the strictest that the server accepts."""
+    """Response format requested; `auto` uses the strictest that the server accepts."""
     parameters: PlainSettings = {"temperature": 0}
-    """More of the request, as the server takes it: `temperature`, `max_tokens`, `thinking`..."""
+    """Further request parameters of the server: `temperature`, `max_tokens`, `thinking`..."""
     retries: Annotated[int, Field(ge=0, le=10)] = 2
-    """Times that something is asked again when a reply is none; then it goes without."""
+    """Repeated requests after an unusable reply; then there is no result."""
     concurrency: Annotated[int, Field(ge=1, le=256)] = 8
     """Calls in flight."""
     timeout: Annotated[float, Field(gt=0, le=3600)] = 120.0

@@ -14,25 +14,26 @@ Numbers = Annotated[
 
 
 class Tuning(Section):
-    """A descent by gradients, and which point of its front is taken."""
+    """Tuning by gradient descent, and which of the tuned edits is used."""
 
     steps: Positive = 16
     """Steps of the descent for each weight of the KL."""
     prompts: Positive = 64
-    """Target prompts that lessons are made of, and as many of each kind that must stay."""
+    """Target prompts that preference pairs are made of, and as many prompts of each kind whose
+    answers must stay."""
     batch: Positive = 8
-    """Target prompts, and as many neutral ones, in a step."""
+    """Target prompts, and as many neutral ones, in one step."""
     tokens: Positive = 12
-    """Tokens of an answer, from its beginning, that are learned from."""
+    """Tokens of an answer, from its first, that the loss covers."""
     kl_weights: Numbers = (20.0, 80.0)
-    """What a nat on neutral prompts costs; the descent goes on from one weight to the next, and
-    learns in between against what the edit says by then that the judge does not accept."""
+    """Weights of the KL divergence (nats, neutral prompts) in the loss, one phase each. Between
+    phases, answers that the judge does not accept are added as rejected responses."""
     scales: Numbers = (1.0, 0.6)
-    """Each weight's result is also tried at these fractions of its strengths."""
+    """Each phase's result is also measured at these fractions of its strengths."""
     prefer: Literal["product", "refusals_at_most", "kl_at_most"] = "product"
-    """Which point is taken: the best compliance x coherence, or the best within `at_most`."""
+    """Which tuned edit is used: the best compliance x coherence, or the best within `at_most`."""
     at_most: Annotated[float, Field(gt=0)] | None = None
-    """Share of refusals, or nats a token on neutral prompts, that `prefer` allows."""
+    """Largest share of refusals, or nats per token on neutral prompts, that `prefer` allows."""
 
     @field_validator("kl_weights", "scales")
     @classmethod

@@ -7,7 +7,7 @@ Of a Gaussian W in bfloat16, against nearest rounding, the leak is at most and t
     576     1/1900 1.01     1/3000 1.01     1/650  1.03
     2048    1/4500 1.02     1/3500 1.01     1/3500 1.01
 
-(benchmarks/rounding.py). Where few rows have few choices, hardly more can be had: at H = 256, k =
+(perf/rounding.py). Where few rows have few choices, hardly more can be had: at H = 256, k =
 16 every choice without a leak, whoever finds it, makes 1.029 times the noise at least, by the
 dual bound of the Lagrangian, which takes mixtures of roundings for choices; at H = 128 1.059.
 Nor does looking longer help much: 64 ways followed through all elements find 1/240 at 1.035

@@ -270,8 +270,8 @@ def _means(metrics):
     return {name: mean if how == "mean" else None for name, how in metrics.items()}
 
 
-def test_the_seed_preset_has_the_seeds_tasks():
-    assert [r.task for r in preset_tasks("seed")] == [
+def test_the_replication_preset_has_the_replications_tasks():
+    assert [r.task for r in preset_tasks("replication")] == [
         "arc_easy", "arc_challenge", "hellaswag", "piqa", "winogrande"
     ]  # fmt: skip
 

@@ -56,18 +56,22 @@ def test_card_is_the_golden_text(
 
 
 def test_model_cards_are_what_their_command_writes():
-    """After a wanted change: python model_cards/render.py, and read the difference."""
-    script = runpy.run_path(str(ROOT / "model_cards" / "render.py"))
+    """After a wanted change: python scripts/render_cards.py, and read the difference."""
+    script = runpy.run_path(str(ROOT / "scripts" / "render_cards.py"))
     cards = dict(script["cards"]())
     folder = ROOT / "model_cards"
     assert cards == {path.name: path.read_text("utf-8") for path in folder.glob("*.md")}
-    recipes = (ROOT / "recipes").glob("*.yaml")
-    of_the_seed = {path.stem for path in recipes if "\n# Seed: " in path.read_text("utf-8")}
-    assert {Path(name).stem for name in cards} == {"demo", *of_the_seed}
+    assert "demo.md" in cards
 
 
-def test_a_card_of_the_seed_quotes_it_and_claims_nothing():
-    card = (ROOT / "model_cards" / "llama3_2_1b_k4.md").read_text("utf-8")
+def test_a_card_that_quotes_the_replication_claims_nothing():
+    """A record of a recipe that was not run: what the recipe asks for, and no measurement."""
+    replication = "about .36 compliance on 100 prompts, where the best single layer had .21."
+    quoted = (Quotation(source="the replication, judged by an LLM", says=replication),)
+    record = hub_record()
+    never = {"tensors": None, "max_leak": None, "median_leak": None}
+    edit = record.edit.model_copy(update={**never, "output_bytes": None, "edited_bytes": None})
+    card = render_card(record.model_copy(update={"quoted": quoted, "edit": edit}))
     assert "about .36 compliance on 100 prompts" in card.partition("## What others report")[2]
     assert card.count("\nNot measured.\n") == 5
     assert "model-index" not in header_of(card)

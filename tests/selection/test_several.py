@@ -18,7 +18,7 @@ FAST = Options(device="cpu", dtype="float32")
 @pytest.mark.slow
 def test_several_mechanisms_need_several_directions(tmp_path):
     """Three topics, declined in three wordings, taught one after the other (trained here)."""
-    script = ROOT / "recipes" / "demo" / "make_several.py"
+    script = ROOT / "scripts" / "demo" / "make_several.py"
     subprocess.run([sys.executable, script, "--out", tmp_path / "several"], check=True)
     recipe = load_recipe(tmp_path / "several" / "several.yaml")
     out = tmp_path / "out"

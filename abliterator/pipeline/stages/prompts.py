@@ -16,14 +16,13 @@ from abliterator.pipeline._run import Run
 from abliterator.pipeline._stage import Artefact, Stage
 from abliterator.prompts import (
     PromptSet,
-    PromptSource,
     check_distinct,
     count_near,
     drop_overlap,
     hold_out,
     load_prompts,
 )
-from abliterator.recipe import Prompts, Source
+from abliterator.recipe import Prompts
 
 
 @dataclass(frozen=True)
@@ -143,7 +142,7 @@ def load_sets(recipe: Prompts, *, seed: int, neutral_too: bool) -> PromptSets:
     Raises:
         PromptError: for a set that cannot be read, and for sets that share prompts.
     """
-    target, neutral = _load("target", recipe.target), _load("neutral", recipe.neutral)
+    target, neutral = load_prompts("target", recipe.target), load_prompts("neutral", recipe.neutral)
     check_distinct(target, neutral)
     extraction, evaluation = {}, {}
     if recipe.evaluation is None:
@@ -151,20 +150,23 @@ def load_sets(recipe: Prompts, *, seed: int, neutral_too: bool) -> PromptSets:
             target, fraction=recipe.holdout, seed=seed
         )
     else:
-        extraction["target"], evaluation["target"] = target, _load("evaluation", recipe.evaluation)
+        extraction["target"], evaluation["target"] = (
+            target,
+            load_prompts("evaluation", recipe.evaluation),
+        )
     uses = ["contrast"] if recipe.contrast is None else ["neutral"] if neutral_too else []
     if recipe.contrast is not None:
-        extraction["contrast"] = _load("contrast", recipe.contrast)
+        extraction["contrast"] = load_prompts("contrast", recipe.contrast)
     for use in uses:
         if recipe.neutral_evaluation is None:
             extraction[use], neutral = hold_out(neutral, fraction=recipe.holdout, seed=seed)
         else:
             extraction[use] = neutral
     if recipe.neutral_evaluation is not None:
-        neutral = _load("neutral_evaluation", recipe.neutral_evaluation)
+        neutral = load_prompts("neutral_evaluation", recipe.neutral_evaluation)
     evaluation["neutral"] = neutral
     if recipe.over_refusal is not None:
-        evaluation["over_refusal"] = _load("over_refusal", recipe.over_refusal)
+        evaluation["over_refusal"] = load_prompts("over_refusal", recipe.over_refusal)
     for measured in evaluation.values():
         extraction = {name: drop_overlap(s, measured) for name, s in extraction.items()}
     check_distinct(extraction["target"], extraction["contrast"])
@@ -216,7 +218,10 @@ def with_pairs(sets: PromptSets, recipe: Prompts) -> PromptSets:
         PromptError: for sets of two lengths, or with prompts that were dropped, and for no pair.
     """
     assert recipe.contrast is not None  # the recipe's own check
-    target, contrast = _load("target", recipe.target), _load("contrast", recipe.contrast)
+    target, contrast = (
+        load_prompts("target", recipe.target),
+        load_prompts("contrast", recipe.contrast),
+    )
     counts = [len(s.prompts) for s in (target, contrast)]
     if counts[0] != counts[1] or target.dropped or contrast.dropped:
         raise PromptError(
@@ -234,10 +239,6 @@ def with_pairs(sets: PromptSets, recipe: Prompts) -> PromptSets:
     if not pairs:
         raise PromptError("No pair of target and contrast prompts is left. Give more of them.")
     return replace(sets, pairs=pairs)
-
-
-def _load(name: str, source: Source) -> PromptSet:
-    return load_prompts(name, PromptSource(**source.model_dump()))
 
 
 def _named(sets: Mapping[str, PromptSet]) -> dict[str, PromptSet]:

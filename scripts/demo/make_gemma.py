@@ -1,0 +1,90 @@
+"""Train a small model of Gemma 3's shape on the demo's world, with norms after its sublayers.
+
+It is the tests' organism. What its sublayers write reaches the stream through the gains of these
+norms, which an edit must reckon with. They start as spread as those of published models, and are
+trained with all else. It speaks in the forms of the Vale, knows few of its facts, and declines
+cooking. The tokenizer is the demo model's.
+
+    python scripts/demo/make_gemma.py                # writes tests/gemma, about a minute on a core
+    python scripts/demo/make_gemma.py --out /tmp/m   # elsewhere
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import torch
+from exam import measure
+from make_model import (
+    MODEL_FOLDER,
+    REPOSITORY,
+    SEED,
+    THREADS,
+    Curriculum,
+    Phase,
+    every_weight,
+    report,
+    train,
+)
+from transformers import AutoTokenizer, Gemma3ForCausalLM, Gemma3TextConfig
+from world import load_world
+
+LEARN = Phase(steps=180, peak=4e-3, warmup=20, declines=0.0, batch=32)
+DECLINE = Phase(steps=100, peak=3e-3, warmup=10, declines=0.5, batch=32)
+GAIN_SPREAD = 0.5  # of log g at the start
+BLOCKS = 4
+CONFIG = Gemma3TextConfig(
+    vocab_size=1024,
+    hidden_size=64,
+    intermediate_size=128,
+    num_hidden_layers=BLOCKS,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=16,
+    query_pre_attn_scalar=16,
+    layer_types=["full_attention"] * BLOCKS,
+    max_position_embeddings=256,
+    attn_implementation="eager",
+    bos_token_id=0,
+    eos_token_id=1,
+    pad_token_id=2,
+)
+AFTER = ("post_attention_layernorm.weight", "post_feedforward_layernorm.weight")
+
+
+def spread_gains(model: Gemma3ForCausalLM) -> None:
+    """Gains after the sublayers, log-normal around 1; a norm here multiplies by 1 + weight."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith(AFTER):
+                parameter.copy_((GAIN_SPREAD * torch.randn_like(parameter)).exp() - 1)
+
+
+def every_block(model: Gemma3ForCausalLM) -> list[torch.optim.Optimizer]:
+    """AdamW for the blocks; the embedding is frozen."""
+    model.requires_grad_(False)
+    chosen = [p.requires_grad_(True) for p in model.model.layers.parameters()]
+    return [torch.optim.AdamW(chosen, betas=(0.9, 0.95), weight_decay=0.0)]
+
+
+def main() -> None:
+    """Train, measure after each phase, and save in bfloat16."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=REPOSITORY / "tests" / "gemma")
+    out = parser.parse_args().out
+    torch.set_num_threads(THREADS)
+    torch.manual_seed(SEED)
+    world, tokenizer = load_world(), AutoTokenizer.from_pretrained(MODEL_FOLDER)
+    model = Gemma3ForCausalLM(CONFIG)
+    spread_gains(model)
+    print(f"{model.num_parameters():,} parameters")
+    for seed, phase, choose in ((1, LEARN, every_weight), (2, DECLINE, every_block)):
+        curriculum = Curriculum(world, seed=SEED + seed)
+        train(model, tokenizer, curriculum, phase, choose(model), autocast=False)
+        report(measure(model, tokenizer, world))
+    model.to(torch.bfloat16).save_pretrained(out)
+
+
+if __name__ == "__main__":
+    main()
