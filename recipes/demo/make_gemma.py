@@ -5,7 +5,7 @@ norms, which an edit must reckon with. They start as spread as those of publishe
 trained with all else. It speaks in the forms of the Vale, knows few of its facts, and declines
 cooking. The tokenizer is the demo model's.
 
-    python recipes/demo/make_gemma.py                # writes tests/gemma, about a minute on a core
+    python recipes/demo/make_gemma.py                # writes tests/gemma, in about a minute
     python recipes/demo/make_gemma.py --out /tmp/m   # elsewhere
 """
 
