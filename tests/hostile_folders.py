@@ -12,6 +12,8 @@ an output folder behind, or has the content of a private file copied.
 from __future__ import annotations
 
 import argparse
+import gc
+import importlib
 import json
 import math
 import os
@@ -691,6 +693,9 @@ def run_command(command: str, number: int, what: str, place: Path) -> Outcome:
 
 def run_batch(seed: int, numbers: list[int], place: Path, log: Path) -> None:
     """The child: folders one after another; before and after each command, a line in `log`."""
+    importlib.import_module("transformers.models.llama.modeling_llama")
+    gc.collect()
+    gc.freeze()  # a build collects garbage several times, and passes over what was imported
     sound = {family: place / family for family in FAMILIES}
     os.chdir(place)
     with log.open("a", encoding="utf-8") as lines:

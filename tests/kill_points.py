@@ -13,7 +13,9 @@ of an undisturbed run to the last bit, but for the times in the record.
 from __future__ import annotations
 
 import argparse
+import gc
 import hashlib
+import importlib
 import json
 import os
 import shutil
@@ -325,6 +327,12 @@ def main() -> int:
     parser.add_argument("--last", type=int, help="the last one")
     asked = parser.parse_args()
     bad = 0
+    # Every run is a fork: what it needs is imported once, and its garbage collections pass over it.
+    importlib.import_module("transformers.models.llama.modeling_llama")
+    importlib.import_module("transformers.generation.utils")
+    importlib.import_module("scipy.optimize")
+    gc.collect()
+    gc.freeze()
     with tempfile.TemporaryDirectory(prefix="kill-points-") as folder:
         known = scenarios(Path(folder).resolve())
         for name in asked.scenario or known:

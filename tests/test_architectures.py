@@ -39,7 +39,7 @@ from tests.leak import leak_meter
 # What transformers calls a causal LM, or a model that answers in text to images and text.
 PUBLISHED = {*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, *MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES}
 
-# "qwen" is remote code (tests/test_bake.py, tests/test_qwen1.py); the others that transformers has
+# "qwen" is remote code (test_bake.py, test_qwen1.py); the others that transformers has
 # no causal LM of are the text halves of wrappers, and proven in them.
 NAMES = sorted({*known_model_types(), *VARIANTS} & {*PUBLISHED, *VARIANTS})
 NAMES_WRAPPED = sorted({*NAMES} & {*MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES})

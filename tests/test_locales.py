@@ -116,6 +116,16 @@ def cp1252(tmp_path_factory):
     return environment
 
 
+CHAT = ("chat", "embedded:demo", "--max-new-tokens", "4")
+PROMPTS = "\ufeffWhere does Neva live – café?\r\n\n中文?".encode()
+
+
+@pytest.fixture(scope="module")
+def answers(project):
+    """What `chat` answers to PROMPTS in UTF-8."""
+    return command(*CHAT, cwd=project, environment=UTF8, stdin=PROMPTS).stdout
+
+
 ASCII = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
 IO_ALONE = {**UTF8, "PYTHONIOENCODING": "cp1252"}
 
@@ -142,21 +152,18 @@ def test_a_build_is_the_same_in_every_locale(project, reference, locale, request
 
 @pytest.mark.slow
 @pytest.mark.parametrize("locale", ["utf8", "cp1252", "ascii", "io_alone"])
-def test_a_pipe_is_utf8_in_every_locale(project, locale, request):
+def test_a_pipe_is_utf8_in_every_locale(project, answers, locale, request):
     known = {"utf8": UTF8, "ascii": ASCII, "io_alone": IO_ALONE}
     environment = known.get(locale) or request.getfixturevalue("cp1252")
-    arguments = ("chat", "embedded:demo", "--max-new-tokens", "4")
-    prompts = "\ufeffWhere does Neva live – café?\r\n\n中文?".encode()
-    done = command(*arguments, cwd=project, environment=environment, stdin=prompts)
+    done = command(*CHAT, cwd=project, environment=environment, stdin=PROMPTS)
     assert done.returncode == 0, done.stderr.decode(errors="replace")
-    utf8 = command(*arguments, cwd=project, environment=UTF8, stdin=prompts)
-    assert done.stdout == utf8.stdout
+    assert done.stdout == answers
     assert done.stdout.count(b"\n") == 2
-    bad = command(*arguments, cwd=project, environment=environment, stdin=b"Who?\ncaf\xe9\n")
+    bad = command(*CHAT, cwd=project, environment=environment, stdin=b"Who?\ncaf\xe9\n")
     assert bad.returncode == 1
     assert b"PromptError: Line 2 of the standard input is not UTF-8 text." in bad.stderr
     assert b"Traceback" not in bad.stderr
-    nul = command(*arguments, cwd=project, environment=environment, stdin=b"a\0b\n")
+    nul = command(*CHAT, cwd=project, environment=environment, stdin=b"a\0b\n")
     assert (nul.returncode, b"PromptError" in nul.stderr) == (1, True)
 
 

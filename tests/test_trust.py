@@ -10,7 +10,7 @@ from abliterator.generation import generate
 
 from abliterator.errors import AbliteratorError
 from abliterator.model import load_model, load_tokenizer, render_chat
-from abliterator.publish import _load
+from abliterator.publish import _load_check
 
 
 @pytest.fixture
@@ -76,7 +76,7 @@ def test_a_publications_process(writable, ran, monkeypatch, template, problem):
         (writable / "chat_template.jinja").unlink()
         (writable / "chat_template.json").write_text(json.dumps({"chat_template": template}))
     monkeypatch.chdir(writable)
-    found = _load._run([str(writable)], remote_code=False)
+    found = _load_check._run([str(writable)], remote_code=False)
     if problem:
         assert problem in found["error"]
     else:

@@ -1,8 +1,8 @@
 """Loading a model, rendering a chat, batching prompts, and the one manager of forward hooks.
 
-The room knows how to load and run a model without surprises: local files only, safetensors only, no
-randomly initialised weight, no date of today in a prompt. It does not know what hooks compute, nor
-which modules matter.
+Models are loaded from local files alone, safetensors alone, without any randomly initialised
+weight; prompts never hold today's date. The package does not know what hooks compute, nor which
+modules matter.
 
     loaded = load_model(folder, device="cpu", dtype="float32")
     ids = render_chat(loaded.tokenizer, "Name a planet.")

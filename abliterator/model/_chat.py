@@ -1,4 +1,4 @@
-"""A prompt as the model was trained to read it."""
+"""Chat templates: the token ids of a prompt in the chat format of its model."""
 
 from __future__ import annotations
 
@@ -44,9 +44,9 @@ def render_chat(
         UnsupportedModel: as `render_messages`; or if the tokenizer cannot encode the text.
     """
     turns = [] if system is None else [{"role": "system", "content": system}]
-    for asked, answered in before:
-        turns.append({"role": "user", "content": asked})
-        turns.append({"role": "assistant", "content": answered})
+    for question, answer in before:
+        turns.append({"role": "user", "content": question})
+        turns.append({"role": "assistant", "content": answer})
     turns.append({"role": "user", "content": prompt})
     text = render_messages(tokenizer, turns, template_kwargs=template_kwargs)
     # The text of a prompt is in no error: some prompts are harmful.
@@ -165,7 +165,7 @@ class _Template:
 def _template_of(
     tokenizer: PreTrainedTokenizerBase, template_kwargs: Mapping[str, Any]
 ) -> _Template:
-    """The chat template that the tokenizer uses where nobody chooses one."""
+    """The tokenizer's default chat template, with its variables."""
     from transformers import PreTrainedTokenizerBase
 
     if not tokenizer.chat_template:

@@ -1,4 +1,4 @@
-"""The one date that chat templates see, since prompts must not change from day to day."""
+"""A fixed date for chat templates, since prompts must not change from day to day."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Logits that are numbers: NaN and +inf stop where they arise, and never reach a figure."""
+"""Checks for NaN and infinity in logits, where they arise."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def require_numbers(logits: Tensor, loaded: LoadedModel, *, where: str = "") -> Tensor:
-    """The same logits, none of which is NaN or +inf.
+    """Returns the logits unchanged, or raises where one is NaN or +inf.
 
     -inf is a number here: models give it to entries of the vocabulary that they never use, which
     then have probability 0. A row of nothing else has no distribution.

@@ -1,4 +1,4 @@
-"""The boundary to libraries that read what strangers wrote: all that they raise becomes one error.
+"""One named error for whatever a library raises while it reads files of unknown origin.
 
 A folder's config, tokenizer or code can make transformers, tokenizers or torch raise anything. So
 the boundary is a place, not a list of types: the block of the context manager holds calls into the
@@ -43,7 +43,7 @@ def as_sentence(raised: BaseException) -> str:
     """What an exception says, as one printable sentence of at most 300 characters."""
     try:
         text = str(raised)
-    except Exception:  # noqa: BLE001 - a stranger's __str__
+    except Exception:  # noqa: BLE001 - the __str__ of a model's own code
         text = ""
     text = " ".join(text.split())
     text = text if text.isprintable() else text.encode("unicode_escape").decode("ascii")

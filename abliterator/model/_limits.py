@@ -1,4 +1,4 @@
-"""What a model can read: how many tokens, and which ids. Compared with prompts before any runs."""
+"""The context length and vocabulary size of a model, checked against prompts before it runs."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ CHARACTERS_A_TOKEN = 64
 
 @dataclass(frozen=True)
 class Limits:
-    """What a model can read; None where there is no bound.
+    """Context length and vocabulary size of a model; None where there is no bound.
 
     Attributes:
         context: tokens of a prompt and its answer together.
@@ -42,13 +42,13 @@ class Limits:
 
 
 def limits_of(loaded: LoadedModel) -> Limits:
-    """The limits of a loaded model: its config's context, its embedding's rows."""
+    """The limits of a loaded model: context length of its config, rows of its embedding."""
     rows = getattr(loaded.model.get_input_embeddings(), "weight", None)
     return Limits(context_limit(loaded.model.config), None if rows is None else int(rows.shape[0]))
 
 
 def stored_limits(folder: Path, *, trust_remote_code: bool = False) -> Limits:
-    """The same of a checkpoint folder, before weights are loaded: by the config's word alone.
+    """The limits of a checkpoint folder, as its config states them; no weights are loaded.
 
     None where transformers cannot read it; to load the model says what is wrong.
     """
@@ -104,14 +104,14 @@ def render_prompts(
     max_new_tokens: int = 0,
     **chat: Any,
 ) -> list[list[int]]:
-    """Token ids of each prompt in a chat, none of which the model cannot read.
+    """Token ids of each prompt in a chat, checked against the limits of the model.
 
     Args:
         tokenizer: of the model.
         prompts: of one set.
         limits: what the model can read.
         name: of the set, for messages.
-        max_new_tokens: of an answer, for which there has to be room.
+        max_new_tokens: of an answer, which must fit in the context too.
         chat: `system`, `template_kwargs` and `before`, as `render_chat` takes them.
 
     Raises:
@@ -136,7 +136,7 @@ def render_prompts(
 def require_fit(
     limits: Limits, token_ids: Sequence[Sequence[int]], *, max_new_tokens: int = 0
 ) -> None:
-    """Stops at token ids that the model cannot read, before it runs.
+    """Checks token ids against the limits of a model, before it runs.
 
     Raises:
         PromptError: for a prompt that is too long, with or without its answer.

@@ -1,4 +1,4 @@
-"""Weights and tokenizer, from local files only."""
+"""Loads a causal LM and its tokenizer, from local files only."""
 
 from __future__ import annotations
 
@@ -103,8 +103,8 @@ def _accept_cache(model: PreTrainedModel) -> None:
     From 5.24 on that hands over keys and values as `cache`. Older code says `past_key_values`, and
     where it takes any further argument too, it would ignore them without a word.
     """
-    taken = inspect.signature(model.forward).parameters
-    if "past_key_values" not in taken or "cache" in taken:
+    parameters = inspect.signature(model.forward).parameters
+    if "past_key_values" not in parameters or "cache" in parameters:
         return
 
     def renamed(
@@ -190,7 +190,7 @@ def read_config(folder: Path, trust_remote_code: bool) -> PreTrainedConfig:
 def _require_weights_enough(config: PreTrainedConfig, folder: Path) -> None:
     """Stops at a config of a larger model than the weights are of.
 
-    transformers makes room for all that config.json describes before it compares shapes.
+    transformers allocates all that config.json describes before it compares shapes.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -280,8 +280,8 @@ def _require_stored_weights(model: PreTrainedModel, folder: Path) -> None:
     for file in sorted(folder.glob("*.safetensors")):
         with safe_open(file, "pt") as stored:
             for name in stored.keys() & parameters.keys():
-                found = parameters[name].cpu()
-                if not torch.equal(found, stored.get_tensor(name).to(found.dtype)):
+                value = parameters[name].cpu()
+                if not torch.equal(value, stored.get_tensor(name).to(value.dtype)):
                     raise GenerationError(
                         f"The model's own Python code changed {name} after it was loaded: it was "
                         "probably written for an older transformers. Use a conversion of the "
@@ -292,7 +292,7 @@ def _require_stored_weights(model: PreTrainedModel, folder: Path) -> None:
 def _require_stop_tokens(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path
 ) -> None:
-    """Stops at a model whose end of an answer is no token, before anything is measured."""
+    """Checks that every `eos_token_id` is a token id, before anything is measured."""
     config = model.config
     for where, part in (
         ("generation_config.json", model.generation_config),

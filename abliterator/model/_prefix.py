@@ -28,7 +28,7 @@ class ByRow:
 
     Attributes:
         of: the intervention of each prompt, 0 .. n - 1.
-        choose: is told that of every row, before each forward pass.
+        choose: called with the edit of every row, before each forward pass.
     """
 
     of: Sequence[int]

@@ -96,7 +96,7 @@ class _Child:
         except OSError:  # it ended while it was written to
             return self._died()
         except BaseException:
-            self.end()  # its answer would be taken for that to the next request
+            self.end()  # its answer would be read as that to the next request
             raise
 
     def _read(self) -> dict[str, str]:

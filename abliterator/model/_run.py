@@ -31,7 +31,7 @@ _OUT_OF_MEMORY = (
 
 @dataclass(frozen=True)
 class CallHook:
-    """A hook that is also told what its module was called with."""
+    """A hook that also gets the arguments of its module's call."""
 
     run: Callable[[Tensor, BoundArguments], Tensor]
 
@@ -128,22 +128,22 @@ def is_out_of_memory(error: BaseException) -> bool:
     """
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
         return True
-    said = str(error)
-    return isinstance(error, RuntimeError) and any(words in said for words in _OUT_OF_MEMORY)
+    message = str(error)
+    return isinstance(error, RuntimeError) and any(words in message for words in _OUT_OF_MEMORY)
 
 
 def cache_name(model: nn.Module) -> str:
-    """What a model calls the keys and values it goes on from, as argument and in its output.
+    """Name of the cache of keys and values, as an argument of a model and in its output.
 
     `cache` from transformers 5.24 on, `past_key_values` before it and in models' own code.
     """
-    taken = inspect.signature(model.forward).parameters
-    return "cache" if "cache" in taken else "past_key_values"
+    parameters = inspect.signature(model.forward).parameters
+    return "cache" if "cache" in parameters else "past_key_values"
 
 
 @contextmanager
 def head_at(head: nn.Module, rows: Tensor, positions: Tensor) -> Iterator[None]:
-    """Lets the output head see the hidden states at these places only, as one row of them.
+    """Restricts the output head to the hidden states at given positions, as one row.
 
     The vocabulary is the largest dimension there is: logits of whole prompts would fill the memory.
     What a model does to its logits afterwards (scales, soft caps) is element by element.
@@ -182,7 +182,7 @@ def masked_positions(model: nn.Module, mask: Tensor) -> dict[str, Tensor]:
 
 
 def release_memory() -> None:
-    """Gives back what nothing refers to any more: call it after letting go of a model.
+    """Frees cached device and host memory; call it after the last reference to a model is gone.
 
     glibc keeps freed memory for later; of a model that is let go, a part would stay with the
     process while the next one is loaded.

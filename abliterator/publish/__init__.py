@@ -3,8 +3,8 @@
 A plan is made first, and none is made of a checkpoint whose bytes do not verify. Then: an offline
 load by plain transformers in a fresh process; a private repository; exactly the planned files in
 one commit; the hashes of what arrived read back; and only then, if asked, public. Whatever goes
-wrong, the same command goes on where it stopped. An adapter takes the same way to a repository of
-its own, loaded by PEFT. The room does not know how a checkpoint was made.
+wrong, the same command goes on where it stopped. An adapter is published alike, to a repository of
+its own, and loaded by PEFT. The package does not know how a checkpoint was made.
 
     plan = plan_publish(base, out / "checkpoint", Target("me/Llama-3.2-1B-Instruct-abliterated"))
     done = publish(plan)
@@ -15,7 +15,6 @@ argument here, and no message holds it.
 """
 
 from abliterator.publish._files import PlannedFile
-from abliterator.publish._hub import Published, publish
 from abliterator.publish._plan import (
     Folders,
     Gating,
@@ -24,6 +23,7 @@ from abliterator.publish._plan import (
     plan_adapter,
     plan_publish,
 )
+from abliterator.publish._publish import Published, publish
 
 __all__ = [
     "Folders",

@@ -59,10 +59,10 @@ class PlannedFile:
 def stamp_of(path: Path) -> Stamp:
     """The stamp of a path; empty of one that is not there."""
     try:
-        seen = path.lstat(), path.stat()
+        statuses = path.lstat(), path.stat()
     except OSError:
         return ()
-    return tuple((found.st_size, found.st_mtime_ns, found.st_ctime_ns) for found in seen)
+    return tuple((s.st_size, s.st_mtime_ns, s.st_ctime_ns) for s in statuses)
 
 
 def stamps_of(folder: Path) -> dict[str, Stamp]:

@@ -31,7 +31,7 @@ Gating = Literal["auto", "manual", "no"]
 REPO_ID = re.compile(r"(?=.{1,96}\Z)(?!.*(--|\.\.))(\w[\w.-]*/)?\w[\w.-]*(?<![.-])", re.ASCII)
 # Names that the licences of these models ask a derived model's name to begin with.
 _LLAMA_NAME = re.compile(r"llama(-?3|-?4)", re.IGNORECASE)
-_FAULTS_TOLD = 5
+_FAULTS_SHOWN = 5
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ class PublishPlan:
         what: "checkpoint", or "adapter".
         target: where to.
         files: exactly what will be uploaded.
-        left_out: files of the folder that nobody vouches for; they stay.
+        left_out: files of the folder that neither base nor record has; they stay.
         base: Hub id of the base, None for a local one.
         remote_code: whether the model needs its own Python files to load.
         folders: what was verified, and against what.
@@ -139,20 +139,20 @@ def plan_publish(
     before = stamps_of(checkpoint)
     record = _read_record(checkpoint)
     _check_license(record, target)
-    found = verify(base, checkpoint, subspace=subspace, on_bytes=on_bytes)
-    _require_sound(checkpoint, found)
-    files = verified_files(checkpoint, found.sha256, before)
+    verification = verify(base, checkpoint, subspace=subspace, on_bytes=on_bytes)
+    _require_sound(checkpoint, verification)
+    files = verified_files(checkpoint, verification.sha256, before)
     if target.license is not None:
         files = [_with_license(file, target.license) for file in files]
     return PublishPlan(
         "checkpoint",
         target,
         tuple(files),
-        found.foreign,
+        verification.foreign,
         record.model.id if record.model.revision is not None else None,
         record.recipe.get("trust_remote_code") is True,
         Folders(base, checkpoint, subspace),
-        found,
+        verification,
     )
 
 
@@ -179,13 +179,15 @@ def plan_adapter(checkpoint: PublishPlan, adapter: Path, target: Target) -> Publ
                 f"{adapter} has no {name}; an adapter that a whole `abliterator build` left was "
                 "expected. Set `edit.output: both` in the recipe, and build."
             )
-    before, beside = stamps_of(adapter), stamps_of(folders.checkpoint)
-    found = verify_adapter(folders.base, folders.checkpoint, adapter, subspace=folders.subspace)
-    _require_sound(adapter, found)
-    own = verified_files(adapter, found.sha256, before)
+    before, compared = stamps_of(adapter), stamps_of(folders.checkpoint)
+    verification = verify_adapter(
+        folders.base, folders.checkpoint, adapter, subspace=folders.subspace
+    )
+    _require_sound(adapter, verification)
+    own = verified_files(adapter, verification.sha256, before)
     # what the adapter was compared with must be what the checkpoint's own plan is made of
-    beside |= {file.path: file.stamp for file in checkpoint.files if file.stamp is not None}
-    verified_files(folders.checkpoint, checkpoint.verification.sha256, beside)
+    compared |= {file.path: file.stamp for file in checkpoint.files if file.stamp is not None}
+    verified_files(folders.checkpoint, checkpoint.verification.sha256, compared)
     if target.license is not None:
         own = [_with_license(file, target.license) for file in own]
     others = [file for file in checkpoint.files if _goes_with_adapter(file.path)]
@@ -194,8 +196,8 @@ def plan_adapter(checkpoint: PublishPlan, adapter: Path, target: Target) -> Publ
         what="adapter",
         target=target,
         files=tuple(sorted([*own, *others], key=lambda file: file.path)),
-        left_out=found.foreign,
-        verification=found,
+        left_out=verification.foreign,
+        verification=verification,
     )
 
 
@@ -203,13 +205,14 @@ def _goes_with_adapter(path: str) -> bool:
     return path in {*OURS, *PICTURES} - {CARD} or is_legal(path)
 
 
-def _require_sound(folder: Path, found: Verification | AdapterVerification) -> None:
-    if found.ok:
+def _require_sound(folder: Path, verification: Verification | AdapterVerification) -> None:
+    if verification.ok:
         return
-    more = len(found.faults) - _FAULTS_TOLD
-    told = " ".join(found.faults[:_FAULTS_TOLD]) + (f" And {more} more." if more > 0 else "")
+    faults = verification.faults
+    more = len(faults) - _FAULTS_SHOWN
+    shown = " ".join(faults[:_FAULTS_SHOWN]) + (f" And {more} more." if more > 0 else "")
     raise PublishError(
-        f"{folder} does not verify against its base, so nothing of it is published. {told} "
+        f"{folder} does not verify against its base, so nothing of it is published. {shown} "
         "Build it again."
     )
 

@@ -1,4 +1,4 @@
-"""What the Hub's refusals mean, in words that hold neither a token nor a header."""
+"""The Hub's refusals explained, in sentences that hold neither a token nor a header."""
 
 from __future__ import annotations
 
@@ -71,17 +71,17 @@ def explain(error: Exception, attempt: int) -> Refusal:
 def _answered(answer: Any, attempt: int) -> Refusal:
     status = int(answer.status_code)
     meaning = _MEANINGS.get(status, "failed. Run the same command again later")
-    asked = str(answer.headers.get("Retry-After", "")).strip()
-    wait = float(asked) + 1 if asked.isdigit() else 2.0**attempt
+    retry_after = str(answer.headers.get("Retry-After", "")).strip()
+    wait = float(retry_after) + 1 if retry_after.isdigit() else 2.0**attempt
     again = status in _BUSY and wait <= _LONGEST_WAIT
     return Refusal(f"the Hub {meaning} (HTTP {status})", wait if again else None)
 
 
 def _answer(error: BaseException) -> Any:
     """The Hub's answer that is behind an error, or None."""
-    seen: BaseException | None = error
-    while seen is not None:
-        if getattr(seen, "response", None) is not None:
-            return seen.response  # type: ignore[attr-defined]
-        seen = seen.__cause__
+    cause: BaseException | None = error
+    while cause is not None:
+        if getattr(cause, "response", None) is not None:
+            return cause.response  # type: ignore[attr-defined]
+        cause = cause.__cause__
     return None

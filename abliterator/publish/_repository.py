@@ -1,4 +1,4 @@
-"""One repository on the Hub, asked again while the Hub is busy."""
+"""Requests to one repository on the Hub, repeated while the Hub is busy."""
 
 from __future__ import annotations
 
@@ -59,10 +59,10 @@ class Repository:
 
     def head(self, branch: str) -> str | None:
         """The newest commit of a branch; None if the repository has no commit."""
-        found: str | None = self.ask(
+        commit: str | None = self.ask(
             "look at the branch", lambda: self.api.model_info(self.id, revision=branch).sha
         )
-        return found
+        return commit
 
     def refs(self) -> GitRefs:
         """Branches and tags."""

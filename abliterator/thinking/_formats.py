@@ -1,4 +1,4 @@
-"""The table of formats, and where their marks stand in a text."""
+"""The table of thinking formats, and the positions of their marks in a text."""
 
 from __future__ import annotations
 
@@ -98,13 +98,13 @@ def formats() -> Formats:
         ),
         channels=tuple(map(_channels, data["channels"])),
         remnants=tuple(
-            Remnant(re.compile(rf"\s*{each['begins']}", re.DOTALL), each["answer"])
-            for each in data["remnants"]
+            Remnant(re.compile(rf"\s*{entry['begins']}", re.DOTALL), entry["answer"])
+            for entry in data["remnants"]
         ),
         firsts=(
             *(text for text, mark in {**cased, **exact}.items() if mark.opens),
             *(begin for begin, _ in data["wrappers"]),
-            *(each["first"] for each in data["channels"]),
+            *(entry["first"] for entry in data["channels"]),
         ),
     )
 
@@ -129,12 +129,12 @@ def _blocks(blocks: Iterable[Mapping[str, Any]]) -> Iterator[tuple[str, Mark]]:
                 yield literal, Mark(0, 0, opens, block["models"], **flags)
 
 
-def _channels(each: Mapping[str, str]) -> Channels:
+def _channels(entry: Mapping[str, str]) -> Channels:
     return Channels(
-        re.compile(each["begins"]),
-        each["control"],
-        re.compile(f"{each['header']}|{each['ends']}"),
-        each["answer"],
+        re.compile(entry["begins"]),
+        entry["control"],
+        re.compile(f"{entry['header']}|{entry['ends']}"),
+        entry["answer"],
     )
 
 

@@ -1,4 +1,4 @@
-"""A reply's text in two: what is thought, and what is answered."""
+"""Splits the text of a reply into thinking and answer, by its marks."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ class Split(NamedTuple):
 
     Attributes:
         thinking: what comes before the answer, marks and all; "" where nothing is thought.
-        answer: what is said; "" where the reply ends before there is an answer.
-        is_known: whether it can be told where the thinking ends; if not, `answer` is "".
+        answer: what the user reads; "" where the reply ends before there is an answer.
+        is_known: whether it is known where the thinking ends; if not, `answer` is "".
     """
 
     thinking: str
@@ -41,7 +41,7 @@ class Opened(NamedTuple):
 
 
 class _Parts(NamedTuple):
-    """Where a text answers; all else is thinking, or marks."""
+    """Spans of a text that belong to the answer; all else is thinking, or marks."""
 
     spans: list[tuple[int, int]]
 
@@ -59,7 +59,7 @@ def split_text(
     control: Collection[str] | None = None,
     is_cut: bool = False,
 ) -> Split:
-    """Tells the thinking of a reply from its answer by the marks in its text.
+    """Splits a reply into thinking and answer by the marks in its text.
 
     Args:
         text: the reply.
@@ -74,8 +74,8 @@ def split_text(
         begins = channels.control in (control or ()) or channels.begins.search(text)
         if is_open or begins:
             return _by_channel(text, channels, opened_here.channel if is_open else None)
-    if control is None and (found := _by_remnant(text, table)):
-        return found
+    if control is None and (split := _by_remnant(text, table)):
+        return split
     split = _by_blocks(text, table, opened_here, control or (), is_cut=is_cut)
     if split.thinking or opened_here.is_closed:
         split = _unwrapped(split, table, is_cut=is_cut)
@@ -191,7 +191,7 @@ def _unwrapped(split: Split, table: Formats, *, is_cut: bool) -> Split:
 
 def _begun(split: Split, table: Formats) -> Split:
     """A reply that was cut within its first mark, or the first after its thinking: no answer."""
-    said = split.answer.strip().rstrip("\ufffd")  # the bytes of half a character
-    if any(mark.startswith(said) for mark in table.firsts) or _UNFINISHED_TAG.match(said):
+    start = split.answer.strip().rstrip("\ufffd")  # the bytes of half a character
+    if any(mark.startswith(start) for mark in table.firsts) or _UNFINISHED_TAG.match(start):
         return Split(split.thinking + split.answer, "")
     return split

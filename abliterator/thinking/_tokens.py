@@ -1,4 +1,4 @@
-"""Generated tokens in two: what is thought, and what is answered."""
+"""Splits generated tokens into thinking and answer."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _ROLE = re.compile(r"\s*\w*:?\s*")
 
 
 class Splitter:
-    """Tells the thinking of a reply from its answer, before its control tokens are dropped.
+    """Splits replies into thinking and answer, while they still have their control tokens.
 
     By the tokenizer's response template where it has one, and by the table of formats.
 
@@ -116,7 +116,7 @@ class Splitter:
         return any(token in text for token in self._added)
 
     def _parsed(self, prompt: Sequence[int], reply: str, *, is_cut: bool) -> tuple[str, str] | None:
-        """What is thought and what is answered, by the response template.
+        """(thinking, answer) by the response template.
 
         None where there is none that works: the table of formats remains.
         """

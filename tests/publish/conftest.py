@@ -34,8 +34,8 @@ from pathlib import Path
 slept = []
 time.sleep = slept.append
 from abliterator.errors import PublishError
-from abliterator.publish import Target, _files, _hub, plan_adapter, plan_publish, publish
-_hub.check_loads = lambda plan: None  # one test of its own loads
+from abliterator.publish import Target, _files, _publish, plan_adapter, plan_publish, publish
+_publish.check_loads = lambda plan: None  # one test of its own loads
 for line in sys.stdin:
     asked = json.loads(line)
     target = Target(**asked["target"])

@@ -17,7 +17,7 @@ from abliterator.checkpoint import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from abliterator.cli import main
 from abliterator.errors import PublishError
 from abliterator.publish import Target, plan_adapter, plan_publish
-from abliterator.publish._load import check_loads
+from abliterator.publish._load_check import check_loads
 from abliterator.verification import EDITS, RECORD
 from tests.hub_server import Fault
 from tests.publish.conftest import (

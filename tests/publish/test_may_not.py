@@ -13,7 +13,7 @@ from huggingface_hub import ModelCard
 
 from abliterator.errors import PublishError
 from abliterator.publish import Target, plan_adapter, plan_publish
-from abliterator.publish._load import check_loads
+from abliterator.publish._load_check import check_loads
 from abliterator.record import RunRecord
 from abliterator.verification import RECORD, recipe_text
 from tests.publish.conftest import (

@@ -1,6 +1,6 @@
-"""Loads a folder the way a stranger would; run by a fresh interpreter, without abliterator.
+"""Loads a folder with plain transformers; run by a fresh interpreter, without abliterator.
 
-usage: python _vanilla.py FOLDER [--adapter FOLDER] [--remote-code]     # prints one JSON object
+usage: python _load_check_child.py FOLDER [--adapter FOLDER] [--remote-code]     # prints JSON
 """
 
 from __future__ import annotations
@@ -37,11 +37,11 @@ def main(folder: str, adapter: str | None, remote_code: bool) -> dict[str, objec
     if adapter is not None:
         from peft import PeftModel
 
-        with warnings.catch_warnings(record=True) as said:
+        with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             model = PeftModel.from_pretrained(model, adapter)
         # PEFT warns where the adapter lacks tensors, and fills in zeros
-        missing += [str(w.message) for w in said if "adapter keys" in str(w.message)]
+        missing += [str(w.message) for w in caught if "adapter keys" in str(w.message)]
     text = _chat(tokenizer, folder)
     ids = tokenizer(text, return_tensors="pt", add_special_tokens=False)["input_ids"]
     with torch.inference_mode():
@@ -54,25 +54,23 @@ def main(folder: str, adapter: str | None, remote_code: bool) -> dict[str, objec
 
 
 def _chat(tokenizer: Any, folder: str) -> str:
-    """A question through the chat template, in the first form of contents of which it is written.
+    """The text that the chat template makes of a question, given as a string or as parts.
 
     A template is a program: one that does not end in time ends this process.
     """
     template = None
     if not tokenizer.chat_template:  # a model that also sees may have it beside its processor
         named = [Path(folder) / name for name in ("chat_template.json", "processor_config.json")]
-        stated = [json.loads(file.read_text(encoding="utf-8")) for file in named if file.is_file()]
-        template = next(
-            (found["chat_template"] for found in stated if "chat_template" in found), None
-        )
+        settings = [json.loads(f.read_text(encoding="utf-8")) for f in named if f.is_file()]
+        template = next((s["chat_template"] for s in settings if "chat_template" in s), None)
     failure = ValueError("the chat template leaves out the question")
     faulthandler.dump_traceback_later(_RENDERING_SECONDS, exit=True)
     try:
         for content in (_QUESTION, [{"type": "text", "text": _QUESTION}]):
-            asked = [{"role": "user", "content": content}]
+            messages = [{"role": "user", "content": content}]
             try:
                 text = tokenizer.apply_chat_template(
-                    asked, chat_template=template, add_generation_prompt=True, tokenize=False
+                    messages, chat_template=template, add_generation_prompt=True, tokenize=False
                 )
             except Exception as error:  # noqa: BLE001  (it may want the other form)
                 failure = ValueError(f"the chat template cannot render a question: {error}")

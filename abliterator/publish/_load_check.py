@@ -1,7 +1,4 @@
-"""The last check before anything is sent: does plain transformers load what will be there?
-
-Of an adapter: does plain PEFT load it, on top of the base?
-"""
+"""The load check: plain transformers loads what is to be published, or plain PEFT an adapter."""
 
 from __future__ import annotations
 
@@ -15,7 +12,7 @@ from abliterator.errors import PublishError
 from abliterator.processes import child_environment, python_command
 from abliterator.publish._plan import PublishPlan
 
-_TOLD = 300  # characters of what the other process said
+_ERROR_CHARACTERS = 300  # of the other process, that a message shows
 
 
 def check_loads(plan: PublishPlan) -> None:
@@ -33,10 +30,10 @@ def check_loads(plan: PublishPlan) -> None:
             else:
                 place.symlink_to(file.content.resolve())
         if plan.what == "adapter":
-            found = _run([str(plan.folders.base), "--adapter", folder], plan.remote_code)
+            report = _run([str(plan.folders.base), "--adapter", folder], plan.remote_code)
         else:
-            found = _run([folder], plan.remote_code)
-        problem = _problem(found, plan.what)
+            report = _run([folder], plan.remote_code)
+        problem = _problem(report, plan.what)
     if problem:
         # the folder that was loaded is gone when this is read
         problem = problem.replace(folder, f"the planned {plan.what}")
@@ -48,7 +45,7 @@ def check_loads(plan: PublishPlan) -> None:
 
 
 def _run(arguments: list[str], remote_code: bool) -> dict[str, Any]:
-    script = Path(__file__).with_name("_vanilla.py")
+    script = Path(__file__).with_name("_load_check_child.py")
     env = child_environment(
         {
             "CUDA_VISIBLE_DEVICES": "",  # seeing a GPU, transformers leaves FP8 packed, on CPUs too
@@ -66,16 +63,16 @@ def _run(arguments: list[str], remote_code: bool) -> dict[str, Any]:
         check=False,
     )
     if done.returncode:
-        last = (done.stderr.strip() or "nothing was said").splitlines()[-1]
-        return {"error": last[:_TOLD]}
+        last = (done.stderr.strip() or "no error was printed").splitlines()[-1]
+        return {"error": last[:_ERROR_CHARACTERS]}
     answer: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
     return answer
 
 
-def _problem(found: dict[str, Any], what: str) -> str | None:
-    if "error" in found:
-        return f"cannot load the {what}: {found['error']}"
+def _problem(report: dict[str, Any], what: str) -> str | None:
+    if "error" in report:
+        return f"cannot load the {what}: {report['error']}"
     for key in ("missing", "mismatched"):
-        if found[key]:
-            return f"finds {len(found[key])} tensors {key}, such as {found[key][0]}"
-    return None if found["finite"] else "gets values that are not numbers out of the model"
+        if report[key]:
+            return f"finds {len(report[key])} tensors {key}, such as {report[key][0]}"
+    return None if report["finite"] else "gets values that are not numbers out of the model"
