@@ -3,19 +3,27 @@
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, get_args
 
 import pytest
 import torch
-from abliterator.generation import generate, stop_ids
+from pydantic import BaseModel
 
 from abliterator import pipeline
 from abliterator.bake import preview_edit
 from abliterator.directions import load_subspace
 from abliterator.model import load_model, render_chat
 from abliterator.pipeline import Options
+from abliterator.pipeline._quantization import quantized_edits
+from abliterator.pipeline.stages import record as record_stage
+from abliterator.prompts import PromptSet
 from abliterator.recipe import load_recipe
+from abliterator.record import Estimate, ModelIdentity, RunRecord, TensorEdit
 from abliterator.source import resolve_folder
+from tests.judge_server import JudgeServer, verdict
 
 ROOT = Path(__file__).parents[1]
 RECIPE = ROOT / "recipes" / "demo.yaml"
@@ -122,3 +130,141 @@ def test_hooks_on_every_writer_answer_as_the_baked_checkpoint_does(demo):
     assert plain != written
     apart = (baked.model(torch.tensor([ids[0]])).logits - logits).abs().max()
     assert apart < 0.02 * logits.abs().max()
+
+
+# ---- no field of a record is left unset by every stage
+
+# Fields that neither the demo nor `special` sets, and what shows that something does: a test that
+# builds such a run and asserts the field, or the file that writes it.
+SET_ELSEWHERE = {
+    "selection": "tests/selection/test_demo.py",
+    "tuning": "tests/test_tuning.py",
+    "pictures": "tests/selection/test_demo.py",
+    "edit.experts": "tests/test_experts.py",
+    "judge.calibration": "tests/judge/test_calibrate.py",
+    "benchmarks.higher_is_better": "abliterator/benchmarks/_compare.py",
+    "quoted": "model_cards/render.py",  # of what was planned and not built: no stage quotes
+    "quoted.source": "model_cards/render.py",
+    "quoted.says": "model_cards/render.py",
+}
+CONSTANT = {"tool.name"}
+
+
+def every_field(model: type[BaseModel], path: str = "") -> Iterator[str]:
+    """The path of every field, nested ones too; items of lists and mappings have their owner's.
+
+    An `Estimate` is one value: whether it has an interval depends on what was measured.
+    """
+    for name, field in model.model_fields.items():
+        yield path + name
+        for inner in models_in(field.annotation):
+            yield from every_field(inner, f"{path}{name}.")
+
+
+def models_in(annotation: Any) -> Iterator[type[BaseModel]]:
+    is_model = isinstance(annotation, type) and issubclass(annotation, BaseModel)
+    if is_model and annotation is not Estimate:
+        yield annotation
+    for argument in get_args(annotation):
+        yield from models_in(argument)
+
+
+def set_fields(value: Any, path: str = "") -> Iterator[str]:
+    """Paths whose value is not the default."""
+    if isinstance(value, Estimate):
+        return
+    if isinstance(value, BaseModel):
+        for name, field in type(value).model_fields.items():
+            held = getattr(value, name)
+            default = None if field.is_required() else field.get_default()
+            if held != default:
+                yield path + name
+            yield from set_fields(held, f"{path}{name}.")
+    elif isinstance(value, dict | list | tuple):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from set_fields(item, path)
+
+
+@pytest.fixture(scope="module")
+def special(tmp_path_factory, tiny_folder):
+    """The record of a tiny build that drops prompts and asks a judge's server."""
+    folder = tmp_path_factory.mktemp("special")
+    names = {"target": "Where is", "neutral": "What is", "evaluation": "Where then is"}
+    lines = {name: [f"{words} the {x}?" for x in "abcdefgh"] for name, words in names.items()}
+    lines["target"] += [lines["target"][0], lines["evaluation"][0]]
+    for name, prompts_of_set in lines.items():
+        (folder / f"{name}.txt").write_text("\n".join(prompts_of_set))
+    sets = ", ".join(f"{name}: {{path: {name}.txt}}" for name in names)
+    with JudgeServer(reply=verdict("complied", "coherent")) as server:
+        (folder / "r.yaml").write_text(
+            f"model: {tiny_folder()}\nlayers: [2]\nk: 1\nprompts: {{{sets}}}\n"
+            "rollouts: {max_new_tokens: 48}\n"
+            f"judge: {{kind: openai, base_url: '{server.url}', model: m, api_key_env: null, "
+            "votes: 3}\n"
+        )
+        recipe = load_recipe(folder / "r.yaml")
+        return pipeline.build(recipe, folder / "out", options=Options("cpu", "float32"))
+
+
+def from_the_code() -> Iterator[str]:
+    """Fields as the functions that the record stage calls set them, of inputs made here."""
+    card = {
+        "license": "other",
+        "license_name": "terms",
+        "license_link": "LICENSE",
+        "language": "en",
+        "extra_gated_prompt": "Do you agree?",
+    }
+    identity = ModelIdentity(
+        id="x",
+        revision="0" * 40,
+        n_layers=1,
+        d_model=1,
+        model_type="m",
+        **record_stage.stated(card),
+    )
+    yield from set_fields(identity, "model.")
+    prompts_of_hub = PromptSet(
+        name="target",
+        prompts=("a",),
+        source="owner/set",
+        revision="0" * 40,
+        split="train",
+        license="mit",
+        read=3,
+        dropped=2,
+        overlap=1,
+        near=0,
+    )
+    origin = record_stage.prompt_origin("target, extraction", prompts_of_hub)
+    yield from set_fields(origin, "provenance.prompts.")
+    edit = TensorEdit(
+        name="w", file="f", component="mlp", layer=0, axis=0, dtype="F8_E4M3", shape=(1, 1), k=1,
+        strength=1, storage="fp8", unpacked=True, leak=0.1, noise=0.1, noise_nearest=0.1,
+        sha256_before="", sha256_after="",
+    )  # fmt: skip
+    yield from (f"edit.quantized.{name}" for name in set_fields(quantized_edits([edit])))
+    yield "edit.quantized"
+
+
+def test_every_field_of_a_record_is_set_by_some_run(record, special):
+    known = {*set_fields(record), *set_fields(special), *from_the_code()} | CONSTANT
+    for path, file in SET_ELSEWHERE.items():
+        assert path.rpartition(".")[2] in (ROOT / file).read_text()
+    unset = {*every_field(RunRecord)} - known - SET_ELSEWHERE.keys() - {"provenance.git_commit"}
+    assert not unset
+    assert not SET_ELSEWHERE.keys() & known  # what is listed is special
+
+
+@pytest.mark.parametrize(
+    ("origin", "commit"),
+    [
+        (None, None),
+        ('{"url": "file:///a", "dir_info": {}}', None),
+        ('{"url": "https://a", "vcs_info": {"vcs": "git", "commit_id": "c0ffee"}}', "c0ffee"),
+    ],
+)
+def test_the_commit_of_the_tool_is_that_of_its_installation(origin, commit, monkeypatch):
+    installed = SimpleNamespace(read_text={"direct_url.json": origin}.get)
+    monkeypatch.setattr(record_stage, "distribution", lambda name: installed)
+    assert record_stage._tool_commit() == commit

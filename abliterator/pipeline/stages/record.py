@@ -29,7 +29,7 @@ from abliterator.pipeline.stages.judge import judge_identity, verdicts_of
 from abliterator.pipeline.stages.prompts import prompt_sets, uses
 from abliterator.pipeline.stages.selection import selected_layers, selection_of
 from abliterator.pipeline.stages.tuning import planned_edits, tuning_record
-from abliterator.prompts import NEAR_DUPLICATE
+from abliterator.prompts import NEAR_DUPLICATE, PromptSet
 from abliterator.record import (
     Behaviour,
     BenchmarkResult,
@@ -224,25 +224,17 @@ def _provenance(run: Run) -> Provenance:
         hardware=_hardware(run.device),
         digests=_digests(run),
         git_commit=_tool_commit(),
-        prompts=tuple(
-            PromptOrigin(
-                name=name,
-                source=s.source,
-                revision=s.revision,
-                split=s.split,
-                n=len(s.prompts),
-                sha256=s.sha256,
-                read=s.read,
-                dropped=s.dropped,
-                overlap=s.overlap,
-                near=s.near,
-                license=s.license,
-            )
-            for name, s in uses(sets)
-        ),
+        prompts=tuple(prompt_origin(name, prompts) for name, prompts in uses(sets)),
         dropped_overlap=sum(s.overlap for s in sets.extraction.values()),
         near_duplicate=NEAR_DUPLICATE,
     )
+
+
+def prompt_origin(name: str, prompts: PromptSet) -> PromptOrigin:
+    """Where a prompt set came from; `name` is its kind and use."""
+    names = PromptOrigin.model_fields.keys() - {"name", "n"}
+    fields = {field: getattr(prompts, field) for field in names}
+    return PromptOrigin(name=name, n=len(prompts.prompts), **fields)
 
 
 def _hardware(device: str) -> str:
