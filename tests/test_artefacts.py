@@ -19,7 +19,7 @@ from abliterator import pipeline
 from abliterator.benchmarks import _apart
 from abliterator.checkpoint import _fingerprint
 from abliterator.cli import main
-from abliterator.errors import FileError, JudgeError, OutputError
+from abliterator.errors import FileError, OutputError, ServerError
 from abliterator.files import sha256_of_file
 from abliterator.pipeline import Options, _workspace
 from abliterator.pipeline._workspace import Workspace
@@ -396,7 +396,7 @@ def test_a_malformed_page_is_named(cache, page):
     data = bytearray(cache.read_bytes())
     data[4096 * page : 4096 * page + 2048] = b"\xff" * 2048
     cache.write_bytes(data)
-    with pytest.raises(JudgeError, match=r"judge\.sqlite cannot be used"):
+    with pytest.raises(ServerError, match=r"judge\.sqlite cannot be used"):
         use(cache)
 
 
@@ -414,7 +414,7 @@ def test_rows_that_are_none_are_named(cache, statement):
     with sqlite3.connect(cache) as database:
         database.executescript(statement)
     database.close()
-    with pytest.raises(JudgeError, match=r"judge\.sqlite cannot be used"):
+    with pytest.raises(ServerError, match=r"judge\.sqlite cannot be used"):
         use(cache)
 
 
@@ -433,7 +433,7 @@ def test_a_reply_that_was_changed_is_asked_for_again(cache):
 def test_a_cache_that_is_no_file(tmp_path, kind):
     path = tmp_path / "judge.sqlite"
     path.mkdir() if kind == "folder" else os.mkfifo(path)
-    with pytest.raises(JudgeError, match="cannot be used"):
+    with pytest.raises(ServerError, match="cannot be used"):
         ReplyCache(path)
 
 

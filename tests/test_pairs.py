@@ -19,7 +19,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from abliterator.cli import main
-from abliterator.errors import JudgeError, OutputError, PairsError, RecipeError
+from abliterator.errors import OutputError, PairsError, RecipeError, ServerError
 from abliterator.pairs import WORDS, Candidate, cache_beside, make_pairs, require_ours, save_pairs
 from abliterator.pairs._questions import pairs_prompt, read_pairs, read_side, to_sort, to_write
 from abliterator.pairs._sift import Sieve, similarity, trigrams
@@ -390,7 +390,7 @@ def test_a_wrong_key_stops_at_once_and_is_not_shown(tmp_path, monkeypatch):
     monkeypatch.setenv("PAIRS_KEY", KEY)
     with (
         JudgeServer(reply=well, key="another") as server,
-        pytest.raises(JudgeError, match=r"401.*`server.model`") as caught,
+        pytest.raises(ServerError, match=r"401.*`server.model`") as caught,
     ):
         made(spec(server, server_more={"api_key_env": "PAIRS_KEY"}), tmp_path)
     assert KEY not in str(caught.value)

@@ -17,17 +17,17 @@ from pathlib import Path
 from statistics import median_low
 from typing import TYPE_CHECKING
 
-from abliterator.errors import JudgeError
+from abliterator.errors import JudgeError, ServerError
 from abliterator.files import digest_of
 from abliterator.judge._parse import SCHEMA, parse
 from abliterator.judge._prompt import judge_prompt, messages
 from abliterator.judge._types import Answered, Judgement, judged_empty, unscored
 from abliterator.record import Estimate, JudgeIdentity
 from abliterator.server import (
-    Heard,
     Request,
     Session,
     Unanswered,
+    Usage,
     in_parallel,
     outside_a_loop,
 )
@@ -47,10 +47,10 @@ class Tally:
     done: int = 0
     unscored: int = 0
     rejudged: list[bool] = field(default_factory=list)  # whether the second verdict was another
-    heard: Heard = field(default_factory=Heard)
+    usage: Usage = field(default_factory=Usage)
 
     def __str__(self) -> str:
-        return f"{self.unscored} unscored, {self.heard}"
+        return f"{self.unscored} unscored, {self.usage}"
 
 
 class OpenAIJudge:
@@ -81,7 +81,7 @@ class OpenAIJudge:
     def identity(self) -> JudgeIdentity:
         """Model, prompt and settings; after judging also what was found out on the way."""
         tally, settings, prompt = self._tally, self._settings, judge_prompt()
-        heard = tally.heard
+        usage = tally.usage
         again = Estimate.of(rate_interval(sum(tally.rejudged), len(tally.rejudged)))
         return JudgeIdentity(
             kind="openai",
@@ -90,27 +90,28 @@ class OpenAIJudge:
             version=prompt.version,
             base_url=settings.base_url,
             votes=settings.votes,
-            served_model=_only(heard.models),
-            fingerprints=tuple(sorted(heard.fingerprints)),
-            structured=_only(heard.rungs),
+            served_model=_only(usage.models),
+            fingerprints=tuple(sorted(usage.fingerprints)),
+            structured=_only(usage.response_formats),
             disagreement={} if again is None else {"itself": again},
             usage=self._usage(),
         )
 
     def _usage(self) -> dict[str, float]:
         """Calls, replies among them that were no verdict, and dollars where there are prices."""
-        heard = self._tally.heard
-        if not heard.calls:
+        usage = self._tally.usage
+        if not usage.calls:
             return {}
-        usd = {} if self._settings.prices is None else {"usd": round(heard.cost, 6)}
-        return {"calls": heard.calls, "invalid": heard.invalid, **usd}
+        usd = {} if self._settings.prices is None else {"usd": round(usage.cost, 6)}
+        return {"calls": usage.calls, "invalid": usage.invalid, **usd}
 
     def judge_all(self, answers: Sequence[Answered]) -> list[Judgement]:
         """Judge every answer; one that gets no valid verdict is unscored, and says why.
 
         Raises:
-            JudgeError: if the server cannot be used, or a limit of the recipe is reached. What was
-                judged is kept: the same call goes on from there.
+            JudgeError: if a limit of the recipe is reached. What was judged is kept: the same call
+                goes on from there.
+            ServerError: if the server cannot be used.
         """
         found = {answered: judged_empty(answered) for answered in answers}
         asked = list(dict.fromkeys(_text(a) for a, judgement in found.items() if judgement is None))
@@ -122,13 +123,13 @@ class OpenAIJudge:
         order = random.Random(self._seed).sample(items, len(items))
         twice = set(order[: round(self._settings.rejudge * len(order))])
         async with Session(self._settings, cache=self._cache, account=self._account()) as session:
-            self._tally = Tally(len(items), heard=session.heard)
+            self._tally = Tally(len(items), usage=session.usage)
 
             async def judged(item: Item) -> Judgement:
                 return self._told(await self._judge(session, item, again=item in twice))
 
             found, stopped = await in_parallel(order, judged, workers=self._settings.concurrency)
-        if isinstance(stopped, JudgeError):
+        if isinstance(stopped, ServerError):
             raise stopped
         if stopped is not None:
             raise JudgeError(

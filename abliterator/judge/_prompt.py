@@ -5,7 +5,7 @@ messages("What is tea?", "A drink.", vote=0, attempt=0)[1]["content"]
 
 from __future__ import annotations
 
-from abliterator.server import Prompt, defused, filled, load_prompt, marker
+from abliterator.server import Prompt, delimiter, filled, load_prompt, neutralize
 
 
 def judge_prompt() -> Prompt:
@@ -17,9 +17,9 @@ def messages(prompt: str, answer: str, *, vote: int, attempt: int) -> list[dict[
     """The conversation that asks for one verdict; the text is blind to whose answer it is."""
     told = judge_prompt()
     places = {
-        "marker": marker(told.sha256, prompt, answer, vote, attempt),
-        "question": defused(prompt),
-        "answer": defused(answer),
+        "marker": delimiter(told.sha256, prompt, answer, vote, attempt),
+        "question": neutralize(prompt),
+        "answer": neutralize(answer),
     }
     item = filled(told.texts["item"], places)
     return [{"role": "system", "content": told.texts["system"]}, {"role": "user", "content": item}]

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
-from abliterator.errors import JudgeError, PairsError
+from abliterator.errors import PairsError, ServerError
 from abliterator.pairs._questions import (
     SIDES,
     Candidate,
@@ -71,7 +71,7 @@ def make_pairs(
 
     Raises:
         PairsError: if the model brings a category nothing more, or a limit is reached.
-        JudgeError: if the server cannot be used.
+        ServerError: if the server cannot be used.
     """
     return outside_a_loop(lambda: asyncio.run(_Maker(spec, ruler, on_kept).run(cache)))
 
@@ -91,13 +91,13 @@ class _Maker:
                 await self._write(session, [c for c in open_ones if not c.waiting])
                 new = await self._check(session, [(c, p) for c in open_ones for p in self._next(c)])
                 if self._on_kept is not None:
-                    self._on_kept(new, str(session.heard))
+                    self._on_kept(new, str(session.usage))
                 for category in open_ones:
                     self._require_progress(category)
-            heard = session.heard
+            usage = session.usage
         dropped = sum((c.dropped for c in self._categories), Counter[str]())
         pairs = {c.name: c.kept for c in self._categories}
-        return Made(pairs, dict(dropped), tuple(sorted(heard.models)), heard.calls, heard.cost)
+        return Made(pairs, dict(dropped), tuple(sorted(usage.models)), usage.calls, usage.cost)
 
     def _missing(self, category: Category) -> int:
         return self._spec.per_category - len(category.kept)
@@ -168,7 +168,7 @@ class _Maker:
     async def _all(self, items: Sequence[str], work: Callable[[str], Awaitable[T]]) -> dict[str, T]:
         """`work` on every item, or an error that says how far it came."""
         found, stopped = await in_parallel(items, work, workers=self._spec.server.concurrency)
-        if isinstance(stopped, JudgeError):
+        if isinstance(stopped, ServerError):
             raise stopped
         if stopped is not None:
             raise PairsError(

@@ -9,10 +9,10 @@ from abliterator.server import (
     InvalidReply,
     Prompt,
     Request,
-    defused,
+    delimiter,
     filled,
     load_prompt,
-    marker,
+    neutralize,
     objects,
     without_thinking,
 )
@@ -67,7 +67,7 @@ def to_write(
     """Asks for pairs of one category; no two calls are worded alike."""
     told = pairs_prompt()
     examples = [f'- "{e.target}" / "{e.contrast}"' for e in spec.examples]
-    shown = [f"- {defused(request)}" for request in existing[-SHOWN:]]
+    shown = [f"- {neutralize(request)}" for request in existing[-SHOWN:]]
     places = {
         "behaviour": spec.behaviour,
         "target": spec.target,
@@ -76,7 +76,7 @@ def to_write(
         "language": spec.language,
         "examples": _listed(told.texts["examples"], "pairs", examples),
         "existing": _listed(told.texts["existing"], "requests", shown),
-        "marker": marker(told.sha256, category, call, attempt),
+        "marker": delimiter(told.sha256, category, call, attempt),
         "count": str(spec.per_call),
     }
     messages = _messages(told.texts["write_system"], filled(told.texts["write_item"], places))
@@ -90,9 +90,9 @@ def _listed(text: str, place: str, lines: Sequence[str]) -> str:
 def to_sort(spec: PairsSpec, request: str, *, attempt: int) -> Request:
     """Asks on which side a request is; which side it was written for is not said."""
     told = pairs_prompt()
-    fence = marker(told.sha256, request, attempt)
+    fence = delimiter(told.sha256, request, attempt)
     system = filled(told.texts["check_system"], {"first": spec.target, "second": spec.contrast})
-    item = filled(told.texts["check_item"], {"marker": fence, "request": defused(request)})
+    item = filled(told.texts["check_item"], {"marker": fence, "request": neutralize(request)})
     return Request(_messages(system, item), SORTED, spec.server.parameters)
 
 

@@ -7,7 +7,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Generic, NamedTuple, TypeVar
 
-from abliterator.errors import JudgeError
+from abliterator.errors import ServerError
 from abliterator.server._budget import OutOfBudget
 
 T = TypeVar("T")
@@ -15,35 +15,35 @@ Item = TypeVar("Item")
 
 
 class Done(NamedTuple, Generic[Item, T]):
-    """What was found, and what stopped the workers before the end, if anything did."""
+    """Results by item, and what stopped the workers before the end, if anything did."""
 
-    found: dict[Item, T]
-    stopped: OutOfBudget | JudgeError | None
+    results: dict[Item, T]
+    stopped: OutOfBudget | ServerError | None
 
 
 async def in_parallel(
     items: Sequence[Item], work: Callable[[Item], Awaitable[T]], *, workers: int
 ) -> Done[Item, T]:
-    """`work` on distinct items, in their order, so many at a time.
+    """Runs `work` on distinct items, in their order, `workers` at a time.
 
-    A limit that is reached, or a server that cannot be used, ends the handing out of items; calls
-    in flight are paid for, so they are waited for.
+    After a limit is reached, or a server cannot be used, no item is started; calls in flight are
+    paid for, so they are waited for.
     """
-    queue, found = iter(items), dict[Item, T]()
-    stops: list[OutOfBudget | JudgeError] = []
+    queue, results = iter(items), dict[Item, T]()
+    stops: list[OutOfBudget | ServerError] = []
 
     async def worker() -> None:
         for item in queue:
             if stops:
                 return
             try:
-                found[item] = await work(item)
-            except (OutOfBudget, JudgeError) as stop:
+                results[item] = await work(item)
+            except (OutOfBudget, ServerError) as stop:
                 stops.append(stop)
                 return
 
     await asyncio.gather(*(worker() for _ in range(workers)))
-    return Done(found, stops[0] if stops else None)
+    return Done(results, stops[0] if stops else None)
 
 
 def outside_a_loop(work: Callable[[], T]) -> T:

@@ -12,7 +12,7 @@ import time
 
 import pytest
 
-from abliterator.errors import JudgeError
+from abliterator.errors import ServerError
 from abliterator.judge import Judgement, OpenAIJudge
 from abliterator.recipe import JudgeSettings
 from abliterator.server import Reply, ReplyCache
@@ -76,7 +76,7 @@ def test_another_question_is_asked_anew(change, tmp_path):
 
 def test_a_cache_that_is_none_is_an_error(tmp_path):
     (tmp_path / "judge.sqlite").write_bytes(b"not a database " * 100)
-    with pytest.raises(JudgeError, match="cannot be used"):
+    with pytest.raises(ServerError, match="cannot be used"):
         judged("http://127.0.0.1:9", answers(1), tmp_path)
 
 

@@ -21,7 +21,7 @@ from abliterator.judge import (
 )
 from abliterator.judge._parse import parse
 from abliterator.record import Completion
-from abliterator.server import InvalidReply, defused
+from abliterator.server import InvalidReply, neutralize
 from abliterator.thinking import split_text
 from tests.judge.asking import judged
 from tests.judge_server import JudgeServer, verdict
@@ -189,4 +189,4 @@ def test_a_judge_that_thinks_aloud(name):
 def test_marks_that_are_control_tokens_reach_no_judge(name):
     reply = REPLIES[name]
     for mark in {*reply.special, *reply.added} - {"[unused16]", "[unused17]"}:
-        assert mark not in defused(f"a{mark}b")
+        assert mark not in neutralize(f"a{mark}b")
