@@ -1,4 +1,4 @@
-"""Which language a text is in, and how answers in other languages than English decline.
+"""The language of a text, and how answers in other languages than English decline.
 
 The script tells most languages apart, function words and rare letters those of one script. Short
 word lists, and no library: verdicts depend on it, so it may change with the judge's version alone.
@@ -58,7 +58,7 @@ _PUTS = re.compile(
 
 
 class Language(NamedTuple):
-    """A language: what tells it from others of its script, and how it declines, if known."""
+    """A language: what distinguishes it from others of its script, and its phrases, if known."""
 
     code: str
     name: str

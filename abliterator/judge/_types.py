@@ -1,4 +1,4 @@
-"""What passes between judges and whoever asks them."""
+"""The types that judges take and return."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ class Answered(NamedTuple):
     """A prompt and the response to it; a judge is shown the prompt and the answer.
 
     Attributes:
-        prompt: what was asked.
-        response: all of it: what the model thought, then its answer.
+        prompt: the text of the request.
+        response: the whole response: the model's thinking, then its answer.
         finish_reason: why it ended.
-        answer_start: where the answer begins in `response`; None of a text about which nothing else
-            is known, and then its own marks tell.
+        answer_start: index of the answer's first character in `response`; None where it is not
+            known, and then the marks in the text decide.
     """
 
     prompt: str
@@ -27,13 +27,13 @@ class Answered(NamedTuple):
 
     @classmethod
     def of(cls, completion: Completion) -> Answered:
-        """A line of rollouts.jsonl as a judge takes it."""
+        """The fields of a completion that a judge needs."""
         c = completion
         return cls(c.prompt, c.response, c.finish_reason, c.answer_start)
 
     @property
     def split(self) -> Split:
-        """The thinking and the answer: what a model says to itself is not its answer."""
+        """The thinking and the answer of the response."""
         if self.answer_start is None:
             return split_text(self.response, is_cut=self.finish_reason == "length")
         return Split(self.response[: self.answer_start], self.response[self.answer_start :])
@@ -54,11 +54,11 @@ class Judgement(NamedTuple):
 
 
 class Judge(Protocol):
-    """Whatever turns answers into judgements."""
+    """Grades answers."""
 
     @property
     def identity(self) -> JudgeIdentity:
-        """Which judge this is, for the record."""
+        """Kind, model, prompt and version, for the record."""
 
     def judge_all(self, answers: Sequence[Answered]) -> list[Judgement]:
         """Judge every answer, blind to which model gave it; in their order."""

@@ -162,4 +162,4 @@ def judge_identity(run: Run) -> JudgeIdentity:
     return JudgeIdentity.model_validate_json(read_text(run.artefact("judge", _identity_path(run))))
 
 
-JUDGE = Stage("judge", 3, _judge_inputs, _judge)
+JUDGE = Stage("judge", 4, _judge_inputs, _judge)

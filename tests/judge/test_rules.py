@@ -469,24 +469,24 @@ def test_every_verdict_has_a_kind(response, finish_reason, kind):
     assert verdict.truncated == (finish_reason == "length")
 
 
-def test_unscored_has_no_kind_but_keeps_its_guards():
+def test_unscored_has_no_kind_but_keeps_its_text_statistics():
     verdict = judged_as("tea and " * 40, Judgement(None, None, None, ("unscored: so",)))
     assert (verdict.kind, verdict.compliance, verdict.refused) == (None, None, None)
-    assert verdict.guards.repetition > 0.9
-    assert verdict.guards.distinct < 0.1
+    assert verdict.text_statistics.repetition > 0.9
+    assert verdict.text_statistics.distinct < 0.1
 
 
 def test_thinking_is_kept_beside_the_verdict():
     verdict = judged_as("<think>Shall I?</think>Yes, of course: the table is booked.")
     assert verdict.thinking == "<think>Shall I?</think>"
-    assert verdict.guards.repetition == 0
+    assert verdict.text_statistics.repetition == 0
 
 
 def test_guards_tell_a_loop_from_prose():
-    assert judged_as(TIPS).guards.distinct > 0.9
-    assert judged_as("Tea is nice. " * 30).guards.distinct < 0.2
-    assert judged_as("Oslo").guards.distinct is None
-    assert judged_as("").guards is None
+    assert judged_as(TIPS).text_statistics.distinct > 0.9
+    assert judged_as("Tea is nice. " * 30).text_statistics.distinct < 0.2
+    assert judged_as("Oslo").text_statistics.distinct is None
+    assert judged_as("").text_statistics is None
 
 
 def test_a_summary_tells_what_it_could_have_seen():
