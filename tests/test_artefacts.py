@@ -16,7 +16,7 @@ from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 
 from abliterator import pipeline
-from abliterator.benchmarks import _apart
+from abliterator.benchmarks import _subprocess
 from abliterator.checkpoint import _fingerprint
 from abliterator.cli import main
 from abliterator.errors import FileError, OutputError, ServerError
@@ -240,16 +240,16 @@ def test_benchmark_scores_that_were_changed_are_not_kept(tmp_path):
         "scores": [],
         "settings": {},
     }
-    kept = _apart._sealed("key", scores)
+    kept = _subprocess._sealed("key", scores)
     (tmp_path / "facts.json").write_text(json.dumps(kept))
-    assert _apart._read(tmp_path, "facts", "key").n == 1
-    assert _apart._read(tmp_path, "facts", "other") is None
+    assert _subprocess._read(tmp_path, "facts", "key").n == 1
+    assert _subprocess._read(tmp_path, "facts", "other") is None
     for damage in ({"scores": {**scores, "n": 2}}, {"sha256": "0"}, {"key": "other"}):
         (tmp_path / "facts.json").write_text(json.dumps({**kept, **damage}))
-        assert _apart._read(tmp_path, "facts", "key") is None
+        assert _subprocess._read(tmp_path, "facts", "key") is None
     for text in ("", "[]", "{}", '{"key": "key"}', "\x00"):
         (tmp_path / "facts.json").write_text(text)
-        assert _apart._read(tmp_path, "facts", "key") is None
+        assert _subprocess._read(tmp_path, "facts", "key") is None
 
 
 # ---- what a folder may hold, and what the system may refuse

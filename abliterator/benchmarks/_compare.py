@@ -12,7 +12,7 @@ from abliterator.record import BenchmarkResult, Estimate
 
 
 class Pair(NamedTuple):
-    """One document, on both sides."""
+    """The scores of one document on both sides."""
 
     base: DocScore
     edited: DocScore
@@ -50,7 +50,7 @@ def compare_tasks(
             members.setdefault(aggregate, []).append(name)
     results: dict[str, BenchmarkResult] = {}
     for name, scores in base.items():
-        for aggregate in [found for found in scores.aggregates if members[found][0] == name]:
+        for aggregate in (a for a in scores.aggregates if members[a][0] == name):
             sides = [(base[member], edited[member]) for member in members[aggregate]]
             results |= _compare_aggregate(aggregate, sides, seed=seed)
         results |= _compare_task(scores, edited[name], seed=seed)
@@ -70,7 +70,7 @@ def _compare_task(base: TaskScores, edited: TaskScores, *, seed: int) -> dict[st
 def _compare_aggregate(
     aggregate: Aggregate, sides: Sequence[tuple[TaskScores, TaskScores]], *, seed: int
 ) -> dict[str, BenchmarkResult]:
-    """The results of several tasks as one: their documents together, each with its weight."""
+    """Paired results of a group: the documents of its tasks together, each with its weight."""
     filters = dict.fromkeys(name for base, _ in sides for name in _filters(base))
     counted = [name for name in filters if aggregate.filters is None or name in aggregate.filters]
     results = {}
@@ -189,7 +189,7 @@ def _significance(before: Sequence[float], after: Sequence[float], *, seed: int)
 
 
 def _gold_shift(pairs: Sequence[Pair], *, seed: int) -> Estimate | None:
-    """Shift of the gold answer's log-likelihood; it moves before any choice flips."""
+    """Shift of the gold answer's log-likelihood, which changes before any choice flips."""
     before, after = [], []
     for base, edited in pairs:
         if base.gold_loglik is None or edited.gold_loglik is None:
@@ -200,7 +200,7 @@ def _gold_shift(pairs: Sequence[Pair], *, seed: int) -> Estimate | None:
 
 
 def _answer_rates(pairs: Sequence[Pair]) -> dict[str, Estimate]:
-    """Shares of empty and of cut answers: a task can fall because nothing is said at all."""
+    """Shares of empty and of cut answers: a score can fall because there is no answer at all."""
     rates = {}
     for flaw in ("empty", "truncated"):
         for side in Pair._fields:
@@ -213,7 +213,7 @@ def _answer_rates(pairs: Sequence[Pair]) -> dict[str, Estimate]:
 
 
 def _holm_adjusted(results: Mapping[str, BenchmarkResult]) -> dict[str, BenchmarkResult]:
-    """Holm's step-down p-values over all results: claimed together, they err together 5 %."""
+    """Holm's step-down p-values over all results (Holm 1979): 5 % family-wise error."""
     ordered = sorted(
         (result.p_value, name) for name, result in results.items() if result.p_value is not None
     )
@@ -240,7 +240,7 @@ def _estimate(values: Sequence[float], *, seed: int) -> Estimate:
 
 
 def _as_estimate(interval: statistics.Interval | None) -> Estimate:
-    found = Estimate.of(interval)
-    if found is None:
+    estimate = Estimate.of(interval)
+    if estimate is None:
         raise BenchmarkError("A benchmark task has no scored documents. Raise `benchmarks.limit`.")
-    return found
+    return estimate

@@ -60,6 +60,7 @@ def compare(
     from abliterator.judge import cache_folder
     from abliterator.pipeline import Options, judge_of, note_plain_http, require_key
     from abliterator.prompts import PromptSource, load_prompts
+    from abliterator.recipe import Benchmarks
 
     sets = {"target": target, "neutral": neutral}
     folder, options = _folder(base), Options(device=device, dtype=dtype)
@@ -73,7 +74,9 @@ def compare(
         tasks=_tasks(tasks),
         max_new_tokens=max_new_tokens,
         divergence=DivergenceSettings(batch_size=options.batch_size("auto")),
-        benchmarks=RunSettings(limit=task_limit, device=options.on, dtype=computed),
+        benchmarks=RunSettings(
+            section=Benchmarks(preset=None, limit=task_limit), device=options.on, dtype=computed
+        ),
     )
     judge_settings = read_judge(**asked)
     require_key(judge_settings)  # before any model answers

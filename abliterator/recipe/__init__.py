@@ -13,7 +13,12 @@ The room knows no model and no file but the recipe: whether layer 16 exists is f
     recipe.edit.strength["attention"], recipe.digest
 """
 
-from abliterator.recipe._benchmarks import Benchmarks, DivergenceSettings
+from abliterator.recipe._benchmarks import (
+    BenchmarkEngine,
+    Benchmarks,
+    BenchmarkTask,
+    DivergenceSettings,
+)
 from abliterator.recipe._draft import draft
 from abliterator.recipe._edit import DirectionSettings, Edit, Selection, blocks_of
 from abliterator.recipe._judge import JudgeSettings, Rollouts
@@ -25,6 +30,8 @@ from abliterator.recipe._server import Prices, ServerSettings
 from abliterator.recipe._yaml import to_yaml
 
 __all__ = [
+    "BenchmarkEngine",
+    "BenchmarkTask",
     "Benchmarks",
     "Capture",
     "Chat",
