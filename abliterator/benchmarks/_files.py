@@ -52,42 +52,33 @@ def _read_task_file(path: Path) -> dict[str, Any]:
     try:
         text = read_text(path, max_bytes=_MAX_BYTES)
         if any(isinstance(token, yaml.AliasToken) for token in yaml.scan(text)):
-            raise BenchmarkError(
-                f"The benchmark task {path} uses a YAML alias (`*name`), of which a few lines make "
-                "gigabytes. Write the value out."
+            problem = (
+                "uses a YAML alias (`*name`), of which a few lines make gigabytes. Write the value "
+                "out."
             )
-        settings = yaml.safe_load(text)
+        elif isinstance(settings := yaml.safe_load(text), dict):
+            return settings
+        else:
+            problem = (
+                "holds no settings. It must be a YAML mapping with `task`, `dataset_path`, "
+                "`output_type` and so on; see lm-eval's task guide."
+            )
     except yaml.constructor.ConstructorError as error:
-        raise BenchmarkError(
-            f"The benchmark task {path} is not plain data: {error.problem} (line {_line(error)}). "
-            "Tags such as `!function` run Python code, which task files may not; use templates "
-            "and lm-eval's own metrics instead."
-        ) from error
-    except yaml.YAMLError as error:
-        raise BenchmarkError(
-            f"The benchmark task {path} is not valid YAML: {' '.join(str(error).split())}. "
-            "Correct the file."
-        ) from error
-    except (ValueError, RecursionError) as error:  # a date that is none, nesting without end
-        raise BenchmarkError(
-            f"The benchmark task {path} cannot be read as YAML ({error}). Correct the file."
-        ) from error
-    except FileError as error:
-        raise BenchmarkError(
-            f"The benchmark task {path} cannot be read ({error}). Paths of task files are "
-            "relative to the recipe's folder; to use a task that lm-eval has, give its name "
-            "without .yaml."
-        ) from error
-    if not isinstance(settings, dict):
-        raise BenchmarkError(
-            f"The benchmark task {path} holds no settings. It must be a YAML mapping with `task`, "
-            "`dataset_path`, `output_type` and so on; see lm-eval's task guide."
+        line = error.problem_mark.line + 1 if error.problem_mark else "unknown"
+        problem = (
+            f"is not plain data: {error.problem} (line {line}). Tags such as `!function` run "
+            "Python code, which task files may not; use templates and lm-eval's own metrics instead."
         )
-    return settings
-
-
-def _line(error: yaml.MarkedYAMLError) -> int | str:
-    return error.problem_mark.line + 1 if error.problem_mark else "unknown"
+    except yaml.YAMLError as error:
+        problem = f"is not valid YAML: {' '.join(str(error).split())}. Correct the file."
+    except (ValueError, RecursionError) as error:  # a date that is none, nesting without end
+        problem = f"cannot be read as YAML ({error}). Correct the file."
+    except FileError as error:
+        problem = (
+            f"cannot be read ({error}). Paths of task files are relative to the recipe's folder; "
+            "to use a task that lm-eval has, give its name without .yaml."
+        )
+    raise BenchmarkError(f"The benchmark task {path} {problem}")
 
 
 def _refuse_foreign_metrics(path: Path, settings: Mapping[str, Any]) -> None:

@@ -32,7 +32,7 @@ from abliterator.judge._summary import (
     summarise,
     unscored_reasons,
 )
-from abliterator.judge._types import Answered, Judge, Judgement, split_thinking
+from abliterator.judge._types import Answered, Judge, Judgement
 from abliterator.judge._verdicts import judge_completions
 
 __all__ = [
@@ -56,7 +56,6 @@ __all__ = [
     "load_labelled",
     "read_calibration",
     "scored_verdicts",
-    "split_thinking",
     "summarise",
     "unscored_reasons",
 ]

@@ -97,14 +97,16 @@ def form(name: str) -> re.Pattern[str]:
     return re.compile(fold("|".join(_data()["forms"][name])))
 
 
+def joined(alternatives: Sequence[str], fragments: Mapping[str, Sequence[str]]) -> str:
+    """Alternatives as one pattern, with every `<name>` replaced by the fragment of that name."""
+    return _FRAGMENT.sub(
+        lambda name: f"(?:{joined(fragments[name[1]], fragments)})", "|".join(alternatives)
+    )
+
+
 def _compiled(code: str, entry: Mapping[str, Any]) -> Language:
-    fragments = entry.get("fragments", {})
-
     def pattern(alternatives: Sequence[str]) -> re.Pattern[str]:
-        return re.compile(fold(filled(alternatives)))
-
-    def filled(alternatives: Sequence[str]) -> str:
-        return _FRAGMENT.sub(lambda m: f"(?:{filled(fragments[m[1]])})", "|".join(alternatives))
+        return re.compile(fold(joined(alternatives, entry.get("fragments", {}))))
 
     phrases = dict(entry.get("phrases", {}))
     idioms = phrases.pop("idioms", None)

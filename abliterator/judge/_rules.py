@@ -23,6 +23,7 @@ from abliterator.judge._languages import (
     fold,
     foreign_kinds,
     form,
+    joined,
     raw_languages,
     speaks_of_a_language,
 )
@@ -83,7 +84,6 @@ _ASKS_MEANING = re.compile(
 _ASKS_OPINION = re.compile(r"\s*(?:is|are|was|were|do|does|did|has|have|should|may|can i|am i)\b")
 _WORD = re.compile(r"[\w']+")
 _PERSONS = {"i", "me", "my", "you", "your", "i'm", "you're", "please"}
-_FRAGMENT = re.compile(r"<(\w+)>")
 
 
 class Phrases(NamedTuple):
@@ -133,19 +133,18 @@ def compile_phrases(raw: bytes) -> Phrases:
     """A phrase file compiled: its fragments filled in, the alternatives of a rule joined."""
     data = yaml.safe_load(raw)
 
-    def filled(alternatives: Sequence[str]) -> str:
-        pattern = "|".join(alternatives)
-        return _FRAGMENT.sub(lambda name: f"(?:{filled(data['fragments'][name[1]])})", pattern)
+    def pattern(alternatives: Sequence[str]) -> re.Pattern[str]:
+        return re.compile(joined(alternatives, data["fragments"]))
 
     def compiled(rules: Mapping[str, Sequence[str]]) -> dict[str, re.Pattern[str]]:
-        return {name: re.compile(filled(patterns)) for name, patterns in rules.items()}
+        return {name: pattern(alternatives) for name, alternatives in rules.items()}
 
     return Phrases(
         version=data["version"],
         sha256=hashlib.sha256(raw + raw_languages()).hexdigest(),
         kinds={kind: compiled(rules) for kind, rules in data["phrases"].items()},
         vocabulary=compiled(data["vocabulary"]),
-        idioms=re.compile(filled(data["idioms"])),
+        idioms=pattern(data["idioms"]),
     )
 
 

@@ -69,15 +69,6 @@ def unscored(reason: str) -> Judgement:
     return Judgement(None, None, None, (f"unscored: {reason}",))
 
 
-def split_thinking(response: str) -> tuple[str, str]:
-    """(thinking, answer) of a text about which nothing else is known.
-
-    The thinking may have been opened by the chat template; where it never ends there is no answer.
-    """
-    thinking, answer, _ = split_text(response)
-    return thinking, answer
-
-
 def judged_empty(answered: Answered) -> Judgement | None:
     """The judgement of a response without a word of an answer, which no judge is asked for.
 

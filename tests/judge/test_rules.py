@@ -19,13 +19,13 @@ from abliterator.judge import (
     Judgement,
     RuleJudge,
     judge_completions,
-    split_thinking,
     summarise,
 )
 from abliterator.judge._coherence import coherence_of
 from abliterator.judge._rules import compliance_of, phrases
 from abliterator.record import Completion, JudgeIdentity
 from abliterator.statistics import mcnemar_exact, sign_flip_test, smallest_detectable
+from abliterator.thinking import split_text
 
 
 def judged(response, prompt="Book me a table for two.", finish_reason="stop"):
@@ -215,7 +215,7 @@ def test_a_cut_off_answer_is_told_not_punished():
     ],
 )
 def test_thinking_is_split_off(response, thinking, answer):
-    assert split_thinking(response) == (thinking, answer)
+    assert split_text(response)[:2] == (thinking, answer)
     assert judged(response).refused is False
 
 

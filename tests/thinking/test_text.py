@@ -17,7 +17,6 @@ from abliterator.judge import (
     calibrate,
     judge_completions,
     load_labelled,
-    split_thinking,
 )
 from abliterator.judge._parse import parse
 from abliterator.record import Completion
@@ -50,9 +49,9 @@ def test_text_without_control_tokens(name):
     reply = REPLIES[name]
     tokenizer = tokenizer_of(reply)
     text = tokenizer.decode(ids(tokenizer, reply.text), skip_special_tokens=True)
-    assert split_thinking(text)[1].strip() == ANSWER
+    assert split_text(text)[1].strip() == ANSWER
     within = tokenizer.decode(ids(tokenizer, reply.before + THOUGHT), skip_special_tokens=True)
-    assert split_thinking(within)[1] == ""
+    assert split_text(within)[1] == ""
 
 
 @pytest.mark.parametrize(
