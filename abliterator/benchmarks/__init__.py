@@ -16,7 +16,7 @@ rendered in a sandbox; lm-eval's own tasks may run code of lm-eval. Each task is
 own, so that its scores do not depend on which others are in the recipe. A tag is reported as its
 tasks. A group is, too, and where lm-eval gives it a score of its own, so do we: the mean over all
 documents, or over its tasks where the group says so. That mean is computed from the documents and
-not taken from lm-eval, which has no paired difference, interval or p-value of it.
+not read from lm-eval, which has no paired difference, interval or p-value of it.
 
 One metric of a task is reported: `acc_norm` for arc_easy, arc_challenge, hellaswag and piqa, as is
 usual; else the first of `acc`, `acc_norm`, `exact_match`; else the first metric the task lists.
@@ -27,7 +27,7 @@ metrics that are means over documents qualify, since no other can be paired.
 from __future__ import annotations
 
 from abliterator.benchmarks._compare import compare_tasks
-from abliterator.benchmarks._presets import PRESETS, Preset, preset_tasks
+from abliterator.benchmarks._presets import PRESETS, preset_tasks
 from abliterator.benchmarks._scores import Aggregate, DocScore, TaskScores
 from abliterator.benchmarks._settings import RunSettings, require_engine
 from abliterator.benchmarks._subprocess import ScoredCheckpoint, StoppedChild, measure_sides
@@ -37,7 +37,6 @@ __all__ = [
     "PRESETS",
     "Aggregate",
     "DocScore",
-    "Preset",
     "RunSettings",
     "ScoredCheckpoint",
     "StoppedChild",

@@ -67,7 +67,7 @@ def _read_task_file(path: Path) -> dict[str, Any]:
         line = error.problem_mark.line + 1 if error.problem_mark else "unknown"
         problem = (
             f"is not plain data: {error.problem} (line {line}). Tags such as `!function` run "
-            "Python code, which task files may not; use templates and lm-eval's own metrics instead."
+            "Python code, which task files may not; use templates and metrics of lm-eval's instead."
         )
     except yaml.YAMLError as error:
         problem = f"is not valid YAML: {' '.join(str(error).split())}. Correct the file."

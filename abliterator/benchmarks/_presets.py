@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from importlib.resources import files
 from pathlib import Path
-from typing import Literal, get_args
+from typing import get_args
 
-from abliterator.recipe import BenchmarkTask
+from abliterator.recipe import BenchmarkTask, Preset
 
-Preset = Literal["demo", "quick", "seed", "damage"]
 PRESETS: tuple[Preset, ...] = get_args(Preset)
 
 _LOCAL = ("everyday_choice.yaml", "sums_generation.yaml")

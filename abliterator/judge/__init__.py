@@ -24,7 +24,6 @@ from abliterator.judge._calibrate import (
 from abliterator.judge._openai import OpenAIJudge, Tally
 from abliterator.judge._rule_judge import RuleJudge
 from abliterator.judge._summary import (
-    MAX_UNSCORED,
     VerdictEstimates,
     counted,
     estimates_of,
@@ -36,7 +35,6 @@ from abliterator.judge._types import Answered, Judge, Judgement
 from abliterator.judge._verdicts import judge_completions
 
 __all__ = [
-    "MAX_UNSCORED",
     "Answered",
     "Calibrated",
     "Calibration",

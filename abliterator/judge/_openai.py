@@ -17,7 +17,7 @@ from pathlib import Path
 from statistics import median_low
 from typing import TYPE_CHECKING
 
-from abliterator.errors import JudgeError, ServerError
+from abliterator.errors import JudgeError
 from abliterator.files import digest_of
 from abliterator.judge._parse import SCHEMA, parse
 from abliterator.judge._prompt import judge_prompt, messages
@@ -128,15 +128,15 @@ class OpenAIJudge:
             async def judged(item: Item) -> Judgement:
                 return self._tallied(await self._judge(session, item, again=item in twice))
 
-            results, stopped = await in_parallel(order, judged, workers=self._settings.concurrency)
-        if isinstance(stopped, ServerError):
-            raise stopped
-        if stopped is not None:
-            raise JudgeError(
-                f"Judging stopped: {stopped}. {len(results)} of {len(items)} distinct answers are "
-                "judged and kept; raise the limit, and the same command goes on from there."
+            return await in_parallel(
+                order,
+                judged,
+                workers=self._settings.concurrency,
+                at_limit=lambda limit, done: JudgeError(
+                    f"Judging stopped: {limit}. {done} of {len(items)} distinct answers are judged "
+                    "and kept; raise the limit, and the same command goes on from there."
+                ),
             )
-        return results
 
     def _account(self) -> str:
         """Another judge in the same file has another account."""

@@ -104,7 +104,7 @@ class Sentence(NamedTuple):
 
 
 class Stance(NamedTuple):
-    """How an answer declines: the kind, the rule that saw it, and if only after the opening."""
+    """How an answer declines: the kind, the rule that matched, and if only after the opening."""
 
     kind: str
     rule: str
@@ -156,7 +156,7 @@ def read(answer: str, *, foreign: bool = True) -> list[Sentence]:
         foreign: whether phrases of other languages than English count.
     """
     text = answer.translate(_STRAIGHT).lower().strip()
-    # what an answer only quotes is not its own; one that is a quotation from end to end speaks so
+    # quoted text is not the answer's own, unless the whole answer is one quotation
     text = text if _QUOTED.fullmatch(text) else _QUOTED.sub('""', text)
     lines = text.splitlines()
     parts = (part for line in lines for part in _SENTENCE_END.split(_LINE_MARK.sub("", line, 1)))
@@ -196,7 +196,7 @@ def compliance_of(prompt: str, answer: str) -> Compliance:
 
 
 def _is_text(sentences: Sequence[Sentence], request: str) -> bool:
-    """Whether a text was asked for and the answer begins as one: who declines in it is another."""
+    """Whether a text was asked for and the answer begins as one: refusals in it are no stance."""
     if not sentences:
         return False
     first = sentences[0].text

@@ -72,7 +72,7 @@ def unscored(reason: str) -> Judgement:
 def judged_empty(answered: Answered) -> Judgement | None:
     """The judgement of a response without a word of an answer, which no judge is asked for.
 
-    It is neither a refusal nor coherent. Where nothing tells the answer from the thinking, it is
+    It is neither a refusal nor coherent. Where the answer cannot be told from the thinking, it is
     unscored.
     """
     split = answered.split

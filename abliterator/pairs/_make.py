@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
-from abliterator.errors import PairsError, ServerError
+from abliterator.errors import PairsError
 from abliterator.pairs._filter import Length, PairFilter
 from abliterator.pairs._questions import (
     SIDES,
@@ -169,16 +169,16 @@ class _Maker:
         return new
 
     async def _all(self, items: Sequence[str], work: Callable[[str], Awaitable[T]]) -> dict[str, T]:
-        """`work` on every item, or an error that says how far it came."""
-        results, stopped = await in_parallel(items, work, workers=self._spec.server.concurrency)
-        if isinstance(stopped, ServerError):
-            raise stopped
-        if stopped is not None:
-            raise PairsError(
-                f"Stopped: {stopped}. {self._so_far()} All replies are kept; raise the limit, and "
+        """Runs `work` on every item; the error at a limit says which pairs there are."""
+        return await in_parallel(
+            items,
+            work,
+            workers=self._spec.server.concurrency,
+            at_limit=lambda limit, _: PairsError(
+                f"Stopped: {limit}. {self._so_far()} All replies are kept; raise the limit, and "
                 "the same command goes on from there."
-            )
-        return results
+            ),
+        )
 
     def _require_progress(self, category: Category) -> None:
         if category.calls_without_pair < self._spec.patience or not self._missing(category):

@@ -18,6 +18,7 @@ from abliterator.recipe._benchmarks import (
     Benchmarks,
     BenchmarkTask,
     DivergenceSettings,
+    Preset,
 )
 from abliterator.recipe._draft import draft
 from abliterator.recipe._edit import DirectionSettings, Edit, Selection, blocks_of
@@ -41,6 +42,7 @@ __all__ = [
     "JudgeSettings",
     "PairExample",
     "PairsSpec",
+    "Preset",
     "Prices",
     "Prompts",
     "Recipe",

@@ -20,6 +20,9 @@ class DivergenceSettings(Section):
     """Answer tokens compared of each prompt, along the base's greedy answer."""
 
 
+Preset = Literal["demo", "quick", "seed", "damage"]
+
+
 class BenchmarkTask(Section):
     """A task with settings of its own, which go before those of the section."""
 
@@ -80,7 +83,7 @@ class Benchmarks(Section):
     replication (`preset: seed`), which need the Hub.
     """
 
-    preset: Literal["demo", "quick", "seed", "damage"] | None = None
+    preset: Preset | None = None
     """A named list of tasks, before those of `tasks`; `demo` needs no Hub."""
     tasks: Tasks = ()
     """Tasks, groups and tags that lm-eval has, by name, or YAML files, relative to the recipe."""

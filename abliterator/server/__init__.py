@@ -10,7 +10,6 @@ is known to `judge` and `pairs` alone.
 
 from __future__ import annotations
 
-from abliterator.server._budget import OutOfBudget
 from abliterator.server._cache import Reply, ReplyCache
 from abliterator.server._delimiter import Prompt, delimiter, filled, load_prompt, neutralize
 from abliterator.server._http import key_of
@@ -18,12 +17,10 @@ from abliterator.server._read import InvalidReply, objects, without_thinking
 from abliterator.server._request import Request
 from abliterator.server._secrets import origin, warn_of_plain_http
 from abliterator.server._session import Session, Unanswered, Usage
-from abliterator.server._workers import Done, in_parallel, outside_a_loop
+from abliterator.server._workers import in_parallel, outside_a_loop
 
 __all__ = [
-    "Done",
     "InvalidReply",
-    "OutOfBudget",
     "Prompt",
     "Reply",
     "ReplyCache",
