@@ -47,21 +47,14 @@ def run_tasks(
     with lm_eval_isolated():
         model = open_model(folder, settings, side=side)
         chat = None
-        if any(uses_chat(task, settings) for task in tasks):
+        if any(settings.of(task).section.chat_template for task in tasks):
             chat = ChatRenderer.of(folder, settings)
             model.apply_chat_template = chat.render  # whichever engine, the same text
         for task in tasks:
-            scores[task.name] = _run_task(
-                model, task, settings, chat if uses_chat(task, settings) else None
-            )
+            scores[task.name] = _run_task(model, task, settings.of(task), chat)
             if on_task:
                 on_task(scores[task.name])
     return scores
-
-
-def uses_chat(task: Task, settings: RunSettings) -> bool:
-    """Whether a task is asked through the chat template."""
-    return settings.section.chat_template if task.chat_template is None else task.chat_template
 
 
 def _run_task(
@@ -70,17 +63,17 @@ def _run_task(
     from lm_eval.evaluator import evaluate
 
     section = settings.section
-    limit = section.limit if task.limit is None else task.limit
+    chat = chat if section.chat_template else None
     only_cached = task.dataset is not None and task.revision is None
     loaded = load(
         task.name, task.spec, where="loaded again", revision=task.revision, cached=only_cached
     )
-    _set_fewshot(loaded, section.num_fewshot if task.num_fewshot is None else task.num_fewshot)
+    _set_fewshot(loaded, section.num_fewshot)
     seed_all()
     results = evaluate(
         model,
         {"tasks": {task.name: loaded}},
-        limit=limit,
+        limit=section.limit,
         bootstrap_iters=0,  # intervals are ours, of paired differences
         apply_chat_template=chat is not None,
         fewshot_as_multiturn=chat is not None,
@@ -98,7 +91,7 @@ def _run_task(
         scores=scores,
         aggregates=task.aggregates,
         settings={
-            "limit": limit,
+            "limit": section.limit,
             "chat_template": chat is not None,
             **(chat.settings if chat else {}),
             "batch_size": section.batch_size,

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from abliterator.benchmarks._server import open_server, require_server
+from abliterator.benchmarks._tasks import Task
 from abliterator.errors import BenchmarkError
 from abliterator.recipe import BenchmarkEngine, Benchmarks, Chat
 from abliterator.record import Frozen, Side
@@ -31,10 +32,14 @@ class RunSettings(Frozen):
     dtype: str | None = None
     trust_remote_code: bool = False
 
-    def with_batch_size(self, batch_size: int) -> RunSettings:
-        """The same with another batch size."""
-        section = self.section.model_copy(update={"batch_size": batch_size})
-        return self.model_copy(update={"section": section})
+    def changed(self, **section: Any) -> RunSettings:
+        """The same with other values in the section."""
+        return self.model_copy(update={"section": self.section.model_copy(update=section)})
+
+    def of(self, task: Task) -> RunSettings:
+        """The settings of a task, whose own limit, examples and chat template go before others."""
+        own = {"limit", "num_fewshot", "chat_template"}
+        return self.changed(**task.model_dump(include=own, exclude_none=True))
 
     def url(self, side: Side) -> str | None:
         """Address of the server that serves a side; None where no server is the engine."""

@@ -15,7 +15,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from abliterator.benchmarks._run import run_tasks, uses_chat
+from abliterator.benchmarks._run import run_tasks
 from abliterator.benchmarks._scores import TaskScores
 from abliterator.benchmarks._settings import RunSettings
 from abliterator.benchmarks._tasks import Task
@@ -99,7 +99,7 @@ def _measure_alike(
                     "smaller dtype (`--dtype bfloat16`), a larger device, or fewer examples "
                     "(`benchmarks.num_fewshot`)."
                 ) from error
-            settings = settings.with_batch_size(batch_size // 2)
+            settings = settings.changed(batch_size=batch_size // 2)
 
 
 class StoppedChild(BenchmarkError):
@@ -124,19 +124,16 @@ class StoppedChild(BenchmarkError):
 
 def _with_other_questions(scores: Mapping[Side, Scores]) -> list[str]:
     """The tasks whose questions differ between sides, as after a change of data or template."""
+
+    def questions(one: TaskScores) -> set[tuple[int, str, str, str]]:
+        return {(s.doc_id, s.doc_hash, s.prompt_hash, s.target_hash) for s in one.scores}
+
     first, *others = scores.values()
     return [
         name
-        for name in first
-        if any(_questions(other[name]) != _questions(first[name]) for other in others)
+        for name, one in first.items()
+        if any(questions(other[name]) != questions(one) for other in others)
     ]
-
-
-def _questions(scores: TaskScores) -> set[tuple[int, str, str, str]]:
-    return {
-        (score.doc_id, score.doc_hash, score.prompt_hash, score.target_hash)
-        for score in scores.scores
-    }
 
 
 class _OutOfMemory(Exception):
@@ -183,18 +180,18 @@ def _measure_side(
 
 def _key(checkpoint: ScoredCheckpoint, task: Task, settings: RunSettings, side: Side) -> str:
     """Digest of all that the scores of a task depend on."""
-    others = {"preset": True, "tasks": True, "revisions": True}  # `task` has what they say of it
-    urls = {"base_url", "edited_url"}
-    chat = set() if uses_chat(task, settings) else {"chat"}
-    plain = settings.model_dump(mode="json", exclude=chat)
-    section = settings.section.model_dump(mode="json", exclude={**others, "engine": urls})
-    return digest_of(
-        [
-            checkpoint.digest,
-            task.model_dump(mode="json"),
-            {**plain, "section": section, "url": settings.url(side)},
-        ]
+    settings = settings.of(task)
+    plain = settings.model_dump(
+        mode="json",
+        exclude={
+            "section": {
+                **dict.fromkeys(("preset", "tasks", "revisions"), True),  # of other tasks too
+                "engine": {"base_url", "edited_url"},
+            },
+            **({} if settings.section.chat_template else {"chat": True}),
+        },
     )
+    return digest_of([checkpoint.digest, task.model_dump(mode="json"), plain, settings.url(side)])
 
 
 def _read(folder: Path, task: str, key: str) -> TaskScores | None:
