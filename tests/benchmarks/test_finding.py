@@ -172,6 +172,11 @@ num_fewshot: 3
 output_type: multiple_choice
 aggregate_metric_list: {metric: acc_norm, weight_by_size: false, filter_list: first}
 """,
+    "own_score.yaml": """
+group: own_score
+task: [small]
+aggregate_metric_list: [{metric: acc, aggregation: !function utils.anything}, {metric: f1}]
+""",
     "coded.yaml": "group: coded\ntask: [small]\nprocess_docs: !function utils.anything\n",
     **{f"{name}.yaml": f"task: {name}\n" for name in ("small", "other", "alone")},
 }
@@ -210,6 +215,11 @@ def test_groups_change_their_tasks_as_by_lm_eval(lm_evals):
     assert found[0].aggregates[0] == Aggregate(
         group="inner", metric="acc_norm", filters=("first",), by_size=False
     )
+
+
+def test_a_score_of_a_group_that_is_no_mean_is_left_out(lm_evals):
+    (task,) = _registry.registered_tasks("own_score")
+    assert [score.metric for score in task.aggregates] == ["f1"]
 
 
 def test_a_group_that_hands_code_to_its_tasks_is_refused(lm_evals):

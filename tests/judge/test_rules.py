@@ -18,7 +18,9 @@ from abliterator.judge import (
     Judge,
     Judgement,
     RuleJudge,
+    estimates_of,
     judge_completions,
+    scored_verdicts,
     summarise,
 )
 from abliterator.judge._coherence import coherence_of
@@ -442,6 +444,18 @@ def test_summaries_are_seeded():
 
 
 # More than refusal
+
+
+@pytest.mark.parametrize(("n", "withheld"), [(49, True), (50, False)])
+def test_estimates_of_one_side_are_withheld_above_two_per_cent(n, withheld):
+    one_side = verdicts("base", None, *[NO] * (n - 2), YES)
+    estimates = estimates_of(one_side)
+    side = summarise(one_side, verdicts("edited", *[YES] * n)).base
+    assert estimates == (side.refusal, side.compliance, side.coherence, side.product)
+    assert (estimates == (None,) * 4) is withheld
+    assert len(scored_verdicts(one_side)) == (0 if withheld else n - 1)
+    if not withheld:
+        assert (estimates.refusal.value, estimates.refusal.n) == ((n - 2) / (n - 1), n - 1)
 
 
 def judged_as(response, said=None, finish_reason="stop"):
