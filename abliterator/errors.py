@@ -13,7 +13,8 @@ traceback.
      ├── DirectionError        activations or directions that make no subspace
      ├── OutputError           the output folder is not ours, or there is no room for it
      ├── GenerationError       a model could not be loaded, or could not answer
-     ├── JudgeError            answers could not be judged, or a model server cannot be asked
+     ├── ServerError           a model server, or the cache of its replies, cannot be used
+     ├── JudgeError            answers could not be judged
      ├── PairsError            contrast pairs could not be made as asked
      ├── BenchmarkError        a benchmark task is unknown, unreachable or cannot be compared
      └── PublishError          a checkpoint is not fit to be published, or the Hub refused it
@@ -56,8 +57,12 @@ class GenerationError(AbliteratorError):
     """A model could not be loaded, or could not answer."""
 
 
+class ServerError(AbliteratorError):
+    """A model server, or the cache of its replies, cannot be used."""
+
+
 class JudgeError(AbliteratorError):
-    """Answers could not be judged, or a model server cannot be asked."""
+    """Answers could not be judged."""
 
 
 class PairsError(AbliteratorError):

@@ -36,9 +36,10 @@ from pathlib import Path
 from statistics import mean
 from typing import TYPE_CHECKING, NamedTuple
 
+from abliterator.divergence import first_token_logprobs, kl_divergence
+
 from abliterator import pipeline
 from abliterator.bake import bake
-from abliterator.divergence import first_token_logprobs, kl_divergence
 from abliterator.judge import RuleJudge
 from abliterator.model import load_model, render_chat
 from abliterator.recipe import load_recipe

@@ -15,8 +15,9 @@ import sys
 import tempfile
 from pathlib import Path
 
-from abliterator.comparison import DivergenceSettings, measure_divergence
 from abliterator.divergence import neutral_text
+
+from abliterator.comparison import DivergenceSettings, measure_divergence
 from abliterator.model import LoadedModel, load_model, release_memory, render_chat
 
 

@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from abliterator.divergence import first_token_logprobs, kl_divergence
 from abliterator.generation import generate, stop_ids
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -39,7 +40,6 @@ from abliterator.bake._stored import edit_stored
 from abliterator.bake._write import removal_of
 from abliterator.checkpoint import Checkpoint
 from abliterator.directions import load_subspace
-from abliterator.divergence import first_token_logprobs, kl_divergence
 from abliterator.formats import mxfp4_numbers, mxfp4_scales, storage_of
 from abliterator.formats._layout import Mxfp4Layout
 from abliterator.judge import RuleJudge

@@ -4,7 +4,7 @@ It speaks what lm-eval's client asks: GET /v1/models, and POST /v1/completions w
 ids, greedy, either `echo` with `logprobs` of the prompt, or a completion up to a stop text.
 
     with CompletionsServer(folder) as server:
-        run_tasks(folder, tasks, RunSettings(engine=Engine("server", server.url)))
+        run(folder, tasks, engine=server_engine(server.url))
 """
 
 from __future__ import annotations

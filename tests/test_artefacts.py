@@ -16,9 +16,9 @@ from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 
 from abliterator import pipeline
-from abliterator.benchmarks import _apart
+from abliterator.benchmarks import _subprocess
 from abliterator.cli import main
-from abliterator.errors import FileError, JudgeError, OutputError
+from abliterator.errors import FileError, OutputError, ServerError
 from abliterator.files import FileHashes, sha256_of_file
 from abliterator.pipeline import Options, _workspace
 from abliterator.pipeline._workspace import Workspace
@@ -239,16 +239,16 @@ def test_benchmark_scores_that_were_changed_are_not_kept(tmp_path):
         "scores": [],
         "settings": {},
     }
-    kept = _apart._sealed("key", scores)
+    kept = _subprocess._sealed("key", scores)
     (tmp_path / "facts.json").write_text(json.dumps(kept))
-    assert _apart._read(tmp_path, "facts", "key").n == 1
-    assert _apart._read(tmp_path, "facts", "other") is None
+    assert _subprocess._read(tmp_path, "facts", "key").n == 1
+    assert _subprocess._read(tmp_path, "facts", "other") is None
     for damage in ({"scores": {**scores, "n": 2}}, {"sha256": "0"}, {"key": "other"}):
         (tmp_path / "facts.json").write_text(json.dumps({**kept, **damage}))
-        assert _apart._read(tmp_path, "facts", "key") is None
+        assert _subprocess._read(tmp_path, "facts", "key") is None
     for text in ("", "[]", "{}", '{"key": "key"}', "\x00"):
         (tmp_path / "facts.json").write_text(text)
-        assert _apart._read(tmp_path, "facts", "key") is None
+        assert _subprocess._read(tmp_path, "facts", "key") is None
 
 
 # ---- what a folder may hold, and what the system may refuse
@@ -395,7 +395,7 @@ def test_a_malformed_page_is_named(cache, page):
     data = bytearray(cache.read_bytes())
     data[4096 * page : 4096 * page + 2048] = b"\xff" * 2048
     cache.write_bytes(data)
-    with pytest.raises(JudgeError, match=r"judge\.sqlite cannot be used"):
+    with pytest.raises(ServerError, match=r"judge\.sqlite cannot be used"):
         use(cache)
 
 
@@ -413,7 +413,7 @@ def test_rows_that_are_none_are_named(cache, statement):
     with sqlite3.connect(cache) as database:
         database.executescript(statement)
     database.close()
-    with pytest.raises(JudgeError, match=r"judge\.sqlite cannot be used"):
+    with pytest.raises(ServerError, match=r"judge\.sqlite cannot be used"):
         use(cache)
 
 
@@ -432,7 +432,7 @@ def test_a_reply_that_was_changed_is_asked_for_again(cache):
 def test_a_cache_that_is_no_file(tmp_path, kind):
     path = tmp_path / "judge.sqlite"
     path.mkdir() if kind == "folder" else os.mkfifo(path)
-    with pytest.raises(JudgeError, match="cannot be used"):
+    with pytest.raises(ServerError, match="cannot be used"):
         ReplyCache(path)
 
 

@@ -25,7 +25,7 @@ from abliterator.comparison import (
     to_markdown,
 )
 from abliterator.prompts import load_prompts
-from abliterator.recipe import Source
+from abliterator.recipe import Benchmarks, Source
 from abliterator.source import resolve_folder
 from tests.test_comparison import baked
 
@@ -367,7 +367,7 @@ def test_the_demo_with_another_chat_or_tokenizer(tmp_path, tasks, name):
         prompts={"target": load_prompts("target", source).prompts},
         max_new_tokens=24,
         tasks=tasks,
-        benchmarks=RunSettings(limit=8, chat_template=True),
+        benchmarks=RunSettings(section=Benchmarks(preset=None, limit=8, chat_template=True)),
     )
     (tmp_path / "scratch").mkdir()
     found = compare(base, edited, settings, scratch=tmp_path / "scratch")

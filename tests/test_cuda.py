@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from abliterator.divergence import first_token_logprobs
 from abliterator.generation import generate
 from click.testing import CliRunner
 from safetensors.torch import load_file
@@ -18,7 +19,6 @@ from abliterator.benchmarks._settings import open_model
 from abliterator.capture import capture
 from abliterator.cli import main
 from abliterator.comparison import Comparison
-from abliterator.divergence import first_token_logprobs
 from abliterator.errors import GenerationError
 from abliterator.model import block_paths, load_model, run_batches
 from abliterator.pipeline import Options

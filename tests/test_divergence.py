@@ -8,10 +8,6 @@ import math
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
-
-from abliterator.comparison import DivergenceSettings, measure_divergence
 from abliterator.divergence import (
     AnswerPath,
     _paths,
@@ -24,6 +20,10 @@ from abliterator.divergence import (
     top1_agreement,
     write_logits,
 )
+from hypothesis import given
+from hypothesis import strategies as st
+
+from abliterator.comparison import DivergenceSettings, measure_divergence
 from abliterator.errors import GenerationError, OutputError
 from abliterator.model import load_model, render_chat
 from tests.tiny import VOCABULARY

@@ -8,13 +8,6 @@ import math
 
 import pytest
 import torch
-from abliterator.generation import generate, stream
-from abliterator.selection._forced import forced_logprobs
-from click.testing import CliRunner
-from safetensors.torch import load_file, save_file
-
-from abliterator.capture import capture
-from abliterator.cli import main
 from abliterator.divergence import (
     answer_path,
     compare_logits,
@@ -25,6 +18,13 @@ from abliterator.divergence import (
     text_perplexity,
     write_logits,
 )
+from abliterator.generation import generate, stream
+from abliterator.selection._forced import forced_logprobs
+from click.testing import CliRunner
+from safetensors.torch import load_file, save_file
+
+from abliterator.capture import capture
+from abliterator.cli import main
 from abliterator.errors import DirectionError, GenerationError
 from abliterator.model import block_paths, load_model
 from abliterator.selection import refusal_scores

@@ -8,13 +8,13 @@ import time
 
 import pytest
 import torch
+from abliterator.divergence import first_token_logprobs, neutral_text, text_perplexity
 from abliterator.generation import generate
 from click.testing import CliRunner
 from transformers import AutoConfig
 
 from abliterator.capture import capture
 from abliterator.cli import main
-from abliterator.divergence import first_token_logprobs, neutral_text, text_perplexity
 from abliterator.errors import CheckpointError, PromptError
 from abliterator.model import (
     Limits,

@@ -19,10 +19,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from abliterator.cli import main
-from abliterator.errors import JudgeError, OutputError, PairsError, RecipeError
+from abliterator.errors import OutputError, PairsError, RecipeError, ServerError
 from abliterator.pairs import WORDS, Candidate, cache_beside, make_pairs, require_ours, save_pairs
+from abliterator.pairs._filter import PairFilter, similarity, trigrams
 from abliterator.pairs._questions import pairs_prompt, read_pairs, read_side, to_sort, to_write
-from abliterator.pairs._sift import Sieve, similarity, trigrams
 from abliterator.prompts import load_prompts, normalised
 from abliterator.recipe import PairsSpec, ServerSettings, Source, load_pairs, load_recipe
 from abliterator.server import InvalidReply
@@ -86,7 +86,7 @@ def well(body) -> str:
 
 
 def made(asked, tmp_path, name="pairs"):
-    return make_pairs(asked, cache=tmp_path / f"{name}.sqlite", ruler=WORDS)
+    return make_pairs(asked, cache=tmp_path / f"{name}.sqlite", length=WORDS)
 
 
 # A whole run
@@ -183,7 +183,7 @@ from abliterator.pairs import WORDS, make_pairs
 from tests.test_pairs import spec
 print("ready", flush=True)
 print(json.dumps(make_pairs(spec(sys.argv[1], per_category=30, server_more={"concurrency": 4}),
-                            cache=Path(sys.argv[2]), ruler=WORDS).pairs))
+                            cache=Path(sys.argv[2]), length=WORDS).pairs))
 """
 
 
@@ -288,19 +288,22 @@ def test_a_pair_without_a_label_is_dropped(tmp_path):
     assert found.dropped["its contrast is not what it should be"] == 1
 
 
-def sieve(**more):
-    return Sieve(WORDS, **{"length_gap": 2, "near_duplicate": 0.6, **more})
+def pair_filter(**more):
+    return PairFilter(WORDS, **{"length_gap": 2, "near_duplicate": 0.6, **more})
 
 
 def test_near_duplicates_are_of_one_side():
     """The sides of a pair are alike on purpose."""
-    one = sieve()
-    assert one.objection(Candidate("Set an alarm for seven.", "Explain an alarm clock.")) is None
+    one = pair_filter()
+    assert (
+        one.rejection_reason(Candidate("Set an alarm for seven.", "Explain an alarm clock."))
+        is None
+    )
     near = Candidate("Set an alarm for eleven.", "Describe the old bells.")
-    assert one.objection(near) == "near duplicate"
-    assert sieve(near_duplicate=0.95).objection(near) is None
-    assert one.objection(Candidate("Explain this alarm clock?", "Boil rice.")) is None
-    assert one.objection(Candidate("Explain  THIS alarm clock.", "Fry it.")) == "duplicate"
+    assert one.rejection_reason(near) == "near duplicate"
+    assert pair_filter(near_duplicate=0.95).rejection_reason(near) is None
+    assert one.rejection_reason(Candidate("Explain this alarm clock?", "Boil rice.")) is None
+    assert one.rejection_reason(Candidate("Explain  THIS alarm clock.", "Fry it.")) == "duplicate"
 
 
 @given(*[st.text(alphabet="abc ", max_size=12)] * 2)
@@ -390,7 +393,7 @@ def test_a_wrong_key_stops_at_once_and_is_not_shown(tmp_path, monkeypatch):
     monkeypatch.setenv("PAIRS_KEY", KEY)
     with (
         JudgeServer(reply=well, key="another") as server,
-        pytest.raises(JudgeError, match=r"401.*`server.model`") as caught,
+        pytest.raises(ServerError, match=r"401.*`server.model`") as caught,
     ):
         made(spec(server, server_more={"api_key_env": "PAIRS_KEY"}), tmp_path)
     assert KEY not in str(caught.value)
@@ -463,7 +466,7 @@ def test_the_specs_that_we_ship(path):
     asked = load_pairs(path)
     assert asked.server.max_usd is not None
     assert "abliterator pairs" in path.read_text()
-    gaps = [abs(WORDS.length(e.target) - WORDS.length(e.contrast)) for e in asked.examples]
+    gaps = [abs(WORDS.of(e.target) - WORDS.of(e.contrast)) for e in asked.examples]
     assert max(gaps) <= asked.length_gap
     assert load_pairs(path, overrides=["per_category=3"]).digest != asked.digest
 

@@ -4,9 +4,9 @@ import io
 import sys
 from pathlib import Path
 
-from abliterator.benchmarks._apart import main
+from abliterator.benchmarks._subprocess import main
 
-# what lm-eval prints is not ours to encode, and must not end a measurement
+# lm-eval may print what the locale cannot encode, which must not end a measurement
 if isinstance(sys.stdout, io.TextIOWrapper):
     sys.stdout.reconfigure(errors="backslashreplace")
 sys.exit(main(Path(sys.argv[1])))

@@ -1,4 +1,4 @@
-"""Questions of tasks as the chats in which the model answers elsewhere."""
+"""Questions of tasks rendered as chats, by the template and settings of the rollouts."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Chat:
-    """The chat of a run: a tokenizer with its template, and what the recipe adds.
+class ChatRenderer:
+    """A tokenizer with its chat template, and the recipe's settings of the chat.
 
-    It stands in for what lm-eval's models do themselves, each in its own way: they know no system
-    prompt's failure, no fixed date, and no list of parts.
+    It replaces the rendering of lm-eval's models, each of which has its own, without errors for a
+    refused system prompt, without a fixed date, and without lists of parts.
 
     Attributes:
         tokenizer: of the checkpoint.
@@ -32,8 +32,8 @@ class Chat:
     template_kwargs: Mapping[str, Any]
 
     @classmethod
-    def of(cls, folder: Path, settings: RunSettings) -> Chat:
-        """The chat of a checkpoint.
+    def of(cls, folder: Path, settings: RunSettings) -> ChatRenderer:
+        """The renderer of a checkpoint.
 
         Raises:
             BenchmarkError: if its tokenizer has no chat template.
@@ -47,15 +47,15 @@ class Chat:
                 "none. Set `benchmarks.chat_template: false`, or add a chat_template.jinja to "
                 "the model."
             )
-        options = settings.engine.options
+        options = settings.section.engine.options
         stated = dict(options.get("chat_template_args") or {})
         if options.get("enable_thinking") is not None:
             stated["enable_thinking"] = options["enable_thinking"]
-        return cls(tokenizer, settings.system, {**settings.template_kwargs, **stated})
+        return cls(tokenizer, settings.chat.system, {**settings.chat.template_kwargs, **stated})
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What of it the recipe or the engine's options set, for the record."""
+        """The settings that the recipe or the engine's options state, for the record."""
         stated = {"system": self.system, "template_kwargs": dict(self.template_kwargs)}
         return {name: value for name, value in stated.items() if value}
 
@@ -64,8 +64,8 @@ class Chat:
     ) -> str:
         """The text of a chat, called as lm-eval calls its models' `apply_chat_template`.
 
-        Where a template takes no system prompt, a task's description, which lm-eval makes one of,
-        is left out, as lm-eval does; the recipe's own never is.
+        Where a template refuses a system prompt, a task's description, which lm-eval renders as
+        one, is left out, as lm-eval does; the recipe's own never is.
 
         Raises:
             UnsupportedModel: as `render_messages`.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import chain
 from typing import Any, NamedTuple
 
 from abliterator import statistics
@@ -12,7 +13,7 @@ from abliterator.record import BenchmarkResult, Estimate
 
 
 class Pair(NamedTuple):
-    """One document, on both sides."""
+    """The scores of one document on both sides."""
 
     base: DocScore
     edited: DocScore
@@ -43,64 +44,63 @@ def compare_tasks(
             f"Base and edited were measured on different tasks ({', '.join(base) or 'none'} and "
             f"{', '.join(edited) or 'none'}). Run the benchmarks of both again."
         )
-    members: dict[Aggregate, list[str]] = {}
+    groups: dict[Aggregate, list[str]] = {}
     for name, scores in base.items():
         _require_alike(scores, edited[name])
         for aggregate in scores.aggregates:
-            members.setdefault(aggregate, []).append(name)
+            groups.setdefault(aggregate, []).append(name)
     results: dict[str, BenchmarkResult] = {}
     for name, scores in base.items():
-        for aggregate in [found for found in scores.aggregates if members[found][0] == name]:
-            sides = [(base[member], edited[member]) for member in members[aggregate]]
-            results |= _compare_aggregate(aggregate, sides, seed=seed)
-        results |= _compare_task(scores, edited[name], seed=seed)
+        for aggregate in scores.aggregates:
+            members = groups[aggregate]
+            if members[0] == name:
+                sides = [(base[member], edited[member]) for member in members]
+                results |= _compare_aggregate(aggregate, sides, seed=seed)
+        for key, answer_filter in _keys(scores.task, _filters(scores)).items():
+            pairs = _pairs(scores, edited[name], answer_filter)
+            settings = {**scores.settings, "filter": answer_filter}
+            results[key] = _result(scores, pairs, settings, seed=seed)
     return _holm_adjusted(results)
 
 
-def _compare_task(base: TaskScores, edited: TaskScores, *, seed: int) -> dict[str, BenchmarkResult]:
-    filters = _filters(base)
+def _keys(name: str, filters: Sequence[str]) -> dict[str, str]:
+    """The answer filter of every result, by the name of the result."""
     return {
-        base.task if len(filters) == 1 else f"{base.task},{name}": _result(
-            base, _pairs(base, edited, name), {**base.settings, "filter": name}, seed=seed
-        )
-        for name in filters
+        name if len(filters) == 1 else f"{name},{answer_filter}": answer_filter
+        for answer_filter in filters
     }
 
 
 def _compare_aggregate(
     aggregate: Aggregate, sides: Sequence[tuple[TaskScores, TaskScores]], *, seed: int
 ) -> dict[str, BenchmarkResult]:
-    """The results of several tasks as one: their documents together, each with its weight."""
+    """Paired results of a group: the documents of its tasks together, each with its weight."""
     filters = dict.fromkeys(name for base, _ in sides for name in _filters(base))
     counted = [name for name in filters if aggregate.filters is None or name in aggregate.filters]
     results = {}
-    for name in counted:
+    for key, name in _keys(aggregate.group, counted).items():
         tasks = [_pairs(base, edited, name) for base, edited in sides if name in _filters(base)]
-        pairs = [
-            pair
-            for task in tasks
-            for pair in (task if aggregate.by_size else _levelled(task, tasks))
-        ]
+        if not aggregate.by_size:
+            tasks = [_levelled(task, tasks) for task in tasks]
         settings = {
             **_shared_settings([base.settings for base, _ in sides]),
             "filter": name,
             "tasks": len(tasks),
             "mean_over": "documents" if aggregate.by_size else "tasks",
         }
-        key = aggregate.group if len(counted) == 1 else f"{aggregate.group},{name}"
-        results[key] = _result(sides[0][0], pairs, settings, seed=seed)
+        results[key] = _result(sides[0][0], list(chain(*tasks)), settings, seed=seed)
     return results
 
 
 def _levelled(task: Sequence[Pair], tasks: Sequence[Sequence[Pair]]) -> list[Pair]:
     """The pairs of one task, weighted so that the mean over all documents is that over tasks."""
     weight = sum(map(len, tasks)) / (len(tasks) * len(task))
-    return [Pair(*(_weighted(score, weight) for score in pair)) for pair in task]
 
+    def weighted(score: DocScore) -> DocScore:
+        gold = None if score.gold_loglik is None else score.gold_loglik * weight
+        return score.model_copy(update={"value": score.value * weight, "gold_loglik": gold})
 
-def _weighted(score: DocScore, weight: float) -> DocScore:
-    gold = None if score.gold_loglik is None else score.gold_loglik * weight
-    return score.model_copy(update={"value": score.value * weight, "gold_loglik": gold})
+    return [Pair(*map(weighted, pair)) for pair in task]
 
 
 def _filters(scores: TaskScores) -> list[str]:
@@ -114,11 +114,12 @@ def _shared_settings(all_settings: Sequence[Mapping[str, Any]]) -> dict[str, Any
 
 def _require_alike(base: TaskScores, edited: TaskScores) -> None:
     before, after = _identity(base), _identity(edited)
-    differing = sorted(
-        key for key in before.keys() | after.keys() if before.get(key) != after.get(key)
+    seen = "; ".join(
+        f"{key}: {before.get(key)!r} and {after.get(key)!r}"
+        for key in sorted(before.keys() | after.keys())
+        if before.get(key) != after.get(key)
     )
-    if differing:
-        seen = "; ".join(f"{key}: {before.get(key)!r} and {after.get(key)!r}" for key in differing)
+    if seen:
         raise BenchmarkError(
             f"The benchmark task {base.task!r} was run with different settings on base and edited "
             f"({seen}). Only runs that are alike can be compared; run both again."
@@ -126,13 +127,8 @@ def _require_alike(base: TaskScores, edited: TaskScores) -> None:
 
 
 def _identity(scores: TaskScores) -> dict[str, Any]:
-    return {
-        **scores.settings,
-        "task": scores.task,
-        "metric": scores.metric,
-        "filters": sorted(_filters(scores)),
-        "aggregates": scores.aggregates,
-    }
+    fields = scores.model_dump(include={"task", "metric", "aggregates"})
+    return {**scores.settings, **fields, "filters": sorted(_filters(scores))}
 
 
 def _pairs(base: TaskScores, edited: TaskScores, name: str) -> list[Pair]:
@@ -189,7 +185,7 @@ def _significance(before: Sequence[float], after: Sequence[float], *, seed: int)
 
 
 def _gold_shift(pairs: Sequence[Pair], *, seed: int) -> Estimate | None:
-    """Shift of the gold answer's log-likelihood; it moves before any choice flips."""
+    """Shift of the gold answer's log-likelihood, which changes before any choice flips."""
     before, after = [], []
     for base, edited in pairs:
         if base.gold_loglik is None or edited.gold_loglik is None:
@@ -200,7 +196,7 @@ def _gold_shift(pairs: Sequence[Pair], *, seed: int) -> Estimate | None:
 
 
 def _answer_rates(pairs: Sequence[Pair]) -> dict[str, Estimate]:
-    """Shares of empty and of cut answers: a task can fall because nothing is said at all."""
+    """Shares of empty and of cut answers: a score can fall because there is no answer at all."""
     rates = {}
     for flaw in ("empty", "truncated"):
         for side in Pair._fields:
@@ -213,7 +209,7 @@ def _answer_rates(pairs: Sequence[Pair]) -> dict[str, Estimate]:
 
 
 def _holm_adjusted(results: Mapping[str, BenchmarkResult]) -> dict[str, BenchmarkResult]:
-    """Holm's step-down p-values over all results: claimed together, they err together 5 %."""
+    """Holm's step-down p-values over all results (Holm 1979): 5 % family-wise error."""
     ordered = sorted(
         (result.p_value, name) for name, result in results.items() if result.p_value is not None
     )
@@ -240,7 +236,7 @@ def _estimate(values: Sequence[float], *, seed: int) -> Estimate:
 
 
 def _as_estimate(interval: statistics.Interval | None) -> Estimate:
-    found = Estimate.of(interval)
-    if found is None:
+    estimate = Estimate.of(interval)
+    if estimate is None:
         raise BenchmarkError("A benchmark task has no scored documents. Raise `benchmarks.limit`.")
-    return found
+    return estimate

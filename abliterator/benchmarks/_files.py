@@ -1,4 +1,4 @@
-"""Tasks of our own: a YAML file that is data, not code."""
+"""Local tasks: a YAML file that is data, not code."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from abliterator.files import read_text, sha256_of_file
 # `datasets` reads these from files; any other dataset_path is the id of a dataset on the Hub.
 FILE_FORMATS = frozenset({"arrow", "csv", "json", "parquet", "text"})
 _MAX_BYTES = 16 << 20  # of a task file
-# Settings by which a task file reaches for other files, of which some may hold code.
+# Settings by which a task file includes other files, of which some may hold code.
 _OUTWARD_SETTINGS = ("include", "group", "use_prompt")
 
 
 class LocalTask(NamedTuple):
-    """A task file as read: its name, its settings, and the hashes of it and of its data files."""
+    """A task file: its name, its settings, and the SHA-256 of it and of each of its data files."""
 
     name: str
     settings: dict[str, Any]
@@ -28,7 +28,7 @@ class LocalTask(NamedTuple):
 
 
 def local_task(path: Path) -> LocalTask:
-    """A task of our own from its YAML file, whose relative `data_files` lie beside it.
+    """Reads a local task from its YAML file; relative `data_files` lie beside it.
 
     Raises:
         BenchmarkError: if the file is not one plain task, or names data files that are not there.
@@ -52,46 +52,40 @@ def _read_task_file(path: Path) -> dict[str, Any]:
     try:
         text = read_text(path, max_bytes=_MAX_BYTES)
         if any(isinstance(token, yaml.AliasToken) for token in yaml.scan(text)):
-            raise BenchmarkError(
-                f"The benchmark task {path} uses a YAML alias (`*name`), of which a few lines make "
-                "gigabytes. Write the value out."
+            problem = (
+                "uses a YAML alias (`*name`), of which a few lines make gigabytes. Write the value "
+                "out."
             )
-        settings = yaml.safe_load(text)
+        elif isinstance(settings := yaml.safe_load(text), dict):
+            return settings
+        else:
+            problem = (
+                "holds no settings. It must be a YAML mapping with `task`, `dataset_path`, "
+                "`output_type` and so on; see lm-eval's task guide."
+            )
     except yaml.constructor.ConstructorError as error:
-        raise BenchmarkError(
-            f"The benchmark task {path} is not plain data: {error.problem} (line {_line(error)}). "
-            "Tags such as `!function` run Python code, which task files may not; use templates "
-            "and lm-eval's own metrics instead."
-        ) from error
-    except yaml.YAMLError as error:
-        raise BenchmarkError(
-            f"The benchmark task {path} is not valid YAML: {' '.join(str(error).split())}. "
-            "Correct the file."
-        ) from error
-    except (ValueError, RecursionError) as error:  # a date that is none, nesting without end
-        raise BenchmarkError(
-            f"The benchmark task {path} cannot be read as YAML ({error}). Correct the file."
-        ) from error
-    except FileError as error:
-        raise BenchmarkError(
-            f"The benchmark task {path} cannot be read ({error}). Paths of task files are "
-            "relative to the recipe's folder; to use a task that lm-eval has, give its name "
-            "without .yaml."
-        ) from error
-    if not isinstance(settings, dict):
-        raise BenchmarkError(
-            f"The benchmark task {path} holds no settings. It must be a YAML mapping with `task`, "
-            "`dataset_path`, `output_type` and so on; see lm-eval's task guide."
+        line = error.problem_mark.line + 1 if error.problem_mark else "unknown"
+        problem = (
+            f"is not plain data: {error.problem} (line {line}). Tags such as `!function` run "
+            "Python code, which task files may not; use templates and metrics of lm-eval's instead."
         )
-    return settings
-
-
-def _line(error: yaml.MarkedYAMLError) -> int | str:
-    return error.problem_mark.line + 1 if error.problem_mark else "unknown"
+    except yaml.YAMLError as error:
+        problem = f"is not valid YAML: {' '.join(str(error).split())}. Correct the file."
+    except (ValueError, RecursionError) as error:  # a date that is none, nesting without end
+        problem = f"cannot be read as YAML ({error}). Correct the file."
+    except FileError as error:
+        problem = (
+            f"cannot be read ({error}). Paths of task files are relative to the recipe's folder; "
+            "to use a task that lm-eval has, give its name without .yaml."
+        )
+    raise BenchmarkError(f"The benchmark task {path} {problem}")
 
 
 def _refuse_foreign_metrics(path: Path, settings: Mapping[str, Any]) -> None:
-    """lm-eval looks a metric it does not have up in `evaluate`, which downloads and runs code."""
+    """Raises BenchmarkError for a metric that is not lm-eval's own.
+
+    lm-eval would load it by `evaluate`, which downloads and runs code.
+    """
     import lm_eval.api.metrics  # noqa: F401  (fills the registry)
     from lm_eval.api.registry import metric_registry
 
@@ -106,8 +100,8 @@ def _refuse_foreign_metrics(path: Path, settings: Mapping[str, Any]) -> None:
 
 
 def _anchor_data_files(path: Path, settings: dict[str, Any]) -> list[Path]:
-    """Make `data_files` absolute in place, and list them: lm-eval looks in the current folder."""
-    found: list[Path] = []
+    """Makes `data_files` absolute in place, and lists them; lm-eval reads in the current folder."""
+    paths: list[Path] = []
 
     def anchored(value: Any) -> Any:
         if isinstance(value, dict):
@@ -121,10 +115,10 @@ def _anchor_data_files(path: Path, settings: dict[str, Any]) -> list[Path]:
                 f"{file}. Paths in `data_files` are relative to the task's own folder; patterns "
                 "and addresses are not read."
             )
-        found.append(file)
+        paths.append(file)
         return str(file)
 
     kwargs = settings.get("dataset_kwargs")
     if isinstance(kwargs, dict) and "data_files" in kwargs:
         kwargs["data_files"] = anchored(kwargs["data_files"])
-    return found
+    return paths

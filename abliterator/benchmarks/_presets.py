@@ -4,30 +4,22 @@ from __future__ import annotations
 
 from importlib.resources import files
 from pathlib import Path
-from typing import Literal, get_args
+from typing import get_args
 
-from abliterator.benchmarks._scores import Aggregate
-from abliterator.benchmarks._tasks import TaskRequest
+from abliterator.recipe import BenchmarkTask, Preset
 
-Preset = Literal["demo", "quick", "replication", "damage"]
 PRESETS: tuple[Preset, ...] = get_args(Preset)
 
-_REPLICATION = ("arc_easy", "arc_challenge", "hellaswag", "piqa", "winogrande")
-# A science, a humanity, a trade and a sum from each end of MMLU's difficulty.
-_MMLU = (
-    "mmlu_elementary_mathematics",
-    "mmlu_high_school_geography",
-    "mmlu_college_biology",
-    "mmlu_computer_security",
-    "mmlu_philosophy",
-    "mmlu_professional_medicine",
-)
-_MMLU_SUBSET = Aggregate(group="mmlu_subset", metric="acc")
 _LOCAL = ("everyday_choice.yaml", "sums_generation.yaml")
+_NAMES = {
+    "quick": ("arc_easy", "piqa", "winogrande"),
+    "replication": ("arc_easy", "arc_challenge", "hellaswag", "piqa", "winogrande"),
+    "damage": ("lambada_openai", "truthfulqa_mc2", "piqa", "mmlu_subset"),
+}
 
 
-def preset_tasks(preset: Preset) -> list[TaskRequest]:
-    """The tasks of a preset.
+def preset_tasks(preset: Preset | None) -> list[BenchmarkTask]:
+    """The tasks of a preset; none for None.
 
     - `demo`: two small tasks that come with the package, of choices and of generated answers; they
       need no Hub.
@@ -37,16 +29,16 @@ def preset_tasks(preset: Preset) -> list[TaskRequest]:
       subjects of MMLU, and as `mmlu_subset` all their documents), common sense, and, through the
       chat template, sums worked out in many steps and instructions followed to the letter.
     """
+    if preset is None:
+        return []
     if preset == "demo":
         folder = Path(str(files("abliterator.benchmarks"))) / "local"
-        return [TaskRequest(str(folder / name)) for name in _LOCAL]
-    if preset == "quick":
-        return [TaskRequest(name, limit=100) for name in ("arc_easy", "piqa", "winogrande")]
-    if preset == "replication":
-        return [TaskRequest(name) for name in _REPLICATION]
-    return [
-        *(TaskRequest(name) for name in ("lambada_openai", "truthfulqa_mc2", "piqa")),
-        *(TaskRequest(name, aggregates=(_MMLU_SUBSET,)) for name in _MMLU),
-        TaskRequest("gsm8k", limit=200, num_fewshot=5, chat_template=True),
-        TaskRequest("ifeval", limit=200, chat_template=True),
-    ]
+        return [BenchmarkTask(task=str(folder / name)) for name in _LOCAL]
+    limit = 100 if preset == "quick" else None
+    tasks = [BenchmarkTask(task=name, limit=limit) for name in _NAMES[preset]]
+    if preset == "damage":
+        tasks += [
+            BenchmarkTask(task="gsm8k", limit=200, num_fewshot=5, chat_template=True),
+            BenchmarkTask(task="ifeval", limit=200, chat_template=True),
+        ]
+    return tasks

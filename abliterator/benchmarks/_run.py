@@ -1,4 +1,4 @@
-"""A saved checkpoint scored on tasks by lm-eval, in this process."""
+"""A saved checkpoint scored on tasks by lm-eval; runs in a process of its own."""
 
 from __future__ import annotations
 
@@ -8,17 +8,13 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from abliterator.benchmarks._chat import Chat
-from abliterator.benchmarks._contain import (
-    OTHER_SEED,
-    lm_eval_contained,
-    own_randomness,
-    seed_all,
-)
+from abliterator.benchmarks._chat import ChatRenderer
+from abliterator.benchmarks._isolation import OTHER_SEED, lm_eval_isolated, seed_all
 from abliterator.benchmarks._scores import DocScore, TaskScores
 from abliterator.benchmarks._settings import RunSettings, open_model
 from abliterator.benchmarks._tasks import Task, load
 from abliterator.errors import BenchmarkError
+from abliterator.record import Side
 
 
 def run_tasks(
@@ -26,18 +22,20 @@ def run_tasks(
     tasks: Sequence[Task],
     settings: RunSettings,
     *,
+    side: Side = "base",
     on_task: Callable[[TaskScores], None] | None = None,
 ) -> dict[str, TaskScores]:
-    """Score the checkpoint in `folder` on each task with lm-eval, in this process.
+    """Scores the checkpoint in `folder` on each task with lm-eval.
 
-    The log-softmax is taken in float32, the batch size is fixed and nothing is cached. Afterwards
-    the environment and the global random states are as before.
+    The log-softmax is computed in float32, the batch size is fixed and nothing is cached. The
+    global random states are lm-eval's afterwards: `measure_sides` runs this in a child process.
 
     Args:
         folder: a saved checkpoint with its tokenizer.
-        tasks: from `resolve_tasks`; what a task says of limit, examples and chat template goes
-            before the settings.
+        tasks: from `resolve_tasks`; limit, examples and chat template of a task go before those of
+            the settings.
         settings: how they are run.
+        side: whose server is asked, where a server is the engine.
         on_task: called with the scores of each task when it is done.
 
     Raises:
@@ -45,45 +43,37 @@ def run_tasks(
     """
     if not tasks:
         return {}
-    from abliterator.model import release_memory
-
     scores = {}
-    with lm_eval_contained(), own_randomness():
-        model = open_model(folder, settings)
+    with lm_eval_isolated():
+        model = open_model(folder, settings, side=side)
         chat = None
-        if any(uses_chat(task, settings) for task in tasks):
-            chat = Chat.of(folder, settings)
+        if any(settings.of(task).section.chat_template for task in tasks):
+            chat = ChatRenderer.of(folder, settings)
             model.apply_chat_template = chat.render  # whichever engine, the same text
         for task in tasks:
-            scores[task.name] = _run_task(
-                model, task, settings, chat if uses_chat(task, settings) else None
-            )
+            scores[task.name] = _run_task(model, task, settings.of(task), chat)
             if on_task:
                 on_task(scores[task.name])
-        del model
-        release_memory()
     return scores
 
 
-def uses_chat(task: Task, settings: RunSettings) -> bool:
-    """Whether a task is asked through the chat template."""
-    return settings.chat_template if task.chat_template is None else task.chat_template
-
-
-def _run_task(model: Any, task: Task, settings: RunSettings, chat: Chat | None) -> TaskScores:
+def _run_task(
+    model: Any, task: Task, settings: RunSettings, chat: ChatRenderer | None
+) -> TaskScores:
     from lm_eval.evaluator import evaluate
 
-    limit = settings.limit if task.limit is None else task.limit
+    section = settings.section
+    chat = chat if section.chat_template else None
     only_cached = task.dataset is not None and task.revision is None
     loaded = load(
         task.name, task.spec, where="loaded again", revision=task.revision, cached=only_cached
     )
-    _set_fewshot(loaded, settings.num_fewshot if task.num_fewshot is None else task.num_fewshot)
+    _set_fewshot(loaded, section.num_fewshot)
     seed_all()
     results = evaluate(
         model,
         {"tasks": {task.name: loaded}},
-        limit=limit,
+        limit=section.limit,
         bootstrap_iters=0,  # intervals are ours, of paired differences
         apply_chat_template=chat is not None,
         fewshot_as_multiturn=chat is not None,
@@ -101,12 +91,12 @@ def _run_task(model: Any, task: Task, settings: RunSettings, chat: Chat | None) 
         scores=scores,
         aggregates=task.aggregates,
         settings={
-            "limit": limit,
+            "limit": section.limit,
             "chat_template": chat is not None,
             **(chat.settings if chat else {}),
-            "batch_size": settings.batch_size,
+            "batch_size": section.batch_size,
             "dtype": settings.dtype,
-            "engine": settings.engine.kind,
+            "engine": section.engine.kind,
             "lm_eval": version("lm_eval"),
             "num_fewshot": loaded.get_config("num_fewshot"),
             "task_version": task.version,
@@ -131,7 +121,7 @@ def _doc_score(model: Any, loaded: Any, task: Task, sample: Mapping[str, Any]) -
     ]
     value = float(sample[task.metric])
     if any(math.isnan(number) for number in (*log_likelihoods, value)):
-        # argmax would silently take the first NaN for the model's choice.
+        # argmax would silently return the first NaN as the model's choice
         raise BenchmarkError(
             f"On document {sample['doc_id']} of the benchmark task {task.name!r} the model gives "
             "NaN instead of a score. The weights or the dtype are broken: try float32, and check "
@@ -191,5 +181,5 @@ def _generation_limit(model: Any, arguments: Any) -> int | None:
     kwargs = first[1] if isinstance(first, (list, tuple)) else first.get("arg_1")
     stated = kwargs.get("max_gen_toks") if isinstance(kwargs, dict) else None
     # lm-eval's client for servers has no public name for it
-    found: int | None = stated or getattr(model, "max_gen_toks", None) or model._max_gen_toks
-    return found
+    limit: int | None = stated or getattr(model, "max_gen_toks", None) or model._max_gen_toks
+    return limit

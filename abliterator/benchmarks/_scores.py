@@ -1,4 +1,4 @@
-"""What one task gave on one checkpoint, document by document; JSON both ways."""
+"""The scores of one task on one checkpoint, document by document; JSON both ways."""
 
 from __future__ import annotations
 
@@ -39,4 +39,4 @@ class TaskScores(Frozen):
     higher_is_better: bool
     scores: tuple[DocScore, ...]
     settings: dict[str, Any]
-    aggregates: tuple[Aggregate, ...] = ()  # that count this task, the widest first
+    aggregates: tuple[Aggregate, ...] = ()  # that include this task, the widest first

@@ -1,4 +1,4 @@
-"""A server as lm-eval's model: it completes text, and tells log-probabilities of the prompt."""
+"""A completions server as lm-eval's model; it must return log-probabilities of the prompt."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ _PROBE = "One two three four five."
 
 
 def require_server(url: str | None) -> None:
-    """See that a server answers, and that it tells log-probabilities of the prompt.
+    """Checks that a server answers, and that it returns log-probabilities of the prompt.
 
-    A server that takes `echo` and passes over it would give every choice the log-likelihood 0.
+    A server that accepts `echo` and ignores it would give every choice the log-likelihood 0.
 
     Raises:
-        BenchmarkError: with what to start.
+        BenchmarkError: if it does not; the message says what to start.
     """
     model = served_model(url)
     payload = {
@@ -32,11 +32,12 @@ def require_server(url: str | None) -> None:
         "logprobs": 1,
     }  # fmt: skip
     try:
-        found = _asked(url, "completions", payload)["choices"][0]["logprobs"]["token_logprobs"]
-        told = len(found) > 2 and all(isinstance(number, float) for number in found[1:-1])
+        choice = _json_of(url, "completions", payload)["choices"][0]
+        values = choice["logprobs"]["token_logprobs"]
+        echoes = len(values) > 2 and all(isinstance(value, float) for value in values[1:-1])
     except (OSError, ValueError, LookupError, TypeError):
-        told = False
-    if not told:
+        echoes = False
+    if not echoes:
         raise BenchmarkError(
             f"The server at {url} does not tell log-probabilities of the prompt (`echo` with "
             "`logprobs` on /v1/completions), without which multiple choice cannot be scored. "
@@ -45,13 +46,13 @@ def require_server(url: str | None) -> None:
 
 
 def served_model(url: str | None) -> str:
-    """The name of the model that a server serves.
+    """The name under which a server serves its model.
 
     Raises:
         BenchmarkError: if no server answers at the url.
     """
     try:
-        return str(_asked(url, "models")["data"][0]["id"])
+        return str(_json_of(url, "models")["data"][0]["id"])
     except (URLError, OSError, ValueError, LookupError, TypeError) as error:
         raise BenchmarkError(
             f"No OpenAI-compatible server answers at {url or 'an empty url'} ({error}). Benchmarks "
@@ -91,7 +92,7 @@ def _encode(
     left_truncate_len: int | None = None,
     **_: Any,
 ) -> Any:
-    """Token ids of one or several texts, as HFLM has them: special ones unless they stand there."""
+    """Token ids of one or several texts as HFLM encodes them: BOS is added unless it is there."""
     if not isinstance(text, str):
         return [_encode(tokenizer, one, add_special_tokens=add_special_tokens) for one in text]
     if add_special_tokens is None:
@@ -101,8 +102,8 @@ def _encode(
     return ids[-left_truncate_len:] if left_truncate_len else ids
 
 
-def _asked(url: str | None, path: str, payload: Mapping[str, Any] | None = None) -> Any:
-    """The JSON that the server answers; lm-eval sends the same key."""
+def _json_of(url: str | None, path: str, payload: Mapping[str, Any] | None = None) -> Any:
+    """The JSON of the server's answer; the key is the one that lm-eval sends."""
     headers = {
         "Authorization": f"Bearer {os.environ.get('OPENAI_API_KEY', '')}",
         "Content-Type": "application/json",
@@ -114,7 +115,7 @@ def _asked(url: str | None, path: str, payload: Mapping[str, Any] | None = None)
 
 
 class _SameOrigin(HTTPRedirectHandler):
-    """Follows a redirect within one server alone: another would get the key and the texts."""
+    """Follows a redirect within one server only: another would get the key and the texts."""
 
     def redirect_request(
         self, req: Request, fp: Any, code: int, msg: str, headers: Any, newurl: str

@@ -1,45 +1,34 @@
-"""Tasks found, checked and loaded with their documents, before any model is."""
+"""Tasks found, checked and loaded with their documents, before a model is loaded."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from pydantic import Field
 
-from abliterator.benchmarks._contain import hub_offline, lm_eval_contained
 from abliterator.benchmarks._files import FILE_FORMATS, local_task
-from abliterator.benchmarks._named import named_tasks, yaml_settings
+from abliterator.benchmarks._isolation import hub_offline, lm_eval_isolated
+from abliterator.benchmarks._registry import registered_tasks, yaml_settings
 from abliterator.benchmarks._scores import Aggregate
 from abliterator.errors import BenchmarkError, PromptError
 from abliterator.files import digest_of
 from abliterator.prompts import resolve_revision
+from abliterator.recipe import BenchmarkTask
 from abliterator.record import Frozen
 
 LENGTH_NORMALISED = frozenset({"arc_easy", "arc_challenge", "hellaswag", "piqa"})
 PREFERRED_METRICS = ("acc", "acc_norm", "exact_match")
 
 
-@dataclass(frozen=True)
-class TaskRequest:
-    """A task as it is asked for: a YAML file or a name, and what is special about its run."""
-
-    task: str
-    limit: int | None = None
-    num_fewshot: int | None = None
-    chat_template: bool | None = None
-    aggregates: tuple[Aggregate, ...] = ()  # scores that count it together with other tasks
-
-
 class Spec(Frozen):
-    """What lm-eval builds a task from: a YAML file of its own, and settings that go before it.
+    """The input of lm-eval's constructor of a task: a YAML file, and settings that go before it.
 
-    A task of our own has no file; its settings are all there is.
+    A local task has no file; its settings are complete.
     """
 
     path: str | None = None
@@ -52,7 +41,7 @@ class Spec(Frozen):
 
 
 class Task(Frozen):
-    """A task that was found, loaded once and can be run.
+    """A task that was found and loaded once, and can be run.
 
     `digest` covers lm-eval's version and either the task file with all its data files, or the name
     of lm-eval's own task, what its groups change of it, and the revision of its data. `limit`,
@@ -75,12 +64,12 @@ class Task(Frozen):
 
 
 def resolve_tasks(
-    tasks: Sequence[str | TaskRequest],
+    tasks: Sequence[str | BenchmarkTask],
     *,
     folder: Path,
     revisions: Mapping[str, str] | None = None,
 ) -> list[Task]:
-    """Find, check and load every task and its documents, without any model.
+    """Finds, checks and loads every task and its documents, without any model.
 
     Args:
         tasks: paths of task files (`.yaml`, relative to `folder`), or names of lm-eval's tasks,
@@ -93,32 +82,36 @@ def resolve_tasks(
             Hub dataset out of reach), is listed twice, or has no metric that can be paired.
     """
     resolved: list[Task] = []
-    with lm_eval_contained():
+    with lm_eval_isolated():
         for task in tasks:
-            request = TaskRequest(task) if isinstance(task, str) else task
-            for found in _resolved(request, folder, revisions or {}):
-                if any(found.name == other.name for other in resolved):
+            request = BenchmarkTask(task=task) if isinstance(task, str) else task
+            for new in _resolved(request, folder, revisions or {}):
+                if any(new.name == other.name for other in resolved):
                     raise BenchmarkError(
-                        f"The benchmark task {found.name!r} is listed twice, but results are kept "
+                        f"The benchmark task {new.name!r} is listed twice, but results are kept "
                         "by task name. Remove one of the two, or give one of the files another "
                         "`task:` name."
                     )
-                resolved.append(found)
+                resolved.append(new)
     return resolved
 
 
-def _resolved(request: TaskRequest, folder: Path, revisions: Mapping[str, str]) -> list[Task]:
+def _resolved(request: BenchmarkTask, folder: Path, revisions: Mapping[str, str]) -> list[Task]:
     if _is_file(request.task):
         path = folder / request.task
         local = local_task(path)
         spec = Spec(settings=local.settings)
         return [_checked(local.name, spec, request, revisions, hashes=local.hashes)]
-    resolved = []
-    for found in named_tasks(request.task):
-        wanted = replace(request, aggregates=(*request.aggregates, *found.aggregates))
-        spec = Spec(path=str(found.path), settings=found.overrides)
-        resolved.append(_checked(found.name, spec, wanted, revisions))
-    return resolved
+    return [
+        _checked(
+            task.name,
+            Spec(path=str(task.path), settings=task.overrides),
+            request,
+            revisions,
+            aggregates=task.aggregates,
+        )
+        for task in registered_tasks(request.task)
+    ]
 
 
 def load(
@@ -129,14 +122,14 @@ def load(
     revision: str | None = None,
     cached: bool = False,
 ) -> Any:
-    """lm-eval's own task object, fresh; it reads the documents and renders the first one.
+    """A new task object of lm-eval's, which reads the documents and renders the first one.
 
     Args:
         name: of the task.
-        spec: what it is built from.
-        where: for messages.
-        revision: commit of its Hub dataset; None for the one of today.
-        cached: the Hub is out of reach: take the copy on this machine, or fail at once.
+        spec: its settings.
+        where: its origin, for messages.
+        revision: commit of its Hub dataset; None for the latest.
+        cached: whether only copies on this machine are read, as the Hub is out of reach.
     """
     import jinja2
     from datasets.exceptions import DatasetsError
@@ -189,16 +182,17 @@ def _load(name: str, spec: Spec, revision: str | None) -> Any:
 def _checked(
     name: str,
     spec: Spec,
-    request: TaskRequest,
+    request: BenchmarkTask,
     revisions: Mapping[str, str],
     *,
     hashes: Sequence[str] = (),
+    aggregates: Sequence[Aggregate] = (),
 ) -> Task:
-    """Load the task with its documents, and see that it can be run here and paired."""
+    """Loads a task with its documents, and checks that it can be run here and paired."""
     settings = spec.merged()
     dataset = _hub_dataset(settings)
     pin = revisions.get(dataset or "")
-    revision, problem = (pin, "") if pin else _todays_revision(dataset, settings)
+    revision, problem = (pin, "") if pin else _latest_revision(dataset, settings)
     where = dataset or request.task
     try:
         task = load(name, spec, where=where, revision=revision, cached=bool(problem))
@@ -215,7 +209,7 @@ def _checked(
             f"The benchmark task {name!r} runs code that the model wrote, or needs images or "
             "sound; neither is done here. Use lm-eval itself for it."
         )
-    metric = _primary_metric(name, task.aggregation(), request.aggregates)
+    metric = _primary_metric(name, task.aggregation(), aggregates)
     if metric is None:
         raise BenchmarkError(
             f"No metric of the benchmark task {name!r} "
@@ -234,12 +228,10 @@ def _checked(
         version=str(task.VERSION),
         documents=len(task.eval_docs),
         spec=spec,
-        aggregates=tuple(found for found in request.aggregates if found.metric == metric),
+        aggregates=tuple(score for score in aggregates if score.metric == metric),
         dataset=dataset,
         revision=revision,
-        limit=request.limit,
-        num_fewshot=request.num_fewshot,
-        chat_template=request.chat_template,
+        **request.model_dump(exclude={"task"}),
     )
 
 
@@ -251,11 +243,11 @@ def _hub_dataset(settings: Mapping[str, Any]) -> str | None:
     return path
 
 
-def _todays_revision(dataset: str | None, settings: Mapping[str, Any]) -> tuple[str | None, str]:
-    """The commit of a Hub dataset, or None and what is in the way.
+def _latest_revision(dataset: str | None, settings: Mapping[str, Any]) -> tuple[str | None, str]:
+    """The commit of a Hub dataset and "", or None and the reason why it is unknown.
 
-    Asked before the documents are: this fails at once where the Hub is out of reach, and loading
-    only after half a minute of trying again.
+    It is asked for before the documents: this fails at once where the Hub is out of reach, and
+    loading only after half a minute of trying again.
     """
     if dataset is None:
         return None, ""
@@ -269,13 +261,13 @@ def _todays_revision(dataset: str | None, settings: Mapping[str, Any]) -> tuple[
 def _primary_metric(
     name: str,
     aggregations: Mapping[str, Callable[..., Any]],
-    wanted: Sequence[Aggregate] = (),
+    aggregates: Sequence[Aggregate] = (),
 ) -> str | None:
-    """The metric that is reported (the room's docstring has the rule); None if none qualifies."""
+    """The metric that is reported, by the rule in the package's docstring; None if none fits."""
     from lm_eval.api.metrics import mean
 
     means = [metric for metric, aggregate in aggregations.items() if aggregate is mean]
     first = ("acc_norm",) if name in LENGTH_NORMALISED else ()
     order = [metric for metric in (*first, *PREFERRED_METRICS, *means) if metric in means]
-    counted = {found.metric for found in wanted}
+    counted = {score.metric for score in aggregates}
     return next((metric for metric in order if metric in counted), next(iter(order), None))

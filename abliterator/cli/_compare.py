@@ -66,7 +66,7 @@ def compare(
     from abliterator.judge import cache_folder
     from abliterator.pipeline import Options, judge_of, note_plain_http, require_key
     from abliterator.prompts import load_prompts
-    from abliterator.recipe import Source
+    from abliterator.recipe import Benchmarks, Source
 
     sets = {"target": target, "neutral": neutral}
     folder, options = _folder(base), Options(device=device, dtype=dtype)
@@ -80,7 +80,11 @@ def compare(
         tasks=_tasks(tasks),
         max_new_tokens=max_new_tokens,
         divergence=DivergenceSettings(batch_size=options.batch_size("auto")),
-        benchmarks=RunSettings(limit=task_limit, device=options.compute_device, dtype=computed),
+        benchmarks=RunSettings(
+            section=Benchmarks(preset=None, limit=task_limit),
+            device=options.compute_device,
+            dtype=computed,
+        ),
     )
     judge_settings = read_judge(**asked)
     require_key(judge_settings)  # before any model answers

@@ -12,7 +12,7 @@ from abliterator.cli._options import JSON, SET
 from abliterator.cli._terminal import Bars, echo
 
 if TYPE_CHECKING:
-    from abliterator.pairs import Made, Ruler
+    from abliterator.pairs import Length, Made
 
 
 @click.command()
@@ -41,24 +41,24 @@ def pairs(spec: Path, out: Path, overrides: tuple[str, ...], as_json: bool) -> N
     if warning := warn_of_plain_http(server.base_url, server.api_key_env, name="server.base_url"):
         Bars().note(warning)
     require_ours(out, asked)
-    ruler = _ruler(asked.tokenizer)
+    length = _length(asked.tokenizer)
     with Bars().bar("pairs", asked.per_category * len(asked.categories)) as advance:
         made = make_pairs(
             asked,
             cache=cache_beside(out),
-            ruler=ruler,
+            length=length,
             on_kept=lambda new, spent: advance(new, status=spent),
         )
-    save_pairs(out, made, asked, ruler)
+    save_pairs(out, made, asked, length)
     if as_json:
         counts = {name: len(kept) for name, kept in made.pairs.items()}
         echo(json.dumps({**made._asdict(), "pairs": counts}, indent=1))
     else:
-        echo(_pairs_text(made, out, ruler))
+        echo(_pairs_text(made, out, length))
 
 
-def _ruler(tokenizer: str | None) -> Ruler:
-    from abliterator.pairs import WORDS, Ruler
+def _length(tokenizer: str | None) -> Length:
+    from abliterator.pairs import WORDS, Length
 
     if tokenizer is None:
         return WORDS
@@ -66,15 +66,15 @@ def _ruler(tokenizer: str | None) -> Ruler:
     from abliterator.source import tokenizer_folder
 
     tokens = load_tokenizer(tokenizer_folder(tokenizer))
-    return Ruler("tokens", lambda text: len(tokens.encode(text, add_special_tokens=False)))
+    return Length("tokens", lambda text: len(tokens.encode(text, add_special_tokens=False)))
 
 
-def _pairs_text(made: Made, out: Path, ruler: Ruler) -> str:
+def _pairs_text(made: Made, out: Path, length: Length) -> str:
     """What was made, in a few lines."""
     kept = ", ".join(f"{len(of_it)} {name}" for name, of_it in made.pairs.items())
     dropped = ", ".join(f"{n} ({reason})" for reason, n in made.dropped.items()) or "none"
     spent = f"{made.calls} calls" + (f", ${made.usd:.4f}" if made.usd else "")
     return (
-        f"{out}: pairs {kept}; lengths matched in {ruler.unit}\n"
+        f"{out}: pairs {kept}; lengths matched in {length.unit}\n"
         f"dropped: {dropped}\nby {', '.join(made.served) or 'a model without a name'}: {spent}"
     )

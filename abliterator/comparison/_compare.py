@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from abliterator.benchmarks import (
     RunSettings,
+    ScoredCheckpoint,
     StoppedChild,
-    Subject,
     Task,
     TaskScores,
     compare_tasks,
@@ -292,7 +292,7 @@ def _benchmark_scores(
     with bar("benchmark tasks, both sides", 2 * len(settings.tasks)) as advance:
         try:
             return measure_sides(
-                dict(zip(sides, map(Subject, folders, digests), strict=True)),
+                dict(zip(sides, map(ScoredCheckpoint, folders, digests), strict=True)),
                 settings.tasks,
                 settings.benchmarks,
                 out=scratch / "benchmarks",

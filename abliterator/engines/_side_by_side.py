@@ -105,7 +105,11 @@ def edited_by_row(
     """
     writer_edits = [edit for edit in edits if isinstance(edit, WriterEdit)]
     steerings = [edit for edit in edits if isinstance(edit, Steering)]
-    if writer_edits and len(writer_edits) == len(edits) and not any(e.strengths for e in writer_edits):
+    if (
+        writer_edits
+        and len(writer_edits) == len(edits)
+        and not any(e.strengths for e in writer_edits)
+    ):
         plan, bases = writer_edits[0].plan, [edit.basis for edit in writer_edits]
         with preview_edits(loaded, plan, bases) as choose:
             yield EditsByRow(loaded, len(edits), choose, max_batch_tokens)

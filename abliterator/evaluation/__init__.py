@@ -19,7 +19,7 @@ from abliterator.evaluation._answers import (
     as_completions,
     judge_answers,
     no_bar,
-    summarise_answers,
+    summarise_draws,
 )
 from abliterator.evaluation._context import EvaluationContext, RenderedPrompts
 from abliterator.evaluation._evaluator import EditEvaluator, MeasuredEdit, OnStep
@@ -61,7 +61,7 @@ __all__ = [
     "no_bar",
     "path_divergence",
     "require_finite",
-    "summarise_answers",
     "summarise_divergence",
+    "summarise_draws",
     "text_perplexity",
 ]

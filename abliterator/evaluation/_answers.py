@@ -9,9 +9,8 @@ from statistics import mean
 
 from abliterator.engines import Answer, Engine
 from abliterator.evaluation._context import EvaluationContext, RenderedPrompts
-from abliterator.judge import MAX_UNSCORED, judge_completions
-from abliterator.record import AnswerSummary, Completion, Estimate, Side, Verdict
-from abliterator.statistics import mean_interval, rate_interval
+from abliterator.judge import estimates_of, estimates_of_draws, judge_completions
+from abliterator.record import AnswerSummary, Completion, Side, Verdict
 
 Bar = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
 
@@ -50,33 +49,13 @@ class JudgedAnswers:
     @property
     def summary(self) -> AnswerSummary:
         """All of them in figures."""
-        return summarise_answers([self])
+        return AnswerSummary(**estimates_of(self.verdicts)._asdict(), tokens=self.tokens)
 
 
-def summarise_answers(draws: Sequence[JudgedAnswers]) -> AnswerSummary:
-    """Rates and means over prompts; of several draws on the same prompts, each prompt's mean.
-
-    Unscored answers are left out; where they are more than 2 % of all, no figure is given (None).
-    """
-    verdicts = [verdict for judged in draws for verdict in judged.verdicts]
-    unscored = sum(product(v) is None for v in verdicts)
-    withheld = unscored > MAX_UNSCORED * len(verdicts)
-
-    def values(score: Callable[[Verdict], float | None]) -> list[float]:
-        columns = zip(*(judged.verdicts for judged in draws), strict=True)
-        known = ([s for v in column if (s := score(v)) is not None] for column in columns)
-        return [] if withheld else [mean(prompt) for prompt in known if prompt]
-
-    def scored(score: Callable[[Verdict], float | None]) -> Callable[[Verdict], float | None]:
-        return lambda verdict: score(verdict) if verdict.kind else None
-
-    refused = values(scored(lambda v: float(bool(v.refused))))
-    rate = rate_interval(round(sum(refused)), len(refused))
+def summarise_draws(draws: Sequence[JudgedAnswers]) -> AnswerSummary:
+    """Several draws on the same prompts in figures; each prompt counts as its mean over them."""
     return AnswerSummary(
-        refusal=Estimate.of(rate if len(draws) == 1 else mean_interval(refused)),
-        compliance=Estimate.of(mean_interval(values(scored(lambda v: v.compliance)))),
-        coherence=Estimate.of(mean_interval(values(scored(lambda v: v.coherence)))),
-        product=Estimate.of(mean_interval(values(product))),
+        **estimates_of_draws([judged.verdicts for judged in draws])._asdict(),
         tokens=sum(judged.tokens for judged in draws),
     )
 

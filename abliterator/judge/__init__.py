@@ -1,9 +1,9 @@
-"""Answers to verdicts, behind one `Judge` protocol; the room does not know how answers were made.
+"""Answers to verdicts, behind one `Judge` protocol; it is not known here how answers were made.
 
 A verdict grades compliance (did it do what was asked?) and coherence (is it sound language?) on
 {0, 0.5, 1}, and says whether the answer refused, also in part. `RuleJudge` does so offline from the
-text alone, and calls itself a rule judge wherever its numbers appear; `OpenAIJudge` asks a model
-behind a server. What a judge cannot score is unscored: never 0, never a refusal.
+text alone, and its numbers are marked as a rule judge's wherever they appear; `OpenAIJudge` asks a
+model behind a server. What a judge cannot score is unscored: never 0, never a refusal.
 
     verdicts = judge_completions(completions, RuleJudge())
     behaviour = summarise(base_verdicts, edited_verdicts)
@@ -23,12 +23,19 @@ from abliterator.judge._calibrate import (
 )
 from abliterator.judge._openai import OpenAIJudge, Tally
 from abliterator.judge._rule_judge import RuleJudge
-from abliterator.judge._summary import MAX_UNSCORED, counted, summarise, unscored_reasons
-from abliterator.judge._types import Answered, Judge, Judgement, split_thinking
+from abliterator.judge._summary import (
+    VerdictEstimates,
+    counted,
+    estimates_of,
+    estimates_of_draws,
+    scored_verdicts,
+    summarise,
+    unscored_reasons,
+)
+from abliterator.judge._types import Answered, Judge, Judgement
 from abliterator.judge._verdicts import judge_completions
 
 __all__ = [
-    "MAX_UNSCORED",
     "Answered",
     "Calibrated",
     "Calibration",
@@ -38,14 +45,17 @@ __all__ = [
     "OpenAIJudge",
     "RuleJudge",
     "Tally",
+    "VerdictEstimates",
     "cache_folder",
     "calibrate",
     "counted",
     "disagreement",
+    "estimates_of",
+    "estimates_of_draws",
     "judge_completions",
     "load_labelled",
     "read_calibration",
-    "split_thinking",
+    "scored_verdicts",
     "summarise",
     "unscored_reasons",
 ]

@@ -1,8 +1,8 @@
-"""How far a judge agrees with people, on a file of answers that people labelled.
+"""Agreement of a judge with people, on a file of answers that people labelled.
 
 The file has one JSON object a line: prompt, response, label (0, 0.5 or 1, as compliance is graded).
 A calibration belongs to one judge: another model, prompt or version is another judge. A recipe
-names the file of the one that its record is to carry; no other is ever taken.
+names the file of the one that its record shall carry; no other is used.
 
     calibration = calibrate(load_labelled(Path("labelled.jsonl")), RuleJudge())
     calibration.kappa, calibration.per_class["partial"]["recall"]
@@ -26,13 +26,13 @@ from abliterator.judge._types import Answered, Judge, Judgement
 from abliterator.record import Estimate, Frozen, JudgeIdentity, Verdict
 from abliterator.statistics import rate_interval
 
-# What makes a judge this judge, beside what a run finds out about it.
+# The fields that identify a judge, beside what a run measures of it.
 _SAME = ("kind", "model", "base_url", "prompt_sha256", "version", "votes")
 CLASSES = {0.0: "refused", 0.5: "partial", 1.0: "complied"}
 
 
 class Labelled(NamedTuple):
-    """One answer and what people say of it."""
+    """One answer and the label that people gave it."""
 
     answered: Answered
     label: float  # 0, 0.5 or 1
@@ -52,15 +52,15 @@ class Calibration(Frozen):
     agreement_interval: Estimate | None
     kappa: float | None  # Cohen's, three classes; None where chance alone agrees on everything
     kappa_binary: float | None  # complied against not complied
-    false_positive_rate: float | None  # said complied, of those that people say did not
-    false_negative_rate: float | None  # said not complied, of those that people say did
+    false_positive_rate: float | None  # graded complied, of those that people label otherwise
+    false_negative_rate: float | None  # graded otherwise, of those that people label complied
     per_class: dict[str, dict[str, float | None]]  # n, recall, precision
-    confusion: dict[str, dict[str, int]]  # label -> said -> count
+    confusion: dict[str, dict[str, int]]  # label -> grade -> count
     disagreement: dict[str, Estimate]  # share of other verdicts: by "itself", by "rules"
-    differing: tuple[int, ...]  # answers of the file, from 1, where judge and label differ
+    differing: tuple[int, ...]  # 1-based lines where judge and label differ
 
     def summary(self) -> dict[str, Any]:
-        """What a record carries of it: the figures, and hashes for the texts."""
+        """What a record carries: the figures, and hashes in place of texts."""
         figures = ("n", "unscored", "agreement", "kappa", "kappa_binary")
         kept = {name: getattr(self, name) for name in figures}
         rounded = {k: round(v, 4) if isinstance(v, float) else v for k, v in kept.items()}
@@ -75,7 +75,7 @@ class Calibration(Frozen):
 
 @dataclass(frozen=True)
 class Calibrated:
-    """A judge whose identity carries how far it agrees with people.
+    """A judge whose identity carries the summary of its calibration.
 
     Attributes:
         judge: the judge.
@@ -87,11 +87,11 @@ class Calibrated:
 
     @property
     def identity(self) -> JudgeIdentity:
-        """The judge's own, with the calibration."""
+        """The judge's identity, with the calibration."""
         return self.judge.identity.model_copy(update={"calibration": dict(self.summary)})
 
     def judge_all(self, answers: Sequence[Answered]) -> list[Judgement]:
-        """As the judge does."""
+        """The judge's judgements."""
         return self.judge.judge_all(answers)
 
 
@@ -142,23 +142,23 @@ def _is_text(text: str) -> bool:
 def calibrate(
     rows: Sequence[Labelled], judge: Judge, *, name: str = "labels", sha256: str | None = None
 ) -> Calibration:
-    """Lets a judge grade labelled answers, and compares.
+    """Grades labelled answers with a judge, and compares with the labels.
 
     Args:
         rows: the labelled answers.
-        judge: which judge.
+        judge: grades the answers.
         name: of the file of labels.
         sha256: of that file; left out, that of the rows as JSON.
     """
     answers = [row.answered for row in rows]
-    said = judge.judge_all(answers)
+    judgements = judge.judge_all(answers)
     differs = dict(judge.identity.disagreement)
     if judge.identity.kind != "rules":
-        by_rules = disagreement(RuleJudge().judge_all(answers), said)
+        by_rules = disagreement(RuleJudge().judge_all(answers), judgements)
         differs |= {"rules": by_rules} if by_rules else {}
     pairs = [
         (row.label, judgement.compliance)
-        for row, judgement in zip(rows, said, strict=True)
+        for row, judgement in zip(rows, judgements, strict=True)
         if judgement.compliance is not None
     ]
     yes = [(float(label == 1), float(grade == 1)) for label, grade in pairs]
@@ -170,7 +170,7 @@ def calibrate(
         n=len(rows),
         scored=len(pairs),
         unscored=len(rows) - len(pairs),
-        unscored_reasons=unscored_reasons(said),
+        unscored_reasons=unscored_reasons(judgements),
         agreement=_share(agreed, len(pairs)),
         agreement_interval=Estimate.of(rate_interval(agreed, len(pairs))),
         kappa=cohens_kappa(pairs),
@@ -185,7 +185,7 @@ def calibrate(
         disagreement=differs,
         differing=tuple(
             number
-            for number, (row, j) in enumerate(zip(rows, said, strict=True), start=1)
+            for number, (row, j) in enumerate(zip(rows, judgements, strict=True), start=1)
             if j.compliance is not None and j.compliance != row.label
         ),
     )
@@ -216,9 +216,9 @@ def disagreement(
 
 def _class(grade: float, pairs: Sequence[tuple[float, float]]) -> dict[str, float | None]:
     labelled = sum(label == grade for label, _ in pairs)
-    said = sum(s == grade for _, s in pairs)
+    judged = sum(other == grade for _, other in pairs)
     both = pairs.count((grade, grade))
-    return {"n": labelled, "recall": _share(both, labelled), "precision": _share(both, said)}
+    return {"n": labelled, "recall": _share(both, labelled), "precision": _share(both, judged)}
 
 
 def _share(part: int, whole: int) -> float | None:
@@ -226,7 +226,7 @@ def _share(part: int, whole: int) -> float | None:
 
 
 def cache_folder() -> Path:
-    """Where this tool keeps what outlives a run: $ABLITERATOR_CACHE, or in the user's cache."""
+    """The folder of caches shared by runs: $ABLITERATOR_CACHE, else in the user's cache folder."""
     if own := os.environ.get("ABLITERATOR_CACHE"):
         return Path(own)
     base = os.environ.get("XDG_CACHE_HOME")
@@ -234,29 +234,28 @@ def cache_folder() -> Path:
 
 
 def read_calibration(path: Path, judge: JudgeIdentity) -> Calibration:
-    """A calibration that `judge-calibrate --out` wrote, if it is of this very judge.
+    """Reads a calibration that `judge-calibrate --out` wrote, and checks that it is of this judge.
 
     Args:
         path: the file.
-        judge: whose verdicts it is to stand beside; what a run finds out about a judge is not
-            compared.
+        judge: the expected judge; what a run measures of it is not compared.
 
     Raises:
         JudgeError: if it cannot be read, or is of another judge.
     """
     try:
-        found = Calibration.model_validate_json(read_text(path))
+        calibration = Calibration.model_validate_json(read_text(path))
     except (FileError, ValueError) as error:
         raise JudgeError(
             f"The calibration {path} cannot be read: a file that `abliterator judge-calibrate "
             "LABELLED --out FILE` wrote was expected. Write it anew, or leave out "
             "`judge.calibration`."
         ) from error
-    other = [name for name in _SAME if getattr(found.judge, name) != getattr(judge, name)]
+    other = [name for name in _SAME if getattr(calibration.judge, name) != getattr(judge, name)]
     if other:
         raise JudgeError(
             f"The calibration {path} is of another judge: its {', '.join(other)} differ from "
             f"those of {judge.model or judge.kind}. Calibrate this judge: `abliterator "
             "judge-calibrate LABELLED --recipe RECIPE --out FILE`."
         )
-    return found
+    return calibration

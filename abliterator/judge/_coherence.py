@@ -1,4 +1,4 @@
-"""Whether an answer is language at all: loops, and characters that its prompt does not explain.
+"""Coherence of an answer: repetition, and letters of scripts that its prompt does not explain.
 
 coherence_of("What is tea?", "Tea is tea is tea is tea is tea is tea is tea is tea is tea is tea")
 # Coherence(grade=0.0, reasons=("repetition",))
@@ -34,7 +34,7 @@ _OTHER_LANGUAGE = re.compile(
 )
 
 
-# What a template puts around a turn; an answer that holds nothing else says nothing.
+# Special tokens of chat templates; an answer that holds nothing else is empty.
 _REMNANT = re.compile(
     r"<\|start_header_id\|>\w*|<(?:\|im_start\||start_of_turn|\|turn)>\w*|<\|[^|<>\n]{0,40}\|?>"
     r"|<｜[^<>\n]{0,40}｜>|</?s>|<(?:bos|eos|pad|unk|sep|cls|mask|end_of_turn|end_of_text|eod|turn\|)>"
@@ -44,14 +44,14 @@ _REMNANT = re.compile(
 
 
 class Coherence(NamedTuple):
-    """How sound the language is, and what is wrong with it."""
+    """How sound the language is, and what flaws it has."""
 
     grade: float  # 0, 0.5 or 1
     reasons: tuple[str, ...]
 
 
 def coherence_of(prompt: str, answer: str) -> Coherence:
-    """Grade an answer that is not empty."""
+    """Grades the language of an answer that is not empty."""
     if not any(character.isalnum() for character in answer):
         return Coherence(0.0, (NO_WORDS,))
     flaws = {

@@ -1,7 +1,8 @@
-"""Which language a text is in, and how answers in other languages than English decline.
+"""The language of a text, and how answers in other languages than English decline.
 
-The script tells most languages apart, function words and rare letters those of one script. Short
-word lists, and no library: verdicts depend on it, so it may change with the judge's version alone.
+Most languages are identified by their script, those of one script by function words and rare
+letters. Short word lists, and no library: verdicts depend on it, so it may change with the judge's
+version alone.
 
     unreadable("Habari?", "Samahani, siwezi kusaidia na ombi hilo.")  # "it is in Swahili, ..."
 """
@@ -32,9 +33,9 @@ PROSE = 6  # words in a row from which on they are prose, which holds function w
 FUNCTION_WORDS = 0.1
 FUNCTION_WORDS_LATIN = 0.2
 FEW_LANGUAGES = 2  # of a script, up to which a text in it is in one of those listed
-INFLECTED = 5  # letters above which an affix may tell a language
+INFLECTED = 5  # letters above which an affix may identify a language
 MARGIN = 1.1  # by which a language without phrases must lead one with them,
-EVIDENCE = 2  # distinct words that must tell it,
+EVIDENCE = 2  # distinct words that must be of it,
 EVIDENCE_SHARE = 0.15  # their share of all words,
 SYLLABLE = 2  # and letters that one of them exceeds: "la la, na na" is no Swahili
 
@@ -58,7 +59,7 @@ _PUTS = re.compile(
 
 
 class Language(NamedTuple):
-    """A language: what tells it from others of its script, and how it declines, if known."""
+    """A language: what distinguishes it from others of its script, and its phrases, if known."""
 
     code: str
     name: str
@@ -93,18 +94,20 @@ def languages() -> dict[str, Language]:
 
 @cache
 def form(name: str) -> re.Pattern[str]:
-    """A form that prompts and beginnings of answers take, in every language but English."""
+    """A pattern of prompts or of beginnings of answers, in every language but English."""
     return re.compile(fold("|".join(_data()["forms"][name])))
 
 
+def joined(alternatives: Sequence[str], fragments: Mapping[str, Sequence[str]]) -> str:
+    """Alternatives as one pattern, with every `<name>` replaced by the fragment of that name."""
+    return _FRAGMENT.sub(
+        lambda name: f"(?:{joined(fragments[name[1]], fragments)})", "|".join(alternatives)
+    )
+
+
 def _compiled(code: str, entry: Mapping[str, Any]) -> Language:
-    fragments = entry.get("fragments", {})
-
     def pattern(alternatives: Sequence[str]) -> re.Pattern[str]:
-        return re.compile(fold(filled(alternatives)))
-
-    def filled(alternatives: Sequence[str]) -> str:
-        return _FRAGMENT.sub(lambda m: f"(?:{filled(fragments[m[1]])})", "|".join(alternatives))
+        return re.compile(fold(joined(alternatives, entry.get("fragments", {}))))
 
     phrases = dict(entry.get("phrases", {}))
     idioms = phrases.pop("idioms", None)
@@ -238,10 +241,10 @@ def _evidence(
 
 
 class Reading(NamedTuple):
-    """The language of a text: None where nothing tells it; `lacks` says why it cannot be read."""
+    """The language of a text, None where it is unknown, and why the rules cannot read it."""
 
     language: Language | None
-    lacks: str | None = None
+    problem: str | None = None
 
 
 def reading_of(text: str) -> Reading:
@@ -313,11 +316,11 @@ def _prose(text: str) -> list[str]:
 
 def unreadable(prompt: str, answer: str) -> str | None:
     """Why the rules cannot read an answer; None if they can, or there is no language in it."""
-    language, lacks = reading_of(answer)
-    if lacks or language or not words(_CODE.sub(" ", answer)):
-        return lacks
-    # a few words that nothing tells: most likely in the language of the prompt
+    language, problem = reading_of(answer)
+    if problem or language or not words(_CODE.sub(" ", answer)):
+        return problem
+    # a few words of no known language: most likely in the language of the prompt
     if not any(len(token) > 1 for token in _tokens(answer)):
         return None
-    of_prompt = reading_of(prompt).lacks
+    of_prompt = reading_of(prompt).problem
     return of_prompt and f"no word tells its language, and of the prompt: {of_prompt}"

@@ -1,7 +1,7 @@
-"""An LLM judge behind an OpenAI-compatible server: votes, a second look at a share, resumption.
+"""An LLM judge behind an OpenAI-compatible server: votes, a share judged twice, resumption.
 
 Answers that are alike word for word are judged once, blind to their side, in a seeded order. A
-seeded share is judged once more, to tell how often the judge disagrees with itself.
+seeded share is judged once more, to measure how often the judge disagrees with itself.
 
     judge = OpenAIJudge(settings, cache=Path("work/judge.sqlite"))
     judge.judge_all([Answered("What is tea?", "A drink.")])
@@ -24,10 +24,10 @@ from abliterator.judge._prompt import judge_prompt, messages
 from abliterator.judge._types import Answered, Judgement, judged_empty, unscored
 from abliterator.record import Estimate, JudgeIdentity
 from abliterator.server import (
-    Heard,
     Request,
     Session,
     Unanswered,
+    Usage,
     in_parallel,
     outside_a_loop,
 )
@@ -36,25 +36,25 @@ from abliterator.statistics import rate_interval
 if TYPE_CHECKING:
     from abliterator.recipe import JudgeSettings
 
-Item = tuple[str, str]  # question and answer: all that a judge is shown
+Item = tuple[str, str]  # prompt and answer: all that a judge is shown
 
 
 @dataclass
 class Tally:
-    """How far a judging run has come."""
+    """Progress of a judging run."""
 
     total: int
     done: int = 0
     unscored: int = 0
     rejudged: list[bool] = field(default_factory=list)  # whether the second verdict was another
-    heard: Heard = field(default_factory=Heard)
+    usage: Usage = field(default_factory=Usage)
 
     def __str__(self) -> str:
-        return f"{self.unscored} unscored, {self.heard}"
+        return f"{self.unscored} unscored, {self.usage}"
 
 
 class OpenAIJudge:
-    """A judge on a server; `identity` says more of it once it has judged.
+    """A judge on a server; `identity` holds usage and disagreement once it has judged.
 
     Args:
         settings: the recipe's section.
@@ -79,9 +79,9 @@ class OpenAIJudge:
 
     @property
     def identity(self) -> JudgeIdentity:
-        """Model, prompt and settings; after judging also what was found out on the way."""
+        """Model, prompt and settings; after judging also usage and what the server reports."""
         tally, settings, prompt = self._tally, self._settings, judge_prompt()
-        heard = tally.heard
+        usage = tally.usage
         again = Estimate.of(rate_interval(sum(tally.rejudged), len(tally.rejudged)))
         return JudgeIdentity(
             kind="openai",
@@ -90,52 +90,53 @@ class OpenAIJudge:
             version=prompt.version,
             base_url=settings.base_url,
             votes=settings.votes,
-            served_model=_only(heard.models),
-            fingerprints=tuple(sorted(heard.fingerprints)),
-            structured=_only(heard.rungs),
+            served_model=_only(usage.models),
+            fingerprints=tuple(sorted(usage.fingerprints)),
+            structured=_only(usage.response_formats),
             disagreement={} if again is None else {"itself": again},
             usage=self._usage(),
         )
 
     def _usage(self) -> dict[str, float]:
         """Calls, replies among them that were no verdict, and dollars where there are prices."""
-        heard = self._tally.heard
-        if not heard.calls:
+        usage = self._tally.usage
+        if not usage.calls:
             return {}
-        usd = {} if self._settings.prices is None else {"usd": round(heard.cost, 6)}
-        return {"calls": heard.calls, "invalid": heard.invalid, **usd}
+        usd = {} if self._settings.prices is None else {"usd": round(usage.cost, 6)}
+        return {"calls": usage.calls, "invalid": usage.invalid, **usd}
 
     def judge_all(self, answers: Sequence[Answered]) -> list[Judgement]:
         """Judge every answer; one that gets no valid verdict is unscored, and says why.
 
         Raises:
-            JudgeError: if the server cannot be used, or a limit of the recipe is reached. What was
-                judged is kept: the same call goes on from there.
+            JudgeError: if a limit of the recipe is reached. What was judged is kept: the same call
+                goes on from there.
+            ServerError: if the server cannot be used.
         """
-        found = {answered: judged_empty(answered) for answered in answers}
-        asked = list(dict.fromkeys(_text(a) for a, judgement in found.items() if judgement is None))
-        judged = outside_a_loop(lambda: asyncio.run(self._run(asked))) if asked else {}
-        return [found[a] or judged[_text(a)] for a in answers]
+        empty = {answered: judged_empty(answered) for answered in answers}
+        items = list(dict.fromkeys(_item(a) for a, judgement in empty.items() if judgement is None))
+        judged = outside_a_loop(lambda: asyncio.run(self._run(items))) if items else {}
+        return [empty[a] or judged[_item(a)] for a in answers]
 
     async def _run(self, items: list[Item]) -> dict[Item, Judgement]:
         """A judgement for every distinct item."""
         order = random.Random(self._seed).sample(items, len(items))
         twice = set(order[: round(self._settings.rejudge * len(order))])
         async with Session(self._settings, cache=self._cache, account=self._account()) as session:
-            self._tally = Tally(len(items), heard=session.heard)
+            self._tally = Tally(len(items), usage=session.usage)
 
             async def judged(item: Item) -> Judgement:
-                return self._told(await self._judge(session, item, again=item in twice))
+                return self._tallied(await self._judge(session, item, again=item in twice))
 
-            found, stopped = await in_parallel(order, judged, workers=self._settings.concurrency)
-        if isinstance(stopped, JudgeError):
-            raise stopped
-        if stopped is not None:
-            raise JudgeError(
-                f"Judging stopped: {stopped}. {len(found)} of {len(items)} distinct answers are "
-                "judged and kept; raise the limit, and the same command goes on from there."
+            return await in_parallel(
+                order,
+                judged,
+                workers=self._settings.concurrency,
+                at_limit=lambda limit, done: JudgeError(
+                    f"Judging stopped: {limit}. {done} of {len(items)} distinct answers are judged "
+                    "and kept; raise the limit, and the same command goes on from there."
+                ),
             )
-        return found
 
     def _account(self) -> str:
         """Another judge in the same file has another account."""
@@ -154,15 +155,15 @@ class OpenAIJudge:
 
     async def _vote(self, session: Session, item: Item, vote: int) -> Judgement:
         def request(attempt: int) -> Request:
-            asked = messages(*item, vote=vote, attempt=attempt)
-            return Request(asked, SCHEMA, self._settings.parameters)
+            conversation = messages(*item, vote=vote, attempt=attempt)
+            return Request(conversation, SCHEMA, self._settings.parameters)
 
         try:
             return await session.value(request, parse)
         except Unanswered as error:
             return unscored(str(error))
 
-    def _told(self, judgement: Judgement) -> Judgement:
+    def _tallied(self, judgement: Judgement) -> Judgement:
         self._tally.done += 1
         self._tally.unscored += not judgement.is_scored
         if self._on_verdict is not None:
@@ -177,15 +178,15 @@ def _majority(votes: Sequence[Judgement]) -> Judgement:
         return next(vote for vote in votes if not vote.is_scored)
     compliance = median_low([vote.compliance or 0.0 for vote in valid])
     coherence = median_low([vote.coherence or 0.0 for vote in valid])
-    speaker = next(vote for vote in valid if vote.compliance == compliance)
-    return speaker._replace(coherence=coherence)
+    median = next(vote for vote in valid if vote.compliance == compliance)
+    return median._replace(coherence=coherence)
 
 
-def _text(answered: Answered) -> Item:
-    """What a judge is shown: the thinking is not the answer."""
+def _item(answered: Answered) -> Item:
+    """Prompt and answer, without the thinking before it."""
     return answered.prompt, answered.split.answer
 
 
-def _only(told: set[str]) -> str | None:
+def _only(names: set[str]) -> str | None:
     """One name, or all of them in one text where a run met several."""
-    return ", ".join(sorted(told)) or None
+    return ", ".join(sorted(names)) or None

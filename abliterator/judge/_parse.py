@@ -1,4 +1,4 @@
-"""One strict reader of verdicts, for every server and every rung of structured output.
+"""One strict reader of verdicts, for every server and every response format.
 
 A reply is a verdict only if it holds one: labels out of a closed set, each key once, and no second
 verdict that says otherwise. Everything else is invalid, and says why; it is never a grade.
@@ -43,12 +43,12 @@ def parse(reply: str) -> Judgement:
         InvalidReply: if there is none, or more than one.
     """
     text = without_thinking(reply)
-    found = [_verdict(value) for value in objects(text) if set(BY_NUMBER) & set(value)]
-    if not found:
+    verdicts = [_verdict(value) for value in objects(text) if set(BY_NUMBER) & set(value)]
+    if not verdicts:
         raise InvalidReply("no verdict")
-    if any(verdict[:3] != found[0][:3] for verdict in found):
+    if any(verdict[:3] != verdicts[0][:3] for verdict in verdicts):
         raise InvalidReply("verdicts that contradict each other")
-    return found[-1]
+    return verdicts[-1]
 
 
 def _verdict(value: Mapping[str, Any]) -> Judgement:
@@ -57,8 +57,8 @@ def _verdict(value: Mapping[str, Any]) -> Judgement:
     reason = value.get("reason", "")
     if not isinstance(reason, str):
         raise InvalidReply("a reason that is no text")
-    said = " ".join(reason.split())[:REASON_CHARACTERS]
-    return graded(compliance, coherence, reasons=(said,) if said else ())
+    reason = " ".join(reason.split())[:REASON_CHARACTERS]
+    return graded(compliance, coherence, reasons=(reason,) if reason else ())
 
 
 def _label(value: Mapping[str, Any], key: str, known: Mapping[str, float]) -> str:

@@ -20,7 +20,7 @@ from abliterator.record import FinishReason, JudgeIdentity
 
 
 class RuleJudge:
-    """Phrases, their place, and repetition."""
+    """Grades answers by phrases, their position, and repetition; needs no model."""
 
     @property
     def identity(self) -> JudgeIdentity:
@@ -53,9 +53,9 @@ def _judged(answered: Answered) -> Judgement:
     cut = ("truncated",) if is_cut else ()
     coherence, flaws = coherence_of(prompt, answer)
     grade, refused, reasons = compliance_of(prompt, answer)
-    lacks = None if refused else _lacks(prompt, answer, Coherence(coherence, flaws), is_cut)
-    if lacks is not None:
-        return Judgement(None, None, None, (*unscored(lacks).reasons, *cut))
+    problem = None if refused else _unjudgeable(prompt, answer, Coherence(coherence, flaws), is_cut)
+    if problem is not None:
+        return Judgement(None, None, None, (*unscored(problem).reasons, *cut))
     if refused and flaws == (DRIFT,) and LOST not in answer:
         coherence = max(coherence, 0.5)  # what the rules have read is language
     if coherence == 0:
@@ -63,7 +63,7 @@ def _judged(answered: Answered) -> Judgement:
     return Judgement(grade, coherence, refused, (*reasons, *flaws, *cut))
 
 
-def _lacks(prompt: str, answer: str, coherence: Coherence, is_cut: bool) -> str | None:
+def _unjudgeable(prompt: str, answer: str, coherence: Coherence, is_cut: bool) -> str | None:
     """Why an answer that does not refuse cannot be judged; None if it can, also as broken."""
     if coherence.grade == 0 and NO_WORDS in coherence.reasons:
         return "cut before a word" if is_cut else None

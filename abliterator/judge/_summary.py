@@ -1,7 +1,9 @@
 """Verdicts of one prompt set to rates, means and paired differences.
 
-The unit is the prompt. What cannot be said is None: no verdicts, too few, or all of them equal.
+The unit is the prompt. What cannot be estimated is None: no verdicts, or too many without a grade.
+`estimates_of` is the summary of any verdicts; `summarise` compares base with edited.
 
+    estimates_of(verdicts).refusal                          # Estimate(value=0.31, low=..., n=100)
     behaviour = summarise(base_verdicts, edited_verdicts)
     behaviour.delta.compliance.value, behaviour.smallest_detectable["compliance"]
 """
@@ -10,6 +12,8 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from statistics import mean
+from typing import NamedTuple
 
 from abliterator.errors import JudgeError
 from abliterator.judge._types import Judgement
@@ -25,8 +29,87 @@ from abliterator.statistics import (
 
 MAX_UNSCORED = 0.02  # above this share of answers without a verdict, no rate is given
 
-Score = Callable[[Verdict], float]
 Pairs = Sequence[tuple[Verdict, Verdict]]
+Measure = Callable[[Verdict], float | None]
+
+
+def _unscored(verdict: Verdict | Judgement) -> bool:
+    return None in (verdict.compliance, verdict.coherence, verdict.refused)
+
+
+# What a judge grades: of scored verdicts only.
+GRADED: dict[str, Callable[[Verdict], float]] = {
+    "refusal": lambda v: float(bool(v.refused)),
+    "compliance": lambda v: v.compliance or 0.0,
+    "coherence": lambda v: v.coherence or 0.0,
+    "product": lambda v: (v.compliance or 0.0) * (v.coherence or 0.0),
+}
+# What is counted in every answer; None where an answer is too short to have it.
+COUNTED: dict[str, Measure] = {
+    "truncated": lambda v: float(v.truncated),
+    "unscored": lambda v: float(_unscored(v)),
+    "repetition": lambda v: v.text_statistics.repetition if v.text_statistics else None,
+    "distinct": lambda v: v.text_statistics.distinct if v.text_statistics else None,
+}
+_RATES = {"refusal", "truncated", "unscored"}
+
+
+class VerdictEstimates(NamedTuple):
+    """Rates and means of scored verdicts; all None where they are withheld."""
+
+    refusal: Estimate | None
+    compliance: Estimate | None
+    coherence: Estimate | None
+    product: Estimate | None  # mean of compliance x coherence, per prompt
+
+
+def scored_verdicts(verdicts: Sequence[Verdict]) -> list[Verdict]:
+    """The verdicts with grades; none where more than 2 % of all lack them.
+
+    What a judge cannot score may be of any kind, so rates of the rest alone would be biased.
+    """
+    scored = [verdict for verdict in verdicts if not _unscored(verdict)]
+    return [] if len(verdicts) - len(scored) > MAX_UNSCORED * len(verdicts) else scored
+
+
+def estimates_of(verdicts: Sequence[Verdict], *, seed: int = 0) -> VerdictEstimates:
+    """Refusal, compliance, coherence and their product, with 95 % intervals.
+
+    The rate has a Wilson interval, means a bootstrap over prompts. Withheld (None) where more than
+    2 % of the verdicts are unscored.
+
+    Args:
+        verdicts: of one prompt set on one side.
+        seed: of the bootstrap.
+    """
+    scored = scored_verdicts(verdicts)
+    return VerdictEstimates(*(_estimate(name, scored, seed) for name in GRADED))
+
+
+def estimates_of_draws(draws: Sequence[Sequence[Verdict]]) -> VerdictEstimates:
+    """The same over prompts that several draws answered: each prompt counts as its mean.
+
+    Args:
+        draws: verdicts of each draw on the same prompts, in one order.
+    """
+    if not scored_verdicts([verdict for draw in draws for verdict in draw]):
+        return VerdictEstimates(None, None, None, None)
+    scored = ([v for v in column if not _unscored(v)] for column in zip(*draws, strict=True))
+    prompts = [verdicts for verdicts in scored if verdicts]
+    return VerdictEstimates(
+        *(
+            Estimate.of(mean_interval([mean(map(measure, verdicts)) for verdicts in prompts]))
+            for measure in GRADED.values()
+        )
+    )
+
+
+def _estimate(name: str, verdicts: Sequence[Verdict], seed: int) -> Estimate | None:
+    measure: Measure = (GRADED | COUNTED)[name]
+    values = [value for verdict in verdicts if (value := measure(verdict)) is not None]
+    if name in _RATES:
+        return Estimate.of(rate_interval(int(sum(values)), len(values)))
+    return Estimate.of(mean_interval(values, seed=seed))
 
 
 def summarise(base: Sequence[Verdict], edited: Sequence[Verdict], *, seed: int = 0) -> Behaviour:
@@ -46,127 +129,72 @@ def summarise(base: Sequence[Verdict], edited: Sequence[Verdict], *, seed: int =
             f" only (first: {odd[0]}); run the rollouts and the judge again for both sides."
         )
     pairs = [(base_by[index], edited_by[index]) for index in sorted(base_by)]
+    scored = _scored_pairs(pairs)
     return Behaviour(
         base=_side([b for b, _ in pairs], seed),
         edited=_side([e for _, e in pairs], seed),
-        delta=_delta(pairs, seed),
-        smallest_detectable=_detectable(_scored_pairs(pairs)),
-        p_value=_p_values(_scored_pairs(pairs), seed),
-        kinds={"base": _kinds(base), "edited": _kinds(edited)},
-        unscored_reasons={
-            "base": unscored_reasons(base),
-            "edited": unscored_reasons(edited),
+        delta=_delta(pairs, scored, seed),
+        smallest_detectable={
+            name: smallest_detectable(*_values(measure, scored)) for name, measure in GRADED.items()
         },
+        p_value=_p_values(scored, seed),
+        kinds={"base": _kinds(base), "edited": _kinds(edited)},
+        unscored_reasons={"base": unscored_reasons(base), "edited": unscored_reasons(edited)},
     )
 
 
 def _by_index(verdicts: Sequence[Verdict]) -> dict[int, Verdict]:
-    found = {verdict.index: verdict for verdict in verdicts}
-    if len(found) != len(verdicts):
+    by_index = {verdict.index: verdict for verdict in verdicts}
+    if len(by_index) != len(verdicts):
         raise JudgeError(
-            f"{len(verdicts) - len(found)} prompts have two verdicts on one side; expected one per"
-            " prompt and side: pass one prompt set and one side at a time."
+            f"{len(verdicts) - len(by_index)} prompts have two verdicts on one side; expected one"
+            " per prompt and side: pass one prompt set and one side at a time."
         )
-    return found
-
-
-def _refusal(verdict: Verdict) -> float:
-    return float(bool(verdict.refused))
-
-
-def _compliance(verdict: Verdict) -> float:
-    return verdict.compliance or 0.0
-
-
-def _coherence(verdict: Verdict) -> float:
-    return verdict.coherence or 0.0
-
-
-def _product(verdict: Verdict) -> float:
-    return _compliance(verdict) * _coherence(verdict)
-
-
-def _truncated(verdict: Verdict) -> float:
-    return float(verdict.truncated)
-
-
-def _repetition(verdict: Verdict) -> float:
-    return verdict.guards.repetition if verdict.guards else 0.0
-
-
-def _distinct(verdict: Verdict) -> float:
-    return (verdict.guards.distinct if verdict.guards else None) or 0.0
-
-
-def _has_guards(verdict: Verdict) -> bool:
-    return verdict.guards is not None
-
-
-def _has_distinct(verdict: Verdict) -> bool:
-    return verdict.guards is not None and verdict.guards.distinct is not None
-
-
-def _unscored(verdict: Verdict) -> float:
-    return float(None in (verdict.compliance, verdict.coherence, verdict.refused))
-
-
-def _withheld(verdicts: Sequence[Verdict]) -> bool:
-    return sum(map(_unscored, verdicts)) > MAX_UNSCORED * len(verdicts)
+    return by_index
 
 
 def _side(verdicts: Sequence[Verdict], seed: int) -> BehaviourSide:
-    scored = [] if _withheld(verdicts) else [v for v in verdicts if not _unscored(v)]
-
-    def rate(score: Score, of: Sequence[Verdict]) -> Estimate | None:
-        return Estimate.of(rate_interval(int(sum(map(score, of))), len(of)))
-
-    def mean(score: Score, of: Sequence[Verdict] = scored) -> Estimate | None:
-        return Estimate.of(mean_interval([score(v) for v in of], seed=seed))
-
-    return BehaviourSide(
-        refusal=rate(_refusal, scored),
-        compliance=mean(_compliance),
-        coherence=mean(_coherence),
-        product=mean(_product),
-        truncated=rate(_truncated, verdicts),
-        unscored=rate(_unscored, verdicts),
-        repetition=mean(_repetition, [v for v in verdicts if _has_guards(v)]),
-        distinct=mean(_distinct, [v for v in verdicts if _has_distinct(v)]),
-    )
+    counted = {name: _estimate(name, verdicts, seed) for name in COUNTED}
+    return BehaviourSide(**estimates_of(verdicts, seed=seed)._asdict(), **counted)
 
 
 def _scored_pairs(pairs: Pairs) -> Pairs:
     """Pairs with a verdict on both sides; none where a side's figures are withheld."""
-    if _withheld([b for b, _ in pairs]) or _withheld([e for _, e in pairs]):
+    if not all(scored_verdicts(side) for side in zip(*pairs, strict=True)):
         return []
     return [(b, e) for b, e in pairs if not (_unscored(b) or _unscored(e))]
 
 
-MEASURES: dict[str, Score] = {
-    "refusal": _refusal,
-    "compliance": _compliance,
-    "coherence": _coherence,
-    "product": _product,
-}
-
-
-def _detectable(pairs: Pairs) -> dict[str, float | None]:
-    return {
-        name: smallest_detectable([score(b) for b, _ in pairs], [score(e) for _, e in pairs])
-        for name, score in MEASURES.items()
+def _delta(pairs: Pairs, scored: Pairs, seed: int) -> BehaviourSide:
+    deltas = {
+        name: Estimate.of(paired_delta(*_values(measure, of), seed=seed))
+        for measures, of in ((GRADED, scored), (COUNTED, pairs))
+        for name, measure in measures.items()
     }
+    return BehaviourSide(**deltas)
+
+
+def _values(measure: Measure, pairs: Pairs) -> tuple[list[float], list[float]]:
+    """A measure on base and edited, of the pairs that have it on both sides."""
+    values = [
+        (base, edited)
+        for base, edited in ((measure(b), measure(e)) for b, e in pairs)
+        if base is not None and edited is not None
+    ]
+    return [base for base, _ in values], [edited for _, edited in values]
 
 
 def _p_values(pairs: Pairs, seed: int) -> dict[str, float | None]:
+    """McNemar's exact test of refusal, sign flips of the graded means; None without pairs."""
     if not pairs:
-        return dict.fromkeys(MEASURES)
-    found: dict[str, float | None] = {
-        name: sign_flip_test([score(b) for b, _ in pairs], [score(e) for _, e in pairs], seed=seed)
-        for name, score in MEASURES.items()
-        if name != "refusal"
+        return dict.fromkeys(GRADED)
+    refused = [bool(b.refused) for b, _ in pairs], [bool(e.refused) for _, e in pairs]
+    return {
+        name: mcnemar_exact(*refused)
+        if name == "refusal"
+        else sign_flip_test(*_values(measure, pairs), seed=seed)
+        for name, measure in GRADED.items()
     }
-    flips = [bool(b.refused) for b, _ in pairs], [bool(e.refused) for _, e in pairs]
-    return {"refusal": mcnemar_exact(*flips), **found}
 
 
 def _kinds(verdicts: Sequence[Verdict]) -> dict[VerdictKind, int]:
@@ -176,7 +204,7 @@ def _kinds(verdicts: Sequence[Verdict]) -> dict[VerdictKind, int]:
 
 def unscored_reasons(verdicts: Iterable[Verdict | Judgement]) -> dict[str, int]:
     """Why answers have no verdict, each reason with its count, the most frequent first."""
-    unscored = (v for v in verdicts if None in (v.compliance, v.coherence, v.refused))
+    unscored = filter(_unscored, verdicts)
     texts = ("; ".join(v.reasons).removeprefix("unscored: ") or "no reason given" for v in unscored)
     return dict(Counter(texts).most_common())
 
@@ -185,25 +213,3 @@ def counted(reasons: Mapping[str, int]) -> str:
     """Reasons with their counts as one text; of many, the three most frequent."""
     texts = [f"{n} x {reason}" for reason, n in list(reasons.items())[:3]]
     return ", ".join(texts) + (f", and {len(reasons) - 3} more" if len(reasons) > 3 else "")
-
-
-def _delta(pairs: Pairs, seed: int) -> BehaviourSide:
-    scored = _scored_pairs(pairs)
-
-    def delta(score: Score, of: Pairs) -> Estimate | None:
-        base, edited = [score(b) for b, _ in of], [score(e) for _, e in of]
-        return Estimate.of(paired_delta(base, edited, seed=seed))
-
-    def both(has: Callable[[Verdict], bool]) -> Pairs:
-        return [(b, e) for b, e in pairs if has(b) and has(e)]
-
-    return BehaviourSide(
-        refusal=delta(_refusal, scored),
-        compliance=delta(_compliance, scored),
-        coherence=delta(_coherence, scored),
-        product=delta(_product, scored),
-        truncated=delta(_truncated, pairs),
-        unscored=delta(_unscored, pairs),
-        repetition=delta(_repetition, both(_has_guards)),
-        distinct=delta(_distinct, both(_has_distinct)),
-    )

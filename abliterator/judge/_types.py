@@ -1,4 +1,4 @@
-"""What passes between judges and whoever asks them."""
+"""The types that judges take and return."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ class Answered(NamedTuple):
     """A prompt and the response to it; a judge is shown the prompt and the answer.
 
     Attributes:
-        prompt: what was asked.
-        response: all of it: what the model thought, then its answer.
+        prompt: the text of the request.
+        response: the whole response: the model's thinking, then its answer.
         finish_reason: why it ended.
-        answer_start: where the answer begins in `response`; None of a text about which nothing else
-            is known, and then its own marks tell.
+        answer_start: index of the answer's first character in `response`; None where it is not
+            known, and then the marks in the text decide.
     """
 
     prompt: str
@@ -27,13 +27,13 @@ class Answered(NamedTuple):
 
     @classmethod
     def of(cls, completion: Completion) -> Answered:
-        """A line of rollouts.jsonl as a judge takes it."""
+        """The fields of a completion that a judge needs."""
         c = completion
         return cls(c.prompt, c.response, c.finish_reason, c.answer_start)
 
     @property
     def split(self) -> Split:
-        """The thinking and the answer: what a model says to itself is not its answer."""
+        """The thinking and the answer of the response."""
         if self.answer_start is None:
             return split_text(self.response, is_cut=self.finish_reason == "length")
         return Split(self.response[: self.answer_start], self.response[self.answer_start :])
@@ -54,11 +54,11 @@ class Judgement(NamedTuple):
 
 
 class Judge(Protocol):
-    """Whatever turns answers into judgements."""
+    """Grades answers."""
 
     @property
     def identity(self) -> JudgeIdentity:
-        """Which judge this is, for the record."""
+        """Kind, model, prompt and version, for the record."""
 
     def judge_all(self, answers: Sequence[Answered]) -> list[Judgement]:
         """Judge every answer, blind to which model gave it; in their order."""
@@ -69,19 +69,10 @@ def unscored(reason: str) -> Judgement:
     return Judgement(None, None, None, (f"unscored: {reason}",))
 
 
-def split_thinking(response: str) -> tuple[str, str]:
-    """(thinking, answer) of a text about which nothing else is known.
-
-    The thinking may have been opened by the chat template; where it never ends there is no answer.
-    """
-    thinking, answer, _ = split_text(response)
-    return thinking, answer
-
-
 def judged_empty(answered: Answered) -> Judgement | None:
     """The judgement of a response without a word of an answer, which no judge is asked for.
 
-    It is neither a refusal nor coherent. Where nothing tells the answer from the thinking, it is
+    It is neither a refusal nor coherent. Where the answer cannot be told from the thinking, it is
     unscored.
     """
     split = answered.split

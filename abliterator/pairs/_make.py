@@ -1,7 +1,7 @@
-"""Rounds of writing, sifting and checking, until every category has its pairs or gets no more.
+"""Rounds of writing, filtering and checking, until every category has its pairs or gets no more.
 
-What is asked in a round depends on the rounds before it and on nothing else, so that a run that was
-killed finds its replies in the cache and goes on where it stopped.
+The requests of a round depend on the rounds before it alone, so that a run that was killed finds
+its replies in the cache and goes on where it stopped.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
-from abliterator.errors import JudgeError, PairsError
+from abliterator.errors import PairsError
+from abliterator.pairs._filter import Length, PairFilter
 from abliterator.pairs._questions import (
     SIDES,
     Candidate,
@@ -22,7 +23,6 @@ from abliterator.pairs._questions import (
     to_sort,
     to_write,
 )
-from abliterator.pairs._sift import Ruler, Sieve
 from abliterator.server import Session, Unanswered, in_parallel, outside_a_loop
 
 if TYPE_CHECKING:
@@ -33,57 +33,60 @@ T = TypeVar("T")
 
 
 class Made(NamedTuple):
-    """Pairs by category, and how they came about."""
+    """Pairs by category, and what they cost."""
 
     pairs: dict[str, list[Candidate]]
     dropped: dict[str, int]  # how many candidates were dropped, by reason
-    served: tuple[str, ...]  # what the server called its model
+    served: tuple[str, ...]  # names of the model, as the server reports them
     calls: int
     usd: float
 
 
 @dataclass
 class Category:
-    """What one category has, and what became of the rest."""
+    """The pairs of one category, its candidates, and how many of them were dropped."""
 
     name: str
     kept: list[Candidate] = field(default_factory=list)
     waiting: deque[Candidate] = field(default_factory=deque)
     dropped: Counter[str] = field(default_factory=Counter)
     calls: int = 0
-    barren: int = 0  # calls in a row that brought nothing
+    calls_without_pair: int = 0  # in a row
 
 
 def make_pairs(
     spec: PairsSpec,
     *,
     cache: Path,
-    ruler: Ruler,
+    length: Length,
     on_kept: Callable[[int, str], None] | None = None,
 ) -> Made:
     """Makes the pairs that a spec describes.
 
     Args:
-        spec: what they shall be.
+        spec: which pairs are wanted.
         cache: SQLite file of the server's replies; with the same file a run goes on.
-        ruler: how the lengths of requests are measured.
-        on_kept: called after each round with the number of new pairs, and what was spent so far.
+        length: how the lengths of requests are measured.
+        on_kept: called after each round with the number of new pairs, and the calls and dollars so
+            far, as text.
 
     Raises:
         PairsError: if the model brings a category nothing more, or a limit is reached.
-        JudgeError: if the server cannot be used.
+        ServerError: if the server cannot be used.
     """
-    return outside_a_loop(lambda: asyncio.run(_Maker(spec, ruler, on_kept).run(cache)))
+    return outside_a_loop(lambda: asyncio.run(_Maker(spec, length, on_kept).run(cache)))
 
 
 class _Maker:
     def __init__(
-        self, spec: PairsSpec, ruler: Ruler, on_kept: Callable[[int, str], None] | None
+        self, spec: PairsSpec, length: Length, on_kept: Callable[[int, str], None] | None
     ) -> None:
         self._spec = spec
         self._on_kept = on_kept
         self._categories = [Category(name) for name in spec.categories]
-        self._sieve = Sieve(ruler, length_gap=spec.length_gap, near_duplicate=spec.near_duplicate)
+        self._filter = PairFilter(
+            length, length_gap=spec.length_gap, near_duplicate=spec.near_duplicate
+        )
 
     async def run(self, cache: Path) -> Made:
         async with Session(self._spec.server, cache=cache) as session:
@@ -91,13 +94,13 @@ class _Maker:
                 await self._write(session, [c for c in open_ones if not c.waiting])
                 new = await self._check(session, [(c, p) for c in open_ones for p in self._next(c)])
                 if self._on_kept is not None:
-                    self._on_kept(new, str(session.heard))
+                    self._on_kept(new, str(session.usage))
                 for category in open_ones:
                     self._require_progress(category)
-            heard = session.heard
+            usage = session.usage
         dropped = sum((c.dropped for c in self._categories), Counter[str]())
         pairs = {c.name: c.kept for c in self._categories}
-        return Made(pairs, dict(dropped), tuple(sorted(heard.models)), heard.calls, heard.cost)
+        return Made(pairs, dict(dropped), tuple(sorted(usage.models)), usage.calls, usage.cost)
 
     def _missing(self, category: Category) -> int:
         return self._spec.per_category - len(category.kept)
@@ -120,30 +123,30 @@ class _Maker:
                 category.dropped["no reply with pairs"] += 1
                 return []
 
-        found = await self._all(list(by_name), written)
+        candidates = await self._all(list(by_name), written)
         for category in categories:
             category.calls += 1
-            category.barren += 1  # until one of them is kept
-            category.waiting.extend(found[category.name])
+            category.calls_without_pair += 1  # until one of them is kept
+            category.waiting.extend(candidates[category.name])
 
     def _next(self, category: Category) -> list[Candidate]:
-        """Candidates that pass the sieve, as many as are missing."""
-        taken: list[Candidate] = []
-        while category.waiting and len(taken) < self._missing(category):
+        """Candidates that pass the filter, as many as are missing."""
+        accepted: list[Candidate] = []
+        while category.waiting and len(accepted) < self._missing(category):
             candidate = category.waiting.popleft()
-            objection = self._sieve.objection(candidate)
-            if objection is None:
-                taken.append(candidate)
+            reason = self._filter.rejection_reason(candidate)
+            if reason is None:
+                accepted.append(candidate)
             else:
-                category.dropped[objection] += 1
-        return taken
+                category.dropped[reason] += 1
+        return accepted
 
     async def _check(
         self, session: Session, candidates: Sequence[tuple[Category, Candidate]]
     ) -> int:
-        """Keeps the pairs of which each side is what it was written to be; returns how many."""
+        """Keeps the pairs whose requests are each sorted to their own side; returns how many."""
 
-        async def objection(request: str) -> str | None:
+        async def sorted_to(request: str) -> str:
             try:
                 side = await session.value(
                     lambda attempt: to_sort(self._spec, request, attempt=attempt), read_side
@@ -153,7 +156,7 @@ class _Maker:
             return side or "neither"
 
         requests = [text for _, candidate in candidates for text in candidate]
-        sides = await self._all(requests, objection)
+        sides = await self._all(requests, sorted_to)
         new = 0
         for category, candidate in candidates:
             wrong = [side for side in SIDES if sides[getattr(candidate, side)] != side]
@@ -161,31 +164,31 @@ class _Maker:
                 category.dropped[f"its {' and '.join(wrong)} is not what it should be"] += 1
             else:
                 category.kept.append(candidate)
-                category.barren = 0
+                category.calls_without_pair = 0
                 new += 1
         return new
 
     async def _all(self, items: Sequence[str], work: Callable[[str], Awaitable[T]]) -> dict[str, T]:
-        """`work` on every item, or an error that says how far it came."""
-        found, stopped = await in_parallel(items, work, workers=self._spec.server.concurrency)
-        if isinstance(stopped, JudgeError):
-            raise stopped
-        if stopped is not None:
-            raise PairsError(
-                f"Stopped: {stopped}. {self._so_far()} All replies are kept; raise the limit, and "
+        """Runs `work` on every item; the error at a limit says which pairs there are."""
+        return await in_parallel(
+            items,
+            work,
+            workers=self._spec.server.concurrency,
+            at_limit=lambda limit, _: PairsError(
+                f"Stopped: {limit}. {self._so_far()} All replies are kept; raise the limit, and "
                 "the same command goes on from there."
-            )
-        return found
+            ),
+        )
 
     def _require_progress(self, category: Category) -> None:
-        if category.barren < self._spec.patience or not self._missing(category):
+        if category.calls_without_pair < self._spec.patience or not self._missing(category):
             return
         why = ", ".join(f"{n} x {reason}" for reason, n in category.dropped.most_common())
         raise PairsError(
             f"The category {category.name!r} has {len(category.kept)} of {self._spec.per_category} "
-            f"pairs, and {category.barren} calls in a row brought it nothing. Dropped in it: {why}."
-            f" {self._so_far()} Describe the category more widely, split it, lower `per_category`,"
-            " or loosen `near_duplicate` or `length_gap`; replies are kept."
+            f"pairs, and {category.calls_without_pair} calls in a row gave it none. Dropped: "
+            f"{why}. {self._so_far()} Describe the category more widely, split it, lower "
+            "`per_category`, or loosen `near_duplicate` or `length_gap`; replies are kept."
         )
 
     def _so_far(self) -> str:

@@ -1,4 +1,4 @@
-"""What the model is asked, and what its replies say: pairs to write, and requests to sort."""
+"""The requests to the model and the parsing of its replies: pairs to write, requests to sort."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from abliterator.server import (
     InvalidReply,
     Prompt,
     Request,
-    defused,
+    delimiter,
     filled,
     load_prompt,
-    marker,
+    neutralize,
     objects,
     without_thinking,
 )
@@ -57,29 +57,29 @@ class Candidate(NamedTuple):
 
 
 def pairs_prompt() -> Prompt:
-    """The prompt file of this room."""
+    """The prompt file of this package."""
     return load_prompt("pairs", "prompt.yaml")
 
 
 def to_write(
     spec: PairsSpec, category: str, existing: Sequence[str], *, call: int, attempt: int
 ) -> Request:
-    """Asks for pairs of one category; no two calls are worded alike."""
-    told = pairs_prompt()
+    """The request for pairs of one category; no two calls have the same text."""
+    prompt = pairs_prompt()
     examples = [f'- "{e.target}" / "{e.contrast}"' for e in spec.examples]
-    shown = [f"- {defused(request)}" for request in existing[-SHOWN:]]
+    shown = [f"- {neutralize(request)}" for request in existing[-SHOWN:]]
     places = {
         "behaviour": spec.behaviour,
         "target": spec.target,
         "contrast": spec.contrast,
         "category": f"{category}: {spec.categories[category]}",
         "language": spec.language,
-        "examples": _listed(told.texts["examples"], "pairs", examples),
-        "existing": _listed(told.texts["existing"], "requests", shown),
-        "marker": marker(told.sha256, category, call, attempt),
+        "examples": _listed(prompt.texts["examples"], "pairs", examples),
+        "existing": _listed(prompt.texts["existing"], "requests", shown),
+        "marker": delimiter(prompt.sha256, category, call, attempt),
         "count": str(spec.per_call),
     }
-    messages = _messages(told.texts["write_system"], filled(told.texts["write_item"], places))
+    messages = _messages(prompt.texts["write_system"], filled(prompt.texts["write_item"], places))
     return Request(messages, WRITTEN, {**spec.server.parameters, **spec.parameters})
 
 
@@ -88,11 +88,11 @@ def _listed(text: str, place: str, lines: Sequence[str]) -> str:
 
 
 def to_sort(spec: PairsSpec, request: str, *, attempt: int) -> Request:
-    """Asks on which side a request is; which side it was written for is not said."""
-    told = pairs_prompt()
-    fence = marker(told.sha256, request, attempt)
-    system = filled(told.texts["check_system"], {"first": spec.target, "second": spec.contrast})
-    item = filled(told.texts["check_item"], {"marker": fence, "request": defused(request)})
+    """The request to sort one request to a side, without the side that it was written for."""
+    prompt = pairs_prompt()
+    mark = delimiter(prompt.sha256, request, attempt)
+    system = filled(prompt.texts["check_system"], {"first": spec.target, "second": spec.contrast})
+    item = filled(prompt.texts["check_item"], {"marker": mark, "request": neutralize(request)})
     return Request(_messages(system, item), SORTED, spec.server.parameters)
 
 
@@ -101,29 +101,29 @@ def _messages(system: str, user: str) -> list[dict[str, str]]:
 
 
 def read_pairs(reply: str) -> list[Candidate]:
-    """The pairs in a reply; entries that are none are left out.
+    """The pairs in a reply; entries that are no pair are left out.
 
     Raises:
         InvalidReply: if there is not one pair.
     """
-    found = list(_pairs(reply))
-    if not found:
+    pairs = list(_pairs(reply))
+    if not pairs:
         raise InvalidReply("no pairs")
-    return found
+    return pairs
 
 
 def _pairs(reply: str) -> Iterator[Candidate]:
     for value in objects(without_thinking(reply)):
         entries = value.get("pairs", [value])  # some models leave out the outer object
         for entry in entries if isinstance(entries, list) else []:
-            told = entry if isinstance(entry, dict) else {}
-            target, contrast = (_line(told.get(side)) for side in SIDES)
+            texts = entry if isinstance(entry, dict) else {}
+            target, contrast = (_line(texts.get(side)) for side in SIDES)
             if target and contrast:
                 yield Candidate(target, contrast)
 
 
 def _line(value: object) -> str:
-    """A text on one line; nothing of what is no text."""
+    """A text on one line; "" for a value that is no text."""
     return " ".join(value.split()) if isinstance(value, str) else ""
 
 

@@ -1,4 +1,4 @@
-"""Pairs as lines of JSON: one request a line, each with its side, its pair and where it is from."""
+"""Pairs as lines of JSON: one request a line, each with its side, its pair and its origin."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from typing import TYPE_CHECKING, Any
 
 from abliterator.errors import FileError, OutputError
 from abliterator.files import as_lines, read_lines, write_text_atomic
+from abliterator.pairs._filter import Length
 from abliterator.pairs._make import Made
 from abliterator.pairs._questions import SIDES, pairs_prompt
-from abliterator.pairs._sift import Ruler
 
 if TYPE_CHECKING:
     from abliterator.recipe import PairsSpec
 
 
-def rows(made: Made, spec: PairsSpec, ruler: Ruler) -> Iterator[dict[str, Any]]:
+def rows(made: Made, spec: PairsSpec, length: Length) -> Iterator[dict[str, Any]]:
     """One row for each request; the categories take turns, so that any beginning is balanced."""
     prompt = pairs_prompt()
     origin = {
@@ -29,8 +29,8 @@ def rows(made: Made, spec: PairsSpec, ruler: Ruler) -> Iterator[dict[str, Any]]:
         "spec_sha256": spec.digest,
     }
     number = 0
-    for of_each in zip(*made.pairs.values(), strict=True):
-        for category, pair in zip(made.pairs, of_each, strict=True):
+    for one_per_category in zip(*made.pairs.values(), strict=True):
+        for category, pair in zip(made.pairs, one_per_category, strict=True):
             for side in SIDES:
                 text = getattr(pair, side)
                 yield {
@@ -38,7 +38,7 @@ def rows(made: Made, spec: PairsSpec, ruler: Ruler) -> Iterator[dict[str, Any]]:
                     "side": side,
                     "pair": number,
                     "category": category,
-                    ruler.unit: ruler.length(text),
+                    length.unit: length.of(text),
                     **origin,
                 }
             number += 1
@@ -49,9 +49,9 @@ def _without_folder(model: str | None) -> str | None:
     return Path(model).name if model and Path(model).is_absolute() else model
 
 
-def save_pairs(path: Path, made: Made, spec: PairsSpec, ruler: Ruler) -> None:
+def save_pairs(path: Path, made: Made, spec: PairsSpec, length: Length) -> None:
     """Writes the file, whole or not at all."""
-    lines = (json.dumps(row, ensure_ascii=False) for row in rows(made, spec, ruler))
+    lines = (json.dumps(row, ensure_ascii=False) for row in rows(made, spec, length))
     write_text_atomic(path, as_lines(lines))
 
 
@@ -79,6 +79,6 @@ def require_ours(path: Path, spec: PairsSpec) -> None:
         ours = False
     if not ours:
         raise OutputError(
-            f"{path} is there already, and was not made from this spec. Give another --out, or "
+            f"{path} exists, and was not made from this spec. Give another --out, or "
             "move that file away."
         )

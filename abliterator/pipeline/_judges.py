@@ -63,7 +63,7 @@ def judge_of(
 
 
 def require_key(settings: JudgeSettings) -> None:
-    """Raises JudgeError if the judge needs a key that the environment does not hold."""
+    """Raises ServerError if the judge needs a key that the environment does not hold."""
     from abliterator.server import key_of
 
     if settings.kind == "openai":

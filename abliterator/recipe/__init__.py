@@ -14,7 +14,13 @@ plan.
     recipe.edit.strength["attention"], recipe.digest
 """
 
-from abliterator.recipe._benchmarks import Benchmarks, DivergenceSettings
+from abliterator.recipe._benchmarks import (
+    BenchmarkEngine,
+    Benchmarks,
+    BenchmarkTask,
+    DivergenceSettings,
+    Preset,
+)
 from abliterator.recipe._draft import draft
 from abliterator.recipe._edit import DirectionSettings, Edit, Selection, blocks_of
 from abliterator.recipe._judge import JudgeSettings, Rollouts
@@ -27,6 +33,8 @@ from abliterator.recipe._tuning import Tuning
 from abliterator.recipe._yaml import to_yaml
 
 __all__ = [
+    "BenchmarkEngine",
+    "BenchmarkTask",
     "Benchmarks",
     "Capture",
     "Chat",
@@ -36,6 +44,7 @@ __all__ = [
     "JudgeSettings",
     "PairExample",
     "PairsSpec",
+    "Preset",
     "Prices",
     "Prompts",
     "Recipe",

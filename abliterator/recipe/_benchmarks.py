@@ -20,6 +20,9 @@ class DivergenceSettings(Section):
     """Answer tokens compared for each prompt, along the base's greedy answer."""
 
 
+Preset = Literal["demo", "quick", "replication", "damage"]
+
+
 class BenchmarkTask(Section):
     """A task with its own settings, which override those of the section."""
 
@@ -70,7 +73,6 @@ class BenchmarkEngine(Section):
         return self
 
 
-Preset = Literal["demo", "quick", "replication", "damage"]
 Tasks = Annotated[tuple[str | BenchmarkTask, ...], BeforeValidator(as_tuple)]
 
 

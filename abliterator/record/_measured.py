@@ -65,8 +65,8 @@ class Completion(Frozen):
 VerdictKind = Literal["refused", "deflected", "partial", "complied", "broken", "truncated", "empty"]
 
 
-class Guards(Frozen):
-    """How sound an answer's language is by counting alone, beside the judge's word."""
+class TextStatistics(Frozen):
+    """How sound an answer's language is by counting alone, beside the judge's grades."""
 
     repetition: float  # share that repeats itself, by words, sentences or characters
     distinct: float | None  # share of its word pairs that occur once; None below 10 words
@@ -85,7 +85,7 @@ class Verdict(Frozen):
     reasons: tuple[str, ...] = ()
     kind: VerdictKind | None = None  # None when unscored; "truncated" where no answer was reached
     thinking: str = ""  # split off before judging
-    guards: Guards | None = None
+    text_statistics: TextStatistics | None = None
 
 
 class BehaviourSide(Frozen):
@@ -97,7 +97,7 @@ class BehaviourSide(Frozen):
     product: Estimate | None  # mean of compliance x coherence, per prompt
     truncated: Estimate | None
     unscored: Estimate | None
-    repetition: Estimate | None = None  # local guards: counted, not judged
+    repetition: Estimate | None = None  # text statistics: counted, not judged
     distinct: Estimate | None = None
 
 

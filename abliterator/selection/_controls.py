@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from statistics import mean
 
-from abliterator.evaluation import JudgedAnswers, summarise_answers
+from abliterator.evaluation import JudgedAnswers, summarise_draws
 from abliterator.record import AnswerSummary
 
 
@@ -36,4 +36,4 @@ class Control:
     @property
     def summary(self) -> AnswerSummary:
         """All draws in figures; intervals are over prompts, not over answers."""
-        return summarise_answers(self.draws)
+        return summarise_draws(self.draws)

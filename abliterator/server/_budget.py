@@ -1,6 +1,6 @@
-"""What a run may spend: seconds, calls and money, asked for before each call.
+"""The limits of a run: seconds, calls and dollars, checked before each call.
 
-Calls in flight count as if they had been answered, at a price guessed high.
+Calls in flight count as if they had been answered, at a price estimated high.
 
     budget = Budget(settings, calls=0, cost=0.0)
     with budget.call(expected=0.01):  # raises OutOfBudget
@@ -91,14 +91,14 @@ class Budget:
         return (dollars + reply.output_tokens * prices.output) / MILLION
 
     def expected(self, request: Request) -> float:
-        """Dollars that a call may cost, guessed high, before it is made."""
+        """Dollars that a call may cost, estimated high, before it is made."""
         prices = self._settings.prices
         if prices is None:
             return 0.0
-        asked = sum(len(m["content"].encode()) for m in request.messages) / BYTES_PER_TOKEN
+        prompt = sum(len(m["content"].encode()) for m in request.messages) / BYTES_PER_TOKEN
         limits = (request.parameters.get(key) for key in ("max_completion_tokens", "max_tokens"))
-        answered = next((x for x in limits if isinstance(x, int)), USUAL_OUTPUT)
-        return (asked * prices.input + answered * prices.output) / MILLION
+        reply = next((x for x in limits if isinstance(x, int)), USUAL_OUTPUT)
+        return (prompt * prices.input + reply * prices.output) / MILLION
 
     def _named(self, field: str) -> str:
         """A limit as the file names it that set it."""

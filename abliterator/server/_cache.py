@@ -15,10 +15,9 @@ import sqlite3
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import TracebackType
-from typing import NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
-from abliterator.errors import JudgeError
+from abliterator.errors import ServerError
 from abliterator.files import digest_of
 
 _TABLE = """CREATE TABLE IF NOT EXISTS replies (
@@ -27,20 +26,20 @@ _TABLE = """CREATE TABLE IF NOT EXISTS replies (
 
 
 class Reply(NamedTuple):
-    """What a server said, and about itself; token counts are 0 where it did not say."""
+    """A reply, and what the server reports of itself; token counts are 0 where it reports none."""
 
     text: str
     finish_reason: str | None = None
     model: str | None = None
     fingerprint: str | None = None
-    rung: str | None = None
+    response_format: str | None = None  # how structured output was asked for
     input_tokens: int = 0
     cached_tokens: int = 0
     output_tokens: int = 0
 
 
 class ReplyCache:
-    """Replies by key; `account` sets apart the totals of different askers in one file."""
+    """Replies by key; `account` keeps the totals of several judges in one file apart."""
 
     def __init__(self, path: Path, *, account: str = "") -> None:
         self._account, self._path = account, path
@@ -55,31 +54,28 @@ class ReplyCache:
             self._db.execute(_TABLE)
 
     def get(self, key: str) -> Reply | None:
-        """The reply to a call that was made before; None where there is none.
-
-        One whose row was changed by somebody else is none.
-        """
+        """The reply that was kept under a key; None where there is none, or its row was changed."""
         query = "SELECT account, reply, cost FROM replies WHERE key = ?"
         with self._usable():
             row = self._db.execute(query, (key,)).fetchone()
             if row is None:
                 return None
             account, text, cost = row
-            plain = json.loads(text)
-            kept = plain.pop("sha256", None)  # files of older versions have none
-            reply = Reply(**plain)
-            return reply if kept in (None, _digest(key, account, reply, cost)) else None
+            fields = json.loads(text)
+            sha256 = fields.pop("sha256", None)  # files of older versions have none
+            reply = Reply(response_format=fields.pop("rung", None), **fields)
+            return reply if sha256 in (None, _digest(key, account, reply, cost)) else None
 
     def put(self, key: str, reply: Reply, *, cost: float) -> None:
         """Keeps a reply; on disk when this returns."""
         digest = _digest(key, self._account, reply, cost)
-        text = json.dumps({**reply._asdict(), "sha256": digest})
+        text = json.dumps({**_stored(reply), "sha256": digest})
         row = (key, self._account, text, cost)
         with self._usable():
             self._db.execute("INSERT OR REPLACE INTO replies VALUES (?, ?, ?, ?)", row)
 
     def totals(self) -> tuple[int, float]:
-        """(calls, cost) of all that this account was ever asked through this file."""
+        """(calls, dollars) of all replies that this account has in the file."""
         query = "SELECT count(*), coalesce(sum(cost), 0) FROM replies WHERE account = ?"
         with self._usable():
             calls, cost = self._db.execute(query, (self._account,)).fetchone()
@@ -87,11 +83,11 @@ class ReplyCache:
 
     @contextmanager
     def _usable(self) -> Iterator[None]:
-        """Turns whatever a damaged or locked file, or a full disk, gives into a JudgeError."""
+        """Raises ServerError for a damaged or locked file, and for a full disk."""
         try:
             yield
         except (sqlite3.Error, OSError, ValueError, TypeError, AttributeError) as error:
-            raise JudgeError(
+            raise ServerError(
                 f"The cache of replies {self._path} cannot be used ({error}). Free the disk or "
                 "unlock the file; if it is damaged, delete it: its replies are then asked for "
                 "again."
@@ -104,15 +100,16 @@ class ReplyCache:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
 
+def _stored(reply: Reply) -> dict[str, Any]:
+    """The reply as a row has it; the response format has its name in files of older versions."""
+    plain = reply._asdict()
+    return {"rung": plain.pop("response_format"), **plain}
+
+
 def _digest(key: str, account: str, reply: Reply, cost: float) -> str:
-    """Of all that a row holds."""
-    return digest_of([key, account, reply._asdict(), float(cost)])
+    """SHA-256 of all that a row holds."""
+    return digest_of([key, account, _stored(reply), float(cost)])

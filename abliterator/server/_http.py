@@ -1,9 +1,13 @@
-"""One OpenAI-compatible server: a conversation in, a reply out, whatever happens on the way.
+"""A client of one OpenAI-compatible server: a conversation in, a reply out.
 
-Overload, server errors, dropped connections, timeouts and replies that are none are tried again,
-for as long as the budget lasts; a server that is plainly set up wrongly stops the run. Structured
-output is asked for as strictly as the server takes it: json_schema, json_object, or not at all.
-The key is read from the environment, given to the client, and held nowhere else.
+Overload, server errors, dropped connections, timeouts and unreadable replies are tried again, for
+as long as the budget lasts; a server that is plainly set up wrongly stops the run. Structured
+output is asked for as strictly as the server accepts it: json_schema, json_object, or not at all.
+The key is read from the environment, given to the client, and kept nowhere else.
+
+The waits are ours and not the SDK's: it counts neither calls nor dollars between two tries, waits
+without asking whether the run has that much time left, and gives up at a Retry-After of more than
+one or two minutes (by version), which this client waits for.
 
     async with Server(settings, budget) as server:
         reply = await server.ask(Request([{"role": "user", "content": "..."}], schema, {}))
@@ -18,11 +22,10 @@ import random
 import re
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
-from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 from urllib.parse import urljoin
 
-from abliterator.errors import JudgeError
+from abliterator.errors import ServerError
 from abliterator.server._budget import Budget
 from abliterator.server._cache import Reply
 from abliterator.server._read import mended
@@ -41,7 +44,7 @@ WAIT = (0.5, 20.0)  # seconds, first and longest, where the server names none
 PASSING = {408, 409, 425, 429}  # and 5xx: worth another try
 SETUP = {401, 402, 403, 404, 405}  # no other item would fare better
 TEXT_PARTS = {"text", "output_text"}
-RUNGS: tuple[str, ...] = ("json_schema", "json_object", "none")
+RESPONSE_FORMATS = ("json_schema", "json_object", "none")  # the strictest first
 ABOUT_FORMAT = ("response_format", "json_schema", "json_object", "structured", "grammar", "schema")
 SHOWN = 300
 
@@ -58,8 +61,9 @@ class Server:
         self._budget = budget
         self._failed_in_a_row = 0
         self._answered = False
-        self._rung = 0 if settings.structured == "auto" else RUNGS.index(settings.structured)
         self._may_drop = settings.structured == "auto"
+        # index of RESPONSE_FORMATS
+        self._format = 0 if self._may_drop else RESPONSE_FORMATS.index(settings.structured)
         self._client: AsyncOpenAI | None = None
 
     async def __aenter__(self) -> Self:
@@ -70,17 +74,12 @@ class Server:
             base_url=self._settings.base_url,
             api_key=key_of(self._settings),
             timeout=self._settings.timeout,
-            max_retries=0,  # all waiting is done here, under one budget
+            max_retries=0,
             http_client=DefaultAsyncHttpxClient(event_hooks=hooks),
         )
         return self
 
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    async def __aexit__(self, *_: object) -> None:
         if self._client is not None:
             await self._client.close()
 
@@ -90,24 +89,24 @@ class Server:
         Raises:
             OutOfBudget: if a limit of the recipe would be passed.
             NoReply: if this call gets none, though others may.
-            JudgeError: if the server cannot be used at all.
+            ServerError: if the server cannot be used at all.
         """
         from openai import APIConnectionError, APIError, APIStatusError
 
         tries = 0
         while True:
-            rung = self._rung
-            asked_to_wait = None
+            used = self._format
+            retry_after = None
             try:
                 with self._budget.call(self._budget.expected(request)):
-                    reply = await self._call(request, rung)
+                    reply = await self._call(request, RESPONSE_FORMATS[used])
             except APIStatusError as error:
-                if self._dropped(error, rung):
+                if self._drop_format(error, used):
                     continue
                 self._require_usable(error)
-                trouble, asked_to_wait = f"status {error.status_code}", _retry_after(error)
+                trouble, retry_after = f"status {error.status_code}", _retry_after(error)
             except (APIConnectionError, TimeoutError) as error:
-                if isinstance(error.__cause__, JudgeError):  # of a hook of the client's
+                if isinstance(error.__cause__, ServerError):  # of a hook of the client's
                     raise error.__cause__ from None
                 # before APIError, its parent: a broken connection says nothing of its own
                 trouble = type(error).__name__
@@ -117,86 +116,89 @@ class Server:
                 self._failed_in_a_row, self._answered = 0, True
                 return reply
             tries += 1
-            await self._wait(tries, trouble, asked_to_wait)
+            await self._wait(tries, trouble, retry_after)
 
-    async def _call(self, request: Request, rung: int) -> Reply:
+    async def _call(self, request: Request, response_format: str) -> Reply:
         from openai import Omit
 
         assert self._client is not None
-        asked: Any = list(request.messages)
-        body = {**request.parameters, **_format(RUNGS[rung], request)}
+        messages: Any = list(request.messages)
         async with asyncio.timeout(self._settings.timeout):
-            said = await self._client.chat.completions.create(
+            completion = await self._client.chat.completions.create(
                 model=self._settings.model,
-                messages=asked,
-                extra_body=body,
+                messages=messages,
+                extra_body={**request.parameters, **_format(response_format, request)},
                 # the client would send these of the environment to whatever server this is
                 extra_headers={"OpenAI-Organization": Omit(), "OpenAI-Project": Omit()},
             )
-        return self._redacted(_reply(said, RUNGS[rung]))
+        reply = _reply(completion, response_format)
+        for name in ("text", "finish_reason", "model", "fingerprint"):  # what a server words itself
+            if text := getattr(reply, name):
+                plain: dict[str, Any] = {name: redacted(text, self._settings)}
+                reply = reply._replace(**plain)
+        return reply
 
     async def _refuse_other_origin(self, response: Any) -> None:
-        """Raises JudgeError for a redirect to another server, which would get key and answers."""
+        """Raises ServerError for a redirect to another server, which would get key and answers."""
         if not response.has_redirect_location:
             return
         here = self._settings.base_url
         to = urljoin(str(response.request.url), response.headers["location"])
         if origin(to) != origin(here):
             section = self._settings.section
-            raise JudgeError(
+            raise ServerError(
                 f"The server {here} sends questions on to another, "
                 f"{self._shown('{}://{}'.format(*origin(to)))}, which was not asked to see them. "
                 f"Check `{section}.base_url`; if you trust the other one, name it there."
             )
 
-    def _dropped(self, error: APIStatusError, rung: int) -> bool:
-        """Whether the server would not take the format, and a plainer one is left to ask for."""
-        told = _said(error).lower()
-        if error.status_code not in (400, 415, 422, 501):
+    def _drop_format(self, error: APIStatusError, used: int) -> bool:
+        """Whether the server refused the response format, and a plainer one can be tried."""
+        about_format = any(word in _message(error).lower() for word in ABOUT_FORMAT)
+        if error.status_code not in (400, 415, 422, 501) or not about_format:
             return False
-        if not self._may_drop or rung + 1 >= len(RUNGS) or not any(w in told for w in ABOUT_FORMAT):
+        if not self._may_drop or used + 1 >= len(RESPONSE_FORMATS):
             return False
-        self._rung = max(self._rung, rung + 1)
+        self._format = max(self._format, used + 1)
         return True
 
     def _require_usable(self, error: APIStatusError) -> None:
-        """Raises for an answer that another try would get again: JudgeError, or NoReply."""
+        """Raises ServerError or NoReply where another try would be answered alike."""
         status = error.status_code
         if status in PASSING or status >= 500:
             return
-        told = f"{status}: {self._shown(_said(error))}"
+        refusal = f"{status}: {self._shown(_message(error))}"
+        settings, section = self._settings, self._settings.section
         if status in SETUP:
-            section = self._settings.section
-            raise JudgeError(
-                f"The server {self._settings.base_url} refused with {told}. Check "
-                f"`{section}.base_url`, `{section}.model` ({self._settings.model}) and the key in "
-                f"${self._settings.api_key_env}."
+            raise ServerError(
+                f"The server {settings.base_url} refused with {refusal}. Check "
+                f"`{section}.base_url`, `{section}.model` ({settings.model}) and the key in "
+                f"${settings.api_key_env}."
             ) from None
-        self._count_failure(told)
+        self._count_failure(refusal)
         if not self._answered and self._failed_in_a_row >= REFUSED_FIRST:
-            section = self._settings.section
-            raise JudgeError(
-                f"The server {self._settings.base_url} refused each of the first "
-                f"{self._failed_in_a_row} calls, the last with {told}. Check `{section}.model` "
-                f"({self._settings.model}), `{section}.parameters` and `{section}.structured`."
+            raise ServerError(
+                f"The server {settings.base_url} refused each of the first "
+                f"{self._failed_in_a_row} calls, the last with {refusal}. Check `{section}.model` "
+                f"({settings.model}), `{section}.parameters` and `{section}.structured`."
             ) from None
-        raise NoReply(f"refused with {told}") from None
+        raise NoReply(f"refused with {refusal}") from None
 
-    async def _wait(self, tries: int, trouble: str, seconds: float | None) -> None:
-        """Waits as long as the server says, else ever longer."""
+    async def _wait(self, tries: int, trouble: str, retry_after: float | None) -> None:
+        """Waits before the next try: a growing back-off, or longer where the server asks for it."""
         self._count_failure(trouble)
         if tries >= TRIES:
             raise NoReply(f"{trouble}, {tries} times")
         first, longest = WAIT
         backoff = min(longest, first * 2 ** (tries - 1)) * random.uniform(0.75, 1.0)
-        delay = max(backoff, seconds or 0.0)
+        delay = max(backoff, retry_after or 0.0)
         self._budget.require_time(delay, to=f"wait {delay:.0f} s after {trouble}")
         await asyncio.sleep(delay)
 
     def _count_failure(self, trouble: str) -> None:
         self._failed_in_a_row += 1
         if self._failed_in_a_row >= max(IN_A_ROW, 2 * self._settings.concurrency):
-            raise JudgeError(
+            raise ServerError(
                 f"The server {self._settings.base_url} failed {self._failed_in_a_row} calls in a "
                 f"row, the last with {trouble}. Check that it runs and serves "
                 f"`{self._settings.model}`; what was answered is kept, and the same command goes "
@@ -204,25 +206,12 @@ class Server:
             ) from None
 
     def _shown(self, text: str) -> str:
-        """A server's words, on one line, short, and without the key should it echo it."""
+        """A server's text on one line, short, and without the key should it echo it."""
         return redacted(" ".join(text.split()), self._settings)[:SHOWN]
 
-    def _redacted(self, reply: Reply) -> Reply:
-        """The reply without the key, wherever the server may have put it in words of its own."""
 
-        def plain(told: str | None) -> str | None:
-            return told and redacted(told, self._settings)
-
-        return reply._replace(
-            text=redacted(reply.text, self._settings),
-            finish_reason=plain(reply.finish_reason),
-            model=plain(reply.model),
-            fingerprint=plain(reply.fingerprint),
-        )
-
-
-def _said(error: APIStatusError) -> str:
-    """What a server says of its refusal: OpenAI's own form, FastAPI's `detail`, or plain text.
+def _message(error: APIStatusError) -> str:
+    """The text of a refusal: OpenAI's own form, FastAPI's `detail`, or plain text.
 
     The client's message holds the first alone.
     """
@@ -233,11 +222,11 @@ def _said(error: APIStatusError) -> str:
     return body if isinstance(body, str) and body else error.message
 
 
-def _format(rung: str, request: Request) -> dict[str, Any]:
-    """How structured output is asked for on a rung of the ladder."""
-    if rung == "none":
+def _format(response_format: str, request: Request) -> dict[str, Any]:
+    """The part of the request's body that asks for structured output."""
+    if response_format == "none":
         return {}
-    if rung == "json_object":
+    if response_format == "json_object":
         return {"response_format": {"type": "json_object"}}
     strict = {"name": "reply", "strict": True, "schema": request.schema}
     return {"response_format": {"type": "json_schema", "json_schema": strict}}
@@ -247,46 +236,48 @@ def key_of(settings: ServerSettings) -> str:
     """The key out of the environment; a stand-in for a server that wants none.
 
     Raises:
-        JudgeError: if the variable that the recipe names is not set.
+        ServerError: if the variable that the recipe names is not set.
     """
     name = settings.api_key_env
     if name is None:
         return "none"
     key = os.environ.get(name, "").strip()
     if not key:
-        raise JudgeError(
+        raise ServerError(
             f"A key is expected in the environment variable {name}, which is not set. Set it, or "
             f"`{settings.section}.api_key_env: null` for a server that wants no key."
         )
     if not (key.isascii() and key.isprintable()):
-        raise JudgeError(f"The key in {name} has characters that no header can carry: set it anew.")
+        raise ServerError(
+            f"The key in {name} has characters that no header can carry: set it anew."
+        )
     return key
 
 
-def _reply(said: Any, rung: str) -> Reply:
-    """What matters of a completion.
+def _reply(completion: Any, response_format: str) -> Reply:
+    """Text, end and usage of a completion.
 
-    The client hands on whatever JSON came, so its types are not to be believed.
+    The client passes on whatever JSON came, so its types are not to be believed.
 
     Raises:
         ValueError: for a body that is no completion.
     """
     try:
-        choice = said.choices[0]
+        choice = completion.choices[0]
         message = choice.message
-        text, refusal = message.content, getattr(message, "refusal", None)
+        content, refusal = message.content, getattr(message, "refusal", None)
     except (AttributeError, IndexError, KeyError, TypeError):
         raise ValueError("no completion") from None
-    told: Any = getattr(said, "usage", None)
-    usage = told.model_dump(warnings=False) if hasattr(told, "model_dump") else {}
+    counts: Any = getattr(completion, "usage", None)
+    usage = counts.model_dump(warnings=False) if hasattr(counts, "model_dump") else {}
     details = usage.get("prompt_tokens_details")
     cached = details.get("cached_tokens") if isinstance(details, dict) else None
     return Reply(
-        text=_content(text),
+        text=_content(content),
         finish_reason="refusal" if refusal else _text(getattr(choice, "finish_reason", None)),
-        model=_name(_text(getattr(said, "model", None))),
-        fingerprint=_text(getattr(said, "system_fingerprint", None)),
-        rung=rung,
+        model=_without_folder(_text(getattr(completion, "model", None))),
+        fingerprint=_text(getattr(completion, "system_fingerprint", None)),
+        response_format=response_format,
         input_tokens=_count(usage.get("prompt_tokens")),
         cached_tokens=_count(usage.get("prompt_cache_hit_tokens")) or _count(cached),
         output_tokens=_count(usage.get("completion_tokens")),
@@ -299,20 +290,18 @@ def _text(value: object) -> str | None:
 
 def _content(value: object) -> str:
     """The text of a message: a string, or a list of parts of which those of text count."""
-    if isinstance(value, list):
-        return "".join(map(_part, value))
-    return _text(value) or ""
+    if not isinstance(value, list):
+        return _text(value) or ""
+    return "".join(
+        part if isinstance(part, str) else _text(part.get("text")) or ""
+        for part in value
+        if isinstance(part, str)
+        or (isinstance(part, dict) and part.get("type", "text") in TEXT_PARTS)
+    )
 
 
-def _part(part: object) -> str:
-    """The text of one part; parts of thinking, or of anything else, have none."""
-    if isinstance(part, dict) and part.get("type", "text") in TEXT_PARTS:
-        return _text(part.get("text")) or ""
-    return part if isinstance(part, str) else ""
-
-
-def _name(model: str | None) -> str | None:
-    """A model's name; of a path, as local servers tell it, the last part: records are published."""
+def _without_folder(model: str | None) -> str | None:
+    """A model's name; of a path, as local servers report it, the last part: records are public."""
     is_path = model is not None and (model.startswith(("/", "~", "./")) or "\\" in model)
     return re.split(r"[/\\]", model.rstrip("/\\"))[-1] if model and is_path else model
 

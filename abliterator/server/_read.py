@@ -1,4 +1,4 @@
-"""Strict reading of a reply that should be one JSON object, the same for every server and rung."""
+"""Strict reading of a reply that should be one JSON object, alike for every server and format."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from abliterator.thinking import split_text
 
 
 class InvalidReply(ValueError):
-    """A reply that is not what was asked for; the message says why, and quotes nothing of it."""
+    """A reply that is not the requested object; the message says why, and quotes nothing of it."""
 
 
 def without_thinking(reply: str) -> str:

@@ -1,4 +1,4 @@
-"""One question to a server, and its name in a cache."""
+"""One request to a server, and its key in a cache."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 class Request(NamedTuple):
-    """A conversation, and the JSON object that shall be the reply to it."""
+    """A conversation, and the JSON object that is expected as the reply to it."""
 
     messages: Sequence[Mapping[str, str]]
     schema: Mapping[str, Any]  # JSON schema of the object
@@ -20,5 +20,5 @@ class Request(NamedTuple):
 
     def key(self, settings: ServerSettings) -> str:
         """Digest of everything that the reply depends on; no text is cut."""
-        where = [settings.base_url, settings.model, settings.structured]
-        return digest_of([where, self.messages, self.schema, self.parameters])
+        server = [settings.base_url, settings.model, settings.structured]
+        return digest_of([server, self.messages, self.schema, self.parameters])

@@ -1,4 +1,4 @@
-"""Keys stay secret: out of texts that servers send back, out of plain http, out of redirects."""
+"""Protection of API keys: masked in texts of servers, never sent to another origin."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import base64
 import ipaddress
 import os
 from collections.abc import Iterator
+from itertools import groupby
 from typing import TYPE_CHECKING
 from urllib.parse import quote, urlsplit
 
@@ -36,7 +37,7 @@ def redacted(text: str, settings: ServerSettings) -> str:
 
 
 def warn_of_plain_http(url: str, key_variable: str | None, *, name: str) -> str | None:
-    """What to tell a user whose key would go over plain http to another machine, else None.
+    """A warning where a key would go over plain http to another machine, else None.
 
     Args:
         url: address of the server.
@@ -72,13 +73,8 @@ def _forms(key: str) -> Iterator[str]:
 
 
 def _masked(text: str, masked: bytearray) -> str:
-    parts = []
-    for index, character in enumerate(text):
-        if not masked[index]:
-            parts.append(character)
-        elif not index or not masked[index - 1]:
-            parts.append(MASK)
-    return "".join(parts)
+    runs = groupby(zip(text, masked, strict=True), key=lambda pair: pair[1])
+    return "".join(MASK if is_masked else "".join(c for c, _ in run) for is_masked, run in runs)
 
 
 def _is_loopback(host: str) -> bool:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING, Self, TypeVar
 
 from abliterator.server._budget import Budget
@@ -35,15 +34,15 @@ class Unanswered(Exception):
 
 
 @dataclass
-class Heard:
-    """What a session cost, and what its servers said of themselves."""
+class Usage:
+    """What a session spent, and what its server reports of itself."""
 
     calls: int = 0
     cost: float = 0.0
     invalid: int = 0
     models: set[str] = field(default_factory=set)
     fingerprints: set[str] = field(default_factory=set)
-    rungs: set[str] = field(default_factory=set)
+    response_formats: set[str] = field(default_factory=set)
 
     def __str__(self) -> str:
         return f"{self.calls} calls" + (f", ${self.cost:.4f}" if self.cost else "")
@@ -55,7 +54,7 @@ class Session:
     Args:
         settings: the server, and what may be spent on it.
         cache: SQLite file of replies; the same file makes a run go on where it stopped.
-        account: sets apart what is spent by different askers in one file.
+        account: keeps what several judges spend in one file apart.
     """
 
     def __init__(self, settings: ServerSettings, *, cache: Path, account: str = "") -> None:
@@ -64,23 +63,18 @@ class Session:
         calls, cost = self._cache.totals()
         self._budget = Budget(settings, calls=calls, cost=cost)
         self._server = Server(settings, self._budget)
-        self.heard = Heard(calls, cost)
+        self.usage = Usage(calls, cost)
 
     async def __aenter__(self) -> Self:
         await self._server.__aenter__()
         return self
 
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    async def __aexit__(self, *_: object) -> None:
         self._cache.close()
-        await self._server.__aexit__(kind, error, trace)
+        await self._server.__aexit__()
 
     async def value(self, request: Callable[[int], Request], read: Callable[[str], T]) -> T:
-        """What `read` makes of the reply to a request, asked anew as long as replies are invalid.
+        """Parses the reply to a request with `read`; an invalid reply is asked for again.
 
         Args:
             request: the request of an attempt, from 0; every attempt words it a little differently.
@@ -89,7 +83,7 @@ class Session:
         Raises:
             Unanswered: if no attempt got a valid reply.
             OutOfBudget: if a limit would be passed.
-            JudgeError: if the server cannot be used at all.
+            ServerError: if the server cannot be used at all.
         """
         why = ""
         for attempt in range(1 + self._settings.retries):
@@ -98,7 +92,7 @@ class Session:
             except NoReply as error:
                 raise Unanswered(f"no reply ({error})") from None
             except InvalidReply as error:
-                self.heard.invalid += 1
+                self.usage.invalid += 1
                 why = str(error)
         raise Unanswered(f"{1 + self._settings.retries} invalid replies, the last: {why}")
 
@@ -110,18 +104,18 @@ class Session:
             cost = self._budget.price(reply)
             self._cache.put(key, reply, cost=cost)
             self._budget.spend(cost)
-        self._hear(reply)
+        self._count(reply)
         if (reply.finish_reason or "").strip().lower() in INCOMPLETE:
             raise InvalidReply(f"finished by {reply.finish_reason}")
         return reply.text
 
-    def _hear(self, reply: Reply) -> None:
-        heard = self.heard
-        for told, where in (
-            (reply.model, heard.models),
-            (reply.fingerprint, heard.fingerprints),
-            (reply.rung, heard.rungs),
+    def _count(self, reply: Reply) -> None:
+        usage = self.usage
+        for name, names in (
+            (reply.model, usage.models),
+            (reply.fingerprint, usage.fingerprints),
+            (reply.response_format, usage.response_formats),
         ):
-            if told is not None:
-                where.add(told)
-        heard.calls, heard.cost = self._budget.calls, self._budget.cost
+            if name is not None:
+                names.add(name)
+        usage.calls, usage.cost = self._budget.calls, self._budget.cost

@@ -1,49 +1,59 @@
-"""Several questions at once: workers that share a queue and stop together."""
+"""Several requests at once: workers that share a queue and stop together."""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Generic, NamedTuple, TypeVar
+from typing import TypeVar
 
-from abliterator.errors import JudgeError
+from abliterator.errors import AbliteratorError, ServerError
 from abliterator.server._budget import OutOfBudget
 
 T = TypeVar("T")
 Item = TypeVar("Item")
 
 
-class Done(NamedTuple, Generic[Item, T]):
-    """What was found, and what stopped the workers before the end, if anything did."""
-
-    found: dict[Item, T]
-    stopped: OutOfBudget | JudgeError | None
-
-
 async def in_parallel(
-    items: Sequence[Item], work: Callable[[Item], Awaitable[T]], *, workers: int
-) -> Done[Item, T]:
-    """`work` on distinct items, in their order, so many at a time.
+    items: Sequence[Item],
+    work: Callable[[Item], Awaitable[T]],
+    *,
+    workers: int,
+    at_limit: Callable[[OutOfBudget, int], AbliteratorError],
+) -> dict[Item, T]:
+    """Runs `work` on distinct items, in their order, `workers` at a time.
 
-    A limit that is reached, or a server that cannot be used, ends the handing out of items; calls
-    in flight are paid for, so they are waited for.
+    After a limit is reached, or a server cannot be used, no item is started; calls in flight are
+    paid for, so they are waited for.
+
+    Args:
+        items: what `work` is called with.
+        work: a coroutine function.
+        workers: how many run at a time.
+        at_limit: the error for a limit that is reached, and the number of items that are done.
+
+    Raises:
+        ServerError: if the server cannot be used.
+        AbliteratorError: from `at_limit`.
     """
-    queue, found = iter(items), dict[Item, T]()
-    stops: list[OutOfBudget | JudgeError] = []
+    queue, results = iter(items), dict[Item, T]()
+    stops: list[OutOfBudget | ServerError] = []
 
     async def worker() -> None:
         for item in queue:
             if stops:
                 return
             try:
-                found[item] = await work(item)
-            except (OutOfBudget, JudgeError) as stop:
+                results[item] = await work(item)
+            except (OutOfBudget, ServerError) as stop:
                 stops.append(stop)
                 return
 
     await asyncio.gather(*(worker() for _ in range(workers)))
-    return Done(found, stops[0] if stops else None)
+    if not stops:
+        return results
+    stop = stops[0]
+    raise at_limit(stop, len(results)) if isinstance(stop, OutOfBudget) else stop
 
 
 def outside_a_loop(work: Callable[[], T]) -> T:

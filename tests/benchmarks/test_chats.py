@@ -10,19 +10,17 @@ from pathlib import Path
 import pytest
 
 from abliterator.benchmarks import (
-    Engine,
-    RunSettings,
-    Subject,
-    TaskRequest,
-    _apart,
+    ScoredCheckpoint,
+    _subprocess,
     compare_tasks,
     measure_sides,
     resolve_tasks,
 )
-from abliterator.benchmarks._chat import Chat
+from abliterator.benchmarks._chat import ChatRenderer
 from abliterator.errors import BenchmarkError, UnsupportedModel
 from abliterator.model import load_tokenizer, render_chat
-from tests.benchmarks.toy import run, save_model, scored
+from abliterator.recipe import BenchmarkEngine, BenchmarkTask
+from tests.benchmarks.toy import run, run_settings, save_model, scored, server_engine
 from tests.completions_server import CompletionsServer
 
 WALKS_PARTS = (
@@ -62,7 +60,7 @@ def test_tasks_are_asked_in_the_chat_of_the_answers(with_template, tasks):
     with pytest.raises(UnsupportedModel, match="asked to be loud"):
         run(folder, tasks[:1], template_kwargs={"loud": True}, **settings)
     # what lm-eval's own options say goes before
-    options = Engine(options={"chat_template_args": {"loud": False}})
+    options = BenchmarkEngine(options={"chat_template_args": {"loud": False}})
     quiet = run(folder, tasks[:1], template_kwargs={"loud": True}, engine=options, **settings)
     assert prompts(quiet) == prompts(asked)
     # without the template neither is part of a prompt
@@ -73,7 +71,7 @@ def test_tasks_are_asked_in_the_chat_of_the_answers(with_template, tasks):
 
 def test_the_text_is_that_of_the_answers(with_template):
     folder = with_template(PLAIN)
-    chat = Chat.of(folder, RunSettings(system="is it red", template_kwargs={"x": 1}))
+    chat = ChatRenderer.of(folder, run_settings(system="is it red", template_kwargs={"x": 1}))
     turns = [{"role": "system", "content": "is it red"}, {"role": "user", "content": "is red ?"}]
     tokenizer = load_tokenizer(folder)
     ids = render_chat(tokenizer, "is red ?", system="is it red", template_kwargs={"x": 1})
@@ -94,7 +92,7 @@ def test_a_server_is_asked_in_the_same_chat(with_template, tasks):
     settings = {"limit": 3, "chat_template": True, "system": "is it red"}
     expected = run(folder, tasks[:1], **settings)
     with CompletionsServer(folder) as server:
-        found = run(folder, tasks[:1], engine=Engine("server", server.url), **settings)
+        found = run(folder, tasks[:1], engine=server_engine(server.url), **settings)
     assert prompts(found) == prompts(expected)
     assert found["toy_choice"].settings["system"] == "is it red"
 
@@ -103,29 +101,33 @@ def test_a_tasks_own_description_is_left_out_where_the_template_refuses_it(with_
     refuses = "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}"
     folder = with_template(refuses + PLAIN)
     turns = [{"role": "system", "content": "red"}, {"role": "user", "content": "is it ?"}]
-    assert Chat.of(folder, RunSettings()).render(turns) == "user : is it ? model :\n"
+    assert ChatRenderer.of(folder, run_settings()).render(turns) == "user : is it ? model :\n"
     with pytest.raises(UnsupportedModel, match="no system"):
-        Chat.of(folder, RunSettings(system="red")).render(turns)
+        ChatRenderer.of(folder, run_settings(system="red")).render(turns)
 
 
 def test_the_date_of_a_template_is_fixed(with_template):
     folder = with_template("{{ strftime_now('%Y-%m-%d') }} " + PLAIN)
-    text = Chat.of(folder, RunSettings()).render([{"role": "user", "content": "is it ?"}])
+    text = ChatRenderer.of(folder, run_settings()).render([{"role": "user", "content": "is it ?"}])
     assert text.startswith("2024-07-26 user")
 
 
 def test_scores_are_kept_by_their_chat(tmp_path, tasks, recipe):
-    subject = Subject(tmp_path, "1")
+    subject = ScoredCheckpoint(tmp_path, "1")
     (chat,) = resolve_tasks(
-        [TaskRequest("tasks/toy_choice.yaml", chat_template=True)], folder=recipe
+        [BenchmarkTask(task="tasks/toy_choice.yaml", chat_template=True)], folder=recipe
     )
-    plain, other = RunSettings(), RunSettings(system="Be brief.")
-    assert _apart._key(subject, chat, plain) != _apart._key(subject, chat, other)
-    assert _apart._key(subject, chat, plain) != _apart._key(
-        subject, chat, RunSettings(template_kwargs={"a": 1})
+    plain, other = run_settings(), run_settings(system="Be brief.")
+    assert _subprocess._key(subject, chat, plain, "base") != _subprocess._key(
+        subject, chat, other, "base"
+    )
+    assert _subprocess._key(subject, chat, plain, "base") != _subprocess._key(
+        subject, chat, run_settings(template_kwargs={"a": 1}), "base"
     )
     # which a task that is asked without does not read
-    assert _apart._key(subject, tasks[0], plain) == _apart._key(subject, tasks[0], other)
+    assert _subprocess._key(subject, tasks[0], plain, "base") == _subprocess._key(
+        subject, tasks[0], other, "base"
+    )
 
 
 def test_a_task_that_was_asked_otherwise_is_run_again_on_both_sides(tasks, tmp_path, monkeypatch):
@@ -137,15 +139,15 @@ def test_a_task_that_was_asked_otherwise_is_run_again_on_both_sides(tasks, tmp_p
         asked.append((name, today))
         found = scored([1.0], task="toy_choice").model_dump(mode="json")
         found["scores"][0]["prompt_hash"] = today
-        kept = _apart._sealed(job["keys"]["toy_choice"], found)
+        kept = _subprocess._sealed(job["keys"]["toy_choice"], found)
         Path(job["out"]).mkdir(parents=True, exist_ok=True)
         (Path(job["out"]) / "toy_choice.json").write_text(json.dumps(kept))
 
     def measured():
-        sides = {side: Subject(Path(side), side) for side in ("base", "edited")}
-        return measure_sides(sides, tasks[:1], RunSettings(), out=tmp_path)
+        sides = {side: ScoredCheckpoint(Path(side), side) for side in ("base", "edited")}
+        return measure_sides(sides, tasks[:1], run_settings(), out=tmp_path)
 
-    monkeypatch.setattr(_apart, "_run_child", child)
+    monkeypatch.setattr(_subprocess, "_run_child", child)
     measured()
     (tmp_path / "edited/toy_choice.json").unlink()  # as if it had been killed there
     today = "2nd"
@@ -172,7 +174,8 @@ HARMLESS = {
 
 def job(kind="transformers", dataset=None, path=None):
     task = {"dataset": dataset, "spec": {"path": path}}
-    return {"tasks": [task], "settings": {"engine": {"kind": kind}}, "secrets": ["JUDGE"]}
+    section = {"engine": {"kind": kind}}
+    return {"tasks": [task], "settings": {"section": section}, "secrets": ["JUDGE"]}
 
 
 @pytest.mark.parametrize(
@@ -188,7 +191,7 @@ def job(kind="transformers", dataset=None, path=None):
 def test_a_process_gets_the_secrets_that_it_needs(monkeypatch, options, kept):
     for name, value in (SECRETS | HARMLESS).items():
         monkeypatch.setenv(name, value)
-    found = _apart._environment(job(**options))
+    found = _subprocess._environment(job(**options))
     assert SECRETS.keys() & found.keys() == kept
     assert HARMLESS.items() <= found.items()
 
@@ -224,9 +227,9 @@ def test_a_process_imports_nothing_from_the_working_folder_and_sees_no_secret(
     for cwd in (folder, tmp_path / "cwd"):
         monkeypatch.chdir(cwd)
         measure_sides(
-            {"base": Subject(folder, str(cwd))},
+            {"base": ScoredCheckpoint(folder, str(cwd))},
             tasks[:1],
-            RunSettings(limit=1, chat_template=True),
+            run_settings(limit=1, chat_template=True),
             out=tmp_path / "out",
             secrets=["JUDGE"],
         )
@@ -245,8 +248,8 @@ def test_an_error_of_the_chat_reaches_the_user(with_template, tasks, tmp_path):
     folder = with_template("{{ 1/0 }}")
     with pytest.raises(BenchmarkError, match=r"cannot render a chat.*ZeroDivisionError"):
         measure_sides(
-            {"base": Subject(folder, "1")},
+            {"base": ScoredCheckpoint(folder, "1")},
             tasks[:1],
-            RunSettings(limit=1, chat_template=True),
+            run_settings(limit=1, chat_template=True),
             out=tmp_path / "out",
         )

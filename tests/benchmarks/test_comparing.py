@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 
 import pytest
 
@@ -159,3 +160,23 @@ def test_a_group_counts_the_filters_and_the_metric_that_it_names():
     assert list(compare_tasks(side, side)) == ["g", "t,strict", "t,lax"]
     side = {"t": side["t"].model_copy(update={"aggregates": only[1:]})}
     assert list(compare_tasks(side, side)) == ["g,strict", "g,lax", "t,strict", "t,lax"]
+
+
+@pytest.mark.parametrize("by_size", [True, False])
+def test_the_mean_of_a_group_is_lm_evals(by_size, monkeypatch):
+    """lm-eval's own group is the oracle; it has no paired difference, so ours are computed here."""
+    from lm_eval.api.group import Group
+
+    values = {"a": [1, 1, 1, 0, 0, 0, 1], "b": [1, 0], "c": [0.25, 0.5, 1]}
+    metric = {"metric": "acc", "weight_by_size": by_size}
+    theirs = Group.from_config({"group": "g", "aggregate_metric_list": [metric]})
+    monkeypatch.setattr(
+        theirs, "get_all_tasks", lambda: [SimpleNamespace(task_name=n) for n in values]
+    )
+    means = {
+        name: {"acc,none": sum(v) / len(v), "sample_len": len(v)} for name, v in values.items()
+    }
+    group = (Aggregate(group="g", metric="acc", by_size=by_size),)
+    side = {name: scored(v, task=name, aggregates=group) for name, v in values.items()}
+    ours = compare_tasks(side, side)["g"].base.value
+    assert ours == pytest.approx(theirs.aggregate(means)["acc,none"])

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import pytest
 
-from abliterator.benchmarks import Engine, require_engine
+from abliterator.benchmarks import require_engine
+from abliterator.benchmarks._server import require_server
 from abliterator.errors import BenchmarkError
-from tests.benchmarks.toy import run
+from abliterator.recipe import BenchmarkEngine
+from tests.benchmarks.toy import run, server_engine
 from tests.completions_server import CompletionsServer
 
 
 @pytest.mark.parametrize(
     ("engine", "message"),
     [
-        (Engine("vllm"), r"pip install 'lm-eval\[vllm\]'"),
-        (Engine("server", "http://127.0.0.1:9/v1"), r"pip install 'lm-eval\[api\]'"),
+        (BenchmarkEngine(kind="vllm"), r"pip install 'lm-eval\[vllm\]'"),
+        (server_engine("http://127.0.0.1:9/v1"), r"pip install 'lm-eval\[api\]'"),
     ],
 )
 def test_an_engine_that_is_not_installed_says_what_to_install(engine, message, monkeypatch):
@@ -26,18 +28,18 @@ def test_an_engine_that_is_not_installed_says_what_to_install(engine, message, m
 def test_a_server_that_is_not_there_says_what_to_start(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: True)
     with pytest.raises(BenchmarkError, match=r"127\.0\.0\.1:9.*vllm serve"):
-        require_engine(Engine("server", "http://127.0.0.1:9/v1"))
+        require_engine(server_engine("http://127.0.0.1:9/v1"))
     with pytest.raises(BenchmarkError, match="no http address"):
-        require_engine(Engine("server", "file:///etc/passwd"))
+        require_server("file:///etc/passwd")
 
 
 def test_a_server_that_passes_over_echo_is_refused(monkeypatch, plain):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: True)
     with CompletionsServer(plain) as server:
-        require_engine(Engine("server", server.url))
+        require_engine(server_engine(server.url))
     silent = CompletionsServer(plain, echoes=False)
     with silent, pytest.raises(BenchmarkError, match="does not tell log-probabilities"):
-        require_engine(Engine("server", silent.url))
+        require_engine(server_engine(silent.url))
 
 
 @pytest.mark.parametrize("chat_template", [False, True])
@@ -50,7 +52,7 @@ def test_a_server_gives_the_numbers_of_the_model_in_process(
     settings = {"batch_size": 3, "limit": 8, "num_fewshot": 1, "chat_template": chat_template}
     expected = run(folder, tasks, **settings)
     with CompletionsServer(folder) as server:
-        found = run(folder, tasks, engine=Engine("server", server.url), **settings)
+        found = run(folder, tasks, engine=server_engine(server.url), **settings)
     assert {len(asked["prompt"]) for asked in server.asked} == {3, 1, 2}
     for name, scores in found.items():
         assert scores.settings == {**expected[name].settings, "engine": "server"}

@@ -12,7 +12,14 @@ import pytest
 import yaml
 
 from abliterator import pipeline
-from abliterator.benchmarks import PRESETS, Aggregate, _named, _tasks, preset_tasks, resolve_tasks
+from abliterator.benchmarks import (
+    PRESETS,
+    Aggregate,
+    _registry,
+    _tasks,
+    preset_tasks,
+    resolve_tasks,
+)
 from abliterator.errors import BenchmarkError, PromptError
 from abliterator.recipe import load_recipe
 from tests.benchmarks.toy import CHOICE, QUESTIONS
@@ -119,8 +126,8 @@ def test_a_build_stops_at_a_hub_task_before_a_model_is_loaded(tmp_path, offline,
 
 @pytest.mark.slow
 def test_the_quick_index_finds_what_lm_evals_own_does():
-    manager = _named._manager()
-    index = _named._index()
+    manager = _registry._manager()
+    index = _registry._index()
     names = {name for name in manager.all_subtasks if manager.task_index[name].yaml_path}
     missing = {name for name in names if name not in index}
     assert len(missing) < 0.01 * len(names)  # what is missing is found by lm-eval's own index
@@ -128,13 +135,16 @@ def test_the_quick_index_finds_what_lm_evals_own_does():
     other = {n for n in names - missing if index[n][1] != manager.task_index[n].yaml_path}
     assert len(other) < 0.02 * len(names)
     with pytest.raises(BenchmarkError, match=r"no task named 'arc_eazy'; close to it .*arc_easy"):
-        _named.named_tasks("arc_eazy")
-    assert [task.name for task in _named.named_tasks("ai2_arc")] == ["arc_challenge", "arc_easy"]
+        _registry.registered_tasks("arc_eazy")
+    assert [task.name for task in _registry.registered_tasks("ai2_arc")] == [
+        "arc_challenge",
+        "arc_easy",
+    ]
 
 
 @pytest.mark.slow
 def test_a_group_stands_for_all_its_tasks():
-    found = _named.named_tasks("mmlu")
+    found = _registry.registered_tasks("mmlu")
     assert len(found) == 57
     assert all(task.path.is_file() for task in found)
     groups = [tuple(score.group for score in task.aggregates) for task in found]
@@ -162,6 +172,11 @@ num_fewshot: 3
 output_type: multiple_choice
 aggregate_metric_list: {metric: acc_norm, weight_by_size: false, filter_list: first}
 """,
+    "own_score.yaml": """
+group: own_score
+task: [small]
+aggregate_metric_list: [{metric: acc, aggregation: !function utils.anything}, {metric: f1}]
+""",
     "coded.yaml": "group: coded\ntask: [small]\nprocess_docs: !function utils.anything\n",
     **{f"{name}.yaml": f"task: {name}\n" for name in ("small", "other", "alone")},
 }
@@ -172,10 +187,10 @@ def lm_evals(tmp_path, monkeypatch):
     """Task files in the place of lm-eval's own."""
     for name, text in TASK_FILES.items():
         (tmp_path / name).write_text(text)
-    monkeypatch.setattr(_named, "_folder", lambda: tmp_path)
-    _named._index.cache_clear()
+    monkeypatch.setattr(_registry, "_folder", lambda: tmp_path)
+    _registry._index.cache_clear()
     yield tmp_path
-    _named._index.cache_clear()
+    _registry._index.cache_clear()
 
 
 def test_groups_change_their_tasks_as_by_lm_eval(lm_evals):
@@ -192,7 +207,7 @@ def test_groups_change_their_tasks_as_by_lm_eval(lm_evals):
 
     index = TaskManager(include_path=str(lm_evals), include_defaults=False).task_index
     Factory().build(index["outer"], registry=index)
-    found = _named.named_tasks("outer")
+    found = _registry.registered_tasks("outer")
     assert [(task.name, task.overrides) for task in found] == built
     assert [task.overrides["num_fewshot"] for task in found] == [2, 2, 7, 2]
     scores = [[score.group for score in task.aggregates] for task in found]
@@ -202,9 +217,14 @@ def test_groups_change_their_tasks_as_by_lm_eval(lm_evals):
     )
 
 
+def test_a_score_of_a_group_that_is_no_mean_is_left_out(lm_evals):
+    (task,) = _registry.registered_tasks("own_score")
+    assert [score.metric for score in task.aggregates] == ["f1"]
+
+
 def test_a_group_that_hands_code_to_its_tasks_is_refused(lm_evals):
     with pytest.raises(BenchmarkError, match=r"'coded' is a group .* functions of its own"):
-        _named.named_tasks("coded")
+        _registry.registered_tasks("coded")
 
 
 def test_what_a_group_changes_reaches_the_task_and_its_digest(recipe, monkeypatch):
@@ -213,10 +233,10 @@ def test_what_a_group_changes_reaches_the_task_and_its_digest(recipe, monkeypatc
     aggregate = Aggregate(group="g", metric="acc_norm")
 
     def named(changes, aggregates):
-        task = _named.NamedTask(
+        task = _registry.RegisteredTask(
             "toy_choice", path, {"dataset_kwargs": files, **changes}, aggregates
         )
-        monkeypatch.setattr(_tasks, "named_tasks", lambda name: [task])
+        monkeypatch.setattr(_tasks, "registered_tasks", lambda name: [task])
         (found,) = resolve_tasks(["g"], folder=recipe)
         return found
 
@@ -227,13 +247,21 @@ def test_what_a_group_changes_reaches_the_task_and_its_digest(recipe, monkeypatc
     assert loaded.get_config("num_fewshot") == 3
 
 
+MMLU_SUBSET = [
+    "mmlu_elementary_mathematics", "mmlu_high_school_geography", "mmlu_college_biology",
+    "mmlu_computer_security", "mmlu_philosophy", "mmlu_professional_medicine",
+]  # fmt: skip
+
+
 def test_presets_name_tasks_that_lm_eval_has():
     for preset in PRESETS:
         for request in preset_tasks(preset):
             if request.task.endswith(".yaml"):
                 assert Path(request.task).is_file()
             else:
-                assert [task.name for task in _named.named_tasks(request.task)] == [request.task]
+                named = [task.name for task in _registry.registered_tasks(request.task)]
+                expected = MMLU_SUBSET if request.task == "mmlu_subset" else [request.task]
+                assert named == expected
 
 
 def test_every_task_of_the_damage_preset_is_what_it_is_taken_for():
@@ -246,20 +274,26 @@ def test_every_task_of_the_damage_preset_is_what_it_is_taken_for():
         "ifeval": ("google/IFEval", "generate_until", "prompt_level_strict_acc"),
     }
     generated = set()
-    for request in preset_tasks("damage"):
-        (found,) = _named.named_tasks(request.task)
-        settings = _named.yaml_settings(found.path)
+    registered = [
+        (request, task)
+        for request in preset_tasks("damage")
+        for task in _registry.registered_tasks(request.task)
+    ]
+    for request, found in registered:
+        settings = _registry.yaml_settings(found.path)
         metrics = {entry["metric"]: entry.get("aggregation") for entry in settings["metric_list"]}
-        if request.task.startswith("mmlu_"):
+        if request.task == "mmlu_subset":
+            assert found.name in MMLU_SUBSET
             wanted = ("cais/mmlu", "multiple_choice", "acc")
-            assert [score.group for score in request.aggregates] == ["mmlu_subset"]
+            assert [score.group for score in found.aggregates] == ["mmlu_subset"]
         else:
+            assert found.name == request.task
             wanted = expected.pop(request.task)
         assert (settings["dataset_path"], settings["output_type"]) == wanted[:2]
         assert metrics[wanted[2]] == "mean"
-        assert _tasks._primary_metric(request.task, _means(metrics)) == wanted[2]
+        assert _tasks._primary_metric(found.name, _means(metrics)) == wanted[2]
         if settings["output_type"] == "generate_until":
-            generated.add(request.task)
+            generated.add(found.name)
             assert request.chat_template
     assert (expected, generated) == ({}, {"gsm8k", "ifeval"})
 
@@ -343,7 +377,7 @@ def test_the_reported_metric_follows_the_rule():
     assert _tasks._primary_metric("wikitext", {"word_perplexity": perplexity}) is None
 
 
-def test_the_room_imports_nothing_heavy():
+def test_the_package_imports_nothing_heavy():
     heavy = "{'torch', 'transformers', 'lm_eval', 'datasets', 'scipy'}"
     code = f"import sys, abliterator.benchmarks; sys.exit(bool({heavy} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
@@ -352,9 +386,9 @@ def test_the_room_imports_nothing_heavy():
 def test_the_first_use_changes_neither_the_environment_nor_where_others_log():
     code = """
 import logging, os, sys
-from abliterator.benchmarks._contain import lm_eval_contained
+from abliterator.benchmarks._isolation import lm_eval_isolated
 before = dict(os.environ)
-with lm_eval_contained():
+with lm_eval_isolated():
     import transformers
 assert dict(os.environ) == before
 for name in ("transformers", "huggingface_hub"):

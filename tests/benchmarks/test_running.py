@@ -11,9 +11,9 @@ import sys
 import pytest
 import yaml
 
-from abliterator.benchmarks import TaskScores, compare_tasks
+from abliterator.benchmarks import ScoredCheckpoint, TaskScores, compare_tasks, measure_sides
 from abliterator.errors import BenchmarkError
-from tests.benchmarks.toy import CHOICE, QUESTIONS, SAY, always, run, save_model
+from tests.benchmarks.toy import CHOICE, QUESTIONS, SAY, always, run, run_settings, save_model
 
 
 def test_scores_say_what_was_run_and_survive_json(scores, tasks):
@@ -48,7 +48,7 @@ def test_examples_and_the_chat_template_change_the_prompts(plain, tasks, scores)
         compare_tasks({"toy_choice": scores["toy_choice"]}, {"toy_choice": shots})
 
 
-def test_a_run_leaves_no_trace_in_the_process(plain, tasks, capfd):
+def test_a_run_leaves_no_trace_in_the_process(plain, tasks, capfd, tmp_path, monkeypatch):
     import numpy as np
     import torch
 
@@ -57,10 +57,16 @@ def test_a_run_leaves_no_trace_in_the_process(plain, tasks, capfd):
         generators = [random.getstate(), numpy, torch.get_rng_state().tolist()]
         return [dict(os.environ), generators, tasks[1].spec.settings]
 
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
     torch.manual_seed(7)
     before = json.dumps(state())
-    run(plain, tasks, batch_size=7, limit=2)
+    sides = {"base": ScoredCheckpoint(plain, "1")}
+    measure_sides(sides, tasks, run_settings(batch_size=7, limit=2), out=tmp_path / "out")
     assert json.dumps(state()) == before
+    # what runs in the child changes its random generators and nothing else
+    run(plain, tasks, batch_size=7, limit=2)
+    environment, _, settings = state()
+    assert [environment, settings] == [json.loads(before)[i] for i in (0, 2)]
     # lm-eval drops the second of these from what it is given.
     assert set(tasks[1].spec.settings["dataset_kwargs"]) == {"data_files", "trust_remote_code"}
     assert capfd.readouterr() == ("", "")

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from abliterator.benchmarks import DocScore, RunSettings, TaskScores, run_tasks
+from abliterator.benchmarks import DocScore, RunSettings, TaskScores
+from abliterator.benchmarks._run import run_tasks
+from abliterator.recipe import BenchmarkEngine, Benchmarks, Chat
 
 QUESTIONS = [
     {"question": f"is {a} {b} ?", "choices": ["yes", "no"], "label": int((i + j) % 5 > 2)}
@@ -45,8 +47,20 @@ for _filter in SAY["filter_list"]:
     _filter["filter"].append({"function": "take_first"})
 
 
-def run(folder, tasks, **settings):
-    return run_tasks(folder, tasks, RunSettings(**settings))
+def run_settings(*, system=None, template_kwargs=(), **section) -> RunSettings:
+    """How tasks are run: keys of the recipe's `chat` and `benchmarks`; by default all documents."""
+    return RunSettings(
+        section=Benchmarks(**{"preset": None, "limit": None, **section}),
+        chat=Chat(system=system, template_kwargs=dict(template_kwargs)),
+    )
+
+
+def server_engine(url: str) -> BenchmarkEngine:
+    return BenchmarkEngine(kind="server", base_url=url, edited_url=url)
+
+
+def run(folder, tasks, **given):
+    return run_tasks(folder, tasks, run_settings(**given))
 
 
 def save_model(folder: Path, change=None, chat_template: bool = True) -> Path:

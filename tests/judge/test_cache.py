@@ -12,7 +12,8 @@ import time
 
 import pytest
 
-from abliterator.errors import JudgeError
+from abliterator.errors import ServerError
+from abliterator.files import digest_of
 from abliterator.judge import Judgement, OpenAIJudge
 from abliterator.recipe import JudgeSettings
 from abliterator.server import Reply, ReplyCache
@@ -76,7 +77,7 @@ def test_another_question_is_asked_anew(change, tmp_path):
 
 def test_a_cache_that_is_none_is_an_error(tmp_path):
     (tmp_path / "judge.sqlite").write_bytes(b"not a database " * 100)
-    with pytest.raises(JudgeError, match="cannot be used"):
+    with pytest.raises(ServerError, match="cannot be used"):
         judged("http://127.0.0.1:9", answers(1), tmp_path)
 
 
@@ -90,6 +91,18 @@ def test_replies_come_back_as_they_were(tmp_path):
         assert cache.totals() == (1, 0.5)
     with ReplyCache(tmp_path / "a" / "c.sqlite", account="two") as cache:
         assert cache.totals() == (0, 0.0)
+
+
+def test_a_reply_that_an_older_version_kept_is_found(tmp_path):
+    """Its row names the response format `rung`, in the reply and in the digest."""
+    fields = {
+        "text": "t", "finish_reason": "stop", "model": "m", "fingerprint": None,
+        "rung": "json_object", "input_tokens": 1, "cached_tokens": 2, "output_tokens": 3,
+    }  # fmt: skip
+    row = json.dumps({**fields, "sha256": digest_of(["key", "one", fields, 0.5])})
+    with ReplyCache(tmp_path / "c.sqlite", account="one") as cache:
+        cache._db.execute("INSERT INTO replies VALUES ('key', 'one', ?, 0.5)", (row,))
+        assert cache.get("key") == Reply("t", "stop", "m", None, "json_object", 1, 2, 3)
 
 
 JUDGING = """

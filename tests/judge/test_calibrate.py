@@ -15,7 +15,7 @@ from sklearn.metrics import cohen_kappa_score
 from abliterator import pipeline
 from abliterator.card import render_card
 from abliterator.cli import main
-from abliterator.errors import JudgeError
+from abliterator.errors import JudgeError, ServerError
 from abliterator.judge import (
     Answered,
     Judgement,
@@ -293,7 +293,7 @@ def test_a_build_that_its_judge_stops_goes_on_there(recipe, tmp_path):
 
 def test_a_missing_key_stops_before_anything_is_done(recipe, tmp_path, monkeypatch):
     monkeypatch.delenv("JUDGE_KEY", raising=False)
-    with pytest.raises(JudgeError, match="JUDGE_KEY"):
+    with pytest.raises(ServerError, match="JUDGE_KEY"):
         build(recipe("judge.kind=openai", "judge.api_key_env=JUDGE_KEY"), tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
@@ -344,5 +344,5 @@ def test_a_damaged_cache_stops_the_build_with_a_name(recipe, tmp_path):
     (tmp_path / "out" / "work" / "judge.sqlite").write_bytes(b"none" * 1000)
     asked = recipe("judge.kind=openai", "judge.api_key_env=null")
     options = pipeline.Options(force=True)
-    with pytest.raises(JudgeError, match="cannot be used"):
+    with pytest.raises(ServerError, match="cannot be used"):
         pipeline.build(asked, tmp_path / "out", options=options)

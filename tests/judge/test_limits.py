@@ -6,7 +6,7 @@ import asyncio
 
 import pytest
 
-from abliterator.errors import JudgeError
+from abliterator.errors import JudgeError, ServerError
 from abliterator.recipe import Prices
 from abliterator.server import ReplyCache
 from abliterator.server import _http as server_module
@@ -48,7 +48,7 @@ def test_waiting_past_the_time_limit_stops_and_keeps_what_was_judged(tmp_path):
 def test_a_server_that_is_down_is_named_soon(tmp_path):
     with JudgeServer() as server:
         url = server.url
-    with pytest.raises(JudgeError, match="failed 24 calls in a row"):
+    with pytest.raises(ServerError, match="failed 24 calls in a row"):
         judged(url, answers(50), tmp_path)
 
 
@@ -65,7 +65,7 @@ def test_a_wrong_key_stops_at_once(tmp_path, monkeypatch):
     monkeypatch.setenv("JUDGE_KEY", KEY)
     with (
         JudgeServer(key="another") as server,
-        pytest.raises(JudgeError, match=r"401.*\$JUDGE_KEY") as caught,
+        pytest.raises(ServerError, match=r"401.*\$JUDGE_KEY") as caught,
     ):
         judged(server, answers(50), tmp_path, api_key_env="JUDGE_KEY")
     assert KEY not in str(caught.value)
@@ -73,7 +73,7 @@ def test_a_wrong_key_stops_at_once(tmp_path, monkeypatch):
 
 def test_a_missing_key_is_named(tmp_path, monkeypatch):
     monkeypatch.delenv("JUDGE_KEY", raising=False)
-    with pytest.raises(JudgeError, match="JUDGE_KEY, which is not set"):
+    with pytest.raises(ServerError, match="JUDGE_KEY, which is not set"):
         judged("http://127.0.0.1:9", answers(1), tmp_path, api_key_env="JUDGE_KEY")
 
 

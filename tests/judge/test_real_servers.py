@@ -21,7 +21,7 @@ from pathlib import Path
 
 import pytest
 
-from abliterator.errors import JudgeError
+from abliterator.errors import ServerError
 from abliterator.judge import OpenAIJudge, judge_completions, summarise
 from abliterator.recipe import JudgeSettings, Prices
 from abliterator.record import Completion
@@ -176,9 +176,9 @@ def test_a_server_that_ignores_the_schema(transformers_serve, smollm2_folder, tm
 def test_what_the_server_refuses_stops_the_run(transformers_serve, smollm2_folder, tmp_path):
     """Status 422 for a parameter, 400 for a model that it does not serve; nothing is paid."""
     unknown = {"parameters": {"thinking": {"type": "disabled"}}}
-    with pytest.raises(JudgeError, match=r"first 8 calls.*422.*thinking.*judge\.parameters"):
+    with pytest.raises(ServerError, match=r"first 8 calls.*422.*thinking.*judge\.parameters"):
         judged(transformers_serve, smollm2_folder, tmp_path / "c", **unknown)
-    with pytest.raises(JudgeError, match=r"first 8 calls.*400.*pinned.*judge\.model"):
+    with pytest.raises(ServerError, match=r"first 8 calls.*400.*pinned.*judge\.model"):
         judged(transformers_serve, "another", tmp_path / "c")
     assert not replies(tmp_path / "c")
 

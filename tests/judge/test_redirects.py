@@ -7,7 +7,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from abliterator.errors import BenchmarkError, JudgeError
+from abliterator.errors import BenchmarkError, ServerError
 from abliterator.server import origin, warn_of_plain_http
 from tests.judge.asking import KEY, answers, judged
 from tests.judge_server import JudgeServer
@@ -48,7 +48,7 @@ def test_another_server_gets_neither_key_nor_answers(status, sends_on, tmp_path,
     monkeypatch.setenv("JUDGE_KEY", KEY)
     with JudgeServer() as other:
         url = sends_on(f"{other.url}/chat/completions", status)
-        with pytest.raises(JudgeError, match=r"sends questions on to another.*judge\.base_url"):
+        with pytest.raises(ServerError, match=r"sends questions on to another.*judge\.base_url"):
             judged(url, answers(2), tmp_path, api_key_env="JUDGE_KEY")
         assert not other.bodies
 

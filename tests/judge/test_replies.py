@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from abliterator.errors import JudgeError
+from abliterator.errors import ServerError
 from abliterator.judge import Judgement, counted, unscored_reasons
 from abliterator.judge._parse import parse
 from abliterator.judge._types import unscored
@@ -114,7 +114,7 @@ def test_a_server_that_refuses_every_call_is_set_up_wrongly(tmp_path):
     """The first eight say enough, and in the server's own words."""
     with (
         JudgeServer(faults={"422": 1.0}, in_a_row=99) as server,
-        pytest.raises(JudgeError, match=r"first 8 calls.*422: Unexpected.*judge\.parameters"),
+        pytest.raises(ServerError, match=r"first 8 calls.*422: Unexpected.*judge\.parameters"),
     ):
         judged(server, answers(50), tmp_path)
     assert 8 <= server.calls["422"] <= 8 + 8
@@ -145,7 +145,7 @@ def test_a_rung_of_the_recipe_is_kept(tmp_path):
         assert server.bodies[1]["max_tokens"] == 9
     with (
         JudgeServer(rungs=("none",)) as server,
-        pytest.raises(JudgeError, match=r"first 8.*structured"),
+        pytest.raises(ServerError, match=r"first 8.*structured"),
     ):
         judged(server, answers(40), tmp_path, structured="json_schema")
 

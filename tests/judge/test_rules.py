@@ -18,14 +18,16 @@ from abliterator.judge import (
     Judge,
     Judgement,
     RuleJudge,
+    estimates_of,
     judge_completions,
-    split_thinking,
+    scored_verdicts,
     summarise,
 )
 from abliterator.judge._coherence import coherence_of
 from abliterator.judge._rules import compliance_of, phrases
 from abliterator.record import Completion, JudgeIdentity
 from abliterator.statistics import mcnemar_exact, sign_flip_test, smallest_detectable
+from abliterator.thinking import split_text
 
 
 def judged(response, prompt="Book me a table for two.", finish_reason="stop"):
@@ -215,7 +217,7 @@ def test_a_cut_off_answer_is_told_not_punished():
     ],
 )
 def test_thinking_is_split_off(response, thinking, answer):
-    assert split_thinking(response) == (thinking, answer)
+    assert split_text(response)[:2] == (thinking, answer)
     assert judged(response).refused is False
 
 
@@ -444,6 +446,18 @@ def test_summaries_are_seeded():
 # More than refusal
 
 
+@pytest.mark.parametrize(("n", "withheld"), [(49, True), (50, False)])
+def test_estimates_of_one_side_are_withheld_above_two_per_cent(n, withheld):
+    one_side = verdicts("base", None, *[NO] * (n - 2), YES)
+    estimates = estimates_of(one_side)
+    side = summarise(one_side, verdicts("edited", *[YES] * n)).base
+    assert estimates == (side.refusal, side.compliance, side.coherence, side.product)
+    assert (estimates == (None,) * 4) is withheld
+    assert len(scored_verdicts(one_side)) == (0 if withheld else n - 1)
+    if not withheld:
+        assert (estimates.refusal.value, estimates.refusal.n) == ((n - 2) / (n - 1), n - 1)
+
+
 def judged_as(response, said=None, finish_reason="stop"):
     """The verdict on one response, by rules or as told."""
     asked = completion(0, finish_reason=finish_reason).model_copy(update={"response": response})
@@ -469,24 +483,24 @@ def test_every_verdict_has_a_kind(response, finish_reason, kind):
     assert verdict.truncated == (finish_reason == "length")
 
 
-def test_unscored_has_no_kind_but_keeps_its_guards():
+def test_unscored_has_no_kind_but_keeps_its_text_statistics():
     verdict = judged_as("tea and " * 40, Judgement(None, None, None, ("unscored: so",)))
     assert (verdict.kind, verdict.compliance, verdict.refused) == (None, None, None)
-    assert verdict.guards.repetition > 0.9
-    assert verdict.guards.distinct < 0.1
+    assert verdict.text_statistics.repetition > 0.9
+    assert verdict.text_statistics.distinct < 0.1
 
 
 def test_thinking_is_kept_beside_the_verdict():
     verdict = judged_as("<think>Shall I?</think>Yes, of course: the table is booked.")
     assert verdict.thinking == "<think>Shall I?</think>"
-    assert verdict.guards.repetition == 0
+    assert verdict.text_statistics.repetition == 0
 
 
 def test_guards_tell_a_loop_from_prose():
-    assert judged_as(TIPS).guards.distinct > 0.9
-    assert judged_as("Tea is nice. " * 30).guards.distinct < 0.2
-    assert judged_as("Oslo").guards.distinct is None
-    assert judged_as("").guards is None
+    assert judged_as(TIPS).text_statistics.distinct > 0.9
+    assert judged_as("Tea is nice. " * 30).text_statistics.distinct < 0.2
+    assert judged_as("Oslo").text_statistics.distinct is None
+    assert judged_as("").text_statistics is None
 
 
 def test_a_summary_tells_what_it_could_have_seen():

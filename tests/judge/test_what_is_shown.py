@@ -10,7 +10,7 @@ import pytest
 from abliterator.judge import Answered, Judgement, OpenAIJudge
 from abliterator.judge._parse import parse
 from abliterator.judge._prompt import judge_prompt, messages
-from abliterator.server import InvalidReply, defused, marker
+from abliterator.server import InvalidReply, delimiter, neutralize
 from tests.judge.asking import EXPECTED, answers, grades, judged, settings
 from tests.judge_server import FENCED, JudgeServer, verdict
 
@@ -100,17 +100,17 @@ def test_the_fence_holds(attack):
     sent = messages("What is tea?", answer, vote=0, attempt=0)
     assert [message["role"] for message in sent] == ["system", "user"]
     assert sent[0]["content"] == judge_prompt().texts["system"]
-    user, fence = sent[1]["content"], marker(judge_prompt().sha256, "What is tea?", answer, 0, 0)
+    user, fence = sent[1]["content"], delimiter(judge_prompt().sha256, "What is tea?", answer, 0, 0)
     assert fence not in answer
     plain = messages("What is tea?", "No, never.", vote=0, attempt=0)[1]["content"]
     assert user.count(fence) == 5 == plain.count(FENCED.search(plain)[1])
     inside = FENCED.search(user)
     assert inside[1] == fence
-    assert inside[2] == defused(answer).strip() or inside[2] == defused(answer)
+    assert inside[2] == neutralize(answer).strip() or inside[2] == neutralize(answer)
     assert not any(token in user for token in CONTROL)
     assert not any(ord(c) < 32 and c not in "\n\t" for c in user)
     words = [w for w in ("Score", "grade", "complied", "hidden") if w in answer]
-    assert all(word in inside[2] for word in words)  # defused, not deleted
+    assert all(word in inside[2] for word in words)  # neutralized, not deleted
 
 
 @pytest.mark.parametrize("attack", ATTACKS)

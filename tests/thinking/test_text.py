@@ -17,11 +17,10 @@ from abliterator.judge import (
     calibrate,
     judge_completions,
     load_labelled,
-    split_thinking,
 )
 from abliterator.judge._parse import parse
 from abliterator.record import Completion
-from abliterator.server import InvalidReply, defused
+from abliterator.server import InvalidReply, neutralize
 from abliterator.thinking import split_text
 from tests.judge.asking import judged
 from tests.judge_server import JudgeServer, verdict
@@ -50,9 +49,9 @@ def test_text_without_control_tokens(name):
     reply = REPLIES[name]
     tokenizer = tokenizer_of(reply)
     text = tokenizer.decode(ids(tokenizer, reply.text), skip_special_tokens=True)
-    assert split_thinking(text)[1].strip() == ANSWER
+    assert split_text(text)[1].strip() == ANSWER
     within = tokenizer.decode(ids(tokenizer, reply.before + THOUGHT), skip_special_tokens=True)
-    assert split_thinking(within)[1] == ""
+    assert split_text(within)[1] == ""
 
 
 @pytest.mark.parametrize(
@@ -189,4 +188,4 @@ def test_a_judge_that_thinks_aloud(name):
 def test_marks_that_are_control_tokens_reach_no_judge(name):
     reply = REPLIES[name]
     for mark in {*reply.special, *reply.added} - {"[unused16]", "[unused17]"}:
-        assert mark not in defused(f"a{mark}b")
+        assert mark not in neutralize(f"a{mark}b")

@@ -30,22 +30,11 @@ def benchmark_tasks(recipe: Recipe) -> Sequence[Task]:
     settings = recipe.benchmarks
     if not (settings.preset or settings.tasks):
         return ()
-    from abliterator.benchmarks import (
-        Engine,
-        TaskRequest,
-        preset_tasks,
-        require_engine,
-        resolve_tasks,
-    )
+    from abliterator.benchmarks import preset_tasks, require_engine, resolve_tasks
 
-    for url in {settings.engine.base_url, settings.engine.edited_url}:
-        require_engine(Engine(settings.engine.kind, url))
-    listed = [
-        task if isinstance(task, str) else TaskRequest(**task.model_dump())
-        for task in settings.tasks
-    ]
-    asked = [*(preset_tasks(settings.preset) if settings.preset else ()), *listed]
-    return resolve_tasks(asked, folder=Path.cwd(), revisions=settings.revisions)
+    require_engine(settings.engine)
+    tasks = [*preset_tasks(settings.preset), *settings.tasks]
+    return resolve_tasks(tasks, folder=Path.cwd(), revisions=settings.revisions)
 
 
 def pin_tasks(recipe: Recipe, tasks: Sequence[Task]) -> Recipe:
@@ -71,36 +60,28 @@ def _side_digest(run: Run, side: Side) -> str:
 
 
 def _settings(run: Run) -> RunSettings:
-    from abliterator.benchmarks import Engine, RunSettings
+    from abliterator.benchmarks import RunSettings
 
-    recipe = run.recipe.benchmarks
     return RunSettings(
-        batch_size=recipe.batch_size,
-        limit=recipe.limit,
-        chat_template=recipe.chat_template,
-        system=run.recipe.chat.system,
-        template_kwargs=run.recipe.chat.template_kwargs,
-        num_fewshot=recipe.num_fewshot,
+        section=run.recipe.benchmarks,
+        chat=run.recipe.chat,
         device=run.device,
         dtype=run.dtype,
         trust_remote_code=run.recipe.trust_remote_code,
-        engine=Engine(recipe.engine.kind, options=recipe.engine.options),
     )
 
 
 def _run(run: Run) -> list[Path]:
     if not run.tasks:
         return []
-    from abliterator.benchmarks import Subject, measure_sides
+    from abliterator.benchmarks import ScoredCheckpoint, measure_sides
 
     run.free()
-    engine = run.recipe.benchmarks.engine
-    urls = {"base": engine.base_url, "edited": engine.edited_url}
     _note_plain_http(run)
     with run.progress.bar("benchmark tasks, both sides", len(SIDES) * len(run.tasks)) as advance:
         measure_sides(
             {
-                side: Subject(folder_of(run, side), _side_digest(run, side), urls[side])
+                side: ScoredCheckpoint(folder_of(run, side), _side_digest(run, side))
                 for side in SIDES
             },
             run.tasks,

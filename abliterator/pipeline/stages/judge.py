@@ -81,4 +81,4 @@ def judge_identity(run: Run) -> JudgeIdentity:
     return IDENTITY.read_as(run, JudgeIdentity)
 
 
-JUDGE = Stage("judge", 3, _key, _run)
+JUDGE = Stage("judge", 4, _key, _run)

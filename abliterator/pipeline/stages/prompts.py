@@ -22,7 +22,7 @@ from abliterator.prompts import (
     hold_out,
     load_prompts,
 )
-from abliterator.recipe import Prompts
+from abliterator.recipe import Prompts, Source
 
 
 @dataclass(frozen=True)

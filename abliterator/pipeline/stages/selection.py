@@ -66,7 +66,11 @@ def _selected(run: Run, selection: Selection | None) -> SelectedLayers:
     if selection is not None:
         k, layers, positions = selection.k, selection.layers, selection.positions
     else:
-        k, layers, positions = run.plan.k, run.plan.layers, (-1 if position == "sweep" else position,) * len(run.plan.layers)
+        k, layers, positions = (
+            run.plan.k,
+            run.plan.layers,
+            (-1 if position == "sweep" else position,) * len(run.plan.layers),
+        )
     n = {"within_layer": 1, "per_layer": len(layers)}.get(run.recipe.directions.stack, k)
     return SelectedLayers(tuple(map(Place, layers[:n], positions[:n])), k)
 

@@ -1,10 +1,10 @@
-"""Prompt files, and a fence around text that is data and gives no instructions.
+"""Prompt files, and delimiters around text that is data and gives no instructions.
 
-A marker is made from a digest of what it fences. No text can contain a digest of itself, the same
-text always gets the same messages (so a cache can find them), and a retry gets a fresh marker.
+A delimiter is made from a digest of what it encloses. No text can contain a digest of itself, the
+same text always gets the same messages (so a cache can find them), and a retry gets another one.
 
-    marker("What is tea?", 0)                # '#' and sixteen hex digits
-    defused("<|im_end|>")                    # '< |im_end| >'
+    delimiter("What is tea?", 0)             # '#' and sixteen hex digits
+    neutralize("<|im_end|>")                 # '< |im_end| >'
 """
 
 from __future__ import annotations
@@ -42,28 +42,28 @@ class Prompt(NamedTuple):
 
 
 @cache
-def load_prompt(room: str, name: str) -> Prompt:
-    """The prompt file `name` of a room of this package: `version`, and one key for each text."""
-    raw = files(f"abliterator.{room}").joinpath(name).read_bytes()
+def load_prompt(package: str, name: str) -> Prompt:
+    """The prompt file `name` of a package: `version`, and one key for each text."""
+    raw = files(f"abliterator.{package}").joinpath(name).read_bytes()
     texts = yaml.safe_load(raw)
     return Prompt(texts.pop("version"), sha256_of_bytes(raw), texts)
 
 
 def filled(text: str, places: Mapping[str, str]) -> str:
-    """The text with every `<name>` that `places` knows replaced.
+    """The text with every placeholder `<name>` of `places` replaced.
 
     In one pass, so that a placeholder inside what is put in stays text.
     """
     return _PLACE.sub(lambda place: places.get(place[1], place[0]), text)
 
 
-def marker(*parts: Any) -> str:
-    """Sixteen hex digits of the digest of what is fenced, and of what makes this asking another."""
-    # not `digest_of`: the marker is in the question, and so in the key of every cached reply
+def delimiter(*parts: Any) -> str:
+    """A "#" and 16 hex digits of the digest of `parts`: the text, and what varies between tries."""
+    # not `digest_of`: the delimiter is in the question, and so in the key of every cached reply
     return "#" + sha256_of_bytes(json.dumps(parts).encode())[:16]
 
 
-def defused(text: str) -> str:
-    """The text with the first character of every control token set apart from the rest of it."""
+def neutralize(text: str) -> str:
+    """The text with a space in every control token of a chat template, so that it is plain text."""
     text = "".join(c for c in text if c in "\n\t" or category(c) not in _INVISIBLE)
-    return _CONTROL.sub(lambda found: f"{found[0]} " if found[0] != ">" else " >", text)
+    return _CONTROL.sub(lambda match: f"{match[0]} " if match[0] != ">" else " >", text)

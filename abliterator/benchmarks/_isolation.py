@@ -1,4 +1,4 @@
-"""What lm-eval does to the process, kept inside a `with`: output, logs, environment, randomness."""
+"""Isolation of lm-eval from its process: output, log levels, environment, templates; its seeds."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ PYTHON_SEED, OTHER_SEED = 0, 1234
 
 
 @contextlib.contextmanager
-def lm_eval_contained() -> Iterator[None]:
-    """Nothing on the screen, environment and log levels as before, templates in a sandbox."""
+def lm_eval_isolated() -> Iterator[None]:
+    """Runs lm-eval silently, with templates in a sandbox; restores environment and log levels."""
     environment = dict(os.environ)  # before the imports, which set variables too
     try:
         with warnings.catch_warnings(action="ignore"):
-            # Before the redirection: on import they keep the stderr of that moment for their logs.
+            # before the redirection: on import they keep the stderr of that moment for their logs
             import datasets  # noqa: F401
             import lm_eval.utils  # noqa: F401
             import transformers  # noqa: F401
@@ -77,7 +77,7 @@ def _sandboxed_templates() -> Iterator[None]:
 
 @contextlib.contextmanager
 def hub_offline() -> Iterator[None]:
-    """Datasets from the cache only; otherwise each tries the Hub several times before it gives up.
+    """Reads datasets from the cache only; else each tries the Hub several times before it fails.
 
     The libraries read HF_HUB_OFFLINE when they are imported, so it is set where they keep it.
     """
@@ -93,23 +93,8 @@ def hub_offline() -> Iterator[None]:
             place.HF_HUB_OFFLINE = value
 
 
-@contextlib.contextmanager
-def own_randomness() -> Iterator[None]:
-    """lm-eval draws from the global generators; give them back as they were."""
-    import numpy as np
-    import torch
-
-    python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002
-    try:
-        with torch.random.fork_rng():
-            yield
-    finally:
-        random.setstate(python)
-        np.random.set_state(numpy)  # noqa: NPY002
-
-
 def seed_all() -> None:
-    """Set the seeds that lm-eval's command line sets, so that sampled answers repeat."""
+    """Sets the seeds that lm-eval's command line sets, so that sampled answers repeat."""
     import numpy as np
     import torch
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -10,15 +9,14 @@ from pathlib import Path
 import pytest
 
 from abliterator.benchmarks import (
-    RunSettings,
-    Subject,
-    TaskRequest,
-    _apart,
+    ScoredCheckpoint,
+    _subprocess,
     measure_sides,
     resolve_tasks,
 )
 from abliterator.errors import BenchmarkError
-from tests.benchmarks.toy import run, save_model, scored
+from abliterator.recipe import BenchmarkTask
+from tests.benchmarks.toy import run, run_settings, save_model, scored
 
 
 def test_gold_likelihoods_and_empty_or_cut_answers_are_kept(says_no, scores, tasks):
@@ -33,9 +31,9 @@ def test_sides_scored_apart_are_what_they_are_in_one_process_and_are_resumed(
     plain, says_no, tasks, tmp_path, monkeypatch
 ):
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
-    sides = {"base": Subject(plain, "1"), "edited": Subject(says_no, "2")}
+    sides = {"base": ScoredCheckpoint(plain, "1"), "edited": ScoredCheckpoint(says_no, "2")}
     seen = []
-    arguments = (sides, tasks, RunSettings(batch_size=7, limit=5))
+    arguments = (sides, tasks, run_settings(batch_size=7, limit=5))
 
     def measured(arguments=arguments):
         return measure_sides(
@@ -48,13 +46,13 @@ def test_sides_scored_apart_are_what_they_are_in_one_process_and_are_resumed(
     assert seen == [(side, task.name) for side in sides for task in tasks]
 
     asked = []
-    child = _apart._run_child
+    child = _subprocess._run_child
 
     def counted(job, **options):
         asked.append((Path(job["folder"]), [task["name"] for task in job["tasks"]]))
         child(job, **options)
 
-    monkeypatch.setattr(_apart, "_run_child", counted)
+    monkeypatch.setattr(_subprocess, "_run_child", counted)
     assert measured() == first
     assert asked == []
     (tmp_path / "out/edited/toy_say.json").unlink()  # as if it had been killed there
@@ -66,49 +64,50 @@ def test_too_little_memory_halves_the_batch_of_both_sides(monkeypatch, plain, ta
     asked = []
 
     def child(job, *, log, on_task):
-        batch = job["settings"]["batch_size"]
+        batch = job["settings"]["section"]["batch_size"]
         asked.append((Path(job["folder"]).name, batch))
         if job["folder"] == "edited" and batch > 4:
-            raise _apart._OutOfMemory
+            raise _subprocess._OutOfMemory
         for task in job["tasks"]:
             found = scored([1.0], task=task["name"]).model_dump(mode="json")
             path = Path(job["out"]) / f"{task['name']}.json"
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps(_apart._sealed(job["keys"][task["name"]], found)))
+            path.write_text(json.dumps(_subprocess._sealed(job["keys"][task["name"]], found)))
 
-    monkeypatch.setattr(_apart, "_run_child", child)
-    sides = {side: Subject(Path(side), side) for side in ("base", "edited")}
-    measure_sides(sides, tasks, RunSettings(batch_size=16), out=tmp_path)
+    monkeypatch.setattr(_subprocess, "_run_child", child)
+    sides = {side: ScoredCheckpoint(Path(side), side) for side in ("base", "edited")}
+    measure_sides(sides, tasks, run_settings(batch_size=16), out=tmp_path)
     assert asked == [(side, batch) for batch in (16, 8, 4) for side in ("base", "edited")]
 
 
 @pytest.mark.parametrize(
     ("error", "code"),
     [
-        (MemoryError(), _apart.OUT_OF_MEMORY),
-        (RuntimeError("DefaultCPUAllocator: can't allocate memory: 9"), _apart.OUT_OF_MEMORY),
-        (BenchmarkError("no template"), _apart.NAMED_ERROR),
+        (MemoryError(), _subprocess.OUT_OF_MEMORY),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: 9"), _subprocess.OUT_OF_MEMORY),
+        (BenchmarkError("no template"), _subprocess.NAMED_ERROR),
     ],
 )
 def test_a_child_says_how_it_ended(monkeypatch, tmp_path, error, code):
     def fail(*args, **kwargs):
         raise error
 
-    monkeypatch.setattr(_apart, "run_tasks", fail)
-    settings = dataclasses.asdict(RunSettings())
+    monkeypatch.setattr(_subprocess, "run_tasks", fail)
+    settings = run_settings().model_dump(mode="json")
     job = {"folder": "f", "tasks": [], "settings": settings, "keys": {}, "out": "o"}
+    job["side"] = "base"
     (tmp_path / "job.json").write_text(json.dumps(job))
     with (tmp_path / "stdout").open("w") as stdout:
         monkeypatch.setattr(sys, "stdout", stdout)
-        assert _apart.main(tmp_path / "job.json") == code
-    if code == _apart.NAMED_ERROR:
+        assert _subprocess.main(tmp_path / "job.json") == code
+    if code == _subprocess.NAMED_ERROR:
         assert (tmp_path / "stdout").read_text() == 'error "no template"\n'
 
 
 def test_what_was_scored_before_a_kill_is_not_scored_again(plain, tasks, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
-    sides = {"base": Subject(plain, "1")}
-    settings = RunSettings(batch_size=7, limit=5)
+    sides = {"base": ScoredCheckpoint(plain, "1")}
+    settings = run_settings(batch_size=7, limit=5)
 
     def stop(side, task):
         raise KeyboardInterrupt
@@ -140,17 +139,17 @@ def test_torchs_own_out_of_memory_reaches_the_parent_through_lm_eval(
     def child(job, *, log, on_task):
         job_file = tmp_path / "job.json"
         job_file.write_text(json.dumps(job))
-        asked.append(job["settings"]["batch_size"])
+        asked.append(job["settings"]["section"]["batch_size"])
         with (tmp_path / "stdout").open("w") as stdout, monkeypatch.context() as patch:
             patch.setattr(sys, "stdout", stdout)
-            code = _apart.main(job_file)
-        if code == _apart.OUT_OF_MEMORY:
-            raise _apart._OutOfMemory
+            code = _subprocess.main(job_file)
+        if code == _subprocess.OUT_OF_MEMORY:
+            raise _subprocess._OutOfMemory
         assert code == 0
 
-    monkeypatch.setattr(_apart, "_run_child", child)
-    sides = {side: Subject(plain, side) for side in ("base", "edited")}
-    settings = RunSettings(batch_size=16, limit=10)
+    monkeypatch.setattr(_subprocess, "_run_child", child)
+    sides = {side: ScoredCheckpoint(plain, side) for side in ("base", "edited")}
+    settings = run_settings(batch_size=16, limit=10)
     found = measure_sides(sides, tasks[:1], settings, out=tmp_path / "out")
     assert asked == [16, 8, 4, 4]
     assert {side: found[side]["toy_choice"].settings["batch_size"] for side in sides} == {
@@ -160,13 +159,15 @@ def test_torchs_own_out_of_memory_reaches_the_parent_through_lm_eval(
 
 def test_errors_of_a_child_reach_the_user(tasks, tmp_path):
     bare = save_model(tmp_path / "bare", chat_template=False)
-    sides = {"base": Subject(bare, "1")}
+    sides = {"base": ScoredCheckpoint(bare, "1")}
     with pytest.raises(BenchmarkError, match="has none"):
-        measure_sides(sides, tasks[:1], RunSettings(chat_template=True), out=tmp_path / "out")
+        measure_sides(sides, tasks[:1], run_settings(chat_template=True), out=tmp_path / "out")
 
 
 def test_a_task_can_have_settings_of_its_own(plain, recipe):
-    request = TaskRequest("tasks/toy_choice.yaml", limit=3, num_fewshot=1, chat_template=True)
+    request = BenchmarkTask(
+        task="tasks/toy_choice.yaml", limit=3, num_fewshot=1, chat_template=True
+    )
     (task,) = resolve_tasks([request], folder=recipe)
     found = run(plain, [task], batch_size=7, limit=9)["toy_choice"]
     assert (found.n, found.settings["chat_template"], found.settings["num_fewshot"]) == (3, True, 1)

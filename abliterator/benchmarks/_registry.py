@@ -1,4 +1,4 @@
-"""Tasks that lm-eval brings: where their YAML lies, and what groups and tags stand for."""
+"""The tasks that lm-eval brings: where their YAML lies, and which tasks a group or tag names."""
 
 from __future__ import annotations
 
@@ -18,14 +18,27 @@ _NAME = re.compile(
     r"""^["']?(?P<kind>task|group)["']?:[ ]*["']?(?P<name>[\w.-]+)["']?[ ]*(?:\#.*)?$""",
     re.MULTILINE,
 )
-
-
-# What a group says of itself; anything else that it says, it says of its tasks.
+# The settings of a group itself; any other setting is one of its tasks.
 _GROUP_SETTINGS = {"group", "group_alias", "task", "aggregate_metric_list", "metadata", "tag"}
+# Groups of our own, in lm-eval's format.
+_OWN_GROUPS: dict[str, dict[str, Any]] = {
+    # a science, a humanity, a trade and a sum from each end of MMLU's difficulty
+    "mmlu_subset": {
+        "task": [
+            "mmlu_elementary_mathematics",
+            "mmlu_high_school_geography",
+            "mmlu_college_biology",
+            "mmlu_computer_security",
+            "mmlu_philosophy",
+            "mmlu_professional_medicine",
+        ],
+        "aggregate_metric_list": {"metric": "acc"},
+    }
+}
 
 
-class NamedTask(NamedTuple):
-    """A task of lm-eval: the path of its YAML, and what the groups it was asked for in add.
+class RegisteredTask(NamedTuple):
+    """A task of lm-eval: the path of its YAML, and what the groups that name it add.
 
     `overrides` are settings that go before those of the file; `aggregates` are the groups' scores.
     """
@@ -36,71 +49,82 @@ class NamedTask(NamedTuple):
     aggregates: tuple[Aggregate, ...]
 
 
-class _Wider(NamedTuple):
-    """What the groups around a member of a group hand down to it."""
+class _Inherited(NamedTuple):
+    """Overrides and aggregates that the groups around a member pass on to it."""
 
     overrides: Mapping[str, Any] = {}
     aggregates: tuple[Aggregate, ...] = ()
 
 
-def named_tasks(name: str) -> list[NamedTask]:
-    """What a name of lm-eval's stands for: one task, every task of a group, or of a tag.
+def registered_tasks(name: str) -> list[RegisteredTask]:
+    """The tasks of a name: one task, or every task of a group or tag of lm-eval's, or of our own.
 
-    Settings are handed down as by lm-eval's TaskFactory: the wider group's go before those of a
+    Settings are inherited as in lm-eval's TaskFactory: the outer group's go before those of a
     group within it, and those of the line that names a member go before both.
 
     Raises:
         BenchmarkError: for a name that lm-eval does not have, and a group whose settings are code.
     """
-    return _named(name, _Wider())
+    return _tasks_of(name, _Inherited())
 
 
-def _named(name: str, wider: _Wider) -> list[NamedTask]:
+def _tasks_of(name: str, inherited: _Inherited) -> list[RegisteredTask]:
+    if name in _OWN_GROUPS:
+        return _members(name, _OWN_GROUPS[name], inherited)
     kind, path = _index().get(name, ("", Path()))
     if kind == "task":
-        return [NamedTask(name, path, dict(wider.overrides), wider.aggregates)]
+        return [RegisteredTask(name, path, dict(inherited.overrides), inherited.aggregates)]
     if kind == "group":
-        return _members(name, yaml_settings(path), wider)
-    return [task for member in _tagged(name) for task in _named(member, wider)]
+        return _members(name, yaml_settings(path), inherited)
+    return [task for member in _tagged(name) for task in _tasks_of(member, inherited)]
 
 
-def _members(name: str, settings: Mapping[str, Any], wider: _Wider) -> list[NamedTask]:
+def _members(name: str, settings: Mapping[str, Any], inherited: _Inherited) -> list[RegisteredTask]:
     """The tasks of a group, which is in a file of its own or written into another group's."""
-    own = {key: value for key, value in settings.items() if key not in _GROUP_SETTINGS}
-    inner = _Wider({**own, **wider.overrides}, (*wider.aggregates, *_aggregates(name, settings)))
-    _refuse_code(name, inner.overrides)
-    found = []
+    aggregates = (*inherited.aggregates, *_aggregates(name, settings))
+    outer = {**_task_settings(settings), **inherited.overrides}
+    _refuse_code(name, outer)
+    tasks = []
     for member in _listed(settings.get("task")):
         if isinstance(member, str):
-            found += _named(member, inner)
+            tasks += _tasks_of(member, _Inherited(outer, aggregates))
         elif "group" not in member:
-            overrides = {**inner.overrides, **member}
+            overrides = {**outer, **member}
             _refuse_code(name, overrides)
-            found += _named(overrides.pop("task"), inner._replace(overrides=overrides))
+            tasks += _tasks_of(overrides.pop("task"), _Inherited(overrides, aggregates))
         elif member["group"] in _index():
-            said = {key: value for key, value in member.items() if key not in _GROUP_SETTINGS}
-            overrides = {**inner.overrides, **said}
-            found += _named(member["group"], inner._replace(overrides=overrides))
+            overrides = {**outer, **_task_settings(member)}
+            tasks += _tasks_of(member["group"], _Inherited(overrides, aggregates))
         else:
-            found += _members(f"{name}::{member['group']}", member, inner)
-    return found
+            inline = f"{name}::{member['group']}"
+            tasks += _members(inline, member, _Inherited(outer, aggregates))
+    return tasks
+
+
+def _task_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in settings.items() if key not in _GROUP_SETTINGS}
 
 
 def _aggregates(name: str, settings: Mapping[str, Any]) -> list[Aggregate]:
+    """The scores of a group that are means, as lm-eval reads them."""
+    from lm_eval.config.group import AggMetricConfig
+
     entries = [entry for entry in _listed(settings.get("aggregate_metric_list")) if entry]
+    # a score by a function of lm-eval's own is no mean over documents, and cannot be paired
+    means = [entry for entry in entries if entry.get("aggregation", "mean") == "mean"]
     return [
         Aggregate(
             group=name,
-            metric=entry["metric"],
-            filters=tuple(_listed(entry["filter_list"])) if entry.get("filter_list") else None,
-            by_size=bool(entry.get("weight_by_size", True)),
+            metric=config.metric,
+            filters=tuple(config.filter_list) if config.filter_list else None,
+            by_size=bool(config.weight_by_size),
         )
-        for entry in entries
+        for config in (AggMetricConfig(**entry) for entry in means)
     ]
 
 
 def _listed(value: Any) -> list[Any]:
-    """lm-eval takes one thing where it takes a list of them."""
+    """A list; lm-eval accepts one value in place of a list of it."""
     return value if isinstance(value, list) else [] if value is None else [value]
 
 
@@ -119,14 +143,14 @@ def _index() -> dict[str, tuple[str, Path]]:
 
     The names are in the files themselves, so there is no need to parse 14,000 of them.
     """
-    found: dict[str, tuple[str, Path]] = {}
+    index: dict[str, tuple[str, Path]] = {}
     for path in _yaml_files():
         kinds = {m["kind"]: m["name"] for m in _NAME.finditer(path.read_text(encoding="utf-8"))}
         # an old-style task may name its group too
         kind = "task" if "task" in kinds else "group"
         if kind in kinds:
-            found.setdefault(kinds[kind], (kind, path))
-    return found
+            index.setdefault(kinds[kind], (kind, path))
+    return index
 
 
 def _yaml_files() -> Iterator[Path]:
@@ -143,8 +167,7 @@ def _tagged(name: str) -> Sequence[str]:
     manager = _manager()
     entry = manager.task_index.get(name)
     if entry is None or not entry.tags:
-        known = manager.all_tasks
-        close = ", ".join(difflib.get_close_matches(name, known, n=5))
+        close = ", ".join(difflib.get_close_matches(name, manager.all_tasks, n=5))
         raise BenchmarkError(
             f"lm-eval {version('lm_eval')} has no task named {name!r}; close to it are: "
             f"{close or 'none'}. `lm-eval ls tasks` lists all names; a task of your own is given "
@@ -161,7 +184,7 @@ def _manager() -> Any:
 
 
 def yaml_settings(path: Path, *, functions: bool = False) -> dict[str, Any]:
-    """The settings in a task file of lm-eval's with what it includes.
+    """The settings in a task file of lm-eval's with those of the files that it includes.
 
     Where `functions` are not wanted, each is "<folder>/<module>.<function>" and no code is run.
     """

@@ -1,7 +1,7 @@
 """Base and edited, each scored in a process of its own.
 
-So nothing of one side reaches the other, and memory is given back. What a process finished lies in
-a file a task, and is not scored again.
+So nothing of one side reaches the other, and all memory is freed. Finished scores are kept in one
+file a task, and are not computed again.
 """
 
 from __future__ import annotations
@@ -12,13 +12,12 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from abliterator.benchmarks._run import run_tasks, uses_chat
+from abliterator.benchmarks._run import run_tasks
 from abliterator.benchmarks._scores import TaskScores
-from abliterator.benchmarks._settings import Engine, RunSettings
+from abliterator.benchmarks._settings import RunSettings
 from abliterator.benchmarks._tasks import Task
 from abliterator.errors import AbliteratorError, BenchmarkError, FileError
 from abliterator.files import digest_of, read_text, write_text_atomic
@@ -26,21 +25,20 @@ from abliterator.processes import HUB_TOKENS, child_environment, python_command
 from abliterator.record import Side
 
 OUT_OF_MEMORY, NAMED_ERROR = 75, 76  # exit codes of the child
-_LAST_LINES = 5  # of its log, that a message has
+_LAST_LINES = 5  # of its log, shown in a message
 
 Scores = dict[str, TaskScores]
 
 
-class Subject(NamedTuple):
-    """One side: its checkpoint, the digest of its files, and the server that serves it, if any."""
+class ScoredCheckpoint(NamedTuple):
+    """The checkpoint of one side, and the digest of its files."""
 
     folder: Path
     digest: str
-    url: str | None = None
 
 
 def measure_sides(
-    sides: Mapping[Side, Subject],
+    sides: Mapping[Side, ScoredCheckpoint],
     tasks: Sequence[Task],
     settings: RunSettings,
     *,
@@ -51,18 +49,18 @@ def measure_sides(
     """Scores of every side on every task, with one batch size for all of them.
 
     Where a side runs out of memory, the batch size is halved for both: what is compared was
-    computed alike. Where scores that were kept belong to other prompts than those of the other side
-    now, the task is run again on both.
+    computed alike. Where kept scores of one side belong to other prompts than those of the other
+    side, the task is run again on both.
 
     Args:
-        sides: what is compared.
+        sides: the checkpoints that are compared.
         tasks: from `resolve_tasks`.
         settings: how they are run.
-        out: where scores are kept, as SIDE/TASK.json; what is there from the same files, tasks and
-            settings is not run again.
-        on_task: called with side and task when its scores are there.
-        secrets: names of environment variables that the processes must not see. Of what looks like
-            a token or a key they get the Hub's where a task may read a dataset there, and
+        out: folder of the scores, as SIDE/TASK.json; scores of the same files, tasks and settings
+            are not computed again.
+        on_task: called with side and task when its scores are kept.
+        secrets: names of environment variables that the processes must not see. Of those that look
+            like tokens or keys they get the Hub's where a task may read a dataset there, and
             OPENAI_API_KEY where a server is the engine.
 
     Raises:
@@ -73,7 +71,7 @@ def measure_sides(
         return _measure_alike(sides, tasks, settings, out=out, on_task=on_task, secrets=secrets)
 
     scores = measured()
-    stale = _asked_otherwise(scores)
+    stale = _with_other_questions(scores)
     for name in stale:
         for side in sides:
             (out / side / f"{name}.json").unlink()
@@ -81,7 +79,7 @@ def measure_sides(
 
 
 def _measure_alike(
-    sides: Mapping[Side, Subject],
+    sides: Mapping[Side, ScoredCheckpoint],
     tasks: Sequence[Task],
     settings: RunSettings,
     **options: Any,
@@ -90,25 +88,26 @@ def _measure_alike(
     while True:
         try:
             return {
-                side: _measure_side(side, subject, tasks, settings, **options)
-                for side, subject in sides.items()
+                side: _measure_side(side, checkpoint, tasks, settings, **options)
+                for side, checkpoint in sides.items()
             }
         except _OutOfMemory as error:
-            if settings.batch_size == 1:
+            batch_size = settings.section.batch_size
+            if batch_size == 1:
                 raise BenchmarkError(
                     "The benchmarks do not fit in memory, even one request at a time. Use a "
                     "smaller dtype (`--dtype bfloat16`), a larger device, or fewer examples "
                     "(`benchmarks.num_fewshot`)."
                 ) from error
-            settings = replace(settings, batch_size=settings.batch_size // 2)
+            settings = settings.changed(batch_size=batch_size // 2)
 
 
 class StoppedChild(BenchmarkError):
     """A process of lm-eval that ended early, with no error of ours.
 
     Attributes:
-        problem: what happened, with the last lines of the log and without the log's name: for those
-            who do not keep the log.
+        problem: what happened, with the last lines of the log and without the log's name: for
+            callers that do not keep the log.
     """
 
     def __init__(self, folder: str, log: Path) -> None:
@@ -123,21 +122,18 @@ class StoppedChild(BenchmarkError):
         )
 
 
-def _asked_otherwise(scores: Mapping[Side, Scores]) -> list[str]:
-    """The tasks that two sides were not asked alike: data or template were others, earlier."""
+def _with_other_questions(scores: Mapping[Side, Scores]) -> list[str]:
+    """The tasks whose questions differ between sides, as after a change of data or template."""
+
+    def questions(one: TaskScores) -> set[tuple[int, str, str, str]]:
+        return {(s.doc_id, s.doc_hash, s.prompt_hash, s.target_hash) for s in one.scores}
+
     first, *others = scores.values()
     return [
         name
-        for name in first
-        if any(_questions(other[name]) != _questions(first[name]) for other in others)
+        for name, one in first.items()
+        if any(questions(other[name]) != questions(one) for other in others)
     ]
-
-
-def _questions(scores: TaskScores) -> set[tuple[int, str, str, str]]:
-    return {
-        (score.doc_id, score.doc_hash, score.prompt_hash, score.target_hash)
-        for score in scores.scores
-    }
 
 
 class _OutOfMemory(Exception):
@@ -146,7 +142,7 @@ class _OutOfMemory(Exception):
 
 def _measure_side(
     side: Side,
-    subject: Subject,
+    checkpoint: ScoredCheckpoint,
     tasks: Sequence[Task],
     settings: RunSettings,
     *,
@@ -154,9 +150,8 @@ def _measure_side(
     on_task: Callable[[Side, str], None],
     secrets: Collection[str],
 ) -> Scores:
-    settings = replace(settings, engine=replace(settings.engine, url=subject.url))
     folder = out / side
-    keys = {task.name: _key(subject, task, settings) for task in tasks}
+    keys = {task.name: _key(checkpoint, task, settings, side) for task in tasks}
     kept = {name: kept for name, key in keys.items() if (kept := _read(folder, name, key))}
     for name in kept:
         on_task(side, name)
@@ -164,9 +159,10 @@ def _measure_side(
     if missing:
         _run_child(
             {
-                "folder": str(subject.folder),
+                "folder": str(checkpoint.folder),
+                "side": side,
                 "tasks": [task.model_dump(mode="json") for task in missing],
-                "settings": asdict(settings),
+                "settings": settings.model_dump(mode="json"),
                 "keys": keys,
                 "out": str(folder),
                 "secrets": sorted(secrets),
@@ -175,27 +171,31 @@ def _measure_side(
             on_task=lambda name: on_task(side, name),
         )
         for task in missing:
-            found = _read(folder, task.name, keys[task.name])
-            if found is None:
+            scores = _read(folder, task.name, keys[task.name])
+            if scores is None:
                 raise RuntimeError(f"{task.name} was not scored, though its process ended well")
-            kept[task.name] = found
+            kept[task.name] = scores
     return {task.name: kept[task.name] for task in tasks}
 
 
-def _key(subject: Subject, task: Task, settings: RunSettings) -> str:
-    """All that the scores of a task depend on."""
-    if not uses_chat(task, settings):
-        settings = replace(settings, system=None, template_kwargs={})
-    identity = {
-        "checkpoint": subject.digest,
-        "task": task.model_dump(mode="json"),
-        "settings": asdict(settings),
-    }
-    return digest_of(identity, default=str)
+def _key(checkpoint: ScoredCheckpoint, task: Task, settings: RunSettings, side: Side) -> str:
+    """Digest of all that the scores of a task depend on."""
+    settings = settings.of(task)
+    plain = settings.model_dump(
+        mode="json",
+        exclude={
+            "section": {
+                **dict.fromkeys(("preset", "tasks", "revisions"), True),  # of other tasks too
+                "engine": {"base_url", "edited_url"},
+            },
+            **({} if settings.section.chat_template else {"chat": True}),
+        },
+    )
+    return digest_of([checkpoint.digest, task.model_dump(mode="json"), plain, settings.url(side)])
 
 
 def _read(folder: Path, task: str, key: str) -> TaskScores | None:
-    """Scores that were kept under the key, as they were written; else None."""
+    """Scores that were kept under the key and are as they were written; else None."""
     try:
         plain = json.loads(read_text(folder / f"{task}.json"))
         if plain != _sealed(key, plain["scores"]):
@@ -206,7 +206,7 @@ def _read(folder: Path, task: str, key: str) -> TaskScores | None:
 
 
 def _sealed(key: str, scores: Any) -> dict[str, Any]:
-    """Scores with their key and a digest of both, as they are kept."""
+    """Scores with their key and a digest of both, as a file has them."""
     return {"key": key, "sha256": digest_of([key, scores]), "scores": scores}
 
 
@@ -227,20 +227,20 @@ def _run_child(job: Mapping[str, Any], *, log: Path, on_task: Callable[[str], No
         ) as child,
     ):
         try:
-            said = ""
+            message = ""
             for line in child.stdout or ():
-                said = line.strip()
-                if said.startswith("done "):
-                    on_task(said.removeprefix("done "))
+                message = line.strip()
+                if message.startswith("done "):
+                    on_task(message.removeprefix("done "))
         except BaseException:
             child.kill()
             raise
     job_file.unlink()
-    # The kernel ends whoever takes the machine's last memory with SIGKILL.
+    # the kernel ends a process that takes the last memory with SIGKILL
     if child.returncode in (OUT_OF_MEMORY, -signal.SIGKILL):
         raise _OutOfMemory
     if child.returncode == NAMED_ERROR:
-        raise BenchmarkError(json.loads(said.removeprefix("error ")))
+        raise BenchmarkError(json.loads(message.removeprefix("error ")))
     if child.returncode != 0:
         raise StoppedChild(str(job["folder"]), log)
 
@@ -249,19 +249,21 @@ def _environment(job: Mapping[str, Any]) -> dict[str, str]:
     """The child's environment: of all secrets those that its tasks and its engine need."""
     from_hub = any(task["dataset"] or task["spec"]["path"] for task in job["tasks"])
     keep = HUB_TOKENS if from_hub else frozenset()
-    if job["settings"]["engine"]["kind"] == "server":
+    if job["settings"]["section"]["engine"]["kind"] == "server":
         keep |= {"OPENAI_API_KEY"}
     return child_environment(keep=keep, drop=job["secrets"])
 
 
 def main(job_file: Path) -> int:
-    """The child: scores one checkpoint as the job file says, a line on stdout for each task."""
+    """The child process: scores one checkpoint as the job file says.
+
+    Prints a line for each task that is done, and returns the exit code.
+    """
     from abliterator.model import is_out_of_memory
 
     job = json.loads(job_file.read_text(encoding="utf-8"))
-    settings = RunSettings(**{**job["settings"], "engine": Engine(**job["settings"]["engine"])})
     out = Path(job["out"])
-    # lm-eval's own output is kept away
+    # messages to the parent have a stream of their own, without lm-eval's output
     to_parent = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8")
 
     def keep(scores: TaskScores) -> None:
@@ -273,7 +275,8 @@ def main(job_file: Path) -> int:
         run_tasks(
             Path(job["folder"]),
             [Task.model_validate(task) for task in job["tasks"]],
-            settings,
+            RunSettings.model_validate(job["settings"]),
+            side=job["side"],
             on_task=keep,
         )
     except AbliteratorError as error:

@@ -1,7 +1,7 @@
 """Which of the written pairs are new, and alike in length; no model is asked for that.
 
-Near duplicates share many letter trigrams (Jaccard index of their sets): words that are bent or
-swapped still share most of theirs.
+Near duplicates share many letter trigrams (Jaccard index of their sets): words that are inflected
+or swapped still share most of theirs.
 """
 
 from __future__ import annotations
@@ -13,31 +13,37 @@ from abliterator.pairs._questions import Candidate
 from abliterator.prompts import comparison_key, similarity, trigrams
 
 
-class Ruler(NamedTuple):
-    """How requests are measured, and the name of the unit, as the file gives it."""
+class Length(NamedTuple):
+    """How the length of a request is measured, and the name of the unit, as the file gives it."""
 
     unit: str
-    length: Callable[[str], int]
+    of: Callable[[str], int]
 
 
-WORDS = Ruler("words", lambda text: len(text.split()))
+WORDS = Length("words", lambda text: len(text.split()))
 
 
-class Sieve:
-    """Lets a pair through if it is unlike all that were let through before."""
+class PairFilter:
+    """Accepts a pair of like lengths that is unlike all that were accepted before.
 
-    def __init__(self, ruler: Ruler, *, length_gap: int, near_duplicate: float) -> None:
-        self._ruler = ruler
+    Args:
+        length: how the lengths of the two requests are measured.
+        length_gap: by how many units they may differ.
+        near_duplicate: Jaccard index of trigrams from which on two requests are duplicates.
+    """
+
+    def __init__(self, length: Length, *, length_gap: int, near_duplicate: float) -> None:
+        self._length = length
         self._length_gap = length_gap
         self._near_duplicate = near_duplicate
         self._exact: set[str] = set()
         self._trigrams: tuple[list[frozenset[str]], ...] = ([], [])  # by side
 
-    def objection(self, candidate: Candidate) -> str | None:
-        """Why a pair is dropped; None lets it through, and it is remembered."""
+    def rejection_reason(self, candidate: Candidate) -> str | None:
+        """Why a pair is rejected; None accepts it, and later pairs are compared with it."""
         texts = [comparison_key(text) for text in candidate]
         grams = [trigrams(text) for text in texts]
-        lengths = [self._ruler.length(text) for text in candidate]
+        lengths = [self._length.of(text) for text in candidate]
         if texts[0] == texts[1]:
             return "the two sides are the same"
         if abs(lengths[0] - lengths[1]) > self._length_gap:
