@@ -38,7 +38,7 @@ __all__ = [
     "resolve_folder",
 ]
 
-_ROOM = {
+_PACKAGE = {
     "AbliteratorError": "errors",
     "Recipe": "recipe",
     "RunRecord": "record",
@@ -56,9 +56,9 @@ _ROOM = {
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _ROOM:
+    if name not in _PACKAGE:
         raise AttributeError(f"module 'abliterator' has no attribute {name!r}")
-    return getattr(import_module(f"abliterator.{_ROOM[name]}"), name)
+    return getattr(import_module(f"abliterator.{_PACKAGE[name]}"), name)
 
 
 def __dir__() -> list[str]:

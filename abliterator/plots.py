@@ -1,6 +1,6 @@
 """Pictures of a selection, as PNG files that no eye needs to tell red from green for.
 
-The room gets numbers and draws them; it does not know what was chosen or why. It needs the extra
+Numbers come in, pictures go out; nothing is known of what was chosen or why. Needs the extra
 `plots` (matplotlib), which is imported when something is drawn.
 
     draw_cosines(Path("cosines.png"), cosines, layers)

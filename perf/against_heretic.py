@@ -36,14 +36,15 @@ from pathlib import Path
 from statistics import mean
 from typing import TYPE_CHECKING, NamedTuple
 
-from abliterator.divergence import first_token_logprobs, kl_divergence
-
 from abliterator import pipeline
 from abliterator.bake import bake
+from abliterator.engines import AnswerPath, TransformersEngine
+from abliterator.evaluation import kl_divergence
 from abliterator.judge import RuleJudge
 from abliterator.model import load_model, render_chat
 from abliterator.recipe import load_recipe
-from abliterator.tuning import Point, prefer
+from abliterator.record import Tuning
+from abliterator.tuning import prefer
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -164,30 +165,34 @@ def tuned(model: Path, out: Path, overrides: Sequence[str]) -> tuple[Cost, int]:
     pipeline.run_stages(recipe, out / "ours", until="tuning")
     cost = f"{time.perf_counter() - wall:.1f} {time.process_time() - cpu:.1f}"
     work = out / "ours" / "work"
-    found = json.loads((work / "tuning.json").read_text("utf-8"))
+    found = Tuning.model_validate_json((work / "tuning.json").read_text("utf-8"))
     bases = load_file(work / "tuning.safetensors")["bases"]
     plan = pipeline.plan_recipe(recipe, out)
-    for i, strengths in enumerate(found["strengths"]):
+    for i, strengths in enumerate(found.strengths):
         folder = out / "points" / str(i)
         if not folder.is_dir():
             bake(plan.checkpoint, plan.edits.with_strengths(strengths), bases[i], folder)
     timing = out / "ours.seconds"
     if not timing.is_file():
         timing.write_text(cost)
-    points = [Point.model_validate(point) for point in found["points"]]
     wanted, max_kl = recipe.tuning, recipe.selection.max_kl
-    chosen = prefer(points, wanted.prefer, wanted.at_most, max_kl=max_kl)
+    chosen = prefer(found.trials, wanted.prefer, wanted.at_most, max_kl=max_kl)
     return Cost(*map(float, timing.read_text("utf-8").split())), chosen
 
 
 def in_float32(base: Path, edited: Sequence[Path]) -> list[float]:
     """Mean first-token KL of each edited folder from the base on the neutral evaluation prompts."""
+    import torch
+
     prompts = [json.loads(line)["prompt"] for line in _lines("ordinary")]
 
     def logprobs(folder: Path) -> Tensor:
         loaded = load_model(folder, device="cpu", dtype="float32")
         token_ids = [render_chat(loaded.tokenizer, prompt, system=SYSTEM) for prompt in prompts]
-        return first_token_logprobs(loaded, token_ids, max_batch_tokens=4096)
+        paths = [AnswerPath(tuple(ids), 1) for ids in token_ids]
+        rows = dict(TransformersEngine(loaded).logits(paths, max_batch_tokens=4096))
+        first = torch.stack([rows[i][-1] for i in range(len(paths))])
+        return first.float().log_softmax(dim=1)
 
     before = logprobs(base)
     return [float(kl_divergence(before, logprobs(folder)).mean()) for folder in edited]

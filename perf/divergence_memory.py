@@ -15,10 +15,9 @@ import sys
 import tempfile
 from pathlib import Path
 
-from abliterator.divergence import neutral_text
-
-from abliterator.comparison import DivergenceSettings, measure_divergence
-from abliterator.model import LoadedModel, load_model, release_memory, render_chat
+from abliterator.engines import Engine, TransformersEngine
+from abliterator.evaluation import DivergenceSettings, measure_divergence, neutral_text
+from abliterator.model import load_model, release_memory, render_chat
 
 
 def sentences(count: int) -> list[str]:
@@ -34,17 +33,18 @@ def load_alone(folder: Path) -> None:
 
 def diverge(folder: Path, count: int) -> None:
     """The whole measurement, the model against itself."""
-    held: dict[str, LoadedModel] = {}
+    held: dict[str, Engine] = {}
 
-    def load(side: str) -> LoadedModel:
+    def load(side: str) -> Engine:
         if side not in held:  # asked for again: the same one, as in the pipeline
             held.clear()
             release_memory()
-            held[side] = load_model(folder, device="cpu", dtype="float32")
+            loaded = load_model(folder, device="cpu", dtype="float32")
+            held[side] = TransformersEngine(loaded)
         return held[side]
 
-    def render(loaded: LoadedModel) -> list[list[int]]:
-        return [render_chat(loaded.tokenizer, prompt) for prompt in sentences(count)]
+    def render(engine: Engine) -> list[list[int]]:
+        return [render_chat(engine.tokenizer, prompt) for prompt in sentences(count)]
 
     with tempfile.TemporaryDirectory(dir=".") as scratch:
         found = measure_divergence(

@@ -29,21 +29,21 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from abliterator.divergence import first_token_logprobs, kl_divergence
-from abliterator.generation import generate, stop_ids
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from abliterator.anatomy import anatomy_of
-from abliterator.bake import EditPlan, bake, plan_edits, preview_edit
+from abliterator.bake import EditPlan, bake, plan_edits
 from abliterator.bake._stored import edit_stored
 from abliterator.bake._write import removal_of
 from abliterator.checkpoint import Checkpoint
 from abliterator.directions import load_subspace
+from abliterator.engines import AnswerPath, TransformersEngine, WriterEdit
+from abliterator.evaluation import kl_divergence
 from abliterator.formats import mxfp4_numbers, mxfp4_scales, storage_of
 from abliterator.formats._layout import Mxfp4Layout
 from abliterator.judge import RuleJudge
-from abliterator.model import LoadedModel, load_model, render_chat
+from abliterator.model import load_model, render_chat
 from abliterator.pipeline._plan import edit_settings
 from abliterator.recipe import Edit, load_recipe
 from abliterator.statistics import Interval, mean_interval, rate_interval
@@ -70,7 +70,7 @@ class Asked:
     """The prompts, and one model in memory whose weights are replaced."""
 
     def __init__(self, model: Path, n: int) -> None:
-        self.loaded: LoadedModel = load_model(model, device="cpu", dtype="float32")
+        self.engine = TransformersEngine(load_model(model, device="cpu", dtype="float32"))
         folder = ROOT / "recipes" / "smollm2"
         self._requests, self._ordinary = (
             [json.loads(line)["prompt"] for line in (folder / f"{name}.jsonl").open()][:n]
@@ -80,32 +80,28 @@ class Asked:
 
     def ask(self, weights: dict[str, Tensor]) -> Said:
         """Answers with these weights, by name, in place of the model's."""
-        parameters = dict(self.loaded.model.named_parameters())
+        parameters = dict(self.engine.loaded.model.named_parameters())
         for name, weight in weights.items():
             parameters[name].data.copy_(weight)
         return self.again()
 
     def again(self) -> Said:
         """Answers with what is in memory, and the hooks that are on it."""
-        loaded = self.loaded
-        answers = generate(
-            loaded,
-            self._ids(self._requests),
-            max_new_tokens=TOKENS,
-            batch_size=24,
-            stop_ids=stop_ids(loaded),
+        answers = self.engine.answers(
+            self._ids(self._requests), max_new_tokens=TOKENS, batch_size=24
         )
         judge = RuleJudge()
         judged = [
             judge.judge(prompt, answer.text, finish_reason=answer.finish_reason)
             for prompt, answer in zip(self._requests, answers, strict=True)
         ]
-        ids = self._ids(self._ordinary)
-        logprobs = first_token_logprobs(loaded, ids, max_batch_tokens=1024)
-        return Said([bool(said.refused) for said in judged], logprobs)
+        paths = [AnswerPath(tuple(ids), 1) for ids in self._ids(self._ordinary)]
+        logits = dict(self.engine.logits(paths, max_batch_tokens=1024))
+        rows = torch.cat([logits[index] for index in range(len(paths))])
+        return Said([bool(said.refused) for said in judged], rows.float().log_softmax(dim=1))
 
     def _ids(self, prompts: Sequence[str]) -> list[list[int]]:
-        return [render_chat(self.loaded.tokenizer, prompt) for prompt in prompts]
+        return [render_chat(self.engine.tokenizer, prompt) for prompt in prompts]
 
 
 def stored(model: Path, name: str, folder: Path) -> None:
@@ -199,7 +195,7 @@ def compare(asked: Asked, model: Path, name: str, basis: Tensor, edit: Edit) -> 
         plan = plan_edits(checkpoint, anatomy, edit_settings(edit, anatomy.n_layers))
         size = checkpoint.total_bytes - saved
         base = asked.ask(weights_of(folder))
-        with preview_edit(asked.loaded, plan, basis):
+        with asked.engine.edited(WriterEdit(plan, basis)):
             exact = asked.again()
         row(name, "base", base, asked.original, exact, size / 1e6)
         row(name, "exact edit", exact, base, exact, size / 1e6)

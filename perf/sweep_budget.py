@@ -19,18 +19,20 @@ from tempfile import TemporaryDirectory
 from time import perf_counter
 from typing import NamedTuple
 
-from abliterator.generation import generate, stop_ids
-
 from abliterator.bake import bake
 from abliterator.directions import Place
+from abliterator.engines import TransformersEngine
+from abliterator.evaluation import EvaluationContext
 from abliterator.model import load_model
 from abliterator.pipeline import Options, Silent, plan_recipe, recipe_of, run_stages
 from abliterator.pipeline._run import Run
 from abliterator.pipeline._workspace import Workspace
-from abliterator.pipeline.stages.selection import pool_of, subject_of
+from abliterator.pipeline.stages.selection import context_of, pool_of
 from abliterator.recipe import load_recipe
 from abliterator.record import Estimate
-from abliterator.selection import Gates, Pool, Search, Subject, choose, judge_edits
+from abliterator.selection import Gates, Pool, Search, choose, judge_edits
+from abliterator.selection._race import place_of
+from abliterator.statistics import mean_interval
 
 OPEN = Gates(max_kl=float("inf"), min_induce=float("-inf"))
 
@@ -43,16 +45,16 @@ class Exhausted(NamedTuple):
     seconds: float
 
 
-def exhausted(subject: Subject, pool: Pool) -> Exhausted:
+def exhausted(context: EvaluationContext, pool: Pool) -> Exhausted:
     """Every candidate judged on every held-out prompt."""
     started = perf_counter()
-    judged = judge_edits(subject, [pool.stack([place], 1).basis for place in pool.places])
-    products = {
-        place: one.summary.product
-        for place, one in zip(pool.places, judged, strict=True)
-        if one.summary.product is not None
-    }
-    tokens = sum(one.summary.tokens for one in judged)
+    judged = judge_edits(context, [pool.stack([place], 1).basis for place in pool.places])
+    products = {}
+    for place, one in zip(pool.places, judged, strict=True):
+        scored = [product for product in one.products if product is not None]
+        if (mean := Estimate.of(mean_interval(scored))) is not None:
+            products[place] = mean
+    tokens = sum(one.tokens for one in judged)
     return Exhausted(products, tokens, perf_counter() - started)
 
 
@@ -61,7 +63,7 @@ def note(started: float, what: str) -> None:
     print(f"{perf_counter() - started:7.1f} s  {what}", file=sys.stderr, flush=True)
 
 
-def reloaded(run: Run, subject: Subject, pool: Pool) -> float:
+def reloaded(run: Run, context: EvaluationContext, pool: Pool) -> float:
     """Seconds of the loop that bakes, loads and asks one candidate after the other."""
     started = perf_counter()
     for place in pool.places:
@@ -69,13 +71,12 @@ def reloaded(run: Run, subject: Subject, pool: Pool) -> float:
             out = Path(folder) / "checkpoint"
             basis = pool.stack([place], 1).basis
             bake(run.plan.checkpoint, run.plan.edits, basis, out)
-            loaded = load_model(out, device=run.device, dtype=run.dtype)
-            generate(
-                loaded,
-                subject.held_out.token_ids,
-                max_new_tokens=subject.max_new_tokens,
-                batch_size=subject.batch_size,
-                stop_ids=stop_ids(subject.loaded),
+            engine = TransformersEngine(load_model(out, device=run.device, dtype=run.dtype))
+            engine.answers(
+                context.target.token_ids,
+                max_new_tokens=context.max_new_tokens,
+                batch_size=context.batch_size,
+                stop_ids=context.engine.stop_ids,
             )
         note(started, f"layer {place} baked, loaded and asked")
     return perf_counter() - started
@@ -100,26 +101,32 @@ def main() -> None:
 
 def compare(run: Run, *, every: int, reload: bool) -> None:
     """The comparison, on stdout."""
-    subject, whole = subject_of(run, run.loaded(run.plan.source.folder)), pool_of(run)
+    (context, scoring), whole = context_of(run), pool_of(run)
     pool = replace(whole, places=list(whole.places)[::every])
     settings, started = run.recipe.selection, perf_counter()
     search = Search(
         gates=OPEN, survivors=settings.survivors, schedule=settings.schedule, seed=run.recipe.seed
     )
     found = choose(
-        subject, pool, sweep=True, k=1, search=search, on_step=lambda what: note(started, what)
+        context,
+        scoring,
+        pool,
+        sweep=True,
+        k=1,
+        search=search,
+        on_step=lambda what: note(started, what),
     )
     seconds = perf_counter() - started
-    full = exhausted(subject, pool)
+    full = exhausted(context, pool)
     print("layer    bypass      KL  induce  product of all, n   rungs")
-    for c in sorted(found.candidates, key=lambda c: c.place):
+    for c in sorted(found.candidates, key=place_of):
         rungs = " ".join(f"{r.prompts}:{r.product.value:.3f}" for r in c.rungs if r.product)
-        product = full.products[c.place]
+        product = full.products[place_of(c)]
         told = f"{product.value:.3f}, {product.n}"
-        print(f"{c.place!s:7}{c.bypass:8.2f}{c.kl:8.3f}{c.induce:8.2f}  {told:18}{rungs}")
+        print(f"{place_of(c)!s:7}{c.bypass:8.2f}{c.kl:8.3f}{c.induce:8.2f}  {told:18}{rungs}")
     best = max(full.products, key=lambda place: full.products[place].value)
     taken, tokens = (
-        found.candidates[0].place,
+        place_of(found.candidates[0]),
         sum(c.answers.tokens for c in found.candidates if c.answers),
     )
     high, reached = (full.products[place].value for place in (best, taken))
@@ -130,7 +137,7 @@ def compare(run: Run, *, every: int, reload: bool) -> None:
         f"base and all cheap scores"
     )
     if reload:
-        print(f"reload:     {reloaded(run, subject, pool):.0f} s for answers alone")
+        print(f"reload:     {reloaded(run, context, pool):.0f} s for answers alone")
 
 
 if __name__ == "__main__":

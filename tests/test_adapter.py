@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from abliterator.generation import generate, stop_ids
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
@@ -14,6 +13,7 @@ from abliterator.anatomy import anatomy_of
 from abliterator.bake import EditSettings, bake, plan_edits, require_adapter_form, write_adapter
 from abliterator.checkpoint import Checkpoint
 from abliterator.directions import load_subspace
+from abliterator.engines import TransformersEngine
 from abliterator.errors import RecipeError, UnsupportedModel
 from abliterator.model import load_model, render_chat
 from abliterator.pipeline import Options
@@ -175,11 +175,12 @@ def test_the_demo_answers_alike_with_the_adapter(tmp_path):
         for line in (ROOT / "recipes" / "demo" / f"{name}.jsonl").read_text().splitlines()[:16]
     ]
     ids = [render_chat(base.tokenizer, json.loads(line)["prompt"]) for line in lines]
-    settings = {"max_new_tokens": 32, "batch_size": 32, "stop_ids": stop_ids(base)}
-    plain = [answer.text for answer in generate(base, ids, **settings)]
-    written = [answer.text for answer in generate(baked, ids, **settings)]
+    engine = TransformersEngine(base)
+    settings = {"max_new_tokens": 32, "batch_size": 32, "stop_ids": engine.stop_ids}
+    plain = [answer.text for answer in engine.answers(ids, **settings)]
+    written = [answer.text for answer in TransformersEngine(baked).answers(ids, **settings)]
     PeftModel.from_pretrained(base.model, out / "adapter").merge_and_unload()  # in place
-    adapted = [answer.text for answer in generate(base, ids, **settings)]
+    adapted = [answer.text for answer in engine.answers(ids, **settings)]
     assert len(ids) == 32
     assert adapted == written
     assert plain != written

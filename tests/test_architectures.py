@@ -30,6 +30,7 @@ from abliterator.anatomy import anatomy_of, known_model_types, refused_model_typ
 from abliterator.bake import EditSettings, bake, plan_edits, preview_edit
 from abliterator.capture import capture
 from abliterator.checkpoint import Checkpoint
+from abliterator.engines import TransformersEngine
 from abliterator.errors import UnsupportedModel
 from abliterator.model import LoadedModel, block_paths, hooked
 from abliterator.subspace import orthonormal_basis
@@ -125,7 +126,9 @@ def test_the_stream_is_captured(name, folder):
     anatomy = anatomy_of(checkpoint.config)
     paths = block_paths(anatomy.blocks, anatomy.n_layers)
     model = vanilla(folder)
-    found = capture(LoadedModel(model, None, folder, "cpu"), tokens().tolist(), blocks=paths)
+    engine = TransformersEngine(LoadedModel(model, None, folder, "cpu"))
+    assert engine.blocks == paths
+    found = capture(engine, tokens().tolist())
     after = {}
     keep = {path: partial(after.__setitem__, path) for path in paths}
     with torch.inference_mode(), hooked(model, keep):

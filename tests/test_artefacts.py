@@ -344,7 +344,7 @@ def test_a_full_disk_is_named_and_the_run_goes_on(project, tmp_path, monkeypatch
 def test_a_full_disk_under_the_bases_logits(project, tmp_path, monkeypatch):
     import errno
 
-    from abliterator.divergence import _paths
+    from abliterator.evaluation import _paths
 
     class Full:
         def __init__(self, stream):

@@ -9,11 +9,10 @@ import pytest
 import torch
 
 from abliterator.capture import capture, load_moments, save_moments
+from abliterator.engines import TransformersEngine
 from abliterator.errors import DirectionError
 from abliterator.model import block_paths
 from tests.tiny import D_MODEL, N_LAYERS, VOCABULARY
-
-BLOCKS = block_paths("model.layers", N_LAYERS)
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +42,7 @@ def worst_cosine_gap(a, b):
 def test_rows_are_the_outputs_of_blocks(tiny_loaded, prompts, family):
     loaded = tiny_loaded(family)
     for ids in prompts[:3]:
-        moments = capture(loaded, [ids], blocks=BLOCKS)
+        moments = capture(TransformersEngine(loaded), [ids])
         expected = one_by_one(loaded, [ids])[0]
         assert torch.equal(moments.mean[:-1], expected[1:-1])
         # The last row is taken before the final norm, where transformers' is after it.
@@ -54,7 +53,7 @@ def test_rows_are_the_outputs_of_blocks(tiny_loaded, prompts, family):
 
 def test_mean_and_spread(tiny_loaded, prompts):
     loaded = tiny_loaded("llama")
-    moments = capture(loaded, prompts, blocks=BLOCKS, max_batch_tokens=50)
+    moments = capture(TransformersEngine(loaded), prompts, max_batch_tokens=50)
     rows = one_by_one(loaded, prompts)[:, 1:-1]
     assert moments.n == len(prompts)
     assert moments.mean.shape == moments.m2.shape == (N_LAYERS, D_MODEL)
@@ -73,7 +72,8 @@ def test_a_batch_is_its_prompts_one_by_one(tiny_loaded, prompts, family, max_bat
 
     def direction(**options):
         target, contrast = (
-            capture(loaded, half, blocks=BLOCKS, **options) for half in (prompts[:20], prompts[20:])
+            capture(TransformersEngine(loaded), half, **options)
+            for half in (prompts[:20], prompts[20:])
         )
         return target.mean - contrast.mean
 
@@ -85,46 +85,47 @@ def test_a_batch_is_its_prompts_one_by_one(tiny_loaded, prompts, family, max_bat
 
 def test_the_order_of_prompts_changes_rounding_only(tiny_loaded, prompts):
     loaded = tiny_loaded("llama")
-    forward = capture(loaded, prompts, blocks=BLOCKS)
-    backward = capture(loaded, prompts[::-1], blocks=BLOCKS)
+    forward = capture(TransformersEngine(loaded), prompts)
+    backward = capture(TransformersEngine(loaded), prompts[::-1])
     torch.testing.assert_close(forward.mean, backward.mean, rtol=0, atol=1e-6)
-    assert torch.equal(capture(loaded, prompts, blocks=BLOCKS).mean, forward.mean)
+    assert torch.equal(capture(TransformersEngine(loaded), prompts).mean, forward.mean)
 
 
 @pytest.mark.parametrize("padding", ["none", "left"])
 def test_position_counts_from_the_end_of_each_prompt(tiny_loaded, prompts, padding):
     loaded = tiny_loaded("llama")
-    moments = capture(loaded, prompts, blocks=BLOCKS, position=-3, padding=padding)
+    moments = capture(TransformersEngine(loaded), prompts, position=-3, padding=padding)
     expected = one_by_one(loaded, prompts, position=-3)[:, 1:-1].mean(0)
     torch.testing.assert_close(moments.mean[:-1], expected, rtol=1e-5, atol=1e-6)
-    last = capture(loaded, prompts, blocks=BLOCKS)
+    last = capture(TransformersEngine(loaded), prompts)
     assert worst_cosine_gap(moments.mean, last.mean) > 1e-3
 
 
 def test_remote_code_with_blocks_that_return_tuples(tiny_loaded, prompts):
     loaded = tiny_loaded("qwen")
-    blocks = block_paths("transformer.h", N_LAYERS)
-    moments = capture(loaded, prompts, blocks=blocks)
-    padded = capture(loaded, prompts, blocks=blocks, padding="left", max_batch_tokens=60)
+    engine = TransformersEngine(loaded)
+    assert engine.blocks == block_paths("transformer.h", N_LAYERS)
+    moments = capture(engine, prompts)
+    padded = capture(engine, prompts, padding="left", max_batch_tokens=60)
     assert worst_cosine_gap(moments.mean, padded.mean) < 1e-9
     model = loaded.model.transformer
     alone = torch.tensor([prompts[0]])
     mask = torch.ones(alone.shape[1], alone.shape[1], dtype=torch.bool).tril()[None, None]
     with torch.inference_mode():
         expected = model.h[0](model.wte(alone), mask, None)[0][0, -1].double()
-    torch.testing.assert_close(capture(loaded, prompts[:1], blocks=blocks).mean[0], expected)
+    torch.testing.assert_close(capture(engine, prompts[:1]).mean[0], expected)
 
 
 def test_progress_adds_up(tiny_loaded, prompts):
     done = []
-    capture(tiny_loaded("llama"), prompts, blocks=BLOCKS, on_batch=done.append)
+    capture(TransformersEngine(tiny_loaded("llama")), prompts, on_batch=done.append)
     assert len(done) > 1
     assert sum(done) == len(prompts)
 
 
 def test_moments_come_back_from_disk_bit_for_bit(tiny_loaded, prompts, tmp_path):
     sets = {
-        name: capture(tiny_loaded("llama"), some, blocks=BLOCKS)
+        name: capture(TransformersEngine(tiny_loaded("llama")), some)
         for name, some in {"target": prompts[:9], "contrast.2": prompts[9:]}.items()
     }
     save_moments(tmp_path / "moments.safetensors", sets)
@@ -143,7 +144,7 @@ def test_no_hook_stays(tiny_loaded, prompts):
         return sum(len(module._forward_hooks) for module in loaded.model.modules())
 
     before = n_hooks()
-    capture(loaded, prompts[:2], blocks=BLOCKS)
+    capture(TransformersEngine(loaded), prompts[:2])
     assert n_hooks() == before
 
 
@@ -152,15 +153,15 @@ def test_nan_names_the_layer(tiny_loaded, prompts):
     damaged = copy.deepcopy(loaded.model)
     damaged.model.layers[1].mlp.down_proj.weight.data[0, 0] = float("nan")
     with pytest.raises(DirectionError, match="layer 2"):
-        capture(dataclasses.replace(loaded, model=damaged), prompts, blocks=BLOCKS)
+        capture(TransformersEngine(dataclasses.replace(loaded, model=damaged)), prompts)
 
 
 def test_no_prompts(tiny_loaded):
     with pytest.raises(DirectionError, match="no prompts"):
-        capture(tiny_loaded("llama"), [], blocks=BLOCKS)
+        capture(TransformersEngine(tiny_loaded("llama")), [])
 
 
 @pytest.mark.parametrize("position", [-4, 0, 2])
 def test_positions_that_are_not_there(tiny_loaded, position):
     with pytest.raises(DirectionError, match=f"{position}"):
-        capture(tiny_loaded("llama"), [[5, 6, 7]], blocks=BLOCKS, position=position)
+        capture(TransformersEngine(tiny_loaded("llama")), [[5, 6, 7]], position=position)

@@ -9,12 +9,12 @@ import sys
 from pathlib import Path
 
 import pytest
-from abliterator.generation import generate, stream
 from click.testing import CliRunner
 
 from abliterator import pipeline
 from abliterator.cli import main
 from abliterator.cli._chat import converse
+from abliterator.engines import TransformersEngine
 from abliterator.errors import OutputError, RecipeError
 from abliterator.model import render_chat
 from abliterator.recipe import load_recipe
@@ -52,15 +52,18 @@ def heard(session, side, prompt, before=()):
     return "".join(pieces)
 
 
-def test_a_stream_is_the_answer_in_pieces(tiny_loaded):
+def test_a_stream_is_the_answer_in_pieces(tiny_loaded, monkeypatch):
     loaded = tiny_loaded()
-    ids = render_chat(loaded.tokenizer, "Where is the town?")
-    (answer,) = generate(loaded, [ids], max_new_tokens=24, batch_size=1, stop_ids=(2,))
+    engine = TransformersEngine(loaded)
+    ids = render_chat(engine.tokenizer, "Where is the town?")
+    (answer,) = engine.answers([ids], max_new_tokens=24, batch_size=1, stop_ids=(2,))
     end = answer.token_ids[7]  # any token can be one that ends
-    for stop in ((2,), (end,)):
-        (answer,) = generate(loaded, [ids], max_new_tokens=24, batch_size=1, stop_ids=stop)
+    for stop in (2, end):
+        monkeypatch.setattr(loaded.model.generation_config, "eos_token_id", stop)
+        assert engine.stop_ids == tuple(sorted({2, stop}))
+        (answer,) = engine.answers([ids], max_new_tokens=24, batch_size=1, stop_ids=(stop,))
         pieces = []
-        stream(loaded, ids, max_new_tokens=24, stop_ids=stop, on_text=pieces.append)
+        engine.stream(ids, max_new_tokens=24, on_text=pieces.append)
         assert "".join(pieces) == answer.text
         assert len(pieces) > 1
 

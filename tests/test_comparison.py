@@ -8,15 +8,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from abliterator.comparison._divergence import DivergenceSettings
 from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 
 from abliterator import pipeline
 from abliterator.checkpoint import Checkpoint
 from abliterator.cli import main
-from abliterator.comparison import CompareSettings, Comparison, compare, diff_weights, to_markdown
+from abliterator.comparison import CompareSettings, compare, diff_weights, to_markdown
+from abliterator.evaluation import DivergenceSettings
 from abliterator.recipe import Edit
+from abliterator.record import Comparison
 from tests.judge_server import JudgeServer, verdict
 from tests.tiny import D_MODEL
 

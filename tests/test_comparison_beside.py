@@ -18,14 +18,14 @@ from abliterator.checkpoint import Checkpoint
 from abliterator.cli import main
 from abliterator.comparison import (
     CompareSettings,
-    Comparison,
-    DivergenceSettings,
     compare,
     diff_weights,
     to_markdown,
 )
+from abliterator.evaluation import DivergenceSettings
 from abliterator.prompts import load_prompts
 from abliterator.recipe import Benchmarks, Source
+from abliterator.record import Comparison
 from abliterator.source import resolve_folder
 from tests.test_comparison import baked
 

@@ -7,8 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from abliterator.divergence import first_token_logprobs
-from abliterator.generation import generate
 from click.testing import CliRunner
 from safetensors.torch import load_file
 
@@ -18,11 +16,12 @@ from abliterator.benchmarks import RunSettings
 from abliterator.benchmarks._settings import open_model
 from abliterator.capture import capture
 from abliterator.cli import main
-from abliterator.comparison import Comparison
+from abliterator.engines import TransformersEngine
 from abliterator.errors import GenerationError
-from abliterator.model import block_paths, load_model, run_batches
+from abliterator.model import load_model, run_batches
 from abliterator.pipeline import Options
 from abliterator.recipe import load_recipe
+from abliterator.record import Comparison
 from abliterator.subspace import random_basis
 from tests import tiny
 from tests.quantised import D_MODEL, save_quantised
@@ -35,6 +34,7 @@ from tests.selection.test_rows import (
     assert_same,
     scores,
 )
+from tests.test_divergence import first_token_logprobs
 from tests.test_quantised import planned
 
 pytestmark = [
@@ -56,9 +56,9 @@ def test_captured_means_answers_and_distributions(family, tiny_loaded):
     gpu = on_gpu(cpu)
     found = []
     for loaded in (cpu, gpu):
-        blocks = block_paths("model.layers", loaded.model.config.num_hidden_layers)
-        answers = generate(loaded, PROMPTS, max_new_tokens=6, batch_size=3, stop_ids=())
-        captured = capture(loaded, PROMPTS, blocks=blocks, max_batch_tokens=32)
+        engine = TransformersEngine(loaded)
+        answers = engine.answers(PROMPTS, max_new_tokens=6, batch_size=3, stop_ids=())
+        captured = capture(engine, PROMPTS, max_batch_tokens=32)
         logprobs = first_token_logprobs(loaded, PROMPTS, max_batch_tokens=32)
         found.append((captured.mean, logprobs, [answer.token_ids for answer in answers]))
     (mean, logprobs, ids), (mean_gpu, logprobs_gpu, ids_gpu) = found
@@ -70,7 +70,7 @@ def test_captured_means_answers_and_distributions(family, tiny_loaded):
 @pytest.mark.parametrize("name", SHARE + WHOLE)
 def test_scores_of_edits_by_rows(name, tiny_loaded, tmp_path):
     cpu = architecture(name, tiny_loaded, tmp_path)
-    gpu = replace(cpu, loaded=on_gpu(cpu.loaded))
+    gpu = replace(cpu, engine=TransformersEngine(on_gpu(cpu.engine.loaded)))
     odds, along, texts = scores(gpu, BASES)
     assert_same((odds, [each.cpu() for each in along], texts), scores(cpu, BASES))
 
@@ -156,12 +156,15 @@ def test_two_models_are_compared(tmp_path):
     pipeline.run_stages(load_recipe(DEMO), tmp_path, until="bake", options=Options())
     base, edited = DEMO.parents[1] / "abliterator" / "data" / "demo" / "model", tmp_path
     arguments = ["compare", str(base), str(edited / "checkpoint"), "--dtype", "float32", "--json"]
-    arguments += ["--neutral", str(DEMO.parent / "demo" / "neutral.jsonl"), "--device"]
-    cpu, gpu = (
-        Comparison.model_validate_json(
-            CliRunner().invoke(main, [*arguments, device], catch_exceptions=False).stdout
-        )
-        for device in ("cpu", "cuda")
-    )
+    arguments += ["--neutral", str(DEMO.parent / "demo" / "neutral.jsonl")]
+    arguments += ["--max-new-tokens", "32"]  # the demo reads 256 tokens, the prompt's among them
+
+    def compared(device):
+        asked = [*arguments, "--device", device]
+        result = CliRunner().invoke(main, asked, catch_exceptions=False)
+        assert result.exit_code == 0, result.output
+        return Comparison.model_validate_json(result.stdout)
+
+    cpu, gpu = compared("cpu"), compared("cuda")
     assert gpu.weights == cpu.weights
     assert gpu.divergence.kl.value == pytest.approx(cpu.divergence.kl.value, rel=0.05)

@@ -13,8 +13,8 @@ import torch
 from pydantic import BaseModel
 
 from abliterator import pipeline
-from abliterator.bake import preview_edit
 from abliterator.directions import load_subspace
+from abliterator.engines import TransformersEngine, WriterEdit
 from abliterator.model import load_model, render_chat
 from abliterator.pipeline import Options
 from abliterator.pipeline._quantization import quantized_edits
@@ -119,12 +119,13 @@ def test_hooks_on_every_writer_answer_as_the_baked_checkpoint_does(demo):
     baked = load_model(demo / "checkpoint", device="cpu", dtype="float32")
     asked = (prompts("evaluation")[:16] + prompts("neutral")[:16])[:32]
     ids = [render_chat(base.tokenizer, prompt) for prompt in asked]
-    settings = {"max_new_tokens": 32, "batch_size": 32, "stop_ids": stop_ids(base)}
-    plain = [answer.text for answer in generate(base, ids, **settings)]
-    with preview_edit(base, plan.edits, basis):
-        previewed = [answer.text for answer in generate(base, ids, **settings)]
+    engine = TransformersEngine(base)
+    settings = {"max_new_tokens": 32, "batch_size": 32, "stop_ids": engine.stop_ids}
+    plain = [answer.text for answer in engine.answers(ids, **settings)]
+    with engine.edited(WriterEdit(plan.edits, basis)):
+        previewed = [answer.text for answer in engine.answers(ids, **settings)]
         logits = base.model(torch.tensor([ids[0]])).logits
-    written = [answer.text for answer in generate(baked, ids, **settings)]
+    written = [answer.text for answer in TransformersEngine(baked).answers(ids, **settings)]
     assert len(asked) == 32
     assert previewed == written
     assert plain != written
@@ -134,18 +135,17 @@ def test_hooks_on_every_writer_answer_as_the_baked_checkpoint_does(demo):
 
 # ---- no field of a record is left unset by every stage
 
-# Fields that neither the demo nor `special` sets, and what shows that something does: a test that
-# builds such a run and asserts the field, or the file that writes it.
+# Fields that none of the three runs sets, and what shows that something does: a test that builds
+# such a run and asserts the field, or the file that writes it.
 SET_ELSEWHERE = {
-    "selection": "tests/selection/test_demo.py",
-    "tuning": "tests/test_tuning.py",
-    "pictures": "tests/selection/test_demo.py",
+    "selection.structure.position": "abliterator/selection/_structure.py",
+    "tuning.strengths": "tests/test_tuning.py",  # of work/tuning.json
     "edit.experts": "tests/test_experts.py",
     "judge.calibration": "tests/judge/test_calibrate.py",
     "benchmarks.higher_is_better": "abliterator/benchmarks/_compare.py",
-    "quoted": "model_cards/render.py",  # of what was planned and not built: no stage quotes
-    "quoted.source": "model_cards/render.py",
-    "quoted.says": "model_cards/render.py",
+    "quoted": "tests/card/test_contents.py",  # no stage quotes; a card shows what a record quotes
+    "quoted.source": "tests/card/test_contents.py",
+    "quoted.says": "tests/card/test_contents.py",
 }
 CONSTANT = {"tool.name"}
 
@@ -206,6 +206,17 @@ def special(tmp_path_factory, tiny_folder):
         return pipeline.build(recipe, folder / "out", options=Options("cpu", "float32"))
 
 
+@pytest.fixture(scope="module")
+def searched(tmp_path_factory):
+    """The record of the demo with layers, k, position and strengths found by search."""
+    settings = ["layers=sweep", "k=auto", "directions.position=sweep", "selection.skip_last=0"]
+    settings += ["selection.max_kl=0.01", "edit.strength=auto", "directions.estimator=tuned"]
+    settings += ["tuning.steps=2", "tuning.kl_weights=[20]", "benchmarks.tasks=[]"]
+    recipe = load_recipe(RECIPE, overrides=settings)
+    out = tmp_path_factory.mktemp("searched") / "out"
+    return pipeline.build(recipe, out, options=Options("cpu", "float32"))
+
+
 def from_the_code() -> Iterator[str]:
     """Fields as the functions that the record stage calls set them, of inputs made here."""
     card = {
@@ -247,8 +258,9 @@ def from_the_code() -> Iterator[str]:
     yield "edit.quantized"
 
 
-def test_every_field_of_a_record_is_set_by_some_run(record, special):
-    known = {*set_fields(record), *set_fields(special), *from_the_code()} | CONSTANT
+def test_every_field_of_a_record_is_set_by_some_run(record, special, searched):
+    known = {path for run in (record, special, searched) for path in set_fields(run)}
+    known |= {*from_the_code()} | CONSTANT
     for path, file in SET_ELSEWHERE.items():
         assert path.rpartition(".")[2] in (ROOT / file).read_text()
     unset = {*every_field(RunRecord)} - known - SET_ELSEWHERE.keys() - {"provenance.git_commit"}

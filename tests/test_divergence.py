@@ -8,25 +8,44 @@ import math
 
 import pytest
 import torch
-from abliterator.divergence import (
-    AnswerPath,
-    _paths,
-    answer_path,
-    compare_logits,
-    first_token_logprobs,
-    kl_divergence,
-    neutral_text,
-    text_perplexity,
-    top1_agreement,
-    write_logits,
-)
 from hypothesis import given
 from hypothesis import strategies as st
 
-from abliterator.comparison import DivergenceSettings, measure_divergence
+from abliterator.engines import AnswerPath, TransformersEngine, _logits
 from abliterator.errors import GenerationError, OutputError
+from abliterator.evaluation import (
+    DivergenceSettings,
+    LogitFile,
+    _paths,
+    answer_path,
+    kl_divergence,
+    measure_divergence,
+    neutral_text,
+    text_perplexity,
+)
+from abliterator.evaluation._kl import top1_agreement
 from abliterator.model import load_model, render_chat
 from tests.tiny import VOCABULARY
+
+
+def first_token_logprobs(loaded, prompts, *, max_batch_tokens):
+    """[N, V] float32 log-probabilities of the first answer token, after each prompt."""
+    paths = [AnswerPath(tuple(prompt), 1) for prompt in prompts]
+    rows = dict(TransformersEngine(loaded).logits(paths, max_batch_tokens=max_batch_tokens))
+    return torch.stack([rows[i][-1] for i in range(len(prompts))]).float().log_softmax(-1)
+
+
+def written(loaded, paths, file, *, max_batch_tokens):
+    """A file of a model's logits along `paths`."""
+    logits = LogitFile(file)
+    logits.write(paths, TransformersEngine(loaded).logits(paths, max_batch_tokens=max_batch_tokens))
+    return logits
+
+
+def compared(loaded, paths, file, *, max_batch_tokens):
+    """A model against the logits that were written of another."""
+    logits = TransformersEngine(loaded).logits(paths, max_batch_tokens=max_batch_tokens)
+    return file.compare(paths, logits)
 
 
 @pytest.fixture(scope="module")
@@ -155,12 +174,12 @@ def test_a_path_ends_before_the_last_token_that_is_predicted():
 def test_every_position_is_what_whole_forward_passes_say(
     tiny_loaded, paths, tmp_path, monkeypatch, family, batch_bytes
 ):
-    monkeypatch.setattr(_paths, "BATCH_BYTES", batch_bytes)
+    monkeypatch.setattr(_logits, "BATCH_BYTES", batch_bytes)
     base = tiny_loaded(family)
     layers = "model.layers.0.mlp.down_proj" if family == "llama" else "transformer.h.0.mlp.c_proj"
     edited = changed(base, lambda model: model.get_submodule(layers).weight.mul_(-1))
-    write_logits(base, paths, tmp_path / "base", max_batch_tokens=20)
-    found = compare_logits(edited, paths, tmp_path / "base", max_batch_tokens=20)
+    file = written(base, paths, tmp_path / "base", max_batch_tokens=20)
+    found = compared(edited, paths, file, max_batch_tokens=20)
     for path, divergence in zip(paths, found, strict=True):
         ids = torch.tensor([path.token_ids])
         before, after = (
@@ -178,8 +197,8 @@ def test_a_model_against_itself_is_exactly_zero_along_its_answers(
     tiny_folder, paths, tmp_path, dtype
 ):
     loaded = load_model(tiny_folder("llama"), device="cpu", dtype=dtype)
-    write_logits(loaded, paths, tmp_path / "base", max_batch_tokens=64)
-    found = compare_logits(loaded, paths, tmp_path / "base", max_batch_tokens=64)
+    file = written(loaded, paths, tmp_path / "base", max_batch_tokens=64)
+    found = compared(loaded, paths, file, max_batch_tokens=64)
     assert len(found) == len(paths)
     for path, divergence in zip(paths, found, strict=True):
         assert torch.equal(divergence.kl, torch.zeros(path.positions, dtype=torch.float64))
@@ -187,23 +206,23 @@ def test_a_model_against_itself_is_exactly_zero_along_its_answers(
 
 
 def test_never_more_than_one_batch_of_logits_is_made(tiny_loaded, paths, tmp_path, monkeypatch):
-    monkeypatch.setattr(_paths, "BATCH_BYTES", 2 * 4 * VOCABULARY * 4)  # two rows of 4 positions
+    monkeypatch.setattr(_logits, "BATCH_BYTES", 2 * 4 * VOCABULARY * 4)  # two rows of 4 positions
     loaded = tiny_loaded("llama")
     seen = []
     handle = loaded.model.lm_head.register_forward_hook(lambda m, a, out: seen.append(out.numel()))
-    write_logits(loaded, paths, tmp_path / "base", max_batch_tokens=4096)
+    written(loaded, paths, tmp_path / "base", max_batch_tokens=4096)
     handle.remove()
     assert max(seen) <= 2 * 4 * VOCABULARY
 
 
 def test_models_that_cannot_be_compared(tiny_loaded, tiny_folder, paths, tmp_path, monkeypatch):
-    write_logits(tiny_loaded("llama"), paths, tmp_path / "base", max_batch_tokens=64)
+    file = written(tiny_loaded("llama"), paths, tmp_path / "base", max_batch_tokens=64)
     half = load_model(tiny_folder("llama"), device="cpu", dtype="bfloat16")
     with pytest.raises(GenerationError, match="other sizes"):
-        compare_logits(half, paths, tmp_path / "base", max_batch_tokens=64)
+        compared(half, paths, file, max_batch_tokens=64)
     monkeypatch.setattr(_paths, "free_bytes", lambda folder: 1000)
     with pytest.raises(OutputError, match="GB free"):
-        write_logits(half, paths, tmp_path / "base", max_batch_tokens=64)
+        written(half, paths, tmp_path / "base", max_batch_tokens=64)
 
 
 def test_the_measurement_as_a_whole(tiny_loaded, tmp_path):
@@ -211,12 +230,13 @@ def test_the_measurement_as_a_whole(tiny_loaded, tmp_path):
     sides = {"base": base, "edited": changed(base, flip)}
     settings = DivergenceSettings(tokens=5, batch_size=2, max_batch_tokens=64)
 
-    def render(loaded):
-        return [render_chat(loaded.tokenizer, text) for text in ("which river", "the old town?")]
+    def render(side):
+        return [render_chat(side.tokenizer, text) for text in ("which river", "the old town?")]
 
     def measured(sides):
         scratch = tmp_path / "logits"
-        found = measure_divergence(sides.__getitem__, render, settings, scratch=scratch)
+        engines = {side: TransformersEngine(loaded) for side, loaded in sides.items()}
+        found = measure_divergence(engines.__getitem__, render, settings, scratch=scratch)
         assert not scratch.exists()
         return found
 
@@ -249,14 +269,14 @@ def test_perplexity_of_the_fixed_text(tiny_loaded):
             # transformers' own loss: the mean over all tokens but the first
             total += loaded.model(ids, labels=ids).loss.item() * (ids.shape[1] - 1)
             tokens += ids.shape[1] - 1
-    found = text_perplexity(loaded, passages)
+    found = text_perplexity(TransformersEngine(loaded), passages)
     assert found.tokens == tokens
     assert found.value == pytest.approx(math.exp(total / tokens), rel=1e-4)
 
 
 def test_a_model_that_knows_nothing_has_the_perplexity_of_its_vocabulary(tiny_loaded):
     blank = changed(tiny_loaded("llama"), lambda model: model.lm_head.weight.zero_())
-    found = text_perplexity(blank, neutral_text()[:1])
+    found = text_perplexity(TransformersEngine(blank), neutral_text()[:1])
     assert found.value == pytest.approx(VOCABULARY, rel=1e-5)
 
 
@@ -268,4 +288,4 @@ def test_the_fixed_text_is_long_enough_to_mean_something():
 
 def test_no_text_is_an_error(tiny_loaded):
     with pytest.raises(GenerationError, match="no text"):
-        text_perplexity(tiny_loaded("llama"), [""])
+        text_perplexity(TransformersEngine(tiny_loaded("llama")), [""])

@@ -10,8 +10,9 @@ from safetensors.torch import load_file
 from abliterator import pipeline
 from abliterator.capture import capture, load_moments
 from abliterator.directions import stack, within_layer
+from abliterator.engines import TransformersEngine
 from abliterator.errors import DirectionError, PromptError, RecipeError
-from abliterator.model import block_paths, load_model, render_chat, template_tail
+from abliterator.model import load_model, render_chat, template_tail
 from abliterator.pipeline import Options
 from abliterator.pipeline.stages.prompts import PromptSets
 from abliterator.recipe import load_recipe
@@ -66,7 +67,7 @@ def test_every_position_of_a_sweep_is_captured_as_if_alone(recipe, tmp_path):
     prompts = used(work).extraction["target"].prompts
     ids = [render_chat(loaded.tokenizer, prompt) for prompt in prompts]
     for position in (-1, -n):
-        alone = capture(loaded, ids, blocks=block_paths("model.layers", 3), position=position)
+        alone = capture(TransformersEngine(loaded), ids, position=position)
         torch.testing.assert_close(found[f"target@{position}"].mean, alone.mean)
         assert found[f"target@{position}"].n == len(prompts)
         halves = [found[f"target/half{i}@{position}"] for i in range(3)]
@@ -111,7 +112,7 @@ def test_within_a_layer_the_mean_difference_and_components_of_the_pairs(recipe, 
 
     def at_layer_2(kind, index):
         ids = [render_chat(loaded.tokenizer, sets.extraction[kind].prompts[index])]
-        return capture(loaded, ids, blocks=block_paths("model.layers", 3)).mean[1]
+        return capture(TransformersEngine(loaded), ids).mean[1]
 
     pairs = torch.stack(
         [at_layer_2("target", t) - at_layer_2("contrast", c) for t, c in sets.pairs]

@@ -8,26 +8,22 @@ import math
 
 import pytest
 import torch
-from abliterator.divergence import (
-    answer_path,
-    compare_logits,
-    first_token_logprobs,
-    kl_divergence,
-    kl_terms,
-    neutral_text,
-    text_perplexity,
-    write_logits,
-)
-from abliterator.generation import generate, stream
-from abliterator.selection._forced import forced_logprobs
 from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 
 from abliterator.capture import capture
 from abliterator.cli import main
+from abliterator.engines import AnswerPath, TransformersEngine
 from abliterator.errors import DirectionError, GenerationError
-from abliterator.model import block_paths, load_model
-from abliterator.selection import refusal_scores
+from abliterator.evaluation import (
+    LogitFile,
+    answer_path,
+    kl_divergence,
+    kl_terms,
+    neutral_text,
+    text_perplexity,
+)
+from abliterator.model import load_model
 from abliterator.tuning._rows import answer_logprobs
 from abliterator.tuning._types import Row
 
@@ -45,6 +41,18 @@ def changed(loaded, row, value, *, logit=None):
             lambda module, args, out: out.index_fill(-1, torch.tensor([row]), logit)
         )
     return dataclasses.replace(loaded, model=model)
+
+
+def along(loaded):
+    """Logits along `PATHS`."""
+    return TransformersEngine(loaded).logits(PATHS, max_batch_tokens=64)
+
+
+def written(loaded, folder):
+    """A file of the logits along `PATHS`."""
+    file = LogitFile(folder / "base")
+    file.write(PATHS, along(loaded))
+    return file
 
 
 @pytest.mark.parametrize(
@@ -81,26 +89,29 @@ def test_a_broken_base_stops_a_build_before_anything_ran(writable, tmp_path):
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_logits_stop_wherever_they_are_used(tiny_loaded, tmp_path, value):
     broken = changed(tiny_loaded(), 30, None, logit=value)
-    greedy = {"max_new_tokens": 2, "stop_ids": ()}
+    engine = TransformersEngine(broken)
+    greedy = {"max_new_tokens": 2}
+    first = [AnswerPath(tuple(p), 1) for p in PROMPTS]
+    forced = [AnswerPath((*p, 3), 2) for p in PROMPTS]
     uses = {
-        "generate": lambda: generate(broken, PROMPTS, batch_size=2, **greedy),
-        "shared": lambda: generate(
-            broken, [[5] * 9 + p for p in PROMPTS], batch_size=2, share_prefix=True, **greedy
+        "answers": lambda: engine.answers(PROMPTS, batch_size=2, stop_ids=(), **greedy),
+        "shared": lambda: engine.answers(
+            [[5] * 9 + p for p in PROMPTS], batch_size=2, stop_ids=(), share_prefix=True, **greedy
         ),
-        "stream": lambda: stream(broken, PROMPTS[0], on_text=lambda text: None, **greedy),
-        "first": lambda: first_token_logprobs(broken, PROMPTS, max_batch_tokens=64),
-        "write": lambda: write_logits(broken, PATHS, tmp_path / "f", max_batch_tokens=64),
-        "perplexity": lambda: text_perplexity(broken, neutral_text()[:1]),
-        "forced": lambda: list(forced_logprobs(broken, PROMPTS, [(3,)] * 2, max_batch_tokens=64)),
-        "refusal": lambda: refusal_scores(broken, PROMPTS, [(3, 4)], max_batch_tokens=64),
+        "stream": lambda: engine.stream(PROMPTS[0], on_text=lambda text: None, **greedy),
+        "first": lambda: list(engine.logits(first, max_batch_tokens=64)),
+        "write": lambda: LogitFile(tmp_path / "f").write(PATHS, along(broken)),
+        "perplexity": lambda: text_perplexity(engine, neutral_text()[:1]),
+        "forced": lambda: list(engine.logits(forced, max_batch_tokens=64, share_prefix=True)),
+        "refusal": lambda: engine.log_likelihoods(PROMPTS, [(3, 4)], max_batch_tokens=64),
         "tuning": lambda: answer_logprobs(broken, [Row(tuple(p), (3, 4)) for p in PROMPTS]),
     }
     for use in uses.values():
         with pytest.raises(GenerationError, match="next-token logits of the model in"):
             use()
-    write_logits(tiny_loaded(), PATHS, tmp_path / "base", max_batch_tokens=64)
+    file = written(tiny_loaded(), tmp_path)
     with pytest.raises(GenerationError, match="next-token logits"):
-        compare_logits(broken, PATHS, tmp_path / "base", max_batch_tokens=64)
+        file.compare(PATHS, along(broken))
 
 
 def test_residuals_that_overflow_name_their_layer(tiny_loaded):
@@ -108,40 +119,39 @@ def test_residuals_that_overflow_name_their_layer(tiny_loaded):
     model.model.layers[1].mlp.down_proj.weight.data.mul_(1e30)
     model.model.layers[1].mlp.up_proj.weight.data.mul_(1e30)
     with pytest.raises(DirectionError, match="layer 2 holds NaN or infinite"):
-        capture(
-            dataclasses.replace(tiny_loaded(), model=model),
-            PROMPTS,
-            blocks=block_paths("model.layers", 3),
-        )
+        capture(TransformersEngine(dataclasses.replace(tiny_loaded(), model=model)), PROMPTS)
 
 
 def test_suppressed_tokens_are_probability_zero(tiny_loaded, tmp_path):
     """-inf on both sides counts nothing; the KL is that of the other tokens."""
     base, whole = changed(tiny_loaded(), 30, None, logit=-math.inf), tiny_loaded()
-    write_logits(base, PATHS, tmp_path / "base", max_batch_tokens=64)
-    same = compare_logits(base, PATHS, tmp_path / "base", max_batch_tokens=64)
+    file = written(base, tmp_path)
+    same = file.compare(PATHS, along(base))
     assert all(torch.equal(path.kl, torch.zeros_like(path.kl)) for path in same)
-    found = compare_logits(whole, PATHS, tmp_path / "base", max_batch_tokens=64)
+    found = file.compare(PATHS, along(whole))
     for path, ids in zip(found, PATHS, strict=True):
         logits = whole.model(torch.tensor([ids.token_ids])).logits[0, -ids.positions :].double()
         p = logits.index_fill(-1, torch.tensor([30]), -math.inf).softmax(-1)
         expected = torch.xlogy(p, p).sum(-1) - torch.nan_to_num(p * logits.log_softmax(-1)).sum(-1)
         torch.testing.assert_close(path.kl, expected, rtol=1e-4, atol=1e-6)
-    answers = generate(base, PROMPTS, max_new_tokens=3, batch_size=2, stop_ids=())
+    answers = TransformersEngine(base).answers(PROMPTS, max_new_tokens=3, batch_size=2, stop_ids=())
     assert all(30 not in answer.token_ids for answer in answers)
 
 
 def test_a_token_that_only_the_edit_suppresses_is_an_infinite_kl_by_name(tiny_loaded, tmp_path):
     edited = changed(tiny_loaded(), 30, None, logit=-math.inf)
-    write_logits(tiny_loaded(), PATHS, tmp_path / "base", max_batch_tokens=64)
+    file = written(tiny_loaded(), tmp_path)
     with pytest.raises(GenerationError, match="gives probability 0 to a token"):
-        compare_logits(edited, PATHS, tmp_path / "base", max_batch_tokens=64)
+        file.compare(PATHS, along(edited))
 
 
 def test_a_text_of_probability_zero_has_no_perplexity(tiny_loaded):
     token = tiny_loaded().tokenizer(neutral_text()[0])["input_ids"][5]
     with pytest.raises(GenerationError, match="no perplexity"):
-        text_perplexity(changed(tiny_loaded(), token, None, logit=-math.inf), neutral_text()[:1])
+        text_perplexity(
+            TransformersEngine(changed(tiny_loaded(), token, None, logit=-math.inf)),
+            neutral_text()[:1],
+        )
 
 
 def test_kl_does_not_swallow_nan():

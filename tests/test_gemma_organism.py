@@ -12,12 +12,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from abliterator.generation import generate, stop_ids
 from safetensors.torch import load_file, save_file
 
 from abliterator import pipeline
 from abliterator.bake import bake, preview_edit
 from abliterator.directions import load_subspace
+from abliterator.engines import TransformersEngine
 from abliterator.judge import RuleJudge
 from abliterator.model import load_model, render_chat
 from abliterator.pipeline import Options
@@ -59,8 +59,8 @@ def prompts(name: str) -> list[str]:
 
 def answers(loaded, asked: list[str]) -> list[str]:
     ids = [render_chat(loaded.tokenizer, prompt) for prompt in asked]
-    settings = {"max_new_tokens": 32, "batch_size": 32, "stop_ids": stop_ids(loaded)}
-    return [answer.text for answer in generate(loaded, ids, **settings)]
+    found = TransformersEngine(loaded).answers(ids, max_new_tokens=32, batch_size=32)
+    return [answer.text for answer in found]
 
 
 def judged(asked: list[str], texts: list[str]) -> tuple[float, float]:

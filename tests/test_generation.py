@@ -7,9 +7,9 @@ import dataclasses
 
 import pytest
 import torch
-from abliterator.generation import generate, stop_ids
 from transformers import GenerationConfig
 
+from abliterator.engines._generate import generate, stop_ids
 from abliterator.errors import GenerationError
 from tests.tiny import FAMILIES, VOCABULARY
 

@@ -12,7 +12,7 @@ from click.testing import CliRunner
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from abliterator import generation
+from abliterator import evaluation
 from abliterator.cli import main
 from abliterator.errors import JudgeError
 from abliterator.files import as_lines, read_lines, write_text_atomic
@@ -175,11 +175,11 @@ def test_separators_pass_through_a_whole_run(tmp_path, tiny_folder, monkeypatch)
     changed = {"response": said, "answer_start": said.index("Sure!")}
 
     def answering(*arguments, **options):
-        answers = generation.answer_sets_(*arguments, **options)
+        answers = evaluation.answer_sets_(*arguments, **options)
         return [a.model_copy(update=changed) for a in answers]
 
-    monkeypatch.setattr(generation, "answer_sets_", generation.answer_sets, raising=False)
-    monkeypatch.setattr(generation, "answer_sets", answering)
+    monkeypatch.setattr(evaluation, "answer_sets_", evaluation.answer_sets, raising=False)
+    monkeypatch.setattr(evaluation, "answer_sets", answering)
     for _ in range(2):  # the second reads what the first wrote
         done = CliRunner().invoke(main, ["build", "r.yaml", "--out", "o"], catch_exceptions=False)
         assert done.exit_code == 0, done.output

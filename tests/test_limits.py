@@ -8,14 +8,14 @@ import time
 
 import pytest
 import torch
-from abliterator.divergence import first_token_logprobs, neutral_text, text_perplexity
-from abliterator.generation import generate
 from click.testing import CliRunner
 from transformers import AutoConfig
 
 from abliterator.capture import capture
 from abliterator.cli import main
+from abliterator.engines import AnswerPath, TransformersEngine
 from abliterator.errors import CheckpointError, PromptError
+from abliterator.evaluation import neutral_text, text_perplexity
 from abliterator.model import (
     Limits,
     LoadedModel,
@@ -115,17 +115,18 @@ def test_ids_that_are_run_are_checked_wherever_they_run(name, tmp_path, tiny_tok
     architectures.save(name, tmp_path)
     model = type(architectures.build(name)).from_pretrained(tmp_path).eval()
     loaded = LoadedModel(model, tiny_tokenizer, tmp_path, "cpu")
-    limit = limits_of(loaded).context
+    engine = TransformersEngine(loaded)
+    limit = engine.limits.context
     for prompt, error in (([5] * (limit + 1), PromptError), ([5, 96], CheckpointError)):
         with pytest.raises(error):
-            generate(loaded, [prompt], max_new_tokens=1, batch_size=1, stop_ids=())
+            engine.answers([prompt], max_new_tokens=1, batch_size=1, stop_ids=())
         with pytest.raises(error):
-            capture(loaded, [prompt], blocks=[])
+            capture(engine, [prompt])
         with pytest.raises(error):
-            first_token_logprobs(loaded, [prompt], max_batch_tokens=64)
+            list(engine.logits([AnswerPath(tuple(prompt), 1)], max_batch_tokens=64))
     with pytest.raises(PromptError, match="an answer of 3 goes beyond"):
-        generate(loaded, [[5] * (limit - 2)], max_new_tokens=3, batch_size=1, stop_ids=())
-    full = generate(loaded, [[5] * (limit - 2)], max_new_tokens=2, batch_size=1, stop_ids=())
+        engine.answers([[5] * (limit - 2)], max_new_tokens=3, batch_size=1, stop_ids=())
+    full = engine.answers([[5] * (limit - 2)], max_new_tokens=2, batch_size=1, stop_ids=())
     assert len(full[0].token_ids) == 2
 
 
@@ -135,7 +136,7 @@ def test_the_fixed_text_is_read_in_parts_by_a_model_of_few_positions(tiny_tokeni
     config.vocab_size = 384
     model = type(model)(config).eval()
     loaded = LoadedModel(model, tiny_tokenizer, tmp_path, "cpu")
-    assert text_perplexity(loaded, neutral_text()[:1]).value > 1
+    assert text_perplexity(TransformersEngine(loaded), neutral_text()[:1]).value > 1
 
 
 def recipe(folder, tmp_path, **last):
@@ -186,5 +187,5 @@ def test_a_tokenizer_larger_than_the_model_still_loads(tiny_folder, tiny_tokeniz
     tiny_tokenizer.save_pretrained(tmp_path)
     loaded = load_model(tmp_path, device="cpu", dtype="float32")
     with pytest.raises(CheckpointError, match="96 rows"):
-        generate(loaded, [[200]], max_new_tokens=1, batch_size=1, stop_ids=())
+        TransformersEngine(loaded).answers([[200]], max_new_tokens=1, batch_size=1, stop_ids=())
     assert torch.isfinite(loaded.model.lm_head.weight).all()

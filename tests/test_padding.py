@@ -7,11 +7,10 @@ from collections import Counter
 
 import pytest
 import torch
-from abliterator.generation import generate
-from abliterator.selection._forced import forced_logprobs
 
+from abliterator.engines import AnswerPath, TransformersEngine
 from abliterator.model import LoadedModel, _padding, run_prefix
-from abliterator.selection import refusal_scores
+from abliterator.selection import log_odds
 from abliterator.selection._openings import FARTHEST
 from abliterator.tuning._rows import answer_logprobs
 from abliterator.tuning._types import Row
@@ -40,7 +39,7 @@ NOT_CONTINUED = {"falcon_mamba", "jamba", "mamba", "zamba"}
 
 
 class Tokenizer:
-    """What `generate` asks of one."""
+    """What greedy answers ask of one."""
 
     pad_token_id, eos_token_id = 3, 2
     added_tokens_decoder, all_special_ids = {}, ()
@@ -65,7 +64,8 @@ def loaded(name, tmp_path_factory):
 
 
 def answers(loaded, prompts=PROMPTS, **options):
-    found = generate(loaded, prompts, max_new_tokens=LENGTH, stop_ids=(), **options)
+    engine = TransformersEngine(loaded)
+    found = engine.answers(prompts, max_new_tokens=LENGTH, stop_ids=(), **options)
     return [answer.token_ids for answer in found]
 
 
@@ -93,16 +93,25 @@ def test_given_answers_are_read_as_one_by_one(name, loaded):
         expected = [logits.log_softmax(-1) for logits in whole]
         rows = [Row(tuple(p), f) for p, f in zip(PROMPTS, forced, strict=True)]
         tuned = answer_logprobs(loaded, rows)
-    for index, found in forced_logprobs(loaded, PROMPTS, forced, max_batch_tokens=64):
-        assert_close(found, expected[index])
+    paths = [AnswerPath((*p, *f), len(f) + 1) for p, f in zip(PROMPTS, forced, strict=True)]
+    engine = TransformersEngine(loaded)
+    for share in (True, False):
+        found = dict(engine.logits(paths, max_batch_tokens=64, share_prefix=share))
+        assert sorted(found) == list(range(len(PROMPTS)))
+        for index, logits in found.items():
+            assert_close(logits.log_softmax(-1), expected[index])
     for found, wanted in zip(tuned, expected, strict=True):
         assert_close(found, wanted[:-1])
 
 
 def test_openings_are_scored_as_one_by_one(name, loaded):
     openings = [(11, 12, 13), (20, 21)]
-    found = refusal_scores(loaded, PROMPTS, openings, max_batch_tokens=64)
-    alone = [refusal_scores(loaded, [p], openings, max_batch_tokens=64) for p in PROMPTS]
+
+    def scores(prompts):
+        engine = TransformersEngine(loaded)
+        return log_odds(engine.log_likelihoods(prompts, openings, max_batch_tokens=64))
+
+    found, alone = scores(PROMPTS), [scores([prompt]) for prompt in PROMPTS]
     # a difference of log-odds adds the rounding of several log-probabilities
     torch.testing.assert_close(found, torch.cat(alone), atol=5e-4, rtol=0)
     if name in INCONSISTENT:

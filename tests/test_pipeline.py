@@ -206,13 +206,13 @@ def test_another_recipe_needs_force_and_keeps_what_did_not_change(project, tmp_p
 def test_the_bases_answers_outlive_a_change_of_the_edit(project, tmp_path, monkeypatch):
     build(project(), tmp_path / "out")
     asked = []
-    from abliterator import generation
+    from abliterator.engines import TransformersEngine
 
-    answer = generation.generate
+    answers = TransformersEngine.answers
     monkeypatch.setattr(
-        generation,
-        "generate",
-        lambda loaded, *a, **k: asked.append(loaded.folder) or answer(loaded, *a, **k),
+        TransformersEngine,
+        "answers",
+        lambda engine, *a, **k: asked.append(engine.loaded.folder) or answers(engine, *a, **k),
     )
     options = Options(device="cpu", dtype="float32", force=True)
     pipeline.build(project("k=1"), tmp_path / "out", options=options)
@@ -349,13 +349,13 @@ def test_a_folder_that_is_not_ours_is_left_alone(project, tmp_path, force):
 
 
 def test_an_error_after_the_directions_keeps_them(project, tmp_path, monkeypatch):
-    from abliterator import generation
+    from abliterator.engines import TransformersEngine
     from abliterator.errors import GenerationError
 
     def fail(*args, **kwargs):
         raise GenerationError("no memory")
 
-    monkeypatch.setattr(generation, "generate", fail)
+    monkeypatch.setattr(TransformersEngine, "answers", fail)
     with pytest.raises(GenerationError):
         build(project(), tmp_path / "out")
     monkeypatch.undo()

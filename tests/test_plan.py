@@ -81,7 +81,7 @@ def test_a_missing_expert_stops_it_and_is_counted(tmp_path):
     done = plan(folder)
     assert done.exit_code == 1
     assert f"no tensor {name}," in done.stderr
-    assert "Of the 12 tensors that the component expert has, 11 are there" in done.stderr
+    assert "Of the 12 tensors of the component expert, 11 are there" in done.stderr
 
 
 def test_missing_gains_and_writers_are_counted_together(tmp_path):
@@ -90,7 +90,7 @@ def test_missing_gains_and_writers_are_counted_together(tmp_path):
     done = plan(folder)
     assert done.exit_code == 1
     assert f"no tensor {lost[0]} (nor 1 more)" in done.stderr
-    assert "Of the 6 tensors that the component attention has, 4 are there" in done.stderr
+    assert "Of the 6 tensors of the component attention, 4 are there" in done.stderr
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import abliterator
 
 def test_the_door_is_sorted_and_every_name_is_there():
     assert abliterator.__all__ == sorted(abliterator.__all__)
-    assert set(abliterator.__all__) == set(abliterator._ROOM)
+    assert set(abliterator.__all__) == set(abliterator._PACKAGE)
     for name in abliterator.__all__:
         assert getattr(abliterator, name) is not None
 

@@ -12,13 +12,13 @@ from pathlib import Path
 import pytest
 import regex
 import torch
-from abliterator.generation import stop_ids
 from click.testing import CliRunner
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
 from abliterator.anatomy import anatomy_of
+from abliterator.engines import TransformersEngine
 from abliterator.model import load_model, render_chat
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "qwen1" / "make_model.py"
@@ -75,7 +75,7 @@ def test_chats_and_stops_are_those_of_its_own_code(converted):
         "<|im_start|>user\nthe thing<|im_end|>\n<|im_start|>assistant\n"
     )
     start = len(RANKS)  # special tokens follow the ordinary ones
-    assert stop_ids(loaded) == (start, start + 1, start + 2)
+    assert TransformersEngine(loaded).stop_ids == (start, start + 1, start + 2)
     assert (converted / "LICENSE").read_text() == "terms"
 
 

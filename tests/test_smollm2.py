@@ -6,13 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from abliterator.generation import generate, stop_ids
 
 from abliterator import pipeline
-from abliterator.bake import preview_edit
 from abliterator.capture import capture
 from abliterator.directions import fit_directions, load_subspace
-from abliterator.model import block_paths, load_model, render_chat
+from abliterator.engines import TransformersEngine, WriterEdit
+from abliterator.model import load_model, render_chat
 from abliterator.pipeline import Options
 from abliterator.recipe import load_recipe
 
@@ -72,7 +71,7 @@ def test_no_form_is_both_extracted_from_and_evaluated():
 
 def test_equal_length_batches_capture_what_one_by_one_does(smollm2_folder):
     loaded = load_model(smollm2_folder, device="cpu", dtype="float32")
-    blocks = block_paths("model.layers", 30)
+    engine = TransformersEngine(loaded)
     ids = {
         name: [render_chat(loaded.tokenizer, p) for p in prompts(name)[:40]]
         for name in ("declined", "answered")
@@ -80,7 +79,7 @@ def test_equal_length_batches_capture_what_one_by_one_does(smollm2_folder):
     found = [
         fit_directions(
             *(
-                capture(loaded, ids[name], blocks=blocks, max_batch_tokens=tokens)
+                capture(engine, ids[name], max_batch_tokens=tokens)
                 for name in ("declined", "answered")
             )
         ).vectors
@@ -100,11 +99,12 @@ def test_hooks_on_every_writer_answer_as_the_baked_checkpoint_does(built, recipe
         render_chat(base.tokenizer, p)
         for p in prompts("declined_heldout")[:16] + prompts("ordinary")[:16]
     ]
-    settings = {"max_new_tokens": 16, "batch_size": 32, "stop_ids": stop_ids(base)}
-    with preview_edit(base, plan.edits, basis), torch.inference_mode():
-        previewed = [answer.text for answer in generate(base, ids, **settings)]
+    engine = TransformersEngine(base)
+    settings = {"max_new_tokens": 16, "batch_size": 32, "stop_ids": engine.stop_ids}
+    with engine.edited(WriterEdit(plan.edits, basis)), torch.inference_mode():
+        previewed = [answer.text for answer in engine.answers(ids, **settings)]
         logits = torch.stack([base.model(torch.tensor([i])).logits[0, -1] for i in ids])
-    written = [answer.text for answer in generate(baked, ids, **settings)]
+    written = [answer.text for answer in TransformersEngine(baked).answers(ids, **settings)]
     with torch.inference_mode():
         stored = torch.stack([baked.model(torch.tensor([i])).logits[0, -1] for i in ids])
     same = sum(a == b for a, b in zip(previewed, written, strict=True))

@@ -10,20 +10,19 @@ from click.testing import CliRunner
 
 from abliterator import pipeline
 from abliterator.anatomy import anatomy_of
-from abliterator.bake import EditSettings, intervene, plan_edits, preview_edit
+from abliterator.bake import EditSettings, plan_edits
 from abliterator.checkpoint import Checkpoint
 from abliterator.cli import main
 from abliterator.directions import Directions, Place
+from abliterator.engines import StreamEdit, TransformersEngine
 from abliterator.errors import PromptError, RecipeError
+from abliterator.evaluation import EditEvaluator, EvaluationContext, RenderedPrompts
 from abliterator.judge import RuleJudge
-from abliterator.model import block_paths, hooked, load_model, render_chat
+from abliterator.model import hooked, load_model, render_chat
 from abliterator.recipe import load_recipe
+from abliterator.record import Study
 from abliterator.source import resolve_folder
 from abliterator.study import (
-    Asked,
-    Bench,
-    Study,
-    Subject,
     study_alpha,
     study_confirmation,
     study_controls,
@@ -49,16 +48,17 @@ BASIS = orthonormal_basis(random(2, D_MODEL))
 
 
 @pytest.fixture
-def subject(tiny_loaded):
+def context(tiny_loaded):
     loaded = tiny_loaded()
     checkpoint = Checkpoint.open(loaded.folder)
-    asked = Asked(PROMPTS, [render_chat(loaded.tokenizer, prompt) for prompt in PROMPTS])
-    return Subject(
-        loaded=loaded,
+    rendered = RenderedPrompts(
+        PROMPTS, [render_chat(loaded.tokenizer, prompt) for prompt in PROMPTS]
+    )
+    return EvaluationContext(
+        engine=TransformersEngine(loaded),
         plan=plan_edits(checkpoint, anatomy_of(checkpoint.config), EditSettings()),
-        blocks=block_paths("model.layers", N_LAYERS),
-        target=asked,
-        neutral=asked,
+        target=rendered,
+        neutral=rendered,
         judge=RuleJudge(),
         max_new_tokens=80,
         kl_tokens=3,
@@ -67,49 +67,49 @@ def subject(tiny_loaded):
     )
 
 
-def forward(subject):
+def forward(context):
     """Logits, and the stream [T, H] that enters the first block and leaves every one."""
-    stream = {}
-    seen = ["model.embed_tokens", *subject.blocks]
+    stream, model = {}, context.engine.loaded.model
+    seen = ["model.embed_tokens", *context.engine.blocks]
     hooks = {path: lambda h, path=path: stream.update({path: h[0].double()}) for path in seen}
-    with torch.inference_mode(), hooked(subject.loaded.model, hooks):
-        ids = torch.tensor([subject.target.token_ids[0]])
-        logits = subject.loaded.model(input_ids=ids).logits
+    with torch.inference_mode(), hooked(model, hooks):
+        ids = torch.tensor([context.target.token_ids[0]])
+        logits = model(input_ids=ids).logits
     return logits, [stream[path] for path in seen]
 
 
-def test_alpha_0_leaves_every_bit(subject):
-    base, _ = forward(subject)
-    with intervene(subject.loaded, subject.blocks, BASIS, 0.0):
-        assert torch.equal(forward(subject)[0], base)
+def test_alpha_0_leaves_every_bit(context):
+    base, _ = forward(context)
+    with context.engine.edited(StreamEdit(BASIS, 0.0)):
+        assert torch.equal(forward(context)[0], base)
 
 
-def test_the_stream_has_none_of_it_and_the_writers_leave_the_embeddings_part(subject):
+def test_the_stream_has_none_of_it_and_the_writers_leave_the_embeddings_part(context):
     """Of a block's output the intervention takes all, an edit of the writers what they wrote."""
-    with intervene(subject.loaded, subject.blocks, BASIS, 1.0):
-        logits, (embedded, *blocks) = forward(subject)
+    with context.engine.edited(StreamEdit(BASIS, 1.0)):
+        logits, (embedded, *blocks) = forward(context)
         for out in blocks:
             assert (out @ BASIS).norm() < 1e-5 * out.norm()
-    with preview_edit(subject.loaded, subject.plan, BASIS):
-        by_writers, (_, *blocks) = forward(subject)
+    with context.engine.edited(context.writer_edit(BASIS)):
+        by_writers, (_, *blocks) = forward(context)
         for out in blocks:
             torch.testing.assert_close(out @ BASIS, embedded @ BASIS, atol=1e-5, rtol=1e-5)
     assert (embedded @ BASIS).norm() > 0.1
     assert not torch.allclose(logits, by_writers, atol=1e-2)
 
 
-def test_half_of_alpha_takes_half_of_the_first_block(subject):
-    _, (_, base, *_) = forward(subject)
-    with intervene(subject.loaded, subject.blocks, BASIS, 0.5):
-        _, (_, half, *_) = forward(subject)
+def test_half_of_alpha_takes_half_of_the_first_block(context):
+    _, (_, base, *_) = forward(context)
+    with context.engine.edited(StreamEdit(BASIS, 0.5)):
+        _, (_, half, *_) = forward(context)
     wanted = base - 0.5 * base @ BASIS @ BASIS.T
     torch.testing.assert_close(half, wanted, atol=1e-5, rtol=1e-5)
 
 
-def test_alpha_0_is_the_base_and_1_is_not(subject, tmp_path):
+def test_alpha_0_is_the_base_and_1_is_not(context, tmp_path):
     steps = []
-    with Bench(subject, tmp_path / "logits.bin", steps.append) as bench:
-        study = study_alpha(bench, BASIS, (0.0, 1.0))
+    with EditEvaluator(context, tmp_path / "logits.bin", steps.append) as evaluator:
+        study = study_alpha(evaluator, BASIS, (0.0, 1.0))
     base, none, whole = study.rows
     assert steps == ["base", "alpha 0", "alpha 1"]
     assert none.answers == base.answers
@@ -119,10 +119,10 @@ def test_alpha_0_is_the_base_and_1_is_not(subject, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_the_same_contrast_twice_makes_no_difference(subject, tmp_path):
+def test_the_same_contrast_twice_makes_no_difference(context, tmp_path):
     directions = Directions(random(N_LAYERS, D_MODEL))
-    with Bench(subject, tmp_path / "logits.bin") as bench:
-        study = study_pairs(bench, {"generic": directions, "paired": directions}, (1, 3))
+    with EditEvaluator(context, tmp_path / "logits.bin") as evaluator:
+        study = study_pairs(evaluator, {"generic": directions, "paired": directions}, (1, 3))
     assert [row.name for row in study.rows[1:3]] == ["layer 1, generic", "layer 1, paired"]
     for generic, paired in (study.rows[1:3], study.rows[3:5]):
         assert generic.answers == paired.answers
@@ -133,10 +133,10 @@ def test_the_same_contrast_twice_makes_no_difference(subject, tmp_path):
     assert Study.model_validate_json(study.model_dump_json()) == study
 
 
-def test_the_confirmation_stacks_what_there_is(subject, tmp_path):
+def test_the_confirmation_stacks_what_there_is(context, tmp_path):
     directions = {-1: Directions(random(N_LAYERS, D_MODEL))}
-    with Bench(subject, tmp_path / "logits.bin") as bench:
-        study = study_confirmation(bench, directions, [Place(2), Place(3), Place(1)])
+    with EditEvaluator(context, tmp_path / "logits.bin") as evaluator:
+        study = study_confirmation(evaluator, directions, [Place(2), Place(3), Place(1)])
     stacked = {row.name: row.layers for row in study.rows[1:]}
     assert stacked == {
         "layer 2": (2,),
@@ -151,10 +151,10 @@ def test_the_confirmation_stacks_what_there_is(subject, tmp_path):
     assert kl[0] == pytest.approx(kl[1], rel=1e-3)
 
 
-def test_controls_keep_the_strengths_and_change_the_directions(subject, tmp_path):
+def test_controls_keep_the_strengths_and_change_the_directions(context, tmp_path):
     """One that is the edit itself does the same; at strength 0 none does anything."""
-    with Bench(subject, tmp_path / "logits.bin") as bench:
-        study = study_controls(bench, BASIS, [BASIS], draws=2)
+    with EditEvaluator(context, tmp_path / "logits.bin") as evaluator:
+        study = study_controls(evaluator, BASIS, [BASIS], draws=2)
     base, edit, first, second, same = study.rows
     assert [row.name for row in study.rows[2:]] == [
         "random directions 1",
@@ -165,22 +165,22 @@ def test_controls_keep_the_strengths_and_change_the_directions(subject, tmp_path
     kl = [row.divergence.kl.value for row in (edit, first, second)]
     assert min(kl) > 1e-4
     assert len(set(kl)) == 3
-    nothing = {edit.writer.module: 0.0 for edit in subject.plan.edits}
-    still = replace(subject, plan=subject.plan.with_strengths(nothing))
-    with Bench(still, tmp_path / "logits.bin") as bench:
-        study = study_controls(bench, BASIS, [], draws=1)
+    nothing = {edit.writer.module: 0.0 for edit in context.plan.edits}
+    still = replace(context, plan=context.plan.with_strengths(nothing))
+    with EditEvaluator(still, tmp_path / "logits.bin") as evaluator:
+        study = study_controls(evaluator, BASIS, [], draws=1)
     assert [row.divergence.kl.value for row in study.rows[1:]] == [0, 0]
     assert {row.answers for row in study.rows} == {base.answers}
 
 
-def test_each_block_draws_its_own_where_each_has_its_own(subject, tmp_path):
+def test_each_block_draws_its_own_where_each_has_its_own(context, tmp_path):
     bases = torch.stack([orthonormal_basis(random(1, D_MODEL))] * N_LAYERS)
     drawn = _random_like(bases, 0)
     assert drawn.shape == bases.shape
     assert (drawn[0].T @ drawn[1]).abs() < 0.9
     assert not torch.equal(drawn, _random_like(bases, 1))
-    with Bench(subject, tmp_path / "logits.bin") as bench:
-        study = study_controls(bench, bases, [], draws=1)
+    with EditEvaluator(context, tmp_path / "logits.bin") as evaluator:
+        study = study_controls(evaluator, bases, [], draws=1)
     assert study.rows[2].divergence.kl.value > 1e-4
 
 
@@ -197,7 +197,7 @@ def test_padding_changes_next_to_nothing_in_float32_and_more_in_bfloat16():
             [render_chat(loaded.tokenizer, json.loads(line)["prompt"]) for line in some]
             for some in lines.values()
         ]
-        found[dtype] = study_extraction(loaded, *ids, blocks=block_paths("model.layers", 7))
+        found[dtype] = study_extraction(TransformersEngine(loaded), *ids)
     for wide in found["float32"].agreements:
         assert wide.apart.value < 1e-10
         assert wide.length == pytest.approx(1, abs=1e-5)
@@ -208,11 +208,9 @@ def test_padding_changes_next_to_nothing_in_float32_and_more_in_bfloat16():
     assert narrow.apart.n == 16
 
 
-def test_too_few_prompts_for_an_interval(subject):
+def test_too_few_prompts_for_an_interval(context):
     with pytest.raises(PromptError, match="needs 8 prompts of each kind"):
-        study_extraction(
-            subject.loaded, [[0, 1]] * 7, subject.target.token_ids, blocks=subject.blocks
-        )
+        study_extraction(context.engine, [[0, 1]] * 7, context.target.token_ids)
 
 
 @pytest.fixture
@@ -295,9 +293,9 @@ def test_what_cannot_be_studied(recipe, tmp_path, tiny_folder):
     assert not out.exists()
 
 
-def test_a_table_says_what_it_could_not_tell(subject, tmp_path):
-    with Bench(subject, tmp_path / "logits.bin") as bench:
-        study = study_alpha(bench, BASIS, ())
+def test_a_table_says_what_it_could_not_tell(context, tmp_path):
+    with EditEvaluator(context, tmp_path / "logits.bin") as evaluator:
+        study = study_alpha(evaluator, BASIS, ())
     lines = to_markdown(study).splitlines()
     assert lines[-1].startswith("| base |")
     assert len(lines) == 5

@@ -10,11 +10,11 @@ import json
 
 import pytest
 import torch
-from abliterator.generation import stop_ids
 
 from abliterator import pipeline
 from abliterator.anatomy import anatomy_of
 from abliterator.checkpoint import Checkpoint
+from abliterator.engines import TransformersEngine
 from abliterator.errors import DirectionError
 from abliterator.model import load_model
 from abliterator.pipeline import Options
@@ -59,7 +59,7 @@ def test_its_stop_tokens_are_those_of_its_language_model(project, tmp_path):
     project("gemma3", [1])
     loaded = load_model(tmp_path / "model", device="cpu", dtype="float32")
     loaded.model.config.get_text_config().eos_token_id = 77
-    assert 77 in stop_ids(loaded)
+    assert 77 in TransformersEngine(loaded).stop_ids
 
 
 def test_a_block_that_text_leaves_out_has_no_direction_of_its_own(project, tmp_path):

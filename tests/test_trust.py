@@ -6,8 +6,8 @@ import json
 from contextlib import suppress
 
 import pytest
-from abliterator.generation import generate
 
+from abliterator.engines import TransformersEngine
 from abliterator.errors import AbliteratorError
 from abliterator.model import load_model, load_tokenizer, render_chat
 from abliterator.publish import _load_check
@@ -48,7 +48,7 @@ def test_code_that_generates_does_not_run(writable, ran):
     (writable / "own.py").write_text(code(ran))
     loaded = load_model(writable, device="cpu", dtype="float32")
     ids = render_chat(loaded.tokenizer, "Where?")
-    assert generate(loaded, [ids], max_new_tokens=2, batch_size=1, stop_ids=(2,))
+    assert TransformersEngine(loaded).answers([ids], max_new_tokens=2, batch_size=1, stop_ids=(2,))
     assert not ran.exists()
 
 

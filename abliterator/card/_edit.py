@@ -191,8 +191,8 @@ def _value(estimate: Estimate | None) -> Markdown:
     return Markdown("withheld") if estimate is None else number(estimate.value)
 
 
-def _n(answers: AnswerSummary) -> int | str:
-    return answers.product.n if answers.product else ""
+def _n(of: AnswerSummary | Trial) -> int | Markdown:
+    return of.product.n if of.product else Markdown("")
 
 
 def _stacks(stacks: Sequence[Stack]) -> Iterator[str]:
@@ -256,7 +256,7 @@ def _tuning(tuning: Tuning) -> Iterator[str]:
             _mark(trial, taken=index == tuning.selected),
             _value(trial.refusal),
             _value(trial.product),
-            trial.product.n if trial.product else "",
+            _n(trial),
             number(trial.kl, ".4f"),
             number(trial.kl_first_token, ".4f"),
         )

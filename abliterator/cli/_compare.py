@@ -13,6 +13,7 @@ from abliterator.cli._terminal import Bars, show
 
 if TYPE_CHECKING:
     from abliterator.benchmarks import Task
+    from abliterator.judge import Judge
 
 FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 
@@ -53,18 +54,16 @@ def compare(
 ) -> None:
     """Compare two checkpoints: how they differ, and what that does.
 
-    BASE and EDITED are Hub ids or folders. Weights and what lies beside them (chat template,
-    tokenizer, config) are always compared; --target and --neutral let
-    both answer, --neutral measures divergence, --tasks runs lm-eval. An API judge is set up by
-    --recipe, or by --set judge.base_url=URL --set judge.model=NAME.
+    BASE and EDITED are Hub ids or folders. Weights, chat template, tokenizer and config are always
+    compared; --target and --neutral let both answer, --neutral measures divergence, --tasks runs
+    lm-eval. An API judge: --recipe, or --set judge.base_url=URL --set judge.model=NAME.
     """
     from abliterator.benchmarks import RunSettings
     from abliterator.checkpoint import Checkpoint
     from abliterator.comparison import CompareSettings, to_markdown
     from abliterator.comparison import compare as compared
     from abliterator.evaluation import DivergenceSettings
-    from abliterator.judge import cache_folder
-    from abliterator.pipeline import Options, judge_of, note_plain_http, require_key
+    from abliterator.pipeline import Options
     from abliterator.prompts import load_prompts
     from abliterator.recipe import Benchmarks, Source
 
@@ -86,13 +85,10 @@ def compare(
             dtype=computed,
         ),
     )
-    judge_settings = read_judge(**asked)
-    require_key(judge_settings)  # before any model answers
-    note_plain_http(judge_settings, Bars())
-    judge = judge_of(judge_settings, cache=cache_folder() / "judge.sqlite")
     bars = Bars()
+    judge = _judge(bars, **asked)
     with tempfile.TemporaryDirectory(prefix="abliterator-") as scratch:
-        found = compared(
+        comparison = compared(
             folder,
             _folder(edited),
             settings,
@@ -101,7 +97,18 @@ def compare(
             bar=bars.bar,
             note=bars.note,
         )
-    show(found, to_markdown, as_json=as_json)
+    show(comparison, to_markdown, as_json=as_json)
+
+
+def _judge(bars: Bars, **arguments: Any) -> Judge:
+    """The judge that the command line names, whose key is there before any model answers."""
+    from abliterator.judge import cache_folder
+    from abliterator.pipeline import judge_of, note_plain_http, require_key
+
+    settings = read_judge(**arguments)
+    require_key(settings)
+    note_plain_http(settings, bars)
+    return judge_of(settings, cache=cache_folder() / "judge.sqlite")
 
 
 def _folder(model: str) -> Path:

@@ -294,5 +294,6 @@ def _answer(
         token_ids=token_ids,
         finish_reason="length" if end is None else "stop",
         start=len(split.thinking),
-        start_token=splitter.first_token(token_ids, split) if split.thinking else 0,
+        # a blank reply may be the beginning of a thought, and is none
+        start_token=splitter.first_token(token_ids, split) if split.thinking.strip() else 0,
     )

@@ -90,6 +90,7 @@ def choose(
     if not isinstance(k, int):
         stacks, why = grow_stack(context, base, pool, order, sizes, search=search, on_step=on_step)
         chosen = taken(stacks, search.gates)
+    best = [place_of(c) for c in candidates if c.answers] or order
     return Selection(
         layers=tuple(place.layer for place in order),
         positions=tuple(place.position for place in order),
@@ -98,12 +99,7 @@ def choose(
         base=base.recorded,
         candidates=tuple(candidates),
         stacks=tuple(stacks),
-        structure=describe(
-            pool,
-            best=[place_of(c) for c in candidates if c.answers] or order,
-            stacks=stacks,
-            k=chosen,
-        ),
+        structure=describe(pool, best=best, stacks=stacks, k=chosen),
         rollout_tokens=base.tokens + _generated(candidates, stacks),
     )
 

@@ -79,9 +79,10 @@ def measure_base(context: EvaluationContext, scoring: ScoringPrompts) -> Baselin
             f"is nothing to remove. Give target prompts that it refuses, or name the layers in the "
             f"recipe.{_thinking_note(judged)}"
         )
-    if any(answer.start_token for answer in judged.answers):
-        scoring = ScoringPrompts(*(behind_thinking(context, prompts) for prompts in scoring))
     contrast = answer_and_judge(context, scoring.contrast)
+    if any(answer.start_token for answer in (*judged.answers, *contrast.answers)):
+        scoring = ScoringPrompts(*(behind_thinking(context, prompts) for prompts in scoring))
+        contrast = answer_and_judge(context, scoring.contrast)
     openings = learn_openings(refusals, _not_refusing(contrast))
     if not openings:
         raise PromptError(

@@ -67,18 +67,20 @@ class Splitter:
         """Where the answer of a reply begins, in tokens; at its end where it has no answer.
 
         At the first token with a word of the answer: line breaks after the thinking are part of
-        neither.
+        neither. Of an answer with thinking within it, where its last part begins.
         """
-        length = len(split.answer.strip())
-        if not length:
+
+        def text_from(start: int) -> str:
+            return str(self._tokenizer.decode(list(reply[start:]), skip_special_tokens=True))
+
+        answer, text = split.answer.strip(), text_from(0)
+        while answer not in text:
+            answer = answer[1:].lstrip()
+        if not answer:
             return len(reply)
-
-        def holds_answer(start: int) -> bool:
-            rest = self._tokenizer.decode(list(reply[start:]), skip_special_tokens=True)
-            return len(str(rest).strip()) >= length
-
         # the later the start, the less text is left: the last start that leaves all of the answer
-        return bisect_left(range(len(reply)), True, key=lambda at: not holds_answer(at)) - 1
+        starts = range(len(reply))
+        return bisect_left(starts, True, key=lambda at: answer not in text_from(at)) - 1
 
     def opened_by(self, prompt: Sequence[int]) -> Opened:
         """What a rendered prompt leaves open where the reply begins.

@@ -10,9 +10,11 @@ import yaml
 from markdown_it import MarkdownIt
 
 from abliterator.record import (
+    AnswerSummary,
     Behaviour,
     BehaviourSide,
     BenchmarkResult,
+    Candidate,
     Divergence,
     EditSummary,
     Estimate,
@@ -21,7 +23,12 @@ from abliterator.record import (
     PromptOrigin,
     Provenance,
     RunRecord,
+    Selection,
+    SelectionBase,
+    Structure,
     Tool,
+    Trial,
+    Tuning,
 )
 
 ROOT = Path(__file__).parents[2]
@@ -205,41 +212,46 @@ def structure(card: str) -> list[tuple[str, str]]:
     return [(token.type, token.tag) for token in tokens_of(body_of(card))]
 
 
-def selection() -> dict[str, Any]:
+def selection() -> Selection:
     """What a sweep of two layers finds, in short."""
-    found = {name: rate(0.5).model_dump() for name in ("refusal", "compliance", "coherence")}
-    answers = {**found, "product": rate(0.25).model_dump(), "tokens": 9}
-    scores = {"bypass": -1.0, "kl": 0.01, "induce": 2.0, "stopped_by": []}
-    return {
-        "layers": [3, 2],
-        "k": 1,
-        "why": "the recipe",
-        "base": {"bypass": 1.0, "answers": answers},
-        "candidates": [
-            {"layer": 2, **scores, "answers": None},
-            {"layer": 3, **scores, "answers": answers},
-        ],
-        "stacks": [],
-        "structure": {
-            "layers": [2, 3],
-            "cosines": [[1.0, 0.5], [0.5, 1.0]],
-            "participation_ratio": 1.6,
-            "verdict": "low-rank subspace",
-            "because": "...",
-        },
-        "rollout_tokens": 9,
-    }
+    half = rate(0.5)
+    answers = AnswerSummary(
+        refusal=half, compliance=half, coherence=half, product=rate(0.25), tokens=9
+    )
+    scored = Candidate(layer=2, bypass=-1.0, kl=0.01, induce=2.0)
+    return Selection(
+        layers=(3, 2),
+        positions=(-1, -1),
+        k=1,
+        why="the recipe",
+        base=SelectionBase(bypass=1.0, answers=answers),
+        candidates=(scored, scored.model_copy(update={"layer": 3, "answers": answers})),
+        structure=Structure(
+            layers=(2, 3),
+            cosines=((1.0, 0.5), (0.5, 1.0)),
+            participation_ratio=1.6,
+            verdict="low-rank subspace",
+            because="...",
+        ),
+        rollout_tokens=9,
+    )
 
 
-def tuning() -> dict[str, Any]:
-    point = {
-        "refusal": rate(0.1).model_dump(),
-        "product": rate(0.9).model_dump(),
-        "kl": 0.0123,
-        "kl_first_token": 0.0234,
-    }
-    points = [{**point, "on_front": front} for front in (False, True)]
-    return {"lessons": 40, "points": points, "taken": 1}
+def tuning() -> Tuning:
+    """The start and one tuned edit, which is selected."""
+    start = Trial(
+        kl_weight=0.0,
+        scale=1.0,
+        cosine=1.0,
+        kl=0.0123,
+        kl_first_token=0.0234,
+        refusal=rate(0.1),
+        compliance=rate(0.95),
+        coherence=rate(0.95),
+        product=rate(0.9),
+    )
+    tuned = start.model_copy(update={"kl_weight": 20.0, "on_front": True})
+    return Tuning(preference_pairs=40, trials=(start, tuned), selected=1)
 
 
 PICTURES = {"abliterator/cosines.png": SHA, "abliterator/sweep.png": SHA}

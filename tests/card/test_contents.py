@@ -34,6 +34,7 @@ from tests.card.records import (
     rate,
     selection,
     tokens_of,
+    tuning,
 )
 
 
@@ -214,6 +215,23 @@ def test_the_structure_is_told_and_the_pictures_are_shown_where_there_are_any():
     images = [token for token in tokens_of(body_of(shown)) if token.type == "image"]
     assert [image.attrs["src"] for image in images] == list(PICTURES)
     assert all(image.content for image in images)  # told in words where it cannot be seen
+
+
+def test_what_is_withheld_of_candidates_and_trials_is_not_a_number():
+    """Where over 2 % of the answers have no verdict."""
+    unknown = dict.fromkeys(("refusal", "compliance", "coherence", "product"))
+    _, judged = selection().candidates
+    answers = judged.answers.model_copy(update=unknown)
+    found = selection().model_copy(
+        update={"candidates": (judged.model_copy(update={"answers": answers}),)}
+    )
+    start, tuned = tuning().trials
+    trials = (start.model_copy(update=unknown), tuned)
+    told = tuning().model_copy(update={"trials": trials})
+    card = render_card(demo_record().model_copy(update={"selection": found, "tuning": told}))
+    assert "| 3 | -1.000 | 0.010 | 2.000 | withheld | withheld | withheld |  |" in card
+    assert "|  | withheld | withheld |  | 0.0123 | 0.0234 |" in card
+    assert "| **taken** | 0.100 | 0.900 | 64 | 0.0123 | 0.0234 |" in card
 
 
 @pytest.mark.parametrize(

@@ -113,7 +113,7 @@ def _texts(value: Any, path: FieldPath = ()) -> Iterator[FieldPath]:
             yield from _texts(getattr(value, name), (*path, name))
     elif isinstance(value, dict):
         for key, inner in value.items():
-            if path and path[0] not in OUR_KEYS and (*path, key) not in MEANT:
+            if path and (*path, key) not in MEANT:
                 yield (*path, key, "@")
             yield from _texts(inner, (*path, key))
     elif isinstance(value, (list, tuple)):
@@ -123,7 +123,6 @@ def _texts(value: Any, path: FieldPath = ()) -> Iterator[FieldPath]:
         yield path
 
 
-OUR_KEYS = {"selection", "tuning"}  # plain values, but of a shape that this tool gives them
 # Texts that select what is shown, so that another one is meant to change the structure.
 MEANT = {
     *(("behaviour", name) for name in ("target", "neutral", "over_refusal")),

@@ -2,31 +2,35 @@
 
 import pytest
 import torch
-from abliterator.selection._rows import unedited
 
-from abliterator.selection import _grow, _race, _scores, _sweep, judge_edits, refusal_scores
+from abliterator.engines import AnswerPath
+from abliterator.selection import _grow, _race, _scores, _sweep, judge_edits, log_odds
+from tests.selection.contexts import context_of, scoring_of, unedited
 from tests.selection.scripted import PROMPTS, said
-from tests.selection.subjects import subject_of
 
 
 @pytest.fixture
-def subject(tiny_loaded):
-    return subject_of(tiny_loaded(), PROMPTS, max_new_tokens=4, max_batch_tokens=64)
+def context(tiny_loaded):
+    return context_of(tiny_loaded(), PROMPTS, max_new_tokens=4, max_batch_tokens=64)
 
 
 @pytest.fixture
-def base(subject):
+def base(context):
     """A baseline of a model that has no refusals to learn from."""
     forced = [(3, 4, 5), (6,), ()]
+    paths = [
+        AnswerPath((*prompt, *answer), len(answer) + 1)
+        for prompt, answer in zip(PROMPTS, forced, strict=True)
+    ]
+    likelihoods = context.engine.log_likelihoods(PROMPTS, [(11,)], max_batch_tokens=64)
     return _scores.Baseline(
         openings=((11,),),
-        judged=judge_edits(subject, [torch.zeros(32, 1, dtype=torch.float64)])[0],
+        judged=judge_edits(context, [torch.zeros(32, 1, dtype=torch.float64)])[0],
+        scoring=scoring_of(context),
         target_score=0.0,
-        contrast_score=float(
-            refusal_scores(subject.loaded, PROMPTS, [(11,)], max_batch_tokens=64).mean()
-        ),
-        forced=forced,
-        logprobs=[logprobs for *_, logprobs in sorted(unedited(subject).along(forced))],
+        contrast_score=float(log_odds(likelihoods).mean()),
+        paths=paths,
+        logits=[logits for _, _, logits in sorted(unedited(context).logits(paths))],
         tokens=0,
     )
 
@@ -36,7 +40,7 @@ def scripted(monkeypatch):
     """`scripted(scores, products)`: what a sweep sees of layers 1, 2, ... and of stacks by rank."""
 
     def script(scores, products):
-        def judge(subject, bases, prompts=None):
+        def judge(context, bases, prompts=None):
             # the layer's direction is the unit vector of its index
             found = [
                 products(tuple((basis.abs().argmax(dim=0) + 1).tolist()), basis.shape[1])
@@ -44,8 +48,8 @@ def scripted(monkeypatch):
             ]
             return [said(one if prompts is None else [one[i] for i in prompts]) for one in found]
 
-        for room in (_race, _grow):
-            monkeypatch.setattr(room, "judge_edits", judge)
+        for module in (_race, _grow):
+            monkeypatch.setattr(module, "judge_edits", judge)
         monkeypatch.setattr(_sweep, "score", lambda *_: scores)
         monkeypatch.setattr(_grow, "mean_kl", lambda edited, _: [0.01] * edited.n)
 

@@ -3,11 +3,12 @@
 from dataclasses import replace
 
 import torch
-from abliterator.generation import Answer
 
 from abliterator.directions import Directions, Place
-from abliterator.record import Verdict
-from abliterator.selection import Asked, Candidate, Gates, Pool, Search, _scores, _sweep
+from abliterator.engines import Answer
+from abliterator.evaluation import JudgedAnswers, RenderedPrompts
+from abliterator.record import Candidate, Verdict
+from abliterator.selection import Gates, Pool, Search, _sweep
 
 PROMPTS = [[4, 9, 17, 30], [5, 9, 31], [4, 8, 60, 61]]
 
@@ -18,7 +19,7 @@ def candidate(layer, bypass=0.0, kl=0.05, induce=1.0):
 
 def said(products):
     """Judged answers with these products."""
-    return _scores.Judged(
+    return JudgedAnswers(
         tuple(Answer("", (1,) * 7, "stop") for _ in products),
         tuple(
             Verdict(
@@ -43,15 +44,15 @@ def pool(*layers):
     return Pool([Place(layer) for layer in layers], {-1: UNIT})
 
 
-def ask(subject, n):
-    """The subject with so many held-out prompts."""
-    return replace(subject, held_out=Asked([str(i) for i in range(n)], [[4]] * n))
+def ask(context, n):
+    """The context with so many held-out prompts."""
+    return replace(context, target=RenderedPrompts([str(i) for i in range(n)], [[4]] * n))
 
 
-def sweep(subject, n, gates=Gates(), n_judged=2, prompts=2, schedule=None):  # noqa: B008
+def sweep(context, n, gates=Gates(), n_judged=2, prompts=2, schedule=None):  # noqa: B008
     search = Search(gates=gates, survivors=n_judged)
     return _sweep.sweep_places(
-        ask(subject, prompts),
+        ask(context, prompts),
         None,
         pool(*range(1, n + 1)),
         replace(search, schedule=schedule) if schedule else search,

@@ -6,14 +6,14 @@ import shutil
 from pathlib import Path
 
 import pytest
-from abliterator.generation import generate, stop_ids
 from safetensors.torch import load_file, save_file
 
 from abliterator import pipeline
-from abliterator.bake import EditSettings, bake, plan_edits, preview_edit, preview_edits
+from abliterator.bake import EditSettings, bake, plan_edits
 from abliterator.checkpoint import Checkpoint
 from abliterator.directions import load_subspace
-from abliterator.model import ByRow, load_model, render_chat
+from abliterator.engines import TransformersEngine, WriterEdit
+from abliterator.model import load_model, render_chat
 from abliterator.pipeline import Options
 from abliterator.recipe import load_recipe
 from abliterator.subspace import random_basis
@@ -49,7 +49,7 @@ def test_the_demo_needs_one_direction(demo):
             assert base - tried[control]["refusal"]["value"] <= 0.1
     assert len(found["structure"]["cosines"]) == 7
     record = pipeline.read_record(demo[0])
-    assert record.selection == found
+    assert record.selection.model_dump(mode="json") == found
     assert record.edit.layers == tuple(found["layers"][:1])
     assert record.behaviour["target"].edited.refusal.value <= 0.1
     card = (demo[0] / "checkpoint" / "README.md").read_text()
@@ -89,36 +89,26 @@ def test_what_was_judged_by_hooks_is_what_was_baked(demo, tmp_path):
     basis = load_subspace(demo[0] / "work" / "directions.safetensors").basis
 
     def answered(folder):
-        loaded = load_model(folder, device="cpu", dtype="float32")
-        ids = [render_chat(loaded.tokenizer, p) for p in prompts["prompts"]]
+        engine = TransformersEngine(load_model(folder, device="cpu", dtype="float32"))
+        ids = [render_chat(engine.tokenizer, p) for p in prompts["prompts"]]
 
         def texts():
-            stop = stop_ids(loaded)
-            found = generate(loaded, ids, max_new_tokens=48, batch_size=32, stop_ids=stop)
-            return [a.text for a in found]
+            return [a.text for a in engine.answers(ids, max_new_tokens=48, batch_size=32)]
 
-        return loaded, texts
+        return engine, texts
 
-    loaded, texts = answered(checkpoint.folder)
+    engine, texts = answered(checkpoint.folder)
     plain = texts()
-    with preview_edit(loaded, plan, basis):
+    with engine.edited(WriterEdit(plan, basis)):
         previewed = texts()
     # as the sweep does it: half of the rows under another edit
-    n = len(prompts["prompts"])
-    ids = [render_chat(loaded.tokenizer, p) for p in prompts["prompts"]]
-    with preview_edits(loaded, plan, [random_basis(len(basis), 2, seed=0), basis]) as choose:
-        both = generate(
-            loaded,
-            ids * 2,
-            max_new_tokens=48,
-            batch_size=64,
-            stop_ids=stop_ids(loaded),
-            share_prefix=True,
-            by_row=ByRow([i // n for i in range(2 * n)], choose),
-        )
+    ids = [render_chat(engine.tokenizer, p) for p in prompts["prompts"]]
+    edits = [WriterEdit(plan, q) for q in (random_basis(len(basis), 2, seed=0), basis)]
+    with engine.edited_side_by_side(edits, max_batch_tokens=4096) as edited:
+        other, same = edited.answers(ids, max_new_tokens=48, batch_size=64)
     bake(checkpoint, plan, basis, tmp_path / "baked")
     baked = answered(tmp_path / "baked")[1]()
     assert previewed == baked
-    assert [a.text for a in both[n:]] == baked
-    assert [a.text for a in both[:n]] != baked
+    assert [a.text for a in same] == baked
+    assert [a.text for a in other] != baked
     assert previewed != plain

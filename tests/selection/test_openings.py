@@ -7,7 +7,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from abliterator.selection import learn_openings, refusal_scores
+from abliterator.engines import TransformersEngine
+from abliterator.selection import learn_openings, log_odds
 from tests.selection.scripted import PROMPTS
 
 
@@ -35,7 +36,8 @@ def test_no_opening_begins_another_so_none_is_counted_twice(refusals, answers):
 
 def test_refusal_score_is_the_log_odds_of_the_openings(tiny_loaded):
     loaded, openings = tiny_loaded(), [(11, 12, 13), (20,)]
-    found = refusal_scores(loaded, PROMPTS, openings, max_batch_tokens=64)
+    engine = TransformersEngine(loaded)
+    found = log_odds(engine.log_likelihoods(PROMPTS, openings, max_batch_tokens=64))
     for prompt, score in zip(PROMPTS, found.tolist(), strict=True):
         p = 0.0
         for opening in openings:

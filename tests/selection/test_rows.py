@@ -4,17 +4,22 @@ import dataclasses
 
 import pytest
 import torch
-from abliterator.selection._rows import added, removed
 
+from abliterator.engines import AnswerPath, Steering
 from abliterator.model import ByRow, _prefix, run_prefix, shared_tokens
+from abliterator.selection._scores import mean_log_odds
 from abliterator.subspace import random_basis
 from tests import architectures
 from tests.architectures import D_MODEL
-from tests.selection.subjects import subject_of
+from tests.selection.contexts import context_of, removed
 
 SYSTEM = [7, 8, 9, 10, 11, 12]
 PROMPTS = [[*SYSTEM, *rest] for rest in ([5], [6, 7], [9, 4], [3, 3, 3, 8], [20])]
 FORCED = [(3, 4, 5), (6,), (), (4, 4), (9, 9, 9)]
+PATHS = [
+    AnswerPath((*prompt, *answer), len(answer) + 1)
+    for prompt, answer in zip(PROMPTS, FORCED, strict=True)
+]
 OPENINGS = [(11, 12, 13), (20,)]
 BASES = [random_basis(D_MODEL, k, seed=k) for k in (1, 3, 2)]
 
@@ -23,21 +28,23 @@ SHARE, WHOLE = ("llama", "gemma", "qwen3_moe"), ("gemma3_text", "mamba2", "qwen3
 
 
 def architecture(name, tiny_loaded, tmp_path):
-    """A tiny model of that architecture, as the subject."""
+    """A tiny model of that architecture, to be measured."""
     folder = architectures.save(name, tmp_path / name)
     model = type(architectures.build(name)).from_pretrained(folder).eval()
     loaded = dataclasses.replace(tiny_loaded(), model=model, folder=folder)
-    return subject_of(loaded, PROMPTS, max_new_tokens=3, max_batch_tokens=16)
+    return context_of(loaded, PROMPTS, max_new_tokens=3, max_batch_tokens=16)
 
 
-def scores(subject, bases):
+def scores(context, bases):
     """Everything that is asked of edits: log-odds, distributions, answers; removed and added."""
-    with removed(subject, bases) as edited:
-        odds = [edited.refusal(subject.target, OPENINGS)]
-        along = {(i, p): found for i, p, found in edited.along(FORCED)}
-        answers = edited.answers(PROMPTS, 3)
-    with added(subject, [1] * len(bases), [basis[:, 0] for basis in bases]) as steered:
-        odds.append(steered.refusal(subject.target, OPENINGS))
+    with removed(context, bases) as edited:
+        odds = [mean_log_odds(edited, context.target, OPENINGS)]
+        along = {(i, p): found.log_softmax(dim=1) for i, p, found in edited.logits(PATHS)}
+        answers = edited.answers(PROMPTS, max_new_tokens=3, batch_size=context.batch_size)
+    added = [Steering(1, basis[:, 0]) for basis in bases]
+    limit = context.max_batch_tokens
+    with context.engine.edited_side_by_side(added, max_batch_tokens=limit) as steered:
+        odds.append(mean_log_odds(steered, context.target, OPENINGS))
     texts = [[answer.token_ids for answer in one] for one in answers]
     return torch.tensor(odds), [along[key] for key in sorted(along)], texts
 
@@ -51,17 +58,17 @@ def assert_same(one, other):
 
 @pytest.mark.parametrize("name", SHARE + WHOLE)
 def test_what_prompts_share_changes_no_score(name, tiny_loaded, tmp_path, monkeypatch):
-    subject = architecture(name, tiny_loaded, tmp_path)
-    scores(subject, BASES)  # what a model does with padding is measured once
+    context = architecture(name, tiny_loaded, tmp_path)
+    scores(context, BASES)  # what a model does with padding is measured once
     seen = []
-    embed = subject.loaded.model.get_input_embeddings()
+    embed = context.engine.loaded.model.get_input_embeddings()
     handle = embed.register_forward_hook(lambda *call: seen.append(tuple(call[1][0].shape)))
-    shared = scores(subject, BASES)
+    shared = scores(context, BASES)
     handle.remove()
     assert (max(width for _, width in seen) <= len(SYSTEM) + 1) == (name in SHARE)
     monkeypatch.setattr(_prefix, "WORTH_SHARING", 1000)
-    assert_same(shared, scores(subject, BASES))
-    alone = [scores(subject, [basis]) for basis in BASES]
+    assert_same(shared, scores(context, BASES))
+    alone = [scores(context, [basis]) for basis in BASES]
     assert_same(
         shared,
         (
@@ -72,11 +79,11 @@ def test_what_prompts_share_changes_no_score(name, tiny_loaded, tmp_path, monkey
     )
 
 
-def test_a_prefix_under_another_intervention_shows(tiny_loaded, tmp_path, monkeypatch):
+def test_a_prefix_under_another_edit_shows(tiny_loaded, tmp_path, monkeypatch):
     """The negative of the test above: the shared tokens run under the edit of the wrong row."""
-    subject = architecture("llama", tiny_loaded, tmp_path)
-    subject = dataclasses.replace(subject, max_batch_tokens=10_000)  # all edits in one group
-    right = scores(subject, BASES)
+    context = architecture("llama", tiny_loaded, tmp_path)
+    context = dataclasses.replace(context, max_batch_tokens=10_000)  # all edits in one group
+    right = scores(context, BASES)
     enter = _prefix.Prefix.enter
 
     def turned(prefix, batch):
@@ -87,11 +94,11 @@ def test_a_prefix_under_another_intervention_shows(tiny_loaded, tmp_path, monkey
         return cache
 
     monkeypatch.setattr(_prefix.Prefix, "enter", turned)
-    wrong = scores(subject, BASES)
+    wrong = scores(context, BASES)
     assert (right[0] - wrong[0]).abs().min() > 1e-3
 
 
-def test_the_shared_tokens_run_once_for_each_intervention(tiny_loaded):
+def test_the_shared_tokens_run_once_for_each_edit(tiny_loaded):
     loaded, chosen = tiny_loaded(), []
     prefix = run_prefix(loaded, PROMPTS * 2, ByRow([0] * 5 + [1] * 5, chosen.append))
     assert prefix.length == shared_tokens(PROMPTS) == 6
@@ -103,13 +110,13 @@ def test_the_shared_tokens_run_once_for_each_intervention(tiny_loaded):
     assert second.get_seq_length() == prefix.cache.get_seq_length() == 6
 
 
-def test_interventions_whose_prefixes_do_not_fit_run_in_groups(tiny_loaded, tmp_path):
+def test_edits_whose_prefixes_do_not_fit_run_in_groups(tiny_loaded, tmp_path):
     """16 tokens a pass hold two prefixes of 6: three edits are two groups, and nothing changes."""
-    subject = architecture("llama", tiny_loaded, tmp_path)
-    with removed(subject, BASES) as edited:
+    context = architecture("llama", tiny_loaded, tmp_path)
+    with removed(context, BASES) as edited:
         assert edited._groups(PROMPTS) == [range(2), range(2, 3)]
-    wide = dataclasses.replace(subject, max_batch_tokens=10_000)
-    assert_same(scores(subject, BASES), scores(wide, BASES))
+    wide = dataclasses.replace(context, max_batch_tokens=10_000)
+    assert_same(scores(context, BASES), scores(wide, BASES))
 
 
 def test_nothing_to_share(tiny_loaded):

@@ -13,7 +13,7 @@ from abliterator.selection import Gates, _sweep
 from tests.selection.scripted import candidate, sweep
 
 
-def test_answers_decide_among_the_survivors_and_gates_come_first(subject, scripted):
+def test_answers_decide_among_the_survivors_and_gates_come_first(context, scripted):
     scores = [
         candidate(1, bypass=-9, kl=0.5),  # the best bypass, but it moves everything
         candidate(2, bypass=-3),
@@ -22,19 +22,19 @@ def test_answers_decide_among_the_survivors_and_gates_come_first(subject, script
         candidate(5, bypass=-5, induce=-1),
     ]
     scripted(scores, lambda layers, k: [1.0, 1.0] if layers == (3,) else [0.5, 0.0])
-    found = sweep(subject, 5)
+    found = sweep(context, 5)
     assert [c.layer for c in found] == [3, 2, 4, 1, 5]
     assert [c.stopped_by for c in found[3:]] == [("max_kl",), ("min_induce",)]
     assert [c.answers is not None for c in found] == [True, True, False, False, False]
 
 
-def test_ties_go_to_the_lower_kl(subject, scripted):
+def test_ties_go_to_the_lower_kl(context, scripted):
     scores = [candidate(1, bypass=-2, kl=0.09), candidate(2, bypass=-1, kl=0.01)]
     scripted(scores, lambda layers, k: [1.0, 0.5])
-    assert [c.layer for c in sweep(subject, 2)] == [2, 1]
+    assert [c.layer for c in sweep(context, 2)] == [2, 1]
 
 
-def test_most_candidates_answer_few_prompts(subject, scripted):
+def test_most_candidates_answer_few_prompts(context, scripted):
     """8 candidates on 4 prompts, 4 on 8, 2 on 16; an answer is asked for once."""
     asked = []
 
@@ -45,7 +45,7 @@ def test_most_candidates_answer_few_prompts(subject, scripted):
 
     scripted([candidate(i, bypass=-i) for i in range(1, 9)], products)
     schedule = Selection(rungs=(4, 8)).schedule
-    found = sweep(subject, 8, n_judged=8, prompts=16, schedule=schedule)
+    found = sweep(context, 8, n_judged=8, prompts=16, schedule=schedule)
     assert [c.layer for c in found[:2]] == [8, 7]
     assert [len(c.rungs) for c in found] == [3, 3, 2, 2, 1, 1, 1, 1]
     assert [r.prompts for r in found[0].rungs] == [4, 8, 16]
@@ -54,7 +54,7 @@ def test_most_candidates_answer_few_prompts(subject, scripted):
     assert found[0].answers.product.value == 1.0
 
 
-def test_who_dropped_out_comes_back_where_the_leader_was_lucky(subject, scripted):
+def test_who_dropped_out_comes_back_where_the_leader_was_lucky(context, scripted):
     """Candidate 2 answers only the prompts of the first rung; 1 is second there, 3 last."""
     lucky = random.Random(0).sample(range(16), 16)[:4]
 
@@ -65,7 +65,7 @@ def test_who_dropped_out_comes_back_where_the_leader_was_lucky(subject, scripted
 
     scripted([candidate(i) for i in (1, 2, 3)], products)
     schedule = Selection(rungs=(4,), keep=0.3).schedule
-    found = sweep(subject, 3, n_judged=3, prompts=16, schedule=schedule)
+    found = sweep(context, 3, n_judged=3, prompts=16, schedule=schedule)
     assert [c.layer for c in found] == [1, 2, 3]
     assert [c.answers.product.n for c in found] == [16, 16, 4]
     assert [r.prompts for r in found[0].rungs] == [4, 16]

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from abliterator.comparison._divergence import no_bar
-from abliterator.generation import answer_sets, as_completions, generate, stream
 from transformers import AutoModelForCausalLM, LlamaConfig
 
+from abliterator.engines import TransformersEngine
+from abliterator.evaluation import RenderedPrompts, answer_sets, as_completions
 from abliterator.judge import RuleJudge, judge_completions
 from abliterator.model import load_model
 from abliterator.record import Completion
@@ -281,7 +281,9 @@ def test_generated_answers_have_no_thinking(loaded, name, by_prompt):
     cut = len(ids(model.tokenizer, reply.text[: reply.text.index("harmless")]))
     for limit in (cut, len(tokens) + 1):
         hook = script(model.model, [*tokens, 2])
-        (answer,) = generate(model, [prompt], max_new_tokens=limit, batch_size=1, stop_ids=[2])
+        (answer,) = TransformersEngine(model).answers(
+            [prompt], max_new_tokens=limit, batch_size=1, stop_ids=[2]
+        )
         hook.remove()
         (line,) = as_completions([answer], ["Where?"], set_name="target", side="base")
         assert Completion.model_validate_json(line.model_dump_json()) == line
@@ -298,10 +300,9 @@ def test_a_stream_ends_with_the_answer(loaded):
     pieces, answers = [], []
     prompt = prompt_ids(model.tokenizer)
     hook = script(model.model, [*ids(model.tokenizer, reply.text), 2])
-    stream(
-        model, prompt, max_new_tokens=400, stop_ids=[2], on_text=pieces.append,
-        on_end=answers.append,
-    )  # fmt: skip
+    engine = TransformersEngine(model)
+    assert engine.stop_ids == (2,)
+    engine.stream(prompt, max_new_tokens=400, on_text=pieces.append, on_end=answers.append)
     hook.remove()
     assert "private" in "".join(pieces)
     assert [a.text[a.start :] for a in answers] == [ANSWER]
@@ -320,10 +321,9 @@ def test_a_stream_that_is_stopped_has_an_answer(loaded):
         heard = []
         hook = script(model.model, [*ids(model.tokenizer, text), 2])
         with pytest.raises(KeyboardInterrupt):
-            stream(
-                model, prompt_ids(model.tokenizer), max_new_tokens=400, stop_ids=[2],
-                on_text=hear, on_end=answers.append,
-            )  # fmt: skip
+            TransformersEngine(model).stream(
+                prompt_ids(model.tokenizer), max_new_tokens=400, on_text=hear, on_end=answers.append
+            )
         hook.remove()
         answer = answers.pop()
         assert answer.text[answer.start :].startswith(said)
@@ -333,9 +333,9 @@ def test_a_stream_that_is_stopped_has_an_answer(loaded):
 def test_rollouts_have_where_the_answer_begins(loaded):
     reply, model = REPLIES["gpt-oss"], loaded("gpt-oss")
     hook = script(model.model, [*ids(model.tokenizer, reply.text), 2])
+    asked = RenderedPrompts(["Where?"], [prompt_ids(model.tokenizer)])
     (line,) = answer_sets(
-        model, {"target": (["Where?"], [prompt_ids(model.tokenizer)])}, side="base",
-        max_new_tokens=400, batch_size=1, bar=no_bar,
-    )  # fmt: skip
+        TransformersEngine(model), {"target": asked}, side="base", max_new_tokens=400, batch_size=1
+    )
     hook.remove()
     assert line.response[line.answer_start :] == ANSWER
