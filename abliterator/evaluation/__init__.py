@@ -5,7 +5,7 @@ divergence is KL(base || edited) along the base's own greedy answers, so both re
 at every position; of a model that thinks first, along the answer behind its thinking. Perplexity is
 of fixed prose that comes with the package.
 
-    context = EvaluationContext(engine, plan, target=target, neutral=neutral, judge=RuleJudge(), ...)
+    context = EvaluationContext(engine, plan, target, neutral, RuleJudge(), max_new_tokens=64, ...)
     with EditEvaluator(context, scratch) as evaluator:
         measured = evaluator.measure("the edit", context.writer_edit(basis))
     measured.judged.summary.refusal, measured.divergence.kl

@@ -2,7 +2,8 @@
 
 The model is never reloaded and its weights never change: every candidate is a preview of its edit
 (hooks on the writers, equal to the baked weights), and many candidates share a batch, each in rows
-of its own. It knows neither recipes nor files, nor the prompts on which the result will be measured.
+of its own. Recipes and files are not known here, nor the prompts on which the result will be
+measured.
 
     pool = Pool([Place(layer) for layer in range(1, 25)], {-1: directions})
     selection = choose(context, scoring, pool, sweep=True, k=1, search=Search(survivors=8))

@@ -130,7 +130,7 @@ def _thinking_note(judged: JudgedAnswers) -> str:
     if not thinking:
         return ""
     return (
-        f" {thinking} of its {len(judged.answers)} replies begin with thinking, and some may be cut "
+        f" {thinking} of its {len(judged.answers)} replies begin with thinking, and may be cut "
         "within it: switch thinking off in `chat.template_kwargs` (often `enable_thinking: "
         "false`), or raise `selection.tokens`."
     )

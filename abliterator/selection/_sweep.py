@@ -79,11 +79,11 @@ def none_passed(candidates: Sequence[Candidate], gates: Gates) -> str:
         "max_kl": f"selection.max_kl={nearest.kl * 1.01:.3g}",
         "min_induce": f"selection.min_induce={nearest.induce - 0.01 * abs(nearest.induce):.3g}",
     }
-    asked = " ".join(f"--set {needs[name]}" for name in nearest.stopped_by)
+    settings = " ".join(f"--set {needs[name]}" for name in nearest.stopped_by)
     return (
         f"No layer passes the gates of `selection`: {'; '.join(reasons)}. The nearest is layer "
-        f"{place_of(nearest)}, which needs {asked}. Lower `edit.strength`, give target and contrast "
-        f"prompts that differ in the behaviour alone, or move the gate."
+        f"{place_of(nearest)}, which needs {settings}. Lower `edit.strength`, give target and "
+        "contrast prompts that differ in the behaviour alone, or move the gate."
     )
 
 

@@ -82,7 +82,7 @@ def mean_of(edits: Sequence[TunedEdit]) -> TunedEdit:
 
 
 def slow_down(optimiser: torch.optim.Optimizer, share: float) -> None:
-    """Sets the rates to what they are when `share` of a phase is done: a cosine down to `SLOWEST`."""
+    """Sets the rates for when `share` of a phase is done: a cosine down to `SLOWEST`."""
     factor = SLOWEST + (1 - SLOWEST) * (1 + math.cos(math.pi * share)) / 2
     for group in optimiser.param_groups:
         group["lr"] = factor * group.setdefault("initial_lr", group["lr"])
