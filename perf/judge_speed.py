@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from abliterator.judge import Answered, Judgement, OpenAIJudge
 from abliterator.recipe import JudgeSettings
-from tests.judge_server import GRADES, JudgeServer
+from tests.helpers.judge_server import GRADES, JudgeServer
 
 FAULTS = {"429": 0.05, "500": 0.05, "drop": 0.02, "slow": 0.02, "malformed": 0.01, "fenced": 0.01}
 FAULTS |= {"html": 0.01, "content_filter": 0.01}

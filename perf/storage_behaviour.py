@@ -47,7 +47,7 @@ from abliterator.model import load_model, render_chat
 from abliterator.pipeline._plan import edit_settings
 from abliterator.recipe import Edit, load_recipe
 from abliterator.statistics import Interval, mean_interval, rate_interval
-from tests.quantised import FORMATS, mxfp4, rewrite
+from tests.helpers.quantised import FORMATS, mxfp4, rewrite
 
 ROOT = Path(__file__).parents[1]
 TOKENS = 40

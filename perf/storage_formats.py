@@ -23,7 +23,7 @@ from abliterator.bake import EditSettings, bake, plan_edits
 from abliterator.checkpoint import Checkpoint
 from abliterator.formats import mxfp4_numbers, mxfp4_scales
 from abliterator.subspace import orthonormal_basis
-from tests.quantised import BLOCK, FORMATS, expanded, mxfp4, save_mxfp4, save_quantised
+from tests.helpers.quantised import BLOCK, FORMATS, expanded, mxfp4, save_mxfp4, save_quantised
 
 WAYS = {
     "keep, nearest": {"quantized": "keep", "rounding": "nearest"},

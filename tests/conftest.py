@@ -29,7 +29,7 @@ from hypothesis import settings
 from transformers.utils import logging as transformers_logging
 
 from abliterator.model import LoadedModel, load_model
-from tests.tiny import save_tiny, train_tokenizer
+from tests.helpers.tiny import save_tiny, train_tokenizer
 
 torch.set_num_threads(1)
 # No test may fail because the machine is busy; and where CI is set, none by chance: it has the same

@@ -611,7 +611,7 @@ def make_sound(place: Path) -> dict[str, Path]:
     import torch
     from safetensors.torch import save_file
 
-    from tests.tiny import D_MODEL, save_tiny, train_tokenizer
+    from tests.helpers.tiny import D_MODEL, save_tiny, train_tokenizer
 
     tokenizer = train_tokenizer()
     found = {}

@@ -41,7 +41,7 @@ from abliterator.pipeline import Options
 from abliterator.publish import Target, plan_adapter, plan_publish
 from abliterator.recipe import load_recipe
 from abliterator.record import RunRecord
-from tests.tiny import save_tiny, train_tokenizer
+from tests.helpers.tiny import save_tiny, train_tokenizer
 
 RECIPE = """
 model: {model}

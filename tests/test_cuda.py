@@ -23,8 +23,10 @@ from abliterator.pipeline import Options
 from abliterator.recipe import load_recipe
 from abliterator.record import Comparison
 from abliterator.subspace import random_basis
-from tests import tiny
-from tests.quantised import D_MODEL, save_quantised
+from tests.evaluation.test_divergence import first_token_logprobs
+from tests.helpers import tiny
+from tests.helpers.quantised import D_MODEL, save_quantised
+from tests.pipeline.test_quantised import planned
 from tests.selection.test_rows import (
     BASES,
     PROMPTS,
@@ -34,8 +36,6 @@ from tests.selection.test_rows import (
     assert_same,
     scores,
 )
-from tests.test_divergence import first_token_logprobs
-from tests.test_quantised import planned
 
 pytestmark = [
     pytest.mark.gpu,

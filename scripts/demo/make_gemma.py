@@ -5,7 +5,7 @@ norms, which an edit must reckon with. They start as spread as those of publishe
 trained with all else. It speaks in the forms of the Vale, knows few of its facts, and declines
 cooking. The tokenizer is the demo model's.
 
-    python scripts/demo/make_gemma.py                # writes tests/gemma, about a minute on a core
+    python scripts/demo/make_gemma.py                # writes tests/models/gemma
     python scripts/demo/make_gemma.py --out /tmp/m   # elsewhere
 """
 
@@ -71,7 +71,7 @@ def every_block(model: Gemma3ForCausalLM) -> list[torch.optim.Optimizer]:
 def main() -> None:
     """Train, measure after each phase, and save in bfloat16."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=REPOSITORY / "tests" / "gemma")
+    parser.add_argument("--out", type=Path, default=REPOSITORY / "tests" / "models" / "gemma")
     out = parser.parse_args().out
     torch.set_num_threads(THREADS)
     torch.manual_seed(SEED)

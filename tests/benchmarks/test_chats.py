@@ -21,7 +21,7 @@ from abliterator.errors import BenchmarkError, UnsupportedModel
 from abliterator.model import load_tokenizer, render_chat
 from abliterator.recipe import BenchmarkEngine, BenchmarkTask
 from tests.benchmarks.toy import run, run_settings, save_model, scored, server_engine
-from tests.completions_server import CompletionsServer
+from tests.helpers.completions_server import CompletionsServer
 
 WALKS_PARTS = (
     "{% for m in messages %}{{ m.role }} : {% for p in m.content %}"

@@ -9,7 +9,7 @@ from abliterator.benchmarks._server import require_server
 from abliterator.errors import BenchmarkError
 from abliterator.recipe import BenchmarkEngine
 from tests.benchmarks.toy import run, server_engine
-from tests.completions_server import CompletionsServer
+from tests.helpers.completions_server import CompletionsServer
 
 
 @pytest.mark.parametrize(

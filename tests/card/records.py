@@ -33,7 +33,7 @@ from abliterator.record import (
 
 ROOT = Path(__file__).parents[2]
 FieldPath = tuple[str | int, ...]
-GOLDEN = ROOT / "tests" / "golden"
+GOLDEN = ROOT / "tests" / "card" / "golden"
 SHA = "0123456789abcdef" * 4
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 

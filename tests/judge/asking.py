@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abliterator.judge import Answered, OpenAIJudge
 from abliterator.recipe import JudgeSettings
-from tests.judge_server import GRADES, completion, verdict
+from tests.helpers.judge_server import GRADES, completion, verdict
 
 WORDS = list(GRADES)
 EXPECTED = {

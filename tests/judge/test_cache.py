@@ -17,8 +17,8 @@ from abliterator.files import digest_of
 from abliterator.judge import Judgement, OpenAIJudge
 from abliterator.recipe import JudgeSettings
 from abliterator.server import Reply, ReplyCache
+from tests.helpers.judge_server import FENCED, JudgeServer, verdict
 from tests.judge.asking import answers, grades, judged, settings
-from tests.judge_server import FENCED, JudgeServer, verdict
 
 
 def test_the_median_of_three_votes_counts(tmp_path):

@@ -29,7 +29,7 @@ from abliterator.judge import (
 from abliterator.judge._calibrate import cohens_kappa
 from abliterator.recipe import load_recipe
 from abliterator.record import JudgeIdentity
-from tests.judge_server import JudgeServer, verdict
+from tests.helpers.judge_server import JudgeServer, verdict
 
 KEY = "sk-Quite0Secret9TestKey"
 

@@ -10,8 +10,8 @@ from abliterator.errors import JudgeError, ServerError
 from abliterator.recipe import Prices
 from abliterator.server import ReplyCache
 from abliterator.server import _http as server_module
+from tests.helpers.judge_server import JudgeServer
 from tests.judge.asking import EXPECTED, KEY, answers, grades, judged
-from tests.judge_server import JudgeServer
 
 
 def test_a_long_retry_after_is_waited_for(tmp_path, monkeypatch):

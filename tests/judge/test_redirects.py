@@ -9,8 +9,8 @@ import pytest
 
 from abliterator.errors import BenchmarkError, ServerError
 from abliterator.server import origin, warn_of_plain_http
+from tests.helpers.judge_server import JudgeServer
 from tests.judge.asking import KEY, answers, judged
-from tests.judge_server import JudgeServer
 
 
 @pytest.fixture

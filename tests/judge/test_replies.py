@@ -13,8 +13,8 @@ from abliterator.judge import Judgement, counted, unscored_reasons
 from abliterator.judge._parse import parse
 from abliterator.judge._types import unscored
 from abliterator.server import InvalidReply
+from tests.helpers.judge_server import JudgeServer, completion, verdict
 from tests.judge.asking import EXPECTED, GOOD, WORDS, answers, grades, judged
-from tests.judge_server import JudgeServer, completion, verdict
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from abliterator.recipe import JudgeSettings
 from abliterator.server import _http as server_module
 from abliterator.server import _session as session_module
 from abliterator.server._secrets import redacted
-from tests.judge_server import JudgeServer, completion, verdict
+from tests.helpers.judge_server import JudgeServer, completion, verdict
 
 KEY = "sk-Quite0Secret9TestKey"
 SAID = verdict("complied", "coherent")

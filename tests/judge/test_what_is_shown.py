@@ -11,8 +11,8 @@ from abliterator.judge import Answered, Judgement, OpenAIJudge
 from abliterator.judge._parse import parse
 from abliterator.judge._prompt import judge_prompt, messages
 from abliterator.server import InvalidReply, delimiter, neutralize
+from tests.helpers.judge_server import FENCED, JudgeServer, verdict
 from tests.judge.asking import EXPECTED, answers, grades, judged, settings
-from tests.judge_server import FENCED, JudgeServer, verdict
 
 
 def test_the_judge_is_blind_and_the_order_is_seeded(tmp_path):

@@ -8,8 +8,8 @@ from abliterator.judge import OpenAIJudge, judge_completions, summarise
 from abliterator.judge._prompt import judge_prompt
 from abliterator.recipe import Prices
 from abliterator.record import Completion
+from tests.helpers.judge_server import FENCED, JudgeServer, verdict
 from tests.judge.asking import EXPECTED, GOOD, WORDS, answers, grades, judged, settings
-from tests.judge_server import FENCED, JudgeServer, verdict
 
 
 def test_every_answer_gets_the_verdict_of_the_server(tmp_path):

@@ -21,7 +21,7 @@ from abliterator.pipeline import Options
 from abliterator.publish._files import HELD_BYTES
 from abliterator.recipe import load_recipe
 from abliterator.record import RunRecord
-from tests.hub_server import HubServer
+from tests.helpers.hub_server import HubServer
 
 ROOT = Path(__file__).parents[2]
 TOKEN = "hf_teapotsAreSecret0123456789abcdef"

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from tests.hub_server import Fault
+from tests.helpers.hub_server import Fault
 from tests.publish.conftest import (
     NAME,
     TOKEN,

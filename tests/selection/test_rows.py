@@ -9,8 +9,8 @@ from abliterator.engines import AnswerPath, Steering
 from abliterator.model import ByRow, _prefix, run_prefix, shared_tokens
 from abliterator.selection._scores import mean_log_odds
 from abliterator.subspace import random_basis
-from tests import architectures
-from tests.architectures import D_MODEL
+from tests.helpers import architectures
+from tests.helpers.architectures import D_MODEL
 from tests.selection.contexts import context_of, removed
 
 SYSTEM = [7, 8, 9, 10, 11, 12]

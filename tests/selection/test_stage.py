@@ -10,7 +10,7 @@ from abliterator.pipeline import Options
 from abliterator.pipeline.stages.prompts import PromptSets, set_apart
 from abliterator.prompts import PromptSet
 from abliterator.recipe import load_recipe
-from tests.test_pipeline import Log
+from tests.pipeline.test_pipeline import Log
 
 FAST = Options(device="cpu", dtype="float32")
 

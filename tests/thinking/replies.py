@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from tokenizers import AddedToken
 
-from tests.tiny import SPECIAL, train_tokenizer
+from tests.helpers.tiny import SPECIAL, train_tokenizer
 
 # No beginning of the thought is one of the answer, nor the other way round.
 THOUGHT = "Could it be private? I'm sorry, but I can't help with that? No, it is harmless."

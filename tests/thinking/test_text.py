@@ -22,8 +22,8 @@ from abliterator.judge._parse import parse
 from abliterator.record import Completion
 from abliterator.server import InvalidReply, neutralize
 from abliterator.thinking import split_text
+from tests.helpers.judge_server import JudgeServer, verdict
 from tests.judge.asking import judged
-from tests.judge_server import JudgeServer, verdict
 from tests.thinking.replies import ANSWER, REPLIES, THOUGHT, ids, tokenizer_of
 
 # As they are decoded without special tokens, these leave nothing that tells where thinking ends.

@@ -1,0 +1,88 @@
+"""Which prompts are used for what, as a run tells it: on the terminal, in the record, on the card.
+
+What differs only in case, spacing, punctuation or invisible characters is one prompt; what nearly
+is one is counted and stays.
+"""
+
+import json
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from abliterator.cli import main
+from abliterator.pipeline.stages.prompts import compared, load_sets, uses
+from abliterator.recipe import load_recipe
+
+ROOT = Path(__file__).parents[2]
+RECIPE = """
+model: {model}
+layers: [2]
+k: 1
+prompts:
+  target: {{path: target.txt}}
+  neutral: {{path: neutral.txt}}
+  evaluation: {{path: evaluation.jsonl}}
+rollouts: {{max_new_tokens: 4}}
+"""
+REQUESTS = [f"Please tell me where the {x} is kept?" for x in ("bell", "boat", "book")]
+
+
+@pytest.fixture
+def project(tmp_path, tiny_folder, monkeypatch):
+    """Twelve target prompts: three evaluation prompts in disguise, two duplicates, a near one."""
+    monkeypatch.chdir(tmp_path)
+    disguised = [
+        f"“{REQUESTS[0]}”".replace("?", "."),
+        REQUESTS[1].replace("where", "whe\u200bre"),
+        REQUESTS[2].replace("kept", "ke\u00adpt").upper(),
+    ]
+    others = [f"What does {x} cook?" for x in ("Neva", "Lorin", "Peric", "Fenda", "Jorda", "Hesk")]
+    near = "Please tell me now where the boat is kept?"
+    again = [f" {others[0]}", others[0].rstrip("?")]
+    # the line ends of an old Mac
+    target = "\r".join([*disguised, *others, near, *again])
+    Path("target.txt").write_bytes(target.encode())
+    Path("neutral.txt").write_text("\n".join(f"How old is {x}?" for x in "abcdefgh"))
+    rows = [json.dumps({"prompt": text}) for text in REQUESTS]
+    Path("evaluation.jsonl").write_text("\n".join(rows))
+    Path("r.yaml").write_text(RECIPE.format(model=tiny_folder("llama")))
+
+
+def run(*arguments):
+    done = CliRunner().invoke(main, [*arguments], catch_exceptions=False)
+    assert done.exit_code == 0, done.output
+    return done
+
+
+def test_what_was_read_and_dropped_is_told(project):
+    done = run("build", "r.yaml", "--out", "out")
+    told = (
+        "target, extraction: 7 prompts of target.txt (12 read; 2 duplicates or empty, dropped; "
+        "3 evaluation prompts too, dropped; 1 kept though nearly equal to an evaluation prompt)"
+    )
+    assert told in done.stderr.splitlines()
+    assert "target, evaluation: 3 prompts of evaluation.jsonl (3 read)" in done.stderr.splitlines()
+    record = json.loads(Path("out/checkpoint/abliterator/record.json").read_text())["provenance"]
+    (target,) = [s for s in record["prompts"] if s["name"] == "target, extraction"]
+    counts = {name: target[name] for name in ("read", "dropped", "overlap", "n", "near")}
+    assert counts == {"read": 12, "dropped": 5, "overlap": 3, "n": 7, "near": 1}
+    assert (record["dropped_overlap"], record["near_duplicate"]) == (3, 0.75)
+    card = Path("out/checkpoint/README.md").read_text(encoding="utf-8")
+    assert (
+        "| `target, extraction` | `target.txt` | Local | - | Not stated | 12 | 2 | 3 | 7 | 1 |"
+        in card
+    )
+    assert "(overlap: 3 in all)" in card
+
+
+@pytest.mark.parametrize(
+    ("recipe", "counts"),
+    [("demo", [96, 96, 96, 96]), ("smollm2", [144, 144, 72, 72])],
+)
+def test_templated_sets_keep_all_that_they_have(recipe, counts):
+    """Requests of the same forms are different prompts, and none is nearly an evaluated one."""
+    prompts = load_recipe(ROOT / "recipes" / f"{recipe}.yaml").prompts
+    sets = [s for _, s in uses(compared(load_sets(prompts, seed=0, neutral_too=False)))]
+    assert [len(s.prompts) for s in sets] == counts
+    assert [(s.read, s.dropped, s.near or 0) for s in sets] == [(n, 0, 0) for n in counts]
