@@ -1,8 +1,8 @@
 """A trained model whose norms come after its sublayers: the edit must go through their gains.
 
 tests/models/gemma is made by scripts/demo/make_gemma.py: of Gemma 3's shape, it declines cooking.
-Baked in float32 here, so that hooks and weights can be held against each other without what storing in
-bfloat16 changes.
+Baked in float32 here, so that hooks and weights can be held against each other without what storing
+in bfloat16 changes.
 """
 
 import json
