@@ -122,7 +122,7 @@ def _no_better(tried: Stack, gates: Gates) -> str | None:
         (tried.over_random, "random ones", tried.random_kl),
         (tried.over_shuffled, "those of shuffled labels", tried.shuffled_kl),
     ):
-        if gain is None or broken(tried, control_kl, gates.max_kl):
+        if gain is None or tried.broken(control_kl, gates.max_kl):
             continue
         # without an interval (all differences equal) the value itself decides
         if (gain.value if gain.low is None else gain.low) <= 0:
@@ -130,17 +130,12 @@ def _no_better(tried: Stack, gates: Gates) -> str | None:
     return None
 
 
-def broken(stack: Stack, control_kl: float | None, max_kl: float) -> bool:
-    """Whether a control moved neutral answers further than this stack does, and than it may."""
-    return control_kl is not None and control_kl > max(max_kl, stack.kl)
-
-
 def _left_out(tried: Sequence[Stack], gates: Gates) -> str:
     """Says of which sizes a control did not count, so that nobody takes it for beaten."""
     sizes: dict[str, list[str]] = {}
     for stack in tried:
         for name, kl in (("random", stack.random_kl), ("shuffled", stack.shuffled_kl)):
-            if broken(stack, kl, gates.max_kl):
+            if stack.broken(kl, gates.max_kl):
                 sizes.setdefault(name, []).append(str(stack.k))
     named = [f"{name} at k = {', '.join(each)}" for name, each in sizes.items()]
     return (
