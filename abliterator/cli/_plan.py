@@ -124,6 +124,6 @@ def _selecting(summary: Mapping[str, Any], cost: Mapping[str, int]) -> str:
 
 def _tuning(cost: Mapping[str, int]) -> str:
     return (
-        f"tuning       {cost['steps']} steps by gradients; {cost['points']} points judged, each on "
-        f"{cost['answers_a_point']} answers of {cost['tokens']} tokens at most"
+        f"tuning       {cost['steps']} steps by gradients; {cost['trials']} trials judged, each on "
+        f"{cost['answers_a_trial']} answers of {cost['tokens']} tokens at most"
     )

@@ -21,7 +21,7 @@ def evaluation_judge(run: Run, on_verdict: Callable[[Tally], None] | None = None
 
 
 def choosing_judge(run: Run) -> Judge:
-    """Who judges candidates and tuned points: the rules, which are free, or the recipe's judge."""
+    """Who judges candidates and tuned trials: the rules, which are free, or the recipe's judge."""
     from abliterator.judge import RuleJudge
 
     if run.recipe.selection.judge != "recipe":

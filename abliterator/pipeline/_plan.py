@@ -327,8 +327,8 @@ def tuning_cost(recipe: Recipe) -> dict[str, int] | None:
     tuning = recipe.tuning
     return {
         "steps": len(tuning.kl_weights) * tuning.steps,
-        "points": 1 + len(tuning.kl_weights) * len(tuning.scales),  # with the plain edit
-        "answers_a_point": recipe.selection.prompts,
+        "trials": 1 + len(tuning.kl_weights) * len(tuning.scales),  # with the plain edit
+        "answers_a_trial": recipe.selection.prompts,
         "tokens": recipe.selection.tokens,
     }
 

@@ -445,7 +445,7 @@ def test_a_build_bakes_the_trial_it_selected(tmp_path):
 
 def test_the_plan_tells_what_tuning_costs(tmp_path):
     plan = pipeline.plan_recipe(recipe_with(), tmp_path)
-    assert plan.tuning == {"steps": 6, "points": 3, "answers_a_point": 32, "tokens": 48}
+    assert plan.tuning == {"steps": 6, "trials": 3, "answers_a_trial": 32, "tokens": 48}
     plain = load_recipe(DEMO.parent / "demo.yaml")
     assert pipeline.plan_recipe(plain, tmp_path).tuning is None
 

@@ -55,7 +55,7 @@ def _run(run: Run) -> list[Path]:
 
     cost = run.plan.tuning or {}
     rounds = len(run.recipe.tuning.kl_weights)  # of answers, one before each phase
-    steps = rounds + cost["steps"] + 2 * cost["points"] + 1
+    steps = rounds + cost["steps"] + 2 * cost["trials"] + 1
     with run.progress.bar("tuning", steps) as advance:
         tuned = tune(
             _context(run),
