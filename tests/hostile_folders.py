@@ -773,10 +773,12 @@ def run_all(
     while rest:
         batch, rest = rest[:BATCH], rest[BATCH:]
         outcomes = child(seed, batch, place)
+        if not outcomes:
+            raise RuntimeError(f"The child for folders {batch[0]} to {batch[-1]} did not start.")
         for outcome in outcomes:
             tell(outcome)
         found += outcomes
-        reached = max((outcome.number for outcome in outcomes), default=batch[-1])
+        reached = max(outcome.number for outcome in outcomes)
         rest = [number for number in batch if number > reached] + rest
     return found
 
