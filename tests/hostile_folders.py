@@ -150,6 +150,8 @@ def brief(value: Any) -> str:
 
 def read(path: Path) -> Any:
     """The value of a JSON file, or an empty object."""
+    if not path.is_file():  # an earlier change may have put a pipe there, whose reading never ends
+        return {}
     try:
         return json.loads(path.read_text("utf-8"))
     except (OSError, ValueError):
