@@ -5,7 +5,7 @@ range of which file belongs to which tensor. A folder is proven sound before any
 The ranges that stay are streamed, the bytes of each tensor to be edited are handed to the caller,
 and a file is replaced only when all of it is on the disk. Where tensors change dtype or shape,
 `shard_layout` gives the new header. What an edit means, what a tensor is for, and how bytes become
-numbers is not known here; torch is never imported.
+numbers is outside this package; torch is never imported.
 
     base = Checkpoint.open(Path("Llama-3.2-1B-Instruct"))
     names = ["model.layers.9.mlp.down_proj.weight"]

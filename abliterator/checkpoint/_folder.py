@@ -135,9 +135,9 @@ def read_json(path: Path) -> dict[str, Any]:
 def _read_config(folder: Path) -> dict[str, Any]:
     with readable(folder):
         if not folder.is_dir():
-            seen = "is not a folder" if folder.exists() else "does not exist"
+            fault = "is not a folder" if folder.exists() else "does not exist"
             raise CheckpointError(
-                f"{folder} {seen}; a checkpoint folder with config.json, weights and tokenizer "
+                f"{folder} {fault}; a checkpoint folder with config.json, weights and tokenizer "
                 "was expected. Check the path, or give the model's id on the Hugging Face Hub."
             )
         if not (folder / CONFIG_FILE).exists():

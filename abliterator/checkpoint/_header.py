@@ -141,7 +141,7 @@ def _header_text(source: OpenFile) -> bytes:
 
 
 def read_exactly(source: OpenFile, length: int) -> bytes:
-    """The next `length` bytes of a file."""
+    """Reads the next `length` bytes of a file."""
     buffer = bytearray(length)
     read_fully(source, memoryview(buffer))
     return bytes(buffer)

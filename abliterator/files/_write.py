@@ -119,15 +119,15 @@ def copy_range(source: OpenFile, out: OpenFile, start: int, end: int, to: int) -
     buffer = memoryview(bytearray(min(_CHUNK, end - at)))
     while at < end:
         with readable(source.path):
-            got = source.stream.readinto(buffer[: end - at])
-        if not got:
+            count = source.stream.readinto(buffer[: end - at])
+        if not count:
             raise damaged(source.path, f"it ended {end - at} bytes early while it was copied")
-        write_fully(out, buffer[:got])
-        at += got
+        write_fully(out, buffer[:count])
+        at += count
 
 
 def write_fully(out: OpenFile, data: memoryview) -> None:
-    """Write all of `data` where the stream stands; one call may take less, so ask again."""
+    """Write all of `data` at the current position; one call may write less, so it is repeated."""
     done = 0
     with writable(out.path, out.size):
         while done < len(data):

@@ -1,7 +1,7 @@
 """Quantisation of a whole checkpoint, as config.json and the safetensors headers describe it.
 
 Each quantisation method is one entry of `SCHEMES`, or of `REFUSED` in `_refused`; nothing else in
-abliterator knows a method by its name.
+A method is recognised by its name.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class Scheme:
         skips: keys of the settings for the list of modules that are not quantised; the first that
             is there is written to, or the first.
         experts: how the list names all experts of a block, given their module.
-        fits: whether the settings are this scheme's and not only carry its name.
+        fits: whether the settings are this scheme's, beyond its name.
     """
 
     companions: Mapping[str, str] = field(default_factory=dict)
@@ -154,7 +154,7 @@ def storage_of(config: Mapping[str, Any], made_from: Collection[str] = ()) -> St
 
     Raises:
         CheckpointError: where the list of modules that are not quantised is no list.
-        UnsupportedModel: for a way of quantising in which no edit can be kept.
+        UnsupportedModel: for a quantisation method in which no edit can be stored.
     """
     settings = config.get(SETTINGS)
     if not settings:
@@ -223,8 +223,8 @@ def _compressed_fp8(name: str, headers: Headers, settings: Settings) -> Layout |
 def _mxfp4(name: str, headers: Headers, settings: Settings) -> Layout | None:
     if not name.endswith("_blocks"):
         return None
-    header, plain = headers[name], name.removesuffix("_blocks")
-    scales = f"{plain}_scales"
+    header, weight_name = headers[name], name.removesuffix("_blocks")
+    scales = f"{weight_name}_scales"
     fits = (
         scales in headers
         and (headers[scales].dtype, headers[scales].shape) == ("U8", header.shape[:-1])
@@ -236,7 +236,7 @@ def _mxfp4(name: str, headers: Headers, settings: Settings) -> Layout | None:
             f"U8 [experts, d_model, blocks, 16] beside {scales}, U8 [experts, d_model, blocks]. "
             "Download the model again, or use its bfloat16 checkpoint."
         )
-    return Mxfp4Layout(name, header.dtype, header.shape, scales, plain)
+    return Mxfp4Layout(name, header.dtype, header.shape, scales, weight_name)
 
 
 def _scaled(name: str, headers: Headers, scales: str, block: object) -> Layout:
@@ -278,11 +278,11 @@ def _pair(block: object) -> tuple[int, int] | None:
     return (rows, columns) if whole else None
 
 
-def _misfit(name: str, header: Header, seen: str) -> UnsupportedModel:
+def _misfit(name: str, header: Header, fault: str) -> UnsupportedModel:
     return UnsupportedModel(
-        f"Tensor {name} {list(header.shape)} is stored as {header.dtype} {seen}. A checkpoint with "
-        "weights, scales and quantization_config that belong together was expected: download it "
-        "again, or use the model in bfloat16."
+        f"Tensor {name} {list(header.shape)} is stored as {header.dtype} {fault}. A checkpoint "
+        "with weights, scales and quantization_config that belong together was expected: download "
+        "it again, or use the model in bfloat16."
     )
 
 
