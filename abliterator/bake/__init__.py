@@ -2,7 +2,7 @@
 
 `bake` edits files, not a model in memory: untouched byte ranges are streamed, and each writer (a
 matrix that adds to the residual stream) is read, edited in column panels, and written at its old
-place. How directions were found is not known here. The formula is `subspace.Removal`'s.
+place. How directions were determined is outside this package. The formula is `subspace.Removal`'s.
 
     plan = plan_edits(checkpoint, anatomy, EditSettings())
     with preview_edit(loaded, plan, basis): ...          # the same edit without writing weights
