@@ -1,4 +1,4 @@
-"""The tensors that will be edited, and how strongly, planned from headers alone."""
+"""Plans which tensors are edited, and at what strengths, from headers alone."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class EditSettings:
 
 @dataclass(frozen=True)
 class PlannedEdit:
-    """One tensor that will be edited, where it lies, and how strongly.
+    """One tensor that will be edited, its position in the file, and its strength.
 
     `layout` is how it is stored, `stored` how it will be: the same, or plain numbers. `experts` are
     those that are edited of a tensor of several; None where it is edited whole.

@@ -153,7 +153,7 @@ def _previewed(
     remover: Callable[[PlannedEdit, Checkpoint], Remove],
     strengths: Mapping[str, float | Tensor],
 ) -> Iterator[None]:
-    """Hooks on every planned writer; `remover` makes what each one removes at strength 1."""
+    """Hooks every planned writer; `remover` makes the function of what strength 1 removes."""
     from abliterator.model import CallHook, hooked
 
     if plan.settings.norm != "none":

@@ -1,4 +1,4 @@
-"""Checkpoint folders as files: where each tensor's bytes lie, and how to change some of them.
+"""Checkpoint folders as files: the position of each tensor's bytes, and edits of some of them.
 
 safetensors headers are read here and not by the library, because the contract is about bytes: which
 range of which file belongs to which tensor. A folder is proven sound before anything is written.

@@ -61,7 +61,7 @@ _TAKES_OVER = (ADAPTER_FILE, SINGLE_FILE, INDEX_FILE)
 
 
 def auxiliary_files(folder: Path) -> tuple[list[str], list[str]]:
-    """Sorts the files beside the weights into auxiliary files and those that are left out.
+    """Divides the files beside the weights into auxiliary files and those that are left out.
 
     Returns:
         (auxiliary, left_out): paths relative to the folder, sorted. A folder without any auxiliary
@@ -93,7 +93,7 @@ def auxiliary_files(folder: Path) -> tuple[list[str], list[str]]:
             if is_auxiliary and (size := (folder / file).stat().st_size) > _MAX_BYTES:
                 raise too_large(Path(f"{folder}{os.sep}{shown(file)}"), size, _MAX_BYTES)
             (auxiliary if is_auxiliary else left_out).append(file)
-    return sorted(auxiliary), _grouped(left_out + closed, kept=[*weights, *auxiliary])
+    return sorted(auxiliary), _grouped(left_out + closed, included=[*weights, *auxiliary])
 
 
 def _is_auxiliary(file: str) -> bool:
@@ -135,9 +135,9 @@ def _list_files(folder: Path) -> tuple[list[str], list[str]]:
     return files, closed
 
 
-def _grouped(left_out: list[str], *, kept: list[str]) -> list[str]:
-    """Replace the files of a top-level folder of which nothing is kept by the folder's name."""
-    used = {file.split("/", 1)[0] for file in kept}
+def _grouped(left_out: list[str], *, included: list[str]) -> list[str]:
+    """Paths left out, where a top-level folder that is left out whole is one entry."""
+    used = {file.split("/", 1)[0] for file in included}
     names = set()
     for file in left_out:
         top, inside, _ = file.partition("/")

@@ -63,7 +63,7 @@ def _parsed(text: str) -> Any:
             if depth > _MAX_DEPTH:
                 return None
         return yaml.load(text, Loader=loader)
-    except Exception:  # noqa: BLE001 - whatever PyYAML makes of a stranger's text
+    except Exception:  # noqa: BLE001 - PyYAML raises many types for malformed text
         return None
 
 

@@ -123,7 +123,7 @@ class _Copy(NamedTuple):
 def _steps(
     size: int, ordered: list[TensorInfo], layout: ShardLayout | None
 ) -> Iterator[_Copy | tuple[TensorInfo, TensorInfo]]:
-    """What is written, in the order of the bytes: ranges of the base, and edited tensors."""
+    """The writes in file order: ranges copied from the base, and edited tensors (old, new)."""
     if layout is None:
         at = 0
         for info in ordered:

@@ -1,4 +1,4 @@
-"""Checks that a folder from elsewhere holds regular files only, of sizes that can be read."""
+"""Checks that a downloaded folder holds regular files only, of sizes that can be read."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from abliterator.files._text import too_large
 _NEVER_ENTERED = ("original", "__pycache__")
 
 # Bytes of what loaders read into memory, at most: several times the largest of public models. Of
-# several patterns the first counts; what fits none is not read whole by anybody.
+# several patterns the first counts; no loader reads whole what fits none.
 _MAX_BYTES = {
     "*.jinja": 4 << 20,
     "*config*.json": 16 << 20,

@@ -1,4 +1,4 @@
-"""Opens regular files for reading, and makes the errors for those that are not or are damaged."""
+"""Opens regular files for reading; errors for paths that are no file, and for damaged files."""
 
 from __future__ import annotations
 
@@ -103,8 +103,8 @@ def _not_a_file(path: Path) -> str:
             f"{path} is a link to a file that is not there. If this is a Hugging Face cache, part "
             "of it was deleted: download the model again."
         )
-    seen = "is not a regular file" if path.exists() else "is missing"
+    fault = "is not a regular file" if path.exists() else "is missing"
     return (
-        f"{path} {seen}; a regular file was expected there. If it belongs to a checkpoint, "
+        f"{path} {fault}; a regular file was expected there. If it belongs to a checkpoint, "
         "download that again, all files of it."
     )
