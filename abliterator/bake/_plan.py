@@ -94,7 +94,7 @@ class EditPlan:
         return replace(self, edits=tuple(edits), settings=settings)
 
     def added_bytes(self, checkpoint: Checkpoint) -> int:
-        """Bytes that the edited checkpoint's tensors have more than the base's."""
+        """Number of bytes by which the edited checkpoint's tensors exceed the base's."""
         dequantized, tensors = self.dequantized(checkpoint), checkpoint.tensors
         dense = sum(nbytes_of(layout) for layout in dequantized.dense.values())
         return dense - sum(
