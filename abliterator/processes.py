@@ -1,4 +1,4 @@
-"""Child processes of Python: how they are started, and what they get of the environment.
+"""Starts Python child processes with a safe import path and an environment without secrets.
 
 A child imports nothing from the working folder, whatever lies there, and holds no token, key or
 password that it does not need.
@@ -56,8 +56,8 @@ def child_environment(
     if "PYTHONPATH" in environment:
         # an empty entry, as in ":/opt/lib", stands for the working folder
         entries = environment.pop("PYTHONPATH").split(os.pathsep)
-        if wanted := os.pathsep.join(filter(None, entries)):
-            environment["PYTHONPATH"] = wanted
+        if python_path := os.pathsep.join(filter(None, entries)):
+            environment["PYTHONPATH"] = python_path
     # as -P, for the processes that the child starts
     return environment | {"PYTHONSAFEPATH": "1"} | dict(changes or {})
 

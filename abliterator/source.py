@@ -1,6 +1,6 @@
 """Resolves a model's name to a folder: a local one, the embedded demo, or the Hub at a commit.
 
-This module knows where files come from, not what is in them; it imports neither torch nor
+This module locates files and does not interpret them; it imports neither torch nor
 transformers. For a plan of a model on the Hub, only the headers of its weights are downloaded.
 
     source = resolve_folder("HuggingFaceTB/SmolLM2-135M-Instruct", revision=None)
@@ -160,7 +160,7 @@ def _download(
 ) -> ModelSource:
     from huggingface_hub import snapshot_download
 
-    folder = _ask_hub(
+    folder = _call_hub(
         model,
         revision,
         lambda: snapshot_download(
@@ -174,8 +174,8 @@ def _download(
     return ModelSource(Path(folder), model, Path(folder).name)
 
 
-def _ask_hub(model: str, revision: str | None, ask: Callable[[], T]) -> T:
-    """The result of `ask`; errors of the Hub or the network become a CheckpointError."""
+def _call_hub(model: str, revision: str | None, call: Callable[[], T]) -> T:
+    """The result of `call`; errors of the Hub or the network become a CheckpointError."""
     from huggingface_hub.errors import (  # type: ignore[attr-defined]
         GatedRepoError,
         HfHubHTTPError,
@@ -187,7 +187,7 @@ def _ask_hub(model: str, revision: str | None, ask: Callable[[], T]) -> T:
 
     kind = CheckpointError
     try:
-        return ask()
+        return call()
     except HFValidationError:
         problem = "is neither a folder nor an id on the Hub. Ids look like Qwen/Qwen3-1.7B"
     except GatedRepoError:
@@ -223,18 +223,18 @@ def _list(model: str, revision: str | None) -> _Listing:
     from huggingface_hub.hf_api import RepoFile
     from huggingface_hub.utils import filter_repo_objects  # type: ignore[attr-defined]
 
-    def ask() -> _Listing:
+    def list_files() -> _Listing:
         info = HfApi().model_info(model, revision=revision)
         commit = str(info.sha)
         tree = HfApi().list_repo_tree(model, revision=commit, recursive=True)
         sizes = {entry.path: entry.size for entry in tree if isinstance(entry, RepoFile)}
-        wanted = filter_repo_objects(sizes, allow_patterns=_DOWNLOAD, ignore_patterns=_SKIP)
-        wanted_sizes = {name: sizes[name] for name in wanted}
-        return _Listing(model, commit, tuple(sizes), wanted_sizes, bool(info.gated))
+        selected = filter_repo_objects(sizes, allow_patterns=_DOWNLOAD, ignore_patterns=_SKIP)
+        selected_sizes = {name: sizes[name] for name in selected}
+        return _Listing(model, commit, tuple(sizes), selected_sizes, bool(info.gated))
 
-    listing = _ask_hub(model, revision, ask)
+    listing = _call_hub(model, revision, list_files)
     for name in listing.names:
-        path = PureWindowsPath(name)  # which knows the other systems' separators and roots too
+        path = PureWindowsPath(name)  # which parses the other systems' separators and roots too
         if path.anchor or ".." in path.parts:
             raise CheckpointError(
                 f"The model {model} has a file {name!a}, which is not a plain path inside it. "
@@ -256,13 +256,13 @@ def _lay_out(listing: _Listing, scratch: Path) -> ModelSource:
     """Writes the files of a listing: small ones whole, of weights the headers, else holes."""
     _require_safetensors(listing.id, listing.names)
     folder = scratch / listing.id  # so that messages about its files name the model
-    known = _ask_hub(listing.id, listing.commit, partial(_fetch, listing))
+    contents = _call_hub(listing.id, listing.commit, partial(_fetch, listing))
     try:
         for name, size in listing.sizes.items():
             path = folder / name
             path.parent.mkdir(parents=True, exist_ok=True)
             with path.open("wb") as file:
-                file.write(known.get(name, b""))
+                file.write(contents.get(name, b""))
                 file.truncate(size)
     except OSError as error:
         raise CheckpointError(
@@ -278,14 +278,16 @@ def _fetch(listing: _Listing) -> dict[str, bytes]:
 
     download = partial(hf_hub_download, listing.id, revision=listing.commit)
     with TemporaryDirectory(prefix="abliterator-plan-") as cache:
-        known = {
+        contents = {
             name: Path(download(filename=name, cache_dir=cache)).read_bytes()
             for name in _READ
             if listing.sizes.get(name, _LONGEST_JSON + 1) <= _LONGEST_JSON
         }
     weights = [name for name in listing.sizes if name.endswith(".safetensors")]
     with ThreadPoolExecutor(_CONNECTIONS) as pool:
-        return known | dict(zip(weights, pool.map(partial(_header, listing), weights), strict=True))
+        return contents | dict(
+            zip(weights, pool.map(partial(_header, listing), weights), strict=True)
+        )
 
 
 def _header(listing: _Listing, name: str) -> bytes:
@@ -315,7 +317,7 @@ def _range(listing: _Listing, name: str, start: int, stop: int) -> bytes:
         hf_hub_url(listing.id, name, revision=listing.commit),
         headers=build_hf_headers() | range_header,
         timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT,
-        retry_on_exceptions=(),  # it cannot ask again for a body that breaks off
+        retry_on_exceptions=(),  # it cannot resume a body that breaks off
     ) as response:
         hf_raise_for_status(response)
         if response.status_code == 206:
@@ -382,11 +384,11 @@ def _require_safetensors(model: str, names: Iterable[str]) -> None:
             "that. Use the model it was made from, in bfloat16 or FP8, and convert the edited one."
         )
     pickles = [name for name in top_level if name.endswith((".bin", ".pt", ".pth"))]
-    seen = (
+    available = (
         f"only {', '.join(pickles[:3])}, which can run code when read" if pickles else "none at all"
     )
     raise CheckpointError(
-        f"The model {model} has no weights in safetensors format ({seen}). Convert it where "
+        f"The model {model} has no weights in safetensors format ({available}). Convert it where "
         "you trust it: `AutoModelForCausalLM.from_pretrained(FOLDER).save_pretrained(NEW)`, and "
         "the same for its tokenizer."
     )

@@ -1,6 +1,6 @@
 """Intervals and paired tests, as pure functions of numbers.
 
-A measurement travels as an `Interval`: a value, its 95 % bounds and n. Bounds that the data cannot
+A measurement is an `Interval`: a value, its 95 % bounds and n. Bounds that the data cannot
 support (n below 2, or every value the same) are None, never a zero-width interval, and no data at
 all is None, never 0. The unit of resampling is the prompt; `base` and `edited` are paired by
 position, and a delta is always edited - base.
@@ -110,9 +110,9 @@ def jackknife_interval(value: float, left_out: Sequence[float], n: int) -> Inter
 
 
 def mcnemar_exact(base: Sequence[bool], edited: Sequence[bool]) -> float:
-    """Two-sided p of the exact McNemar test: are flips one way more common than the other way?
+    """Two-sided p of the exact McNemar test: are changes to 1 as frequent as changes to 0?
 
-    Only pairs that changed carry information; without any, p is 1.
+    Only pairs that changed count; without any, p is 1.
 
     Raises:
         ValueError: if the lengths differ.
@@ -137,9 +137,7 @@ def sign_flip_test(base: Sequence[float], edited: Sequence[float], *, seed: int 
     """
     changes = _differences(base, edited)
     changes = changes[changes != 0]
-    if changes.size == 0:
-        return 1.0
-    if changes.size == 1:  # scipy wants two; a single pair is as likely either way
+    if changes.size < 2:  # scipy needs two; a single pair is as likely either way
         return 1.0
     from scipy.stats import permutation_test
 
@@ -198,7 +196,7 @@ def _differences(base: Sequence[float], edited: Sequence[float]) -> NDArray[np.f
 
 
 def _finite(values: Sequence[float]) -> NDArray[np.float64]:
-    """`values` as float64 [n]; NaN would spread silently through every figure that follows."""
+    """`values` as float64 [n]; refuses NaN, which would spread to every derived figure."""
     data = np.asarray(values, dtype=np.float64)
     if not np.isfinite(data).all():
         raise ValueError("values must be finite; leave out what was not measured")

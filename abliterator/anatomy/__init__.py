@@ -2,7 +2,7 @@
 
 The table is `architectures.yaml` beside this file. A *writer* is a tensor whose product is added to
 the residual stream. This package reads a parsed config.json and tensor names with their shapes; it
-opens no checkpoint, knows no directions, and never infers a side from a shape. Nothing is skipped
+opens no checkpoint, handles no directions, and never infers a side from a shape. Nothing is skipped
 silently: a tensor that the table does not claim is an error that names it.
 
     anatomy = anatomy_of(json.loads(read_text(folder / "config.json")))

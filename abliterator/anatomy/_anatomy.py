@@ -27,7 +27,7 @@ class Writer:
         module: path of the run-time module whose output is the write; experts share theirs.
         component: which part of the block it belongs to.
         layer: block index from 0 (its output is residual layer + 1); -1 for embeddings.
-        axis: the tensor's axis that lies in the residual stream.
+        axis: the tensor's axis of length d_model, the residual stream.
         kind: "weight", or "bias" for a vector [d_model].
         gains: tensors [d_model] whose product multiplies the write: norms after the sublayer.
         gain_offset: what is added to each gain as stored (1 where a norm multiplies by 1 + weight).
@@ -94,12 +94,12 @@ class Anatomy:
                 f"{len(shapes)} tensors, less than one a block. Use a checkpoint whose config and "
                 "weights belong together."
             )
-        on_disk = {self._known_as(name): name for name in shapes}
+        on_disk = {self._table_name(name): name for name in shapes}
         expected = {writer.name: writer for writer in self._expected(on_disk)}
         self._check_present(expected.values(), on_disk)
-        for known, name in on_disk.items():
-            if known not in expected and not self._left_alone(known):
-                self._check_claimed(known, name)
+        for table_name, name in on_disk.items():
+            if table_name not in expected and not self._left_alone(table_name):
+                self._check_claimed(table_name, name)
         writers = []
         for planned in expected.values():
             writer = self._with_axis_by_length(planned, on_disk, shapes)
@@ -118,17 +118,17 @@ class Anatomy:
         """Number of tensors, by label, outside the language model's stream: they stay unedited."""
         counts: dict[str, int] = defaultdict(int)
         for name in names:
-            label = self._left_alone(self._known_as(name))
+            label = self._left_alone(self._table_name(name))
             if label:
                 counts[label] += 1
         return dict(counts)
 
-    def _known_as(self, name: str) -> str:
+    def _table_name(self, name: str) -> str:
         """A tensor's name in the language model's own checkpoint, from its name on disk."""
         if self._wrapper is not None:
-            for disk, known in self._wrapper.prefixes.items():
-                if name.startswith(disk):
-                    return known + name.removeprefix(disk)
+            for prefix_on_disk, prefix in self._wrapper.prefixes.items():
+                if name.startswith(prefix_on_disk):
+                    return prefix + name.removeprefix(prefix_on_disk)
         base = self._family.base_prefix
         if base and not name.startswith((base, "lm_head.")):
             return base + name
@@ -139,65 +139,65 @@ class Anatomy:
             return module
         return self._wrapper.at_run_time(module)
 
-    def _left_alone(self, known: str) -> str | None:
+    def _left_alone(self, table_name: str) -> str | None:
         """The label of a tensor that is not to be touched, or None."""
         beside = self._wrapper.left_alone if self._wrapper is not None else {}
         for prefix, label in beside.items():
-            if known.startswith(prefix):
+            if table_name.startswith(prefix):
                 return label
         extra = range(self.n_layers, self.n_layers + self.extra_blocks)
         table_of = table().predictors
         predictors = (*table_of.prefixes, *(f"{self._family.blocks}.{n}." for n in extra))
-        if known.startswith(predictors):
+        if table_name.startswith(predictors):
             return "blocks that predict further tokens (MTP)"
-        return "draft modules" if known.startswith(table_of.drafts) else None
+        return "draft modules" if table_name.startswith(table_of.drafts) else None
 
-    def _expected(self, known: Collection[str]) -> Iterator[Writer]:
+    def _expected(self, table_names: Collection[str]) -> Iterator[Writer]:
         """The writers that a whole checkpoint has, named as the table does."""
         for parts in _slots(self._family.embeddings):
-            present = [part for part in parts if part.tensor in known]
+            present = [part for part in parts if part.tensor in table_names]
             for part in present or [part for part in parts[:1] if not part.optional]:
                 yield self._writer(part, part.tensor, -1, "weight")
-        blocks = [self._parts_of(layer, known) for layer in range(self.n_layers)]
+        blocks = [self._parts_of(layer, table_names) for layer in range(self.n_layers)]
         biased = {
             part
             for layer, parts in enumerate(blocks)
             for part in parts
-            if any(name in known for name in self._names(part.bias, layer))
+            if any(name in table_names for name in self._names(part.bias, layer))
         }
         kind: Kind
         for layer, parts in enumerate(blocks):
             for part in parts:
                 biases = self._names(part.bias, layer) if part in biased else []
-                gains = self._gains(part, layer, known)
+                gains = self._gains(part, layer, table_names)
                 for kind, names in (("weight", self._names(part.tensor, layer)), ("bias", biases)):
                     for i, name in enumerate(names):
                         writer = self._writer(part, name, layer, kind, gains)
                         yield replace(writer, expert=i if part.per_expert else None)
 
-    def _parts_of(self, layer: int, known: Collection[str]) -> list[Part]:
+    def _parts_of(self, layer: int, table_names: Collection[str]) -> list[Part]:
         """The parts of one block: of alternatives the one that is there, else the first."""
         chosen: list[Part] = []
         for parts in _slots(self._family.writers):
             components = {part.component for part in chosen}
             parts = [part for part in parts if part.beside is None or part.beside in components]
-            present = [part for part in parts if self._has(part, layer, known)]
+            present = [part for part in parts if self._has(part, layer, table_names)]
             if len(present) > 1:
                 raise UnsupportedModel(
                     f"Block {layer} has both {present[0].tensor} and {present[1].tensor}: which of "
                     f"them a {self.model_type} would load is not clear. Use a checkpoint as "
                     "save_pretrained writes it."
                 )
-            chosen += present or [part for part in parts[:1] if self._needed(part, known)]
+            chosen += present or [part for part in parts[:1] if self._needed(part, table_names)]
         return chosen
 
-    def _has(self, part: Part, layer: int, known: Collection[str]) -> bool:
-        return any(name in known for name in self._names(part.tensor, layer))
+    def _has(self, part: Part, layer: int, table_names: Collection[str]) -> bool:
+        return any(name in table_names for name in self._names(part.tensor, layer))
 
-    def _needed(self, part: Part, known: Collection[str]) -> bool:
+    def _needed(self, part: Part, table_names: Collection[str]) -> bool:
         """Whether a block without this part lacks it: optional parts are in all blocks or none."""
         return not part.optional or any(
-            self._has(part, layer, known) for layer in range(self.n_layers)
+            self._has(part, layer, table_names) for layer in range(self.n_layers)
         )
 
     def _names(self, pattern: str, layer: int) -> list[str]:
@@ -206,14 +206,14 @@ class Anatomy:
             return [name]
         return [name.replace("{expert}", str(expert)) for expert in range(self.n_experts)]
 
-    def _gains(self, part: Part, layer: int, known: Collection[str]) -> tuple[str, ...]:
+    def _gains(self, part: Part, layer: int, table_names: Collection[str]) -> tuple[str, ...]:
         """Names of the gains: of several names the one that is there; with a "?", perhaps none."""
-        wanted = []
+        gains: list[str] = []
         for names in part.gains:
             names = tuple(name.replace("{layer}", str(layer)) for name in names)
-            present = [name for name in names if name.removesuffix("?") in known]
-            wanted += present[:1] or [name for name in names[:1] if not name.endswith("?")]
-        return tuple(name.removesuffix("?") for name in wanted)
+            present = [name for name in names if name.removesuffix("?") in table_names]
+            gains += present[:1] or [name for name in names[:1] if not name.endswith("?")]
+        return tuple(name.removesuffix("?") for name in gains)
 
     def _writer(
         self, part: Part, name: str, layer: int, kind: Kind, gains: tuple[str, ...] = ()
@@ -234,11 +234,11 @@ class Anatomy:
             part.either_order and kind == "weight",
         )
 
-    def _check_claimed(self, known: str, name: str) -> None:
-        """Stops at a tensor that is neither an expected writer nor a known reader of this model."""
-        plain = self.storage.owner(known)
-        writes = next((m for p in self._family.writer_names if (m := p.fullmatch(plain))), None)
-        reads = next((m for p in self._family.reader_names if (m := p.fullmatch(plain))), None)
+    def _check_claimed(self, table_name: str, name: str) -> None:
+        """Stops at a tensor that is neither an expected writer nor a reader in the table."""
+        owner = self.storage.owner(table_name)
+        writes = next((m for p in self._family.writer_names if (m := p.fullmatch(owner))), None)
+        reads = next((m for p in self._family.reader_names if (m := p.fullmatch(owner))), None)
         match = writes or reads
         shown = name if name.isprintable() else ascii(name)
         if match is None:
@@ -256,7 +256,7 @@ class Anatomy:
                 f"{self.n_layers} blocks (0 to {self.n_layers - 1}). Use a checkpoint whose config "
                 "and weights belong together."
             )
-        if writes and plain == known:
+        if writes and owner == table_name:
             raise UnsupportedModel(
                 f"The checkpoint has a tensor {shown}, which would write the residual stream, but "
                 f"config.json leaves no place for it ({self.n_experts} experts). Use a checkpoint "
@@ -320,12 +320,12 @@ class Anatomy:
 
 
 def broad_component(component: str) -> str:
-    """Where a strength is inherited: "attention" for whatever mixes tokens, "mlp" for all else."""
+    """The component to inherit a strength from: "attention" if it mixes tokens, else "mlp"."""
     return "attention" if component in _MIXERS else "mlp"
 
 
 def _slots(parts: Iterable[Part]) -> Iterable[list[Part]]:
-    """Parts grouped into alternatives."""
+    """Groups parts that are alternatives to each other."""
     slots: dict[str, list[Part]] = defaultdict(list)
     for part in parts:
         slots[part.one_of or part.tensor].append(part)

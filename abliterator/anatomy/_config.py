@@ -37,7 +37,7 @@ def anatomy_of(config: Mapping[str, Any]) -> Anatomy:
     quantised = config.get("quantization_config")
     if quantised and not isinstance(quantised, Mapping):
         raise CheckpointError(
-            f"config.json says quantization_config: {_said(quantised)}, expected an object. The "
+            f"config.json says quantization_config: {_repr(quantised)}, expected an object. The "
             "file is damaged: download the model again."
         )
     tied = text.get("tie_word_embeddings", config.get("tie_word_embeddings"))
@@ -57,16 +57,16 @@ def anatomy_of(config: Mapping[str, Any]) -> Anatomy:
 
 def _text_config(config: Mapping[str, Any], model_type: str) -> Mapping[str, Any]:
     """Settings of a wrapper's language model: `text_config`, or the top level of older files."""
-    half = f"{model_type}_text"
-    own = model_type if model_type in table().families else half
-    flat = {**config, "model_type": own} if "num_hidden_layers" in config else None
+    text_type = f"{model_type}_text"
+    flat_type = model_type if model_type in table().families else text_type
+    flat = {**config, "model_type": flat_type} if "num_hidden_layers" in config else None
     inner = config.get("text_config", flat)
     if not isinstance(inner, Mapping):
         raise CheckpointError(
             f"config.json of a {model_type} has no text_config, which describes its language "
             "model. The file is incomplete or damaged: download the model again."
         )
-    text = {"model_type": half, **inner}
+    text = {"model_type": text_type, **inner}
     family = table().families.get(str(text["model_type"]))
     return {**family.sizes_left_out, **text} if family else text
 
@@ -87,7 +87,7 @@ def require_countable(config: object) -> None:
         for key, value in part.items() if isinstance(part, Mapping) else ():
             if isinstance(value, (int, float)) and value > MOST and _COUNTED.search(str(key)):
                 raise CheckpointError(
-                    f"config.json says {shown(key)}: {_said(value)}, expected a whole number up to "
+                    f"config.json says {shown(key)}: {_repr(value)}, expected a whole number up to "
                     f"{MOST}. The file is incomplete or damaged: download the model again."
                 )
 
@@ -112,11 +112,11 @@ def _family_of(model_type: str, *, wrapper: bool) -> Family:
             "model of another type."
         )
     hint = " (config.json has a text_config: a wrapper of several models)" if wrapper else ""
-    known = known_model_types()
-    alike = ", ".join(get_close_matches(model_type, known)) or "llama, qwen3, gemma3"
+    supported = known_model_types()
+    alike = ", ".join(get_close_matches(model_type, supported)) or "llama, qwen3, gemma3"
     raise UnsupportedModel(
         f"No architecture of type {shown(model_type)!r}{hint} is known, so its writers (what is "
-        f"added to the residual stream) are not either. {len(known)} types are known, "
+        f"added to the residual stream) are not either. {len(supported)} types are known, "
         f"among them {alike}; others need an entry in abliterator/anatomy/architectures.yaml."
     )
 
@@ -126,7 +126,7 @@ def _check_requirements(model_type: str, family: Family, config: Mapping[str, An
     for key, value in family.requires.items():
         if config.get(key, value) != value:
             raise UnsupportedModel(
-                f"config.json says {key}: {_said(config[key])}; of the type {shown(model_type)!r}, "
+                f"config.json says {key}: {_repr(config[key])}; of the type {shown(model_type)!r}, "
                 f"only models with {key}: {value!r} are supported, because others build the "
                 "residual stream otherwise. Use another model."
             )
@@ -143,7 +143,7 @@ def _count(config: Mapping[str, Any], key: str) -> int:
     value = config.get(key) or 0
     if type(value) is not int or not 0 <= value <= MOST:
         raise CheckpointError(
-            f"config.json says {key}: {_said(value)}, expected a whole number from 0 to {MOST}. "
+            f"config.json says {key}: {_repr(value)}, expected a whole number from 0 to {MOST}. "
             "The file is incomplete or damaged: download the model again."
         )
     return value
@@ -156,12 +156,12 @@ def _size(config: Mapping[str, Any], *keys: str) -> int:
         value = len(value)
     if type(value) is not int or value < 1:  # JSON's true would pass as an int
         raise CheckpointError(
-            f"config.json says {key}: {_said(value)}, expected a positive whole number. The file "
+            f"config.json says {key}: {_repr(value)}, expected a positive whole number. The file "
             f"is incomplete or damaged: download the model again."
         )
     return value
 
 
-def _said(value: object) -> str:
-    """A value of config.json for a message, escaped and shortened."""
+def _repr(value: object) -> str:
+    """The repr of a config.json value for a message, escaped and shortened."""
     return shown(repr(value))

@@ -54,7 +54,7 @@ class Part:
 class Family:
     """An entry of the table, merged with the shape that it is based on.
 
-    The names of `others` become patterns, as those of writers do, when they are first asked for: a
+    The names of `others` become patterns, as those of writers do, when they are first used: a
     run needs those of one family, and all of them take longer than a small model takes to bake.
     """
 
@@ -83,7 +83,7 @@ class Family:
 
 @dataclass(frozen=True)
 class Wrapper:
-    """A model that holds a causal LM beside other parts; `prefixes` lead from disk to the LM."""
+    """A model that holds a causal LM beside other parts; `prefixes` map disk names to the LM's."""
 
     prefixes: Mapping[str, str]
     run_time: str
@@ -96,7 +96,7 @@ class Wrapper:
 
 @dataclass(frozen=True)
 class Predictors:
-    """What the blocks that predict further tokens are called, and what counts them; and drafts."""
+    """Name prefixes and config keys of blocks that predict further tokens, and of draft modules."""
 
     prefixes: tuple[str, ...]
     drafts: tuple[str, ...]
@@ -196,11 +196,11 @@ def _part(line: Mapping[str, Any], blocks: str) -> Part:
     tensor = line["tensor"]
     bias = line.get("bias", tensor.removesuffix(".weight") + ".bias")
     names = {"module": line["module"], "tensor": tensor, "bias": bias}
-    given: dict[str, Any] = {key: _within(name, blocks) for key, name in names.items()}
-    given |= {key: value for key, value in line.items() if key not in (*names, "gain")}
+    fields: dict[str, Any] = {key: _within(name, blocks) for key, name in names.items()}
+    fields |= {key: value for key, value in line.items() if key not in (*names, "gain")}
     gains = [gain.split("|") for gain in _several(line.get("gain", ()))]
     return Part(
-        gains=tuple(tuple(_within(name, blocks) for name in names) for names in gains), **given
+        gains=tuple(tuple(_within(name, blocks) for name in names) for names in gains), **fields
     )
 
 

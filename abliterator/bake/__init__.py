@@ -2,15 +2,15 @@
 
 `bake` edits files, not a model in memory: untouched byte ranges are streamed, and each writer (a
 matrix that adds to the residual stream) is read, edited in column panels, and written at its old
-place. How directions were found is not known here. The formula is `subspace.Removal`'s.
+place. How directions were determined is outside this package. The formula is `subspace.Removal`'s.
 
     plan = plan_edits(checkpoint, anatomy, EditSettings())
     with preview_edit(loaded, plan, basis): ...          # the same edit without writing weights
     edits = bake(checkpoint, plan, basis, Path("out/checkpoint"))
     write_adapter(checkpoint, plan, basis, Path("out/adapter"), base_model="me/base")
 
-H = d_model, k rank, Q [H, k] the orthonormal basis; wherever one is taken, a basis for each block
-[L, H, k] is too, L = n_layers: what block i writes loses Q[i].
+H = d_model, k rank, Q [H, k] the orthonormal basis; every parameter `basis` also accepts one for
+each block [L, H, k], L = n_layers: Q[i] is removed from what block i writes.
 """
 
 from abliterator.bake._adapter import require_adapter_form, write_adapter

@@ -57,7 +57,7 @@ def write_adapter(
 
     Args:
         checkpoint: the base.
-        plan: which writers are edited, and how strongly; as `require_adapter_form` wants it.
+        plan: which writers are edited, and how strongly; as `require_adapter_form` requires it.
         basis: Q [H, k], or [L, H, k] with one a block, orthonormal, float64.
         out: a folder; files of the same names in it are replaced, each in one step.
         base_model: Hub id or name of the base, for PEFT's config.
@@ -82,7 +82,7 @@ def write_adapter(
 
 
 def _factors(checkpoint: Checkpoint, edit: PlannedEdit, basis: Tensor) -> tuple[Tensor, Tensor]:
-    """Bᵀ W [k, in] and -s A [out, k] of one writer: calculated in float64, given in float32."""
+    """Bᵀ W [k, in] and -s A [out, k] of one writer: calculated in float64, returned in float32."""
     import torch
 
     removal = removal_of(edit.writer, checkpoint, basis)

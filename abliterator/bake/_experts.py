@@ -52,7 +52,7 @@ def experts_of_blocks(
 
 
 def share_edited(writer: Writer, chosen: Mapping[int, Indices | None] | None) -> Indices | None:
-    """What of a writer is edited: None for all of it, else its chosen experts; () is nothing.
+    """The chosen experts of a writer: None where it is edited whole, () where it is not edited.
 
     Args:
         writer: of any component; those that are no experts are edited whole.
@@ -60,14 +60,14 @@ def share_edited(writer: Writer, chosen: Mapping[int, Indices | None] | None) ->
     """
     if chosen is None or writer.component != "expert":
         return None
-    own = chosen.get(writer.layer, ())
-    if own is None or writer.expert is None:
-        return own
-    return None if writer.expert in own else ()
+    selected = chosen.get(writer.layer, ())
+    if selected is None or writer.expert is None:
+        return selected
+    return None if writer.expert in selected else ()
 
 
 def _counts(writers: Sequence[Writer], shapes: Mapping[str, Sequence[int]]) -> dict[int, int]:
-    """How many experts each block has that has any."""
+    """Number of experts of each block that has experts."""
     counts: dict[int, int] = defaultdict(int)
     for writer in writers:
         if writer.component != "expert" or writer.kind != "weight":
@@ -82,7 +82,7 @@ def _counts(writers: Sequence[Writer], shapes: Mapping[str, Sequence[int]]) -> d
 
 
 def _ranges(blocks: Mapping[int, int]) -> str:
-    """Block numbers as people write them: 1-3, 5."""
+    """Block numbers with runs as ranges: 1-3, 5."""
     runs: list[list[int]] = []
     for block in sorted(blocks):
         if runs and runs[-1][-1] == block - 1:

@@ -1,4 +1,4 @@
-"""The tensors that will be edited, and how strongly, planned from headers alone."""
+"""Plans which tensors are edited, and at what strengths, from headers alone."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class EditSettings:
 
 @dataclass(frozen=True)
 class PlannedEdit:
-    """One tensor that will be edited, where it lies, and how strongly.
+    """One tensor that will be edited, its position in the file, and its strength.
 
     `layout` is how it is stored, `stored` how it will be: the same, or plain numbers. `experts` are
     those that are edited of a tensor of several; None where it is edited whole.
@@ -63,7 +63,7 @@ class PlannedEdit:
 
     @property
     def edited_bytes(self) -> int:
-        """Bytes of what is edited of it, as it is stored afterwards."""
+        """Bytes of its edited part, as it is stored afterwards."""
         share = 1.0 if self.experts is None else len(self.experts) / self.info.shape[0]
         return round(share * nbytes_of(self.stored))
 
@@ -83,18 +83,18 @@ class EditPlan:
     storage: Storage = field(default_factory=Storage)
 
     def dequantized(self, checkpoint: Checkpoint) -> Dequantized:
-        """What changes beside the tensors that are written as plain numbers."""
+        """Changes to headers and config where tensors are written as plain numbers."""
         names = [edit.info.name for edit in self.edits if edit.dequantizes]
         return self.storage.dequantized(checkpoint.tensors, names)
 
     def stored_as(self, quantized: Quantized) -> EditPlan:
-        """The same plan with quantised tensors stored in another way."""
+        """The same plan with another choice of `quantized`."""
         edits = (replace(edit, stored=_stored(edit.layout, quantized)) for edit in self.edits)
         settings = replace(self.settings, quantized=quantized)
         return replace(self, edits=tuple(edits), settings=settings)
 
     def added_bytes(self, checkpoint: Checkpoint) -> int:
-        """By how many bytes the edited checkpoint's tensors outgrow the base's."""
+        """Number of bytes by which the edited checkpoint's tensors exceed the base's."""
         dequantized, tensors = self.dequantized(checkpoint), checkpoint.tensors
         dense = sum(nbytes_of(layout) for layout in dequantized.dense.values())
         return dense - sum(
@@ -102,11 +102,11 @@ class EditPlan:
         )
 
     def largest_bytes(self, checkpoint: Checkpoint) -> int:
-        """Bytes of one tensor that baking holds at once, at most: as it was, and as it will be."""
+        """Largest bytes of one tensor in memory during baking: before the edit, and dequantized."""
         dense = self.dequantized(checkpoint).dense
-        held = [edit.info.nbytes for edit in self.edits if edit.info.name not in dense]
-        held += [checkpoint.tensors[name].nbytes + nbytes_of(new) for name, new in dense.items()]
-        return max(held, default=0)
+        sizes = [edit.info.nbytes for edit in self.edits if edit.info.name not in dense]
+        sizes += [checkpoint.tensors[name].nbytes + nbytes_of(new) for name, new in dense.items()]
+        return max(sizes, default=0)
 
     def with_strengths(self, strengths: Mapping[str, float]) -> EditPlan:
         """The same plan at other strengths, by module path of the writer; 0 leaves it out."""
@@ -115,16 +115,16 @@ class EditPlan:
 
     def experts_of(self, module: str) -> Indices | None:
         """Which experts of a run-time module are edited; None for all of them, or no experts."""
-        own = [edit for edit in self.edits if edit.writer.module == module]
-        edited = {edit.writer.expert for edit in own} - {None}
+        of_module = [edit for edit in self.edits if edit.writer.module == module]
+        edited = {edit.writer.expert for edit in of_module} - {None}
         every = {w.expert for w in self.writers if w.module == module} - {None}
         if edited == every:  # none has a tensor of its own, or all of them are edited
-            return own[0].experts
+            return of_module[0].experts
         return tuple(sorted(expert for expert in edited if expert is not None))
 
     @property
     def edited_bytes(self) -> int:
-        """Bytes of what is edited, as it is stored afterwards."""
+        """Bytes of all edited parts, as they are stored afterwards."""
         return sum(edit.edited_bytes for edit in self.edits)
 
 

@@ -51,8 +51,9 @@ def preview_edit(
     weights of the others 0, and what comes out of that is edited.
 
     Raises:
-        RecipeError: for what no function of the output can imitate: `norm: column`, biases of
-            experts that are to stay, and some experts of a module that is not told which run.
+        RecipeError: for edits that no function of the output reproduces: `norm: column`, biases of
+            experts that are to stay, and some experts of a module that is not called
+            with the indices of those that run.
     """
     require_fit(basis, plan)
 
@@ -87,19 +88,19 @@ def preview_edits(loaded: LoadedModel, plan: EditPlan, bases: Sequence[Tensor]) 
     from abliterator.subspace import Removal
 
     chosen: list[Tensor] = []
-    known: dict[object, Removal] = {}
+    removals_by_key: dict[object, Removal] = {}
 
     def choose(edits: Sequence[int]) -> None:
         chosen[:] = [torch.tensor(edits, device=loaded.device)]
 
     def remover(edit: PlannedEdit, checkpoint: Checkpoint) -> Remove:
         # writers that lose the same, with no gain of their own, share one stack of all Q
-        own = edit.writer.gains or any(basis.ndim == 3 for basis in bases)
-        key = (edit.writer.gains, edit.writer.layer) if own else None
-        if key not in known:
+        has_own_removal = edit.writer.gains or any(basis.ndim == 3 for basis in bases)
+        key = (edit.writer.gains, edit.writer.layer) if has_own_removal else None
+        if key not in removals_by_key:
             removals = [removal_of(edit.writer, checkpoint, basis) for basis in bases]
-            known[key] = _stacked(removals).to(_wide(loaded), loaded.device)
-        removal = known[key]
+            removals_by_key[key] = _stacked(removals).to(_wide(loaded), loaded.device)
+        removal = removals_by_key[key]
 
         def remove(written: Tensor) -> Tensor:
             rows = chosen[0]
@@ -132,7 +133,7 @@ def _stacked(removals: Sequence[Removal]) -> Removal:
 
 
 def _require_rows(plan: EditPlan) -> None:
-    """Checks that every writer's output tells which row of the batch a token is from."""
+    """Checks that the rows of the batch are separate in every writer's output."""
     modules_of: dict[int, set[str]] = {}
     for edit in plan.edits:
         if edit.writer.component == "expert":
@@ -152,19 +153,19 @@ def _previewed(
     remover: Callable[[PlannedEdit, Checkpoint], Remove],
     strengths: Mapping[str, float | Tensor],
 ) -> Iterator[None]:
-    """Hooks on every planned writer; `remover` makes what each one removes at strength 1."""
+    """Hooks every planned writer; `remover` makes the function of what strength 1 removes."""
     from abliterator.model import CallHook, hooked
 
     if plan.settings.norm != "none":
         raise RecipeError("`edit.norm: column` has no run-time form; bake the edit instead.")
     checkpoint = Checkpoint.open(loaded.folder)
     hooks: dict[str, Hook | CallHook] = {}
-    seen = set()
+    hooked_paths = set()
     for edit in plan.edits:
         path = edit.writer.module
-        if edit.writer.kind == "bias" or path in seen:
+        if edit.writer.kind == "bias" or path in hooked_paths:
             continue  # experts share a module and its edit
-        seen.add(path)
+        hooked_paths.add(path)
         strength = strengths.get(path, edit.strength)
         subtract = _subtraction(loaded, edit, plan, remover(edit, checkpoint), strength)
         chosen = plan.experts_of(path)
@@ -178,7 +179,7 @@ def _previewed(
 
 
 def _experts_alone(loaded: LoadedModel, path: str, experts: tuple[int, ...]) -> tuple[str, Share]:
-    """The module of a block's experts, and what some of them alone add to its output.
+    """The module of a block's experts, and a function of what some of them add to its output.
 
     A module of experts is called with the indices of those that run for each token, and with their
     weights. With the weights of all others 0, it is run once more.
@@ -189,14 +190,16 @@ def _experts_alone(loaded: LoadedModel, path: str, experts: tuple[int, ...]) -> 
         experts: indices.
 
     Raises:
-        RecipeError: for a module that is called in another way.
+        RecipeError: for a module with another signature.
     """
     modules = dict(loaded.model.named_modules())
-    for where in (path, f"{path}.experts"):
-        parameters = signature(modules[where].forward).parameters if where in modules else {}
+    for candidate in (path, f"{path}.experts"):
+        parameters = (
+            signature(modules[candidate].forward).parameters if candidate in modules else {}
+        )
         for names in _ROUTED:
             if all(name in parameters for name in names):
-                return where, partial(_run_some, modules[where], names, experts)
+                return candidate, partial(_run_some, modules[candidate], names, experts)
     raise RecipeError(
         f"`edit.experts` has no run-time form here: {path} of this model is not told which experts "
         "run. Bake the edit instead."
@@ -245,7 +248,7 @@ def _subtract_of_share(
 
 
 def _wide(loaded: LoadedModel) -> torch.dtype:
-    """At least float32, so that the preview rounds once, as the baked weights do."""
+    """The dtype of the edit: at least float32, so that it rounds once, as baked weights do."""
     import torch
 
     return torch.promote_types(loaded.model.dtype, torch.float32)

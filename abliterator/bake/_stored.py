@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 # panels is free.
 PANEL_ELEMENTS = 1 << 19
 
-# Elements that wait to be rounded once more: that takes many small steps, which are made for all
+# Elements whose second rounding is deferred: it takes many small steps, which are made for all
 # their columns at once.
 DEFERRED_ELEMENTS = 1 << 18
 
@@ -53,11 +53,11 @@ def edit_stored(
     scales: bytes | None = None,
     out: memoryview | None = None,
 ) -> StoredEdit:
-    """Edits the stored bytes of one tensor, and measures what is left.
+    """Edits the stored bytes of one tensor, and measures leak and rounding noise.
 
     Args:
         buffer: all bytes of the tensor.
-        edit: what the bytes are.
+        edit: the plan of this tensor.
         removal: of the subspace, through the gains of the writer.
         settings: how to round, and whether to keep column norms.
         scales: bytes of its scales, for formats that have them.
@@ -200,13 +200,13 @@ class _MatrixEditor:
         panels, self._deferred = self._deferred, []
         if self._rows is None or not panels:
             return
-        read, rounded = self._removal.read[self._rows], self._target.rounded
+        basis, rounded = self._removal.read[self._rows], self._target.rounded
         exact = _joined([panel.exact for panel in panels])
         before = _joined([panel.stored for panel in panels])
         units = [panel.scale for panel in panels if panel.scale is not None]
         scales = _joined(units) if units else None
         error = _joined([panel.error for panel in panels])
-        after = compensate(exact, error, read, _store_in(scales, rounded))
+        after = compensate(exact, error, basis, _store_in(scales, rounded))
         if scales is not None:
             numbers = rounded(after / scales)
             after = numbers * scales  # what is measured is what is stored
@@ -217,20 +217,20 @@ class _MatrixEditor:
         for panel, (start, stop) in zip(panels, pairwise(edges), strict=True):
             self._target.put(panel.start, numbers[:, start:stop], self._rows)
         writes = _joined([panel.writes for panel in panels])
-        self._sums.writes += _square(writes + read.T @ (after - before))
+        self._sums.writes += _square(writes + basis.T @ (after - before))
         if self._measures:
             self._sums.noise += _square(after - exact) - _square(before - exact)
 
 
 def _joined(parts: list[Tensor]) -> Tensor:
-    """Columns side by side; without a copy where there is one part."""
+    """Concatenates columns; without a copy where there is one part."""
     import torch
 
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
 
 def _store_in(scales: Tensor | None, rounded: Callable[[Tensor], Tensor]) -> Store:
-    """How `compensate` stores numbers, in units of `scales` [m, c] if there are any."""
+    """The `Store` for `compensate`: rounds in units of `scales` [m, c] if there are any."""
 
     def store(
         numbers: Tensor, places: Tensor | None = None, columns: slice = slice(None)
@@ -243,5 +243,5 @@ def _store_in(scales: Tensor | None, rounded: Callable[[Tensor], Tensor]) -> Sto
     return store
 
 
-def _square(writes: Tensor) -> float:
-    return float(writes.double().square().sum())
+def _square(values: Tensor) -> float:
+    return float(values.double().square().sum())

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 @contextmanager
 def _one_thread() -> Iterator[None]:
-    """Torch on one thread: panels are too small to share, and files are hashed on another.
+    """Runs torch on one thread: panels are too small to share, and files are hashed on another.
 
     With one thread per core, each of thousands of small steps would wait for a core that hashes.
     """
@@ -168,13 +168,13 @@ class _ShardEditor:
 def write_config(
     checkpoint: Checkpoint, plan: EditPlan, out: Path, made_from: Mapping[str, str] | None = None
 ) -> None:
-    """Writes config.json of the edited checkpoint, with an entry that says who edited it.
+    """Writes config.json of the edited checkpoint, with an entry on the edit.
 
     Args:
         checkpoint: the base.
         plan: of the edit.
         out: folder of the edited checkpoint.
-        made_from: what stands in the entry beside the version of abliterator: `recipe_digest`, or
+        made_from: values of the entry beside the version of abliterator: `recipe_digest`, or
             `subspace_sha256` where there was no recipe.
     """
     entry = {"version": version("abliterator"), **(made_from or {})}

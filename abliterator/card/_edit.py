@@ -1,4 +1,4 @@
-"""What was done to the weights, and how layers, directions and strengths were chosen."""
+"""The card's part on the edit, and on the choice of layers, directions and strengths."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def edit_variables(record: RunRecord, *, adapter: bool) -> dict[str, object]:
 
 
 def _rows(edit: EditSummary) -> Iterator[Row]:
-    """What was removed from which weights; of an edit that was made, also how much is left."""
+    """Rows on what was removed from which weights; after the edit, also the leak and sizes."""
     planned = edit.tensors is None
     layers = Markdown("Left to a sweep") if planned and not edit.layers else listed(edit.layers)
     yield row("Residual layers the directions were taken at", layers)
@@ -166,7 +166,7 @@ def _sweep(candidates: Sequence[Candidate]) -> Iterator[str]:
         "those that did worst on few prompts gave no more.\n"
         "`abliterator/record.json` has every candidate; these were judged:"
     )
-    place = ("Layer", "Token") if several else ("Layer",)
+    place_columns = ("Layer", "Token") if several else ("Layer",)
     rows = [
         (
             candidate.layer,
@@ -179,7 +179,7 @@ def _sweep(candidates: Sequence[Candidate]) -> Iterator[str]:
         if candidate.answers is not None
     ]
     grades = ("Compliance", "Coherence", "Compliance x coherence")
-    yield table(rows, *place, "Bypass", "KL", "Induce", *grades, "n")
+    yield table(rows, *place_columns, "Bypass", "KL", "Induce", *grades, "n")
 
 
 def _grades(answers: AnswerSummary) -> tuple[Markdown, ...]:
@@ -191,8 +191,8 @@ def _value(estimate: Estimate | None) -> Markdown:
     return Markdown("withheld") if estimate is None else number(estimate.value)
 
 
-def _n(of: AnswerSummary | Trial) -> int | Markdown:
-    return of.product.n if of.product else Markdown("")
+def _n(result: AnswerSummary | Trial) -> int | Markdown:
+    return result.product.n if result.product else Markdown("")
 
 
 def _stacks(stacks: Sequence[Stack]) -> Iterator[str]:
@@ -253,7 +253,7 @@ def _tuning(tuning: Tuning) -> Iterator[str]:
     )
     rows = [
         (
-            _mark(trial, taken=index == tuning.selected),
+            _mark(trial, selected=index == tuning.selected),
             _value(trial.refusal),
             _value(trial.product),
             _n(trial),
@@ -269,5 +269,5 @@ def _tuning(tuning: Tuning) -> Iterator[str]:
     )
 
 
-def _mark(trial: Trial, *, taken: bool) -> Markdown:
-    return Markdown("**taken**" if taken else "on the front" if trial.on_front else "")
+def _mark(trial: Trial, *, selected: bool) -> Markdown:
+    return Markdown("**taken**" if selected else "on the front" if trial.on_front else "")

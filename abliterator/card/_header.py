@@ -1,4 +1,4 @@
-"""The YAML header of a card: values of a known shape only; a strange one is left out."""
+"""The YAML header of a card: values of the expected form only; any other is left out."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ GATING_FIELDS = "extra_gated_fields"
 
 
 def header(record: RunRecord, *, adapter: bool) -> str:
-    """The header, without its two rules.
+    """The YAML of the header, without its `---` lines.
 
     An adapter's has no results, which were measured on the checkpoint.
     """

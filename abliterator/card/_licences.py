@@ -1,4 +1,4 @@
-"""What a base's licence asks of whoever passes on a model made from it."""
+"""Terms of the base's licence that the card of a derived model must state."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ _GEMMA = Markdown(
 
 
 def obligations(license_id: str | None) -> list[Markdown]:
-    """One paragraph for each licence that asks for words on the card; most ask for none."""
-    known = (license_id or "").lower()
-    if known in _LLAMA:
-        return [_llama(*_LLAMA[known])]
-    return [_GEMMA] if known == "gemma" else []
+    """The paragraphs that a licence requires on the card; most require none."""
+    normalised = (license_id or "").lower()
+    if normalised in _LLAMA:
+        return [_llama(*_LLAMA[normalised])]
+    return [_GEMMA] if normalised == "gemma" else []
 
 
 def with_license(card: str, license_id: str) -> str:

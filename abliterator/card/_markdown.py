@@ -119,8 +119,8 @@ def without_invisible(value: Any) -> Any:
         return [without_invisible(inner) for inner in value]
     if not isinstance(value, str):
         return value
-    seen = (c for c in value if c == "\n" or unicodedata.category(c) not in _INVISIBLE)
-    return "".join(seen)
+    visible = (c for c in value if c == "\n" or unicodedata.category(c) not in _INVISIBLE)
+    return "".join(visible)
 
 
 def yaml_fence(values: dict[str, Any]) -> Markdown:

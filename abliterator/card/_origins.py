@@ -1,4 +1,4 @@
-"""What a checkpoint was made of and how it is loaded: base model, prompt sets, versions."""
+"""The card's part on base model, prompt sets and versions, and on loading the checkpoint."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def _base_rows(model: ModelIdentity) -> Iterator[Row]:
         yield row("Revision", model.revision)
     size = f"{model.n_layers} blocks, width {model.d_model}"
     yield row("Architecture", Markdown(f"{escape(model.model_type)}, {size}"))
-    yield row("Licence", _or(model.license, "Not stated by the base"))
+    yield row("Licence", _or_absent(model.license, "Not stated by the base"))
     if model.license_name is not None:
         yield row("Its name", model.license_name)
     if model.license_link is not None:
@@ -61,37 +61,37 @@ def _base_rows(model: ModelIdentity) -> Iterator[Row]:
 
 def _lock_rows(record: RunRecord) -> Iterator[Row]:
     """Versions and circumstances that the bits of a build depend on."""
-    made = record.provenance
+    provenance = record.provenance
     yield row("Tool", Markdown(f"{escape(record.tool.name)} {escape(record.tool.version)}"))
-    if made.git_commit is not None:
-        yield row("Commit of the tool", made.git_commit)
+    if provenance.git_commit is not None:
+        yield row("Commit of the tool", provenance.git_commit)
     yield row("Recipe digest", record.recipe_digest)
-    yield row("Created", made.created)
-    yield row("Device", made.device)
-    if made.hardware is not None:
-        yield row("Hardware", made.hardware)
-    yield row("Type of computation", made.dtype)
-    yield row("Python", made.python)
-    yield row("Platform", made.platform)
-    for package, version in sorted(made.packages.items()):
+    yield row("Created", provenance.created)
+    yield row("Device", provenance.device)
+    if provenance.hardware is not None:
+        yield row("Hardware", provenance.hardware)
+    yield row("Type of computation", provenance.dtype)
+    yield row("Python", provenance.python)
+    yield row("Platform", provenance.platform)
+    for package, version in sorted(provenance.packages.items()):
         yield Markdown(f"Package {escape(package)}"), version
-    for artefact, digest in sorted(made.digests.items()):
+    for artefact, digest in sorted(provenance.digests.items()):
         yield Markdown(f"sha256 of {escape(artefact)}"), digest
 
 
 def _prompt_row(origin: PromptOrigin) -> Row:
-    """Where a prompt set is from, and what became of its prompts."""
+    """Source of a prompt set, and counts of its prompts."""
     return (
         origin.name,
         last_name(origin.source) if origin.revision is None else origin.source,
-        _or(origin.revision, "Local"),
-        _or(origin.split, "-"),
-        _or(origin.license, "Not stated"),
-        _or(origin.read, "-"),
+        _or_absent(origin.revision, "Local"),
+        _or_absent(origin.split, "-"),
+        _or_absent(origin.license, "Not stated"),
+        _or_absent(origin.read, "-"),
         origin.dropped - origin.overlap,
         origin.overlap,
         origin.n,
-        _or(origin.near, "-"),
+        _or_absent(origin.near, "-"),
         origin.sha256,
     )
 
@@ -114,10 +114,10 @@ def _prompt_filter(provenance: Provenance) -> Markdown:
 
 
 def _loading(record: RunRecord, *, adapter: bool) -> Markdown:
-    """Python that loads the model and asks it a question, and how a server loads it."""
+    """Python that loads the model and generates an answer, and how a server loads it."""
     remote = record.recipe.get("trust_remote_code") is True
     lines = _load_adapter(record, remote) if adapter else _load_checkpoint(remote)
-    code = "\n".join([*lines, *_ASK])
+    code = "\n".join([*lines, *_GENERATE])
     if remote:
         whose = "the base" if adapter else "this folder, which are the base's"
         note = f"`trust_remote_code=True` runs the Python files of {whose}: read them first."
@@ -134,7 +134,7 @@ _SERVE_ADAPTER = (
     "As a server: `vllm serve BASE --enable-lora --lora-modules edited=FOLDER_OR_ID`. For "
     "llama.cpp: `python convert_lora_to_gguf.py\nFOLDER` from its repository."
 )
-_ASK = (
+_GENERATE = (
     "",
     'messages = [{"role": "user", "content": "Which planet is the largest?"}]',
     "inputs = tokenizer.apply_chat_template(",
@@ -156,14 +156,14 @@ def _load_checkpoint(remote: bool) -> Iterator[str]:
 
 def _load_adapter(record: RunRecord, remote: bool) -> Iterator[str]:
     base, commit = hub_base(record), record.model.revision or ""
-    known = base is not None and COMMIT.fullmatch(commit) is not None
-    options = ", revision=commit" if known else ""
+    is_pinned = base is not None and COMMIT.fullmatch(commit) is not None
+    options = ", revision=commit" if is_pinned else ""
     options += ", trust_remote_code=True" if remote else ""
     yield "from peft import PeftModel"
     yield "from transformers import AutoModelForCausalLM, AutoTokenizer"
     yield ""
     yield f'base = "{base or "BASE"}"  # id of the base, or its folder'
-    if known:
+    if is_pinned:
         yield f'commit = "{commit}"'
     yield 'adapter = "."  # this folder, or the id of this repository'
     yield f"tokenizer = AutoTokenizer.from_pretrained(base{options})"
@@ -174,6 +174,6 @@ def _load_adapter(record: RunRecord, remote: bool) -> Iterator[str]:
     )
 
 
-def _or(value: object, absent: str) -> object:
-    """The value, or what the card says where there is none."""
+def _or_absent(value: object, absent: str) -> object:
+    """The value, or the text `absent` for None."""
     return Markdown(absent) if value is None else value

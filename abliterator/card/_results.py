@@ -1,4 +1,4 @@
-"""What was measured of base and edited model, and what was not."""
+"""The card's part on measurements of base and edited model, and on what was not measured."""
 
 from __future__ import annotations
 
@@ -72,25 +72,25 @@ def result_variables(record: RunRecord) -> dict[str, object]:
 
 
 def _judge_description(judge: JudgeIdentity | None) -> Markdown:
-    """One phrase: which judge, and how far it was ever checked."""
+    """One phrase: the judge, and its calibration."""
     if judge is None:
         return Markdown("a judge that was not recorded")
     if judge.kind == "rules":
-        what = "a rule judge: phrase and repetition rules, no model"
+        description = "a rule judge: phrase and repetition rules, no model"
     else:
-        what = f"the judge {escape(judge.kind)}, model {escape(judge.model or 'not stated')}"
-    what += f"; version {escape(judge.version)}"
+        description = f"the judge {escape(judge.kind)}, model {escape(judge.model or 'not stated')}"
+    description += f"; version {escape(judge.version)}"
     if judge.served_model is not None:
-        what += f"; the server called itself {escape(judge.served_model)}"
+        description += f"; the server called itself {escape(judge.served_model)}"
     if judge.fingerprints:
-        what += f" ({listed(judge.fingerprints)})"
+        description += f" ({listed(judge.fingerprints)})"
     if judge.prompt_sha256 is not None:
-        what += f"; sha256 of its instructions {escape(judge.prompt_sha256)}"
+        description += f"; sha256 of its instructions {escape(judge.prompt_sha256)}"
     for other, rate in judge.disagreement.items():
-        what += f"; it disagrees with {escape(other)} on {estimate(rate)}"
+        description += f"; it disagrees with {escape(other)} on {estimate(rate)}"
     if judge.calibration is None:
-        return Markdown(f"{what}; uncalibrated (never measured against human labels)")
-    return Markdown(f"{what}; against human labels: {settings(judge.calibration)}")
+        return Markdown(f"{description}; uncalibrated (never measured against human labels)")
+    return Markdown(f"{description}; against human labels: {settings(judge.calibration)}")
 
 
 def _measure_heading(judge: JudgeIdentity | None) -> Markdown:
@@ -102,7 +102,7 @@ def _measure_heading(judge: JudgeIdentity | None) -> Markdown:
 
 
 def _prompt_sets(behaviour: Mapping[str, Behaviour | None]) -> Iterator[PromptSetResults]:
-    """The three sets everyone expects, then any others by name."""
+    """Results of the three usual prompt sets, then of any others by name."""
     headings = {name: Markdown(label) for name, label in SETS.items()}
     headings |= {name: escape(name) for name in sorted(behaviour.keys() - SETS.keys())}
     for name, heading in headings.items():
@@ -158,7 +158,7 @@ def _score_row(task: str, result: BenchmarkResult) -> Row:
 
 
 def _delta_test_row(task: str, result: BenchmarkResult) -> Row:
-    """What the delta is worth: detectable size, changed documents, p, gold log-likelihood."""
+    """Statistics of the delta: detectable size, changed documents, p, gold log-likelihood."""
     detectable = result.smallest_detectable
     return (
         task,
@@ -189,7 +189,7 @@ def _setting_rows(results: Mapping[str, BenchmarkResult]) -> Iterator[Row]:
 
 
 def _gaps(record: RunRecord) -> Iterator[Markdown]:
-    """What a reader might expect here and nobody measured."""
+    """Measurements that are missing in the record, as sentences."""
     for name, label in SETS.items():
         if record.behaviour.get(name) is None:
             yield Markdown(f"Behaviour on {label[0].lower()}{label[1:]}.")

@@ -1,11 +1,11 @@
-"""Checkpoint folders as files: where each tensor's bytes lie, and how to change some of them.
+"""Checkpoint folders as files: the position of each tensor's bytes, and edits of some of them.
 
 safetensors headers are read here and not by the library, because the contract is about bytes: which
 range of which file belongs to which tensor. A folder is proven sound before anything is written.
 The ranges that stay are streamed, the bytes of each tensor to be edited are handed to the caller,
 and a file is replaced only when all of it is on the disk. Where tensors change dtype or shape,
 `shard_layout` gives the new header. What an edit means, what a tensor is for, and how bytes become
-numbers is not known here; torch is never imported.
+numbers is outside this package; torch is never imported.
 
     base = Checkpoint.open(Path("Llama-3.2-1B-Instruct"))
     names = ["model.layers.9.mlp.down_proj.weight"]

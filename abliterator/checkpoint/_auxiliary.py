@@ -61,7 +61,7 @@ _TAKES_OVER = (ADAPTER_FILE, SINGLE_FILE, INDEX_FILE)
 
 
 def auxiliary_files(folder: Path) -> tuple[list[str], list[str]]:
-    """Sorts the files beside the weights into auxiliary files and those that are left out.
+    """Divides the files beside the weights into auxiliary files and those that are left out.
 
     Returns:
         (auxiliary, left_out): paths relative to the folder, sorted. A folder without any auxiliary
@@ -77,23 +77,23 @@ def auxiliary_files(folder: Path) -> tuple[list[str], list[str]]:
     auxiliary: list[str] = []
     left_out: list[str] = []
     with readable(folder):
-        files, closed = _walk(folder)
+        files, closed = _list_files(folder)
         for file in files:
             if file in weights:
                 continue
-            wanted = keep_index if file == INDEX_FILE else _is_auxiliary(file)
-            wanted = wanted and encodable(file)
-            if wanted and (folder / file).is_symlink() and not (folder / file).exists():
+            is_auxiliary = keep_index if file == INDEX_FILE else _is_auxiliary(file)
+            is_auxiliary = is_auxiliary and encodable(file)
+            if is_auxiliary and (folder / file).is_symlink() and not (folder / file).exists():
                 raise CheckpointError(
                     f"{folder}{os.sep}{shown(file)} is a link to a file that is not there, and a "
                     "loader may need it. If this is a Hugging Face cache, part of it was deleted: "
                     "download the model again."
                 )
-            wanted = wanted and (folder / file).is_file()
-            if wanted and (size := (folder / file).stat().st_size) > _MAX_BYTES:
+            is_auxiliary = is_auxiliary and (folder / file).is_file()
+            if is_auxiliary and (size := (folder / file).stat().st_size) > _MAX_BYTES:
                 raise too_large(Path(f"{folder}{os.sep}{shown(file)}"), size, _MAX_BYTES)
-            (auxiliary if wanted else left_out).append(file)
-    return sorted(auxiliary), _grouped(left_out + closed, kept=[*weights, *auxiliary])
+            (auxiliary if is_auxiliary else left_out).append(file)
+    return sorted(auxiliary), _grouped(left_out + closed, included=[*weights, *auxiliary])
 
 
 def _is_auxiliary(file: str) -> bool:
@@ -107,7 +107,7 @@ def _is_auxiliary(file: str) -> bool:
 def is_opened_by_loaders(file: str) -> bool:
     """Whether a loader may open a file of this name (a relative path), were it in the folder.
 
-    Weights of other formats are not among them: where there are safetensors, those are taken.
+    Weights of other formats are not among them: where there are safetensors, loaders use those.
     """
     return file in _TAKES_OVER or (_is_auxiliary(file) and not is_legal(file))
 
@@ -118,7 +118,7 @@ def is_legal(file: str) -> bool:
     return any(fnmatchcase(name, pattern) for pattern in _LEGAL)
 
 
-def _walk(folder: Path) -> tuple[list[str], list[str]]:
+def _list_files(folder: Path) -> tuple[list[str], list[str]]:
     """All files, and the folders that are not entered ("name/"), relative to `folder`."""
     files, closed = [], []
 
@@ -135,9 +135,9 @@ def _walk(folder: Path) -> tuple[list[str], list[str]]:
     return files, closed
 
 
-def _grouped(left_out: list[str], *, kept: list[str]) -> list[str]:
-    """Replace the files of a top-level folder of which nothing is kept by the folder's name."""
-    used = {file.split("/", 1)[0] for file in kept}
+def _grouped(left_out: list[str], *, included: list[str]) -> list[str]:
+    """Paths left out, where a top-level folder that is left out whole is one entry."""
+    used = {file.split("/", 1)[0] for file in included}
     names = set()
     for file in left_out:
         top, inside, _ = file.partition("/")

@@ -37,8 +37,8 @@ def card_metadata(folder: Path) -> dict[str, Any] | None:
     if front is None:
         return {}
     values = _parsed(front[1])
-    plain = _plain(values) if isinstance(values, dict) else None
-    return plain if isinstance(plain, dict) else None
+    metadata = _plain(values) if isinstance(values, dict) else None
+    return metadata if isinstance(metadata, dict) else None
 
 
 def declared_base_models(metadata: Mapping[str, Any]) -> tuple[str, ...]:
@@ -49,7 +49,7 @@ def declared_base_models(metadata: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def _parsed(text: str) -> Any:
-    """The value of a YAML text; None if there is none."""
+    """The parsed value of a YAML text; None if it is empty, unreadable or too deep."""
     import yaml
 
     loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
@@ -63,7 +63,7 @@ def _parsed(text: str) -> Any:
             if depth > _MAX_DEPTH:
                 return None
         return yaml.load(text, Loader=loader)
-    except Exception:  # noqa: BLE001 - whatever PyYAML makes of a stranger's text
+    except Exception:  # noqa: BLE001 - PyYAML raises many types for malformed text
         return None
 
 

@@ -40,9 +40,9 @@ def edited_config(
         made_by: value of the key `abliterator`.
         changed: new values of further keys that the edit changes; None leaves the key out.
     """
-    gone = _FALSE_NOW.union(key for key, value in changed.items() if value is None)
-    kept = {key: changed.get(key, value) for key, value in base.items() if key not in gone}
-    return json.dumps({**kept, CONFIG_ENTRY: dict(made_by)}, indent=2) + "\n"
+    removed = _FALSE_NOW.union(key for key, value in changed.items() if value is None)
+    values = {key: changed.get(key, value) for key, value in base.items() if key not in removed}
+    return json.dumps({**values, CONFIG_ENTRY: dict(made_by)}, indent=2) + "\n"
 
 
 def adapter_config(

@@ -91,7 +91,7 @@ class Checkpoint:
 
     @property
     def total_bytes(self) -> int:
-        """Bytes of all weight files, headers included: what a copy of them takes on a disk."""
+        """Bytes of all weight files, headers included."""
         return sum(self.file_bytes.values())
 
     def read(self, name: str) -> bytes:
@@ -135,9 +135,9 @@ def read_json(path: Path) -> dict[str, Any]:
 def _read_config(folder: Path) -> dict[str, Any]:
     with readable(folder):
         if not folder.is_dir():
-            seen = "is not a folder" if folder.exists() else "does not exist"
+            fault = "is not a folder" if folder.exists() else "does not exist"
             raise CheckpointError(
-                f"{folder} {seen}; a checkpoint folder with config.json, weights and tokenizer "
+                f"{folder} {fault}; a checkpoint folder with config.json, weights and tokenizer "
                 "was expected. Check the path, or give the model's id on the Hugging Face Hub."
             )
         if not (folder / CONFIG_FILE).exists():
@@ -170,7 +170,7 @@ def _check_redirect(folder: Path, config: dict[str, Any]) -> None:
 
 
 def _check_shard_name(index: Path, file: object) -> None:
-    """A shard is a plain path inside the folder: no step up, no root, no drive, no backslash."""
+    """Refuses a shard that is no plain path in the folder (`..`, root, drive, backslash)."""
     if not isinstance(file, str) or not _plain_path(file):
         raise CheckpointError(
             f"{index} names the file {shown(file)}, which is not a plain path inside the "
@@ -210,7 +210,7 @@ def _check_against_index(
 
 
 def _is_tied_head(name: str, config: dict[str, Any]) -> bool:
-    """Whether loaders do without this tensor: an output head that is the embedding again."""
+    """Whether a tensor is a tied output head, which loaders take from the embedding."""
     if not name.endswith(_HEADS):
         return False
     try:

@@ -34,7 +34,7 @@ _PREFIX = 8
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """Where one tensor lies: bytes `start` to `end` (absolute, end excluded) of `file`.
+    """Position of one tensor: bytes `start` to `end` (absolute, end excluded) of `file`.
 
     `file` is relative to the checkpoint's folder; `dtype` is safetensors' name ("BF16").
     """
@@ -74,7 +74,7 @@ def read_header(folder: Path, file: str) -> tuple[list[TensorInfo], int]:
 
 
 def header_of(tensors: list[tuple[str, str, tuple[int, ...], int]], *, like: bytes) -> bytes:
-    """The header of a file with these tensors (name, dtype, shape, bytes), one after another.
+    """The header of a file that holds these tensors (name, dtype, shape, bytes) in this order.
 
     Its metadata is that of the header `like`, which has been checked. As in the reference
     implementation, spaces at the end make the tensors begin at a multiple of 8.
@@ -106,7 +106,7 @@ def parse_json_object(text: bytes, path: Path, *, what: str) -> dict[str, Any]:
 
 
 def _check_depth(value: dict[str, Any], path: Path, what: str) -> None:
-    """Refuses nesting on which Python's JSON writer, and loaders, would overflow the stack."""
+    """Refuses nesting so deep that JSON writers or loaders would overflow the stack."""
     level: list[Any] = [value]
     for _ in range(_MAX_DEPTH):
         below = (v.values() if isinstance(v, dict) else v for v in level)
@@ -141,7 +141,7 @@ def _header_text(source: OpenFile) -> bytes:
 
 
 def read_exactly(source: OpenFile, length: int) -> bytes:
-    """The next `length` bytes of a file."""
+    """Reads the next `length` bytes of a file."""
     buffer = bytearray(length)
     read_fully(source, memoryview(buffer))
     return bytes(buffer)
@@ -164,7 +164,7 @@ def _check_metadata(path: Path, metadata: object) -> None:
 
 
 def _tensor(path: Path, file: str, name: str, entry: object, data_start: int) -> TensorInfo:
-    """One entry, its own claims checked; how it lies among the others is `_check_layout`'s."""
+    """Parses one entry, and checks dtype, shape and size; `_check_layout` checks all offsets."""
     label = f"the tensor {shown(name)}"
     if not encodable(name):
         raise damaged(path, f"{label} has a name that is not Unicode text")
@@ -207,7 +207,7 @@ def _check_size(path: Path, label: str, dtype: str, shape: tuple[int, ...], nbyt
 
 
 def _check_layout(path: Path, tensors: list[TensorInfo], data_start: int, size: int) -> None:
-    """From the header to the end of the file, the tensors follow without a hole or an overlap."""
+    """Checks that tensors fill the file from the header to its end, without hole or overlap."""
     at = data_start
     for info in tensors:
         if info.start != at:

@@ -98,9 +98,12 @@ def patch_file(
                 out.stream.seek(new.start)
                 # not bound to a name, so that it is gone before the next one is made
                 write_fully(out, edit(old, part) or part)
-                sides = (base, old), (out, new)
+                copies = (base, old), (out, new)
                 hashes.append(
-                    (old, [hashing.submit(sha256_of_range, f, i.start, i.nbytes) for f, i in sides])
+                    (
+                        old,
+                        [hashing.submit(sha256_of_range, f, i.start, i.nbytes) for f, i in copies],
+                    )
                 )
             patched = tuple(
                 PatchedTensor(old.name, *(digest.result() for digest in digests))
@@ -120,7 +123,7 @@ class _Copy(NamedTuple):
 def _steps(
     size: int, ordered: list[TensorInfo], layout: ShardLayout | None
 ) -> Iterator[_Copy | tuple[TensorInfo, TensorInfo]]:
-    """What is written, in the order of the bytes: ranges of the base, and edited tensors."""
+    """The writes in file order: ranges copied from the base, and edited tensors (old, new)."""
     if layout is None:
         at = 0
         for info in ordered:

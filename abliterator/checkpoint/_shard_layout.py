@@ -19,7 +19,7 @@ class TensorHeader(Header, Protocol):
 
     @property
     def name(self) -> str:
-        """Of the tensor."""
+        """Name of the tensor."""
 
 
 @dataclass(frozen=True)
@@ -64,18 +64,20 @@ def shard_layout(
     with open_regular(base.folder / file) as source:
         end = infos[0].start if infos else source.size
         header = source.stream.read(end)
-    kept = [info for info in infos if info.name not in dropped]
-    if len(kept) == len(infos) and not any(info.name in changes for info in infos):
+    remaining = [info for info in infos if info.name not in dropped]
+    if len(remaining) == len(infos) and not any(info.name in changes for info in infos):
         return ShardLayout(header, tuple((info, info) for info in infos), base.file_bytes[file])
-    wanted: list[tuple[TensorInfo, TensorHeader]] = [
-        (info, changes.get(info.name, info)) for info in kept
+    pairs: list[tuple[TensorInfo, TensorHeader]] = [
+        (info, changes.get(info.name, info)) for info in remaining
     ]
-    wanted.sort(key=lambda pair: -DTYPE_BITS.get(pair[1].dtype, 8))
-    sizes = [_nbytes(info, new) for info, new in wanted]
-    pairs = [(new, size) for (_, new), size in zip(wanted, sizes, strict=True)]
-    header = header_of([(new.name, new.dtype, new.shape, n) for new, n in pairs], like=header)
+    pairs.sort(key=lambda pair: -DTYPE_BITS.get(pair[1].dtype, 8))
+    sizes = [_nbytes(info, new) for info, new in pairs]
+    entries = [
+        (new.name, new.dtype, new.shape, size) for (_, new), size in zip(pairs, sizes, strict=True)
+    ]
+    header = header_of(entries, like=header)
     at, tensors = len(header), []
-    for (info, new), size in zip(wanted, sizes, strict=True):
+    for (info, new), size in zip(pairs, sizes, strict=True):
         tensors.append((info, TensorInfo(new.name, file, new.dtype, new.shape, at, at + size)))
         at += size
     return ShardLayout(header, tuple(tensors), at)

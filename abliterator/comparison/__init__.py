@@ -1,13 +1,13 @@
 """Two checkpoints side by side: all beside the weights, weights, answers, divergence, benchmarks.
 
-The checkpoints may be anybody's: nothing is known of how one became the other, the weights tell.
-Recipes are not known here.
+The checkpoints may be of any origin: how one was made from the other is inferred from the weights.
+This package does not depend on recipes.
 
-    found = compare(base, edited, CompareSettings(prompts={"neutral": texts}), scratch=folder)
-    found.beside, found.asked                    # what else differs; "alike"
-    found.weights.verdict, found.weights.rank    # "directional", 3
-    found.divergence.kl.value
-    to_markdown(found)
+    comparison = compare(base, edited, CompareSettings(prompts={"neutral": texts}), scratch=folder)
+    comparison.beside, comparison.asked  # other differences; how prompts were rendered: "alike"
+    comparison.weights.verdict, comparison.weights.rank  # "directional", 3
+    comparison.divergence.kl.value
+    to_markdown(comparison)
 """
 
 from abliterator.comparison._beside import differences_beside

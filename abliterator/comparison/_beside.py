@@ -1,4 +1,4 @@
-"""What differs between two checkpoints beside their weights, and how both can be asked alike.
+"""Differences of two checkpoints beside their weights, and a folder that prompts both alike.
 
 Compared is what a file does, not its bytes: a chat template may come from four files, and a config
 may leave out what is the default. What changes neither an answer nor a logit is left out: names,
@@ -32,7 +32,7 @@ _CODE = re.compile(r".*\.(py|cpp|cu|h)")
 _NOT_OF_TEXT = re.compile(
     r"(config\.json|generation_config.*|hf_quant_config.*|.*\.index\.json|.*processor.*\.json)"
 )
-# What no loader computes with; and what is told apart: stop tokens, code.
+# Fields that no loader computes with, and those that are compared separately: stop tokens, code.
 _IGNORED = re.compile(
     r"(.*\.)?(_.*|abliterator|.*version|(torch_)?dtype|(bos|eos|pad|sep|decoder_start)_token_id"
     r"|auto_map|use_cache|return_dict(_in_generate)?|torchscript|gradient_checkpointing"
@@ -55,7 +55,7 @@ class Setup:
 
     @property
     def folder(self) -> Path:
-        """Where it is."""
+        """The checkpoint's folder."""
         return self.checkpoint.folder
 
     @cached_property
@@ -66,7 +66,7 @@ class Setup:
         }
 
     def files_of(self, part: Part) -> dict[str, str]:
-        """Those of a chat template, a tokenizer, or code."""
+        """The entries of `files` that belong to one part: chat template, tokenizer or code."""
         return {name: digest for name, digest in self.files.items() if _part(name) == part}
 
     @cached_property
@@ -85,28 +85,28 @@ class Setup:
         from transformers import AutoConfig
 
         try:
-            found: dict[str, Any] = AutoConfig.from_pretrained(
+            config: dict[str, Any] = AutoConfig.from_pretrained(
                 self.folder, local_files_only=True, trust_remote_code=False
             ).to_dict()
         except Exception:  # noqa: BLE001  whatever the files of a folder make libraries raise
             return None
-        return found
+        return config
 
     def config(self, *, loaded: bool) -> dict[str, Any]:
         """The fields of the config by dotted name; `loaded` with defaults filled in."""
-        plain = self.loaded_config if loaded else None
+        config = (self.loaded_config if loaded else None) or self.checkpoint.config
         decoded = _QUANTIZATION if self._quantization_is_decoded else ()
         return {
             name: value
-            for name, value in _flat(plain or self.checkpoint.config)
+            for name, value in _flat(config)
             if not _IGNORED.fullmatch(name) and name.split(".")[0] not in decoded
         }
 
     @cached_property
     def generation(self) -> dict[str, Any]:
         """The fields of generation_config.json, but for stop tokens and versions."""
-        plain = self._generation_config
-        return {name: value for name, value in _flat(plain) if not _IGNORED.fullmatch(name)}
+        config = self._generation_config
+        return {name: value for name, value in _flat(config) if not _IGNORED.fullmatch(name)}
 
     @cached_property
     def stop_ids(self) -> tuple[int, ...]:
@@ -115,25 +115,25 @@ class Setup:
         nested = [config, *(part for part in config.values() if isinstance(part, dict))]
         declared = [part.get("eos_token_id") for part in (self._generation_config, *nested)]
         declared.append(getattr(self.tokenizer, "eos_token_id", None))
-        found: set[int] = set()
-        for ids in declared:
-            each = ids if isinstance(ids, list) else [ids]
-            found.update(i for i in each if isinstance(i, int))
-        return tuple(sorted(found))
+        stop_ids: set[int] = set()
+        for value in declared:
+            ids = value if isinstance(value, list) else [value]
+            stop_ids.update(i for i in ids if isinstance(i, int))
+        return tuple(sorted(stop_ids))
 
     @cached_property
     def templates(self) -> dict[str, str]:
         """Chat templates by name, "default" is the one that prompts are rendered with."""
-        found = getattr(self.tokenizer, "chat_template", None) or {}
-        named = dict(found) if isinstance(found, dict) else {"default": str(found)}
-        if not named:  # older processors have it in a file that tokenizers do not read
-            plain = self._json("chat_template.json").get("chat_template")
-            named = {"default": plain} if isinstance(plain, str) else {}
-        return named
+        value = getattr(self.tokenizer, "chat_template", None) or {}
+        templates = dict(value) if isinstance(value, dict) else {"default": str(value)}
+        if not templates:  # older processors have it in a file that tokenizers do not read
+            text = self._json("chat_template.json").get("chat_template")
+            templates = {"default": text} if isinstance(text, str) else {}
+        return templates
 
     @property
     def logits(self) -> object:
-        """How many tokens the model predicts over, as its config says."""
+        """Size of the vocabulary that the model predicts over, from its config."""
         config = self.loaded_config or self.checkpoint.config
         inner = config.get("text_config")
         return (inner if isinstance(inner, dict) else config).get("vocab_size")
@@ -154,14 +154,14 @@ class Setup:
         if name not in self.files:
             return {}
         try:
-            plain = json.loads(read_text(self.folder / name))
+            value = json.loads(read_text(self.folder / name))
         except (AbliteratorError, ValueError):
             return {}
-        return plain if isinstance(plain, dict) else {}
+        return value if isinstance(value, dict) else {}
 
 
 def differences(base: Setup, edited: Setup) -> tuple[Difference, ...]:
-    """All that differs beside the weights and changes what is asked, answered or computed."""
+    """All differences beside the weights that change rendered prompts, answers or computation."""
     return (
         *_templates(base, edited),
         *_tokenizers(base, edited),
@@ -179,7 +179,7 @@ def compute_alike(base: Setup, edited: Setup) -> bool:
 
 
 def _configs(base: Setup, edited: Setup) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Both configs in one form."""
+    """Both configs with defaults filled in, or, where one cannot be loaded, both without."""
     loaded = base.loaded_config is not None and edited.loaded_config is not None
     return base.config(loaded=loaded), edited.config(loaded=loaded)
 
@@ -205,36 +205,36 @@ def same_vocabulary(base: Setup, edited: Setup) -> bool:
     return bool(base.tokenizer.get_vocab().items() <= edited.tokenizer.get_vocab().items())
 
 
-def asked_as_base(base: Setup, edited: Setup, folder: Path) -> Path:
-    """A folder with the edited model and the base's template, tokenizer and stop tokens.
+def link_with_base_prompting(base: Setup, edited: Setup, folder: Path) -> Path:
+    """Makes a folder with the edited model and the base's template, tokenizer and stop tokens.
 
     Weights are linked; what else a loader opens is copied.
     """
     folder.mkdir()
     for path in sorted(edited.folder.iterdir()):
-        if not _decides_the_question(path.name):
-            _put(path, folder)
+        if not _affects_prompting(path.name):
+            _link_or_copy(path, folder)
     for path in sorted(base.folder.iterdir()):
-        if _decides_the_question(path.name):
-            _put(path, folder)
+        if _affects_prompting(path.name):
+            _link_or_copy(path, folder)
     if not (folder / GENERATION_CONFIG).exists():  # else the edited config would say where to stop
         settings = {"eos_token_id": list(base.stop_ids)}
         write_text_atomic(folder / GENERATION_CONFIG, json.dumps(settings))
     return folder
 
 
-def _put(path: Path, folder: Path) -> None:
-    place = folder / path.name
+def _link_or_copy(path: Path, folder: Path) -> None:
+    target = folder / path.name
     if path.suffix == ".safetensors":
-        place.symlink_to(path.resolve())
+        target.symlink_to(path.resolve())
     elif path.name == CHAT_TEMPLATES:
-        shutil.copytree(path, place)
+        shutil.copytree(path, target)
     elif path.is_file() and is_opened_by_loaders(path.name):
-        copy_file(path, place)
+        copy_file(path, target)
 
 
-def _decides_the_question(name: str) -> bool:
-    """Whether a file, or a folder of files, of this name has a part in how a model is asked."""
+def _affects_prompting(name: str) -> bool:
+    """Whether a file or folder of this name affects rendered prompts or where answers stop."""
     if name in (GENERATION_CONFIG, CHAT_TEMPLATES):
         return True
     opened = is_opened_by_loaders(name) and not name.endswith(".safetensors")
@@ -280,7 +280,7 @@ def _tokenizers(base: Setup, edited: Setup) -> Iterator[Difference]:
 
 
 def _vocabularies(base: Mapping[str, int], edited: Mapping[str, int]) -> Iterator[Difference]:
-    """How many tokens have another id or are on one side only, and the first of them."""
+    """Number of tokens that have another id or are on one side only, with the first of them."""
     changed = {token for token in base.keys() & edited.keys() if base[token] != edited[token]}
     for name, tokens in (
         ("tokens with another id", changed),
@@ -302,20 +302,20 @@ def _id(token: int | None) -> str | None:
 
 
 def _behaviour(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any] | None:
-    """What decides how text becomes ids and ids text, but for the vocabulary.
+    """The tokenizer's settings that encoding and decoding depend on, without the vocabulary.
 
-    None of a tokenizer that is not built on `tokenizers`: there only the files tell.
+    None for a tokenizer that is not built on `tokenizers`; its files are compared instead.
     """
     fast = getattr(tokenizer, "backend_tokenizer", None)
     if fast is None or not hasattr(fast, "to_str"):
         return None
-    plain = json.loads(fast.to_str())
-    model = {f"model.{name}": value for name, value in plain["model"].items() if name != "vocab"}
+    settings = json.loads(fast.to_str())
+    model = {f"model.{name}": value for name, value in settings["model"].items() if name != "vocab"}
     return {
         **{name: str(getattr(tokenizer, name, None)) for name in _SETTINGS},
         **model,
-        **{name: plain.get(name) for name in _SECTIONS},
-        "added_tokens": sorted(plain.get("added_tokens") or [], key=lambda token: token["id"]),
+        **{name: settings.get(name) for name in _SECTIONS},
+        "added_tokens": sorted(settings.get("added_tokens") or [], key=lambda token: token["id"]),
     }
 
 
@@ -328,10 +328,10 @@ def _fields(part: Part, base: Mapping[str, Any], edited: Mapping[str, Any]) -> I
     for name in sorted(base.keys() | edited.keys()):
         before, after = base.get(name), edited.get(name)
         if before != after:
-            yield _difference(part, name, *(_written(value) for value in (before, after)))
+            yield _difference(part, name, *(_json_text(value) for value in (before, after)))
 
 
-def _written(value: Any) -> str | None:
+def _json_text(value: Any) -> str | None:
     return None if value is None else json.dumps(value, ensure_ascii=False, default=str)
 
 
@@ -344,7 +344,7 @@ def _files(part: Part, base: Setup, edited: Setup) -> Iterator[Difference]:
 
 
 def _difference(part: Part, name: str, base: str | None, edited: str | None) -> Difference:
-    """A difference, in text that fits on a line."""
+    """A `Difference` whose texts are shortened to fit on a line."""
     sides = (None if side is None else shown(side) for side in (base, edited))
     return Difference(part=part, name=shown(name), base=next(sides), edited=next(sides))
 
@@ -362,9 +362,9 @@ def _excerpts(base: str | None, edited: str | None) -> tuple[str | None, str | N
     return ("…" if start else "") + base[cut], ("…" if start else "") + edited[cut]
 
 
-def _flat(plain: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """The fields of a config, those of nested ones by dotted names; None is as good as absent."""
-    for name, value in plain.items():
+def _flat(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """The fields of a config, nested ones by dotted names; fields that are None are left out."""
+    for name, value in config.items():
         if isinstance(value, dict) and value:
             yield from _flat(value, f"{prefix}{name}.")
         elif value is not None:

@@ -1,4 +1,4 @@
-"""The same measurements on any two checkpoints."""
+"""Compares two checkpoints: files, weights, judged answers, divergence and benchmarks."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from abliterator.benchmarks import (
 from abliterator.checkpoint import Checkpoint, fingerprint
 from abliterator.comparison._beside import (
     Setup,
-    asked_as_base,
     differences,
+    link_with_base_prompting,
     same_vocabulary,
 )
 from abliterator.comparison._markdown import OTHER_VOCABULARY, difference_line
@@ -55,7 +55,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class CompareSettings:
-    """What is measured, and how.
+    """Prompt sets, tasks and settings of a comparison.
 
     Attributes:
         prompts: sets that both sides answer, by name ("target", "neutral"); divergence is measured
@@ -83,12 +83,12 @@ def compare(
     bar: Bar = no_bar,
     note: Callable[[str], None] = lambda _: None,
 ) -> Comparison:
-    """Weights always, straight from the files; answers, divergence and benchmarks as asked for.
+    """Compares two checkpoints; without prompts and tasks, their files and weights alone.
 
-    What differs beside the weights comes first. Where that is the chat, the tokenizer or the stop
-    tokens, both sides are asked with the base's; where the same id is not the same token on both,
-    each is asked with its own, and no difference between them is given. One model is in memory at
-    a time.
+    What differs beside the weights comes first. Where that is the chat template, the tokenizer or
+    the stop tokens, both sides are prompted with the base's; where the same id is not the same
+    token on both, each is prompted with its own, and no difference between them is computed. One
+    model is in memory at a time.
 
     Args:
         base: checkpoint folder.
@@ -97,7 +97,7 @@ def compare(
         judge: of the answers; left out, the rule judge.
         scratch: an empty folder; what is left there can be deleted.
         bar: shows progress.
-        note: told what differs beside the weights, a line each, before anything is measured.
+        note: called with each difference beside the weights, as a line, before any measurement.
 
     Raises:
         AbliteratorError: if a checkpoint is damaged, or one cannot be measured.
@@ -106,21 +106,21 @@ def compare(
     beside = differences(*setups)
     for difference in beside:
         note(f"beside the weights: {difference_line(difference)}")
-    asked = _asked(*setups, beside)
+    prompting = _prompting(*setups, beside)
     judge = judge or RuleJudge()
     weights = diff_weights(setups[0].checkpoint, setups[1].checkpoint)
-    models = _OneAtATime({"base": base, "edited": edited}, settings.benchmarks, asked)
-    withheld = _withheld(setups, settings, asked)
+    models = _SingleModelLoader({"base": base, "edited": edited}, settings.benchmarks, prompting)
+    withheld = _withheld(setups, settings, prompting)
     behaviour = _behaviour(models, settings, judge, bar)
     divergence = None
     if "divergence" not in withheld:
         divergence = _divergence(models.load, settings, scratch=scratch, bar=bar)
     models.free()
-    found = Comparison(
+    comparison = Comparison(
         base=base.name,
         edited=edited.name,
         beside=beside,
-        asked=asked,
+        asked=prompting,
         withheld=withheld,
         weights=weights,
         behaviour=behaviour,
@@ -128,103 +128,109 @@ def compare(
         divergence=divergence,
     )
     if not settings.tasks:
-        return found
-    scores = _benchmark_scores(setups, settings, asked, scratch=scratch, bar=bar)
-    return found.model_copy(update=_benchmarks(scores, asked, seed=settings.divergence.seed))
+        return comparison
+    scores = _benchmark_scores(setups, settings, prompting, scratch=scratch, bar=bar)
+    return comparison.model_copy(
+        update=_benchmarks(scores, prompting, seed=settings.divergence.seed)
+    )
 
 
-_CHANGES_THE_QUESTION = {"chat_template", "tokenizer", "stop_tokens", "generation_config"}
+_PROMPTING_PARTS = {"chat_template", "tokenizer", "stop_tokens", "generation_config"}
 
 
-def _asked(base: Setup, edited: Setup, beside: Sequence[Difference]) -> Asking:
-    if not _CHANGES_THE_QUESTION & {difference.part for difference in beside}:
+def _prompting(base: Setup, edited: Setup, beside: Sequence[Difference]) -> Asking:
+    if not _PROMPTING_PARTS & {difference.part for difference in beside}:
         return "alike"
     return "as_base" if same_vocabulary(base, edited) else "apart"
 
 
 def _withheld(
-    setups: tuple[Setup, Setup], settings: CompareSettings, asked: Asking
+    setups: tuple[Setup, Setup], settings: CompareSettings, prompting: Asking
 ) -> dict[Measurement, str]:
-    """Why a measurement that was asked for has no difference between the sides."""
-    wanted: dict[Measurement, object] = {
+    """The requested measurements without a difference between the sides, and the reason of each."""
+    inputs: dict[Measurement, object] = {
         "behaviour": settings.prompts,
         "divergence": settings.prompts.get("neutral"),
         "benchmarks": settings.tasks,
     }
-    if asked == "apart":
-        return {name: OTHER_VOCABULARY for name, prompts in wanted.items() if prompts}
+    if prompting == "apart":
+        return {name: OTHER_VOCABULARY for name, value in inputs.items() if value}
     base, edited = (setup.logits for setup in setups)
-    if base != edited and wanted["divergence"]:
+    if base != edited and inputs["divergence"]:
         return {"divergence": f"the models predict over {base} and {edited} tokens"}
     return {}
 
 
-class _OneAtATime:
-    """Loads either side, and lets go of the other first."""
+class _SingleModelLoader:
+    """Loads the model of one side at a time; the other one is freed first."""
 
-    def __init__(self, folders: Mapping[Side, Path], settings: RunSettings, asked: Asking) -> None:
-        self._folders, self._settings, self.asked = folders, settings, asked
-        self._held: tuple[Side, Engine] | None = None
-        self._of_base: tuple[PreTrainedTokenizerBase, tuple[int, ...]] | None = None
+    def __init__(
+        self, folders: Mapping[Side, Path], settings: RunSettings, prompting: Asking
+    ) -> None:
+        self._folders, self._settings, self.prompting = folders, settings, prompting
+        self._loaded: tuple[Side, Engine] | None = None
+        self._base_tokens: tuple[PreTrainedTokenizerBase, tuple[int, ...]] | None = None
 
     def load(self, side: Side) -> Engine:
-        """The model of a side, with the tokenizer that it is asked with."""
+        """The model of a side, with the tokenizer that its prompts are rendered with."""
         from abliterator.model import load_model
 
-        if self._held is None or self._held[0] != side:
-            if side == "edited" and self.asked == "as_base" and self._of_base is None:
+        if self._loaded is None or self._loaded[0] != side:
+            if side == "edited" and self.prompting == "as_base" and self._base_tokens is None:
                 self.load("base")
             self.free()
             loaded = load_model(
                 self._folders[side], device=self._settings.device, dtype=self._settings.dtype
             )
-            if side == "edited" and self.asked == "as_base" and self._of_base is not None:
-                loaded = replace(loaded, tokenizer=self._of_base[0])
+            if side == "edited" and self.prompting == "as_base" and self._base_tokens is not None:
+                loaded = replace(loaded, tokenizer=self._base_tokens[0])
             engine = TransformersEngine(loaded)
             if side == "base":
-                self._of_base = engine.tokenizer, engine.stop_ids
-            self._held = (side, engine)
-        return self._held[1]
+                self._base_tokens = engine.tokenizer, engine.stop_ids
+            self._loaded = (side, engine)
+        return self._loaded[1]
 
     @property
     def stop_ids(self) -> tuple[int, ...] | None:
         """The tokens that end the answers of both sides; None for each side's own."""
-        if self.asked != "as_base":
+        if self.prompting != "as_base":
             return None
-        if self._of_base is None:
+        if self._base_tokens is None:
             self.load("base")
-        return None if self._of_base is None else self._of_base[1]
+        return None if self._base_tokens is None else self._base_tokens[1]
 
     def free(self) -> None:
-        if self._held is None:
+        if self._loaded is None:
             return
         from abliterator.model import release_memory
 
-        self._held = None
+        self._loaded = None
         release_memory()
 
 
 def _behaviour(
-    models: _OneAtATime, settings: CompareSettings, judge: Judge, bar: Bar
+    models: _SingleModelLoader, settings: CompareSettings, judge: Judge, bar: Bar
 ) -> dict[str, Behaviour]:
-    """Both sides' answers to every prompt set, judged; of sides asked apart no difference."""
+    """Judged answers of both sides by prompt set; without a difference where prompts differ."""
     if not settings.prompts:
         return {}
     sides: tuple[Side, Side] = ("base", "edited")
     answers = [answer for side in sides for answer in _answers(models, side, settings, bar)]
     verdicts = judge_completions(answers, judge)
-    found = {
+    behaviours = {
         name: summarise(
             *([v for v in verdicts if (v.set, v.side) == (name, side)] for side in sides),
             seed=settings.divergence.seed,
         )
         for name in settings.prompts
     }
-    return {n: _own_sides(b) for n, b in found.items()} if models.asked == "apart" else found
+    if models.prompting != "apart":
+        return behaviours
+    return {name: _without_delta(behaviour) for name, behaviour in behaviours.items()}
 
 
-def _own_sides(behaviour: Behaviour) -> Behaviour:
-    """Both sides' figures, and no difference between them."""
+def _without_delta(behaviour: Behaviour) -> Behaviour:
+    """The same figures of both sides, without the difference between them."""
     nothing = dict.fromkeys(BehaviourSide.model_fields)
     return behaviour.model_copy(
         update={"delta": BehaviourSide(**nothing), "smallest_detectable": {}, "p_value": {}}
@@ -232,7 +238,7 @@ def _own_sides(behaviour: Behaviour) -> Behaviour:
 
 
 def _answers(
-    models: _OneAtATime, side: Side, settings: CompareSettings, bar: Bar
+    models: _SingleModelLoader, side: Side, settings: CompareSettings, bar: Bar
 ) -> list[Completion]:
     engine = models.load(side)
     return answer_sets(
@@ -279,14 +285,14 @@ def _divergence(
 def _benchmark_scores(
     setups: tuple[Setup, Setup],
     settings: CompareSettings,
-    asked: Asking,
+    prompting: Asking,
     *,
     scratch: Path,
     bar: Bar,
 ) -> dict[Side, dict[str, TaskScores]]:
     folders = [setup.folder for setup in setups]
-    if asked == "as_base":
-        folders[1] = asked_as_base(*setups, scratch / "edited")
+    if prompting == "as_base":
+        folders[1] = link_with_base_prompting(*setups, scratch / "edited")
     digests = [str(fingerprint(setup.checkpoint)) for setup in setups]
     sides: tuple[Side, Side] = ("base", "edited")
     with bar("benchmark tasks, both sides", 2 * len(settings.tasks)) as advance:
@@ -306,15 +312,15 @@ def _benchmark_scores(
 
 
 def _benchmarks(
-    scores: Mapping[Side, Mapping[str, TaskScores]], asked: Asking, *, seed: int
+    scores: Mapping[Side, Mapping[str, TaskScores]], prompting: Asking, *, seed: int
 ) -> dict[str, Any]:
-    """The fields of a Comparison: paired, or each side's own figures."""
-    if asked != "apart":
+    """Fields of a `Comparison`: paired benchmark results, or each side's own scores."""
+    if prompting != "apart":
         return {"benchmarks": compare_tasks(scores["base"], scores["edited"], seed=seed)}
-    base, edited = (compare_tasks(own, own, seed=seed) for own in scores.values())
+    base, edited = (compare_tasks(side, side, seed=seed) for side in scores.values())
     apart = {
-        name: OwnScores(metric=own.metric, base=own.base, edited=edited[name].base)
-        for name, own in base.items()
+        name: OwnScores(metric=result.metric, base=result.base, edited=edited[name].base)
+        for name, result in base.items()
         if name in edited
     }
     return {"benchmarks_apart": apart}

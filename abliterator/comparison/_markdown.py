@@ -1,4 +1,4 @@
-"""A comparison as Markdown, for people."""
+"""Renders a comparison as Markdown."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _PARTS = {
     "config": "config",
     "code": "code",
 }
-_ASKED = {
+_PROMPTING_NOTES = {
     "alike": "Both sides are asked the same: nothing that is named here has a part in that.",
     "as_base": "Both sides were asked with the base's chat template, tokenizer, stop tokens and "
     "generation settings, so that their weights and configs alone differ. What the edited model "
@@ -43,7 +43,7 @@ MEASURES = ("refusal", "compliance", "coherence", "product", "truncated", "unsco
 
 
 def to_markdown(comparison: Comparison) -> str:
-    """What was measured; an estimate is `value [95 % interval] (n=40)`."""
+    """The comparison as Markdown; an estimate is `value [95 % interval] (n=40)`."""
     parts = [f"# {comparison.base} and {comparison.edited}", *_beside(comparison)]
     parts += _weights(comparison.weights)
     parts += [
@@ -69,16 +69,23 @@ def difference_line(difference: Difference) -> str:
 
 
 def _beside(comparison: Comparison) -> list[str]:
-    """What differs beside the weights, and what that means for the figures."""
+    """The section on differences beside the weights, and their effect on the figures."""
     parts = ["## Beside the weights"]
     if not comparison.beside:
         return [*parts, f"Nothing differs: {', '.join(_PARTS.values())}."]
     rows = [
-        [_PARTS[found.part], _code(found.name), *map(_code, (found.base, found.edited))]
-        for found in comparison.beside[:SHOWN]
+        [
+            _PARTS[difference.part],
+            _code(difference.name),
+            *map(_code, (difference.base, difference.edited)),
+        ]
+        for difference in comparison.beside[:SHOWN]
     ]
-    parts += [markdown_table(["Part", "What", "Base", "Edited"], rows), _ASKED[comparison.asked]]
-    if any(found.part in ("config", "code") for found in comparison.beside):
+    parts += [
+        markdown_table(["Part", "What", "Base", "Edited"], rows),
+        _PROMPTING_NOTES[comparison.asked],
+    ]
+    if any(difference.part in ("config", "code") for difference in comparison.beside):
         parts.append(
             "The two compute differently with equal weights: figures are those of weights and "
             "config (or code) together."
@@ -115,7 +122,7 @@ def _verdict(weights: WeightDiff) -> str:
         if len(delta.shape) == 2
     )
     counted = ", ".join(f"{count} of {rank}" for rank, count in sorted(ranks.items()))
-    said = {
+    description = {
         "identical": "No tensor differs.",
         "config": "No tensor differs, but what is computed with them does: see the config above.",
         "rounding": "No tensor differs by more than rounding to its dtype.",
@@ -130,7 +137,7 @@ def _verdict(weights: WeightDiff) -> str:
         "other": "No directional edit: tensors do not correspond, or cannot be compared.",
     }[weights.verdict]
     differ = f"{len(weights.deltas)} of {weights.compared} tensors differ"
-    return f"{said} {differ}{f': {counted}' if counted else ''}."
+    return f"{description} {differ}{f': {counted}' if counted else ''}."
 
 
 def _delta_row(delta: TensorDelta) -> list[str]:
@@ -164,13 +171,16 @@ def _behaviour(behaviour: Behaviour, apart: bool) -> str:
     return "\n\n".join([table, *unscored])
 
 
-def _divergence(found: Divergence) -> str:
+def _divergence(divergence: Divergence) -> str:
     rows = [
-        ["KL(base, edited) of the first answer token, nats", cell(found.kl_first_token)],
-        [f"KL per token of the first {found.tokens}, nats", cell(found.kl)],
-        ["Same most likely token", cell(found.top1_agreement)],
-        [f"Perplexity of base on {found.perplexity_tokens} tokens", _number(found.perplexity_base)],
-        ["Perplexity of edited", _number(found.perplexity_edited)],
+        ["KL(base, edited) of the first answer token, nats", cell(divergence.kl_first_token)],
+        [f"KL per token of the first {divergence.tokens}, nats", cell(divergence.kl)],
+        ["Same most likely token", cell(divergence.top1_agreement)],
+        [
+            f"Perplexity of base on {divergence.perplexity_tokens} tokens",
+            _number(divergence.perplexity_base),
+        ],
+        ["Perplexity of edited", _number(divergence.perplexity_edited)],
     ]
     return markdown_table(["Measure", "Value"], rows)
 
@@ -196,7 +206,10 @@ def _benchmarks(results: dict[str, BenchmarkResult]) -> str:
 
 
 def _apart(results: dict[str, OwnScores]) -> str:
-    rows = [[task, own.metric, cell(own.base), cell(own.edited)] for task, own in results.items()]
+    rows = [
+        [task, scores.metric, cell(scores.base), cell(scores.edited)]
+        for task, scores in results.items()
+    ]
     return markdown_table(["Task", "Metric", "Base", "Edited"], rows)
 
 

@@ -1,4 +1,4 @@
-"""The tensors of a checkpoint as numbers, however they are stored: FP8 and MXFP4 decoded."""
+"""The tensors of a checkpoint decoded to float32, from plain formats, FP8 or MXFP4."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _SMALLEST_STEP = {"F8_E4M3": 2.0**-9, "U8": 0.5}  # U8 is MXFP4
 
 
 class Numbers(NamedTuple):
-    """A tensor's numbers in float32, and how far apart the ones that can be stored lie there."""
+    """A tensor in float32, and the distance between representable numbers at each element."""
 
     weight: torch.Tensor
     step: torch.Tensor
@@ -30,33 +30,33 @@ class Numbers(NamedTuple):
 class Side:
     """One of the checkpoints that are compared; scales belong to the tensor that they scale.
 
-    A tensor is known by the name that it has where it is not quantised.
+    Tensors go by the names that they have in a checkpoint that is not quantised.
     """
 
     checkpoint: Checkpoint
 
     @cached_property
     def layouts(self) -> dict[str, Layout | None]:
-        """Every tensor but scales, by that name; None where the numbers cannot be told."""
-        found = {name: self._layout(name) for name in self.checkpoint.tensors}
-        scales = {layout.scales for layout in found.values() if layout is not None}
+        """Layout of every tensor but scales, by that name; None where it cannot be decoded."""
+        layouts = {name: self._layout(name) for name in self.checkpoint.tensors}
+        scales = {layout.scales for layout in layouts.values() if layout is not None}
         return {
             layout.dense.name if layout is not None and layout.quantized else name: layout
-            for name, layout in found.items()
+            for name, layout in layouts.items()
             if name not in scales
         }
 
     def stored_name(self, name: str) -> str:
-        """Of a tensor, as the file has it."""
+        """The name of a tensor in the weight file."""
         layout = self.layouts[name]
         return name if layout is None else layout.name
 
-    def belongs(self, name: str) -> str:
-        """The tensor without which `name` means nothing, such as that of an input's scale."""
+    def owner_of(self, name: str) -> str:
+        """Name of the weight that a tensor of scales belongs to; of any other tensor, its own."""
         return self._storage.owner(name) if self._storage is not None else name
 
     def stored(self, name: str) -> tuple[object, ...]:
-        """What is the same in both checkpoints if the tensor is: format, shape and all bytes."""
+        """Format, shape, bytes and scales of a tensor, to compare it across checkpoints."""
         layout, info = self.layouts[name], self.checkpoint.tensors[self.stored_name(name)]
         scales = None if layout is None or layout.scales is None else layout.scales
         units = None if scales is None else self.checkpoint.read(scales)
@@ -79,7 +79,7 @@ class Side:
         if layout.dense_axis(axis) != axis:  # the plain tensor has the stream's axis last
             parts = [Numbers(weight.T, step.T) for weight, step in parts]
         shape = layout.dense.shape
-        weight, step = (torch.stack(each).reshape(shape) for each in zip(*parts, strict=True))
+        weight, step = (torch.stack(pieces).reshape(shape) for pieces in zip(*parts, strict=True))
         return Numbers(weight, step)
 
     @cached_property
@@ -91,26 +91,26 @@ class Side:
 
     def _layout(self, name: str) -> Layout | None:
         if self._storage is None:
-            return Storage().layout(name, self.checkpoint.tensors) if self._plain(name) else None
+            return Storage().layout(name, self.checkpoint.tensors) if self._is_plain(name) else None
         try:
             return self._storage.layout(name, self.checkpoint.tensors)
         except AbliteratorError:
             return None
 
-    def _plain(self, name: str) -> bool:
+    def _is_plain(self, name: str) -> bool:
         return self.checkpoint.tensors[name].dtype in FORMATS
 
 
 def only_in(side: Side, other: Side) -> Iterator[str]:
-    """Tensors that the other has not, but for what a quantised one alone needs."""
+    """Names of tensors that `other` lacks, without those that only a quantised checkpoint needs."""
     for name in side.layouts:
-        owner = side.belongs(name)
+        owner = side.owner_of(name)
         if name not in other.layouts and not (owner != name and owner in other.layouts):
             yield side.stored_name(name)
 
 
 def _decoded(matrix: Matrix, dtype: str) -> Numbers:
-    """All columns of a matrix that is stored in units of scales."""
+    """All columns of a matrix that is stored in units of scales, decoded to float32."""
     import torch
 
     weights, steps = [], []

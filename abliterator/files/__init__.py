@@ -2,7 +2,7 @@
 
 The lowest package that touches a disk. Text is UTF-8 in every locale. A file is read only if it is
 a regular file and, where it is held in memory, of a bounded size. It is written under another name,
-flushed and renamed: afterwards it is complete, or unchanged. What files hold is not known here.
+flushed and renamed: afterwards it is complete, or unchanged. Contents are not interpreted.
 
     write_text_atomic(path, as_lines(line for line in lines))
     lines = read_lines(path)

@@ -23,7 +23,7 @@ def digest_of(value: Any, *, default: Callable[[Any], Any] | None = None) -> str
 
     Args:
         value: the value.
-        default: makes a JSON value of what is none, as in `json.dumps`.
+        default: converts a value that JSON cannot represent, as in `json.dumps`.
     """
     text = json.dumps(value, sort_keys=True, separators=(",", ":"), default=default)
     return sha256_of_bytes(text.encode())
@@ -42,7 +42,7 @@ def sha256_of_file(path: Path) -> str:
 def sha256_of_range(file: OpenFile, start: int, size: int) -> str:
     """SHA-256 (hex) of `size` bytes of a file from byte `start`.
 
-    They are read through a stream of its own, so that threads can share `file`.
+    They are read through a stream opened for this call, so that threads can share `file`.
 
     Raises:
         FileError: the file cannot be read, or ends before.
@@ -51,9 +51,9 @@ def sha256_of_range(file: OpenFile, start: int, size: int) -> str:
     buffer = memoryview(bytearray(min(_CHUNK, size)))
     with readable(file.path), Path(file.stream.name).open("rb", buffering=0) as stream:
         stream.seek(start)
-        own = file._replace(stream=stream)
+        reader = file._replace(stream=stream)
         for done in range(0, size, _CHUNK):
             part = buffer[: size - done]
-            read_fully(own, part)
+            read_fully(reader, part)
             digest.update(part)
     return digest.hexdigest()

@@ -1,4 +1,4 @@
-"""Checks that a folder from elsewhere holds regular files only, of sizes that can be read."""
+"""Checks that a downloaded folder holds regular files only, of sizes that can be read."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from abliterator.errors import FileError
 from abliterator.files._read import readable, shown
 from abliterator.files._text import too_large
 
-# Folders inside a model's whose content no loader opens; so are those that begin with a dot.
+# Subfolders of a model whose content no loader opens, beside those that begin with a dot.
 _NEVER_ENTERED = ("original", "__pycache__")
 
 # Bytes of what loaders read into memory, at most: several times the largest of public models. Of
-# several patterns the first counts; what fits none is not read whole by anybody.
+# several patterns the first counts; no loader reads whole what fits none.
 _MAX_BYTES = {
     "*.jinja": 4 << 20,
     "*config*.json": 16 << 20,
@@ -83,12 +83,12 @@ def _entries(folder: Path) -> Iterator[Path]:
 
 
 def is_closed(name: str) -> bool:
-    """Whether a folder of this name inside a model's is not looked into."""
+    """Whether a subfolder of a model is skipped because of its name."""
     return name.startswith(".") or name in _NEVER_ENTERED
 
 
-def _named(folder: Path, path: Path) -> str:
-    """A path for a message, however odd the names inside the folder are."""
+def _path_text(folder: Path, path: Path) -> str:
+    """A path for a message, with the names inside the folder escaped."""
     return f"{folder}{os.sep}{shown(path.relative_to(folder))}"
 
 
@@ -103,10 +103,10 @@ def _check_link(folder: Path, path: Path, root: Path) -> None:
     )
     if not (in_cache or target.is_relative_to(root)):
         raise FileError(
-            f"{_named(folder, path)} is a link to {shown(target)}, which is outside of the model's "
-            "folder; what is there would be read, copied and published with the model. Only links "
-            "inside the folder, and those of the Hugging Face cache, are followed: put the file "
-            "itself in place of the link, or remove it."
+            f"{_path_text(folder, path)} is a link to {shown(target)}, which is outside of "
+            "the model's folder; what is there would be read, copied and published with the model. "
+            "Only links inside the folder, and those of the Hugging Face cache, are followed: put "
+            "the file itself in place of the link, or remove it."
         )
 
 
@@ -116,9 +116,9 @@ def _check_kind(folder: Path, path: Path) -> None:
         return
     if not stat.S_ISREG(status.st_mode):
         raise FileError(
-            f"{_named(folder, path)} is not a regular file (a pipe, a device or a socket); a "
+            f"{_path_text(folder, path)} is not a regular file (a pipe, a device or a socket); a "
             "model's folder with files only was expected. Remove it, or download the model again."
         )
     limit = next((n for name, n in _MAX_BYTES.items() if fnmatchcase(path.name, name)), None)
     if limit is not None and status.st_size > limit:
-        raise too_large(Path(_named(folder, path)), status.st_size, limit)
+        raise too_large(Path(_path_text(folder, path)), status.st_size, limit)

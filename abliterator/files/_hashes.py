@@ -1,4 +1,4 @@
-"""SHA-256 of files, remembered while the files stay the same."""
+"""A cache of SHA-256 digests of files, valid while path, size and times stay the same."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class FileHashes:
 
     def __init__(self, cache: Path | None, *, least: int = 0) -> None:
         self._cache, self._least = cache, least
-        self._known: dict[str, object] | None = None  # read when first needed
+        self._entries: dict[str, object] | None = None  # read when first needed
         self._changed = False
 
     def sha256(self, path: Path) -> str:
@@ -37,14 +37,14 @@ class FileHashes:
         Raises:
             FileError: it is missing, no regular file, or unreadable.
         """
-        known = self._load()
+        entries = self._load()
         with readable(path):
             target = path.resolve()
             status = target.stat()
         # With the change time: a restored archive can give other bytes the same size and mtime.
         times = {"mtime_ns": status.st_mtime_ns, "ctime_ns": status.st_ctime_ns}
         key: dict[str, object] = {"size": status.st_size, **times}
-        entry = known.get(str(target))
+        entry = entries.get(str(target))
         if isinstance(entry, dict) and entry.items() >= key.items():
             digest = entry.get("sha256")
             if isinstance(digest, str):
@@ -52,7 +52,7 @@ class FileHashes:
         digest = sha256_of_file(target)
         settled = time.time_ns() - max(times.values()) > self.SETTLED_NS
         if settled and status.st_size >= self._least:
-            known[str(target)] = {**key, "sha256": digest}
+            entries[str(target)] = {**key, "sha256": digest}
             self._changed = True
         return digest
 
@@ -69,9 +69,9 @@ class FileHashes:
         self._changed = False
 
     def _load(self) -> dict[str, object]:
-        if self._known is None:
-            self._known = {} if self._cache is None else _read(self._cache)
-        return self._known
+        if self._entries is None:
+            self._entries = {} if self._cache is None else _read(self._cache)
+        return self._entries
 
 
 def _read(cache: Path) -> dict[str, object]:

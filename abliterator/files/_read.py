@@ -1,4 +1,4 @@
-"""Opens regular files for reading, and makes the errors for those that are not or are damaged."""
+"""Opens regular files for reading; errors for paths that are no file, and for damaged files."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def open_regular(path: Path) -> Iterator[OpenFile]:
         FileError: it is missing, a broken link, something else than a file, or unreadable.
     """
     with readable(path):
-        if not path.is_file():  # asked before opening: to open a named pipe would wait for ever
+        if not path.is_file():  # checked before opening: to open a named pipe would block for ever
             raise FileError(_not_a_file(path))
         stream = path.open("rb", buffering=0)
     with stream:
@@ -70,27 +70,27 @@ def require_utf8_name(path: Path) -> None:
 
 
 def read_fully(source: OpenFile, buffer: memoryview) -> None:
-    """Fill `buffer` from where the stream stands; one call gives 2 GiB at most, so ask again."""
+    """Fill `buffer` from the current position; one call reads 2 GiB at most, so it is repeated."""
     done = 0
     with readable(source.path):
         while done < len(buffer):
-            got = source.stream.readinto(buffer[done:])
-            if not got:
+            count = source.stream.readinto(buffer[done:])
+            if not count:
                 missing = len(buffer) - done
                 raise damaged(source.path, f"it ended {missing} bytes early while it was read")
-            done += got
+            done += count
 
 
-def damaged(path: Path, seen: str) -> FileError:
+def damaged(path: Path, fault: str) -> FileError:
     """The error for a file whose content cannot be right."""
     return FileError(
-        f"{path} is damaged: {seen}. A sound checkpoint was expected; download or save it again, "
+        f"{path} is damaged: {fault}. A sound checkpoint was expected; download or save it again, "
         "and compare its size with the original's."
     )
 
 
 def shown(text: object) -> str:
-    """A value from a file as it may stand in a message: one line of at most 120 characters."""
+    """A value from a file for a message: escaped, one line of at most 120 characters."""
     line = str(text)
     if not (line.isprintable() and line):
         line = ascii(line)
@@ -103,8 +103,8 @@ def _not_a_file(path: Path) -> str:
             f"{path} is a link to a file that is not there. If this is a Hugging Face cache, part "
             "of it was deleted: download the model again."
         )
-    seen = "is not a regular file" if path.exists() else "is missing"
+    fault = "is not a regular file" if path.exists() else "is missing"
     return (
-        f"{path} {seen}; a regular file was expected there. If it belongs to a checkpoint, "
+        f"{path} {fault}; a regular file was expected there. If it belongs to a checkpoint, "
         "download that again, all files of it."
     )

@@ -60,7 +60,7 @@ def as_lines(texts: Iterable[str]) -> str:
 
 
 def too_large(path: Path, size: int, limit: int) -> FileError:
-    """The error for a file that is too large to be what it should be."""
+    """The error for a file that is larger than a file of its kind may be."""
     return FileError(
         f"{path} has {size:,} bytes; at most {limit:,} are expected of such a file. Check that it "
         "is the right one."

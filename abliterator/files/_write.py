@@ -26,7 +26,7 @@ _NOT_HERE = {
 
 @contextmanager
 def replacing(destination: Path, size: int) -> Iterator[OpenFile]:
-    """A new file of `size` bytes that takes the place of `destination` when the block ends well.
+    """A new file of `size` bytes that replaces `destination` unless the block raises.
 
     It is called `partial_of(destination)` until then, and is removed when anything is raised. A
     disk without space for it is an error before the work. (Not by posix_fallocate: where a file
@@ -96,7 +96,7 @@ def free_bytes(path: Path) -> int:
 
 
 def refuse_same_file(source: Path, destination: Path) -> None:
-    """Refuses to write to the file that is read, whatever two paths lead to it."""
+    """Refuses a destination that is the source file, also under another path or link."""
     with readable(source):
         if destination.exists() and source.exists() and source.samefile(destination):
             raise FileError(
@@ -106,7 +106,7 @@ def refuse_same_file(source: Path, destination: Path) -> None:
 
 
 def copy_range(source: OpenFile, out: OpenFile, start: int, end: int, to: int) -> None:
-    """Copy bytes to the place `to` of `out`, in the kernel where it can.
+    """Copy bytes to the place `to` of `out`, in the kernel where possible.
 
     Both streams end after what was copied.
     """
@@ -119,15 +119,15 @@ def copy_range(source: OpenFile, out: OpenFile, start: int, end: int, to: int) -
     buffer = memoryview(bytearray(min(_CHUNK, end - at)))
     while at < end:
         with readable(source.path):
-            got = source.stream.readinto(buffer[: end - at])
-        if not got:
+            count = source.stream.readinto(buffer[: end - at])
+        if not count:
             raise damaged(source.path, f"it ended {end - at} bytes early while it was copied")
-        write_fully(out, buffer[:got])
-        at += got
+        write_fully(out, buffer[:count])
+        at += count
 
 
 def write_fully(out: OpenFile, data: memoryview) -> None:
-    """Write all of `data` where the stream stands; one call may take less, so ask again."""
+    """Write all of `data` at the current position; one call may write less, so it is repeated."""
     done = 0
     with writable(out.path, out.size):
         while done < len(data):
@@ -156,7 +156,7 @@ def _no_space(destination: Path, size: int, free: int) -> FileError:
 
 
 def _kernel_copy(source: OpenFile, out: OpenFile, at: int, to: int, count: int) -> int:
-    """Copy up to `count` bytes without a trip through this process; 0 where that cannot be."""
+    """Copy up to `count` bytes inside the kernel; 0 where it does not support that."""
     if not hasattr(os, "copy_file_range"):
         return 0
     try:
@@ -168,7 +168,7 @@ def _kernel_copy(source: OpenFile, out: OpenFile, at: int, to: int, count: int) 
 
 
 def _sync_folder(folder: Path) -> None:
-    """Make a rename last: without it, a power cut can bring the old file back."""
+    """Make a rename durable: without it, a power cut can restore the old file."""
     if os.name != "posix":
         return
     descriptor = os.open(folder, os.O_RDONLY)

@@ -4,7 +4,7 @@ Number formats have safetensors' names ("BF16"). A `Layout` is that of one tenso
 from the tensor's bytes and writes them back in place. A `Storage` is that of a checkpoint: which
 layout each tensor has, and what changes in headers and config when tensors are dequantized. A new
 format is an entry of `_storage.SCHEMES` and, if its bits are new, a `Layout`. Files, and what an
-edit means, are not known here.
+edit means, are outside this package.
 
     storage = storage_of(config)                              # or UnsupportedModel
     layout = storage.layout("model.layers.3.mlp.down_proj.weight", headers)

@@ -1,4 +1,4 @@
-"""Layouts: where one tensor's numbers lie in its bytes, plain or in units of scales."""
+"""Layouts: how the bytes of one tensor hold its numbers, plain or in units of scales."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ Shape = tuple[int, ...]
 Bytes = memoryview | bytearray
 Experts = tuple[int, ...] | None
 
-DEQUANTIZED_ELEMENTS = 1 << 19  # numbers that are in memory beside the bytes
+DEQUANTIZED_ELEMENTS = 1 << 19  # numbers decoded at once while dequantizing
 
 DENSE = "BF16"
-"""What a quantised tensor is written as when it does not keep its layout."""
+"""Format of a quantised tensor that is dequantized."""
 
 
 class Matrix(ABC):
@@ -102,7 +102,7 @@ class Layout(ABC):
         return PlainLayout(self.name, DENSE, self.shape)
 
     def dense_axis(self, axis: int) -> int:
-        """Which axis of `dense` is this axis."""
+        """The axis of `dense` that corresponds to `axis`."""
         return axis
 
     def dequantize(self, buffer: Bytes, scales: bytes, out: Bytes) -> None:
@@ -121,7 +121,7 @@ class Layout(ABC):
 
         Args:
             buffer: the tensor's bytes.
-            axis: of the tensor that lies in the residual stream.
+            axis: the tensor's axis of length d_model, the residual stream.
             scales: bytes of the tensor `scales`.
             experts: those alone, one by one, of a tensor whose first axis counts them.
         """

@@ -31,7 +31,7 @@ def _by_k(*figures: tuple[float, float]) -> Mapping[int, Measured]:
     return {k: Measured(*pair) for k, pair in zip(_KS, figures, strict=True)}
 
 
-# By `Layout.kind`, by way, by k.
+# By `Layout.kind`, by what becomes of the tensor's format, by k.
 MEASURED: Mapping[str, Mapping[Way, Mapping[int, Measured]]] = {
     "FP8, a scale a block": {
         "keep": _by_k((5.8e-5, 0.0178), (2.4e-5, 0.0220), (1.2e-5, 0.0258)),
@@ -57,7 +57,7 @@ OWN_NOISE: Mapping[str, float] = {
     "MXFP4": 0.1159,
 }
 
-# Above this share of the directions left, an edit in the format is no longer the edit asked for: it
+# Above this share of the directions left, an edit in the format is no longer the requested edit: it
 # is what plain rounding to bfloat16 leaves, 6e-3 at k = 1, and a little more.
 LEAK_LIMIT = 1e-2
 
@@ -65,7 +65,7 @@ LEAK_LIMIT = 1e-2
 def measured(kind: str, way: Way, k: int) -> tuple[int, Measured]:
     """The figures for the smallest k measured that is at least k, or the largest; and that k."""
     by_k = MEASURED[kind][way]
-    rank = min((known for known in by_k if known >= k), default=max(by_k))
+    rank = min((measured_k for measured_k in by_k if measured_k >= k), default=max(by_k))
     return rank, by_k[rank]
 
 
@@ -80,12 +80,12 @@ def preferred(kind: str) -> Way:
     [0.0032, 0.0043] against 0.030 in FP8 blocks, and 0.024 [0.022, 0.026] against 0.46 in MXFP4
     (perf/storage_behaviour.py, SmolLM2-135M-Instruct, 72 prompts of each set). In MXFP4 that
     is half of the edit's own 0.050, and bfloat16 takes 3.8 times the bytes: who has them should
-    dequantize. Declines do not tell the ways apart there (FP8 4, 6 and 7 of 72 for keep, dequantize
-    and plain rounding; MXFP4 0 for all), nor does KL speak against plain rounding, which moves less
-    (0.0032, 0.014): what compensation buys is that the edit is the one asked for.
+    dequantize. Declines do not distinguish the two there (FP8 4, 6 and 7 of 72 for keep, dequantize
+    and plain rounding; MXFP4 0 for all), nor is KL an argument against plain rounding, which moves
+    less (0.0032, 0.014): what compensation gains is that the edit is the requested one.
     """
     if kind not in MEASURED:  # plain numbers are kept as they are
         return "keep"
-    kept = MEASURED[kind]["keep"].values()
-    fits = all(m.leak <= LEAK_LIMIT and m.noise <= OWN_NOISE[kind] for m in kept)
+    figures = MEASURED[kind]["keep"].values()
+    fits = all(m.leak <= LEAK_LIMIT and m.noise <= OWN_NOISE[kind] for m in figures)
     return "keep" if fits else "dequantize"

@@ -132,7 +132,7 @@ def mxfp4_scales(exponents: torch.Tensor) -> torch.Tensor:
 
 
 def mxfp4_rounded(numbers: torch.Tensor) -> torch.Tensor:
-    """`numbers`, each rounded to the nearest that MXFP4 can have, in their own dtype."""
+    """`numbers`, each rounded to the nearest MXFP4 number, in their own dtype."""
     import torch
 
     steps = torch.tensor(MXFP4_STEPS, dtype=numbers.dtype)

@@ -1,4 +1,4 @@
-"""Quantisation methods in which no edit can be kept, and what to use instead."""
+"""Quantisation methods in which no edit can be stored, and what to use instead."""
 
 from __future__ import annotations
 
@@ -43,15 +43,17 @@ def refused(
     method: str, settings: Mapping[str, Any] | None = None, made_from: Collection[str] = ()
 ) -> UnsupportedModel:
     """The error for a checkpoint in a format that no edit can be stored in."""
-    known = REFUSED.get(method)
-    what = f"its weights are {known.weights}" if known else "abliterator does not know its layout"
-    named = f", {' or '.join(made_from)} (its card names it)," if made_from else ""
+    entry = REFUSED.get(method)
+    weights = (
+        f"its weights are {entry.weights}" if entry else "abliterator does not know its layout"
+    )
+    suggestion = f", {' or '.join(made_from)} (its card names it)," if made_from else ""
     return UnsupportedModel(
-        f"The checkpoint is quantised by {method}{_described(settings or {})}: {what}, and an edit "
-        "is not stored in that: so few levels would put the removed directions back. Edit the "
-        "model that it was "
-        f"made from{named} in bfloat16, or a checkpoint of it in FP8 (DeepSeek's and Qwen's, or "
-        "compressed-tensors' float-quantized), and quantise the edited one again."
+        f"The checkpoint is quantised by {method}{_described(settings or {})}: {weights}, and an "
+        "edit is not stored in that: so few levels would put the removed directions back. Edit the "
+        f"model that it was made from{suggestion} in bfloat16, or a checkpoint of it in FP8 "
+        "(DeepSeek's and Qwen's, or compressed-tensors' float-quantized), and quantise the edited "
+        "one again."
     )
 
 
@@ -63,8 +65,8 @@ def require_known_names(names: Collection[str], made_from: Collection[str] = ())
     Raises:
         UnsupportedModel: naming the format, and the base if it is known.
     """
-    for method, known in REFUSED.items():  # GPTQ before AWQ, whose names it has too
-        if any(map(known.names.search, names)):
+    for method, entry in REFUSED.items():  # GPTQ before AWQ, whose names it has too
+        if any(map(entry.names.search, names)):
             raise refused(method, made_from=made_from)
 
 

@@ -1,7 +1,7 @@
 """Quantisation of a whole checkpoint, as config.json and the safetensors headers describe it.
 
-Each quantisation method is one entry of `SCHEMES`, or of `REFUSED` in `_refused`; nothing else in
-abliterator knows a method by its name.
+Each quantisation method is one entry of `SCHEMES`, or of `REFUSED` in `_refused`; no other code in
+abliterator depends on a method's name.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ SETTINGS = "quantization_config"
 
 
 class Header(Protocol):
-    """What a safetensors header says of one tensor."""
+    """The entry of one tensor in a safetensors header."""
 
     @property
     def dtype(self) -> str:
@@ -41,13 +41,13 @@ class Scheme:
     """One quantisation method.
 
     Attributes:
-        companions: endings of the names of tensors that mean nothing without another, and what
-            stands there in the other's name.
+        companions: endings of the names of tensors that belong to another, such as scales, and the
+            ending of the other's name.
         recognise: the layout of the tensor `name` if it is quantised, else None.
         skips: keys of the settings for the list of modules that are not quantised; the first that
             is there is written to, or the first.
         experts: how the list names all experts of a block, given their module.
-        fits: whether the settings are this scheme's and not only carry its name.
+        fits: whether the settings are this scheme's, beyond its name.
     """
 
     companions: Mapping[str, str] = field(default_factory=dict)
@@ -59,7 +59,7 @@ class Scheme:
 
 @dataclass(frozen=True)
 class Dequantized:
-    """What changes in a checkpoint's headers and config when some tensors are dequantized.
+    """Changes of a checkpoint's headers and config when some tensors are dequantized.
 
     Attributes:
         layouts: by name, the present layout of each tensor that is dequantized: the edited ones,
@@ -92,9 +92,9 @@ class Storage:
 
     def owner(self, name: str) -> str:
         """Name of the weight that a tensor of scales belongs to; of any other tensor, its own."""
-        for ending, instead in self.scheme.companions.items():
+        for ending, owner_ending in self.scheme.companions.items():
             if name.endswith(ending):
-                return name.removesuffix(ending) + instead
+                return name.removesuffix(ending) + owner_ending
         return name
 
     def layout(self, name: str, headers: Headers) -> Layout:
@@ -112,7 +112,7 @@ class Storage:
         return PlainLayout(name, format_of(header.dtype, name).name, header.shape)
 
     def dequantized(self, headers: Headers, names: Collection[str]) -> Dequantized:
-        """What changes when the quantised tensors `names` are dequantized.
+        """Changes of headers and config when the quantised tensors `names` are dequantized.
 
         Raises:
             UnsupportedModel: as `layout` does.
@@ -154,7 +154,7 @@ def storage_of(config: Mapping[str, Any], made_from: Collection[str] = ()) -> St
 
     Raises:
         CheckpointError: where the list of modules that are not quantised is no list.
-        UnsupportedModel: for a way of quantising in which no edit can be kept.
+        UnsupportedModel: for a quantisation method in which no edit can be stored.
     """
     settings = config.get(SETTINGS)
     if not settings:
@@ -175,7 +175,7 @@ def storage_of(config: Mapping[str, Any], made_from: Collection[str] = ()) -> St
 
 
 def _module(name: str) -> str:
-    """What a loader replaces as one: a linear module, or all experts of a block."""
+    """The module that a loader replaces as a whole: a linear one, or all experts of a block."""
     before, experts, _ = name.partition(".experts.")
     return f"{before}.experts" if experts else name.rpartition(".")[0]
 
@@ -185,7 +185,7 @@ def _is_experts(module: str) -> bool:
 
 
 def _order(name: str) -> list[tuple[int, str]]:
-    """Sorts block 9 before block 10."""
+    """Sort key of a module path that orders block numbers numerically."""
     return [(int(part), "") if part.isdigit() else (-1, part) for part in name.split(".")]
 
 
@@ -194,13 +194,13 @@ def _never_quantised(headers: Headers, quantized: Mapping[str, Layout]) -> list[
 
     Where the settings list none, loaders have a default of their own, which a list switches off.
     """
-    plain = {
+    plain_modules = {
         _module(name)
         for name, header in headers.items()
         if header.dtype in FORMATS and len(header.shape) > 1 and name.endswith(".weight")
     }
-    plain -= {_module(name) for name in quantized}
-    return sorted({*plain, "lm_head"}, key=_order)
+    plain_modules -= {_module(name) for name in quantized}
+    return sorted({*plain_modules, "lm_head"}, key=_order)
 
 
 def _fp8(name: str, headers: Headers, settings: Settings) -> Layout | None:
@@ -223,8 +223,8 @@ def _compressed_fp8(name: str, headers: Headers, settings: Settings) -> Layout |
 def _mxfp4(name: str, headers: Headers, settings: Settings) -> Layout | None:
     if not name.endswith("_blocks"):
         return None
-    header, plain = headers[name], name.removesuffix("_blocks")
-    scales = f"{plain}_scales"
+    header, weight_name = headers[name], name.removesuffix("_blocks")
+    scales = f"{weight_name}_scales"
     fits = (
         scales in headers
         and (headers[scales].dtype, headers[scales].shape) == ("U8", header.shape[:-1])
@@ -236,7 +236,7 @@ def _mxfp4(name: str, headers: Headers, settings: Settings) -> Layout | None:
             f"U8 [experts, d_model, blocks, 16] beside {scales}, U8 [experts, d_model, blocks]. "
             "Download the model again, or use its bfloat16 checkpoint."
         )
-    return Mxfp4Layout(name, header.dtype, header.shape, scales, plain)
+    return Mxfp4Layout(name, header.dtype, header.shape, scales, weight_name)
 
 
 def _scaled(name: str, headers: Headers, scales: str, block: object) -> Layout:
@@ -256,7 +256,7 @@ def _scaled(name: str, headers: Headers, scales: str, block: object) -> Layout:
 
 
 def _blocks(shape: Shape, scales: Shape, block: object) -> tuple[str, Shape] | None:
-    """What FP8 scales of this shape are called, and how far each reaches on every axis."""
+    """Kind of FP8 scales of this shape, and sizes of a block on every axis; None for no fit."""
     outer, inner = shape[:-2], shape[-2:]
     if math.prod(scales) == 1 and not outer:
         return "FP8, a scale a tensor", shape
@@ -278,11 +278,11 @@ def _pair(block: object) -> tuple[int, int] | None:
     return (rows, columns) if whole else None
 
 
-def _misfit(name: str, header: Header, seen: str) -> UnsupportedModel:
+def _misfit(name: str, header: Header, fault: str) -> UnsupportedModel:
     return UnsupportedModel(
-        f"Tensor {name} {list(header.shape)} is stored as {header.dtype} {seen}. A checkpoint with "
-        "weights, scales and quantization_config that belong together was expected: download it "
-        "again, or use the model in bfloat16."
+        f"Tensor {name} {list(header.shape)} is stored as {header.dtype} {fault}. A checkpoint "
+        "with weights, scales and quantization_config that belong together was expected: download "
+        "it again, or use the model in bfloat16."
     )
 
 

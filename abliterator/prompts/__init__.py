@@ -3,7 +3,7 @@
 A set is identified by its prompts (`sha256`) and its origin: a dataset at a commit, or a file. Two
 prompts are the same prompt when their comparison keys are equal: whatever their case, spacing,
 invisible characters, variants of quotes and dashes, and punctuation at the ends of words. This
-package does not know what the prompts are for, nor how a model is run. No error quotes a prompt,
+package depends neither on the use of the prompts nor on a model. No error quotes a prompt,
 since some are harmful.
 
     target = load_prompts("target", Source(path=Path("requests.jsonl"), limit=400))
@@ -64,10 +64,10 @@ def load_prompts(name: str, source: Source) -> PromptSet:
     Raises:
         PromptError: the source cannot be read, or has nothing usable.
     """
-    read = read_file(name, source) if source.path else read_dataset(name, source)
+    source_set = read_file(name, source) if source.path else read_dataset(name, source)
     distinct: dict[str, str] = {}
-    for prompt in read.prompts:
+    for prompt in source_set.prompts:
         distinct.setdefault(comparison_key(prompt), prompt)
-    rows = read.dropped + len(read.prompts)
-    kept = tuple(distinct.values())[: source.limit]
-    return replace(read, prompts=kept, read=rows, dropped=rows - len(distinct))
+    rows = source_set.dropped + len(source_set.prompts)
+    prompts = tuple(distinct.values())[: source.limit]
+    return replace(source_set, prompts=prompts, read=rows, dropped=rows - len(distinct))

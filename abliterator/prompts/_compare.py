@@ -1,4 +1,4 @@
-"""When two prompts are the same, and how alike two different ones are. Pure functions on texts.
+"""Equality and similarity of prompts: pure functions on texts.
 
 Same: the texts agree in all but case, spacing, invisible characters, typographic variants, and
 punctuation at the ends of words. Alike: the Jaccard index of their sets of letter trigrams.
@@ -75,9 +75,9 @@ def trigrams(text: str) -> frozenset[str]:
 
 
 def similarity(one: frozenset[str], other: frozenset[str]) -> float:
-    """Jaccard index: the share of what either has that both have."""
-    both = len(one & other)
-    return both / (len(one) + len(other) - both)
+    """Jaccard index |A ∩ B| / |A ∪ B| of two sets of trigrams."""
+    shared = len(one & other)
+    return shared / (len(one) + len(other) - shared)
 
 
 def near_duplicates(

@@ -48,7 +48,7 @@ def read_file(name: str, source: Source) -> PromptSet:
                 prompts.append(as_prompt(line, where))
                 continue
             row = _row(line, where=where, key=source.column or "prompt")
-            if all(is_wanted(row.get(key), value) for key, value in source.where.items()):
+            if all(equals_strictly(row.get(key), value) for key, value in source.where.items()):
                 prompts.append(
                     as_prompt(_field(row, source.column or "prompt", where=where), where)
                 )
@@ -127,9 +127,9 @@ def _content(path: Path) -> bytes:
         ) from None
 
 
-def is_wanted(value: object, wanted: object) -> bool:
-    """Whether a value is the wanted one; True is not 1."""
-    return value == wanted and isinstance(value, bool) == isinstance(wanted, bool)
+def equals_strictly(value: object, expected: object) -> bool:
+    """Whether two values are equal; True does not equal 1."""
+    return value == expected and isinstance(value, bool) == isinstance(expected, bool)
 
 
 def _row(line: str, *, where: str, key: str) -> dict[str, object]:

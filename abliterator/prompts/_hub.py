@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from abliterator.errors import PromptError
-from abliterator.prompts._file import as_prompt, is_wanted, shown
+from abliterator.prompts._file import as_prompt, equals_strictly, shown
 from abliterator.prompts._sets import PromptSet
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ USUAL_COLUMNS = ("prompt", "instruction", "Goal", "goal", "question", "text")
 def resolve_revision(dataset: str, revision: str | None) -> str:
     """The commit (40 hex digits) of a Hub dataset's branch or tag; None is the default branch.
 
-    A commit is returned as it is, without asking the Hub.
+    A commit is returned as it is, without a request to the Hub.
 
     Raises:
         PromptError: no such dataset or revision, no access, or no connection.
@@ -47,7 +47,7 @@ def read_dataset(name: str, source: Source) -> PromptSet:
         rows = _load(pinned)
         license_ = _license(source.dataset, commit)
     _check_commit(rows, pinned)
-    rows = _kept(rows, source)
+    rows = _filtered(rows, source)
     column = _column(rows.column_names, source)
     prompts = []
     for number, value in enumerate(rows[column], start=1):
@@ -57,7 +57,7 @@ def read_dataset(name: str, source: Source) -> PromptSet:
                 f"{where}: not a text but of type {type(value).__name__}. Name a column of texts "
                 f"with `column`; there are {shown(rows.column_names)}."
             )
-        # Nobody can mend somebody else's dataset: empty rows are counted, where a file's are errors
+        # a dataset's empty rows, which its user cannot correct, are counted; a file's are errors
         if value and value.strip():
             prompts.append(as_prompt(value, where))
     return PromptSet(
@@ -84,21 +84,21 @@ def _load(source: Source) -> Dataset:
     )
 
 
-def _kept(rows: Dataset, source: Source) -> Dataset:
-    """The rows that `source.where` asks for."""
-    for column, wanted in source.where.items():
+def _filtered(rows: Dataset, source: Source) -> Dataset:
+    """The rows whose columns have the values of `source.where`."""
+    for column, expected in source.where.items():
         if column not in rows.column_names:
             raise PromptError(
                 f"Dataset {source.dataset} has no column {column} to keep rows by: `where` takes "
                 f"one of its own; there are {shown(rows.column_names)}."
             )
-        found = enumerate(rows[column])
-        rows = rows.select([i for i, value in found if is_wanted(value, wanted)])
+        values = enumerate(rows[column])
+        rows = rows.select([i for i, value in values if equals_strictly(value, expected)])
     return rows
 
 
 def _check_commit(rows: Dataset, source: Source) -> None:
-    """Without a connection, `datasets` takes its newest cached copy, whatever its revision."""
+    """Refuses cached rows of another revision, which `datasets` loads without a connection."""
     if any(source.revision not in Path(file["filename"]).parts for file in rows.cache_files):
         raise PromptError(
             f"Dataset {source.dataset} could not be fetched from the Hub at revision "
@@ -108,7 +108,7 @@ def _check_commit(rows: Dataset, source: Source) -> None:
 
 
 def _license(dataset: str, commit: str) -> str | None:
-    """What the dataset's card states; None if there is no card, or no licence in it."""
+    """The licence that the dataset's card states; None without a card or a licence in it."""
     from huggingface_hub import DatasetCard, hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError
 
@@ -121,12 +121,12 @@ def _license(dataset: str, commit: str) -> str | None:
 
 
 def _column(columns: list[str], source: Source) -> str:
-    wanted = (source.column,) if source.column else USUAL_COLUMNS
-    present = [column for column in wanted if column in columns]
+    candidates = (source.column,) if source.column else USUAL_COLUMNS
+    present = [column for column in candidates if column in columns]
     if not present:
         raise PromptError(
-            f"Dataset {source.dataset} has no column {' or '.join(wanted)}: name one of its own "
-            f"with `column`; there are {shown(columns)}."
+            f"Dataset {source.dataset} has no column {' or '.join(candidates)}: name one of its "
+            f"own with `column`; there are {shown(columns)}."
         )
     return present[0]
 

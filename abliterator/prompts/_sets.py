@@ -32,7 +32,7 @@ class PromptSet:
     near: int | None = None  # near duplicates of evaluation prompts, still in; None: not compared
 
     def __post_init__(self) -> None:
-        """A set without prompts can neither be measured nor learned from, so there is none."""
+        """Refuses a set without prompts, which nothing can be measured on or learned from."""
         if not self.prompts:
             raise PromptError(
                 f"No {self.name} prompts are left of {self.source} ({self.dropped} dropped as "
@@ -135,17 +135,19 @@ def drop_overlap(training: PromptSet, evaluation: PromptSet) -> PromptSet:
         PromptError: no training prompt is left.
     """
     evaluated = _keys(evaluation)
-    kept = tuple(prompt for prompt in training.prompts if comparison_key(prompt) not in evaluated)
-    if not kept:
+    remaining = tuple(
+        prompt for prompt in training.prompts if comparison_key(prompt) not in evaluated
+    )
+    if not remaining:
         raise PromptError(
             f"All {len(training.prompts)} {training.name} prompts (from {training.source}) are "
             f"also {evaluation.name} prompts (from {evaluation.source}), so none is left to learn "
             "from: give one of the two another source or split."
         )
-    removed = len(training.prompts) - len(kept)
+    removed = len(training.prompts) - len(remaining)
     return replace(
         training,
-        prompts=kept,
+        prompts=remaining,
         dropped=training.dropped + removed,
         overlap=training.overlap + removed,
     )

@@ -31,25 +31,25 @@ def orthonormal_basis(directions: Tensor, names: list[str] | None = None) -> Ten
     """
     vectors = directions.detach().to("cpu", torch.float64)
     k, d_model = vectors.shape
-    called = names or [f"direction {i}" for i in range(k)]
+    labels = names or [f"direction {i}" for i in range(k)]
     if k > d_model:
         raise DirectionError(f"{k} directions cannot be independent in {d_model} dimensions.")
     lengths = vectors.norm(dim=1)
-    for name, length in zip(called, lengths.tolist(), strict=True):
+    for name, length in zip(labels, lengths.tolist(), strict=True):
         if not 0 < length < float("inf"):
             raise DirectionError(
                 f"The direction of {name} has length {length}: nothing separates the two prompt "
                 f"sets there. Choose another layer, or check that the sets differ."
             )
     q, r = torch.linalg.qr((vectors / lengths[:, None]).T)
-    left = r.diagonal()
-    for i, name in enumerate(called):
-        if abs(float(left[i])) < DEPENDENT_BELOW:
+    diagonal = r.diagonal()
+    for i, name in enumerate(labels):
+        if abs(float(diagonal[i])) < DEPENDENT_BELOW:
             raise DirectionError(
-                f"The direction of {name} lies in the span of {', '.join(called[:i])} (only "
-                f"{abs(float(left[i])):.1e} of its length lies outside). Stack other layers."
+                f"The direction of {name} lies in the span of {', '.join(labels[:i])} (only "
+                f"{abs(float(diagonal[i])):.1e} of its length lies outside). Stack other layers."
             )
-    basis: Tensor = q * left.sign()
+    basis: Tensor = q * diagonal.sign()
     return basis
 
 
@@ -70,7 +70,7 @@ def orthonormal_columns(columns: Tensor) -> Tensor:
         return orthonormal_basis(columns.T, names)
     blocks = enumerate(columns)
     bases = [
-        orthonormal_basis(own.T, [f"block {i}, {name}" for name in names]) for i, own in blocks
+        orthonormal_basis(block.T, [f"block {i}, {name}" for name in names]) for i, block in blocks
     ]
     return torch.stack(bases)
 

@@ -10,7 +10,7 @@ Of a Gaussian W in bfloat16, against nearest rounding, the leak is at most and t
 (perf/rounding.py). Where few rows have few choices, hardly more can be had: at H = 256, k =
 16 every choice without a leak, whoever finds it, makes 1.029 times the noise at least, by the
 dual bound of the Lagrangian, which takes mixtures of roundings for choices; at H = 128 1.059.
-Nor does looking longer help much: 64 ways followed through all elements find 1/240 at 1.035
+Nor does a longer search help much: 64 sequences followed through all elements find 1/240 at 1.035
 times the noise at H = 256, for thirty times the work.
 """
 
@@ -33,8 +33,8 @@ COMPENSATED_ROWS = 128
 # move what is read by the smallest steps, which can cancel what the coarser ones cannot.
 FINE_ELEMENTS = 24
 
-# Of these, so many per direction are tried in several ways each, and so many ways are followed at
-# once: what the last elements leave is what is left.
+# Of these, so many per direction are tried with several roundings each, and so many sequences of
+# roundings are followed at once: the error that the last elements leave remains.
 LAST_ELEMENTS = 2
 FOLLOWED = 4
 
@@ -95,11 +95,12 @@ def compensate(
 
     Least noise under the constraint Bᵀ(stored - exact) = 0 is rounding of `exact - B a` for some a
     per column (its Lagrangian), which moves the elements nearest to a tie first; one step towards
-    that a is made in all rows. What is left, single elements take: those of a column that move what
-    is read by the smallest steps, coarser ones first, each rounded where it and all that come after
-    it, if these could take any value, would leave least (nearest plane, Babai 1986). Only the last
-    k elements' steps are left then; of the last 2 k, therefore, both neighbours of a near tie are
-    tried, and the best few ways so far go on (K-best, a sphere decoder's breadth-first search).
+    that a is made in all rows. The remaining error is cancelled by single elements: those of a
+    column that move what is read by the smallest steps, coarser ones first, each rounded where it
+    and all that come after it, if these could take any value, would leave least (nearest plane,
+    Babai 1986). Only the last k elements' steps are left then; of the last 2 k, therefore, both
+    neighbours of a near tie are tried, and the best few sequences so far are kept (K-best, a sphere
+    decoder's breadth-first search).
 
     Args:
         exact: [m, c], the edited weights before storing, in the rows that may be chosen.
@@ -114,7 +115,7 @@ def compensate(
     nearest = store(exact)
     inverse = torch.linalg.pinv(basis.T @ basis, hermitian=True)
     stored = store(exact - basis @ (inverse @ error))
-    left = error + basis.T @ (stored - nearest)
+    remaining = error + basis.T @ (stored - nearest)
     count = min(fine * basis.shape[1], basis.shape[0])
     # numbers of one power of two have one step
     powers = (stored / torch.frexp(stored).mantissa).nan_to_num(0.0)
@@ -126,7 +127,7 @@ def compensate(
             exact[one].gather(0, places[one]),
             places[one],
             # as if the chosen elements had not been rounded yet
-            left[one] - _read(basis, places[one], stored[one] - exact[one]),
+            remaining[one] - _read(basis, places[one], stored[one] - exact[one]),
             basis,
             partial(store, columns=one[1]),
         )
@@ -135,7 +136,7 @@ def compensate(
 
 
 def _read(basis: Tensor, places: Tensor, moves: Tensor) -> Tensor:
-    """[k, c]: what B reads of `moves` [m, c] at `places` [n, c]."""
+    """[k, c]: Bᵀ of `moves` [m, c], restricted to the rows `places` [n, c]."""
     return basis.T @ torch.zeros_like(moves).scatter(0, places, moves.gather(0, places))
 
 
@@ -166,16 +167,16 @@ def _one_by_one(
     """
     reads = basis[places]  # [n, c, k]
     shares, weights = _shares(reads, MOVE_COST * float(basis.square().sum(dim=1).mean()))
-    left = error.T.contiguous()
+    remaining = error.T.contiguous()
     stored = torch.empty_like(exact)
     first = max(0, len(exact) - LAST_ELEMENTS * basis.shape[1])
     for i, number in enumerate(exact[:first]):
-        wanted = number - (shares[i] * left).sum(dim=1)
-        stored[i] = store(wanted[None], places[i : i + 1])[0]
-        left = left.addcmul(reads[i], (stored[i] - number)[:, None])
+        target = number - (shares[i] * remaining).sum(dim=1)
+        stored[i] = store(target[None], places[i : i + 1])[0]
+        remaining = remaining.addcmul(reads[i], (stored[i] - number)[:, None])
     last = slice(first, None)
     stored[last] = _best(
-        exact[last], places[last], left, reads[last], shares[last], weights[last], store
+        exact[last], places[last], remaining, reads[last], shares[last], weights[last], store
     )
     return stored
 
@@ -183,7 +184,7 @@ def _one_by_one(
 def _best(
     exact: Tensor,
     places: Tensor,
-    left: Tensor,
+    remaining: Tensor,
     reads: Tensor,
     shares: Tensor,
     weights: Tensor,
@@ -193,39 +194,39 @@ def _best(
 
     Args:
         exact: [n, c], before rounding.
-        places: [n, c], as `store` wants them.
-        left: [c, k], what B reads of all other roundings.
+        places: [n, c], as `store` expects them.
+        remaining: [c, k], what B reads of all other roundings.
         reads: [n, c, k].
         shares: [n, c, k], as `_shares` has them.
         weights: [n, c], of squared distances from what an element should be.
         store: as `_one_by_one` has it.
     """
-    ways = left[None]  # [followed, c, k]
+    errors = remaining[None]  # [followed, c, k]
     costs = torch.zeros_like(exact[:1])
     chosen = torch.empty_like(exact)[:, None]  # [n, followed, c]
     for i, number in enumerate(exact):
-        wanted = number - (shares[i] * ways).sum(dim=2)
-        rows = places[i].expand_as(wanted)
-        nearest = store(wanted, rows)
+        target = number - (shares[i] * errors).sum(dim=2)
+        rows = places[i].expand_as(target)
+        nearest = store(target, rows)
         # as far on the other side: another number than the nearest only where it was a near tie
-        beyond = store(2 * wanted - nearest, rows)
-        both = torch.cat([nearest, beyond])
-        added = (both - torch.cat([wanted, wanted])).square() * weights[i]
+        beyond = store(2 * target - nearest, rows)
+        candidates = torch.cat([nearest, beyond])
+        added = (candidates - torch.cat([target, target])).square() * weights[i]
         added[len(nearest) :][nearest == beyond] = torch.inf
         total = torch.cat([costs, costs]) + added
         costs, kept = total.topk(min(FOLLOWED, len(total)), dim=0, largest=False)
-        before = kept % len(ways)
-        numbers = both.gather(0, kept)
-        ways = ways.gather(0, before[..., None].expand(-1, -1, ways.shape[2]))
-        ways = ways.addcmul(reads[i], (numbers - number)[..., None])
-        chosen = chosen.gather(1, before.expand(len(exact), -1, -1))
+        parent = kept % len(errors)
+        numbers = candidates.gather(0, kept)
+        errors = errors.gather(0, parent[..., None].expand(-1, -1, errors.shape[2]))
+        errors = errors.addcmul(reads[i], (numbers - number)[..., None])
+        chosen = chosen.gather(1, parent.expand(len(exact), -1, -1))
         chosen[i] = numbers
     best = costs.argmin(dim=0)
     return chosen.gather(1, best.expand(len(exact), 1, -1))[:, 0]
 
 
 def _shares(reads: Tensor, cost: float) -> tuple[Tensor, Tensor]:
-    """How far each element moves for an error, if all after it take their share, too.
+    """How far each element moves to cancel an error, if all after it move by their shares, too.
 
     Element i minimises errorᵀ A error + move², with A⁻¹ = cost + Σ r rᵀ over the reads r of those
     after it: from the last to the first, A changes by one rank (Sherman and Morrison 1950).
@@ -241,8 +242,8 @@ def _shares(reads: Tensor, cost: float) -> tuple[Tensor, Tensor]:
     inverse = (torch.eye(k, dtype=reads.dtype) / cost).repeat(columns, 1, 1)
     shares, weights = torch.empty_like(reads), torch.empty_like(reads[..., 0])
     for i in reversed(range(len(reads))):
-        seen = (inverse @ reads[i, :, :, None])[..., 0]
-        weights[i] = (reads[i] * seen).sum(dim=1) + 1
-        shares[i] = seen / weights[i][:, None]
-        inverse.sub_(shares[i][:, :, None] * seen[:, None, :])
+        projected = (inverse @ reads[i, :, :, None])[..., 0]
+        weights[i] = (reads[i] * projected).sum(dim=1) + 1
+        shares[i] = projected / weights[i][:, None]
+        inverse.sub_(shares[i][:, :, None] * projected[:, None, :])
     return shares, weights

@@ -5,7 +5,7 @@ tensor that it names is hashed on both sides, and what it still writes into the 
 measured again from the stored bytes. config.json is the one file that may differ, and it is
 computed again from the base's. An adapter, merged into the base, must give the checkpoint's weights
 up to rounding, and nothing else. Where there is a record, card and recipe must be those that follow
-from it. How the edit was made, and where the folders came from, is not known here.
+from it. How the edit was made, and where the folders came from, is outside this package.
 
     findings = verify(base_folder, out / "checkpoint", subspace=out / "work/directions.safetensors")
     findings.ok, findings.faults, findings.max_leak

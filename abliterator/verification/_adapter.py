@@ -37,7 +37,7 @@ _FACTORS = 2.0**-22  # of |B| |A|: rounding of the two float32 factors, and a ma
 
 @dataclass(frozen=True)
 class AdapterVerification(Proof):
-    """What was found; `ok` if base and adapter give the checkpoint's weights, and nothing else.
+    """Result for an adapter; `ok` if base and adapter give exactly the checkpoint's weights.
 
     Attributes:
         modules: modules that the adapter changes.
@@ -62,7 +62,7 @@ class AdapterVerification(Proof):
 
 @dataclass
 class _Findings(Findings):
-    """With distances |W' - (W + B A)| as multiples of what rounding gives."""
+    """`Findings` with distances |W' - (W + B A)| as multiples of the rounding noise."""
 
     apart: list[float] = field(default_factory=list)
 
@@ -92,10 +92,10 @@ def verify_adapter(
     modules, record = _modules(opened, edits), _record_in(checkpoint)
     _check_config(adapter, record, edits, modules.values(), findings)
     tensors = _read_tensors(adapter, findings)
-    wanted = {name for module in modules.values() for name in adapter_tensors(module)}
+    expected = {name for module in modules.values() for name in adapter_tensors(module)}
     findings.faults += [
         f"{ADAPTER_WEIGHTS} has {name}, which no edit asks for."
-        for name in sorted(tensors.keys() - wanted)
+        for name in sorted(tensors.keys() - expected)
     ]
     meter = leak_meter(opened, subspace)
     for edit in edits:
@@ -120,8 +120,8 @@ def _modules(base: Checkpoint, edits: Iterable[TensorEdit]) -> dict[str, str]:
     """The run-time module of each edited tensor, by the tensor's name."""
     writers = {writer.name: writer for writer in anatomy_of(base.config).writers(base.shapes)}
     for edit in edits:
-        plain = edit.dtype in FORMATS and len(edit.shape) == 2
-        if edit.name not in writers or not plain or edit.axis != 0:
+        is_plain = edit.dtype in FORMATS and len(edit.shape) == 2
+        if edit.name not in writers or not is_plain or edit.axis != 0:
             raise CheckpointError(
                 f"{edit.name} was edited, and an edit of it has no low-rank form; an adapter of "
                 "plain matrices was expected. Build it again."
@@ -173,7 +173,7 @@ def _base_claimed(config: bytes) -> tuple[str, str | None]:
 
 
 def _read_tensors(adapter: Path, findings: _Findings) -> dict[str, Tensor]:
-    """The tensors of the adapter; a fault, and none, if its file holds anything beside them."""
+    """The tensors of the adapter; a fault if its file is unreadable or holds anything else."""
     from safetensors import SafetensorError
     from safetensors.torch import load, save
 

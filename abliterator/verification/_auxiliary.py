@@ -41,7 +41,7 @@ _ENTRY = {
 
 
 class AuxiliaryFileCheck:
-    """The files beside the weights of one checkpoint, each against what it must be."""
+    """Compares the files beside the weights of one checkpoint with what they must be."""
 
     def __init__(
         self, base: Checkpoint, checkpoint: Path, dequantized: Dequantized, findings: Findings
@@ -51,7 +51,7 @@ class AuxiliaryFileCheck:
         self._index = edited_index(base, dequantized.dense, dequantized.dropped)
 
     def compare(self, file: str) -> None:
-        """One file: the base's, or the one text that an edit may make of it."""
+        """Compares one file with the base's, or with the one text that an edit may make of it."""
         path, findings = self._checkpoint / file, self._findings
         findings.base_sha256[file] = sha256_of_file(self._base.folder / file)
         if not path.is_file():
@@ -101,10 +101,9 @@ def recipe_text(record: RunRecord) -> str:
 
 
 def card_faults(folder: Path, expected: str, record: RunRecord) -> list[str]:
-    """What is wrong with the README.md of a folder: one fault, or none.
+    """Compares the README.md of a folder with the card of its record: one fault, or none.
 
-    Where the record states no licence, one that `publish` put into the header is left out of
-    account.
+    Where the record states no licence, one that `publish` put into the header is ignored.
 
     Args:
         folder: of checkpoint or adapter.
@@ -121,18 +120,19 @@ def card_faults(folder: Path, expected: str, record: RunRecord) -> list[str]:
     added = stated_license(text) if record.model.license is None else None
     if text == expected or (added is not None and text == with_license(expected, added)):
         return []
-    made, here = record.tool.version, version("abliterator")
-    if made == here:
-        again = "run `abliterator card` again."
-        return [f"{CARD} is not the card that {RECORD} is rendered to: {again}"]
+    card_version, own_version = record.tool.version, version("abliterator")
+    if card_version == own_version:
+        remedy = "run `abliterator card` again."
+        return [f"{CARD} is not the card that {RECORD} is rendered to: {remedy}"]
     return [
-        f"{CARD} is not the card that abliterator {here} renders {RECORD} to, which abliterator "
-        f"{made} made: run `abliterator card` again with this version, or verify with that one."
+        f"{CARD} is not the card that abliterator {own_version} renders {RECORD} to, which "
+        f"abliterator {card_version} made: run `abliterator card` again with this "
+        "version, or verify with that one."
     ]
 
 
 def _check_texts(checkpoint: Path, record: RunRecord, findings: Findings) -> None:
-    """Card and recipe against what the record makes of them."""
+    """Compares card and recipe with the texts that the record gives."""
     from abliterator.card import render_card
 
     findings.faults += card_faults(checkpoint, render_card(record), record)

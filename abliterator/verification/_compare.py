@@ -69,7 +69,7 @@ def verify(
     for file in OURS:
         if (checkpoint / file).is_file():
             findings.sha256[file] = sha256_of_file(checkpoint / file)
-    known = {*opened.weight_files, *auxiliary}
+    of_base = {*opened.weight_files, *auxiliary}
     return Verification(
         faults=tuple(findings.faults),
         tensors=len(opened.tensors),
@@ -79,7 +79,7 @@ def verify(
         max_leak=max(findings.leaks, default=None),
         base_sha256=findings.base_sha256,
         sha256=findings.sha256,
-        foreign=tuple(sorted(files_of(checkpoint) - known.union(findings.sha256))),
+        foreign=tuple(sorted(files_of(checkpoint) - of_base.union(findings.sha256))),
     )
 
 
@@ -124,7 +124,7 @@ class _WeightComparison:
         named: what edits.json says, by tensor.
         dequantized: what follows from it for tensors that lose their scales.
         meter: measures leaks again; None without a subspace.
-        findings: what is found.
+        findings: faults, sizes and hashes, added while files are read.
     """
 
     base: Checkpoint
@@ -135,7 +135,7 @@ class _WeightComparison:
     findings: Findings
 
     def compare(self, file: str) -> None:
-        """One weight file, from its header to its last byte."""
+        """Compares one weight file, from its header to its last byte."""
         findings, source, edited = self.findings, self.base.folder / file, self.checkpoint / file
         shard = shard_layout(self.base, file, self.dequantized.dense, self.dequantized.dropped)
         if not edited.is_file():
@@ -174,7 +174,7 @@ class _WeightComparison:
         return numbers
 
     def _compare_edited(self, pair: _Pair, info: TensorInfo, new: TensorInfo) -> None:
-        """One edited tensor: its hashes on both sides, and its leak."""
+        """Checks one edited tensor: its hashes on both sides, and its leak."""
         edit, findings = self.named[info.name], self.findings
         if edit.dequantized != (info.name in self.dequantized.layouts):
             findings.fault(
@@ -208,7 +208,7 @@ class _WeightComparison:
 
 
 class _Pair:
-    """The same file of base and checkpoint, hashed while both are read.
+    """A weight file of base and checkpoint, hashed while both are read.
 
     The checkpoint's is read from its first byte to its last, and so is the base's unless its
     tensors lie elsewhere; then `first` is of no use.
@@ -254,7 +254,7 @@ def _read(stream: BinaryIO, size: int) -> bytearray:
     if stream.readinto(part) != size:  # type: ignore[attr-defined]
         raise CheckpointError(
             f"{stream.name} became shorter while it was read; a folder that nobody writes to was "
-            "expected. Run this again when it is at rest."
+            "expected. Run this again when nothing writes to it."
         )
     return part
 
@@ -262,7 +262,7 @@ def _read(stream: BinaryIO, size: int) -> bytearray:
 def _compare_other_experts(
     info: TensorInfo, edit: TensorEdit, sides: tuple[bytearray, bytearray], findings: Findings
 ) -> None:
-    """The bytes of the experts of a tensor that were not to be edited."""
+    """Compares the experts of a tensor that were not to be edited."""
     size = len(sides[1]) // info.shape[0]
     for expert in sorted(set(range(info.shape[0])) - set(edit.experts or ())):
         before, after = (side[expert * size : (expert + 1) * size] for side in sides)
@@ -283,8 +283,8 @@ def _agree(leak: float | None, claimed: float | None) -> bool:
 
 
 def files_of(folder: Path) -> set[str]:
-    """Paths, relative to a folder, of all that lies in it."""
-    # a link to a folder counts as one name: what lies behind it was never looked at
+    """Paths of all files and links in a folder, relative to it."""
+    # a link to a folder counts as one name: what it leads to was never read
     return {
         path.relative_to(folder).as_posix()
         for path in folder.rglob("*")

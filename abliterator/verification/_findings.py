@@ -35,13 +35,13 @@ class Proof:
 
     @property
     def ok(self) -> bool:
-        """Whether nothing was found that breaks the contract."""
+        """Whether there is no fault."""
         return not self.faults
 
 
 @dataclass(frozen=True)
 class Verification(Proof):
-    """What was found; `ok` if the checkpoint is its base with the edits of edits.json.
+    """Results of a verification; `ok` if the checkpoint is its base with the edits of edits.json.
 
     Attributes:
         tensors: tensors of the base.
@@ -91,7 +91,7 @@ class Findings:
     sha256: dict[str, str] = field(default_factory=dict)
 
     def fault(self, sentence: str) -> None:
-        """Adds what breaks the contract, as one sentence."""
+        """Adds a fault, as one sentence."""
         self.faults.append(sentence)
 
 
@@ -107,13 +107,13 @@ def read_edits(checkpoint: Path) -> tuple[TensorEdit, ...]:
             TensorEdit.model_validate(edit) for edit in json.loads(path.read_text("utf-8"))
         )
     except (OSError, ValueError, TypeError) as error:
-        seen = "has no" if isinstance(error, OSError) else "has an unreadable"
+        fault = "has no" if isinstance(error, OSError) else "has an unreadable"
         raise CheckpointError(
-            f"{checkpoint} {seen} {EDITS}, which says what was edited; a checkpoint that "
+            f"{checkpoint} {fault} {EDITS}, which says what was edited; a checkpoint that "
             "`abliterator build` or `abliterator bake` wrote was expected. Build it again."
         ) from error
 
 
 def format_leak(leak: float | None) -> str:
-    """A leak in a message."""
+    """A leak as text for a message."""
     return "none" if leak is None else f"{leak:.2e}"

@@ -1,4 +1,4 @@
-"""What a tensor writes into the removed subspace, measured again from stored bytes.
+"""Leak of a tensor into the removed subspace, measured again from stored bytes.
 
 To be independent of the edit this shares with it only how bytes become numbers (`formats`, which
 tests compare with the loaders' own decoding): columns in float64, and the gains of the norms that
@@ -22,7 +22,7 @@ PANEL_ELEMENTS = 1 << 21  # elements of a tensor that are float64 at once
 
 
 def leak_meter(base: Checkpoint, subspace: Path | None) -> LeakMeter | None:
-    """The meter of a subspace file; None without one."""
+    """The `LeakMeter` for a subspace file; None without one."""
     if subspace is None:
         return None
     from abliterator.directions import load_subspace
@@ -71,16 +71,16 @@ class LeakMeter:
             CheckpointError: if the tensor does not write the residual stream, or the subspace is
                 that of another model.
         """
-        writer, read = self._writer(info.name), self.reads(info.name)
+        writer, reads = self._writer(info.name), self.reads(info.name)
         layout, axis = self._storage.layout(info.name, self._base.tensors), writer.axis
-        was = self._squared(before, layout, axis, read, experts)
+        squared_before = self._squared(before, layout, axis, reads, experts)
         if dequantized:
             layout, axis = layout.dense, layout.dense_axis(axis)
-        is_now = self._squared(after, layout, axis, read, experts)
-        return (is_now / was) ** 0.5 if was > 0 else None
+        squared_after = self._squared(after, layout, axis, reads, experts)
+        return (squared_after / squared_before) ** 0.5 if squared_before > 0 else None
 
     def reads(self, name: str) -> Tensor:
-        """D Q [H, k], float64: what of a writer's output lands in the subspace.
+        """D Q [H, k], float64: projects a writer's output, through the gains, on the subspace.
 
         Raises:
             CheckpointError: if the tensor does not write the residual stream, or belongs to no
@@ -105,7 +105,7 @@ class LeakMeter:
         return self._writers[name]
 
     def _basis_of(self, writer: Writer) -> Tensor:
-        """[H, k]: the subspace that this writer should have lost."""
+        """Q [H, k] of the subspace that was removed from this writer."""
         if self._basis.ndim == 2:
             return self._basis
         if writer.layer < 0:
@@ -120,20 +120,20 @@ class LeakMeter:
         data: bytearray,
         layout: Layout,
         axis: int,
-        read: Tensor,
+        reads: Tensor,
         experts: tuple[int, ...] | None,
     ) -> float:
-        """‖(D Q)ᵀ W‖² (Frobenius) of a stored tensor, `read` being D Q."""
+        """‖(D Q)ᵀ W‖² (Frobenius) of a stored tensor, `reads` being D Q."""
         scales = None if layout.scales is None else self._base.read(layout.scales)
         total = 0.0
         for matrix in layout.matrices(data, axis, scales, experts):
-            if matrix.shape[0] != read.shape[0]:
+            if matrix.shape[0] != reads.shape[0]:
                 raise CheckpointError(
-                    f"The subspace has {read.shape[0]} dimensions, and {layout.name} writes "
+                    f"The subspace has {reads.shape[0]} dimensions, and {layout.name} writes "
                     f"{matrix.shape[0]}: it was made for another model. Give the subspace of this "
                     "run."
                 )
             for start, stop in matrix.ranges(PANEL_ELEMENTS):
                 columns = matrix.decoded(start, stop).double()
-                total += float((read.T @ columns).square().sum())
+                total += float((reads.T @ columns).square().sum())
         return total
