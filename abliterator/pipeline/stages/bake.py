@@ -44,7 +44,7 @@ def _run(run: Run) -> list[Path]:
             )
         write_text_atomic(out / EDITS, edits_json(edits))
     except BaseException:
-        shutil.rmtree(out, ignore_errors=True)  # no loader takes a part for the whole
+        shutil.rmtree(out, ignore_errors=True)  # so that no loader reads an incomplete checkpoint
         raise
     config = out / CONFIG_FILE  # left to the next stage
     return [path for path in out.rglob("*") if path.is_file() and path != config]

@@ -1,6 +1,6 @@
-"""Which prompts are used for what: directions are extracted from some, and measured on others.
+"""The prompt sets by use: directions are extracted from some, and measured on others.
 
-The stage leaves the sets as used in work/prompts.json.
+The stage writes the sets as used to work/prompts.json.
 """
 
 from __future__ import annotations
@@ -89,8 +89,8 @@ def _run(run: Run) -> list[Path]:
     neutral_too = recipe.directions.projection == "neutral" or recipe.tunes
     sets = load_sets(recipe.prompts, seed=recipe.seed, neutral_too=neutral_too)
     if recipe.selects or recipe.tunes:
-        few, seed = recipe.selection.prompts, recipe.seed
-        sets = set_apart(sets, recipe.prompts, prompts=few, seed=seed)
+        n, seed = recipe.selection.prompts, recipe.seed
+        sets = set_apart(sets, recipe.prompts, prompts=n, seed=seed)
     if recipe.directions.stack == "within_layer":
         sets = with_pairs(sets, recipe.prompts)
     sets = compared(sets)
@@ -110,7 +110,7 @@ def uses(sets: PromptSets) -> Iterator[tuple[str, PromptSet]]:
 
 
 def compared(sets: PromptSets) -> PromptSets:
-    """The sets, of which those not measured on count near duplicates of evaluation prompts."""
+    """The sets, with counts of near duplicates of evaluation prompts in those not measured on."""
     measured = sets.evaluation.values()
     extraction, selection = (
         {kind: count_near(prompts, measured) for kind, prompts in part.items()}
@@ -120,19 +120,19 @@ def compared(sets: PromptSets) -> PromptSets:
 
 
 def remarks(sets: PromptSets) -> Iterator[str]:
-    """A line on each set: how many prompts it has, and what became of those that were read."""
+    """A line on each set: its size and source, and how many prompts were dropped."""
     for name, prompts in uses(sets):
         counts = {
             "duplicates or empty, dropped": prompts.dropped - prompts.overlap,
             "evaluation prompts too, dropped": prompts.overlap,
             "kept though nearly equal to an evaluation prompt": prompts.near,
         }
-        told = [f"{prompts.read} read", *(f"{n} {what}" for what, n in counts.items() if n)]
-        yield f"{name}: {len(prompts.prompts)} prompts of {prompts.source} ({'; '.join(told)})"
+        parts = [f"{prompts.read} read", *(f"{n} {what}" for what, n in counts.items() if n)]
+        yield f"{name}: {len(prompts.prompts)} prompts of {prompts.source} ({'; '.join(parts)})"
 
 
 def load_sets(recipe: Prompts, *, seed: int, neutral_too: bool) -> PromptSets:
-    """Loads every set, holds out what has no evaluation set of its own, and keeps the two apart.
+    """Loads every set, and holds out evaluation prompts of those without an evaluation set.
 
     Args:
         recipe: the recipe's section.
@@ -154,14 +154,14 @@ def load_sets(recipe: Prompts, *, seed: int, neutral_too: bool) -> PromptSets:
             target,
             load_prompts("evaluation", recipe.evaluation),
         )
-    uses = ["contrast"] if recipe.contrast is None else ["neutral"] if neutral_too else []
+    roles = ["contrast"] if recipe.contrast is None else ["neutral"] if neutral_too else []
     if recipe.contrast is not None:
         extraction["contrast"] = load_prompts("contrast", recipe.contrast)
-    for use in uses:
+    for role in roles:
         if recipe.neutral_evaluation is None:
-            extraction[use], neutral = hold_out(neutral, fraction=recipe.holdout, seed=seed)
+            extraction[role], neutral = hold_out(neutral, fraction=recipe.holdout, seed=seed)
         else:
-            extraction[use] = neutral
+            extraction[role] = neutral
     if recipe.neutral_evaluation is not None:
         neutral = load_prompts("neutral_evaluation", recipe.neutral_evaluation)
     evaluation["neutral"] = neutral
@@ -242,5 +242,5 @@ def with_pairs(sets: PromptSets, recipe: Prompts) -> PromptSets:
 
 
 def _named(sets: Mapping[str, PromptSet]) -> dict[str, PromptSet]:
-    # a held-out part goes by the name of its use, not of its making
+    # a held-out part is named after its use, not after its source
     return {name: replace(prompts, name=name) for name, prompts in sets.items()}
