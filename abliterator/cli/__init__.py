@@ -1,4 +1,4 @@
-"""The command line: read, call, print.
+"""The command line: reads arguments, calls the packages, prints results.
 
 Results go to stdout (`--json` for machines), bars and notes to stderr. Exit codes: 0 done, 1 an
 error with a name, 2 usage, 130 interrupted. Nothing heavy is imported before a command runs.

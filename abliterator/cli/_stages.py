@@ -16,11 +16,11 @@ def _stage_command(stage: str, help_text: str) -> click.Command:
 
     @click.command(name=stage, help=help_text)
     @recipe_arguments()
-    def command(recipe: Path, **where: Any) -> None:
+    def command(recipe: Path, **arguments: Any) -> None:
         from abliterator import pipeline
 
-        read, out, options = read_recipe(recipe, **where)
-        pipeline.run_stages(read, out, until=stage, options=options, progress=Bars())
+        parsed, out, options = read_recipe(recipe, **arguments)
+        pipeline.run_stages(parsed, out, until=stage, options=options, progress=Bars())
         echo(out)
 
     return command
