@@ -31,7 +31,8 @@ def sweep(recipe: Path, as_json: bool, **arguments: Any) -> None:
     if not parsed.selects:
         raise RecipeError(
             f"The recipe names its layers ({', '.join(map(str, parsed.layers))}) and k "
-            f"({parsed.k}), so there is nothing to choose. Ask with --set layers=sweep, --set k=auto, or both."
+            f"({parsed.k}), so there is nothing to choose. Ask with --set layers=sweep, --set "
+            "k=auto, or both."
         )
     pipeline.run_stages(parsed, out, until="selection", options=options, progress=Bars())
     selection = Selection.model_validate_json(read_text(out / "work" / "sweep.json"))
