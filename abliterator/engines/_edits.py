@@ -1,4 +1,4 @@
-"""Edits as data: what is removed from, or added to, a model while it runs."""
+"""Run-time edits as data: removals and additions in the residual stream."""
 
 from __future__ import annotations
 
