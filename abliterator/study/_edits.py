@@ -1,4 +1,4 @@
-"""The studies that edit: from which contrast, how strongly, how many directions, and which."""
+"""Studies of edits: the contrast, the strength, the number of directions, and controls."""
 
 from __future__ import annotations
 
@@ -94,17 +94,17 @@ def study_confirmation(
     Args:
         evaluator: the base, measured.
         directions: by position of the prompt, one a layer.
-        places: in order of preference; stacks that they are too few for are left out. All layers
+        places: in order of preference; stacks of more places than these are left out. All layers
             are taken at the position of the first.
     """
     position = places[0].position
     n_layers = len(directions[position].vectors)
-    tried = [(f"layer {place}", [place]) for place in places[:SINGLE]]
-    tried += [(f"top {k}", list(places[:k])) for k in STACKS if k <= len(places)]
-    tried.append(("all layers", [Place(layer, position) for layer in range(1, n_layers + 1)]))
+    stacks = [(f"layer {place}", [place]) for place in places[:SINGLE]]
+    stacks += [(f"top {k}", list(places[:k])) for k in STACKS if k <= len(places)]
+    stacks.append(("all layers", [Place(layer, position) for layer in range(1, n_layers + 1)]))
     edits = []
-    for name, stacked in tried:
-        subspace = stack_at(directions, stacked)
+    for name, stack_places in stacks:
+        subspace = stack_at(directions, stack_places)
         edit = evaluator.context.writer_edit(subspace.basis)
         edits.append(NamedEdit(name, edit, subspace.layers))
     return Study(
@@ -117,7 +117,7 @@ def study_confirmation(
 def study_controls(
     evaluator: EditEvaluator, basis: Tensor, shuffled: Sequence[Tensor], *, draws: int
 ) -> Study:
-    """The edit itself, and the same edit along directions that know nothing of the behaviour.
+    """The edit itself, and the same edit along directions that are independent of the behaviour.
 
     Every writer keeps its strength. If random directions do what the edit does, the behaviour hangs
     by a thread, and it was not the direction that ended it.
@@ -160,7 +160,7 @@ def _rows(evaluator: EditEvaluator, edits: Sequence[NamedEdit]) -> tuple[StudyRo
 
 
 def _row(evaluator: EditEvaluator, edit: NamedEdit, measured: MeasuredEdit) -> StudyRow:
-    """An edit with what it differs from the base."""
+    """The row of an edit, with its difference from the base."""
     base, edited = evaluator.base.verdicts, measured.judged.verdicts
     behaviour = summarise(base, edited, seed=evaluator.context.seed)
     return StudyRow(
