@@ -33,7 +33,7 @@ def race(
     Args:
         context: the model and the prompts.
         pool: where the candidates' directions are.
-        candidates: those that are judged, none of them judged yet.
+        candidates: those to judge, none of them judged yet.
         search: prompts of each rung, and the share that goes on.
         least: so many reach the last rung, if there are as many.
         on_step: called after each rung.
