@@ -1,7 +1,7 @@
 """Pictures of a selection as PNG files, readable with any colour vision.
 
-This module takes numbers alone, and reads no record. Needs the extra
-`plots` (matplotlib), which is imported when something is drawn.
+This module takes numbers alone, and reads no record. It needs the extra `plots` (matplotlib), which
+is imported when something is drawn.
 
     draw_cosines(Path("cosines.png"), cosines, layers)
     draw_curves(Path("sweep.png"), [(8, -1), (9, -1)], {"KL, nats": [0.1, 0.2]}, chosen=(9,))

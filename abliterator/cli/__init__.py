@@ -34,7 +34,7 @@ class Group(click.Group):
     """Turns named errors into one paragraph and exit code 1; all else keeps its traceback."""
 
     def main(self, *args: Any, **kwargs: Any) -> Any:
-        """Runs the command line; what stdout or stderr cannot encode is printed as an escape."""
+        """Runs the command line; characters that the output cannot encode are escaped."""
         for stream in (sys.stdout, sys.stderr):
             if isinstance(stream, io.TextIOWrapper):
                 stream.reconfigure(errors="backslashreplace")

@@ -1,4 +1,4 @@
-"""`abliterator plan`: what a recipe, or an edit of a model, would do."""
+"""`abliterator plan`: prints the plan of a recipe, or of an edit of a model."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 @SET
 @JSON
 def plan(recipe_or_model: str, out: Path, overrides: tuple[str, ...], as_json: bool) -> None:
-    """Tell what a recipe, or the default edit of a model, would do; read headers only."""
+    """Show what a recipe, or the default edit of a model, would do; read headers only."""
     from abliterator import pipeline
     from abliterator.recipe import load_edit, load_recipe
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 @click.argument("out", type=click.Path(exists=True, file_okay=False, path_type=Path))
 @click.option("--repo-id", help="Repository for the checkpoint: NAME or NAMESPACE/NAME.")
 @click.option("--adapter-repo-id", help="Repository for the adapter, which is never the same.")
-@click.option("--dry-run", is_flag=True, help="Verify, tell what would be uploaded, and stop.")
+@click.option("--dry-run", is_flag=True, help="Verify, show what would be uploaded, and stop.")
 @click.option("--public", is_flag=True, help="Make it public at the end.  [default: private]")
 @click.option(
     "--gated",

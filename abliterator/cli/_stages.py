@@ -12,7 +12,7 @@ from abliterator.cli._terminal import Bars, echo
 
 
 def _stage_command(stage: str, help_text: str) -> click.Command:
-    """The command of one stage: it runs what the stage needs, then the stage."""
+    """The command of one stage: it runs the stages before it, then the stage."""
 
     @click.command(name=stage, help=help_text)
     @recipe_arguments()

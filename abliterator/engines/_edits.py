@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class WriterEdit:
-    """The edit that is baked, at run time: h <- h - s Q Qᵀ h on what every planned writer writes.
+    """The baked edit at run time: h <- h - s Q Qᵀ h on the output of every planned writer.
 
     Attributes:
         plan: which matrices that write the residual stream are edited, and how strongly.

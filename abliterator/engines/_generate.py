@@ -1,6 +1,6 @@
 """Greedy decoding, the same for base and edited.
 
-What a model's own generation_config says about sampling, penalties or lengths does not apply here:
+A model's generation_config for sampling, penalties or lengths does not apply:
 two models are compared, so only the weights may differ.
 """
 
@@ -45,7 +45,7 @@ def stop_ids(loaded: LoadedModel) -> tuple[int, ...]:
     Take them from the base and give them to both sides.
     """
     ids: set[int] = set()
-    config = loaded.model.config  # of a model that also sees, the language model has one of its own
+    config = loaded.model.config  # in a multimodal model, the language model has a separate one
     for declared in (
         loaded.model.generation_config.eos_token_id,
         *(getattr(part, "eos_token_id", None) for part in (config, config.get_text_config())),

@@ -133,15 +133,13 @@ def _log_likelihoods(
 
     def from_cache(inputs: Tensor) -> Tensor:
         cache_copy, position = copy.deepcopy(cache), start + ids.shape[1]
-        return _last_logprobs(
-            loaded, inputs, keep=inputs.shape[1], cache=cache_copy, start=position
-        )[0]
+        n = inputs.shape[1]
+        return _last_logprobs(loaded, inputs, keep=n, cache=cache_copy, start=position)[0]
 
     def from_start(inputs: Tensor) -> Tensor:
         rows, prefix_cache = torch.cat([ids, inputs], dim=1), prefix.enter(batch)
-        return _last_logprobs(loaded, rows, keep=inputs.shape[1], cache=prefix_cache, start=start)[
-            0
-        ]
+        n = inputs.shape[1]
+        return _last_logprobs(loaded, rows, keep=n, cache=prefix_cache, start=start)[0]
 
     columns = []
     for tokens in continuations:

@@ -163,19 +163,19 @@ class LogitFile:
         """Writes the logits of every path, as `Engine.logits` gives them.
 
         Raises:
-            OutputError: if the disk has no room for them.
+            OutputError: if the disk has too little space for them.
             FileError: if the file cannot be written, as when the disk fills up meanwhile.
         """
         with writable(self.path, 0):
             stream = self.path.open("wb", buffering=0)  # nothing is left to be written at the end
         with stream:
-            out = OpenFile(self.path, stream, 0)
+            file = OpenFile(self.path, stream, 0)
             offset = 0
             for index, rows in logits:
                 if self._shape is None:
                     self._shape = rows.shape[1], rows.dtype
-                    out = out._replace(size=_require_room(paths, rows, self.path))
-                write_fully(out, rows.contiguous().view(torch.uint8).numpy().data.cast("B"))
+                    file = file._replace(size=_require_room(paths, rows, self.path))
+                write_fully(file, rows.contiguous().view(torch.uint8).numpy().data.cast("B"))
                 self._offsets[index] = offset
                 offset += rows.nbytes
 

@@ -75,7 +75,7 @@ def measure_divergence(
 
     Raises:
         GenerationError: if the two sides do not read the prompts alike, or give NaN.
-        OutputError: if the disk has no room for `scratch`.
+        OutputError: if the disk has too little space for `scratch`.
     """
     # no name for an engine here: it would keep the base in memory while the edited is loaded
     prompts = render(load("base"))

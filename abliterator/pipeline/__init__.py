@@ -129,7 +129,7 @@ def run_study(
     options: Options | None = None,
     progress: Progress | None = None,
 ) -> Study:
-    """Runs a study and what it needs, unless that is done; its artefacts are in work/studies.
+    """Runs a study and the stages before it that are not done; writes it to work/studies.
 
     Args:
         name: one of `STUDIES`.

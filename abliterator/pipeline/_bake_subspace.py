@@ -64,7 +64,7 @@ def bake_subspace(
 
 
 def _require_empty(out: Path, names: Collection[str] | None) -> None:
-    """Raises OutputError for a folder with anything but what a killed call left there.
+    """Raises OutputError for a folder with other files than those of a killed call.
 
     Args:
         out: the folder.

@@ -38,7 +38,7 @@ def judge_of(
     seed: int = 0,
     on_verdict: Callable[[Tally], None] | None = None,
 ) -> Judge:
-    """The judge that a recipe's section asks for.
+    """The judge of a recipe's section.
 
     Args:
         settings: the section.

@@ -42,7 +42,7 @@ _PANELS, _COMPENSATED_PANELS = 28, 44
 
 @dataclass(frozen=True)
 class Plan:
-    """A checkpoint, the classification of its tensors, and what will be done to it.
+    """A checkpoint, the classification of its tensors, and the planned edits.
 
     `carried` are the files that go along with the weights, and `carried_bytes` their size.
     `layers` and `k` are those of a recipe; without one they are empty and 0. Where a selection
@@ -179,7 +179,7 @@ def plan_model(model: str, out: Path, *, edit: Edit | None = None) -> Plan:
 
 
 def plan_source(source: ModelSource, recipe: Recipe, out: Path) -> Plan:
-    """The plan of a recipe whose model is at hand.
+    """The plan of a recipe for a resolved model.
 
     Raises:
         AbliteratorError: for whatever would stop the build before its first stage.
@@ -248,7 +248,7 @@ def _expand_ranges(by_range: Mapping[str, T], where: str, n_layers: int) -> dict
 
 
 def require_room(plan: Plan, out: Path) -> None:
-    """Raises OutputError if the disk of `out` cannot take the edited checkpoint."""
+    """Raises OutputError if the disk of `out` has too little space for the edited checkpoint."""
     needed = plan.output_bytes + DISK_RESERVE
     if plan.free_bytes < needed:
         raise OutputError(

@@ -24,7 +24,7 @@ class Progress(Protocol):
         """A context that yields a function, to be called with each part of `total` that is done."""
 
     def note(self, text: str) -> None:
-        """Reports what the user should know and is no error."""
+        """Shows a note to the user that is no error."""
 
 
 class Silent:

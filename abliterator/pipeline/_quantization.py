@@ -66,6 +66,6 @@ def quantized_edits(edits: Sequence[TensorEdit]) -> tuple[QuantizedEdits, ...]:
 
 
 def _rms(values: Sequence[float | None]) -> float | None:
-    """The root mean square of what was measured; None where nothing was."""
+    """The root mean square of the values that are not None; None if there are none."""
     squares = [value**2 for value in values if value is not None]
     return (sum(squares) / len(squares)) ** 0.5 if squares else None

@@ -26,7 +26,7 @@ class Reproduction(NamedTuple):
 
 
 def compare_rebuilt(published: Path, rebuilt: Path) -> Reproduction:
-    """Compares two checkpoint folders by their edits.json, and explains what differs.
+    """Compares two checkpoint folders by their edits.json, and lists their differences.
 
     Raises:
         CheckpointError: if one of them has no readable edits.json.
@@ -80,6 +80,6 @@ def _differences(published: RunRecord, rebuilt: RunRecord) -> Iterator[str]:
     ):
         for key in sorted({*before, *after}):
             pairs[name + key] = before.get(key, "none"), after.get(key, "none")
-    for what, (first, second) in pairs.items():
+    for name, (first, second) in pairs.items():
         if first != second:
-            yield f"{what}: {first}, {second}"
+            yield f"{name}: {first}, {second}"

@@ -52,7 +52,7 @@ class Options:
         return "mps" if torch.backends.mps.is_available() else "cpu"
 
     def batch_size(self, size: int | Literal["auto"]) -> int:
-        """Prompts that are answered together: the given number, or what suits the device."""
+        """Prompts that are answered together: `size`, or a number by device for "auto"."""
         if size != "auto":
             return size
         return 64 if self.compute_device.startswith("cuda") else 16
@@ -165,7 +165,7 @@ class Run:
             engine: the model that reads them.
             prompts: of one set.
             name: of the set, for messages.
-            max_new_tokens: of an answer, for which there has to be room.
+            max_new_tokens: of an answer, which must fit the context too.
 
         Raises:
             PromptError: for a prompt that is too long for the model.

@@ -1,4 +1,4 @@
-"""The stages of the studies: none is part of a build, and none changes what a build makes."""
+"""The stages of the studies: none is part of a build or changes its results."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from abliterator.pipeline._judges import choosing_judge
 from abliterator.pipeline._run import Run
 from abliterator.pipeline._stage import Artefact, Stage
 from abliterator.pipeline.stages.capture import fitted
-from abliterator.pipeline.stages.prompts import load_sets, prompt_sets
+from abliterator.pipeline.stages.prompts import PromptSets, load_sets, prompt_sets
 from abliterator.pipeline.stages.selection import extracted_subspace, selected_layers, selection_of
 from abliterator.pipeline.stages.tuning import planned_edits, tuned_inputs, tuned_subspace
 from abliterator.record import Study
@@ -189,7 +189,7 @@ def _pairs(run: Run, settings: StudySettings) -> Study:
         for name, contrast in contrasts.items()
     }
     layers = settings.layers or tuple(range(1, run.plan.anatomy.n_layers + 1))
-    prompts = {name: s.prompts for name, s in sets.evaluation.items()}
+    prompts = _texts(sets)
     with _evaluator(run, settings, prompts, edits=2 * len(layers)) as evaluator:
         study = study_pairs(evaluator, directions, layers)
     counts = {"position": _position(run), "prompts of each kind for directions": n}
@@ -199,8 +199,7 @@ def _pairs(run: Run, settings: StudySettings) -> Study:
 def _alpha(run: Run, settings: StudySettings) -> Study:
     from abliterator.study import study_alpha
 
-    sets = prompt_sets(run).evaluation
-    prompts = {name: s.prompts for name, s in sets.items()}
+    prompts = _texts(prompt_sets(run))
     with _evaluator(run, settings, prompts, edits=len(settings.alphas)) as evaluator:
         study = study_alpha(evaluator, extracted_subspace(run).basis, settings.alphas)
     about = {
@@ -215,7 +214,7 @@ def _confirmation(run: Run, settings: StudySettings) -> Study:
     from abliterator.study import confirmation_edits, study_confirmation
 
     places = _places(run)
-    prompts = {name: s.prompts for name, s in prompt_sets(run).evaluation.items()}
+    prompts = _texts(prompt_sets(run))
     with _evaluator(run, settings, prompts, edits=confirmation_edits(len(places))) as evaluator:
         study = study_confirmation(evaluator, fitted(run), places)
     return study.model_copy(update={"about": _measured(evaluator)})
@@ -227,7 +226,7 @@ def _controls(run: Run, settings: StudySettings) -> Study:
     selected = selected_layers(run)
     basis = (tuned_subspace(run, selected.layers) or extracted_subspace(run)).basis
     draws, shuffled = run.recipe.selection.controls, _shuffled(run)
-    prompts = {name: s.prompts for name, s in prompt_sets(run).evaluation.items()}
+    prompts = _texts(prompt_sets(run))
     edits = 1 + draws + len(shuffled)
     with _evaluator(run, settings, prompts, edits=edits, plan=planned_edits(run)) as evaluator:
         study = study_controls(evaluator, basis, shuffled, draws=draws)
@@ -341,6 +340,11 @@ def _position(run: Run) -> int:
     """The recipe's position; where it is swept, the last token."""
     position = run.recipe.directions.position
     return -1 if position == "sweep" else position
+
+
+def _texts(sets: PromptSets) -> dict[str, Sequence[str]]:
+    """The prompts of each evaluation set."""
+    return {name: prompts.prompts for name, prompts in sets.evaluation.items()}
 
 
 def _counted(prompts: Mapping[str, Sequence[str]]) -> dict[str, int]:

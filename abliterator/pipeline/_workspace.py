@@ -48,7 +48,7 @@ class Marker(Frozen):
 
     @property
     def digest(self) -> str:
-        """Digest of the artefacts' contents: what a later stage depends on."""
+        """Digest of the artefacts' contents, which is part of later stages' keys."""
         return digest_of(self.artefacts)
 
 
@@ -62,9 +62,9 @@ class Claim(Frozen):
 
 @contextmanager
 def usable(out: Path) -> Iterator[None]:
-    """Turns what the operating system refuses at or below `out`, and a full disk, into OutputError.
+    """Turns an OSError at or below `out`, or of a full disk, into an OutputError.
 
-    An OSError about something else passes.
+    Every other OSError is raised unchanged.
     """
     try:
         yield
@@ -92,7 +92,7 @@ def remove_whole(path: Path) -> None:
 
 
 def _path_within(error: OSError, out: Path) -> str | None:
-    """The path that an error is about, if it is `out`, within it, or on the way to it."""
+    """The path of an error, if it is `out`, within it, or a parent of it."""
     root = out.absolute()
     for name in (error.filename, error.filename2):
         if isinstance(name, (str, bytes, os.PathLike)):
@@ -235,7 +235,7 @@ class Workspace:
             ) from error
 
     def remove(self) -> None:
-        """Deletes the whole folder; for a run that failed before it made anything worth keeping."""
+        """Deletes the whole folder, after a run that failed before its first results."""
         shutil.rmtree(self.out)
 
     def marker(self, stage: str) -> Marker | None:
@@ -289,7 +289,7 @@ class Workspace:
         )
 
     def _changed(self, marker: Marker) -> list[str]:
-        """Paths of the artefacts that are not as the marker says."""
+        """Paths of the artefacts whose size or hash is not the marker's."""
         changed = [
             path
             for path, state in marker.artefacts.items()

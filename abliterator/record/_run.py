@@ -159,7 +159,7 @@ class Quotation(Frozen):
 
 
 class RunRecord(Frozen):
-    """Everything a card says: the contract that other tools read."""
+    """The complete record of a run: the contract that the card and other tools read."""
 
     tool: Tool
     recipe: dict[str, Any]

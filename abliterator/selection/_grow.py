@@ -32,8 +32,8 @@ def grow_stack(
     A larger stack is better if the 95 % interval of the paired difference of its products lies
     above 0 against the smaller stack, against as many random directions and against as many from
     shuffled labels (of either, the mean of several draws), and its KL passes. A control that breaks
-    the model does not count: where the stream has a few huge dimensions, a
-    random direction spreads them over all others, and a broken model refuses nothing.
+    the model does not count: where the stream has a few huge dimensions, a random direction spreads
+    them over all others, and a broken model refuses nothing.
 
     Returns:
         The stacks that were tried (the last may not be better), and why it stopped.

@@ -48,9 +48,9 @@ def study_pairs(
         measured: dict[Contrast, MeasuredEdit] = {}
         for contrast in CONTRASTS:
             edit = context.writer_edit(stack(directions[contrast], (layer,)).basis)
-            named = NamedEdit(f"layer {layer}, {contrast}", edit, (layer,), contrast)
-            measured[contrast] = evaluator.measure(named.name, edit)
-            rows.append(_row(evaluator, named, measured[contrast]))
+            named_edit = NamedEdit(f"layer {layer}, {contrast}", edit, (layer,), contrast)
+            measured[contrast] = evaluator.measure(named_edit.name, edit)
+            rows.append(_row(evaluator, named_edit, measured[contrast]))
         sides = [measured[contrast].judged.verdicts for contrast in CONTRASTS]
         generic, paired = (directions[contrast].vectors[layer - 1] for contrast in CONTRASTS)
         differences.append(
@@ -119,19 +119,19 @@ def study_controls(
 ) -> Study:
     """The edit itself, and the same edit along directions that are independent of the behaviour.
 
-    Every writer keeps its strength. If random directions do what the edit does, the behaviour hangs
-    by a thread, and it was not the direction that ended it.
+    Every writer keeps its strength. If random directions have the same effect, the behaviour is
+    unstable, and the effect is not that of the direction.
 
     Args:
         evaluator: the base, measured.
-        basis: Q [H, k], or [L, H, k] with one a block, which then get draws of their own.
+        basis: Q [H, k], or [L, H, k] with one a block, which then get separate draws.
         shuffled: Q of directions from shuffled labels, one a draw; may be none.
         draws: of random directions.
     """
-    tried = [("the edit", basis)]
-    tried += [(f"random directions {i + 1}", _random_like(basis, i)) for i in range(draws)]
-    tried += [(f"shuffled labels {i}", other) for i, other in enumerate(shuffled, start=1)]
-    edits = [NamedEdit(name, evaluator.context.writer_edit(other)) for name, other in tried]
+    bases = [("the edit", basis)]
+    bases += [(f"random directions {i + 1}", _random_like(basis, i)) for i in range(draws)]
+    bases += [(f"shuffled labels {i}", other) for i, other in enumerate(shuffled, start=1)]
+    edits = [NamedEdit(name, evaluator.context.writer_edit(other)) for name, other in bases]
     return Study(
         name="controls",
         asks="Is it these directions, or does any edit of this size do the same?",

@@ -55,7 +55,7 @@ class TuningContext:
 
 
 class PreferencePair(NamedTuple):
-    """A target prompt, an answer to it that a judge accepted, and what must become less likely.
+    """A target prompt, an answer that a judge accepted, and answers to make less likely.
 
     Attributes:
         place: of the prompt among the target prompts.

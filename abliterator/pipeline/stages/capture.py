@@ -188,7 +188,7 @@ def _moments(run: Run) -> dict[int, dict[str, MomentSet]]:
 
 
 def fitted(run: Run) -> dict[int, Directions]:
-    """The directions of all layers by position, from what was captured."""
+    """The directions of all layers by position, from the captured moments."""
     from abliterator.directions import fit_directions
 
     projected = run.recipe.directions.projection == "neutral"

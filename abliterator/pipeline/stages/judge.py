@@ -79,7 +79,7 @@ def verdicts_of(run: Run) -> list[Verdict]:
 
 
 def judge_identity(run: Run) -> JudgeIdentity:
-    """Which judge gave the verdicts, and what is known of it."""
+    """The judge that gave the verdicts, with its calibration, disagreement and usage."""
     return IDENTITY.read_as(run, JudgeIdentity)
 
 

@@ -127,7 +127,7 @@ def remarks(sets: PromptSets) -> Iterator[str]:
             "evaluation prompts too, dropped": prompts.overlap,
             "kept though nearly equal to an evaluation prompt": prompts.near,
         }
-        parts = [f"{prompts.read} read", *(f"{n} {what}" for what, n in counts.items() if n)]
+        parts = [f"{prompts.read} read", *(f"{n} {reason}" for reason, n in counts.items() if n)]
         yield f"{name}: {len(prompts.prompts)} prompts of {prompts.source} ({'; '.join(parts)})"
 
 
@@ -193,17 +193,19 @@ def set_apart(sets: PromptSets, recipe: Prompts, *, prompts: int, seed: int) -> 
     extraction, evaluation = dict(sets.extraction), dict(sets.evaluation)
     selection = {}
 
-    def take(kind: str, part: dict[str, PromptSet], name: str, *, most: float) -> None:
-        fraction = min(prompts / len(part[name].prompts), most)
+    def hold_out_for_selection(
+        kind: str, part: dict[str, PromptSet], name: str, *, max_fraction: float
+    ) -> None:
+        fraction = min(prompts / len(part[name].prompts), max_fraction)
         part[name], selection[kind] = hold_out(part[name], fraction=fraction, seed=seed)
 
-    take("target", extraction, "target", most=recipe.holdout)
+    hold_out_for_selection("target", extraction, "target", max_fraction=recipe.holdout)
     if "neutral" in extraction:
-        take("neutral", extraction, "neutral", most=recipe.holdout)
+        hold_out_for_selection("neutral", extraction, "neutral", max_fraction=recipe.holdout)
     elif recipe.contrast is None:
-        take("neutral", extraction, "contrast", most=recipe.holdout)
+        hold_out_for_selection("neutral", extraction, "contrast", max_fraction=recipe.holdout)
     else:
-        take("neutral", evaluation, "neutral", most=0.5)
+        hold_out_for_selection("neutral", evaluation, "neutral", max_fraction=0.5)
     return PromptSets(_named(extraction), _named(evaluation), _named(selection))
 
 
@@ -230,11 +232,11 @@ def with_pairs(sets: PromptSets, recipe: Prompts) -> PromptSets:
             f"{contrast.dropped} that were dropped). Give two sets of one length, in one order."
         )
     partner = dict(zip(target.prompts, contrast.prompts, strict=True))
-    at = {prompt: i for i, prompt in enumerate(sets.extraction["contrast"].prompts)}
+    contrast_index = {prompt: i for i, prompt in enumerate(sets.extraction["contrast"].prompts)}
     pairs = tuple(
-        (i, at[partner[prompt]])
+        (i, contrast_index[partner[prompt]])
         for i, prompt in enumerate(sets.extraction["target"].prompts)
-        if partner[prompt] in at
+        if partner[prompt] in contrast_index
     )
     if not pairs:
         raise PromptError("No pair of target and contrast prompts is left. Give more of them.")

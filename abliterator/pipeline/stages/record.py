@@ -182,7 +182,7 @@ def _edit(run: Run) -> EditSummary:
 
 
 def _strengths(run: Run, edits: Sequence[TensorEdit]) -> dict[str, float | dict[str, float]]:
-    """Per component: the recipe's, or the mean of what was tuned."""
+    """Strengths per component: the recipe's, or the mean of the tuned ones."""
     if not run.recipe.tunes:
         return {str(component): s for component, s in run.recipe.edit.strengths.items()}
     by_component: dict[str, list[float]] = {}
@@ -231,7 +231,7 @@ def _provenance(run: Run) -> Provenance:
 
 
 def prompt_origin(name: str, prompts: PromptSet) -> PromptOrigin:
-    """Where a prompt set came from; `name` is its kind and use."""
+    """The origin of a prompt set; `name` is its kind and use."""
     names = PromptOrigin.model_fields.keys() - {"name", "n"}
     fields = {field: getattr(prompts, field) for field in names}
     return PromptOrigin(name=name, n=len(prompts.prompts), **fields)

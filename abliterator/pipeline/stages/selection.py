@@ -32,7 +32,7 @@ def selection_of(run: Run) -> Selection | None:
 
 
 class SelectedLayers(NamedTuple):
-    """Where the removed directions come from.
+    """Layers and positions of the removed directions, and their number.
 
     Attributes:
         places: layer and position of each direction, in order of preference; one alone where all
