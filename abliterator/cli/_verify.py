@@ -83,12 +83,12 @@ def _checkpoint_text(proof: Verification, checkpoint: Path) -> str:
 
 
 def _adapter_text(proof: AdapterVerification, adapter: Path | None) -> str:
-    distance = "nothing" if proof.max_apart is None else f"at most {proof.max_apart:.2f} roundings"
+    apart = "nothing" if proof.max_apart is None else f"at most {proof.max_apart:.2f} roundings"
     leak = "not measured" if proof.max_leak is None else f"at most {proof.max_leak:.1e}"
     return "\n".join(
         [
             f"{adapter}: {'verified' if proof.ok else 'NOT the edit of the checkpoint'}",
-            f"merged     {proof.modules} modules, apart from the checkpoint: {distance}; leak {leak}",
+            f"merged     {proof.modules} modules, apart from the checkpoint: {apart}; leak {leak}",
             *(f"not ours   {name}" for name in proof.foreign),
             *(f"fault      {fault}" for fault in proof.faults),
         ]

@@ -1,7 +1,7 @@
 """Greedy decoding, the same for base and edited.
 
-A model's generation_config for sampling, penalties or lengths does not apply:
-two models are compared, so only the weights may differ.
+A model's generation_config for sampling, penalties or lengths does not apply: two models are
+compared, so only the weights may differ.
 """
 
 from __future__ import annotations

@@ -6,8 +6,8 @@
 
 One run at a time works in it. A stage is done when its marker names the key of its present inputs
 and every artefact has the hash that the marker says. Markers are written after the artefacts, both
-by renaming, so whatever interrupts a run, the next one redoes what was unfinished. An artefact
-is read through `artefact` or `digest`, which compare it with its marker first.
+by renaming, so whatever interrupts a run, the next one redoes what was unfinished. An artefact is
+read through `artefact` or `digest`, which compare it with its marker first.
 """
 
 from __future__ import annotations
