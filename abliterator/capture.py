@@ -1,7 +1,7 @@
 """Mean and spread of the residual stream over prompts, at every layer.
 
 Residual l (1 to n_layers) is the output of block l - 1. Prompts run in batches of equal token
-length, without padding, so a batch computes what its prompts would compute alone.
+length, without padding, so a batch gives the values of its prompts run alone.
 
     moments = capture(engine, token_ids)
     moments.mean[9 - 1]                             # mean residual at layer 9, float64
@@ -66,7 +66,7 @@ def save_moments(path: Path, moments: Mapping[str, MomentSet]) -> None:
 
 
 def load_moments(path: Path) -> dict[str, MomentSet]:
-    """Reads what `save_moments` wrote."""
+    """Reads the moments in a file of `save_moments`, by name."""
     tensors = load_file(path)
     names = {name.rpartition(".")[0] for name in tensors}
     return {

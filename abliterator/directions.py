@@ -2,7 +2,7 @@
 
 Reads moments of prompt sets and writes one artefact, directions.safetensors, with `directions`
 [L, H] (row l - 1 belongs to residual layer l) and `subspace` [H, k], or [L, H, k] where each block
-has one of its own. Models and weights are not known here.
+has one of its own. This module reads no model and no weights.
 
     directions = fit_directions(target, contrast)
     subspace = stack(directions, layers=(16, 15, 17))
@@ -38,7 +38,7 @@ class Directions:
 
 
 class Place(NamedTuple):
-    """The layer and token position that a direction was taken at.
+    """The layer and token position of a direction.
 
     Attributes:
         layer: residual layer, 1 .. L.
@@ -104,7 +104,7 @@ def fit_shuffled(
 
 
 def stack(directions: Directions, layers: Sequence[int]) -> Subspace:
-    """`stack_at` of layers at the one position there is."""
+    """`stack_at` of layers at one position."""
     return stack_at({-1: directions}, [Place(layer) for layer in layers])
 
 
@@ -118,18 +118,18 @@ def stack_at(directions: Mapping[int, Directions], places: Sequence[Place]) -> S
     Raises:
         DirectionError: if one has no length or depends on those before it; it names the place.
     """
-    chosen = torch.stack([directions[p.position].vectors[p.layer - 1] for p in places])
-    basis = orthonormal_basis(chosen, [f"layer {place}" for place in places])
+    vectors = torch.stack([directions[p.position].vectors[p.layer - 1] for p in places])
+    basis = orthonormal_basis(vectors, [f"layer {place}" for place in places])
     return Subspace(basis, tuple(place.layer for place in places))
 
 
 def per_layer(directions: Directions, layers: Sequence[int]) -> Subspace:
-    """Each block loses the direction of its own layer, or of the nearest of `layers`.
+    """A subspace for each block: the direction of its own layer, or of the nearest of `layers`.
 
     Args:
         directions: of L layers.
-        layers: those whose directions are used; layer i + 1 is what block i leaves, and of two
-            equally near the lower one serves.
+        layers: those whose directions are used; layer i + 1 is the output of block i, and of two
+            equally near the lower one is used.
 
     Returns:
         A basis [L, H, 1].
@@ -137,10 +137,12 @@ def per_layer(directions: Directions, layers: Sequence[int]) -> Subspace:
     Raises:
         DirectionError: if a direction has no length; it names the layer.
     """
-    one_each = {layer: stack(directions, [layer]).basis for layer in layers}
+    by_layer = {layer: stack(directions, [layer]).basis for layer in layers}
     n_layers = len(directions.vectors)
-    nearest = [min(layers, key=lambda at: (abs(at - block - 1), at)) for block in range(n_layers)]
-    return Subspace(torch.stack([one_each[layer] for layer in nearest]), tuple(layers))
+    nearest = [
+        min(layers, key=lambda layer: (abs(layer - block - 1), layer)) for block in range(n_layers)
+    ]
+    return Subspace(torch.stack([by_layer[layer] for layer in nearest]), tuple(layers))
 
 
 def within_layer(direction: Tensor, differences: Tensor) -> Tensor:
@@ -155,12 +157,12 @@ def within_layer(direction: Tensor, differences: Tensor) -> Tensor:
         as the differences have.
     """
     unit = torch.nn.functional.normalize(direction.double(), dim=0)
-    rest = differences.double()
-    rest = rest - (rest @ unit)[:, None] * unit
-    _, lengths, components = torch.linalg.svd(rest, full_matrices=False)
-    # what is left of a float32 number that should be 0 is no direction
-    real = lengths > DEPENDENT_BELOW * differences.double().norm()
-    return torch.cat([direction.double()[None], components[real]])
+    orthogonal = differences.double()
+    orthogonal = orthogonal - (orthogonal @ unit)[:, None] * unit
+    _, lengths, components = torch.linalg.svd(orthogonal, full_matrices=False)
+    # the rounding error of a float32 zero is no direction
+    is_nonzero = lengths > DEPENDENT_BELOW * differences.double().norm()
+    return torch.cat([direction.double()[None], components[is_nonzero]])
 
 
 def save_directions(path: Path, directions: Directions, subspace: Subspace) -> None:
@@ -171,7 +173,7 @@ def save_directions(path: Path, directions: Directions, subspace: Subspace) -> N
 
 
 def load_subspace(path: Path) -> Subspace:
-    """Reads `subspace` from a safetensors file, ours or anybody's, and makes it orthonormal.
+    """Reads `subspace` from any safetensors file, and makes its columns orthonormal.
 
     It is [H, k] for all blocks, or [L, H, k]: one for each block.
 
@@ -187,11 +189,13 @@ def load_subspace(path: Path) -> Subspace:
     except (OSError, SafetensorError) as error:
         raise DirectionError(f"Cannot read a subspace from {path}: {error}.") from error
     if columns is None or columns.ndim not in (2, 3) or not columns.is_floating_point():
-        seen = "" if columns is None else f", `subspace` as {columns.dtype} {list(columns.shape)}"
+        seen_shape = (
+            "" if columns is None else f", `subspace` as {columns.dtype} {list(columns.shape)}"
+        )
         raise DirectionError(
             f"{path} must hold a floating-point tensor `subspace` of shape [d_model, k], or "
             "[n_layers, d_model, k] with one subspace a block; it holds "
-            f"{', '.join(names) or 'nothing'}{seen}."
+            f"{', '.join(names) or 'nothing'}{seen_shape}."
         )
     if 0 in columns.shape:
         sizes = dict(zip(("n_layers", "d_model", "k")[-columns.ndim :], columns.shape, strict=True))
@@ -204,6 +208,6 @@ def _layers(metadata: dict[str, str]) -> tuple[int, ...]:
     try:
         layers = json.loads(metadata.get("layers", "[]"))
     except json.JSONDecodeError:
-        return ()  # the file is somebody else's, and the word means something else there
-    known = isinstance(layers, list) and all(isinstance(layer, int) for layer in layers)
-    return tuple(layers) if known else ()
+        return ()  # a file of another program, in which `layers` means something else
+    is_valid = isinstance(layers, list) and all(isinstance(layer, int) for layer in layers)
+    return tuple(layers) if is_valid else ()

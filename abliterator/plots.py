@@ -1,7 +1,7 @@
-"""Pictures of a selection, as PNG files that no eye needs to tell red from green for.
+"""Pictures of a selection as PNG files, readable with any colour vision.
 
-Numbers come in, pictures go out; nothing is known of what was chosen or why. Needs the extra
-`plots` (matplotlib), which is imported when something is drawn.
+This module takes numbers alone, and reads no record. It needs the extra `plots` (matplotlib), which
+is imported when something is drawn.
 
     draw_cosines(Path("cosines.png"), cosines, layers)
     draw_curves(Path("sweep.png"), [(8, -1), (9, -1)], {"KL, nats": [0.1, 0.2]}, chosen=(9,))
@@ -20,7 +20,7 @@ from abliterator.files import write_bytes_atomic
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-# Okabe & Ito (2008): told apart with any colour vision.
+# Okabe & Ito (2008): distinct with any colour vision.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00")
 MARKS = ("o", "s", "^", "x")
 CHOSEN = "#999999"
@@ -40,8 +40,8 @@ def draw_cosines(path: Path, cosines: Sequence[Sequence[float]], layers: Sequenc
     figure = Figure(figsize=(WIDTH, WIDTH * 0.8), layout="constrained")
     axes = figure.subplots()
     image = axes.imshow(cosines, vmin=-1, vmax=1, cmap="PuOr", origin="lower")
-    every = max(1, len(layers) // 12)
-    ticks = range(0, len(layers), every)
+    step = max(1, len(layers) // 12)
+    ticks = range(0, len(layers), step)
     axes.set_xticks(ticks, [str(layers[i]) for i in ticks])
     axes.set_yticks(ticks, [str(layers[i]) for i in ticks])
     axes.set(xlabel="layer", ylabel="layer", title="Cosines between the directions of layers")
@@ -73,13 +73,13 @@ def draw_curves(
         for i, position in enumerate(positions):
             points = [
                 (layer, value)
-                for (layer, at), value in zip(places, values, strict=True)
-                if at == position and value is not None
+                for (layer, value_position), value in zip(places, values, strict=True)
+                if value_position == position and value is not None
             ]
-            # one line: the panel's colour; several: told apart by colour and mark
-            look = {"color": colour, "marker": "o"} if len(positions) == 1 else _look(i)
+            # one line: the panel's colour; several: distinct in colour and mark
+            style = {"color": colour, "marker": "o"} if len(positions) == 1 else _style(i)
             axes.plot(
-                *zip(*points, strict=True), markersize=4, label=f"position {position}", **look
+                *zip(*points, strict=True), markersize=4, label=f"position {position}", **style
             )
         axes.set_ylabel(name)
         if name in RATES:
@@ -94,12 +94,12 @@ def draw_curves(
     _save(figure, path)
 
 
-def _look(i: int) -> dict[str, str]:
+def _style(i: int) -> dict[str, str]:
     return {"color": COLOURS[i % len(COLOURS)], "marker": MARKS[i // len(COLOURS) % len(MARKS)]}
 
 
 def _save(figure: Figure, path: Path) -> None:
-    """The same numbers give the same bytes: no date, no version."""
+    """Writes the PNG without date and version: the same numbers give the same bytes."""
     png = BytesIO()
     figure.savefig(png, format="png", dpi=150, metadata={"Software": None})
     write_bytes_atomic(path, png.getvalue())

@@ -1,4 +1,4 @@
-"""The command line: read, call, print.
+"""The command line: reads arguments, calls the packages, prints results.
 
 Results go to stdout (`--json` for machines), bars and notes to stderr. Exit codes: 0 done, 1 an
 error with a name, 2 usage, 130 interrupted. Nothing heavy is imported before a command runs.
@@ -34,7 +34,7 @@ class Group(click.Group):
     """Turns named errors into one paragraph and exit code 1; all else keeps its traceback."""
 
     def main(self, *args: Any, **kwargs: Any) -> Any:
-        """Runs the command line; what stdout or stderr cannot encode is printed as an escape."""
+        """Runs the command line; characters that the output cannot encode are escaped."""
         for stream in (sys.stdout, sys.stderr):
             if isinstance(stream, io.TextIOWrapper):
                 stream.reconfigure(errors="backslashreplace")

@@ -24,31 +24,33 @@ from abliterator.files import read_text
 )
 @JSON
 def bake(
-    recipe: Path | None, model: str | None, subspace: Path | None, as_json: bool, **where: Any
+    recipe: Path | None, model: str | None, subspace: Path | None, as_json: bool, **arguments: Any
 ) -> None:
     """Write the edited checkpoint: of RECIPE, or of --model and --subspace into --out."""
     from abliterator import pipeline
 
     if recipe is None:
-        edits = _bake_subspace(model, subspace, where)
-        place = where["out"]
+        edits = _bake_subspace(model, subspace, arguments)
+        checkpoint = arguments["out"]
     else:
         if model or subspace:
             raise click.UsageError("--model and --subspace are given instead of a RECIPE.")
-        read, out, options = read_recipe(recipe, **where)
-        pipeline.run_stages(read, out, until="bake", options=options, progress=Bars())
-        place = out / "checkpoint"
-        edits = json.loads(read_text(place / "abliterator" / "edits.json"))
-    show(edits, lambda edits: f"{place}: {len(edits)} tensors edited", as_json=as_json)
+        parsed, out, options = read_recipe(recipe, **arguments)
+        pipeline.run_stages(parsed, out, until="bake", options=options, progress=Bars())
+        checkpoint = out / "checkpoint"
+        edits = json.loads(read_text(checkpoint / "abliterator" / "edits.json"))
+    show(edits, lambda edits: f"{checkpoint}: {len(edits)} tensors edited", as_json=as_json)
 
 
-def _bake_subspace(model: str | None, subspace: Path | None, where: dict[str, Any]) -> list[Any]:
+def _bake_subspace(
+    model: str | None, subspace: Path | None, arguments: dict[str, Any]
+) -> list[Any]:
     from abliterator import pipeline
     from abliterator.recipe import load_edit
 
-    if not (model and subspace and where["out"]):
+    if not (model and subspace and arguments["out"]):
         raise click.UsageError("Give a RECIPE, or --model, --subspace and --out together.")
     edits = pipeline.bake_subspace(
-        model, subspace, where["out"], edit=load_edit(where["overrides"])
+        model, subspace, arguments["out"], edit=load_edit(arguments["overrides"])
     )
     return [edit.model_dump(mode="json") for edit in edits]

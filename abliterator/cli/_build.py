@@ -24,7 +24,7 @@ MEASURES = ("refusal", "compliance", "coherence", "truncated", "unscored")
     "--from", "published", help="In place of RECIPE: a published checkpoint, its folder or Hub id."
 )
 @JSON
-def build(recipe: Path | None, published: str | None, as_json: bool, **where: Any) -> None:
+def build(recipe: Path | None, published: str | None, as_json: bool, **arguments: Any) -> None:
     """Run the whole pipeline: RECIPE becomes OUT/checkpoint, measured, with its card.
 
     RECIPE is a recipe file, or the folder of an earlier run. With --from, the recipe of a published
@@ -37,11 +37,11 @@ def build(recipe: Path | None, published: str | None, as_json: bool, **where: An
         folder, path = None, recipe
     elif published is not None and recipe is None:
         folder = published_folder(published)
-        path, where["out"] = folder / RECIPE, where["out"] or Path("out") / "rebuilt"
+        path, arguments["out"] = folder / RECIPE, arguments["out"] or Path("out") / "rebuilt"
     else:
         raise click.UsageError("Give either a RECIPE or --from a published checkpoint.")
-    read, out, options = read_recipe(path, **where)
-    record = pipeline.build(read, out, options=options, progress=Bars())
+    parsed, out, options = read_recipe(path, **arguments)
+    record = pipeline.build(parsed, out, options=options, progress=Bars())
     show(record, lambda record: _record_text(record, out), as_json=as_json)
     if folder is not None:
         echo(_reproduction_text(pipeline.compare_rebuilt(folder, out / "checkpoint")), err=as_json)
@@ -57,8 +57,8 @@ def _record_text(record: RunRecord, out: Path) -> str:
         for measure in MEASURES if behaviour else ():
             sides = (getattr(behaviour, side) for side in ("base", "edited", "delta"))
             cells = [cell(getattr(s, measure)) for s in sides]
-            seen = behaviour.smallest_detectable.get(measure) if behaviour else None
-            cells[2] += f", {seen:.3f} detectable" if seen is not None else ""
+            detectable = behaviour.smallest_detectable.get(measure) if behaviour else None
+            cells[2] += f", {detectable:.3f} detectable" if detectable is not None else ""
             rows.append([f"{name} {measure}", *cells])
     for task, result in record.benchmarks.items():
         estimates = (result.base, result.edited, result.delta)
@@ -67,10 +67,10 @@ def _record_text(record: RunRecord, out: Path) -> str:
     lines += _unscored(record)
     kl = record.divergence.kl_first_token if record.divergence else None
     lines.append(f"first-token KL on neutral prompts, nats: {cell(kl)}")
-    judged = record.judge.model or record.judge.kind if record.judge else "nobody"
+    judge = record.judge.model or record.judge.kind if record.judge else "nobody"
     for other, rate in record.judge.disagreement.items() if record.judge else ():
         lines.append(f"the judge disagrees with {other} on: {cell(rate)}")
-    lines.append(f"judged by: {judged}")
+    lines.append(f"judged by: {judge}")
     return "\n".join(lines)
 
 
@@ -88,8 +88,8 @@ def _unscored(record: RunRecord) -> list[str]:
 
 def _reproduction_text(rebuilt: Reproduction) -> str:
     """How a rebuilt checkpoint compares with the published one."""
-    whole = rebuilt.same + len(rebuilt.different)
-    lines = [f"{rebuilt.same} of {whole} edited tensors are the published ones to the last bit"]
+    total = rebuilt.same + len(rebuilt.different)
+    lines = [f"{rebuilt.same} of {total} edited tensors are the published ones to the last bit"]
     if rebuilt.different:
         lines.append(f"different   {', '.join(rebuilt.different[:3])}...")
         lines += [f"published, rebuilt   {reason}" for reason in rebuilt.reasons]

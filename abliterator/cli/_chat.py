@@ -54,48 +54,48 @@ def chat(
     if sys.stdin.isatty():
         converse(session)
         return
-    for prompt in _piped():
+    for prompt in _stdin_prompts():
         for side in session.models if prompt else ():
-            say(session, side, prompt, ())
+            print_answer(session, side, prompt, ())
 
 
 def converse(session: ChatSession) -> None:
-    """A conversation with each side, until the end of input."""
+    """Holds a conversation with each side, until the end of input."""
     before: dict[Side, list[tuple[str, str]]] = {side: [] for side in session.models}
-    for prompt in _typed():
+    for prompt in _typed_prompts():
         for side, turns in before.items():
             if not prompt:
                 turns.clear()
                 continue
             answers: list[str] = []
             try:
-                say(session, side, prompt, turns, answers.append)
+                print_answer(session, side, prompt, turns, answers.append)
             except KeyboardInterrupt:
                 echo(" (stopped)")
             turns.append((prompt, "".join(answers)))
 
 
-def say(
+def print_answer(
     session: ChatSession,
     side: Side,
     prompt: str,
     before: Turns,
     on_answer: Callable[[str], None] = lambda answer: None,
 ) -> None:
-    """One answer on stdout as it comes; `on_answer` is given it without its thinking."""
+    """Prints one answer as it is generated; calls `on_answer` with it, without its thinking."""
 
-    def tell(text: str) -> None:
+    def print_text(text: str) -> None:
         echo(text, nl=False)
         sys.stdout.flush()
 
     if len(session.models) > 1:
         click.secho(f"{side}: ", nl=False, bold=True)
-    session.answer(side, prompt, before, tell, on_answer)
+    session.answer(side, prompt, before, print_text, on_answer)
     echo()
 
 
-def _piped() -> Iterator[str]:
-    """Every line of stdin, which is UTF-8 as files are, whatever the locale."""
+def _stdin_prompts() -> Iterator[str]:
+    """Every line of stdin, read as UTF-8 in every locale."""
     _read_stdin_as("utf-8-sig")
     for number, line in enumerate(sys.stdin, start=1):
         yield _prompt(line, f"Line {number} of the standard input")
@@ -115,8 +115,8 @@ def _read_stdin_as(encoding: str | None) -> None:
         sys.stdin.reconfigure(encoding=encoding, errors="surrogateescape")
 
 
-def _typed() -> Iterator[str]:
-    """What is typed, line by line; Ctrl-C drops a line, and so does what is no text."""
+def _typed_prompts() -> Iterator[str]:
+    """The lines that are typed, without those that Ctrl-C stops or that are not text."""
     _read_stdin_as(None)
     with suppress(ImportError):
         import readline  # noqa: F401  lines can then be edited

@@ -50,7 +50,7 @@ def compare(
     device: str,
     dtype: str,
     as_json: bool,
-    **asked: Any,
+    **judge_options: Any,
 ) -> None:
     """Compare two checkpoints: how they differ, and what that does.
 
@@ -61,7 +61,7 @@ def compare(
     from abliterator.benchmarks import RunSettings
     from abliterator.checkpoint import Checkpoint
     from abliterator.comparison import CompareSettings, to_markdown
-    from abliterator.comparison import compare as compared
+    from abliterator.comparison import compare as compare_checkpoints
     from abliterator.evaluation import DivergenceSettings
     from abliterator.pipeline import Options
     from abliterator.prompts import load_prompts
@@ -69,7 +69,7 @@ def compare(
 
     sets = {"target": target, "neutral": neutral}
     folder, options = _folder(base), Options(device=device, dtype=dtype)
-    computed = options.compute_dtype(Checkpoint.open(folder))
+    dtype_of_computation = options.compute_dtype(Checkpoint.open(folder))
     settings = CompareSettings(
         prompts={
             name: load_prompts(name, Source(path=path, limit=limit)).prompts
@@ -82,13 +82,13 @@ def compare(
         benchmarks=RunSettings(
             section=Benchmarks(preset=None, limit=task_limit),
             device=options.compute_device,
-            dtype=computed,
+            dtype=dtype_of_computation,
         ),
     )
     bars = Bars()
-    judge = _judge(bars, **asked)
+    judge = _judge(bars, **judge_options)
     with tempfile.TemporaryDirectory(prefix="abliterator-") as scratch:
-        comparison = compared(
+        comparison = compare_checkpoints(
             folder,
             _folder(edited),
             settings,
@@ -101,7 +101,7 @@ def compare(
 
 
 def _judge(bars: Bars, **arguments: Any) -> Judge:
-    """The judge that the command line names, whose key is there before any model answers."""
+    """The judge that the options name, after checking that its key is set."""
     from abliterator.judge import cache_folder
     from abliterator.pipeline import judge_of, note_plain_http, require_key
 
@@ -123,10 +123,10 @@ def _folder(model: str) -> Path:
 def _tasks(names: str) -> list[Task]:
     from abliterator.benchmarks import PRESETS, preset_tasks, resolve_tasks
 
-    asked = [
+    requests = [
         request
         for name in names.split(",")
         if name
         for request in (preset_tasks(name) if name in PRESETS else [name])
     ]
-    return resolve_tasks(asked, folder=Path.cwd()) if asked else []
+    return resolve_tasks(requests, folder=Path.cwd()) if requests else []

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     help="Write the result, for `judge.calibration` of a recipe: its record and card carry it.",
 )
 @JSON
-def judge_calibrate(labelled: Path, out: Path | None, as_json: bool, **asked: Any) -> None:
+def judge_calibrate(labelled: Path, out: Path | None, as_json: bool, **judge_options: Any) -> None:
     """Measure a judge against human labels.
 
     LABELLED has one JSON object a line: prompt, response, label (0, 0.5 or 1). An API judge is set
@@ -35,7 +35,7 @@ def judge_calibrate(labelled: Path, out: Path | None, as_json: bool, **asked: An
     from abliterator.pipeline import judge_of, note_plain_http
 
     # an earlier calibration that the recipe names is not part of this one
-    settings = read_judge(**asked).model_copy(update={"calibration": None})
+    settings = read_judge(**judge_options).model_copy(update={"calibration": None})
     rows = load_labelled(labelled)
     note_plain_http(settings, Bars())
     with Bars().bar("verdicts", len(rows)) as advance:

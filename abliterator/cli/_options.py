@@ -70,12 +70,12 @@ BASE = click.option(
 
 def computing_arguments(command: Command) -> Command:
     """Adds --device and --dtype to a command."""
-    return _decorated(command, COMPUTING)
+    return _decorate(command, COMPUTING)
 
 
 def judge_arguments(command: Command) -> Command:
     """Adds --judge, --recipe and --set to a command."""
-    return _decorated(command, JUDGE)
+    return _decorate(command, JUDGE)
 
 
 def read_judge(
@@ -98,12 +98,12 @@ def recipe_arguments(*, required: bool = True) -> Callable[[Command], Command]:
     )
 
     def decorate(command: Command) -> Command:
-        return _decorated(command, (argument, *WHERE))
+        return _decorate(command, (argument, *WHERE))
 
     return decorate
 
 
-def _decorated(command: Command, decorators: Sequence[Callable[[Command], Command]]) -> Command:
+def _decorate(command: Command, decorators: Sequence[Callable[[Command], Command]]) -> Command:
     for decorator in reversed(decorators):
         command = decorator(command)
     return command
@@ -131,7 +131,7 @@ def read_recipe(
 
 
 class BuildFolders(NamedTuple):
-    """What `verify` and `publish` read."""
+    """The folders and files that `verify` and `publish` read."""
 
     base: Path
     checkpoint: Path
@@ -156,9 +156,9 @@ def build_folders(out: Path, base: str | None) -> BuildFolders:
             f"{out} is neither the folder of a build nor a checkpoint that abliterator made."
         )
     record = out / RECORD
-    known = RunRecord.model_validate_json(read_text(record)).model if record.is_file() else None
-    if base is None and (known is None or known.revision is None):
+    recorded = RunRecord.model_validate_json(read_text(record)).model if record.is_file() else None
+    if base is None and (recorded is None or recorded.revision is None):
         raise OutputError(f"{out} does not say where its base is: give it with --base.")
-    model, revision = (known.id, known.revision) if known else ("", None)
+    model, revision = (recorded.id, recorded.revision) if recorded else ("", None)
     source = resolve_folder(base or model, revision=None if base else revision)
     return BuildFolders(source.folder, out, None, None)

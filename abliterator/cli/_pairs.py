@@ -36,25 +36,25 @@ def pairs(spec: Path, out: Path, overrides: tuple[str, ...], as_json: bool) -> N
     from abliterator.recipe import load_pairs
     from abliterator.server import warn_of_plain_http
 
-    asked = load_pairs(spec, overrides=overrides)
-    server = asked.server
+    settings = load_pairs(spec, overrides=overrides)
+    server = settings.server
     if warning := warn_of_plain_http(server.base_url, server.api_key_env, name="server.base_url"):
         Bars().note(warning)
-    require_ours(out, asked)
-    length = _length(asked.tokenizer)
-    with Bars().bar("pairs", asked.per_category * len(asked.categories)) as advance:
-        made = make_pairs(
-            asked,
+    require_ours(out, settings)
+    length = _length(settings.tokenizer)
+    with Bars().bar("pairs", settings.per_category * len(settings.categories)) as advance:
+        pairs_made = make_pairs(
+            settings,
             cache=cache_beside(out),
             length=length,
             on_kept=lambda new, spent: advance(new, status=spent),
         )
-    save_pairs(out, made, asked, length)
+    save_pairs(out, pairs_made, settings, length)
     if as_json:
-        counts = {name: len(kept) for name, kept in made.pairs.items()}
-        echo(json.dumps({**made._asdict(), "pairs": counts}, indent=1))
+        counts = {name: len(of_side) for name, of_side in pairs_made.pairs.items()}
+        echo(json.dumps({**pairs_made._asdict(), "pairs": counts}, indent=1))
     else:
-        echo(_pairs_text(made, out, length))
+        echo(_pairs_text(pairs_made, out, length))
 
 
 def _length(tokenizer: str | None) -> Length:
@@ -65,16 +65,17 @@ def _length(tokenizer: str | None) -> Length:
     from abliterator.model import load_tokenizer
     from abliterator.source import tokenizer_folder
 
-    tokens = load_tokenizer(tokenizer_folder(tokenizer))
-    return Length("tokens", lambda text: len(tokens.encode(text, add_special_tokens=False)))
+    loaded = load_tokenizer(tokenizer_folder(tokenizer))
+    return Length("tokens", lambda text: len(loaded.encode(text, add_special_tokens=False)))
 
 
-def _pairs_text(made: Made, out: Path, length: Length) -> str:
+def _pairs_text(pairs_made: Made, out: Path, length: Length) -> str:
     """What was made, in a few lines."""
-    kept = ", ".join(f"{len(of_it)} {name}" for name, of_it in made.pairs.items())
-    dropped = ", ".join(f"{n} ({reason})" for reason, n in made.dropped.items()) or "none"
-    spent = f"{made.calls} calls" + (f", ${made.usd:.4f}" if made.usd else "")
+    sizes = ", ".join(f"{len(of_side)} {name}" for name, of_side in pairs_made.pairs.items())
+    dropped = ", ".join(f"{n} ({reason})" for reason, n in pairs_made.dropped.items()) or "none"
+    spent = f"{pairs_made.calls} calls" + (f", ${pairs_made.usd:.4f}" if pairs_made.usd else "")
+    servers = ", ".join(pairs_made.served) or "a model without a name"
     return (
-        f"{out}: pairs {kept}; lengths matched in {length.unit}\n"
-        f"dropped: {dropped}\nby {', '.join(made.served) or 'a model without a name'}: {spent}"
+        f"{out}: pairs {sizes}; lengths matched in {length.unit}\n"
+        f"dropped: {dropped}\nby {servers}: {spent}"
     )

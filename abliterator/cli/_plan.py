@@ -1,4 +1,4 @@
-"""`abliterator plan`: what a recipe, or an edit of a model, would do."""
+"""`abliterator plan`: prints the plan of a recipe, or of an edit of a model."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 @SET
 @JSON
 def plan(recipe_or_model: str, out: Path, overrides: tuple[str, ...], as_json: bool) -> None:
-    """Tell what a recipe, or the default edit of a model, would do; read headers only."""
+    """Show what a recipe, or the default edit of a model, would do; read headers only."""
     from abliterator import pipeline
     from abliterator.recipe import load_edit, load_recipe
 
@@ -47,14 +47,14 @@ def plan_text(plan: Plan) -> str:
         f"model        {summary['model']} ({summary['model_type']}, {summary['n_layers']} layers, "
         f"d_model {summary['d_model']})",
         *([f"layers       {summary['layers']}, k = {summary['k']}"] if summary["k"] else []),
-        *([_selecting(summary, plan.selection)] if plan.selection else []),
-        *([_tuning(plan.tuning)] if plan.tuning else []),
+        *([_selection_line(summary, plan.selection)] if plan.selection else []),
+        *([_tuning_line(plan.tuning)] if plan.tuning else []),
         *(
-            f"writers      {_writers(component, counts, summary)}"
+            f"writers      {_writers_text(component, counts, summary)}"
             for component, counts in summary["writers"].items()
         ),
         f"edit         {edited or 'nothing'} tensors; {summary['untouched_tensors']} untouched",
-        *_storage(summary),
+        *_storage_lines(summary),
         f"bytes        read {size['read']}, edited {size['edited']}, written {size['written']}; "
         f"{size['free']} free",
         f"memory       {memory['bake']} to bake, beside Python's and torch's own; where the model "
@@ -74,7 +74,7 @@ def _size(count: int) -> str:
     return f"{count} bytes"
 
 
-def _writers(component: str, counts: Mapping[str, int], summary: Mapping[str, Any]) -> str:
+def _writers_text(component: str, counts: Mapping[str, int], summary: Mapping[str, Any]) -> str:
     where = f" in {counts['blocks']} of {summary['n_layers']} blocks" if counts["blocks"] else ""
     if component == "embedding" and summary["tied_embeddings"]:
         where = ", the output head too (tied)"
@@ -84,23 +84,21 @@ def _writers(component: str, counts: Mapping[str, int], summary: Mapping[str, An
     return f"{component}: {tensors}{where}{experts}; {edited} edited"
 
 
-def _storage(summary: Mapping[str, Any]) -> list[str]:
+def _storage_lines(summary: Mapping[str, Any]) -> list[str]:
     lines = [f"stored as    {', '.join(f'{n} {name}' for name, n in summary['formats'].items())}"]
     if summary["through_gains"]:
         lines.append(
             f"norms        {summary['through_gains']} edits go through the gain of a norm that "
             "follows"
         )
-    for stored in summary["quantised"]:
-        lines.append(
-            f"quantised    {stored['tensors']} tensors: {stored['format']}; {stored['way']}:"
-        )
-        lines += [_way(way, stored[way]) for way in ("keep", "dequantize")]
+    for entry in summary["quantised"]:
+        lines.append(f"quantised    {entry['tensors']} tensors: {entry['format']}; {entry['way']}:")
+        lines += [_storage_cost(way, entry[way]) for way in ("keep", "dequantize")]
     lines += [f"left alone   {n} tensors: {label}" for label, n in summary["left_alone"].items()]
     return lines if summary["formats"] else lines[1:]
 
 
-def _way(way: str, cost: Mapping[str, Any]) -> str:
+def _storage_cost(way: str, cost: Mapping[str, Any]) -> str:
     size = _size(cost["bytes"])
     if cost["leak"] is None:
         return f"             {way}: {size} of weights; leak and noise not measured before"
@@ -110,19 +108,19 @@ def _way(way: str, cost: Mapping[str, Any]) -> str:
     )
 
 
-def _selecting(summary: Mapping[str, Any], cost: Mapping[str, int]) -> str:
+def _selection_line(summary: Mapping[str, Any], cost: Mapping[str, int]) -> str:
     n = cost["candidates"]
-    what = f"sweep of {n} layers" if n else f"the first of {summary['layers']}"
+    scope = f"sweep of {n} layers" if n else f"the first of {summary['layers']}"
     places = " at every position after the prompt" if cost["every_position"] else ""
-    grown = f", k found with {cost['stacks']} sizes" if cost["stacks"] else ""
+    sizes = f", k found with {cost['stacks']} sizes" if cost["stacks"] else ""
     answers = f"about {cost['answers']} answers, {cost['tokens']} tokens in all"
     return (
-        f"selection    {what}{places}{grown}; at most {cost['judged']} candidates judged on up to "
+        f"selection    {scope}{places}{sizes}; at most {cost['judged']} candidates judged on up to "
         f"{cost['prompts']} prompts: {answers}"
     )
 
 
-def _tuning(cost: Mapping[str, int]) -> str:
+def _tuning_line(cost: Mapping[str, int]) -> str:
     return (
         f"tuning       {cost['steps']} steps by gradients; {cost['trials']} trials judged, each on "
         f"{cost['answers_a_trial']} answers of {cost['tokens']} tokens at most"

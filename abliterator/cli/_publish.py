@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 @click.argument("out", type=click.Path(exists=True, file_okay=False, path_type=Path))
 @click.option("--repo-id", help="Repository for the checkpoint: NAME or NAMESPACE/NAME.")
 @click.option("--adapter-repo-id", help="Repository for the adapter, which is never the same.")
-@click.option("--dry-run", is_flag=True, help="Verify, tell what would be uploaded, and stop.")
+@click.option("--dry-run", is_flag=True, help="Verify, show what would be uploaded, and stop.")
 @click.option("--public", is_flag=True, help="Make it public at the end.  [default: private]")
 @click.option(
     "--gated",
@@ -55,23 +55,23 @@ def publish(
     if repo_id == adapter_repo_id:
         raise click.UsageError("Give --repo-id, --adapter-repo-id, or both, each its own name.")
     folders = build_folders(out, base)
-    where = hub.Target(repo_id or adapter_repo_id, **target)  # type: ignore[arg-type]
+    hub_target = hub.Target(repo_id or adapter_repo_id, **target)  # type: ignore[arg-type]
     checkpoint = hub.plan_publish(
-        folders.base, folders.checkpoint, where, subspace=folders.subspace
+        folders.base, folders.checkpoint, hub_target, subspace=folders.subspace
     )
     plans = [checkpoint] if repo_id is not None else []
     if adapter_repo_id is not None:
-        place = folders.adapter or out / "adapter"
-        where = replace(where, repo_id=adapter_repo_id)
-        plans.append(hub.plan_adapter(checkpoint, place, where))
-    _carry_out(plans, dry_run=dry_run, as_json=as_json)
+        adapter = folders.adapter or out / "adapter"
+        hub_target = replace(hub_target, repo_id=adapter_repo_id)
+        plans.append(hub.plan_adapter(checkpoint, adapter, hub_target))
+    _publish_plans(plans, dry_run=dry_run, as_json=as_json)
     if adapter_repo_id is None and folders.adapter is not None and folders.adapter.is_dir():
         echo(
             f"{folders.adapter} is not part of this: --adapter-repo-id NAME publishes it", err=True
         )
 
 
-def _carry_out(plans: list[PublishPlan], *, dry_run: bool, as_json: bool) -> None:
+def _publish_plans(plans: list[PublishPlan], *, dry_run: bool, as_json: bool) -> None:
     """Prints the plans, and publishes one after the other; JSON is one object for each."""
     from abliterator import publish as hub
 
@@ -83,10 +83,10 @@ def _carry_out(plans: list[PublishPlan], *, dry_run: bool, as_json: bool) -> Non
     if as_json:
         echo(json.dumps(results[0] if len(results) == 1 else results, indent=1))
     elif not dry_run:
-        for done in results:
+        for result in results:
             echo(
-                f"{done['url']}: {'public' if done['public'] else 'private'}, commit "
-                f"{done['commit'][:12]}, {len(done['uploaded'])} files sent"
+                f"{result['url']}: {'public' if result['public'] else 'private'}, commit "
+                f"{result['commit'][:12]}, {len(result['uploaded'])} files sent"
             )
 
 

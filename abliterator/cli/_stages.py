@@ -12,15 +12,15 @@ from abliterator.cli._terminal import Bars, echo
 
 
 def _stage_command(stage: str, help_text: str) -> click.Command:
-    """The command of one stage: it runs what the stage needs, then the stage."""
+    """The command of one stage: it runs the stages before it, then the stage."""
 
     @click.command(name=stage, help=help_text)
     @recipe_arguments()
-    def command(recipe: Path, **where: Any) -> None:
+    def command(recipe: Path, **arguments: Any) -> None:
         from abliterator import pipeline
 
-        read, out, options = read_recipe(recipe, **where)
-        pipeline.run_stages(read, out, until=stage, options=options, progress=Bars())
+        parsed, out, options = read_recipe(recipe, **arguments)
+        pipeline.run_stages(parsed, out, until=stage, options=options, progress=Bars())
         echo(out)
 
     return command

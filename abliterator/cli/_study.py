@@ -45,7 +45,7 @@ def study(
     layers: tuple[int, ...] | None,
     alphas: tuple[float, ...] | None,
     as_json: bool,
-    **where: Any,
+    **arguments: Any,
 ) -> None:
     r"""Measure the choices behind RECIPE; tables go to stdout and OUT/work/studies.
 
@@ -59,8 +59,8 @@ def study(
     from abliterator import pipeline
     from abliterator.study import to_markdown
 
-    read, out, options = read_recipe(recipe, **where)
-    chosen = {"alphas": alphas} if alphas else {}
-    asked = pipeline.StudySettings(limit=limit, tokens=tokens, layers=layers, **chosen)
-    found = pipeline.run_study(name, read, out, asked, options=options, progress=Bars())
-    show(found, to_markdown, as_json=as_json)
+    parsed, out, options = read_recipe(recipe, **arguments)
+    chosen_alphas = {"alphas": alphas} if alphas else {}
+    settings = pipeline.StudySettings(limit=limit, tokens=tokens, layers=layers, **chosen_alphas)
+    result = pipeline.run_study(name, parsed, out, settings, options=options, progress=Bars())
+    show(result, to_markdown, as_json=as_json)

@@ -1,4 +1,4 @@
-"""`abliterator sweep`: layers, positions and k, and on what evidence they were chosen."""
+"""`abliterator sweep`: layers, positions and k, with the measurements that chose them."""
 
 from __future__ import annotations
 
@@ -20,20 +20,21 @@ COLUMNS = ("bypass", "KL", "induce", "prompts", "compliance", "coherence", "prod
 @click.command()
 @recipe_arguments()
 @JSON
-def sweep(recipe: Path, as_json: bool, **where: Any) -> None:
+def sweep(recipe: Path, as_json: bool, **arguments: Any) -> None:
     """Choose layers, positions and k by measurement.
 
     For a RECIPE with `layers: sweep`, `directions: {position: sweep}` or `k: auto`.
     """
     from abliterator import pipeline
 
-    read, out, options = read_recipe(recipe, **where)
-    if not read.selects:
+    parsed, out, options = read_recipe(recipe, **arguments)
+    if not parsed.selects:
         raise RecipeError(
-            f"The recipe names its layers ({', '.join(map(str, read.layers))}) and k ({read.k}), "
-            f"so there is nothing to choose. Ask with --set layers=sweep, --set k=auto, or both."
+            f"The recipe names its layers ({', '.join(map(str, parsed.layers))}) and k "
+            f"({parsed.k}), so there is nothing to choose. Ask with --set layers=sweep, --set "
+            "k=auto, or both."
         )
-    pipeline.run_stages(read, out, until="selection", options=options, progress=Bars())
+    pipeline.run_stages(parsed, out, until="selection", options=options, progress=Bars())
     selection = Selection.model_validate_json(read_text(out / "work" / "sweep.json"))
     show(selection, _selection_text, as_json=as_json)
 
@@ -43,29 +44,34 @@ def _selection_text(selection: Selection) -> str:
     base, candidates, stacks = selection.base, selection.candidates, selection.stacks
     at_last_token = {c.position for c in candidates} <= {-1}
     table = [["layer", "position", *COLUMNS]]
-    table.append(["base", "", f"{base.bypass:.3f}", "", "", *_judged(base.answers)])
+    table.append(["base", "", f"{base.bypass:.3f}", "", "", *_answer_cells(base.answers)])
     for c in candidates:
         stopped = " ".join(f"({gate})" for gate in c.stopped_by)
         scores = [f"{score:.3f}" for score in (c.bypass, c.kl, c.induce)]
-        judged = [stopped, "", "", ""] if stopped else _judged(c.answers)
+        judged = [stopped, "", "", ""] if stopped else _answer_cells(c.answers)
         table.append([str(c.layer), str(c.position), *scores, *judged])
     lines = terminal_table([[row[0], *row[2:]] for row in table] if at_last_token else table, ">")
     if stacks:
         rows = [["k", "KL", *COLUMNS[3:], "product, random", "product, shuffled labels"]]
         for s in stacks:
-            controls = [_control(s.random, s.random_kl), _control(s.shuffled, s.shuffled_kl)]
-            rows.append([str(s.k), f"{s.kl:.3f}", *_judged(s.answers), *controls])
+            controls = [
+                _control_cell(s.random, s.random_kl),
+                _control_cell(s.shuffled, s.shuffled_kl),
+            ]
+            rows.append([str(s.k), f"{s.kl:.3f}", *_answer_cells(s.answers), *controls])
         lines += ["", *terminal_table(rows, ">")]
     places = zip(selection.layers, selection.positions, strict=True)
-    named = [str(layer) if at == -1 else f"{layer} at {at}" for layer, at in places]
+    place_names = [
+        str(layer) if position == -1 else f"{layer} at {position}" for layer, position in places
+    ]
     structure, k = selection.structure, selection.k
     first = min(len(stacks[-1].layers), k) if stacks else k
-    lines += ["", f"chosen: layers {', '.join(named[:first])}; k = {k}: {selection.why}"]
+    lines += ["", f"chosen: layers {', '.join(place_names[:first])}; k = {k}: {selection.why}"]
     lines.append(f"{structure.verdict}: {structure.because}")
     return "\n".join(lines)
 
 
-def _judged(answers: AnswerSummary | None) -> list[str]:
+def _answer_cells(answers: AnswerSummary | None) -> list[str]:
     if answers is None:
         return ["", "", "", ""]
     means = (answers.compliance, answers.coherence, answers.product)
@@ -73,7 +79,7 @@ def _judged(answers: AnswerSummary | None) -> list[str]:
     return [str(n), *(cell(mean and mean.value) for mean in means)]
 
 
-def _control(answers: AnswerSummary | None, kl: float | None) -> str:
+def _control_cell(answers: AnswerSummary | None, kl: float | None) -> str:
     if answers is None:
         return ""
-    return _judged(answers)[-1] + ("" if kl is None else f" (KL {kl:.3f})")
+    return _answer_cells(answers)[-1] + ("" if kl is None else f" (KL {kl:.3f})")

@@ -1,4 +1,4 @@
-"""Output of the command line: text made harmless, results, and progress bars."""
+"""Output of the command line: escaped text, results, and progress bars."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class Bars:
     """Draws the pipeline's progress on stderr."""
 
     def stage(self, name: str, *, done: bool) -> None:
-        """One line a stage."""
+        """Prints one line a stage."""
         echo(f"{name}{' (done before)' if done else ''}", err=True)
 
     @contextmanager
@@ -59,8 +59,8 @@ class Bars:
         """A tqdm bar that vanishes when it is full; none where stderr is a file."""
         from tqdm import tqdm
 
-        label, here = f"  {printable(label)}", sys.stderr
-        with tqdm(total=total, desc=label, leave=False, file=here, disable=None) as bar:
+        label, stream = f"  {printable(label)}", sys.stderr
+        with tqdm(total=total, desc=label, leave=False, file=stream, disable=None) as bar:
 
             def advance(amount: int, *, status: str = "") -> None:
                 if status:
@@ -70,5 +70,5 @@ class Bars:
             yield advance
 
     def note(self, text: str) -> None:
-        """A line of its own."""
+        """Prints a note on a line of its own."""
         echo(text, err=True)

@@ -1,4 +1,4 @@
-"""`abliterator verify`: the proof that a checkpoint is its base but for the edits."""
+"""`abliterator verify`: proves that a checkpoint is its base with the edits, and nothing else."""
 
 from __future__ import annotations
 

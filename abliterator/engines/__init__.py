@@ -1,8 +1,8 @@
-"""A model that can be asked: hidden states, greedy answers, log-probabilities along answers.
+"""Engines: hidden states, greedy answers, and log-probabilities along answers of a model.
 
-`Engine` is the protocol, and `TransformersEngine` its implementation in this process. Whatever runs
-the model lies behind it: module paths, stop tokens, device and dtype, padding, caches and hooks.
-Every question can be asked under an edit, or under several, one a row of a batch.
+`Engine` is the protocol, and `TransformersEngine` its implementation in this process. It hides
+how the model runs: module paths, stop tokens, device and dtype, padding, caches and hooks. Every
+method also works under an edit, or under several, one for each row of a batch.
 
     engine = TransformersEngine(load_model(folder, device="cpu", dtype="float32"))
     with engine.edited(WriterEdit(plan, basis)):

@@ -1,4 +1,4 @@
-"""Edits as data: what is removed from, or added to, a model while it runs."""
+"""Run-time edits as data: removals and additions in the residual stream."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class WriterEdit:
-    """The edit that is baked, at run time: h <- h - s Q Qᵀ h on what every planned writer writes.
+    """The baked edit at run time: h <- h - s Q Qᵀ h on the output of every planned writer.
 
     Attributes:
         plan: which matrices that write the residual stream are edited, and how strongly.

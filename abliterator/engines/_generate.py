@@ -1,7 +1,7 @@
 """Greedy decoding, the same for base and edited.
 
-What a model's own generation_config says about sampling, penalties or lengths does not apply here:
-two models are compared, so only the weights may differ.
+A model's generation_config for sampling, penalties or lengths does not apply: two models are
+compared, so only the weights may differ.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedModel
     from transformers.generation.streamers import BaseStreamer
 
-# tokens of an answer by which padding is tried: one from the prompt, then from its cache
+# tokens of an answer on which padding is tested: one from the prompt, then from its cache
 PROBED = 3
 
 
@@ -44,17 +44,17 @@ def stop_ids(loaded: LoadedModel) -> tuple[int, ...]:
 
     Take them from the base and give them to both sides.
     """
-    found: set[int] = set()
-    config = loaded.model.config  # of a model that also sees, the language model has one of its own
+    ids: set[int] = set()
+    config = loaded.model.config  # in a multimodal model, the language model has a separate one
     for declared in (
         loaded.model.generation_config.eos_token_id,
         *(getattr(part, "eos_token_id", None) for part in (config, config.get_text_config())),
         loaded.tokenizer.eos_token_id,
     ):
-        found.update(
+        ids.update(
             declared if isinstance(declared, list) else [] if declared is None else [declared]
         )
-    return tuple(sorted(found))
+    return tuple(sorted(ids))
 
 
 def generate(
@@ -107,7 +107,7 @@ def generate(
         prefix = Prefix(by_row=by_row)
     run = partial(_continuations, loaded, prompts, prefix=prefix)
     splitter = Splitter(loaded.tokenizer)
-    with _only(loaded.model, _greedy(loaded, max_new_tokens, stop_ids)):
+    with _with_config(loaded.model, _greedy(loaded, max_new_tokens, stop_ids)):
         batches = _batches(loaded, prompts, batch_size, prefix)
         for batch, rows in run_batches(batches, run):
             for index, row in zip(batch, rows, strict=True):
@@ -126,21 +126,21 @@ def stream(
     on_text: Callable[[str], None],
     on_end: Callable[[Answer], None] = lambda answer: None,
 ) -> None:
-    """The answer that `generate` gives to one prompt, told piece by piece as it comes.
+    """Generates the answer of `generate` to one prompt, and passes it on piece by piece.
 
     Args:
         loaded: the model.
         prompt: token ids of a rendered prompt.
         max_new_tokens: at most this many.
-        stop_ids: tokens that end the answer; they are not told.
-        on_text: hears each piece; together they are the text without special tokens.
-        on_end: is given the answer as far as it came, also when Ctrl-C stopped it.
+        stop_ids: tokens that end the answer; they are not passed on.
+        on_text: called with each piece; together they are the text without special tokens.
+        on_end: called with the answer so far, also when Ctrl-C stopped it.
     """
     from transformers import TextStreamer
 
     tokens: list[int] = []
 
-    class Teller(TextStreamer):  # type: ignore[misc]
+    class Streamer(TextStreamer):  # type: ignore[misc]
         def put(self, value: torch.Tensor) -> None:
             if not self.next_tokens_are_prompt:
                 tokens.append(int(value.item()))
@@ -150,10 +150,10 @@ def stream(
         def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
             on_text(text)
 
-    teller = Teller(loaded.tokenizer, skip_prompt=True, skip_special_tokens=True)
+    streamer = Streamer(loaded.tokenizer, skip_prompt=True, skip_special_tokens=True)
     try:
-        with _only(loaded.model, _greedy(loaded, max_new_tokens, stop_ids)):
-            _continuations(loaded, [prompt], [0], prefix=Prefix(), streamer=teller)
+        with _with_config(loaded.model, _greedy(loaded, max_new_tokens, stop_ids)):
+            _continuations(loaded, [prompt], [0], prefix=Prefix(), streamer=streamer)
     finally:
         on_end(_answer(Splitter(loaded.tokenizer), prompt, tokens, stop_ids))
 
@@ -170,24 +170,24 @@ def _greedy(loaded: LoadedModel, max_new_tokens: int, stop_ids: Sequence[int]) -
 
 
 def _pad_id(loaded: LoadedModel, stop_ids: Sequence[int]) -> int:
-    """Any token does: padding is masked in prompts, and cut off after the stop token in answers."""
+    """A token for padding; any does, since it is masked in prompts and cut off in answers."""
     pad: int | None = loaded.tokenizer.pad_token_id
     return pad if pad is not None else next(iter(stop_ids), 0)
 
 
 @contextmanager
-def _only(model: PreTrainedModel, config: GenerationConfig) -> Iterator[None]:
-    """Makes `config` the model's own for a while.
+def _with_config(model: PreTrainedModel, config: GenerationConfig) -> Iterator[None]:
+    """Replaces the model's generation config within a block.
 
     Passing it to `generate` is not enough: transformers fills what it leaves unset (a repetition
     penalty, suppressed tokens) from the model's generation_config.
     """
-    own = model.generation_config
+    original = model.generation_config
     model.generation_config = config
     try:
         yield
     finally:
-        model.generation_config = own
+        model.generation_config = original
 
 
 def _batches(
@@ -195,7 +195,7 @@ def _batches(
 ) -> list[list[int]]:
     """Indices of prompts that run together, of one length each where padding changes answers.
 
-    Longest first: the batch that needs most memory shows at once whether batches must be halved.
+    Longest first, so that the batch that needs most memory is the first to be halved if any must.
     """
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]), reverse=True)
     batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
@@ -210,8 +210,10 @@ def _batches(
     )
     if neutral:
         return batches
-    lengths = [list(same) for _, same in groupby(order, key=lambda i: len(prompts[i]))]
-    return [same[i : i + batch_size] for same in lengths for i in range(0, len(same), batch_size)]
+    lengths = [list(group) for _, group in groupby(order, key=lambda i: len(prompts[i]))]
+    return [
+        group[i : i + batch_size] for group in lengths for i in range(0, len(group), batch_size)
+    ]
 
 
 def _answer_logits(
@@ -242,7 +244,7 @@ def _continuations(
     prefix: Prefix,
     streamer: BaseStreamer | None = None,
 ) -> list[list[int]]:
-    """What the model adds to each prompt in `batch`, padding after the stop token included."""
+    """New tokens of each prompt in `batch`, with the padding after the stop token."""
     width = max(len(prompts[i]) for i in batch)
 
     def checked(_ids: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
@@ -254,8 +256,8 @@ def _continuations(
             logits_processor=[checked],
             streamer=streamer,
         )
-    added: list[list[int]] = output[:, width:].tolist()
-    return added
+    continuations: list[list[int]] = output[:, width:].tolist()
+    return continuations
 
 
 def _inputs(

@@ -1,8 +1,8 @@
 """The residual stream at some positions of given prompts, from hooks on the blocks.
 
 Residual l (1 to n_layers) is the output of block l - 1: transformers' `hidden_states[-1]` has gone
-through the final norm, and keeping every position of every layer would cost memory for numbers that
-nobody reads.
+through the final norm, and keeping every position of every layer would use memory for unused
+numbers.
 """
 
 from __future__ import annotations
@@ -73,11 +73,11 @@ def _hidden_states(
     batch: list[int],
 ) -> Tensor:
     """[N, P, L, H] residuals of the prompts in `batch`, in the dtype of the model."""
-    found: dict[str, Tensor] = {}
+    by_block: dict[str, Tensor] = {}
 
     def keep(path: str, hidden: Tensor) -> None:
         # A copy, which a list of positions makes: a view would keep all positions alive.
-        found[path] = hidden[:, list(positions)]
+        by_block[path] = hidden[:, list(positions)]
 
     rows = [token_ids[i] for i in batch]
     inputs = (
@@ -93,13 +93,13 @@ def _hidden_states(
         base_model(**{k: v.to(loaded.device) for k, v in inputs.items()}, use_cache=False)
     stream: list[Tensor] = []
     for path in blocks:
-        # A block that was left out hands on what it would have read: Mllama's, that look at images.
-        stream.append(found[path] if path in found else stream[-1])
+        # The output of a skipped block is its input: Mllama skips the blocks that read images.
+        stream.append(by_block[path] if path in by_block else stream[-1])
     return torch.stack(stream, dim=2)
 
 
 def _left_padded(rows: Sequence[Sequence[int]]) -> dict[str, Tensor]:
-    """Input ids, mask and positions [N, T]; token 0 stands where the mask is 0."""
+    """Input ids, mask and positions [N, T]; the id is 0 where the mask is 0."""
     width = max(map(len, rows))
     ids = torch.tensor([[0] * (width - len(row)) + list(row) for row in rows])
     mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])

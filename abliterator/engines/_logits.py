@@ -50,7 +50,8 @@ def logits_along(
         loaded: the model, hooks and all.
         paths: at least one, none empty.
         max_batch_tokens: tokens in a batch.
-        share_prefix: run what all paths begin with once for each edit, and do not count it.
+        share_prefix: run the tokens that all paths begin with once for each edit, and do not count
+            them.
         by_row: the edit of each path, where they run under several.
         on_batch: called with the number of paths done after each batch.
 
@@ -98,8 +99,8 @@ def log_likelihoods(
 ) -> Tensor:
     """[N, C] float64 log-probabilities of each of C continuations after each prompt, nats.
 
-    What all prompts begin with runs once for each edit, and every prompt once: its continuations
-    continue a copy of its cache, where the model can.
+    The tokens that all prompts begin with run once for each edit, and every prompt once: its
+    continuations continue a copy of its cache, where the model can.
 
     Args:
         loaded: the model, hooks and all.
@@ -113,8 +114,8 @@ def log_likelihoods(
     rests = [prompt[prefix.length :] for prompt in prompts]
     batches = equal_length_batches(rests, max_batch_tokens)
     run = partial(_log_likelihoods, loaded, rests, continuations, prefix)
-    for batch, found in run_batches(batches, run):
-        rows.update(zip(batch, found, strict=True))
+    for batch, of_batch in run_batches(batches, run):
+        rows.update(zip(batch, of_batch, strict=True))
     return torch.stack([rows[i] for i in range(len(prompts))])
 
 
@@ -130,33 +131,35 @@ def _log_likelihoods(
     start = prefix.length
     first, cache = _last_logprobs(loaded, ids, keep=1, cache=prefix.enter(batch), start=start)
 
-    def continued(given: Tensor) -> Tensor:
-        own, at = copy.deepcopy(cache), start + ids.shape[1]
-        return _last_logprobs(loaded, given, keep=given.shape[1], cache=own, start=at)[0]
+    def from_cache(inputs: Tensor) -> Tensor:
+        cache_copy, position = copy.deepcopy(cache), start + ids.shape[1]
+        n = inputs.shape[1]
+        return _last_logprobs(loaded, inputs, keep=n, cache=cache_copy, start=position)[0]
 
-    def whole(given: Tensor) -> Tensor:
-        rows, own = torch.cat([ids, given], dim=1), prefix.enter(batch)
-        return _last_logprobs(loaded, rows, keep=given.shape[1], cache=own, start=start)[0]
+    def from_start(inputs: Tensor) -> Tensor:
+        rows, prefix_cache = torch.cat([ids, inputs], dim=1), prefix.enter(batch)
+        n = inputs.shape[1]
+        return _last_logprobs(loaded, rows, keep=n, cache=prefix_cache, start=start)[0]
 
     columns = []
     for tokens in continuations:
         column = first[:, -1, tokens[0]].double()
         if len(tokens) > 1:
-            given = torch.tensor([tokens[:-1]] * len(batch), device=loaded.device)
-            able = cache is not None and cache_is_continued(
-                loaded, partial(_both, whole, continued, given)
+            inputs = torch.tensor([tokens[:-1]] * len(batch), device=loaded.device)
+            can_continue = cache is not None and cache_is_continued(
+                loaded, partial(_both, from_start, from_cache, inputs)
             )
-            after = continued(given) if able else whole(given)
+            logprobs = from_cache(inputs) if can_continue else from_start(inputs)
             steps, following = torch.arange(len(tokens) - 1), torch.tensor(tokens[1:])
-            column = column + after[:, steps, following].double().sum(dim=1)
+            column = column + logprobs[:, steps, following].double().sum(dim=1)
         columns.append(column)
     return torch.stack(columns, dim=1)
 
 
 def _both(
-    whole: Callable[[Tensor], Tensor], continued: Callable[[Tensor], Tensor], given: Tensor
+    from_start: Callable[[Tensor], Tensor], from_cache: Callable[[Tensor], Tensor], tokens: Tensor
 ) -> tuple[Tensor, Tensor]:
-    return whole(given), continued(given)
+    return from_start(tokens), from_cache(tokens)
 
 
 def _run_prefix(
@@ -203,15 +206,15 @@ def _last_logits(
         GenerationError: for logits that are NaN or infinite.
     """
     # old remote code makes the logits of every position
-    able = "logits_to_keep" in inspect.signature(loaded.model.forward).parameters
-    only = {"logits_to_keep": keep} if able else {}
+    takes_keep = "logits_to_keep" in inspect.signature(loaded.model.forward).parameters
+    keep_argument = {"logits_to_keep": keep} if takes_keep else {}
     name = cache_name(loaded.model)
     with torch.inference_mode():
         output = loaded.model(
             input_ids=ids,
             use_cache=use_cache,
             **({} if cache is None else {name: cache}),
-            **only,
+            **keep_argument,
             **positions_from(loaded.model, start, ids),
         )
         return require_numbers(output.logits[:, -keep:], loaded), getattr(output, name, None)
@@ -220,6 +223,6 @@ def _last_logits(
 def _last_logprobs(
     loaded: LoadedModel, ids: Tensor, *, keep: int, cache: Any = None, start: int = 0
 ) -> tuple[Tensor, Any]:
-    """The same as log-probabilities, float32 on the CPU."""
+    """`_last_logits` as log-probabilities, float32 on the CPU."""
     logits, cache = _last_logits(loaded, ids, keep=keep, cache=cache, start=start)
     return logits.float().log_softmax(dim=2).cpu(), cache

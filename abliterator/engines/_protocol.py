@@ -1,4 +1,4 @@
-"""What a model is asked, by whatever runs it."""
+"""The protocol of an engine, and its results."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Answer:
         text: decoded without special tokens; before it, the model's thinking with them.
         token_ids: what was generated, without the stop token.
         finish_reason: "stop" if a stop token ended it, "length" if max_new_tokens did.
-        start: where the answer begins in `text`, behind the thinking; at its end where the model
+        start: where the answer begins in `text`, after the thinking; at its end where the model
             had not begun to answer.
         start_token: the same in `token_ids`.
     """
@@ -57,9 +57,9 @@ class AnswerPath(NamedTuple):
 
 
 class Engine(Protocol):
-    """A model that can be asked for hidden states, greedy answers and distributions.
+    """A model that computes hidden states, greedy answers and distributions.
 
-    Every question is answered under the edit that is in force (`edited`), if any. Prompts are
+    Every method works under the edit that is in force (`edited`), if any. Prompts are
     token ids; results come in the order of the prompts unless a method says otherwise.
     """
 
@@ -155,7 +155,7 @@ class Engine(Protocol):
 
 
 class SideBySide(Protocol):
-    """A model under `n` edits at once: every question is asked of every prompt under every edit.
+    """A model under `n` edits at once: each method runs every prompt under every edit.
 
     Equal to one edit at a time up to the rounding of other batches.
     """

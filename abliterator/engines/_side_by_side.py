@@ -1,4 +1,4 @@
-"""Prompts under many edits at once: every row of a batch has a prompt and an edit of its own."""
+"""Runs prompts under many edits at once: each row of a batch has its own prompt and edit."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ class EditsByRow:
         self, prompts: Sequence[Sequence[int]], continuations: Sequence[Tokens]
     ) -> Tensor:
         """[n, N, C] float64 log-probabilities of each continuation after each prompt, nats."""
-        each = [
+        of_groups = [
             log_likelihoods(
                 self.loaded,
                 list(prompts) * len(edits),
@@ -79,12 +79,12 @@ class EditsByRow:
             )
             for edits in self._groups(prompts)
         ]
-        return torch.cat(each).view(self.n, len(prompts), -1)
+        return torch.cat(of_groups).view(self.n, len(prompts), -1)
 
     def _groups(self, prompts: Sequence[Sequence[int]]) -> list[range]:
-        """Edits in groups so small that what prompts begin with fits one forward pass."""
-        at_once = max(1, self.max_batch_tokens // max(1, shared_tokens(prompts)))
-        return [range(i, min(i + at_once, self.n)) for i in range(0, self.n, at_once)]
+        """Groups of edits whose shared prompt beginnings fit one forward pass."""
+        size = max(1, self.max_batch_tokens // max(1, shared_tokens(prompts)))
+        return [range(i, min(i + size, self.n)) for i in range(0, self.n, size)]
 
     def _by_row(self, prompts: Sequence[object], edits: range) -> ByRow:
         """Every prompt under each of some edits, one after the other."""
@@ -128,15 +128,15 @@ def _steered(
     loaded: LoadedModel, blocks: Sequence[str], steerings: Sequence[Steering]
 ) -> Iterator[Choose]:
     """Each direction added at its layer, at every token and as it is, in rows of its own."""
-    chosen: list[Tensor] = []
+    edit_of_rows: list[Tensor] = []
 
     def choose(rows: Sequence[int]) -> None:
-        chosen[:] = [torch.tensor(rows, device=loaded.device)]
+        edit_of_rows[:] = [torch.tensor(rows, device=loaded.device)]
 
     def adder(layer: int) -> Callable[[Tensor], Tensor]:
         at_layer = [s.direction if s.layer == layer else s.direction * 0 for s in steerings]
         table = torch.stack(at_layer).to(loaded.device, loaded.model.dtype)
-        return lambda hidden: hidden + table[chosen[0]][:, None]
+        return lambda hidden: hidden + table[edit_of_rows[0]][:, None]
 
     layers = sorted({steering.layer for steering in steerings})
     with hooked(loaded.model, {blocks[layer - 1]: adder(layer) for layer in layers}):

@@ -1,4 +1,4 @@
-"""The engine in this process: a loaded transformers model, all of it on one device."""
+"""The in-process engine: a loaded transformers model on one device."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class TransformersEngine:
 
     @property
     def limits(self) -> Limits:
-        """What the model can read."""
+        """Context length and vocabulary of the model."""
         return limits_of(self.loaded)
 
     @property
@@ -110,7 +110,7 @@ class TransformersEngine:
         on_text: Callable[[str], None],
         on_end: Callable[[Answer], None] = lambda answer: None,
     ) -> None:
-        """The answer to one prompt, handed over piece by piece as it is generated."""
+        """Generates the answer to one prompt, and passes it to `on_text` piece by piece."""
         stream(
             self.loaded,
             prompt,
@@ -154,7 +154,7 @@ class TransformersEngine:
         if isinstance(edit, WriterEdit):
             return preview_edit(self.loaded, edit.plan, edit.basis, edit.strengths)
         if isinstance(edit, StreamEdit):
-            remove = self._removed_from_stream(edit)
+            remove = self._stream_removal(edit)
             return hooked(self.loaded.model, dict.fromkeys(self.blocks, remove))
         direction = edit.direction.to(self.loaded.device, self.loaded.model.dtype)
         block = self.blocks[edit.layer - 1]
@@ -166,8 +166,8 @@ class TransformersEngine:
         """The model under several edits of one kind at once, one edit a row of each batch."""
         return edited_by_row(self.loaded, self.blocks, edits, max_batch_tokens=max_batch_tokens)
 
-    def _removed_from_stream(self, edit: StreamEdit) -> Callable[[Tensor], Tensor]:
-        """H - alpha Q Qᵀ h in float32 at least, rounded once."""
+    def _stream_removal(self, edit: StreamEdit) -> Callable[[Tensor], Tensor]:
+        """The function h - alpha Q Qᵀ h, computed in float32 at least and rounded once."""
         wide = torch.promote_types(self.loaded.model.dtype, torch.float32)
         removal = removal_of_basis(edit.basis).to(wide, self.loaded.device)
 

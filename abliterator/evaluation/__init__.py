@@ -1,9 +1,9 @@
-"""Everything that is measured of a loaded model: answers, verdicts on them, divergence.
+"""All measurements of a loaded model: answers, verdicts on them, divergence.
 
-Selection, tuning, studies, comparison and the stages of a build measure by what is here. The
-divergence is KL(base || edited) along the base's own greedy answers, so both read the same tokens
-at every position; of a model that thinks first, along the answer behind its thinking. Perplexity is
-of fixed prose that comes with the package.
+Selection, tuning, studies, comparison and the stages of a build use it. The divergence is
+KL(base || edited) along the base's own greedy answers, so both read the same tokens at every
+position; of a model that thinks first, along the answer after its thinking. Perplexity is of fixed
+prose that comes with the package.
 
     context = EvaluationContext(engine, plan, target, neutral, RuleJudge(), max_new_tokens=64, ...)
     with EditEvaluator(context, scratch) as evaluator:

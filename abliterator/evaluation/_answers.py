@@ -1,4 +1,4 @@
-"""Answers of a loaded model, their verdicts, and what these come to."""
+"""Answers of a loaded model, their verdicts, and summaries of them."""
 
 from __future__ import annotations
 
@@ -27,33 +27,33 @@ class JudgedAnswers:
     answers: tuple[Answer, ...]
     verdicts: tuple[Verdict, ...]
 
-    def __add__(self, more: JudgedAnswers) -> JudgedAnswers:
-        return JudgedAnswers(self.answers + more.answers, self.verdicts + more.verdicts)
+    def __add__(self, other: JudgedAnswers) -> JudgedAnswers:
+        return JudgedAnswers(self.answers + other.answers, self.verdicts + other.verdicts)
 
     @property
     def products(self) -> list[float | None]:
-        """Compliance x coherence of each; None where the judge could not tell, which is not 0."""
+        """Compliance x coherence of each; None where it is unscored, which is not 0."""
         return [product(verdict) for verdict in self.verdicts]
 
     @property
     def mean_product(self) -> float:
         """Mean compliance x coherence of the answers that have a verdict; 0 where none has."""
-        known = [value for value in self.products if value is not None]
-        return mean(known) if known else 0.0
+        scored = [value for value in self.products if value is not None]
+        return mean(scored) if scored else 0.0
 
     @property
     def tokens(self) -> int:
-        """Generated, all answers together."""
+        """Tokens generated in all answers."""
         return sum(len(answer.token_ids) for answer in self.answers)
 
     @property
     def summary(self) -> AnswerSummary:
-        """All of them in figures."""
+        """Estimates over all answers, and the tokens generated."""
         return AnswerSummary(**estimates_of(self.verdicts)._asdict(), tokens=self.tokens)
 
 
 def summarise_draws(draws: Sequence[JudgedAnswers]) -> AnswerSummary:
-    """Several draws on the same prompts in figures; each prompt counts as its mean over them."""
+    """Estimates over several draws on the same prompts; a prompt counts as its mean over draws."""
     return AnswerSummary(
         **estimates_of_draws([judged.verdicts for judged in draws])._asdict(),
         tokens=sum(judged.tokens for judged in draws),
@@ -61,7 +61,7 @@ def summarise_draws(draws: Sequence[JudgedAnswers]) -> AnswerSummary:
 
 
 def product(verdict: Verdict) -> float | None:
-    """Compliance x coherence of an answer; None where the judge could not tell, which is not 0."""
+    """Compliance x coherence of an answer; None where it is unscored, which is not 0."""
     if verdict.compliance is None or verdict.coherence is None:
         return None
     return verdict.compliance * verdict.coherence
@@ -74,7 +74,7 @@ def judge_answers(
     *,
     side: Side = "edited",
 ) -> JudgedAnswers:
-    """The verdict on each answer to target prompts."""
+    """Judges answers to target prompts."""
     completions = as_completions(answers, prompts.prompts, set_name="target", side=side)
     return JudgedAnswers(tuple(answers), tuple(judge_completions(completions, context.judge)))
 
@@ -82,7 +82,7 @@ def judge_answers(
 def answer_and_judge(
     context: EvaluationContext, prompts: RenderedPrompts, *, side: Side = "edited"
 ) -> JudgedAnswers:
-    """The model's greedy answers to target prompts under the edit that is in force, judged."""
+    """The model's greedy answers to target prompts under the present edit, with verdicts."""
     answers = context.engine.answers(
         prompts.token_ids,
         max_new_tokens=context.max_new_tokens,
@@ -95,11 +95,11 @@ def answer_and_judge(
 def as_completions(
     answers: Sequence[Answer], prompts: Sequence[str], *, set_name: str, side: Side
 ) -> list[Completion]:
-    """Answers as lines of rollouts.jsonl: each with its prompt, and where it belongs.
+    """Answers as lines of rollouts.jsonl: each with its prompt, set, side and index.
 
     Args:
         answers: one a prompt, in their order.
-        prompts: as they were asked, before rendering.
+        prompts: as written, before rendering.
         set_name: the set they come from, such as "target".
         side: which model answered.
     """
@@ -136,7 +136,7 @@ def answer_sets(
         side: which model answers.
         max_new_tokens: at most this many tokens an answer.
         batch_size: prompts at a time.
-        bar: shows progress; it is given a label and how many there are.
+        bar: shows progress; called with a label and the number of prompts.
         stop_ids: tokens that end an answer; left out, the model's own. An edited folder of a build
             has its base's config and tokenizer byte for byte, so they are the same on both sides.
     """

@@ -1,4 +1,4 @@
-"""What edits of a model are measured with: the model, the prompts, the judge, and the limits."""
+"""The model, the prompts, the judge and the limits with which edits are measured."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class RenderedPrompts(NamedTuple):
     token_ids: Sequence[Sequence[int]]
 
     def at(self, indices: Sequence[int]) -> RenderedPrompts:
-        """Some of them, by index."""
+        """The prompts at `indices`."""
         return RenderedPrompts(
             [self.prompts[i] for i in indices], [self.token_ids[i] for i in indices]
         )
@@ -29,7 +29,7 @@ class RenderedPrompts(NamedTuple):
 
 @dataclass(frozen=True)
 class EvaluationContext:
-    """The base, how it would be edited, and the prompts on which edits are measured.
+    """The base, the plan of its edits, and the prompts on which edits are measured.
 
     Attributes:
         engine: the base model; its weights never change.

@@ -1,4 +1,4 @@
-"""Edits of one loaded model measured against the base, which is measured once."""
+"""Measures edits of one loaded model against the base, which is measured once."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ OnStep = Callable[[str], None]
 
 
 class MeasuredEdit(NamedTuple):
-    """One edit: judged answers to target prompts, and every neutral path against the base's."""
+    """Judged answers to target prompts under one edit, and its divergence on every neutral path."""
 
     judged: JudgedAnswers
     paths: list[PathDivergence]
@@ -29,7 +29,7 @@ class MeasuredEdit(NamedTuple):
 
 
 class EditEvaluator:
-    """Judged answers and divergence of edits; a context, which holds the base's logits in a file.
+    """Measures answers and divergence of edits; a context that keeps the base's logits in a file.
 
     with EditEvaluator(context, scratch) as evaluator:
         evaluator.measure("half", WriterEdit(plan, basis)).divergence.kl
@@ -38,7 +38,7 @@ class EditEvaluator:
     def __init__(
         self, context: EvaluationContext, scratch: Path, on_step: OnStep = lambda name: None
     ) -> None:
-        """Takes what is measured, a file for the base's logits, and who hears of each step."""
+        """Takes the context, a file for the base's logits, and a callback for each step."""
         self.context, self._on_step = context, on_step
         self._logits = LogitFile(scratch)
 
@@ -63,7 +63,7 @@ class EditEvaluator:
         self._logits.__exit__()
 
     def measure(self, name: str, edit: Edit) -> MeasuredEdit:
-        """The model under an edit; `name` is for progress."""
+        """Measures the model under an edit; `name` is for progress."""
         context = self.context
         with context.engine.edited(edit):
             judged = answer_and_judge(context, context.target)

@@ -43,7 +43,7 @@ def top1_agreement(base: Tensor, edited: Tensor) -> Tensor:
 
 
 def require_finite(kl: Tensor) -> Tensor:
-    """The same KL, of which every value is a number.
+    """Returns `kl` if all of it is finite.
 
     Raises:
         GenerationError: for infinite KL, and for NaN.

@@ -1,7 +1,7 @@
-"""Distributions along the base's own answers, which base and edited read alike.
+"""Distributions of base and edited along the base's own answers.
 
-The base's logits go to a file in its own dtype, which loses nothing; of base and edited, never more
-than one batch is in memory.
+The base's logits go to a file in its own dtype, without loss; at most one batch of base and edited
+is in memory.
 """
 
 from __future__ import annotations
@@ -94,9 +94,9 @@ def base_paths(
 
 
 def behind_thinking(context: EvaluationContext, prompts: RenderedPrompts) -> RenderedPrompts:
-    """The prompts with the base's thinking, without those on which it comes to no answer.
+    """The prompts with the base's thinking, without those on which it does not reach an answer.
 
-    So that what is asked of the first answer token is not asked of the first token of a thought.
+    So that the first token that is measured is that of the answer, not of the thinking.
     """
     extended = _with_thinking(
         context.engine,
@@ -104,8 +104,10 @@ def behind_thinking(context: EvaluationContext, prompts: RenderedPrompts) -> Ren
         max_new_tokens=context.max_new_tokens,
         batch_size=context.batch_size,
     )
-    kept = [(p, ids) for p, ids in zip(prompts.prompts, extended, strict=True) if ids is not None]
-    return RenderedPrompts([prompt for prompt, _ in kept], [ids for _, ids in kept])
+    with_answer = [
+        (p, ids) for p, ids in zip(prompts.prompts, extended, strict=True) if ids is not None
+    ]
+    return RenderedPrompts([prompt for prompt, _ in with_answer], [ids for _, ids in with_answer])
 
 
 def _with_thinking(
@@ -147,7 +149,7 @@ class LogitFile:
     """
 
     path: Path
-    _places: dict[int, int] = field(default_factory=dict)  # byte offset by index of a path
+    _offsets: dict[int, int] = field(default_factory=dict)  # byte offset by index of a path
     _shape: tuple[int, torch.dtype] | None = None  # vocabulary and dtype
     _buffer: bytearray = field(default_factory=bytearray)  # of one path, used again
 
@@ -161,26 +163,26 @@ class LogitFile:
         """Writes the logits of every path, as `Engine.logits` gives them.
 
         Raises:
-            OutputError: if the disk has no room for them.
+            OutputError: if the disk has too little space for them.
             FileError: if the file cannot be written, as when the disk fills up meanwhile.
         """
         with writable(self.path, 0):
             stream = self.path.open("wb", buffering=0)  # nothing is left to be written at the end
         with stream:
-            out = OpenFile(self.path, stream, 0)
-            place = 0
+            file = OpenFile(self.path, stream, 0)
+            offset = 0
             for index, rows in logits:
                 if self._shape is None:
                     self._shape = rows.shape[1], rows.dtype
-                    out = out._replace(size=_require_room(paths, rows, self.path))
-                write_fully(out, rows.contiguous().view(torch.uint8).numpy().data.cast("B"))
-                self._places[index] = place
-                place += rows.nbytes
+                    file = file._replace(size=_require_room(paths, rows, self.path))
+                write_fully(file, rows.contiguous().view(torch.uint8).numpy().data.cast("B"))
+                self._offsets[index] = offset
+                offset += rows.nbytes
 
     def compare(
         self, paths: Sequence[AnswerPath], logits: Iterable[tuple[int, Tensor]]
     ) -> list[PathDivergence]:
-        """The edited model's logits on the same paths against those that were written.
+        """Divergence of the edited model's logits from those that were written, path by path.
 
         Returns:
             One for each path, in their order.
@@ -189,19 +191,19 @@ class LogitFile:
             GenerationError: if the two models have other vocabularies or dtypes, or KL is not
                 finite.
         """
-        # made before the large temporaries: small tensors kept among them would be holes in memory
+        # made before the large temporaries: small tensors kept among them fragment memory
         lengths = [path.positions for path in paths]
         kl = torch.split(torch.empty(sum(lengths), dtype=torch.float64), lengths)
         top1 = torch.split(torch.empty(sum(lengths), dtype=torch.bool), lengths)
         with self.path.open("rb", buffering=0) as stream:
             for index, edited in logits:
-                one = path_divergence(self._read(stream, index, edited), edited)
-                kl[index].copy_(one.kl)
-                top1[index].copy_(one.top1)
-        return [PathDivergence(*both) for both in zip(kl, top1, strict=True)]
+                divergence = path_divergence(self._read(stream, index, edited), edited)
+                kl[index].copy_(divergence.kl)
+                top1[index].copy_(divergence.top1)
+        return [PathDivergence(*fields) for fields in zip(kl, top1, strict=True)]
 
     def _read(self, stream: FileIO, index: int, like: Tensor) -> Tensor:
-        """The base's logits of one path, which lie in the buffer until the next call."""
+        """The base's logits of one path: a view of the buffer, valid until the next call."""
         if (like.shape[1], like.dtype) != self._shape:
             raise GenerationError(
                 "Base and edited have distributions of other sizes, so they cannot be compared: "
@@ -210,11 +212,11 @@ class LogitFile:
             )
         if len(self._buffer) < like.nbytes:
             self._buffer = bytearray(like.nbytes)
-        view, done = memoryview(self._buffer)[: like.nbytes], 0
-        stream.seek(self._places[index])
-        while done < len(view) and (got := stream.readinto(view[done:])):
-            done += got
-        if done < len(view):
+        view, n_read = memoryview(self._buffer)[: like.nbytes], 0
+        stream.seek(self._offsets[index])
+        while n_read < len(view) and (n_new := stream.readinto(view[n_read:])):
+            n_read += n_new
+        if n_read < len(view):
             raise OutputError(f"{self.path} was cut while it was read. Run the command again.")
         return torch.frombuffer(view, dtype=like.dtype).view(like.shape)
 
@@ -252,7 +254,7 @@ def summarise_divergence(
 
 
 def _require_room(paths: Sequence[AnswerPath], logits: Tensor, file: Path) -> int:
-    """The bytes that all logits take; raises OutputError where the disk has no room for them."""
+    """The size in bytes of all logits; raises OutputError where the disk has less space."""
     positions = sum(path.positions for path in paths)
     needed = positions * math.prod(logits.shape[1:]) * logits.element_size()
     if (free := free_bytes(file.parent)) < needed:

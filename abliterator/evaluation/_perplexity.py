@@ -37,7 +37,7 @@ def text_perplexity(engine: Engine, passages: Sequence[str]) -> Perplexity:
         GenerationError: if there is no token to predict, or one has probability 0, or logits are
             NaN or infinite.
     """
-    parts = [ids for ids in _parts(engine, passages) if len(ids) > 1]
+    parts = [ids for ids in _parts_in_context(engine, passages) if len(ids) > 1]
     if not parts:
         raise GenerationError("There is no text to take a perplexity of. Give whole sentences.")
     total = 0.0
@@ -58,7 +58,7 @@ def text_perplexity(engine: Engine, passages: Sequence[str]) -> Perplexity:
     return Perplexity(math.exp(min(total / tokens, 700.0)), tokens)
 
 
-def _parts(engine: Engine, passages: Sequence[str]) -> Iterator[list[int]]:
+def _parts_in_context(engine: Engine, passages: Sequence[str]) -> Iterator[list[int]]:
     """Token ids of each passage, in parts of at most the model's context."""
     for passage in passages:
         ids = list(engine.tokenizer(passage)["input_ids"])

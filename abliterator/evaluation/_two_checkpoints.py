@@ -23,7 +23,7 @@ TokenIds = list[list[int]]
 
 @dataclass(frozen=True)
 class DivergenceSettings:
-    """How divergence is measured.
+    """Settings of a divergence measurement.
 
     Attributes:
         tokens: answer tokens compared of each prompt, at most.
@@ -40,7 +40,7 @@ class DivergenceSettings:
     seed: int = 0
 
     def paths(self, base: Engine, prompts: TokenIds, bar: Bar = no_bar) -> list[AnswerPath]:
-        """The base's greedy answers to rendered prompts: where both sides are compared."""
+        """The base's greedy answers to rendered prompts, along which both sides are compared."""
         with bar("base answers to neutral prompts", len(prompts)) as advance:
             return base_paths(
                 base,
@@ -66,16 +66,16 @@ def measure_divergence(
     The unit of `kl` and `top1_agreement` is the prompt: the mean over its compared tokens.
 
     Args:
-        load: gives the model of a side, and lets go of the other.
+        load: returns the model of a side, and frees the other.
         render: token ids of the prompts, for a loaded model.
-        settings: how.
+        settings: tokens, batch sizes and seed.
         scratch: a file for the base's logits; it is deleted.
-        paths: the base's answers, from `settings.paths`; left out, the base gives them.
+        paths: the base's answers, from `settings.paths`; left out, the base generates them.
         bar: shows progress.
 
     Raises:
         GenerationError: if the two sides do not read the prompts alike, or give NaN.
-        OutputError: if the disk has no room for `scratch`.
+        OutputError: if the disk has too little space for `scratch`.
     """
     # no name for an engine here: it would keep the base in memory while the edited is loaded
     prompts = render(load("base"))
@@ -89,9 +89,9 @@ def measure_divergence(
                 "distributions cannot be compared: their tokenizers or chat templates differ. "
                 "Compare a model with an edit of itself."
             )
-        compared, edited = _compare(load("edited"), logits, paths, settings, bar)
-    along = summarise_divergence(compared, tokens=settings.tokens, seed=settings.seed)
-    return along.model_copy(
+        path_divergences, edited = _compare(load("edited"), logits, paths, settings, bar)
+    divergence = summarise_divergence(path_divergences, tokens=settings.tokens, seed=settings.seed)
+    return divergence.model_copy(
         update={
             "perplexity_base": base.value,
             "perplexity_edited": edited.value,
@@ -125,5 +125,5 @@ def _compare(
     limit = settings.max_batch_tokens
     with bar("edited distributions", len(paths)) as advance:
         logits = engine.logits(paths, max_batch_tokens=limit, on_batch=advance)
-        compared = file.compare(paths, logits)
-    return compared, text_perplexity(engine, neutral_text())
+        path_divergences = file.compare(paths, logits)
+    return path_divergences, text_perplexity(engine, neutral_text())

@@ -129,15 +129,15 @@ def run_study(
     options: Options | None = None,
     progress: Progress | None = None,
 ) -> Study:
-    """Runs a study and what it needs, unless that is done; its artefacts are in work/studies.
+    """Runs a study and the stages before it that are not done; writes it to work/studies.
 
     Args:
         name: one of `STUDIES`.
-        recipe: what model, prompts and edit.
+        recipe: the model, prompts and edit.
         out: output folder, also that of a build of the same recipe.
         settings: how much is measured.
-        options: where and how.
-        progress: hears of stages.
+        options: device, dtype, and whether to reuse the folder of another recipe.
+        progress: notified of stages and of work done.
 
     Raises:
         AbliteratorError: for what cannot be studied.

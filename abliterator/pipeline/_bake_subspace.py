@@ -1,4 +1,4 @@
-"""A given subspace baked into a model without a recipe: the whole checkpoint, or nothing of it."""
+"""Bakes a given subspace into a model without a recipe; writes a complete checkpoint or nothing."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def bake_subspace(
 ) -> tuple[TensorEdit, ...]:
     """Bakes a given subspace into a model, without a recipe: `out` becomes the edited checkpoint.
 
-    What a killed call left in `out` is removed by the next one. Files come to their places when all
+    What a killed call left in `out` is removed by the next one. Files move into `out` when all
     of them are written, config.json as the last one, without which no loader takes the folder.
 
     Args:
@@ -51,36 +51,36 @@ def bake_subspace(
     from abliterator.directions import load_subspace
 
     with usable(out):
-        _require_empty(out, known=None)
+        _require_empty(out, names=None)
         plan = make_plan(resolve_folder(model, revision=None), edit or Edit(), out)
         made_from = {"subspace_sha256": sha256_of_file(subspace)}
         basis = load_subspace(subspace).basis
         names = {*plan.checkpoint.weight_files, *plan.carried, EDITS}
-        with _whole_or_nothing(out, names) as unfinished:
+        with _all_or_nothing(out, names) as unfinished:
             require_room(plan, out)
             edits = bake(plan.checkpoint, plan.edits, basis, unfinished, made_from=made_from)
             write_text_atomic(unfinished / EDITS, edits_json(edits))
     return edits
 
 
-def _require_empty(out: Path, known: Collection[str] | None) -> None:
-    """Raises OutputError for a folder with anything but what a killed call left there.
+def _require_empty(out: Path, names: Collection[str] | None) -> None:
+    """Raises OutputError for a folder with other files than those of a killed call.
 
     Args:
         out: the folder.
-        known: what a call may have left beside the unfinished files; None where that is not known.
+        names: files that a call may have left beside the unfinished ones; None skips that check.
     """
     unfinished = out / UNFINISHED
     if not (out.exists() or out.is_symlink()):
         return
     if not out.is_dir() or (any(out.iterdir()) and not unfinished.is_dir()):
         raise OutputError(f"{out} exists and is not an empty folder. Choose another --out.")
-    if known is None:
+    if names is None:
         return
     for path in out.rglob("*"):
         name = path.relative_to(out).as_posix()
         is_folder = path.is_dir() and not path.is_symlink()
-        if not (is_folder or name in known or path.is_relative_to(unfinished)):
+        if not (is_folder or name in names or path.is_relative_to(unfinished)):
             raise OutputError(
                 f"{out} holds {shown(name)} beside the files that a killed `abliterator bake` "
                 "left; nothing in it was touched. Choose another --out."
@@ -88,16 +88,16 @@ def _require_empty(out: Path, known: Collection[str] | None) -> None:
 
 
 @contextmanager
-def _whole_or_nothing(out: Path, names: Collection[str]) -> Iterator[Path]:
-    """A folder for files that come into `out` when the block ends well, and are removed when not.
+def _all_or_nothing(out: Path, names: Collection[str]) -> Iterator[Path]:
+    """Yields a folder whose files move into `out` on success, and are removed on failure.
 
     Args:
         out: where they go.
         names: of all files, relative to the folder.
     """
-    made = [path for path in (out, *out.parents) if not path.exists()]  # the innermost first
+    new_folders = [path for path in (out, *out.parents) if not path.exists()]  # the innermost first
     out.mkdir(parents=True, exist_ok=True)
-    with _alone(out):
+    with _locked(out):
         _require_empty(out, names)
         unfinished = out / UNFINISHED
         try:
@@ -111,7 +111,7 @@ def _whole_or_nothing(out: Path, names: Collection[str]) -> Iterator[Path]:
         except BaseException:
             with suppress(OSError):
                 _clear(out, names)
-                for folder in made:
+                for folder in new_folders:
                     folder.rmdir()
             raise
 
@@ -127,8 +127,8 @@ def _clear(out: Path, names: Collection[str]) -> None:
 
 
 @contextmanager
-def _alone(out: Path) -> Iterator[None]:
-    """Keeps other calls out of a folder, where the system has such locks; no file is made."""
+def _locked(out: Path) -> Iterator[None]:
+    """Locks a folder against other calls, where the system has such locks; makes no file."""
     try:
         import fcntl
     except ImportError:

@@ -34,10 +34,10 @@ class ChatSession:
     """One side or both, loaded, with the recipe's chat.
 
     Attributes:
-        models: those that answer, by side.
+        models: by side.
         chat: how a prompt becomes a conversation.
         max_new_tokens: of an answer.
-        notes: what differs between the two folders beside their weights, for each is asked with its
+        notes: what differs between the two folders beside their weights, since each model uses its
             own chat template and tokenizer.
     """
 
@@ -57,12 +57,12 @@ class ChatSession:
         """Answers greedily, with the stop tokens that measurements have.
 
         Args:
-            side: who answers.
-            prompt: what is asked.
+            side: which model answers.
+            prompt: the new turn.
             before: earlier turns of this side, each with its answer and without its thinking.
-            on_text: hears the answer piece by piece, thinking included; it ends where the model's
-                context does.
-            on_answer: is given the answer without its thinking, as a later turn hands it back; also
+            on_text: called with the answer piece by piece, thinking included; the answer ends where
+                the model's context does.
+            on_answer: called with the answer without its thinking, as a later turn repeats it; also
                 when Ctrl-C stopped it.
 
         Raises:
@@ -82,11 +82,11 @@ class ChatSession:
             before=before,
         )
         context = engine.limits.context
-        room = self.max_new_tokens if context is None else context - len(ids)
+        tokens_left = self.max_new_tokens if context is None else context - len(ids)
         with edit():
             engine.stream(
                 ids,
-                max_new_tokens=min(self.max_new_tokens, room),
+                max_new_tokens=min(self.max_new_tokens, tokens_left),
                 on_text=on_text,
                 on_end=lambda answer: on_answer(answer.text[answer.start :].strip()),
             )
@@ -97,13 +97,13 @@ def open_chat(
 ) -> ChatSession:
     """Loads the models of a chat.
 
-    Where both sides of a build are asked for, the base is loaded once and the edit is put on and
-    off at run time, which is equal to the baked weights up to rounding. An edit that has no such
+    For both sides of a build, the base is loaded once and the edit is switched on and off at run
+    time, which is equal to the baked weights up to rounding. An edit that has no such
     form, or a checkpoint without its build, takes two models in memory.
 
     Args:
         name: the folder of a build, a checkpoint, or a Hub id.
-        sides: who is to answer.
+        sides: which models answer.
         max_new_tokens: of an answer; None for the recipe's, 256 where there is no recipe.
         options: device and dtype.
 
@@ -113,8 +113,8 @@ def open_chat(
     """
     recipe: Recipe | None
     if Workspace(Path(name)).is_ours:
-        run = _reopened(Path(name), options)
-        recipe, models = run.recipe, _of_build(run, sides)
+        run = _reopen(Path(name), options)
+        recipe, models = run.recipe, _models_of_build(run, sides)
     else:
         folder = resolve_folder(name, revision=None).folder
         recipe = load_recipe(folder / RECIPE) if (folder / RECIPE).is_file() else None
@@ -130,11 +130,11 @@ def _notes(models: dict[Side, ModelOfSide]) -> tuple[str, ...]:
     from abliterator.comparison import difference_line, differences_beside
 
     differing = differences_beside(folders["base"], folders["edited"])
-    return tuple(f"beside the weights: {difference_line(found)}" for found in differing)
+    return tuple(f"beside the weights: {difference_line(difference)}" for difference in differing)
 
 
-def _reopened(out: Path, options: Options) -> Run:
-    """The run of a folder that was built, to look at."""
+def _reopen(out: Path, options: Options) -> Run:
+    """The run of a folder that was built, for reading its results."""
     workspace = Workspace(out)
     recipe = workspace.recipe()
     if workspace.marker("config") is None:
@@ -143,7 +143,7 @@ def _reopened(out: Path, options: Options) -> Run:
     return Run(recipe, plan, workspace, options)
 
 
-def _of_build(run: Run, sides: Sequence[Side]) -> dict[Side, ModelOfSide]:
+def _models_of_build(run: Run, sides: Sequence[Side]) -> dict[Side, ModelOfSide]:
     from abliterator.engines import WriterEdit
 
     if len(sides) > 1 and run.recipe.edit.norm == "none":

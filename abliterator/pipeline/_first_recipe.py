@@ -1,4 +1,4 @@
-"""A recipe for a model that nobody wrote one for yet, from config and headers alone."""
+"""The draft of a recipe for a model, from its config and headers alone."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from abliterator.pipeline._plan import Plan
 from abliterator.recipe import draft
 
 # Gradients keep the activations of a whole step beside the weights, and a descent is minutes for
-# 135 million parameters on two cores. Where it stops being worth a default is no measurement.
+# 135 million parameters on two cores. The limit is a choice, not a measurement.
 TUNED_UP_TO = 4_000_000_000  # parameters
 
 
@@ -20,23 +20,24 @@ def first_recipe(plan: Plan) -> str:
     Strengths are left at 1 where tuning them would cost much, or weights are stored so that no
     gradient passes them.
     """
-    chosen: dict[str, Any] = {"model": _named(plan)}
+    settings: dict[str, Any] = {"model": _model_name(plan)}
     if plan.source.revision is not None:
-        chosen["revision"] = plan.source.revision
-    chosen |= {"layers": "sweep", "k": "auto"}
-    why_not = _untuned(plan)
-    if why_not is None:
-        chosen["edit"] = {"strength": "auto"}
-    return draft(chosen, _preamble(plan, why_not))
+        settings["revision"] = plan.source.revision
+    settings |= {"layers": "sweep", "k": "auto"}
+    untuned_reason = _untuned_reason(plan)
+    if untuned_reason is None:
+        settings["edit"] = {"strength": "auto"}
+    return draft(settings, _preamble(plan, untuned_reason))
 
 
-def _named(plan: Plan) -> str:
-    """The model as a recipe in any folder can name it."""
+def _model_name(plan: Plan) -> str:
+    """Hub id, or absolute path of a local folder: valid in a recipe in any folder."""
     local = Path(plan.source.id).expanduser()
     return str(local.resolve()) if local.is_dir() else plan.source.id
 
 
-def _untuned(plan: Plan) -> str | None:
+def _untuned_reason(plan: Plan) -> str | None:
+    """Why strengths are left at 1; None where the draft tunes them."""
     parameters = sum(math.prod(info.shape) for info in plan.checkpoint.tensors.values())
     if "quantization_config" in plan.checkpoint.config:
         return (
@@ -50,10 +51,10 @@ def _untuned(plan: Plan) -> str | None:
     return None
 
 
-def _preamble(plan: Plan, why_not: str | None) -> list[str]:
+def _preamble(plan: Plan, untuned_reason: str | None) -> list[str]:
     summary = plan.summary()
     writers = ", ".join(f"{n['tensors']} {component}" for component, n in plan.writers().items())
-    notes = [*plan.notes, *([why_not] if why_not else [])]
+    notes = [*plan.notes, *([untuned_reason] if untuned_reason else [])]
     return [
         f"{plan.source.id}: {summary['model_type']}, {summary['n_layers']} layers, d_model "
         f"{summary['d_model']}, {plan.checkpoint.total_bytes / 1e9:.3f} GB",
@@ -62,5 +63,5 @@ def _preamble(plan: Plan, why_not: str | None) -> list[str]:
         "",
         "What stands without a # is the whole recipe. A # with no space behind it hides a key at",
         "its default: take it away, and that of its section, to give the key another value.",
-        "Next: `abliterator plan FILE` tells what it would do, `abliterator build FILE` does it.",
+        "Next: `abliterator plan FILE` shows what it would do, `abliterator build FILE` does it.",
     ]

@@ -15,18 +15,18 @@ if TYPE_CHECKING:
 
 
 def evaluation_judge(run: Run, on_verdict: Callable[[Tally], None] | None = None) -> Judge:
-    """Who judges the answers of base and edited."""
+    """The judge of the answers of base and edited."""
     cache = run.workspace.work / "judge.sqlite"
     return judge_of(run.recipe.judge, cache=cache, seed=run.recipe.seed, on_verdict=on_verdict)
 
 
 def choosing_judge(run: Run) -> Judge:
-    """Who judges candidates and tuned trials: the rules, which are free, or the recipe's judge."""
+    """The judge of candidates and tuned trials: the rules, or the recipe's judge."""
     from abliterator.judge import RuleJudge
 
     if run.recipe.selection.judge != "recipe":
         return RuleJudge()
-    # how far it agrees with people changes no verdict, so it is no reason to choose again
+    # calibration changes no verdict, so it must not change the key of a selection
     settings = run.recipe.judge.model_copy(update={"calibration": None})
     return judge_of(settings, cache=run.workspace.work / "judge.sqlite", seed=run.recipe.seed)
 
@@ -38,13 +38,13 @@ def judge_of(
     seed: int = 0,
     on_verdict: Callable[[Tally], None] | None = None,
 ) -> Judge:
-    """The judge that a recipe's section asks for.
+    """The judge of a recipe's section.
 
     Args:
         settings: the section.
-        cache: file for the replies of a judge that is paid.
-        seed: of its order.
-        on_verdict: hears how far it has come.
+        cache: file that caches the replies of a model judge.
+        seed: of the order in which it judges.
+        on_verdict: called with the tally after each verdict.
 
     Raises:
         JudgeError: for a calibration that cannot be read, or is of another judge.

@@ -1,4 +1,4 @@
-"""What a user should know of a model before anything heavy runs, told from small files alone."""
+"""Notes on a model for its user before anything heavy runs, from its small files alone."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from abliterator.source import ModelSource
 def notes_on(
     source: ModelSource, checkpoint: Checkpoint, card: Mapping[str, Any] | None
 ) -> tuple[str, ...]:
-    """One sentence or two for each thing that would stop a build later, or surprise its user.
+    """One note for each property that would stop a build later, or that a user may not expect.
 
     Args:
         source: where the model comes from.

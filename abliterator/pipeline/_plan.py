@@ -1,4 +1,4 @@
-"""What a recipe will do, told from config.json and safetensors headers alone.
+"""What a recipe will do, computed from config.json and safetensors headers alone.
 
 No weights are read, and torch is not loaded.
 """
@@ -31,18 +31,18 @@ from abliterator.source import ModelSource, headers_folder
 
 T = TypeVar("T")
 
-# Left free beside the checkpoint: the work folder, and room for the file system to breathe.
+# Left free beside the checkpoint: the work folder, and some space for the file system.
 DISK_RESERVE = 64 << 20
 
-# Panels of float32 numbers that the edit of a tensor holds at most, what the allocator cannot give
-# back included: measured at d_model 2048 and k = 1 to 16 as the process's largest resident set,
+# Panels of float32 numbers that the edit of a tensor holds at most, with what the allocator does
+# not return: measured at d_model 2048 and k = 1 to 16 as the process's largest resident set,
 # less what it was before (12 in bfloat16, 22 in float32, 25 in MXFP4; compensated 36, 60, 30).
 _PANELS, _COMPENSATED_PANELS = 28, 44
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A checkpoint understood, and what is going to be done to it.
+    """A checkpoint, the classification of its tensors, and the planned edits.
 
     `carried` are the files that go along with the weights, and `carried_bytes` their size.
     `layers` and `k` are those of a recipe; without one they are empty and 0. Where a selection
@@ -91,16 +91,16 @@ class Plan:
         there, for a missing one would have stopped the plan.
         """
         edited = {edit.writer.name for edit in self.edits.edits}
-        found: dict[str, dict[str, int]] = {}
+        counts: dict[str, dict[str, int]] = {}
         for component in dict.fromkeys(writer.component for writer in self.edits.writers):
             writers = [w for w in self.edits.writers if w.component == component]
-            found[component] = {
+            counts[component] = {
                 "tensors": sum(w.name in self.checkpoint.tensors for w in writers),
                 "expected": len(writers),
                 "blocks": len({w.layer for w in writers if w.layer >= 0}),
                 "edited": sum(w.name in edited for w in writers),
             }
-        return found
+        return counts
 
     def summary(self) -> dict[str, Any]:
         """The plan as plain values, for `--json` and for people."""
@@ -173,16 +173,13 @@ def make_plan(source: ModelSource, edit: Edit, out: Path) -> Plan:
 
 
 def plan_model(model: str, out: Path, *, edit: Edit | None = None) -> Plan:
-    """The plan of an edit, the default one unless given, of a model without a recipe.
-
-    Like that of a recipe, of headers alone.
-    """
+    """The plan of an edit (by default `Edit()`) of a model without a recipe, from headers alone."""
     with headers_folder(model, revision=None) as source:
         return make_plan(source, edit or Edit(), out)
 
 
 def plan_source(source: ModelSource, recipe: Recipe, out: Path) -> Plan:
-    """The plan of a recipe whose model is at hand.
+    """The plan of a recipe for a resolved model.
 
     Raises:
         AbliteratorError: for whatever would stop the build before its first stage.
@@ -202,43 +199,43 @@ def plan_source(source: ModelSource, recipe: Recipe, out: Path) -> Plan:
 
 
 def edit_settings(edit: Edit, n_layers: int) -> EditSettings:
-    """The recipe's section as the plain arguments that `bake` takes.
+    """The edit settings of `bake` from the recipe's section.
 
     Raises:
         RecipeError: for strengths of blocks that a model of so many does not have.
     """
     return EditSettings(
-        strength={str(c): _by_block(c, s, n_layers) for c, s in edit.strengths.items()},
+        strength={str(c): _strength_by_block(c, s, n_layers) for c, s in edit.strengths.items()},
         norm=edit.norm,
         rounding=edit.rounding,
         embeddings=edit.embeddings,
         biases=edit.biases,
-        experts=_experts(edit, n_layers),
+        experts=_expert_selection(edit, n_layers),
         quantized=edit.quantized,
     )
 
 
-def _by_block(
+def _strength_by_block(
     component: str, strength: float | dict[str, float], n_layers: int
 ) -> float | tuple[float, ...]:
     """One number, or one for every block: 0 where the recipe gives none."""
     if not isinstance(strength, dict):
         return strength
-    given = _each_block(strength, f"edit.strength.{component}", n_layers)
-    return tuple(given.get(block, 0.0) for block in range(n_layers))
+    by_block = _expand_ranges(strength, f"edit.strength.{component}", n_layers)
+    return tuple(by_block.get(block, 0.0) for block in range(n_layers))
 
 
-def _experts(edit: Edit, n_layers: int) -> ExpertSelection | None:
-    """The recipe's experts as `bake` takes them."""
+def _expert_selection(edit: Edit, n_layers: int) -> ExpertSelection | None:
+    """The expert selection of `bake`: None for all."""
     if not isinstance(edit.experts, dict):
         return None if edit.experts == "all" else edit.experts
-    given = _each_block(edit.experts, "edit.experts", n_layers)
-    return {block: None if experts == "all" else experts for block, experts in given.items()}
+    by_block = _expand_ranges(edit.experts, "edit.experts", n_layers)
+    return {block: None if experts == "all" else experts for block, experts in by_block.items()}
 
 
-def _each_block(by_range: Mapping[str, T], where: str, n_layers: int) -> dict[int, T]:
-    """What ranges of blocks are given, block by block; RecipeError beyond the last one."""
-    found = {}
+def _expand_ranges(by_range: Mapping[str, T], where: str, n_layers: int) -> dict[int, T]:
+    """Values by block, from values by range of blocks; RecipeError beyond the last block."""
+    by_block = {}
     for key, value in by_range.items():
         for block in blocks_of(key):
             if block >= n_layers:
@@ -246,12 +243,12 @@ def _each_block(by_range: Mapping[str, T], where: str, n_layers: int) -> dict[in
                     f"`{where}.{key}` names block {block}, but the model has blocks 0 to "
                     f"{n_layers - 1} (layer l of `layers` enters block l)."
                 )
-            found[block] = value
-    return found
+            by_block[block] = value
+    return by_block
 
 
 def require_room(plan: Plan, out: Path) -> None:
-    """Raises OutputError if the disk of `out` cannot take the edited checkpoint."""
+    """Raises OutputError if the disk of `out` has too little space for the edited checkpoint."""
     needed = plan.output_bytes + DISK_RESERVE
     if plan.free_bytes < needed:
         raise OutputError(
@@ -287,7 +284,7 @@ def require_layers(recipe: Recipe, anatomy: Anatomy) -> tuple[tuple[int, ...], i
 
 
 def selection_cost(recipe: Recipe, n_layers: int) -> dict[str, int] | None:
-    """What the selection of a recipe does, about; None where the recipe chooses.
+    """Approximate counts of a selection's work; None where the recipe gives layers and k.
 
     How many positions there are, only the tokenizer knows: `candidates` counts layers.
     Candidates that come back for the last rung are not counted.
@@ -301,12 +298,12 @@ def selection_cost(recipe: Recipe, n_layers: int) -> dict[str, int] | None:
         judged = max(settings.survivors, 1 if within else max(sizes))
         if recipe.directions.position != "sweep":
             judged = min(n_layers, judged)
-        done, least = 0, 1 if within else sizes[0]
+        answered, least = 0, 1 if within else sizes[0]
         for racing, prompts in settings.schedule(judged, settings.prompts, least):
-            raced += racing * (prompts - done)
-            done = prompts
+            raced += racing * (prompts - answered)
+            answered = prompts
     stacks = sum(size <= n_layers or within for size in sizes) if recipe.k == "auto" else 0
-    # the base's own, to both kinds; beside each stack, random directions and shuffled labels
+    # the base's, to both sets; with each stack, random directions and shuffled labels
     base = settings.prompts + settings.scored
     answers = base + settings.prompts * (1 + 2 * settings.controls) * stacks + raced
     return {
@@ -321,7 +318,7 @@ def selection_cost(recipe: Recipe, n_layers: int) -> dict[str, int] | None:
 
 
 def tuning_cost(recipe: Recipe) -> dict[str, int] | None:
-    """What the tuning of a recipe does; None where nothing is tuned."""
+    """Counts of a tuning's work; None where nothing is tuned."""
     if not recipe.tunes:
         return None
     tuning = recipe.tuning

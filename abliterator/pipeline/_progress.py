@@ -1,4 +1,4 @@
-"""What the pipeline tells whoever runs it, while it runs."""
+"""Progress reports from the pipeline to its caller."""
 
 from __future__ import annotations
 
@@ -8,39 +8,39 @@ from typing import Protocol
 
 
 class Advance(Protocol):
-    """Hears of work done, and of anything to show beside the bar."""
+    """Advances a progress bar."""
 
     def __call__(self, amount: int, *, status: str = "") -> None:
-        """So much more is done."""
+        """Adds `amount` to the work done, and shows `status` beside the bar."""
 
 
 class Progress(Protocol):
-    """A listener: the command line draws bars, a notebook may ignore everything."""
+    """Receives reports: the command line draws bars, a notebook may ignore them."""
 
     def stage(self, name: str, *, done: bool) -> None:
-        """A stage begins; `done` if its result is there already and it is skipped."""
+        """Reports that a stage begins; `done` if its result exists and it is skipped."""
 
     def bar(self, label: str, total: int) -> AbstractContextManager[Advance]:
-        """A context that yields a function to call with each amount of work done, of `total`."""
+        """A context that yields a function, to be called with each part of `total` that is done."""
 
     def note(self, text: str) -> None:
-        """Something the user should know, that is no error."""
+        """Shows a note to the user that is no error."""
 
 
 class Silent:
-    """Listens to nothing."""
+    """Ignores all reports."""
 
     def stage(self, name: str, *, done: bool) -> None:
-        """Nothing."""
+        """Does nothing."""
 
     @contextmanager
     def bar(self, label: str, total: int) -> Iterator[Advance]:
-        """Nothing to draw."""
+        """A bar that is not drawn."""
 
         def advance(amount: int, *, status: str = "") -> None:
-            """Nothing."""
+            """Does nothing."""
 
         yield advance
 
     def note(self, text: str) -> None:
-        """Nothing."""
+        """Does nothing."""

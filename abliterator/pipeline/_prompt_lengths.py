@@ -1,4 +1,4 @@
-"""Every prompt of a recipe against the context of its model, before weights are loaded."""
+"""Checks every prompt of a recipe against its model's context, before weights are loaded."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from abliterator.pipeline.stages.prompts import PromptSets, prompt_sets
 
 
 class _Use(NamedTuple):
-    """Some prompts, and the tokens of an answer that follow them."""
+    """A prompt set, and the maximum length of an answer to one of its prompts."""
 
     name: str
     prompts: Sequence[str]
@@ -18,7 +18,7 @@ class _Use(NamedTuple):
 
 
 def require_prompts_fit(run: Run) -> None:
-    """Stops at a prompt that the model cannot read, whichever stage would have come to it.
+    """Checks that the model can read every prompt of every stage.
 
     Raises:
         PromptError: for a prompt that is too long, with or without its answer.
@@ -36,13 +36,13 @@ def require_prompts_fit(run: Run) -> None:
 
 def _uses(run: Run, sets: PromptSets) -> Iterator[_Use]:
     recipe = run.recipe
-    judged = recipe.selection.tokens if recipe.selects or recipe.tunes else 0
-    for name, used in sets.extraction.items():
-        yield _Use(name, used.prompts, judged)
-    for name, used in sets.selection.items():
-        yield _Use(f"selection {name}", used.prompts, judged)
-    for name, used in sets.evaluation.items():
-        limit, length = recipe.rollouts.limit, recipe.rollouts.max_new_tokens
-        yield _Use(f"evaluation {name}", used.prompts[:limit], length)
-    compared = sets.evaluation["neutral"].prompts[: recipe.divergence.limit]
-    yield _Use("evaluation neutral", compared, recipe.divergence.tokens)
+    answer_tokens = recipe.selection.tokens if recipe.selects or recipe.tunes else 0
+    for name, prompts in sets.extraction.items():
+        yield _Use(name, prompts.prompts, answer_tokens)
+    for name, prompts in sets.selection.items():
+        yield _Use(f"selection {name}", prompts.prompts, answer_tokens)
+    for name, prompts in sets.evaluation.items():
+        limit, max_new_tokens = recipe.rollouts.limit, recipe.rollouts.max_new_tokens
+        yield _Use(f"evaluation {name}", prompts.prompts[:limit], max_new_tokens)
+    divergence_prompts = sets.evaluation["neutral"].prompts[: recipe.divergence.limit]
+    yield _Use("evaluation neutral", divergence_prompts, recipe.divergence.tokens)

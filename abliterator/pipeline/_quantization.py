@@ -1,4 +1,4 @@
-"""How the edited tensors of a quantised checkpoint can be stored, and what each way costs."""
+"""How the edited tensors of a quantised checkpoint can be stored: bytes, leak and noise of each."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ WAYS: tuple[Way, ...] = ("keep", "dequantize")
 
 
 def storage_ways(edits: EditPlan, checkpoint: Checkpoint, k: int) -> list[dict[str, Any]]:
-    """For each quantised format among the edited tensors: what is done, and what else could be.
+    """Bytes, leak and noise of both storages, for each quantised format among the edited tensors.
 
     Leak and noise are constants (`formats.MEASURED`, with their source), bytes are this model's: of
     all weights, if every edited tensor that is quantised is stored in this way.
@@ -24,19 +24,19 @@ def storage_ways(edits: EditPlan, checkpoint: Checkpoint, k: int) -> list[dict[s
         checkpoint: the base.
         k: rank of the edit; 0 where it is not known yet.
     """
-    found = []
+    formats = []
     for kind in dict.fromkeys(edit.layout.kind for edit in edits.edits if edit.layout.quantized):
-        these = [edit for edit in edits.edits if edit.layout.kind == kind]
-        told: dict[str, Any] = {
+        members = [edit for edit in edits.edits if edit.layout.kind == kind]
+        entry: dict[str, Any] = {
             "format": kind,
-            "tensors": len(these),
-            "way": WAYS[these[0].dequantizes],
+            "tensors": len(members),
+            "way": WAYS[members[0].dequantizes],
         }
         for way in WAYS:
             size = checkpoint.total_bytes + edits.stored_as(way).added_bytes(checkpoint)
-            told[way] = {"bytes": size, **_constants(kind, way, k)}
-        found.append(told)
-    return found
+            entry[way] = {"bytes": size, **_constants(kind, way, k)}
+        formats.append(entry)
+    return formats
 
 
 def _constants(kind: str, way: Way, k: int) -> dict[str, Any]:
@@ -48,23 +48,24 @@ def _constants(kind: str, way: Way, k: int) -> dict[str, Any]:
 
 def quantized_edits(edits: Sequence[TensorEdit]) -> tuple[QuantizedEdits, ...]:
     """What was measured of the edited tensors that the base has in quantised formats, by format."""
-    found = []
+    summaries = []
     for kind in dict.fromkeys(edit.storage for edit in edits if edit.storage is not None):
-        these = [edit for edit in edits if edit.storage == kind]
-        leaks = [edit.leak for edit in these if edit.leak is not None]
-        found.append(
+        members = [edit for edit in edits if edit.storage == kind]
+        leaks = [edit.leak for edit in members if edit.leak is not None]
+        summaries.append(
             QuantizedEdits(
                 format=kind,
-                tensors=len(these),
-                dequantized=these[0].dequantized,
+                tensors=len(members),
+                dequantized=members[0].dequantized,
                 max_leak=max(leaks, default=None),
-                noise=_rms([edit.noise for edit in these]),
-                noise_nearest=_rms([edit.noise_nearest for edit in these]),
+                noise=_rms([edit.noise for edit in members]),
+                noise_nearest=_rms([edit.noise_nearest for edit in members]),
             )
         )
-    return tuple(found)
+    return tuple(summaries)
 
 
 def _rms(values: Sequence[float | None]) -> float | None:
-    known = [value**2 for value in values if value is not None]
-    return (sum(known) / len(known)) ** 0.5 if known else None
+    """The root mean square of the values that are not None; None if there are none."""
+    squares = [value**2 for value in values if value is not None]
+    return (sum(squares) / len(squares)) ** 0.5 if squares else None

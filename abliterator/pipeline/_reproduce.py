@@ -26,22 +26,24 @@ class Reproduction(NamedTuple):
 
 
 def compare_rebuilt(published: Path, rebuilt: Path) -> Reproduction:
-    """Compares two checkpoint folders by their edits.json, and explains what differs.
+    """Compares two checkpoint folders by their edits.json, and lists their differences.
 
     Raises:
         CheckpointError: if one of them has no readable edits.json.
         OutputError: if one of them has no readable record.json.
     """
-    then, now = (
+    hashes, rebuilt_hashes = (
         {edit.name: edit.sha256_after for edit in read_edits(folder)}
         for folder in (published, rebuilt)
     )
     different = tuple(
-        name for name in dict.fromkeys([*then, *now]) if then.get(name) != now.get(name)
+        name
+        for name in dict.fromkeys([*hashes, *rebuilt_hashes])
+        if hashes.get(name) != rebuilt_hashes.get(name)
     )
     records = _record(published), _record(rebuilt)
     reasons = tuple(_differences(*records)) if different else ()
-    return Reproduction(len({*then, *now}) - len(different), different, reasons)
+    return Reproduction(len({*hashes, *rebuilt_hashes}) - len(different), different, reasons)
 
 
 def _record(folder: Path) -> RunRecord:
@@ -59,25 +61,25 @@ def _prompts(record: RunRecord) -> dict[str, str]:
     return {origin.name: origin.sha256 for origin in record.provenance.prompts}
 
 
-def _differences(then: RunRecord, now: RunRecord) -> Iterator[str]:
-    """What could make the same recipe give other bits."""
+def _differences(published: RunRecord, rebuilt: RunRecord) -> Iterator[str]:
+    """What differs between two records and may change the bits of a build."""
     pairs = {
-        "recipe digest": (then.recipe_digest, now.recipe_digest),
-        "abliterator": (then.tool.version, now.tool.version),
-        "device": (then.provenance.device, now.provenance.device),
-        "hardware": (then.provenance.hardware, now.provenance.hardware),
-        "dtype of computation": (then.provenance.dtype, now.provenance.dtype),
-        "python": (then.provenance.python, now.provenance.python),
-        "platform": (then.provenance.platform, now.provenance.platform),
+        "recipe digest": (published.recipe_digest, rebuilt.recipe_digest),
+        "abliterator": (published.tool.version, rebuilt.tool.version),
+        "device": (published.provenance.device, rebuilt.provenance.device),
+        "hardware": (published.provenance.hardware, rebuilt.provenance.hardware),
+        "dtype of computation": (published.provenance.dtype, rebuilt.provenance.dtype),
+        "python": (published.provenance.python, rebuilt.provenance.python),
+        "platform": (published.provenance.platform, rebuilt.provenance.platform),
     }
-    for name, past, present in (
-        ("", then.provenance.packages, now.provenance.packages),
-        ("base file ", then.model.files_sha256, now.model.files_sha256),
-        ("prompts of ", _prompts(then), _prompts(now)),
-        ("sha256 of the ", then.provenance.digests, now.provenance.digests),
+    for name, before, after in (
+        ("", published.provenance.packages, rebuilt.provenance.packages),
+        ("base file ", published.model.files_sha256, rebuilt.model.files_sha256),
+        ("prompts of ", _prompts(published), _prompts(rebuilt)),
+        ("sha256 of the ", published.provenance.digests, rebuilt.provenance.digests),
     ):
-        for key in sorted({*past, *present}):
-            pairs[name + key] = past.get(key, "none"), present.get(key, "none")
-    for what, (first, second) in pairs.items():
+        for key in sorted({*before, *after}):
+            pairs[name + key] = before.get(key, "none"), after.get(key, "none")
+    for name, (first, second) in pairs.items():
         if first != second:
-            yield f"{what}: {first}, {second}"
+            yield f"{name}: {first}, {second}"

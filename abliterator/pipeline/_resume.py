@@ -1,4 +1,4 @@
-"""What is left to do in a folder: which stages run, and which are kept as an earlier run left them.
+"""Which stages of a folder run, and which are kept from an earlier run.
 
 A stage runs where its key or one of its files is not what its marker says. The Hub commits that the
 first run of a recipe resolved are kept by the later ones.

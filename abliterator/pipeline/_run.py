@@ -1,4 +1,4 @@
-"""One run: the recipe resolved, the plan made, and the models that stages share."""
+"""One run: the resolved recipe, its plan, and the models that stages share."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Options:
-    """Where and how a recipe is run; nothing here changes what is asked of the model.
+    """Device, dtype and folder of a run; none of them is part of the recipe.
 
     Attributes:
         device: a torch device, or "auto".
@@ -52,7 +52,7 @@ class Options:
         return "mps" if torch.backends.mps.is_available() else "cpu"
 
     def batch_size(self, size: int | Literal["auto"]) -> int:
-        """Prompts that are answered together: the given number, or what suits the device."""
+        """Prompts that are answered together: `size`, or a number by device for "auto"."""
         if size != "auto":
             return size
         return 64 if self.compute_device.startswith("cuda") else 16
@@ -68,7 +68,7 @@ class Options:
 
 @dataclass
 class Run:
-    """What every stage gets."""
+    """The inputs that all stages share: recipe, plan, folder and options."""
 
     recipe: Recipe
     plan: Plan
@@ -77,7 +77,8 @@ class Run:
     progress: Progress = field(default_factory=Silent)
     tasks: Sequence[Task] = ()
     _loaded: LoadedModel | None = None
-    _base: dict[str, str] | None = None  # hashes of the base's files when they were first needed
+    # of the base's files, when they were first needed
+    _base_hashes: dict[str, str] | None = None
 
     @property
     def device(self) -> str:
@@ -96,7 +97,7 @@ class Run:
 
     @property
     def base_id(self) -> str:
-        """The base's name as others may see it: of a local folder only the last part."""
+        """The base's public name: of a local folder only the last part."""
         source = self.plan.source
         local = source.revision is None and not source.id.startswith("embedded:")
         return Path(source.id).name if local else source.id
@@ -108,18 +109,19 @@ class Run:
             OutputError: if a file was changed since this run read it first.
         """
         planned = self.plan.checkpoint
-        found = fingerprint(planned, cache=self.workspace.fingerprints)
-        if self._base is None:
-            now = Checkpoint.open(
-                planned.folder
-            )  # the plan's was opened before anything was hashed
-            same = now.tensors == planned.tensors and now.file_bytes == planned.file_bytes
-            if not (same and digest_of(now.config) == digest_of(planned.config)):
+        hashes = fingerprint(planned, cache=self.workspace.fingerprints)
+        if self._base_hashes is None:
+            # the plan's was opened before anything was hashed
+            stored = Checkpoint.open(planned.folder)
+            same_tensors = (
+                stored.tensors == planned.tensors and stored.file_bytes == planned.file_bytes
+            )
+            if not (same_tensors and digest_of(stored.config) == digest_of(planned.config)):
                 raise _base_changed(planned.folder)
-            self._base = found
-        if found != self._base:
+            self._base_hashes = hashes
+        if hashes != self._base_hashes:
             raise _base_changed(planned.folder)
-        return found
+        return hashes
 
     def base_digest(self) -> str:
         """Digest of `base_files`."""
@@ -149,7 +151,7 @@ class Run:
         release_memory()
 
     def engine(self, folder: Path) -> TransformersEngine:
-        """The model in `folder`, to be asked; the same rule holds."""
+        """An engine of the model in `folder`; one model at a time is held (`loaded`)."""
         from abliterator.engines import TransformersEngine
 
         return TransformersEngine(self.loaded(folder))
@@ -163,7 +165,7 @@ class Run:
             engine: the model that reads them.
             prompts: of one set.
             name: of the set, for messages.
-            max_new_tokens: of an answer, for which there has to be room.
+            max_new_tokens: of an answer, which must fit the context too.
 
         Raises:
             PromptError: for a prompt that is too long for the model.
@@ -190,7 +192,7 @@ class Run:
         return section
 
     def digest(self, stage: str) -> str:
-        """Digest of what an earlier stage left, and what is there now.
+        """Digest of the artefacts of an earlier stage.
 
         Raises:
             OutputError: if an artefact was changed since.

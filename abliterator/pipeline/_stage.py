@@ -1,8 +1,8 @@
-"""A stage: a function with a key and a version, and the files that it leaves.
+"""A stage: a function with a key and a version, and the files that it writes.
 
 A stage's key is the digest of all that its result depends on: its sections of the recipe, the
 digests of the artefacts that it reads, the hashes of the base's files, and its own version. Raise
-the version when the code changes what it leaves.
+the version when a change of the code changes the files.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ Value = TypeVar("Value", bound=BaseModel)
 
 
 def no_parts(run: Run) -> Mapping[str, str]:
-    """The parts of a stage that is made anew as a whole."""
+    """No parts: the stage is always run as a whole."""
     return {}
 
 
@@ -51,7 +51,7 @@ class Stage:
         return digest_of([self.name, self.version, self.inputs(run)])
 
     def kept(self, run: Run) -> set[str]:
-        """Parts that an earlier run of the stage left and that are still what they would be now.
+        """Parts of an earlier run's result whose keys have not changed.
 
         So the base's answers outlive a change of the edit.
         """
@@ -62,7 +62,7 @@ class Stage:
 
 
 class Artefact(NamedTuple):
-    """A file that a stage leaves, by its path in the output folder.
+    """A file that a stage writes, by its path in the output folder.
 
     Reading raises OutputError where the file is not as the stage left it.
     """
@@ -75,7 +75,7 @@ class Artefact(NamedTuple):
         return run.workspace.out / self.name
 
     def checked(self, run: Run) -> Path:
-        """The same, of a file that is as the stage left it."""
+        """The path, after checking that the file is as the stage left it."""
         return run.workspace.artefact(self.stage, self.path(run))
 
     def write(self, run: Run, value: BaseModel | Any) -> Path:
@@ -88,11 +88,11 @@ class Artefact(NamedTuple):
         return self.path(run)
 
     def read(self, run: Run) -> Any:
-        """The plain values."""
+        """The plain values of a JSON file."""
         return json.loads(read_text(self.checked(run)))
 
     def read_as(self, run: Run, kind: type[Value]) -> Value:
-        """The typed result."""
+        """The typed result of a JSON file."""
         return kind.model_validate_json(read_text(self.checked(run)))
 
     def write_lines(self, run: Run, values: Iterable[BaseModel]) -> Path:
@@ -101,5 +101,5 @@ class Artefact(NamedTuple):
         return self.path(run)
 
     def read_lines(self, run: Run, kind: type[Value]) -> list[Value]:
-        """The typed results."""
+        """The typed results of a file of JSON lines."""
         return [kind.model_validate_json(line) for line in read_lines(self.checked(run))]

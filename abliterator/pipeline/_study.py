@@ -1,4 +1,4 @@
-"""The stages of the studies: none is part of a build, and none changes what a build makes."""
+"""The stages of the studies: none is part of a build or changes its results."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from abliterator.pipeline._judges import choosing_judge
 from abliterator.pipeline._run import Run
 from abliterator.pipeline._stage import Artefact, Stage
 from abliterator.pipeline.stages.capture import fitted
-from abliterator.pipeline.stages.prompts import load_sets, prompt_sets
+from abliterator.pipeline.stages.prompts import PromptSets, load_sets, prompt_sets
 from abliterator.pipeline.stages.selection import extracted_subspace, selected_layers, selection_of
 from abliterator.pipeline.stages.tuning import planned_edits, tuned_inputs, tuned_subspace
 from abliterator.record import Study
@@ -55,14 +55,14 @@ class StudySettings:
     alphas: tuple[float, ...] = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5)
 
 
-def study_stage(run: Run, name: str, asked: StudySettings) -> Stage:
+def study_stage(run: Run, name: str, settings: StudySettings) -> Stage:
     """The stage of one study.
 
     Raises:
         RecipeError: for layers that the model does not have, an edit without a run-time form, and
             a comparison of contrasts where the recipe has only one.
     """
-    _require(run, name, asked)
+    _require(run, name, settings)
     study = {
         "extraction": _extraction,
         "pairs": _pairs,
@@ -71,23 +71,27 @@ def study_stage(run: Run, name: str, asked: StudySettings) -> Stage:
         "controls": _controls,
     }[name]
     return Stage(
-        f"study-{name}", 1, partial(_key, name, asked), partial(_run, study, asked), asks_model=True
+        f"study-{name}",
+        1,
+        partial(_key, name, settings),
+        partial(_run, study, settings),
+        asks_model=True,
     )
 
 
 def read_study(run: Run, name: str) -> Study:
-    """What a study that is done found."""
+    """The result of a finished study."""
     return _figures(name).read_as(run, Study)
 
 
 def _figures(name: str) -> Artefact:
-    """Where a study leaves its figures; its tables lie beside them as .md."""
+    """The file of a study's figures; its tables are beside it as .md."""
     return Artefact(f"study-{name}", f"work/studies/{name}.json")
 
 
-def _require(run: Run, name: str, asked: StudySettings) -> None:
+def _require(run: Run, name: str, settings: StudySettings) -> None:
     n_layers = run.plan.anatomy.n_layers
-    if beyond := [layer for layer in asked.layers or () if not 1 <= layer <= n_layers]:
+    if beyond := [layer for layer in settings.layers or () if not 1 <= layer <= n_layers]:
         raise RecipeError(
             f"--layers names {', '.join(map(str, beyond))}, but the model has layers 1 to "
             f"{n_layers}."
@@ -111,12 +115,12 @@ def _require(run: Run, name: str, asked: StudySettings) -> None:
         )
 
 
-def _key(name: str, asked: StudySettings, run: Run) -> Any:
+def _key(name: str, settings: StudySettings, run: Run) -> Any:
     recipe = run.recipe
     sections = ("chat", "capture", "directions", "edit")
     return [
         name,
-        asdict(asked),
+        asdict(settings),
         run.base_digest(),
         run.digest("prompts"),
         {section: run.section(section) for section in sections},
@@ -130,124 +134,119 @@ def _key(name: str, asked: StudySettings, run: Run) -> Any:
     ]
 
 
-def _directions_key(run: Run) -> Any:
-    return [run.digest("capture"), _places(run), selected_layers(run).k]
-
-
 def _run(
-    study: Callable[[Run, StudySettings], Study], asked: StudySettings, run: Run
+    measure: Callable[[Run, StudySettings], Study], settings: StudySettings, run: Run
 ) -> list[Path]:
-    """Runs a study and writes what it found."""
+    """Runs a study and writes its figures and tables."""
     from abliterator.study import to_markdown
 
-    found = study(run, asked)
+    study = measure(run, settings)
     about = {
         "model": run.base_id,
         **({"revision": run.plan.source.revision} if run.plan.source.revision else {}),
         "recipe": run.recipe.digest[:12],
         "computed in": run.dtype or "the stored dtype",
-        **found.about,
+        **study.about,
     }
-    found = found.model_copy(update={"about": about})
-    figures = _figures(found.name)
+    study = study.model_copy(update={"about": about})
+    figures = _figures(study.name)
     table = figures.path(run).with_suffix(".md")
-    write_text_atomic(table, to_markdown(found))
-    return [figures.write(run, found), table]
+    write_text_atomic(table, to_markdown(study))
+    return [figures.write(run, study), table]
 
 
-def _extraction(run: Run, asked: StudySettings) -> Study:
+def _extraction(run: Run, settings: StudySettings) -> Study:
     from abliterator.study import study_extraction
 
     sets = prompt_sets(run).extraction
     engine = run.engine(run.plan.source.folder)
-    prompts = {name: sets[name].prompts[: asked.limit] for name in ("target", "contrast")}
+    prompts = {name: sets[name].prompts[: settings.limit] for name in ("target", "contrast")}
     with run.progress.bar("captured parts", 32) as advance:
-        found = study_extraction(
+        study = study_extraction(
             engine,
-            *(run.render(engine, kept, name=name).token_ids for name, kept in prompts.items()),
+            *(run.render(engine, texts, name=name).token_ids for name, texts in prompts.items()),
             position=_position(run),
             max_batch_tokens=run.recipe.capture.max_batch_tokens,
-            on_step=lambda what: advance(1, status=what),
+            on_step=lambda step: advance(1, status=step),
         )
-    return found.model_copy(update={"about": {"position": _position(run), **_counted(prompts)}})
+    return study.model_copy(update={"about": {"position": _position(run), **_counted(prompts)}})
 
 
-def _pairs(run: Run, asked: StudySettings) -> Study:
+def _pairs(run: Run, settings: StudySettings) -> Study:
     from abliterator.study import study_pairs
 
-    # generic prompts are kept out of the measurement, whether or not a build needs any
+    # generic prompts are not measured on, whether or not a build extracts from any
     sets = load_sets(run.recipe.prompts, seed=run.recipe.seed, neutral_too=True)
-    of: dict[Contrast, PromptSet] = {
+    contrasts: dict[Contrast, PromptSet] = {
         "paired": sets.extraction["contrast"],
         "generic": sets.extraction["neutral"],
     }
-    few = min(len(s.prompts) for s in (sets.extraction["target"], *of.values()))
-    target = sets.extraction["target"].prompts[:few]
+    n = min(len(s.prompts) for s in (sets.extraction["target"], *contrasts.values()))
+    target = sets.extraction["target"].prompts[:n]
     engine = run.engine(run.plan.source.folder)
     directions = {
-        name: _directions(run, engine, target, contrast.prompts[:few])
-        for name, contrast in of.items()
+        name: _directions(run, engine, target, contrast.prompts[:n])
+        for name, contrast in contrasts.items()
     }
-    layers = asked.layers or tuple(range(1, run.plan.anatomy.n_layers + 1))
-    measured = {name: s.prompts for name, s in sets.evaluation.items()}
-    with _evaluator(run, asked, measured, edits=2 * len(layers)) as evaluator:
-        found = study_pairs(evaluator, directions, layers)
-    counts = {"position": _position(run), "prompts of each kind for directions": few}
-    return found.model_copy(update={"about": {**counts, **_measured(evaluator)}})
+    layers = settings.layers or tuple(range(1, run.plan.anatomy.n_layers + 1))
+    prompts = _texts(sets)
+    with _evaluator(run, settings, prompts, edits=2 * len(layers)) as evaluator:
+        study = study_pairs(evaluator, directions, layers)
+    counts = {"position": _position(run), "prompts of each kind for directions": n}
+    return study.model_copy(update={"about": {**counts, **_measured(evaluator)}})
 
 
-def _alpha(run: Run, asked: StudySettings) -> Study:
+def _alpha(run: Run, settings: StudySettings) -> Study:
     from abliterator.study import study_alpha
 
-    sets = prompt_sets(run).evaluation
-    measured = {name: s.prompts for name, s in sets.items()}
-    with _evaluator(run, asked, measured, edits=len(asked.alphas)) as evaluator:
-        found = study_alpha(evaluator, extracted_subspace(run).basis, asked.alphas)
+    prompts = _texts(prompt_sets(run))
+    with _evaluator(run, settings, prompts, edits=len(settings.alphas)) as evaluator:
+        study = study_alpha(evaluator, extracted_subspace(run).basis, settings.alphas)
     about = {
         "layers": list(selected_layers(run).layers),
         "k": selected_layers(run).k,
         **_measured(evaluator),
     }
-    return found.model_copy(update={"about": about})
+    return study.model_copy(update={"about": about})
 
 
-def _confirmation(run: Run, asked: StudySettings) -> Study:
+def _confirmation(run: Run, settings: StudySettings) -> Study:
     from abliterator.study import confirmation_edits, study_confirmation
 
     places = _places(run)
-    measured = {name: s.prompts for name, s in prompt_sets(run).evaluation.items()}
-    with _evaluator(run, asked, measured, edits=confirmation_edits(len(places))) as evaluator:
-        found = study_confirmation(evaluator, fitted(run), places)
-    return found.model_copy(update={"about": _measured(evaluator)})
+    prompts = _texts(prompt_sets(run))
+    with _evaluator(run, settings, prompts, edits=confirmation_edits(len(places))) as evaluator:
+        study = study_confirmation(evaluator, fitted(run), places)
+    return study.model_copy(update={"about": _measured(evaluator)})
 
 
-def _controls(run: Run, asked: StudySettings) -> Study:
+def _controls(run: Run, settings: StudySettings) -> Study:
     from abliterator.study import study_controls
 
-    found = selected_layers(run)
-    basis = (tuned_subspace(run, found.layers) or extracted_subspace(run)).basis
+    selected = selected_layers(run)
+    basis = (tuned_subspace(run, selected.layers) or extracted_subspace(run)).basis
     draws, shuffled = run.recipe.selection.controls, _shuffled(run)
-    measured = {name: s.prompts for name, s in prompt_sets(run).evaluation.items()}
+    prompts = _texts(prompt_sets(run))
     edits = 1 + draws + len(shuffled)
-    with _evaluator(run, asked, measured, edits=edits, plan=planned_edits(run)) as evaluator:
+    with _evaluator(run, settings, prompts, edits=edits, plan=planned_edits(run)) as evaluator:
         study = study_controls(evaluator, basis, shuffled, draws=draws)
-    about = {"layers": list(found.layers), "k": basis.shape[-1], **_measured(evaluator)}
+    about = {"layers": list(selected.layers), "k": basis.shape[-1], **_measured(evaluator)}
     return study.model_copy(update={"about": about})
 
 
 def _shuffled(run: Run) -> list[Tensor]:
     """Q of the same layers from shuffled labels: of halves that have as many prompts of each kind.
 
-    None where directions are tuned, for no descent would follow those, and none within a layer.
+    None where directions are tuned, since these would not be tuned, and none within a layer.
     """
     from abliterator.directions import per_layer, stack
 
     settings, layers = run.recipe.directions, selected_layers(run).layers
     if settings.estimator == "tuned" or settings.stack == "within_layer":
         return []
-    made = per_layer if settings.stack == "per_layer" else stack
+    make_subspace = per_layer if settings.stack == "per_layer" else stack
     sets, engine = prompt_sets(run).extraction, run.engine(run.plan.source.folder)
-    found = []
+    bases = []
     for draw in range(run.recipe.selection.controls):
         halves: tuple[list[str], list[str]] = [], []
         for name in ("target", "contrast"):
@@ -255,14 +254,14 @@ def _shuffled(run: Run) -> list[Tensor]:
             random.Random(f"{run.recipe.seed} {name} {draw}").shuffle(prompts)
             halves[0].extend(prompts[::2])
             halves[1].extend(prompts[1::2])
-        found.append(made(_directions(run, engine, *halves), layers).basis)
-    return found
+        bases.append(make_subspace(_directions(run, engine, *halves), layers).basis)
+    return bases
 
 
 @contextmanager
 def _evaluator(
     run: Run,
-    asked: StudySettings,
+    settings: StudySettings,
     prompts: Mapping[str, Sequence[str]],
     *,
     edits: int,
@@ -273,7 +272,7 @@ def _evaluator(
 
     scratch = run.workspace.work / "studies" / "base_logits.bin"
     scratch.parent.mkdir(parents=True, exist_ok=True)
-    context = _context(run, asked, prompts, plan or run.plan.edits)
+    context = _context(run, settings, prompts, plan or run.plan.edits)
     with (
         run.progress.bar("edits measured", 1 + edits) as advance,
         EditEvaluator(context, scratch, lambda name: advance(1, status=name)) as evaluator,
@@ -282,13 +281,13 @@ def _evaluator(
 
 
 def _context(
-    run: Run, asked: StudySettings, prompts: Mapping[str, Sequence[str]], plan: EditPlan
+    run: Run, settings: StudySettings, prompts: Mapping[str, Sequence[str]], plan: EditPlan
 ) -> EvaluationContext:
     from abliterator.evaluation import EvaluationContext
 
     recipe, engine = run.recipe, run.engine(run.plan.source.folder)
-    limit = asked.limit or recipe.rollouts.limit
-    length = asked.tokens or recipe.rollouts.max_new_tokens
+    limit = settings.limit or recipe.rollouts.limit
+    length = settings.tokens or recipe.rollouts.max_new_tokens
 
     def rendered(name: str, tokens: int) -> RenderedPrompts:
         return run.render(engine, prompts[name][:limit], name=name, max_new_tokens=tokens)
@@ -331,9 +330,9 @@ def _places(run: Run) -> list[Place]:
     """Layers and positions in order of preference: the selection's, or those of the recipe."""
     from abliterator.directions import Place
 
-    found = selection_of(run)
-    if found is not None:
-        return list(map(Place, found.layers, found.positions))
+    selection = selection_of(run)
+    if selection is not None:
+        return list(map(Place, selection.layers, selection.positions))
     return [Place(layer, _position(run)) for layer in run.plan.layers]
 
 
@@ -343,8 +342,13 @@ def _position(run: Run) -> int:
     return -1 if position == "sweep" else position
 
 
+def _texts(sets: PromptSets) -> dict[str, Sequence[str]]:
+    """The prompts of each evaluation set."""
+    return {name: prompts.prompts for name, prompts in sets.evaluation.items()}
+
+
 def _counted(prompts: Mapping[str, Sequence[str]]) -> dict[str, int]:
-    return {f"{name} prompts": len(kept) for name, kept in prompts.items()}
+    return {f"{name} prompts": len(texts) for name, texts in prompts.items()}
 
 
 def _measured(evaluator: EditEvaluator) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The output folder: whose it is, where artefacts lie, and which stages are done.
+"""The output folder: the recipe that it belongs to, paths of artefacts, and which stages are done.
 
     OUT/checkpoint/   exactly what may be published
     OUT/adapter/      the same edit as a LoRA, where the recipe asks for it
@@ -6,8 +6,8 @@
 
 One run at a time works in it. A stage is done when its marker names the key of its present inputs
 and every artefact has the hash that the marker says. Markers are written after the artefacts, both
-by renaming, so whatever interrupts a run, the next one redoes what was unfinished. Whoever reads an
-artefact asks for it here (`artefact`, `digest`), and it is compared with its marker first.
+by renaming, so whatever interrupts a run, the next one redoes what was unfinished. An artefact is
+read through `artefact` or `digest`, which compare it with its marker first.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ _REMEMBERED_FROM = 1 << 20  # bytes
 
 
 class Marker(Frozen):
-    """What a finished stage left: read from work/stages/NAME.json."""
+    """Key, artefacts and seconds of a finished stage: work/stages/NAME.json."""
 
     key: str
     artefacts: dict[str, dict[str, int | str]]  # path relative to OUT: size, sha256
@@ -48,12 +48,12 @@ class Marker(Frozen):
 
     @property
     def digest(self) -> str:
-        """Digest of the artefacts' contents: what a later stage depends on."""
+        """Digest of the artefacts' contents, which is part of later stages' keys."""
         return digest_of(self.artefacts)
 
 
 class Claim(Frozen):
-    """Whose the folder is: read from work/abliterator.json."""
+    """The recipe that the folder belongs to: work/abliterator.json."""
 
     tool: str
     recipe_digest: str  # of the recipe as the user gave it, before anything was resolved
@@ -62,9 +62,9 @@ class Claim(Frozen):
 
 @contextmanager
 def usable(out: Path) -> Iterator[None]:
-    """Turns what the operating system refuses at or below `out`, and a full disk, into OutputError.
+    """Turns an OSError at or below `out`, or of a full disk, into an OutputError.
 
-    An OSError about something else passes.
+    Every other OSError is raised unchanged.
     """
     try:
         yield
@@ -74,30 +74,30 @@ def usable(out: Path) -> Iterator[None]:
                 f"The disk of {out} is full. Make room, and give the same command again: it goes "
                 "on where it stopped."
             ) from error
-        place = _place(error, out)
-        if place is None:
+        path = _path_within(error, out)
+        if path is None:
             raise
         raise OutputError(
-            f"{place} cannot be used: {error.strerror or error}. Choose an --out that you may "
+            f"{path} cannot be used: {error.strerror or error}. Choose an --out that you may "
             "write to, where abliterator finds its own files as it left them."
         ) from error
 
 
 def remove_whole(path: Path) -> None:
-    """Removes a folder with all that is in it, or whatever stands in its place; or nothing."""
+    """Removes a folder with all that is in it, or a file of that name, if there is one."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
-    else:  # rmtree would open it, and wait for ever at a named pipe
+    else:  # rmtree would open it, and block at a named pipe
         path.unlink(missing_ok=True)
 
 
-def _place(error: OSError, out: Path) -> str | None:
-    """The path that an error is about, if it is `out`, within it, or on the way to it."""
-    whole = out.absolute()
+def _path_within(error: OSError, out: Path) -> str | None:
+    """The path of an error, if it is `out`, within it, or a parent of it."""
+    root = out.absolute()
     for name in (error.filename, error.filename2):
         if isinstance(name, (str, bytes, os.PathLike)):
             path = Path(os.fsdecode(name)).absolute()
-            if path.is_relative_to(whole) or whole.is_relative_to(path):
+            if path.is_relative_to(root) or root.is_relative_to(path):
                 return shown(path)
     return None
 
@@ -111,14 +111,14 @@ class Workspace:
         self.checkpoint = out / "checkpoint"
         self.adapter = out / "adapter"
         self.fingerprints = self.work / "fingerprint.json"
-        self._recipe = self.work / "recipe.yaml"
-        self._ours = self.work / "abliterator.json"
-        self._lock = self.work / "lock"
+        self._recipe_path = self.work / "recipe.yaml"
+        self._claim_path = self.work / "abliterator.json"
+        self._lock_path = self.work / "lock"
         self._hashes = FileHashes(self.fingerprints, least=_REMEMBERED_FROM)
 
     @contextmanager
     def held(self) -> Iterator[None]:
-        """Keeps every other run out of the folder; the system lets go when this one is killed.
+        """Locks the folder against other runs; a killed run's lock is released by the system.
 
         Raises:
             OutputError: if another run is at work in it, or no file can be locked there.
@@ -126,7 +126,7 @@ class Workspace:
         from filelock import FileLock, Timeout
 
         self.work.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(self._lock, blocking=False)
+        lock = FileLock(self._lock_path, blocking=False)
         try:
             lock.acquire()
         except Timeout as error:
@@ -145,7 +145,7 @@ class Workspace:
             lock.release()
 
     def claim(self, recipe: Recipe, *, force: bool) -> Recipe | None:
-        """Makes sure that the folder may be used for `recipe`; writes nothing.
+        """Checks that the folder may be used for `recipe`; writes nothing.
 
         Returns:
             The resolved recipe of an earlier run of the same recipe, or None if this one is the
@@ -156,7 +156,7 @@ class Workspace:
         """
         if not self.out.exists() or self._is_empty():
             return None
-        if not self._ours.is_file():
+        if not self._claim_path.is_file():
             raise OutputError(
                 f"{self.out} exists and was not made by abliterator; nothing in it was touched. "
                 f"Choose another --out."
@@ -175,21 +175,21 @@ class Workspace:
         )
 
     def _resolved(self, recipe: Recipe) -> Recipe | None:
-        """What an earlier run resolved `recipe` to; None where it did not come so far."""
-        if self._claim().recipe_digest != recipe.digest or not self._recipe.is_file():
+        """What an earlier run resolved `recipe` to; None where it ended before that."""
+        if self._claim().recipe_digest != recipe.digest or not self._recipe_path.is_file():
             return None
         return self.recipe()
 
     def _is_empty(self) -> bool:
         """Whether the folder holds no file but those of a run that was killed at its first step."""
-        begun = {self._lock, partial_of(self._ours)}
+        leftovers = {self._lock_path, partial_of(self._claim_path)}
         files = (path for path in self.out.rglob("*") if path.is_symlink() or not path.is_dir())
-        return self.out.is_dir() and all(path in begun for path in files)
+        return self.out.is_dir() and all(path in leftovers for path in files)
 
     @property
     def is_ours(self) -> bool:
         """Whether a run made the folder."""
-        return self._ours.is_file() and self._recipe.is_file()
+        return self._claim_path.is_file() and self._recipe_path.is_file()
 
     def recipe(self) -> Recipe:
         """The resolved recipe of a folder of ours.
@@ -200,42 +200,42 @@ class Workspace:
         if not self.is_ours:
             raise OutputError(f"{self.out} is not a folder that `abliterator build` made.")
         claimed = self._claim().resolved_sha256
-        if claimed not in (None, self._hashes.sha256(self._recipe)):
+        if claimed not in (None, self._hashes.sha256(self._recipe_path)):
             raise OutputError(
-                f"{self._recipe} is not as abliterator left it: it says what this folder was made "
-                "from, and is not for editing. Change the recipe that it came from, and build "
+                f"{self._recipe_path} is not as abliterator left it: it says what this folder was "
+                "made from, and is not for editing. Change the recipe that it came from, and build "
                 "that: with --force in this folder, or in another --out."
             )
-        return load_recipe(self._recipe)
+        return load_recipe(self._recipe_path)
 
     def create(self, requested: Recipe, resolved: Recipe) -> None:
-        """Makes the folder ours, unless it is already.
+        """Writes the claim and the resolved recipe, unless they are there already.
 
-        Wherever this is killed, no claim stands beside what another recipe was resolved to.
+        Wherever this is killed, no claim is left with the resolved form of another recipe.
         """
         plain = resolved.model_dump(mode="json")
         text = to_yaml(plain)
         digest = sha256_of_bytes(text.encode())
         claim = Claim(tool="abliterator", recipe_digest=requested.digest, resolved_sha256=digest)
         with suppress(OutputError, FileError):
-            if self._claim() == claim and self._hashes.sha256(self._recipe) == digest:
+            if self._claim() == claim and self._hashes.sha256(self._recipe_path) == digest:
                 return
-        self._recipe.unlink(missing_ok=True)
-        write_text_atomic(self._ours, claim.model_dump_json() + "\n")
-        write_text_atomic(self._recipe, text)
+        self._recipe_path.unlink(missing_ok=True)
+        write_text_atomic(self._claim_path, claim.model_dump_json() + "\n")
+        write_text_atomic(self._recipe_path, text)
 
     def _claim(self) -> Claim:
         try:
-            return Claim.model_validate_json(read_text(self._ours))
+            return Claim.model_validate_json(read_text(self._claim_path))
         except (FileError, ValueError) as error:
             raise OutputError(
-                f"{self._ours} is damaged, so nobody can tell which recipe {self.out} was made "
-                "from. Choose another --out, or go on here with --force: stages whose inputs did "
-                "not change are kept."
+                f"{self._claim_path} is damaged, so nobody can tell which recipe {self.out} was "
+                "made from. Choose another --out, or go on here with --force: stages whose inputs "
+                "did not change are kept."
             ) from error
 
     def remove(self) -> None:
-        """Deletes the whole folder; for a run that failed before it made anything worth keeping."""
+        """Deletes the whole folder, after a run that failed before its first results."""
         shutil.rmtree(self.out)
 
     def marker(self, stage: str) -> Marker | None:
@@ -251,7 +251,7 @@ class Workspace:
         return marker is not None and marker.key == key and not self._changed(marker)
 
     def digest(self, stage: str) -> str:
-        """Digest of what a finished stage left, and what is there now.
+        """Digest of the artefacts of a finished stage.
 
         Raises:
             OutputError: if an artefact was changed since.
@@ -262,13 +262,13 @@ class Workspace:
         return marker.digest
 
     def artefact(self, stage: str, path: Path) -> Path:
-        """The path of an artefact of a finished stage, which is as the stage left it.
+        """The path of an artefact of a finished stage, after comparing it with the marker.
 
         Raises:
             OutputError: if it was changed since.
         """
-        stated = self._finished(stage).artefacts.get(self._name(path))
-        if stated is None or self._state(path) != stated:
+        state = self._finished(stage).artefacts.get(self._name(path))
+        if state is None or self._state(path) != state:
             raise self._was_changed(stage, path)
         return path
 
@@ -289,7 +289,7 @@ class Workspace:
         )
 
     def _changed(self, marker: Marker) -> list[str]:
-        """Paths of the artefacts that are not as the marker says."""
+        """Paths of the artefacts whose size or hash is not the marker's."""
         changed = [
             path
             for path, state in marker.artefacts.items()

@@ -1,8 +1,8 @@
-"""Typed results, JSON both ways.
+"""Typed results that are written and read as JSON.
 
 `RunRecord` is the contract that the card and other tools read
 (`checkpoint/abliterator/record.json`). A measurement that was not made is `None` (JSON `null`),
-never 0. Rates and means travel as `Estimate`: a value with its interval and n.
+never 0. Rates and means are an `Estimate`: a value with its interval and n.
 
     record = RunRecord.model_validate_json(read_text(path))
     record.behaviour["target"].base.refusal.value

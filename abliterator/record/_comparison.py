@@ -31,7 +31,7 @@ Measurement = Literal["behaviour", "divergence", "benchmarks"]
 
 
 class Difference(Frozen):
-    """One thing beside the weights that changes what is asked, answered or computed."""
+    """One difference beside the weights that changes prompts, answers or computation."""
 
     part: Part
     name: str  # the template's, the config's field, what of the tokenizer
@@ -40,14 +40,14 @@ class Difference(Frozen):
 
 
 class TensorDelta(Frozen):
-    """One tensor that differs; None is what cannot be told."""
+    """One tensor that differs; None where a value cannot be determined."""
 
     name: str
     shape: tuple[int, ...]
     dtype: str
     norm: float | None = None  # Frobenius norm of edited - base
     relative: float | None = None  # over that of base
-    rank: int | None = None  # above the noise of rounding; None for more than can be told
+    rank: int | None = None  # above the noise of rounding; None for more than can be determined
     side: Literal["output", "input"] | None = None  # where directions are removed, if they are
     strength: float | None = None  # of that removal: 1 removes, 2 mirrors
 
@@ -73,7 +73,7 @@ class WeightDiff(Frozen):
 
 
 class OwnScores(Frozen):
-    """A benchmark task whose two sides were not asked the same: each has its own figure."""
+    """Unpaired scores of a benchmark task whose prompts differ between the sides."""
 
     metric: str
     base: Estimate
@@ -81,7 +81,7 @@ class OwnScores(Frozen):
 
 
 class Comparison(Frozen):
-    """Two checkpoints side by side; what was not asked for is None or empty.
+    """A comparison of two checkpoints; what was not measured is None or empty.
 
     `asked` is "alike" where template, tokenizer, stop tokens and generation settings are the same;
     "as_base" where they are not, and both sides were asked with the base's, so that the weights and

@@ -1,4 +1,4 @@
-"""Answers, verdicts, and what measurements come to."""
+"""Answers, verdicts, and summaries of measurements."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Estimate(Frozen):
 
     @classmethod
     def of(cls, interval: tuple[float, float | None, float | None, int] | None) -> Self | None:
-        """A `statistics.Interval` as it travels in a record; None for no data."""
+        """The estimate of a `statistics.Interval`; None for no data."""
         if interval is None:
             return None
         value, low, high, n = interval
@@ -66,14 +66,14 @@ VerdictKind = Literal["refused", "deflected", "partial", "complied", "broken", "
 
 
 class TextStatistics(Frozen):
-    """How sound an answer's language is by counting alone, beside the judge's grades."""
+    """Text statistics of an answer, counted without a judge."""
 
     repetition: float  # share that repeats itself, by words, sentences or characters
     distinct: float | None  # share of its word pairs that occur once; None below 10 words
 
 
 class Verdict(Frozen):
-    """What a judge says of one Completion; grades and `refused` are None when unscored."""
+    """A judge's verdict on one Completion; grades and `refused` are None when unscored."""
 
     set: str
     side: Side
@@ -118,7 +118,7 @@ class Behaviour(Frozen):
 
 
 class Divergence(Frozen):
-    """How far the edited next-token distribution moved on neutral prompts: KL(base || edited)."""
+    """KL(base || edited) of next-token distributions on neutral prompts."""
 
     kl_first_token: Estimate | None = None  # nats
     kl: Estimate | None = None

@@ -30,7 +30,7 @@ class QuantizedEdits(Frozen):
 
 
 class EditSummary(Frozen):
-    """What was done to the weights, summed over `edits.json`."""
+    """The edit of the weights, summed over `edits.json`."""
 
     layers: tuple[int, ...]
     positions: tuple[int, ...]
@@ -76,7 +76,7 @@ class TensorEdit(Frozen):
 
 
 class ModelIdentity(Frozen):
-    """Which base model: a Hub id at a commit, or a local folder known by its files' hashes."""
+    """The base model: a Hub id at a commit, or a local folder with its files' hashes."""
 
     id: str
     revision: str | None
@@ -92,14 +92,14 @@ class ModelIdentity(Frozen):
 
 
 class Tool(Frozen):
-    """Which abliterator made this."""
+    """The version of abliterator that made the record."""
 
     name: str = "abliterator"
     version: str
 
 
 class JudgeIdentity(Frozen):
-    """Which judge gave the verdicts; `calibration` is None where it was never measured."""
+    """The judge that gave the verdicts; `calibration` is None where it was not measured."""
 
     kind: str
     model: str | None = None
@@ -109,14 +109,14 @@ class JudgeIdentity(Frozen):
     base_url: str | None = None
     served_model: str | None = None  # as the server called itself
     fingerprints: tuple[str, ...] = ()
-    structured: str | None = None  # how JSON was asked for; a server may take it and not heed it
+    structured: str | None = None  # how JSON was asked for; a server may accept and ignore it
     votes: int = 1
     disagreement: dict[str, Estimate] = {}  # share of other verdicts: "itself", "rules"
     usage: dict[str, float] = {}  # calls, invalid (replies that were no verdict), usd
 
 
 class PromptOrigin(Frozen):
-    """Where one prompt set came from, and what it was after loading."""
+    """Source of one prompt set, and its size and hash after loading."""
 
     name: str
     source: str  # Hub dataset id, or file name
@@ -132,9 +132,9 @@ class PromptOrigin(Frozen):
 
 
 class Provenance(Frozen):
-    """Versions and circumstances that a number depends on: the lock of a build.
+    """Versions and hardware that the numbers of a build depend on.
 
-    Whoever builds the recipe again compares these first where a bit differs.
+    `abliterator build --from` reports which of these differ where a rebuilt bit does.
     """
 
     created: str  # UTC, ISO 8601
@@ -152,14 +152,14 @@ class Provenance(Frozen):
 
 
 class Quotation(Frozen):
-    """What somebody else reports, on other files; nothing of it was measured here."""
+    """A result that another source reports on other files; it was not measured here."""
 
     source: str
     says: str
 
 
 class RunRecord(Frozen):
-    """Everything a card says: the contract that other tools read."""
+    """The complete record of a run: the contract that the card and other tools read."""
 
     tool: Tool
     recipe: dict[str, Any]

@@ -16,14 +16,14 @@ class AnswerSummary(Frozen):
 
 
 class Rung(Frozen):
-    """How a candidate did on the first prompts of a race."""
+    """A candidate's result on the first prompts of the successive halving."""
 
     prompts: int
     product: Estimate | None
 
 
 class Candidate(Frozen):
-    """One direction: cheap scores, the gates that stopped it, and answers if it was judged.
+    """One direction: scores without answers, the gates that stopped it, and answers if judged.
 
     `bypass` is the mean log-odds of a refusing opening on target prompts under the edit (lower is
     better), `kl` that of the next-token distributions along the base's answers to neutral prompts
@@ -42,7 +42,7 @@ class Candidate(Frozen):
 
 
 class Stack(Frozen):
-    """k directions together, against fewer and against as many that know nothing.
+    """k directions together, compared with fewer and with as many control directions.
 
     Controls are means over `draws` of them. KL is that of neutral answers, in nats: a control with
     a large one has broken the model.
@@ -68,7 +68,7 @@ class Stack(Frozen):
 
 
 class Structure(Frozen):
-    """How the candidates' directions lie to one another."""
+    """Cosines and effective rank of the candidates' directions."""
 
     layers: tuple[int, ...]
     position: int = -1  # of the directions whose cosines these are
@@ -86,7 +86,7 @@ class SelectionBase(Frozen):
 
 
 class Selection(Frozen):
-    """The layers and k that a selection chose, and on what evidence."""
+    """The layers and k that a selection chose, with the measurements behind them."""
 
     layers: tuple[int, ...]  # in order of preference
     positions: tuple[int, ...]  # of each of them

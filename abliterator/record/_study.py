@@ -35,11 +35,11 @@ class Agreement(Frozen):
     layer: int
     apart: Estimate  # 1 - cosine of the two
     length: float  # of the first over that of the second
-    halves: float  # cosine of the second's own two halves of the prompts: what sampling moves
+    halves: float  # cosine of the second from two halves of the prompts: the effect of sampling
 
 
 class Study(Frozen):
-    """What a study found; `about` says of what, how, and on how many prompts."""
+    """The result of a study; `about` has the model, the settings and numbers of prompts."""
 
     name: str
     asks: str

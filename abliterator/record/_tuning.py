@@ -8,10 +8,10 @@ from abliterator.record._measured import Estimate, Frozen
 
 
 class Trial(Frozen):
-    """What one tuned edit does to held-out prompts.
+    """Measurements of one tuned edit on held-out prompts.
 
-    `kl_weight` and `scale` say how it was made: the weight of the KL in the phase at whose end it
-    was left, and the factor on its strengths; `kl` is nats per token along the base's answers,
+    `kl_weight` and `scale` are the weight of the KL in the phase whose result it
+    is, and the factor on its strengths; `kl` is nats per token along the base's answers,
     `cosine` how far the directions moved (the least singular value of Q_startᵀ Q).
     """
 
@@ -35,7 +35,7 @@ class Tuning(Frozen):
         trials: the first is the start edit itself, at the plan's strengths.
         strengths: of each trial by module path; left out of the record, for edits.json has those
             that were baked.
-        selected: index of the trial that the recipe prefers; None before it was asked.
+        selected: index of the trial that the recipe prefers; None before it is applied.
     """
 
     preference_pairs: int = Field(validation_alias=AliasChoices("preference_pairs", "lessons"))

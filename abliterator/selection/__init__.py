@@ -1,16 +1,16 @@
-"""Which layers, and how many: candidates tried on one loaded model, cheap scores before answers.
+"""Selection of layers, positions and k: candidates are scored, then the best are judged.
 
 The model is never reloaded and its weights never change: every candidate is a preview of its edit
 (hooks on the writers, equal to the baked weights), and many candidates share a batch, each in rows
-of its own. Recipes and files are not known here, nor the prompts on which the result will be
-measured.
+of its own. This package reads no recipe and no file, and not the prompts on which the result will
+be measured.
 
     pool = Pool([Place(layer) for layer in range(1, 25)], {-1: directions})
     selection = choose(context, scoring, pool, sweep=True, k=1, search=Search(survivors=8))
     selection.layers[: selection.k], selection.why
 
-After Arditi et al. (2024), section C: bypass, KL and induce scores, gates, then what they do not
-do: judged answers by successive halving, and stacks that must beat random directions and those of
+After Arditi et al. (2024), section C: bypass, KL and induce scores, gates, then, beyond them,
+judged answers by successive halving, and stacks that must beat random directions and those of
 shuffled labels.
 """
 
@@ -20,7 +20,7 @@ from collections.abc import Sequence
 
 from abliterator.evaluation import EvaluationContext
 from abliterator.record import Candidate, Selection, Stack
-from abliterator.selection._grow import grow_stack, taken
+from abliterator.selection._grow import grow_stack, largest_better
 from abliterator.selection._openings import learn_openings, log_odds
 from abliterator.selection._pool import Pool
 from abliterator.selection._race import Step, place_of
@@ -51,7 +51,7 @@ def choose(
     sweep: bool,
     k: int | Sequence[int],
     search: Search,
-    on_step: Step = lambda what: None,
+    on_step: Step = lambda step: None,
 ) -> Selection:
     """Chooses places, k, or both.
 
@@ -59,9 +59,9 @@ def choose(
         context: the model, and the held-out prompts on which candidates are judged.
         scoring: the prompts by which they are scored before.
         pool: the candidates, from prompts that are not among `context.target`.
-        sweep: whether to find their order.
-        k: how many are stacked; to find out, the sizes to try.
-        search: how much is tried, and what decides.
+        sweep: whether to rank them.
+        k: how many are stacked, or the sizes to try.
+        search: gates, number of candidates, controls and seed.
         on_step: called with each step that is done.
 
     Raises:
@@ -85,22 +85,22 @@ def choose(
             on_step=on_step,
         )
         require_enough(candidates, needed)
-        order = [place_of(c) for c in candidates if not c.stopped_by]
+        order = [place_of(candidate) for candidate in candidates if not candidate.stopped_by]
     stacks: list[Stack] = []
-    chosen, why = sizes[0], "k is the recipe's"
+    selected_k, why = sizes[0], "k is the recipe's"
     if not isinstance(k, int):
         stacks, why = grow_stack(context, base, pool, order, sizes, search=search, on_step=on_step)
-        chosen = taken(stacks, search.gates)
-    best = [place_of(c) for c in candidates if c.answers] or order
+        selected_k = largest_better(stacks, search.gates)
+    best = [place_of(candidate) for candidate in candidates if candidate.answers] or order
     return Selection(
         layers=tuple(place.layer for place in order),
         positions=tuple(place.position for place in order),
-        k=chosen,
+        k=selected_k,
         why=why,
         base=base.recorded,
         candidates=tuple(candidates),
         stacks=tuple(stacks),
-        structure=describe(pool, best=best, stacks=stacks, k=chosen),
+        structure=describe(pool, best=best, stacks=stacks, k=selected_k),
         rollout_tokens=base.tokens + _generated(candidates, stacks),
     )
 

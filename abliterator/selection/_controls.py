@@ -1,8 +1,8 @@
-"""Controls: the same edit along directions that know nothing of the behaviour.
+"""Controls: the same edit along directions that are independent of the behaviour.
 
-One draw says little. Where answers hang by a thread, a random direction tips some of them one way
-or the other, and two draws differ by as much as a stack gains. So there are several draws of each
-kind, and a prompt counts as the mean of what it is worth under them.
+One draw is noisy. Where the base nearly refuses or nearly answers, a random direction changes some
+answers, and two draws differ by as much as a stack gains. So there are several draws of each kind,
+and a prompt counts as the mean of its products under them.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ class Control:
 
     Attributes:
         draws: judged answers under each.
-        kl: nats that neutral answers moved, mean over the draws.
+        kl: nats on neutral answers, mean over the draws.
     """
 
     draws: tuple[JudgedAnswers, ...]
@@ -30,10 +30,10 @@ class Control:
     def products(self) -> list[float | None]:
         """Compliance x coherence of each prompt, mean over draws."""
         columns = zip(*(judged.products for judged in self.draws), strict=True)
-        known = ([value for value in column if value is not None] for column in columns)
-        return [mean(prompt) if prompt else None for prompt in known]
+        scored = ([value for value in column if value is not None] for column in columns)
+        return [mean(prompt) if prompt else None for prompt in scored]
 
     @property
     def summary(self) -> AnswerSummary:
-        """All draws in figures; intervals are over prompts, not over answers."""
+        """Estimates over all draws; intervals are over prompts, not over answers."""
         return summarise_draws(self.draws)

@@ -1,4 +1,4 @@
-"""How many directions: a stack grows while its judged answers say that it should."""
+"""The number of directions: a stack grows while its judged answers improve."""
 
 from __future__ import annotations
 
@@ -32,27 +32,29 @@ def grow_stack(
     A larger stack is better if the 95 % interval of the paired difference of its products lies
     above 0 against the smaller stack, against as many random directions and against as many from
     shuffled labels (of either, the mean of several draws), and its KL passes. A control that breaks
-    the model is no measure, and does not count: where the stream has a few huge dimensions, a
-    random direction spreads them over all others, and a model that babbles refuses nothing.
+    the model does not count: where the stream has a few huge dimensions, a random direction spreads
+    them over all others, and a broken model refuses nothing.
 
     Returns:
-        The stacks that were tried (the last may be the one that was not taken), and why it stopped.
+        The stacks that were tried (the last may not be better), and why it stopped.
     """
     tried: list[Stack] = []
     smaller: JudgedAnswers | None = None
     most = pool.most(order)
     for k in (size for size in sizes if size <= most):
-        stack, judged = _try(context, base, pool, order, k, smaller=smaller, search=search)
+        stack, judged = _measure_stack(
+            context, base, pool, order, k, smaller=smaller, search=search
+        )
         tried.append(stack)
         on_step(f"stack of {k} judged")
-        if reason := _no_better(stack, search.gates):
-            return tried, reason + _left_out(tried, search.gates)
+        if reason := _reason_not_better(stack, search.gates):
+            return tried, reason + _broken_controls_note(tried, search.gates)
         smaller = judged
-    why = f"there is no larger stack to try with {_of(pool, most)}"
-    return tried, why + _left_out(tried, search.gates)
+    why = f"there is no larger stack to try with {_count_text(pool, most)}"
+    return tried, why + _broken_controls_note(tried, search.gates)
 
 
-def _try(
+def _measure_stack(
     context: EvaluationContext,
     base: Baseline,
     pool: Pool,
@@ -62,23 +64,23 @@ def _try(
     smaller: JudgedAnswers | None,
     search: Search,
 ) -> tuple[Stack, JudgedAnswers]:
-    """One stack and its controls, side by side."""
+    """Measures one stack and its controls, side by side."""
     seed, basis = search.seed, pool.stack(order, k).basis
     n = search.controls
-    tried = [basis, *(random_basis(len(basis), k, seed=seed + k + 1000 * i) for i in range(n))]
-    tried += pool.shuffled_stacks(order, k, n)
-    judged, *answers = judge_edits(context, tried)
-    edits = [context.writer_edit(other) for other in tried]
+    bases = [basis, *(random_basis(len(basis), k, seed=seed + k + 1000 * i) for i in range(n))]
+    bases += pool.shuffled_stacks(order, k, n)
+    judged, *answers = judge_edits(context, bases)
+    edits = [context.writer_edit(other) for other in bases]
     limit = context.max_batch_tokens
     with context.engine.edited_side_by_side(edits, max_batch_tokens=limit) as edited:
-        kl, *moved = mean_kl(edited, base)
-    random = Control(tuple(answers[:n]), mean(moved[:n]))
-    shuffled = Control(tuple(answers[n:]), mean(moved[n:])) if moved[n:] else None
-    of = order[:1] if pool.differences else order[:k]
+        kl, *control_kl = mean_kl(edited, base)
+    random = Control(tuple(answers[:n]), mean(control_kl[:n]))
+    shuffled = Control(tuple(answers[n:]), mean(control_kl[n:])) if control_kl[n:] else None
+    places = order[:1] if pool.differences else order[:k]
     stack = Stack(
         k=k,
-        layers=tuple(place.layer for place in of),
-        positions=tuple(place.position for place in of),
+        layers=tuple(place.layer for place in places),
+        positions=tuple(place.position for place in places),
         kl=kl,
         answers=judged.summary,
         draws=n,
@@ -93,28 +95,28 @@ def _try(
     return stack, judged
 
 
-def _of(pool: Pool, most: int) -> str:
+def _count_text(pool: Pool, most: int) -> str:
     return f"{most} directions of one layer" if pool.differences else f"{most} layers"
 
 
-def taken(tried: Sequence[Stack], gates: Gates) -> int:
-    """The k of the largest stack that was better than what it replaces; at least 1."""
-    return max((s.k for s in tried if not _no_better(s, gates)), default=1)
+def largest_better(tried: Sequence[Stack], gates: Gates) -> int:
+    """The k of the largest stack that beats the smaller one and the controls; at least 1."""
+    return max((s.k for s in tried if not _reason_not_better(s, gates)), default=1)
 
 
 def _gain(before: JudgedAnswers | Control, after: JudgedAnswers, seed: int) -> Estimate | None:
-    both = [
+    pairs = [
         (b, a)
         for b, a in zip(before.products, after.products, strict=True)
         if b is not None and a is not None
     ]
-    if not both:
+    if not pairs:
         return None
-    return Estimate.of(paired_delta(*map(list, zip(*both, strict=True)), seed=seed))
+    return Estimate.of(paired_delta(*map(list, zip(*pairs, strict=True)), seed=seed))
 
 
-def _no_better(tried: Stack, gates: Gates) -> str | None:
-    """Why this stack is not taken, or None if it is."""
+def _reason_not_better(tried: Stack, gates: Gates) -> str | None:
+    """The reason why a stack is not better; None if it is."""
     if tried.k > 1 and tried.kl > gates.max_kl:
         return f"{tried.k} directions move neutral answers too far (KL {tried.kl:.3g} nats)"
     for gain, than, control_kl in (
@@ -130,14 +132,14 @@ def _no_better(tried: Stack, gates: Gates) -> str | None:
     return None
 
 
-def _left_out(tried: Sequence[Stack], gates: Gates) -> str:
-    """Says of which sizes a control did not count, so that nobody takes it for beaten."""
+def _broken_controls_note(tried: Sequence[Stack], gates: Gates) -> str:
+    """A note on the sizes at which a control did not count; empty if there are none."""
     sizes: dict[str, list[str]] = {}
     for stack in tried:
         for name, kl in (("random", stack.random_kl), ("shuffled", stack.shuffled_kl)):
             if stack.broken(kl, gates.max_kl):
                 sizes.setdefault(name, []).append(str(stack.k))
-    named = [f"{name} at k = {', '.join(each)}" for name, each in sizes.items()]
+    parts = [f"{name} at k = {', '.join(numbers)}" for name, numbers in sizes.items()]
     return (
-        f" (controls that broke the model, and did not count: {'; '.join(named)})" if named else ""
+        f" (controls that broke the model, and did not count: {'; '.join(parts)})" if parts else ""
     )

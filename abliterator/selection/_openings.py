@@ -1,4 +1,4 @@
-"""How a model's own refusals begin, and how likely it is to begin like that."""
+"""Openings of a model's refusals, and the log-odds that an answer begins with one."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from abliterator.engines import Tokens
 LONGEST = 6  # tokens of an opening: "I'm sorry, but I" and the like
 MOST = 3  # openings
 LEAST_SHARE = 0.05  # of the refusals, beyond other answers: a rarer opening may be chance
-# float32 cannot tell a probability from 1 beyond this, and one prompt must not outweigh the others
+# beyond this float32 cannot distinguish a probability from 1, and one prompt would dominate means
 FARTHEST = 14.0  # log-odds
 
 
 def learn_openings(
     refusals: Sequence[Sequence[int]], others: Sequence[Sequence[int]]
 ) -> tuple[Tokens, ...]:
-    """The openings that refusals have and other answers lack, the most telling first.
+    """The openings that refusals have and other answers lack, the most distinctive first.
 
     Greedy: the opening whose share among refusals exceeds its share among other answers most (the
     shorter of equals), then the same for the refusals that it does not cover.
@@ -32,20 +32,22 @@ def learn_openings(
         Up to three token sequences, none the beginning of another; none where refusals begin as
         other answers do.
     """
-    left = [tuple(answer[:LONGEST]) for answer in refusals]
+    uncovered = [tuple(answer[:LONGEST]) for answer in refusals]
     openings: list[Tokens] = []
 
-    def worth(opening: Tokens) -> float:
-        return _count(left, opening) / len(refusals) - _count(others, opening) / max(1, len(others))
+    def share_gain(opening: Tokens) -> float:
+        return _count(uncovered, opening) / len(refusals) - _count(others, opening) / max(
+            1, len(others)
+        )
 
-    while left and len(openings) < MOST:
-        beginnings = {a[:n] for a in left for n in range(1, len(a) + 1)}
+    while uncovered and len(openings) < MOST:
+        beginnings = {a[:n] for a in uncovered for n in range(1, len(a) + 1)}
         allowed = [o for o in beginnings if not any(f[: len(o)] == o for f in openings)]
-        best = max(allowed, key=lambda o: (worth(o), -len(o), o), default=None)
-        if best is None or worth(best) < LEAST_SHARE:
+        best = max(allowed, key=lambda o: (share_gain(o), -len(o), o), default=None)
+        if best is None or share_gain(best) < LEAST_SHARE:
             break
         openings.append(best)
-        left = [answer for answer in left if answer[: len(best)] != best]
+        uncovered = [answer for answer in uncovered if answer[: len(best)] != best]
     return tuple(openings)
 
 
@@ -66,5 +68,5 @@ def log_odds(log_likelihoods: Tensor) -> Tensor:
         [...] float64, at most `FARTHEST` from 0.
     """
     log_p = log_likelihoods.logsumexp(dim=-1)
-    others = (-torch.expm1(log_p)).clamp_min(torch.finfo(torch.float64).tiny)
-    return (log_p - others.log()).clamp(-FARTHEST, FARTHEST)
+    complement = (-torch.expm1(log_p)).clamp_min(torch.finfo(torch.float64).tiny)
+    return (log_p - complement.log()).clamp(-FARTHEST, FARTHEST)

@@ -1,4 +1,4 @@
-"""The directions among which a selection chooses, and what a stack of k of them is."""
+"""The candidate directions of a selection, and their stacks of k."""
 
 from __future__ import annotations
 
@@ -42,14 +42,14 @@ class Pool:
         """
         if not self.differences:
             return stack_at(self.directions, order[:k])
-        found, first = self._within(order), order[0]
-        if k > len(found):
+        vectors, first = self._directions_within(order), order[0]
+        if k > len(vectors):
             raise DirectionError(
-                f"The pairs differ along {len(found)} directions at layer {first}, and k is {k}. "
+                f"The pairs differ along {len(vectors)} directions at layer {first}, and k is {k}. "
                 f"Give a smaller k, or more pairs."
             )
         names = [f"layer {first}", *(f"component {i} of layer {first}" for i in range(1, k))]
-        return Subspace(orthonormal_basis(found[:k], names), (first.layer,))
+        return Subspace(orthonormal_basis(vectors[:k], names), (first.layer,))
 
     def shuffled_stacks(self, order: Sequence[Place], k: int, draws: int) -> list[Tensor]:
         """Q [H, k] each of as many directions from shuffled labels, up to `draws` of them.
@@ -57,19 +57,19 @@ class Pool:
         Of the same places, one shuffle each; within a layer, of k shuffles each.
         """
         if not self.differences:
-            return [stack_at(one, order[:k]).basis for one in self.shuffled[:draws]]
+            return [stack_at(shuffle, order[:k]).basis for shuffle in self.shuffled[:draws]]
         first = order[0]
-        each = [one[first.position].vectors[first.layer - 1] for one in self.shuffled]
-        stacks = range(0, min(draws * k, len(each) - k + 1), k)
-        return [orthonormal_basis(torch.stack(each[i : i + k])) for i in stacks]
+        vectors = [shuffle[first.position].vectors[first.layer - 1] for shuffle in self.shuffled]
+        stacks = range(0, min(draws * k, len(vectors) - k + 1), k)
+        return [orthonormal_basis(torch.stack(vectors[i : i + k])) for i in stacks]
 
     def most(self, order: Sequence[Place]) -> int:
         """The largest k there can be."""
         if not self.differences:
             return len(order)
-        return len(self._within(order))
+        return len(self._directions_within(order))
 
-    def _within(self, order: Sequence[Place]) -> Tensor:
+    def _directions_within(self, order: Sequence[Place]) -> Tensor:
         """All directions [n, H] of the first place."""
         first = order[0]
         return within_layer(

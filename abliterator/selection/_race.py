@@ -1,4 +1,4 @@
-"""Successive halving: many candidates answer few prompts, few answer all."""
+"""Successive halving: many candidates answer few prompts, few answer all prompts."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ def race(
 
     An answer that was judged is never asked for again: a rung adds prompts to the one before it.
     Where a candidate that dropped out had a better product than the best has at last, it is judged
-    on all prompts too, so that no leader wins by the luck of a short rung.
+    on all prompts too, so that none wins by chance on the few prompts of a short rung.
 
     Args:
         context: the model and the prompts.
         pool: where the candidates' directions are.
-        candidates: those that are judged, all of the same worth so far.
+        candidates: those to judge, none of them judged yet.
         search: prompts of each rung, and the share that goes on.
         least: so many reach the last rung, if there are as many.
         on_step: called after each rung.
@@ -43,7 +43,7 @@ def race(
     """
     total = len(context.target.prompts)
     order = random.Random(search.seed).sample(range(total), total)
-    racing, out = list(candidates), list[Candidate]()
+    racing, dropped = list(candidates), list[Candidate]()
     answered: dict[Place, JudgedAnswers] = {}
 
     def by_answers(candidate: Candidate) -> tuple[float, float]:
@@ -51,35 +51,38 @@ def race(
         judged = answered.get(place_of(candidate))
         return -judged.mean_product if judged else 0.0, candidate.kl
 
-    def ask(some: Sequence[Candidate], done: int, reached: int) -> list[Candidate]:
-        bases = [pool.stack([place_of(c)], 1).basis for c in some]
-        judged = judge_edits(context, bases, order[done:reached])
-        for c, more in zip(some, judged, strict=True):
+    def judge_more(chosen: Sequence[Candidate], first_prompt: int, reached: int) -> list[Candidate]:
+        bases = [pool.stack([place_of(c)], 1).basis for c in chosen]
+        judged = judge_edits(context, bases, order[first_prompt:reached])
+        for c, new in zip(chosen, judged, strict=True):
             place = place_of(c)
-            answered[place] = answered[place] + more if place in answered else more
-        on_step(f"{len(some)} candidates judged on {reached} prompts")
-        judged_now = [_after(c, answered[place_of(c)], reached) for c in some]
+            answered[place] = answered[place] + new if place in answered else new
+        on_step(f"{len(chosen)} candidates judged on {reached} prompts")
+        judged_now = [_with_answers(c, answered[place_of(c)], reached) for c in chosen]
         return sorted(judged_now, key=by_answers)
 
-    done = 0
-    for n, reached in search.schedule(len(racing), total, least):
-        racing, out = racing[:n], [*racing[n:], *out]
-        racing = ask(racing, done, reached)
-        done = reached
-    # few prompts may have flattered the leader: who looked better when it dropped out comes back
-    while out and by_answers(better := min(out, key=by_answers))[0] < by_answers(racing[0])[0]:
-        out.remove(better)
-        back = ask([better], better.rungs[-1].prompts, total)
-        racing = sorted([*racing, *back], key=by_answers)
-    return [*racing, *out]
+    first_prompt = 0
+    for n_racing, reached in search.schedule(len(racing), total, least):
+        racing, dropped = racing[:n_racing], [*racing[n_racing:], *dropped]
+        racing = judge_more(racing, first_prompt, reached)
+        first_prompt = reached
+    # few prompts are noisy: a candidate that dropped out with a better product is judged on all
+    while (
+        dropped
+        and by_answers(comeback := min(dropped, key=by_answers))[0] < by_answers(racing[0])[0]
+    ):
+        dropped.remove(comeback)
+        rejudged = judge_more([comeback], comeback.rungs[-1].prompts, total)
+        racing = sorted([*racing, *rejudged], key=by_answers)
+    return [*racing, *dropped]
 
 
 def place_of(candidate: Candidate) -> Place:
-    """Where a candidate's direction is from."""
+    """The layer and position of a candidate's direction."""
     return Place(candidate.layer, candidate.position)
 
 
-def _after(candidate: Candidate, judged: JudgedAnswers, prompts: int) -> Candidate:
+def _with_answers(candidate: Candidate, judged: JudgedAnswers, prompts: int) -> Candidate:
     summary = judged.summary
     rung = Rung(prompts=prompts, product=summary.product)
     return candidate.model_copy(update={"answers": summary, "rungs": (*candidate.rungs, rung)})

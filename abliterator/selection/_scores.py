@@ -1,4 +1,4 @@
-"""Scores of many edits at once: cheap ones from distributions, and judged answers."""
+"""Scores of many edits at once, from distributions and from judged answers."""
 
 from __future__ import annotations
 
@@ -30,17 +30,17 @@ LEAST_REFUSAL = 0.1  # of the base: below it there is nothing to remove
 
 @dataclass(frozen=True)
 class Baseline:
-    """What the base does, measured once.
+    """Measurements of the base, made once.
 
     Attributes:
-        openings: how its refusals begin.
+        openings: beginnings of its refusals.
         judged: its answers to the held-out target prompts.
-        scoring: the prompts of the cheap scores; of a base that thinks, each with its thinking.
+        scoring: the prompts of the scores; of a base that thinks, each with its thinking.
         target_score: mean log-odds of a refusing opening on target prompts.
         contrast_score: the same on contrast prompts.
         paths: its answers to neutral prompts.
         logits: its logits along them, [positions, V] each.
-        tokens: that were generated for all this.
+        tokens: generated in total.
     """
 
     openings: tuple[Tokens, ...]
@@ -54,7 +54,7 @@ class Baseline:
 
     @property
     def recorded(self) -> SelectionBase:
-        """What of it is recorded."""
+        """The part of it that is recorded."""
         return SelectionBase(bypass=self.target_score, answers=self.judged.summary)
 
 
@@ -120,12 +120,12 @@ def measure_base(context: EvaluationContext, scoring: ScoringPrompts) -> Baselin
 
 def _not_refusing(judged: JudgedAnswers) -> list[Tokens]:
     """Token ids of the answers that do not refuse."""
-    both = zip(judged.answers, judged.verdicts, strict=True)
-    return [answer.token_ids[answer.start_token :] for answer, v in both if not v.refused]
+    pairs = zip(judged.answers, judged.verdicts, strict=True)
+    return [answer.token_ids[answer.start_token :] for answer, v in pairs if not v.refused]
 
 
 def _thinking_note(judged: JudgedAnswers) -> str:
-    """What to do about thinking where there is any; "" otherwise."""
+    """Advice for a model that thinks first; "" for others."""
     thinking = sum(answer.start > 0 for answer in judged.answers)
     if not thinking:
         return ""
@@ -137,7 +137,7 @@ def _thinking_note(judged: JudgedAnswers) -> str:
 
 
 def score(context: EvaluationContext, base: Baseline, pool: Pool) -> list[Candidate]:
-    """The cheap scores of every place of `pool`, in their order.
+    """The scores of every place of `pool`, in their order, from distributions alone.
 
     Raises:
         DirectionError: for a direction of no length.
@@ -201,4 +201,4 @@ def judge_edits(
             max_new_tokens=context.max_new_tokens,
             batch_size=context.batch_size,
         )
-    return [judge_answers(context, target, own) for own in answers]
+    return [judge_answers(context, target, of_edit) for of_edit in answers]

@@ -1,4 +1,4 @@
-"""How directions of several layers lie to one another, in figures and in two words."""
+"""Cosines and effective rank of the directions of several layers, and a verdict."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def participation_ratio(directions: Tensor) -> float:
 def describe(pool: Pool, *, best: Sequence[Place], stacks: Sequence[Stack], k: int) -> Structure:
     """The cosine matrix of the candidates' layers, the effective rank of the `best`, and a verdict.
 
-    The cosines are of the position of the best. Where stacks were judged, they have the last word:
+    The cosines are of the position of the best. Where stacks were judged, they decide the verdict:
     directions that differ may still do the same work, and directions that agree may leave some
     undone.
     """
@@ -35,9 +35,9 @@ def describe(pool: Pool, *, best: Sequence[Place], stacks: Sequence[Stack], k: i
     layers = sorted({place.layer for place in pool.places})
     cosines = cosine_matrix(pool.directions[position].vectors[[layer - 1 for layer in layers]])
     figures = [f"participation ratio {ratio:.2f} over layers {', '.join(map(str, best))}"]
-    for tried in stacks:
-        if tried.answers.product is not None:
-            figures.append(f"product {tried.answers.product.value:.3f} at k = {tried.k}")
+    for stack in stacks:
+        if stack.answers.product is not None:
+            figures.append(f"product {stack.answers.product.value:.3f} at k = {stack.k}")
     return Structure(
         layers=tuple(layers),
         position=position,

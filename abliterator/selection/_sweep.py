@@ -1,4 +1,4 @@
-"""Candidates scored cheaply, gated, and the best few judged by their answers."""
+"""A sweep: candidates are scored and gated, and the best few are judged by their answers."""
 
 from __future__ import annotations
 
@@ -41,17 +41,17 @@ def sweep_places(
         DirectionError: when no candidate passes, and for a direction of no length.
     """
     gates = search.gates
-    found = [
+    candidates = [
         scored.model_copy(update={"stopped_by": stopped_by(scored, gates)})
         for scored in score(context, base, pool)
     ]
-    on_step(f"{len(found)} candidates scored")
-    passed = sorted((c for c in found if not c.stopped_by), key=lambda c: (c.bypass, c.kl))
+    on_step(f"{len(candidates)} candidates scored")
+    passed = sorted((c for c in candidates if not c.stopped_by), key=lambda c: (c.bypass, c.kl))
     if not passed:
-        raise DirectionError(none_passed(found, gates))
+        raise DirectionError(none_passed(candidates, gates))
     entering = max(search.survivors, stackable)
     judged = race(context, pool, passed[:entering], search, least=least, on_step=on_step)
-    stopped = [candidate for candidate in found if candidate.stopped_by]
+    stopped = [candidate for candidate in candidates if candidate.stopped_by]
     return [*judged, *passed[entering:], *stopped]
 
 
@@ -65,7 +65,7 @@ def stopped_by(candidate: Candidate, gates: Gates) -> tuple[str, ...]:
 
 
 def none_passed(candidates: Sequence[Candidate], gates: Gates) -> str:
-    """Why there is no choice: what stopped each candidate, and what the nearest one needs."""
+    """The error message: which gate stopped each candidate, and what the nearest one needs."""
     kl = [f"{place_of(c)} ({c.kl:.3g})" for c in candidates if "max_kl" in c.stopped_by]
     induce = [f"{place_of(c)} ({c.induce:.3g})" for c in candidates if "min_induce" in c.stopped_by]
     reasons = []
@@ -88,7 +88,7 @@ def none_passed(candidates: Sequence[Candidate], gates: Gates) -> str:
 
 
 def require_enough(candidates: Sequence[Candidate], k: int) -> None:
-    """Raises DirectionError if fewer candidates passed than are to be stacked."""
+    """Raises DirectionError if fewer than k candidates passed."""
     passed = [place_of(c) for c in candidates if not c.stopped_by]
     if len(passed) < k:
         raise DirectionError(

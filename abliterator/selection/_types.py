@@ -1,4 +1,4 @@
-"""How much a selection tries, and the prompts by which it scores."""
+"""Settings of a selection, and the prompts by which it scores."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Schedule = Callable[[int, int, int], Sequence[tuple[int, int]]]
 
 @dataclass(frozen=True)
 class Gates:
-    """What a candidate must pass before its answers are judged.
+    """Limits that a candidate must keep before its answers are judged.
 
     Attributes:
         max_kl: nats, at most, on neutral prompts.
@@ -29,7 +29,7 @@ class Gates:
 
 @dataclass(frozen=True)
 class Search:
-    """How much is tried, and what decides.
+    """Settings of a selection.
 
     Attributes:
         gates: what a candidate must pass.

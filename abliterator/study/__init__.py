@@ -1,8 +1,8 @@
-"""The studies behind a choice: how directions are extracted, from what, how many, how strongly.
+"""Studies of the choices in a recipe: extraction, contrast, number of directions, strength.
 
-Every study measures edits of one loaded model, as hooks, on the same prompts as the base: answers
-by a judge, and the divergence along the base's own answers. Recipes and files are not known
-here, nor how the layers that are given were found.
+Every study measures edits of one loaded model, as hooks, on the same prompts as the base: judged
+answers, and the divergence along the base's answers. This package reads no recipe and no file, and
+does not choose layers.
 
     with EditEvaluator(context, scratch) as evaluator:
         study_alpha(evaluator, subspace.basis, (0.0, 0.5, 1.0))

@@ -1,4 +1,4 @@
-"""The studies that edit: from which contrast, how strongly, how many directions, and which."""
+"""Studies of edits: the contrast, the strength, the number of directions, and controls."""
 
 from __future__ import annotations
 
@@ -48,9 +48,9 @@ def study_pairs(
         measured: dict[Contrast, MeasuredEdit] = {}
         for contrast in CONTRASTS:
             edit = context.writer_edit(stack(directions[contrast], (layer,)).basis)
-            named = NamedEdit(f"layer {layer}, {contrast}", edit, (layer,), contrast)
-            measured[contrast] = evaluator.measure(named.name, edit)
-            rows.append(_row(evaluator, named, measured[contrast]))
+            named_edit = NamedEdit(f"layer {layer}, {contrast}", edit, (layer,), contrast)
+            measured[contrast] = evaluator.measure(named_edit.name, edit)
+            rows.append(_row(evaluator, named_edit, measured[contrast]))
         sides = [measured[contrast].judged.verdicts for contrast in CONTRASTS]
         generic, paired = (directions[contrast].vectors[layer - 1] for contrast in CONTRASTS)
         differences.append(
@@ -94,17 +94,17 @@ def study_confirmation(
     Args:
         evaluator: the base, measured.
         directions: by position of the prompt, one a layer.
-        places: in order of preference; stacks that they are too few for are left out. All layers
+        places: in order of preference; stacks of more places than these are left out. All layers
             are taken at the position of the first.
     """
     position = places[0].position
     n_layers = len(directions[position].vectors)
-    tried = [(f"layer {place}", [place]) for place in places[:SINGLE]]
-    tried += [(f"top {k}", list(places[:k])) for k in STACKS if k <= len(places)]
-    tried.append(("all layers", [Place(layer, position) for layer in range(1, n_layers + 1)]))
+    stacks = [(f"layer {place}", [place]) for place in places[:SINGLE]]
+    stacks += [(f"top {k}", list(places[:k])) for k in STACKS if k <= len(places)]
+    stacks.append(("all layers", [Place(layer, position) for layer in range(1, n_layers + 1)]))
     edits = []
-    for name, stacked in tried:
-        subspace = stack_at(directions, stacked)
+    for name, stack_places in stacks:
+        subspace = stack_at(directions, stack_places)
         edit = evaluator.context.writer_edit(subspace.basis)
         edits.append(NamedEdit(name, edit, subspace.layers))
     return Study(
@@ -117,21 +117,21 @@ def study_confirmation(
 def study_controls(
     evaluator: EditEvaluator, basis: Tensor, shuffled: Sequence[Tensor], *, draws: int
 ) -> Study:
-    """The edit itself, and the same edit along directions that know nothing of the behaviour.
+    """The edit itself, and the same edit along directions that are independent of the behaviour.
 
-    Every writer keeps its strength. If random directions do what the edit does, the behaviour hangs
-    by a thread, and it was not the direction that ended it.
+    Every writer keeps its strength. If random directions have the same effect, the behaviour is
+    unstable, and the effect is not that of the direction.
 
     Args:
         evaluator: the base, measured.
-        basis: Q [H, k], or [L, H, k] with one a block, which then get draws of their own.
+        basis: Q [H, k], or [L, H, k] with one a block, which then get separate draws.
         shuffled: Q of directions from shuffled labels, one a draw; may be none.
         draws: of random directions.
     """
-    tried = [("the edit", basis)]
-    tried += [(f"random directions {i + 1}", _random_like(basis, i)) for i in range(draws)]
-    tried += [(f"shuffled labels {i}", other) for i, other in enumerate(shuffled, start=1)]
-    edits = [NamedEdit(name, evaluator.context.writer_edit(other)) for name, other in tried]
+    bases = [("the edit", basis)]
+    bases += [(f"random directions {i + 1}", _random_like(basis, i)) for i in range(draws)]
+    bases += [(f"shuffled labels {i}", other) for i, other in enumerate(shuffled, start=1)]
+    edits = [NamedEdit(name, evaluator.context.writer_edit(other)) for name, other in bases]
     return Study(
         name="controls",
         asks="Is it these directions, or does any edit of this size do the same?",
@@ -160,7 +160,7 @@ def _rows(evaluator: EditEvaluator, edits: Sequence[NamedEdit]) -> tuple[StudyRo
 
 
 def _row(evaluator: EditEvaluator, edit: NamedEdit, measured: MeasuredEdit) -> StudyRow:
-    """An edit with what it differs from the base."""
+    """The row of an edit, with its difference from the base."""
     base, edited = evaluator.base.verdicts, measured.judged.verdicts
     behaviour = summarise(base, edited, seed=evaluator.context.seed)
     return StudyRow(

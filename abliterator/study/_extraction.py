@@ -1,4 +1,4 @@
-"""What padding does to a direction: left-padded batches against one prompt at a time."""
+"""The effect of padding on directions: left-padded batches against one prompt at a time."""
 
 from __future__ import annotations
 
@@ -39,11 +39,11 @@ def study_extraction(
     *,
     position: int = -1,
     max_batch_tokens: int = 4096,
-    on_step: OnStep = lambda what: None,
+    on_step: OnStep = lambda step: None,
 ) -> Study:
     """The direction of every layer, extracted in both ways from the same prompts.
 
-    The interval is a jackknife over eighths of the prompts, which are captured apart.
+    The interval is a jackknife over eighths of the prompts, which are captured separately.
 
     Args:
         engine: the model; the dtype of computation is what padding acts through.
@@ -51,7 +51,7 @@ def study_extraction(
         contrast: the same.
         position: counted from the end of each prompt.
         max_batch_tokens: tokens in a padded batch.
-        on_step: hears of each part that was captured.
+        on_step: called after each part that was captured.
 
     Raises:
         PromptError: for fewer prompts than parts.
@@ -61,36 +61,41 @@ def study_extraction(
             f"The study of extraction needs {FOLDS} prompts of each kind, for an interval, and "
             f"got {len(target)} and {len(contrast)}. Give more prompts."
         )
-    captured = partial(capture, engine, position=position)
+    capture_fold = partial(capture, engine, position=position)
 
     def moments(padding: Padding, tokens: int) -> _Moments:
         sides: list[Folds] = [[], []]
         for side, prompts in zip(sides, (target, contrast), strict=True):
             for fold in range(FOLDS):
-                part = prompts[fold::FOLDS]
-                side.append(captured(part, padding=padding, max_batch_tokens=tokens))
+                fold_prompts = prompts[fold::FOLDS]
+                side.append(capture_fold(fold_prompts, padding=padding, max_batch_tokens=tokens))
                 on_step("left-padded" if padding == "left" else "one by one")
         return _Moments(*sides)
 
-    padded, alone = moments("left", max_batch_tokens), moments("none", 1)
+    padded, unpadded = moments("left", max_batch_tokens), moments("none", 1)
     return Study(
         name="extraction",
         asks="Does it matter for a direction whether its prompts ran in left-padded batches?",
-        agreements=_agreements(padded, alone, n=min(len(target), len(contrast))),
+        agreements=_agreements(padded, unpadded, n=min(len(target), len(contrast))),
     )
 
 
-def _agreements(padded: _Moments, alone: _Moments, *, n: int) -> tuple[Agreement, ...]:
-    every = range(FOLDS)
-    without = [[i for i in every if i != fold] for fold in every]
-    apart = _apart(padded.directions(every), alone.directions(every))
-    left_out = [_apart(padded.directions(kept), alone.directions(kept)) for kept in without]
-    halves = 1 - _apart(alone.directions(every[::2]), alone.directions(every[1::2]))
-    lengths = [each.directions(every).vectors.norm(dim=1) for each in (padded, alone)]
+def _agreements(padded: _Moments, unpadded: _Moments, *, n: int) -> tuple[Agreement, ...]:
+    folds = range(FOLDS)
+    folds_without_one = [[i for i in folds if i != fold] for fold in folds]
+    apart = _half_squared_distance(padded.directions(folds), unpadded.directions(folds))
+    left_out = [
+        _half_squared_distance(padded.directions(some_folds), unpadded.directions(some_folds))
+        for some_folds in folds_without_one
+    ]
+    halves = 1 - _half_squared_distance(
+        unpadded.directions(folds[::2]), unpadded.directions(folds[1::2])
+    )
+    lengths = [moments.directions(folds).vectors.norm(dim=1) for moments in (padded, unpadded)]
     return tuple(
         Agreement(
             layer=row + 1,
-            apart=_estimate(float(apart[row]), [float(one[row]) for one in left_out], n),
+            apart=_estimate(float(apart[row]), [float(estimate[row]) for estimate in left_out], n),
             length=float(lengths[0][row] / lengths[1][row]),
             halves=float(halves[row]),
         )
@@ -98,17 +103,17 @@ def _agreements(padded: _Moments, alone: _Moments, *, n: int) -> tuple[Agreement
     )
 
 
-def _apart(a: Directions, b: Directions) -> torch.Tensor:
+def _half_squared_distance(a: Directions, b: Directions) -> torch.Tensor:
     """1 - cosine of every layer [L], as half the squared distance of the unit vectors.
 
-    The difference of 1 and a cosine would have nothing but rounding left where they agree.
+    Where two directions agree, 1 minus a cosine would be rounding error alone.
     """
     units = [torch.nn.functional.normalize(d.vectors, dim=1) for d in (a, b)]
     return (units[0] - units[1]).square().sum(dim=1) / 2
 
 
 def _estimate(value: float, left_out: Sequence[float], n: int) -> Estimate:
-    found = jackknife_interval(value, left_out, n)
+    interval = jackknife_interval(value, left_out, n)
     # no two directions are nearer than 0, whatever a symmetric interval says
-    low = None if found.low is None else max(0.0, found.low)
-    return Estimate(value=value, low=low, high=found.high, n=n)
+    low = None if interval.low is None else max(0.0, interval.low)
+    return Estimate(value=value, low=low, high=interval.high, n=n)

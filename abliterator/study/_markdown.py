@@ -11,7 +11,7 @@ MEASURES = ("refusal", "compliance", "coherence", "product")
 
 
 def to_markdown(study: Study) -> str:
-    """The question, of what and how it was asked, and tables of `value [95 % interval] (n=40)`."""
+    """The question, the settings, and tables of `value [95 % interval] (n=40)`."""
     about = "; ".join(f"{name} {_plain(value)}" for name, value in study.about.items())
     parts = [f"# {study.name}: {study.asks}", *([about + "."] if about else [])]
     if study.rows:

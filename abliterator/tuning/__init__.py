@@ -10,9 +10,9 @@ transformers' modules; the model's weights never change.
 
 After refusal direction optimisation (Wollschläger et al. 2025, arXiv 2502.17420), with a strength
 for each writer as in heretic's profiles. Its score is another: avoiding the base's refusals is not
-enough, since a model learns to avoid a word; the edited model must come to prefer an *answer* that
-a judge accepted over the refusal. Between phases the edited model answers again: what the judge
-rejects is learned against as well.
+enough, since a model learns to avoid single words; the edited model must come to prefer an *answer*
+that a judge accepted over the refusal. Between phases the edited model answers again, and what the
+judge rejects is trained against as well.
 """
 
 from abliterator.tuning._trials import Preference, prefer

@@ -1,4 +1,4 @@
-"""The descent itself: Adam on strengths and directions, through the preview of the edit."""
+"""Gradient descent: Adam on strengths and directions, through the preview of the edit."""
 
 from __future__ import annotations
 
@@ -54,21 +54,21 @@ def descend(
     """
     config = context.config
     parameters = EditParameters(context, basis)
-    chance = random.Random(context.evaluation.seed)
-    neutral = _batches(pairs.neutral, config.batch, chance)
-    averaged = max(1, round(config.steps * LAST))
-    ends: list[TunedEdit] = []
+    rng = random.Random(context.evaluation.seed)
+    neutral = _batches(pairs.neutral, config.batch, rng)
+    n_averaged = max(1, round(config.steps * LAST))
+    results: list[TunedEdit] = []
     for weight in config.kl_weights:
-        if ends:
-            pairs = ask_again(pairs, ends[-1])
-        target = _batches(pairs.target, config.batch, chance)
+        if results:
+            pairs = ask_again(pairs, results[-1])
+        target = _batches(pairs.target, config.batch, rng)
         optimiser = parameters.optimiser()
-        late: list[TunedEdit] = []
+        last_edits: list[TunedEdit] = []
         for step in range(config.steps):
             slow_down(optimiser, step / config.steps)
-            batch = [(Row(x.prompt, x.answer), _unwanted(x, chance)) for x in next(target)]
-            wanted, kl = _losses(context, parameters, batch, next(neutral))
-            loss = wanted + weight * kl
+            batch = [(Row(x.prompt, x.answer), _unwanted(x, rng)) for x in next(target)]
+            preference_loss, kl = _losses(context, parameters, batch, next(neutral))
+            loss = preference_loss + weight * kl
             if not loss.isfinite():
                 raise DirectionError(
                     "Tuning diverged: its loss is not finite. Try `--dtype float32`, or start from "
@@ -77,15 +77,15 @@ def descend(
             optimiser.zero_grad()
             torch.autograd.backward(loss)
             optimiser.step()
-            if step >= config.steps - averaged:
-                late.append(parameters.edit())
-            on_step(f"loss {wanted.item():.3g}, KL {kl.item():.3g}")
-        ends.append(mean_of(late))
-    return ends
+            if step >= config.steps - n_averaged:
+                last_edits.append(parameters.edit())
+            on_step(f"loss {preference_loss.item():.3g}, KL {kl.item():.3g}")
+        results.append(mean_of(last_edits))
+    return results
 
 
-def _unwanted(pair: PreferencePair, chance: random.Random) -> Row:
-    return Row(pair.prompt, chance.choice((pair.refusal, *pair.rejected)))
+def _unwanted(pair: PreferencePair, rng: random.Random) -> Row:
+    return Row(pair.prompt, rng.choice((pair.refusal, *pair.rejected)))
 
 
 def _losses(
@@ -94,7 +94,7 @@ def _losses(
     pairs: Sequence[tuple[Row, Row]],
     neutral: Sequence[Row],
 ) -> tuple[Tensor, Tensor]:
-    """What is wanted of target prompts, and the KL on neutral ones; both scalars, lower is better.
+    """The preference loss on target prompts, and the KL on neutral ones; both scalars.
 
     Backpropagated together: the two batches run one after the other, so that rows of one kind, of
     similar length, share their padding.
@@ -109,21 +109,21 @@ def _losses(
         base = answer_logprobs(context.loaded, neutral)
     rows = [answer for answer, _ in pairs] + [unwanted for _, unwanted in pairs]
     with parameters.applied():
-        each = [
+        of_rows = [
             token_logprobs(logprobs, row.answer)
             for row, logprobs in zip(rows, answer_logprobs(context.loaded, rows), strict=True)
         ]
         edited = answer_logprobs(context.loaded, neutral)
-    answers, unwanted = each[: len(pairs)], each[len(pairs) :]
+    answers, unwanted = of_rows[: len(pairs)], of_rows[len(pairs) :]
     margins = torch.stack([u.sum() - a.sum() for u, a in zip(unwanted, answers, strict=True)])
     kl = [kl_terms(b, e).sum(dim=1) for b, e in zip(base, edited, strict=True)]
-    wanted = softplus(margins).mean() - torch.cat(answers).mean()
-    return wanted, (torch.cat(kl).mean() + torch.stack([row[0] for row in kl]).mean()) / 2
+    preference_loss = softplus(margins).mean() - torch.cat(answers).mean()
+    return preference_loss, (torch.cat(kl).mean() + torch.stack([row[0] for row in kl]).mean()) / 2
 
 
-def _batches(items: Sequence[T], size: int, chance: random.Random) -> Iterator[list[T]]:
+def _batches(items: Sequence[T], size: int, rng: random.Random) -> Iterator[list[T]]:
     """Endless batches: all items in a new order each time round."""
     while True:
-        order = chance.sample(range(len(items)), len(items))
-        whole = range(0, max(1, len(items) - size + 1), size)
-        yield from ([items[i] for i in order[start : start + size]] for start in whole)
+        order = rng.sample(range(len(items)), len(items))
+        starts = range(0, max(1, len(items) - size + 1), size)
+        yield from ([items[i] for i in order[start : start + size]] for start in starts)

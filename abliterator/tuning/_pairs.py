@@ -15,14 +15,14 @@ if TYPE_CHECKING:
 
     from abliterator.record import Verdict
 
-LEAST_PAIRS = 8  # below it, a handful of answers would be learned by heart
-KEPT_REJECTED = 2  # beside the refusal: what was unlearned long ago needs no step any more
+LEAST_PAIRS = 8  # fewer answers would be memorised
+KEPT_REJECTED = 2  # beside the refusal; older ones are dropped
 
 
 def make_pairs(context: TuningContext, basis: Tensor) -> PreferencePairs:
     """Answers of the base and of the start edit to the same target prompts, as preference pairs.
 
-    A pair is a prompt that the base refuses and that the start edit answers, by the judge's word
+    A pair is a prompt that the base refuses and that the start edit answers, by the judge's verdict
     fully and coherently. So the target of the descent is an answer, not the absence of a word.
 
     Args:
@@ -33,7 +33,7 @@ def make_pairs(context: TuningContext, basis: Tensor) -> PreferencePairs:
         DirectionError: if too few prompts give a pair.
     """
     tokens, evaluation = context.config.tokens, context.evaluation
-    # a refusal that comes later than this has no part in the tokens that are learned from
+    # a refusal that begins later than this is not in the tokens that are learned from
     base = answer_and_judge(replace(evaluation, max_new_tokens=2 * tokens), context.target)
     with evaluation.engine.edited(evaluation.writer_edit(basis)):
         start = answer_and_judge(evaluation, context.target)
@@ -67,15 +67,15 @@ def make_pairs(context: TuningContext, basis: Tensor) -> PreferencePairs:
         for prompt, answer in zip(context.neutral.token_ids, neutral, strict=True)
         if answer.token_ids
     )
-    return PreferencePairs(target, rows, len(refused))
+    return PreferencePairs(target, rows)
 
 
 def with_rejected(
     context: TuningContext, pairs: PreferencePairs, edit: TunedEdit
 ) -> tuple[PreferencePairs, int]:
-    """The pairs with what an edit under way answers and the judge rejects.
+    """The pairs with the answers of an intermediate edit that the judge rejects.
 
-    An edit that learned to avoid the base's refusals finds the nearest thing that is none: "I'm so
+    An edit that learned to avoid the base's refusals gives answers that are near to one: "I'm so
     glad you're interested in...". What a judge does not accept counts as a refusal from here on.
 
     Returns:
@@ -90,7 +90,7 @@ def with_rejected(
         judged = answer_and_judge(evaluation, prompts)
     target, n_rejected = [], 0
     for pair, answer, verdict in zip(pairs.target, judged.answers, judged.verdicts, strict=True):
-        # an unscored answer (no kind) teaches nothing
+        # an unscored answer (no kind) is not used
         is_rejected = bool(verdict.kind and answer.token_ids and not _accepted(verdict))
         tokens: Tokens = answer.token_ids[: context.config.tokens]
         rejected = (tokens, *pair.rejected)[:KEPT_REJECTED]

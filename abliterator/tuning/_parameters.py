@@ -15,7 +15,7 @@ from abliterator.tuning._types import TunedEdit, TuningContext
 
 STRONGEST = 1.3  # a little beyond removal (1); at 2 an edit would mirror what it should remove
 STRENGTH_RATE = 0.25  # of Adam, on the logit of strength / STRONGEST
-DIRECTION_RATE = 0.25  # of Adam, in typical coordinates of a unit vector (H ** -0.5)
+DIRECTION_RATE = 0.25  # of Adam, in units of a unit vector's typical coordinate (H ** -0.5)
 SLOWEST = 0.1  # share of its rate that a phase ends with
 
 
@@ -28,7 +28,7 @@ class EditParameters:
     """
 
     def __init__(self, context: TuningContext, basis: Tensor) -> None:
-        self._subject = context
+        self._context = context
         planned = {edit.writer.module: edit.strength for edit in context.plan.edits}
         device = context.loaded.device
         self._modules = list(planned)
@@ -53,7 +53,7 @@ class EditParameters:
     def applied(self) -> Iterator[None]:
         """The model under the edit with these parameters; gradients flow to them."""
         strengths = dict(zip(self._modules, self._strengths(), strict=True))
-        with preview_edit(self._subject.loaded, self._subject.plan, self._basis(), strengths):
+        with preview_edit(self._context.loaded, self._context.plan, self._basis(), strengths):
             yield
 
     def edit(self) -> TunedEdit:
@@ -74,7 +74,7 @@ class EditParameters:
 
 
 def mean_of(edits: Sequence[TunedEdit]) -> TunedEdit:
-    """The mean of edits that lie near to one another."""
+    """The mean of edits that are close to one another."""
     basis = orthonormal_columns(torch.stack([e.basis for e in edits]).mean(dim=0))
     modules = edits[0].strengths
     mean = {m: sum(e.strengths[m] for e in edits) / len(edits) for m in modules}
@@ -82,7 +82,7 @@ def mean_of(edits: Sequence[TunedEdit]) -> TunedEdit:
 
 
 def slow_down(optimiser: torch.optim.Optimizer, share: float) -> None:
-    """Sets the rates for when `share` of a phase is done: a cosine down to `SLOWEST`."""
+    """Sets the learning rates at `share` of a phase: a cosine down to `SLOWEST`."""
     factor = SLOWEST + (1 - SLOWEST) * (1 + math.cos(math.pi * share)) / 2
     for group in optimiser.param_groups:
         group["lr"] = factor * group.setdefault("initial_lr", group["lr"])

@@ -44,24 +44,24 @@ def answer_logprobs(loaded: LoadedModel, rows: Sequence[Row]) -> tuple[Tensor, .
         loaded, [*longest.prompt, *longest.answer], width=max(lengths)
     ):
         return _padded_logprobs(loaded, rows, range(len(rows)), prefix)
-    found: dict[int, Tensor] = {}
+    by_row: dict[int, Tensor] = {}
     for length in sorted(set(lengths)):
-        members = [i for i, own in enumerate(lengths) if own == length]
+        members = [i for i, row_length in enumerate(lengths) if row_length == length]
         logprobs = _padded_logprobs(loaded, [rows[i] for i in members], members, prefix)
-        found.update(zip(members, logprobs, strict=True))
-    return tuple(found[i] for i in range(len(rows)))
+        by_row.update(zip(members, logprobs, strict=True))
+    return tuple(by_row[i] for i in range(len(rows)))
 
 
 def _padded_logprobs(
     loaded: LoadedModel, rows: Sequence[Row], batch: Sequence[int], prefix: Prefix
 ) -> tuple[Tensor, ...]:
-    """The same of rows that run together; `batch` are their indices among all rows."""
+    """`answer_logprobs` of rows that run together; `batch` are their indices among all rows."""
     start, cache = prefix.length, prefix.enter(batch)
-    going_on = {} if cache is None else {cache_name(loaded.model): cache}
-    filled = [[*row.prompt, *row.answer][start:] for row in rows]
-    width = max(map(len, filled))
-    ids = torch.tensor([tokens + [0] * (width - len(tokens)) for tokens in filled])
-    mask = torch.tensor([[1] * (start + len(t)) + [0] * (width - len(t)) for t in filled])
+    cache_arguments = {} if cache is None else {cache_name(loaded.model): cache}
+    sequences = [[*row.prompt, *row.answer][start:] for row in rows]
+    width = max(map(len, sequences))
+    ids = torch.tensor([tokens + [0] * (width - len(tokens)) for tokens in sequences])
+    mask = torch.tensor([[1] * (start + len(t)) + [0] * (width - len(t)) for t in sequences])
     ids = ids.to(loaded.device)
     with head_at(loaded.model.get_output_embeddings(), *_places(rows, start)):
         logits = loaded.model(
@@ -69,7 +69,7 @@ def _padded_logprobs(
             attention_mask=mask.to(loaded.device),
             use_cache=cache is not None,
             **positions_from(loaded.model, start, ids),
-            **going_on,
+            **cache_arguments,
         ).logits
     logprobs: Tensor = require_numbers(logits[0], loaded).float().log_softmax(dim=1)
     return torch.split(logprobs, [len(row.answer) for row in rows])

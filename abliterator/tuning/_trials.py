@@ -1,4 +1,4 @@
-"""What each tuned edit does to held-out prompts, which are on the front, and which one is baked."""
+"""Trials: tuned edits measured on held-out prompts, their Pareto front, and the preferred one."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from abliterator.record import Trial
 
 Preference = Literal["product", "refusals_at_most", "kl_at_most"]
 
-NO_WORSE = 0.02  # less product than the best: a prompt or two, which chance decides
+NO_WORSE = 0.02  # less product than the best: one or two prompts, which is noise
 
 
 def trial_of(
@@ -27,7 +27,7 @@ def trial_of(
         measured: the edit on held-out prompts.
         start: Q [H, k], or [L, H, k], that the descent began with.
         basis: of the edit.
-        kl_weight: with which it was found.
+        kl_weight: with which it was tuned.
         scale: of its strengths.
     """
     summary, kl = measured.judged.summary, [path.kl for path in measured.paths]
@@ -47,7 +47,7 @@ def _cosine(start: Tensor, basis: Tensor) -> float:
 
 
 def with_front(trials: Sequence[Trial]) -> list[Trial]:
-    """The trials, each told whether no other has both as high a product and as low a KL."""
+    """The trials with `on_front` set where no other has both as high a product and as low a KL."""
     return [
         trial.model_copy(update={"on_front": not any(_beats(other, trial) for other in trials)})
         for trial in trials
@@ -61,12 +61,12 @@ def prefer(
     *,
     max_kl: float = math.inf,
 ) -> int:
-    """Which trial is taken: its index.
+    """The index of the preferred trial.
 
-    `product` takes the best mean of compliance x coherence among those with at most `max_kl` nats a
-    token, `kl_at_most` the same with a limit of its own, `refusals_at_most` the least KL among
+    `product` prefers the best mean of compliance x coherence among those with at most `max_kl` nats
+    a token, `kl_at_most` the same with a limit of its own, `refusals_at_most` the least KL among
     those with at most that share of refusals. Where products are within `NO_WORSE`, the least KL
-    decides. Never the loss that was descended: that is what a model learns to please.
+    decides. Never the loss that was descended, which the tuned model has been fitted to.
 
     Raises:
         DirectionError: if no trial keeps the limit; it names the nearest.
@@ -91,9 +91,9 @@ def prefer(
     return min(allowed, key=lambda i: trials[i].kl)
 
 
-def _beats(one: Trial, other: Trial) -> bool:
-    at_least = _product(one) >= _product(other) and one.kl <= other.kl
-    return at_least and (_product(one), one.kl) != (_product(other), other.kl)
+def _beats(trial: Trial, other: Trial) -> bool:
+    at_least = _product(trial) >= _product(other) and trial.kl <= other.kl
+    return at_least and (_product(trial), trial.kl) != (_product(other), other.kl)
 
 
 def _product(trial: Trial) -> float:

@@ -1,4 +1,4 @@
-"""From a start edit to a front of tuned edits."""
+"""Tunes a start edit, and measures the tuned edits."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from abliterator.tuning._types import PreferencePairs, TunedEdit, TuningContext
 
 
 class Tuned(NamedTuple):
-    """Tuned edits and what each one does to held-out prompts, in the same order.
+    """Tuned edits and their measurements on held-out prompts, in the same order.
 
     Attributes:
         edits: edits that can be baked.
-        trials: what they do; the first is the start itself, at the plan's strengths.
+        trials: their measurements; the first is the start edit, at the plan's strengths.
         preference_pairs: target prompts that were learned from.
     """
 
@@ -37,7 +37,7 @@ def tune(
     scratch: Path,
     on_step: Step = lambda name: None,
 ) -> Tuned:
-    """Descends from `basis`, and measures the edits that come of it.
+    """Tunes an edit from `basis`, and measures the results.
 
     Args:
         context: the model, which writers are edited, the prompts and the config.
@@ -53,26 +53,26 @@ def tune(
     on_step(f"{len(pairs.target)} preference pairs")
 
     def ask_again(pairs: PreferencePairs, edit: TunedEdit) -> PreferencePairs:
-        new, n_rejected = with_rejected(context, pairs, edit)
+        new_pairs, n_rejected = with_rejected(context, pairs, edit)
         on_step(f"{n_rejected} rejected responses")
-        return new
+        return new_pairs
 
-    ends = descend(context, pairs, basis, on_step=on_step, ask_again=ask_again)
-    plain = TunedEdit(basis, {e.writer.module: e.strength for e in context.plan.edits})
-    tried = [(0.0, 1.0, plain)]
-    tried += [
-        (weight, scale, end.scaled(scale))
-        for weight, end in zip(context.config.kl_weights, ends, strict=True)
+    results = descend(context, pairs, basis, on_step=on_step, ask_again=ask_again)
+    start = TunedEdit(basis, {e.writer.module: e.strength for e in context.plan.edits})
+    candidates = [(0.0, 1.0, start)]
+    candidates += [
+        (weight, scale, result.scaled(scale))
+        for weight, result in zip(context.config.kl_weights, results, strict=True)
         for scale in context.config.scales
     ]
     trials = []
     with EditEvaluator(context.evaluation, scratch) as evaluator:
-        for weight, scale, edit in tried:
+        for weight, scale, edit in candidates:
             name = f"weight {weight:g} x {scale:g}"
             measured = evaluator.measure(name, edit.of(context.plan))
             trials.append(trial_of(measured, basis, edit.basis, kl_weight=weight, scale=scale))
             on_step(f"{name} judged")
-    return Tuned([edit for *_, edit in tried], with_front(trials), len(pairs.target))
+    return Tuned([edit for *_, edit in candidates], with_front(trials), len(pairs.target))
 
 
 def _behind_thinking(context: TuningContext) -> TuningContext:
@@ -81,9 +81,9 @@ def _behind_thinking(context: TuningContext) -> TuningContext:
     What is learned is how an answer begins, which is not how a thought begins.
     """
     evaluation = context.evaluation
-    some = context.target.token_ids[: evaluation.batch_size]
+    first_batch = context.target.token_ids[: evaluation.batch_size]
     answers = evaluation.engine.answers(
-        some, max_new_tokens=evaluation.max_new_tokens, batch_size=evaluation.batch_size
+        first_batch, max_new_tokens=evaluation.max_new_tokens, batch_size=evaluation.batch_size
     )
     if not any(answer.start_token for answer in answers):
         return context

@@ -1,4 +1,4 @@
-"""What tuning is given, and the edits that it makes."""
+"""Inputs of tuning, and tuned edits."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Row(NamedTuple):
 
 @dataclass(frozen=True)
 class TuningContext:
-    """What tuning is given: a model with gradients, and prompts to learn from and to measure on.
+    """Inputs of tuning: a model with gradients, and prompts to learn from and to measure on.
 
     Attributes:
         evaluation: the held-out prompts on which trials are measured, the judge and the plan, whose
@@ -55,14 +55,14 @@ class TuningContext:
 
 
 class PreferencePair(NamedTuple):
-    """A target prompt, an answer to it that a judge accepted, and what must become less likely.
+    """A target prompt, an answer that a judge accepted, and answers to make less likely.
 
     Attributes:
         place: of the prompt among the target prompts.
         prompt: rendered.
         answer: what a judge accepted, from its beginning.
         refusal: the base's own, from its beginning.
-        rejected: what edits under way said instead of an answer, the latest first.
+        rejected: answers of intermediate edits that the judge rejected, the latest first.
     """
 
     place: int
@@ -74,17 +74,15 @@ class PreferencePair(NamedTuple):
 
 @dataclass(frozen=True)
 class PreferencePairs:
-    """What is learned from: refusals against answers, and answers that must stay.
+    """The training data: refusals against answers, and answers that must stay.
 
     Attributes:
         target: at least `LEAST_PAIRS`.
         neutral: the base's own greedy answers.
-        asked: target prompts tried, of which `target` are those that gave a pair.
     """
 
     target: tuple[PreferencePair, ...]
     neutral: tuple[Row, ...]
-    asked: int
 
 
 class TunedEdit(NamedTuple):
@@ -103,5 +101,5 @@ class TunedEdit(NamedTuple):
         return WriterEdit(plan, self.basis, self.strengths)
 
     def scaled(self, factor: float) -> TunedEdit:
-        """The same edit, weaker or stronger; strengths have four digits, as people read them."""
+        """The edit with strengths times `factor`, rounded to four decimals."""
         return TunedEdit(self.basis, {m: round(factor * s, 4) for m, s in self.strengths.items()})

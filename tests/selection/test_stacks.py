@@ -21,7 +21,7 @@ def grow(context, layers=(1, 2, 3, 4, 5), **more):
     tried, why = _grow.grow_stack(
         context, None, among, among.places, (1, 2, 3, 5), search=Search(), on_step=lambda _: None
     )
-    return [s.k for s in tried], _grow.taken(tried, Gates()), why
+    return [s.k for s in tried], _grow.largest_better(tried, Gates()), why
 
 
 def by_rank(scores, random=0.0):

@@ -65,7 +65,7 @@ def with_config(context, **config):
 
 def pairs_of(*rejected):
     pairs = [PreferencePair(i, r.prompt, r.answer, (3, 4), rejected) for i, r in enumerate(ROWS)]
-    return PreferencePairs(tuple(pairs), ROWS, 3)
+    return PreferencePairs(tuple(pairs), ROWS)
 
 
 def hooks_of(model):

@@ -1,6 +1,6 @@
 """The stages of a build, one file each, named after the stage.
 
-A file shows what the stage depends on (its key), its run, the files that it leaves, and how later
+A file has what the stage depends on (its key), its work, the files that it writes, and how later
 stages read them. It imports only the files of stages that run before its own.
 """
 

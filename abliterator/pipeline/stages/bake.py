@@ -1,4 +1,4 @@
-"""The edited checkpoint, all but its config.json, and what was done to each tensor."""
+"""The edited checkpoint without its config.json, and the list of edited tensors."""
 
 from __future__ import annotations
 
@@ -44,14 +44,14 @@ def _run(run: Run) -> list[Path]:
             )
         write_text_atomic(out / EDITS, edits_json(edits))
     except BaseException:
-        shutil.rmtree(out, ignore_errors=True)  # no loader takes a part for the whole
+        shutil.rmtree(out, ignore_errors=True)  # so that no loader reads an incomplete checkpoint
         raise
     config = out / CONFIG_FILE  # left to the next stage
     return [path for path in out.rglob("*") if path.is_file() and path != config]
 
 
 def made_from(run: Run) -> dict[str, str]:
-    """What config.json names as the origin of the weights."""
+    """The origin of the weights that config.json names."""
     return {"recipe_digest": run.recipe.digest}
 
 
@@ -61,7 +61,7 @@ def edits_json(edits: Iterable[TensorEdit]) -> str:
 
 
 def tensor_edits(run: Run) -> list[TensorEdit]:
-    """What was done to each edited tensor."""
+    """The edited tensors, as edits.json has them."""
     return [TensorEdit.model_validate(edit) for edit in TENSOR_EDITS.read(run)]
 
 

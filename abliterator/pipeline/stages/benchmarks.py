@@ -1,6 +1,6 @@
 """lm-eval on base and edited.
 
-The stage leaves work/benchmarks/SIDE/TASK.json.
+The stage writes work/benchmarks/SIDE/TASK.json.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 def benchmark_tasks(recipe: Recipe) -> Sequence[Task]:
-    """The tasks of a recipe, found and loaded, and the engine there; before any model is loaded.
+    """The loaded tasks of a recipe, after checking that their engine is installed.
 
     Raises:
         BenchmarkError: for what would stop the benchmarks later.
@@ -39,8 +39,8 @@ def benchmark_tasks(recipe: Recipe) -> Sequence[Task]:
 
 def pin_tasks(recipe: Recipe, tasks: Sequence[Task]) -> Recipe:
     """The recipe with the commits of its tasks' Hub datasets, so that it means the same later."""
-    found = {task.dataset: task.revision for task in tasks if task.dataset and task.revision}
-    revisions = {**found, **recipe.benchmarks.revisions}
+    resolved = {task.dataset: task.revision for task in tasks if task.dataset and task.revision}
+    revisions = {**resolved, **recipe.benchmarks.revisions}
     benchmarks = recipe.benchmarks.model_copy(update={"revisions": revisions})
     return recipe.model_copy(update={"benchmarks": benchmarks})
 
@@ -111,8 +111,10 @@ def _key_names(plain: Any) -> set[str]:
         return set().union(*map(_key_names, plain))
     if not isinstance(plain, dict):
         return set()
-    own = plain.get("api_key_env")
-    return set().union([own] if isinstance(own, str) else [], *map(_key_names, plain.values()))
+    variable = plain.get("api_key_env")
+    return set().union(
+        [variable] if isinstance(variable, str) else [], *map(_key_names, plain.values())
+    )
 
 
 def _scores(side: Side, task: Task) -> Artefact:

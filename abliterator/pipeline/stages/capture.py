@@ -1,6 +1,6 @@
-"""Prompts through the base model: moments of the residual stream in every layer.
+"""Moments of the base model's residual stream over prompts, in every layer.
 
-The stage leaves work/moments.safetensors, from which `fitted` makes directions.
+The stage writes work/moments.safetensors, from which `fitted` makes directions.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def _key(run: Run) -> Any:
 
 
 def _captured(run: Run) -> dict[str, PromptSet]:
-    """The sets whose moments a direction is made of."""
+    """The prompt sets whose moments directions are fitted to."""
     sets = prompt_sets(run).extraction
     unused = {"neutral"} if run.recipe.directions.projection == "none" else set()
     return {name: prompts for name, prompts in sets.items() if name not in unused}
@@ -66,7 +66,7 @@ def _run(run: Run) -> list[Path]:
     moments: dict[str, MomentSet] = {}
     vectors: dict[str, Tensor] = {}
     for name, prompts in _captured(run).items():
-        captured = _of_set(run, engine, name, prompts, positions)
+        captured = _capture_set(run, engine, name, prompts, positions)
         moments |= captured.moments
         vectors |= {name: captured.vectors} if captured.vectors is not None else {}
     save_moments(MOMENTS.path(run), moments)
@@ -84,20 +84,20 @@ def _positions(run: Run, engine: Engine) -> tuple[int, ...]:
     """
     from abliterator.model import template_tail
 
-    chat, wanted = run.recipe.chat, run.recipe.directions.position
+    chat, position = run.recipe.chat, run.recipe.directions.position
     tail = template_tail(engine.tokenizer, system=chat.system, template_kwargs=chat.template_kwargs)
-    there = f"The chat template puts {len(tail)} tokens after every prompt"
-    if wanted == "sweep":
+    layout = f"The chat template puts {len(tail)} tokens after every prompt"
+    if position == "sweep":
         if not tail:
             raise DirectionError(
-                f"{there}, so there is no position to sweep. Leave `position: -1`."
+                f"{layout}, so there is no position to sweep. Leave `position: -1`."
             )
         return tuple(range(-1, -len(tail) - 1, -1))
-    if wanted < -len(tail) and wanted != -1:
+    if position < -len(tail) and position != -1:
         raise DirectionError(
-            f"{there}, so `directions.position` can be -1 to {-len(tail)}; it is {wanted}."
+            f"{layout}, so `directions.position` can be -1 to {-len(tail)}; it is {position}."
         )
-    return (wanted,)
+    return (position,)
 
 
 class _Captured(NamedTuple):
@@ -107,10 +107,10 @@ class _Captured(NamedTuple):
     vectors: Tensor | None
 
 
-def _of_set(
+def _capture_set(
     run: Run, engine: Engine, name: str, prompts: PromptSet, positions: tuple[int, ...]
 ) -> _Captured:
-    """One prompt set through the model: all of it, and random halves of it for each shuffle."""
+    """Moments of one prompt set, and of a random half of it for each shuffle."""
     import torch
 
     from abliterator.subspace import Moments
@@ -118,8 +118,8 @@ def _of_set(
     n, anatomy, settings = len(prompts.prompts), run.plan.anatomy, run.recipe.capture
     parts: dict[str, frozenset[int]] = {name: frozenset(range(n))}
     for i in range(_shuffles(run) if name in ("target", "contrast") else 0):
-        drawn = random.Random(f"{run.recipe.seed} {name} {i}").sample(range(n), n // 2)
-        parts[f"{name}/half{i}"] = frozenset(drawn)
+        half = random.Random(f"{run.recipe.seed} {name} {i}").sample(range(n), n // 2)
+        parts[f"{name}/half{i}"] = frozenset(half)
     moments = {
         (part, position): Moments(anatomy.n_layers, anatomy.d_model)
         for part in parts
@@ -142,12 +142,13 @@ def _of_set(
                 vectors[batch] = residuals.float().cpu()
             advance(len(batch))
     frozen = {
-        _named(part, position, positions): one.freeze() for (part, position), one in moments.items()
+        _moments_name(part, position, positions): accumulated.freeze()
+        for (part, position), accumulated in moments.items()
     }
     return _Captured(frozen, vectors)
 
 
-def _named(part: str, position: int, positions: tuple[int, ...]) -> str:
+def _moments_name(part: str, position: int, positions: tuple[int, ...]) -> str:
     return part if len(positions) == 1 else f"{part}@{position}"
 
 
@@ -158,8 +159,8 @@ def _save_differences(run: Run, vectors: Mapping[str, Tensor], positions: tuple[
     from abliterator.files import write_bytes_atomic
 
     target, contrast = (list(side) for side in zip(*prompt_sets(run).pairs, strict=True))
-    apart = vectors["target"][target] - vectors["contrast"][contrast]
-    tensors = {str(p): apart[:, i].contiguous() for i, p in enumerate(positions)}
+    paired_differences = vectors["target"][target] - vectors["contrast"][contrast]
+    tensors = {str(p): paired_differences[:, i].contiguous() for i, p in enumerate(positions)}
     write_bytes_atomic(DIFFERENCES.path(run), save(tensors))
 
 
@@ -169,25 +170,25 @@ def differences(run: Run) -> dict[int, Tensor]:
 
     if run.recipe.directions.stack != "within_layer":
         return {}
-    found = load_file(DIFFERENCES.checked(run))
-    return {int(position): found[position] for position in sorted(found, key=int, reverse=True)}
+    tensors = load_file(DIFFERENCES.checked(run))
+    return {int(position): tensors[position] for position in sorted(tensors, key=int, reverse=True)}
 
 
 def _moments(run: Run) -> dict[int, dict[str, MomentSet]]:
     """Moments by position and part; -1 first."""
     from abliterator.capture import load_moments
 
-    wanted = run.recipe.directions.position
-    found: dict[int, dict[str, MomentSet]] = {}
+    setting = run.recipe.directions.position
+    by_position: dict[int, dict[str, MomentSet]] = {}
     for name, moments in load_moments(MOMENTS.checked(run)).items():
         part, _, position = name.partition("@")
-        at = int(position) if position else -1 if wanted == "sweep" else wanted
-        found.setdefault(at, {})[part] = moments
-    return {position: found[position] for position in sorted(found, reverse=True)}
+        index = int(position) if position else -1 if setting == "sweep" else setting
+        by_position.setdefault(index, {})[part] = moments
+    return {position: by_position[position] for position in sorted(by_position, reverse=True)}
 
 
 def fitted(run: Run) -> dict[int, Directions]:
-    """The directions of all layers by position, from what was captured."""
+    """The directions of all layers by position, from the captured moments."""
     from abliterator.directions import fit_directions
 
     projected = run.recipe.directions.projection == "neutral"
@@ -202,17 +203,17 @@ def fitted(run: Run) -> dict[int, Directions]:
 
 
 def shuffled(run: Run) -> list[dict[int, Directions]]:
-    """The same of shuffled labels, one mapping a shuffle."""
+    """Directions of shuffled labels by position, one mapping a shuffle."""
     from abliterator.directions import fit_shuffled
 
-    found = _moments(run)
+    by_position = _moments(run)
     return [
         {
             position: fit_shuffled(
                 (moments["target"], moments[f"target/half{i}"]),
                 (moments["contrast"], moments[f"contrast/half{i}"]),
             )
-            for position, moments in found.items()
+            for position, moments in by_position.items()
         }
         for i in range(_shuffles(run))
     ]

@@ -1,6 +1,6 @@
 """config.json of the edited checkpoint.
 
-Apart from the weights: it names the whole recipe, and another judge must not bake them again.
+A stage apart from `bake`: it names the whole recipe, and another judge must not bake again.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""The subspace that is removed: of the selected layers, or tuned from them.
+"""The subspace that is removed: extracted at the selected layers, or tuned from that.
 
-The stage leaves it in work/directions.safetensors, beside the directions of all layers.
+The stage writes it to work/directions.safetensors, beside the directions of all layers.
 """
 
 from __future__ import annotations

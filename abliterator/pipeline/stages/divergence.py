@@ -1,6 +1,6 @@
-"""How far the edited distribution of the next token is from the base's, on neutral prompts.
+"""KL of the edited next-token distributions from the base's, on neutral prompts.
 
-The stage leaves work/divergence.json, and the base's answers along which it is measured.
+The stage writes work/divergence.json, and the base's answers along which it is measured.
 """
 
 from __future__ import annotations
@@ -72,14 +72,14 @@ def _run(run: Run) -> list[Path]:
 
 
 def divergence_of(run: Run) -> Divergence:
-    """How far the two sides' distributions are apart."""
+    """The divergence of the two sides' distributions."""
     return RESULT.read_as(run, Divergence)
 
 
 def _rendered(run: Run, engine: Engine) -> list[list[int]]:
     settings = run.recipe.divergence
-    asked = prompt_sets(run).evaluation["neutral"].prompts[: settings.limit]
-    rendered = run.render(engine, asked, name="neutral", max_new_tokens=settings.tokens)
+    prompts = prompt_sets(run).evaluation["neutral"].prompts[: settings.limit]
+    rendered = run.render(engine, prompts, name="neutral", max_new_tokens=settings.tokens)
     return [list(ids) for ids in rendered.token_ids]
 
 

@@ -1,6 +1,6 @@
-"""The answers of base and edited, judged.
+"""Verdicts on the answers of base and edited.
 
-The stage leaves work/verdicts.jsonl, and in work/judge.json which judge gave them.
+The stage writes work/verdicts.jsonl, and the identity of the judge to work/judge.json.
 """
 
 from __future__ import annotations
@@ -36,15 +36,15 @@ def _run(run: Run) -> list[Path]:
     with run.progress.bar("verdicts", len(answers)) as advance:
         judge = evaluation_judge(run, lambda tally: advance(1, status=str(tally)))
         verdicts = judge_completions(answers, judge)
-    identity = _compared(judge.identity, answers, verdicts)
-    _note_on(run.progress, identity, verdicts)
+    identity = _with_disagreement(judge.identity, answers, verdicts)
+    _note_quality(run.progress, identity, verdicts)
     return [VERDICTS.write_lines(run, verdicts), IDENTITY.write(run, identity)]
 
 
-def _compared(
+def _with_disagreement(
     identity: JudgeIdentity, answers: Sequence[Completion], verdicts: Sequence[Verdict]
 ) -> JudgeIdentity:
-    """The judge, and how often the rules, which are free, disagree with it."""
+    """The judge, with how often the rules disagree with it."""
     from abliterator.judge import RuleJudge, disagreement, judge_completions
 
     disagreements = dict(identity.disagreement)
@@ -55,8 +55,8 @@ def _compared(
     return identity.model_copy(update={"disagreement": disagreements})
 
 
-def _note_on(progress: Progress, identity: JudgeIdentity, verdicts: Sequence[Verdict]) -> None:
-    """What a reader of the rates should know first; of the rule judge there is nothing to say."""
+def _note_quality(progress: Progress, identity: JudgeIdentity, verdicts: Sequence[Verdict]) -> None:
+    """Notes unscored answers, disagreement and cost; nothing for the rule judge."""
     from abliterator.judge import counted, unscored_reasons
 
     reasons = unscored_reasons(verdicts)
@@ -64,8 +64,10 @@ def _note_on(progress: Progress, identity: JudgeIdentity, verdicts: Sequence[Ver
         n = sum(reasons.values())
         progress.note(f"{n} of {len(verdicts)} answers are unscored: {counted(reasons)}")
     for other, rate in identity.disagreement.items():
-        whom = "itself, asked again," if other == "itself" else f"the judge `{other}`"
-        progress.note(f"The judge disagrees with {whom} on {rate.value:.1%} of {rate.n} answers.")
+        compared_with = "itself, asked again," if other == "itself" else f"the judge `{other}`"
+        progress.note(
+            f"The judge disagrees with {compared_with} on {rate.value:.1%} of {rate.n} answers."
+        )
     if identity.usage:
         spent = ", ".join(f"{value:g} {name}" for name, value in identity.usage.items())
         progress.note(f"The judge's calls of this folder: {spent}.")
@@ -77,7 +79,7 @@ def verdicts_of(run: Run) -> list[Verdict]:
 
 
 def judge_identity(run: Run) -> JudgeIdentity:
-    """Which judge gave the verdicts, and what is known of it."""
+    """The judge that gave the verdicts, with its calibration, disagreement and usage."""
     return IDENTITY.read_as(run, JudgeIdentity)
 
 

@@ -1,6 +1,6 @@
-"""Which prompts are used for what: directions are extracted from some, and measured on others.
+"""The prompt sets by use: directions are extracted from some, and measured on others.
 
-The stage leaves the sets as used in work/prompts.json.
+The stage writes the sets as used to work/prompts.json.
 """
 
 from __future__ import annotations
@@ -89,8 +89,8 @@ def _run(run: Run) -> list[Path]:
     neutral_too = recipe.directions.projection == "neutral" or recipe.tunes
     sets = load_sets(recipe.prompts, seed=recipe.seed, neutral_too=neutral_too)
     if recipe.selects or recipe.tunes:
-        few, seed = recipe.selection.prompts, recipe.seed
-        sets = set_apart(sets, recipe.prompts, prompts=few, seed=seed)
+        n, seed = recipe.selection.prompts, recipe.seed
+        sets = set_apart(sets, recipe.prompts, prompts=n, seed=seed)
     if recipe.directions.stack == "within_layer":
         sets = with_pairs(sets, recipe.prompts)
     sets = compared(sets)
@@ -110,7 +110,7 @@ def uses(sets: PromptSets) -> Iterator[tuple[str, PromptSet]]:
 
 
 def compared(sets: PromptSets) -> PromptSets:
-    """The sets, of which those not measured on count near duplicates of evaluation prompts."""
+    """The sets, with counts of near duplicates of evaluation prompts in those not measured on."""
     measured = sets.evaluation.values()
     extraction, selection = (
         {kind: count_near(prompts, measured) for kind, prompts in part.items()}
@@ -120,19 +120,19 @@ def compared(sets: PromptSets) -> PromptSets:
 
 
 def remarks(sets: PromptSets) -> Iterator[str]:
-    """A line on each set: how many prompts it has, and what became of those that were read."""
+    """A line on each set: its size and source, and how many prompts were dropped."""
     for name, prompts in uses(sets):
         counts = {
             "duplicates or empty, dropped": prompts.dropped - prompts.overlap,
             "evaluation prompts too, dropped": prompts.overlap,
             "kept though nearly equal to an evaluation prompt": prompts.near,
         }
-        told = [f"{prompts.read} read", *(f"{n} {what}" for what, n in counts.items() if n)]
-        yield f"{name}: {len(prompts.prompts)} prompts of {prompts.source} ({'; '.join(told)})"
+        parts = [f"{prompts.read} read", *(f"{n} {reason}" for reason, n in counts.items() if n)]
+        yield f"{name}: {len(prompts.prompts)} prompts of {prompts.source} ({'; '.join(parts)})"
 
 
 def load_sets(recipe: Prompts, *, seed: int, neutral_too: bool) -> PromptSets:
-    """Loads every set, holds out what has no evaluation set of its own, and keeps the two apart.
+    """Loads every set, and holds out evaluation prompts of those without an evaluation set.
 
     Args:
         recipe: the recipe's section.
@@ -154,14 +154,14 @@ def load_sets(recipe: Prompts, *, seed: int, neutral_too: bool) -> PromptSets:
             target,
             load_prompts("evaluation", recipe.evaluation),
         )
-    uses = ["contrast"] if recipe.contrast is None else ["neutral"] if neutral_too else []
+    roles = ["contrast"] if recipe.contrast is None else ["neutral"] if neutral_too else []
     if recipe.contrast is not None:
         extraction["contrast"] = load_prompts("contrast", recipe.contrast)
-    for use in uses:
+    for role in roles:
         if recipe.neutral_evaluation is None:
-            extraction[use], neutral = hold_out(neutral, fraction=recipe.holdout, seed=seed)
+            extraction[role], neutral = hold_out(neutral, fraction=recipe.holdout, seed=seed)
         else:
-            extraction[use] = neutral
+            extraction[role] = neutral
     if recipe.neutral_evaluation is not None:
         neutral = load_prompts("neutral_evaluation", recipe.neutral_evaluation)
     evaluation["neutral"] = neutral
@@ -193,17 +193,19 @@ def set_apart(sets: PromptSets, recipe: Prompts, *, prompts: int, seed: int) -> 
     extraction, evaluation = dict(sets.extraction), dict(sets.evaluation)
     selection = {}
 
-    def take(kind: str, part: dict[str, PromptSet], name: str, *, most: float) -> None:
-        fraction = min(prompts / len(part[name].prompts), most)
+    def hold_out_for_selection(
+        kind: str, part: dict[str, PromptSet], name: str, *, max_fraction: float
+    ) -> None:
+        fraction = min(prompts / len(part[name].prompts), max_fraction)
         part[name], selection[kind] = hold_out(part[name], fraction=fraction, seed=seed)
 
-    take("target", extraction, "target", most=recipe.holdout)
+    hold_out_for_selection("target", extraction, "target", max_fraction=recipe.holdout)
     if "neutral" in extraction:
-        take("neutral", extraction, "neutral", most=recipe.holdout)
+        hold_out_for_selection("neutral", extraction, "neutral", max_fraction=recipe.holdout)
     elif recipe.contrast is None:
-        take("neutral", extraction, "contrast", most=recipe.holdout)
+        hold_out_for_selection("neutral", extraction, "contrast", max_fraction=recipe.holdout)
     else:
-        take("neutral", evaluation, "neutral", most=0.5)
+        hold_out_for_selection("neutral", evaluation, "neutral", max_fraction=0.5)
     return PromptSets(_named(extraction), _named(evaluation), _named(selection))
 
 
@@ -230,11 +232,11 @@ def with_pairs(sets: PromptSets, recipe: Prompts) -> PromptSets:
             f"{contrast.dropped} that were dropped). Give two sets of one length, in one order."
         )
     partner = dict(zip(target.prompts, contrast.prompts, strict=True))
-    at = {prompt: i for i, prompt in enumerate(sets.extraction["contrast"].prompts)}
+    contrast_index = {prompt: i for i, prompt in enumerate(sets.extraction["contrast"].prompts)}
     pairs = tuple(
-        (i, at[partner[prompt]])
+        (i, contrast_index[partner[prompt]])
         for i, prompt in enumerate(sets.extraction["target"].prompts)
-        if partner[prompt] in at
+        if partner[prompt] in contrast_index
     )
     if not pairs:
         raise PromptError("No pair of target and contrast prompts is left. Give more of them.")
@@ -242,5 +244,5 @@ def with_pairs(sets: PromptSets, recipe: Prompts) -> PromptSets:
 
 
 def _named(sets: Mapping[str, PromptSet]) -> dict[str, PromptSet]:
-    # a held-out part goes by the name of its use, not of its making
+    # a held-out part is named after its use, not after its source
     return {name: replace(prompts, name=name) for name, prompts in sets.items()}

@@ -1,6 +1,6 @@
-"""All that was measured, put together into the record that the card and other tools read.
+"""The record of all that was measured, which the card and other tools read.
 
-The stage leaves record.json, the recipe and pictures in the checkpoint.
+The stage writes record.json, the recipe and pictures to the checkpoint.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def _measured(run: Run) -> list[str]:
     """Stages whose results and times are in the record."""
     recipe = run.recipe
     optional = {"selection": recipe.selects, "tuning": recipe.tunes, "adapter": recipe.edit.adapts}
-    return [*MEASURED, *(name for name, wanted in optional.items() if wanted)]
+    return [*MEASURED, *(name for name, applies in optional.items() if applies)]
 
 
 def _key(run: Run) -> Any:
@@ -91,17 +91,17 @@ def _run(run: Run) -> list[Path]:
 def _pictures(run: Run) -> dict[str, Path]:
     """The selection's pictures, copied beside the record; those of an earlier run are removed."""
     marker = run.workspace.marker("selection") if run.recipe.selects else None
-    drawn = (
+    plots = (
         {Path(path).name: run.workspace.out / path for path in marker.artefacts} if marker else {}
     )
     copied = {}
     for name in PICTURES:
-        source, place = drawn.get(Path(name).name), run.workspace.checkpoint / name
+        source, path = plots.get(Path(name).name), run.workspace.checkpoint / name
         if source is None:
-            place.unlink(missing_ok=True)
+            path.unlink(missing_ok=True)
         else:
-            copy_file(source, place)
-            copied[name] = place
+            copy_file(source, path)
+            copied[name] = path
     return copied
 
 
@@ -147,15 +147,15 @@ def _model(run: Run) -> ModelIdentity:
 def stated(metadata: Mapping[str, Any]) -> dict[str, Any]:
     """What the front matter of the base's own card states: licence, languages, gating."""
     names = ("license", "license_name", "license_link")
-    found: dict[str, Any] = {
+    fields: dict[str, Any] = {
         name: metadata[name] for name in names if isinstance(metadata.get(name), str)
     }
-    found["gating"] = {key: metadata[key] for key in metadata if _GATING.match(key)}
+    fields["gating"] = {key: metadata[key] for key in metadata if _GATING.match(key)}
     languages = metadata.get("language")
     languages = [languages] if isinstance(languages, str) else languages
     if isinstance(languages, list):
-        found["languages"] = tuple(code for code in languages if isinstance(code, str))
-    return found
+        fields["languages"] = tuple(code for code in languages if isinstance(code, str))
+    return fields
 
 
 def _edit(run: Run) -> EditSummary:
@@ -182,26 +182,26 @@ def _edit(run: Run) -> EditSummary:
 
 
 def _strengths(run: Run, edits: Sequence[TensorEdit]) -> dict[str, float | dict[str, float]]:
-    """Per component: the recipe's, or the mean of what was tuned."""
+    """Strengths per component: the recipe's, or the mean of the tuned ones."""
     if not run.recipe.tunes:
         return {str(component): s for component, s in run.recipe.edit.strengths.items()}
-    found: dict[str, list[float]] = {}
+    by_component: dict[str, list[float]] = {}
     for edit in edits:
-        found.setdefault(edit.component, []).append(edit.strength)
-    return {component: round(mean(values), 4) for component, values in found.items()}
+        by_component.setdefault(edit.component, []).append(edit.strength)
+    return {component: round(mean(values), 4) for component, values in by_component.items()}
 
 
 def _behaviour(run: Run) -> dict[str, Behaviour | None]:
     from abliterator.judge import summarise
 
     verdicts = verdicts_of(run)
-    found: dict[str, Behaviour | None] = {"target": None, "neutral": None, "over_refusal": None}
+    summaries: dict[str, Behaviour | None] = {"target": None, "neutral": None, "over_refusal": None}
     for name in prompt_sets(run).evaluation:
         base, edited = (
             [v for v in verdicts if v.set == name and v.side == side] for side in ("base", "edited")
         )
-        found[name] = summarise(base, edited, seed=run.recipe.seed)
-    return found
+        summaries[name] = summarise(base, edited, seed=run.recipe.seed)
+    return summaries
 
 
 def _benchmarks(run: Run) -> dict[str, BenchmarkResult]:
@@ -218,7 +218,7 @@ def _provenance(run: Run) -> Provenance:
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         python=platform.python_version(),
         platform=f"{platform.system()} {platform.machine()}",
-        packages={name: found for name in PACKAGES if (found := _installed(name))},
+        packages={name: number for name in PACKAGES if (number := _installed(name))},
         device=run.device,
         dtype=run.dtype or "as stored",
         hardware=_hardware(run.device),
@@ -231,7 +231,7 @@ def _provenance(run: Run) -> Provenance:
 
 
 def prompt_origin(name: str, prompts: PromptSet) -> PromptOrigin:
-    """Where a prompt set came from; `name` is its kind and use."""
+    """The origin of a prompt set; `name` is its kind and use."""
     names = PromptOrigin.model_fields.keys() - {"name", "n"}
     fields = {field: getattr(prompts, field) for field in names}
     return PromptOrigin(name=name, n=len(prompts.prompts), **fields)

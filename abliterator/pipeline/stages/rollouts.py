@@ -1,6 +1,6 @@
 """The answers of base and edited to the evaluation prompts.
 
-The stage leaves work/rollouts.jsonl. The answers of a side are kept while its own inputs are.
+The stage writes work/rollouts.jsonl. The answers of a side are kept while its inputs do not change.
 """
 
 from __future__ import annotations
@@ -44,9 +44,9 @@ def _side_key(run: Run, side: Side) -> str:
 
 
 def _run(run: Run) -> list[Path]:
-    kept = ROLLOUTS.kept(run)
-    answers = {side: [c for c in completions(run) if c.side == side] for side in kept}
-    for side in [side for side in SIDES if side not in kept]:
+    kept_sides = ROLLOUTS.kept(run)
+    answers = {side: [c for c in completions(run) if c.side == side] for side in kept_sides}
+    for side in [side for side in SIDES if side not in kept_sides]:
         # No name for the model here: it would keep the base in memory while the edited is loaded.
         answers[side] = _answers(run, run.engine(folder_of(run, side)), side)
     return [ANSWERS.write_lines(run, (c for side in SIDES for c in answers[side]))]

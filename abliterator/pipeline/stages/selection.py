@@ -1,6 +1,6 @@
-"""Which layers, positions and k: the recipe's, or measured where it leaves them to a selection.
+"""Layers, positions and k: the recipe's, or chosen by measurement where it has `sweep` or `auto`.
 
-The stage leaves work/sweep.json and pictures; `selected_layers` is what later stages read.
+The stage writes work/sweep.json and pictures; `selected_layers` is what later stages read.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def selection_of(run: Run) -> Selection | None:
 
 
 class SelectedLayers(NamedTuple):
-    """Where the removed directions come from.
+    """Layers and positions of the removed directions, and their number.
 
     Attributes:
         places: layer and position of each direction, in order of preference; one alone where all
@@ -76,7 +76,7 @@ def _selected(run: Run, selection: Selection | None) -> SelectedLayers:
 
 
 def pool_of(run: Run) -> Pool:
-    """All that may be stacked: the plan's layers at the captured positions."""
+    """The candidates of a selection: the plan's layers at the captured positions."""
     from abliterator.directions import Place
     from abliterator.selection import Pool
 
@@ -90,7 +90,7 @@ def pool_of(run: Run) -> Pool:
 
 
 def extracted_subspace(run: Run) -> Subspace:
-    """The subspace of the selected layers, as activations give it."""
+    """The subspace of the selected layers, as extracted from activations."""
     from abliterator.directions import per_layer
 
     selected = selected_layers(run)
@@ -116,7 +116,7 @@ def _key(run: Run) -> Any:
 def _run(run: Run) -> list[Path]:
     from abliterator.selection import Gates, Search, choose
 
-    recipe, asked = run.recipe, run.recipe.selection
+    recipe, settings = run.recipe, run.recipe.selection
     context, scoring = context_of(run)
     with run.progress.bar("selection", steps(run)) as advance:
         selection = choose(
@@ -124,15 +124,15 @@ def _run(run: Run) -> list[Path]:
             scoring,
             pool_of(run),
             sweep=recipe.sweeps,
-            k=asked.stacks if recipe.k == "auto" else recipe.k,
+            k=settings.stacks if recipe.k == "auto" else recipe.k,
             search=Search(
-                gates=Gates(asked.max_kl, asked.min_induce),
-                survivors=asked.survivors,
-                schedule=asked.schedule,
-                controls=asked.controls,
+                gates=Gates(settings.max_kl, settings.min_induce),
+                survivors=settings.survivors,
+                schedule=settings.schedule,
+                controls=settings.controls,
                 seed=recipe.seed,
             ),
-            on_step=lambda what: advance(1, status=what),
+            on_step=lambda step: advance(1, status=step),
         )
     selected = _selected(run, selection)
     places = ", ".join(map(str, selected.places))
@@ -144,7 +144,7 @@ def _run(run: Run) -> list[Path]:
 
 
 def steps(run: Run) -> int:
-    """Steps of a selection, about: it ends early where a stack is no better."""
+    """Approximate steps of a selection: it ends early where a stack is no better."""
     cost = run.plan.selection or {}
     swept = 1 + len(run.recipe.selection.rungs) + 1 if run.recipe.sweeps else 0
     return 1 + swept + cost.get("stacks", 0)
@@ -166,9 +166,9 @@ def context_of(run: Run) -> tuple[EvaluationContext, ScoringPrompts]:
 
     def sampled(name: str) -> RenderedPrompts:
         prompts = sets.extraction[name]
-        few = min(recipe.selection.scored, len(prompts.prompts))
-        chosen = random.Random(recipe.seed).sample(prompts.prompts, few)
-        return rendered(chosen, prompts.name)
+        n = min(recipe.selection.scored, len(prompts.prompts))
+        sample = random.Random(recipe.seed).sample(prompts.prompts, n)
+        return rendered(sample, prompts.name)
 
     context = EvaluationContext(
         engine=engine,

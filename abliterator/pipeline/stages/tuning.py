@@ -1,7 +1,7 @@
 """Strengths and directions by gradients, for recipes that ask for it.
 
-The stage leaves every tuned edit in work/tuning.json and work/tuning.safetensors; which of them is
-baked, the recipe's preferences decide as they are read (`planned_edits`, `tuned_subspace`).
+The stage writes every tuned edit to work/tuning.json and work/tuning.safetensors; the recipe's
+preferences select the one that is baked when they are read (`planned_edits`, `tuned_subspace`).
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def _key(run: Run) -> Any:
         selected_layers(run),
         {name: run.section(name) for name in sections},
         {name: s.sha256 for name, s in {**sets.extraction, **sets.selection}.items()},
-        # which point is preferred is not asked here: another one needs no other descent
+        # the preferences are not part of the key: another trial needs no other descent
         run.section("tuning", exclude=("prefer", "at_most")),
         [recipe.seed, recipe.selection.tokens, recipe.rollouts.batch_size],
         choosing_judge(run).identity.model_dump(mode="json"),
@@ -85,8 +85,8 @@ def _context(run: Run) -> TuningContext:
 
     def sampled(name: str) -> list[str]:
         prompts = sets.extraction[name].prompts if name in sets.extraction else ()
-        few = min(recipe.tuning.prompts, len(prompts))
-        return random.Random(recipe.seed).sample(prompts, few)
+        n = min(recipe.tuning.prompts, len(prompts))
+        return random.Random(recipe.seed).sample(prompts, n)
 
     evaluation = EvaluationContext(
         engine=engine,
@@ -123,19 +123,19 @@ def tuning_of(run: Run) -> Tuning | None:
     if not run.recipe.tunes:
         return None
     tuning = TUNED.read_as(run, Tuning)
-    wanted, max_kl = run.recipe.tuning, run.recipe.selection.max_kl
-    selected = prefer(tuning.trials, wanted.prefer, wanted.at_most, max_kl=max_kl)
+    settings, max_kl = run.recipe.tuning, run.recipe.selection.max_kl
+    selected = prefer(tuning.trials, settings.prefer, settings.at_most, max_kl=max_kl)
     return tuning.model_copy(update={"selected": selected})
 
 
 def tuning_record(run: Run) -> Tuning | None:
-    """The same for the record, without the strengths, which are in edits.json."""
+    """`tuning_of` for the record, without the strengths, which are in edits.json."""
     tuning = tuning_of(run)
     return tuning and tuning.model_copy(update={"strengths": ()})
 
 
 def tuned_subspace(run: Run, layers: tuple[int, ...]) -> Subspace | None:
-    """The subspace of the point that is taken; None where nothing is tuned."""
+    """The subspace of the selected trial; None where nothing is tuned."""
     from safetensors.torch import load_file
 
     from abliterator.directions import Subspace
@@ -148,7 +148,7 @@ def tuned_subspace(run: Run, layers: tuple[int, ...]) -> Subspace | None:
 
 
 def planned_edits(run: Run) -> EditPlan:
-    """Which tensors are edited and how strongly: the plan's, at tuned strengths where asked for."""
+    """The tensors to edit and their strengths: the plan's, or tuned ones where the recipe tunes."""
     tuning = tuning_of(run)
     if tuning is None or tuning.selected is None:
         return run.plan.edits
@@ -156,7 +156,7 @@ def planned_edits(run: Run) -> EditPlan:
 
 
 def tuned_inputs(run: Run) -> Any:
-    """What an artefact that depends on the point that is taken depends on."""
+    """Key of the selected trial, for stages that depend on it; None where nothing is tuned."""
     tuning = tuning_of(run)
     return tuning and [run.digest("tuning"), tuning.selected]
 
