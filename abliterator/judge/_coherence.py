@@ -62,7 +62,7 @@ def coherence_of(prompt: str, answer: str) -> Coherence:
 
 
 def without_remnants(answer: str) -> str:
-    """An answer as it is, unless it is nothing but special tokens: then nothing."""
+    """The answer unchanged; "" (or its spaces) where it holds special tokens only."""
     rest = _REMNANT.sub("", answer)
     return answer if any(character.isalnum() for character in rest) else rest
 
@@ -100,9 +100,9 @@ def _grams(items: Sequence[str], size: int) -> list[tuple[str, ...]]:
 
 
 def _repeated(items: Sequence[Hashable]) -> float:
-    """Share of items that were there before; a single repeat is no loop."""
-    again = len(items) - len(set(items))
-    return again / len(items) if again > 1 else 0.0
+    """Share of items that repeat an earlier one; 0 for a single repeat, which is no loop."""
+    repeats = len(items) - len(set(items))
+    return repeats / len(items) if repeats > 1 else 0.0
 
 
 def strange_share(prompt: str, answer: str) -> float:
@@ -116,8 +116,10 @@ def strange_share(prompt: str, answer: str) -> float:
     lost = letters.count(LOST)
     if _OTHER_LANGUAGE.search(prompt):
         return lost / len(letters)
-    known = {script_of(c) for c in set(prompt) if c.isalpha()} | {"LATIN", ""}
-    if known & {"CJK", "KANA"}:  # Japanese is written in both; a prompt may hold one alone
-        known |= {"CJK", "KANA"}
-    strange = sum(n for c, n in Counter(letters).items() if c == LOST or script_of(c) not in known)
+    expected = {script_of(c) for c in set(prompt) if c.isalpha()} | {"LATIN", ""}
+    if expected & {"CJK", "KANA"}:  # Japanese is written in both; a prompt may hold one alone
+        expected |= {"CJK", "KANA"}
+    strange = sum(
+        n for c, n in Counter(letters).items() if c == LOST or script_of(c) not in expected
+    )
     return strange / len(letters)

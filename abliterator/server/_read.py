@@ -49,7 +49,7 @@ def objects(text: str) -> Iterator[Mapping[str, Any]]:
     Raises:
         InvalidReply: at broken JSON, a key given twice, or a number that is none.
     """
-    decoder = json.JSONDecoder(object_pairs_hook=_once, parse_constant=_no_constant)
+    decoder = json.JSONDecoder(object_pairs_hook=_unique_keys, parse_constant=_no_constant)
     start = text.find("{")
     while start >= 0:
         try:
@@ -63,7 +63,7 @@ def objects(text: str) -> Iterator[Mapping[str, Any]]:
         start = text.find("{", end)
 
 
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len({key for key, _ in pairs}) < len(pairs):
         raise InvalidReply("a key given twice")
     return dict(pairs)

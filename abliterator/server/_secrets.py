@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from abliterator.recipe import ServerSettings
 
 MASK = "[key]"
-SHARED = 12  # consecutive characters of a key, or of a form of it, that give it away
+SHARED = 12  # consecutive characters of a key, or of an encoding of it, that are masked
 
 
 def redacted(text: str, settings: ServerSettings) -> str:
