@@ -1,4 +1,4 @@
-"""The only writer to the Hub: a verified checkpoint, uploaded in private until it is whole.
+"""Publishes a verified checkpoint on the Hub: uploaded as private until it is complete.
 
 A plan is made first, and none is made of a checkpoint whose bytes do not verify. Then: an offline
 load by plain transformers in a fresh process; a private repository; exactly the planned files in
