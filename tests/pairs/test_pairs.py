@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import yaml
 from click.testing import CliRunner
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from abliterator.cli import main
@@ -32,8 +32,8 @@ from abliterator.pairs._questions import (
 from abliterator.prompts import load_prompts, normalised
 from abliterator.recipe import PairsSpec, ServerSettings, Source, load_pairs, load_recipe
 from abliterator.server import InvalidReply
-from abliterator.server import _http as http_module
 from tests.helpers.judge_server import JudgeServer
+from tests.helpers.seams import shorten_waits
 
 ROOT = Path(__file__).parents[2]
 KEY = "sk-Quite0Secret9TestKey"
@@ -44,7 +44,7 @@ WANTED = re.compile(r"Write (\d+) new pairs")
 
 @pytest.fixture(autouse=True)
 def _no_long_waits(monkeypatch):
-    monkeypatch.setattr(http_module, "WAIT", (0.01, 0.05))
+    shorten_waits(monkeypatch)
 
 
 def spec(server, *, per_category=8, server_more=None, **more):
@@ -493,3 +493,10 @@ def test_pairs_are_never_written_over_their_own_replies(name, tmp_path):
         cache_beside(tmp_path / name)
     assert (tmp_path / name).read_bytes() == b"kept"
     assert cache_beside(tmp_path / "p.jsonl") == tmp_path / "p.sqlite"
+
+
+@given(st.text(st.characters() | st.characters(categories=["Cs"])))
+@example("\ud83d\ude00 \ud83d")
+def test_half_a_character_in_a_pair_is_mended(text):
+    for pair in read_pairs(json.dumps({"target": f"a{text}", "contrast": f"b{text}"})):
+        "".join(pair).encode()
