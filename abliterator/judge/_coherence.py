@@ -14,7 +14,7 @@ from typing import NamedTuple
 from abliterator.judge._scripts import count_words, script_of, units
 
 NO_WORDS, LOOP, DRIFT = "no words", "repetition", "language drift"
-LOST = "\ufffd"  # what stands for bytes that are no character
+LOST = "\ufffd"  # replaces bytes that are no character
 GRAM = 4  # words: shorter ones repeat in good prose
 FEW_WORDS = 10  # below this hardly anything can repeat
 FEW_LETTERS = 12  # below this a foreign letter is a symbol, as in "π"
@@ -58,7 +58,7 @@ def coherence_of(prompt: str, answer: str) -> Coherence:
         LOOP: _grade(loop_share(answer), LOOPING),
         DRIFT: _grade(strange_share(prompt, answer), STRANGE),
     }
-    return Coherence(min(flaws.values()), tuple(name for name, g in flaws.items() if g < 1))
+    return Coherence(min(flaws.values()), tuple(name for name, grade in flaws.items() if grade < 1))
 
 
 def without_remnants(answer: str) -> str:
@@ -108,7 +108,7 @@ def _repeated(items: Sequence[Hashable]) -> float:
 def strange_share(prompt: str, answer: str) -> float:
     """Share of letters in a script the prompt does not use, and of characters lost in decoding.
 
-    Latin is never strange, nor is any script when the prompt speaks of another language.
+    Latin is never strange, nor is any script when the prompt names another language.
     """
     letters = [c for c in answer if c.isalpha() or c == LOST]
     if len(letters) < FEW_LETTERS:

@@ -1,8 +1,8 @@
 """The language of a text, and how answers in other languages than English decline.
 
 Most languages are identified by their script, those of one script by function words and rare
-letters. Short word lists, and no library: verdicts depend on it, so it may change with the judge's
-version alone.
+letters. Short word lists, and no library: verdicts depend on it, so it may change only with the
+judge's version.
 
     unreadable("Habari?", "Samahani, siwezi kusaidia na ombi hilo.")  # "it is in Swahili, ..."
 """
@@ -115,9 +115,9 @@ def _compiled(code: str, entry: Mapping[str, Any]) -> Language:
         code=code,
         name=entry["name"],
         script=entry["script"],
-        words=frozenset(_plain(entry.get("words", "")).split()),
-        letters=frozenset(_plain(entry.get("letters", ""))),
-        affixes=re.compile(_plain(entry["affixes"])) if "affixes" in entry else None,
+        words=frozenset(_normalised(entry.get("words", "")).split()),
+        letters=frozenset(_normalised(entry.get("letters", ""))),
+        affixes=re.compile(_normalised(entry["affixes"])) if "affixes" in entry else None,
         kinds={kind: pattern(alternatives) for kind, alternatives in phrases.items()},
         idioms=pattern(idioms) if idioms else None,
     )
@@ -142,7 +142,7 @@ def speaks_of_a_language(prompt: str) -> bool:
     )
 
 
-def _plain(text: str) -> str:
+def _normalised(text: str) -> str:
     return unicodedata.normalize("NFKC", text.translate(_STRAIGHT)).lower()
 
 
@@ -186,7 +186,7 @@ def _scripts_in(text: str) -> dict[str, float]:
 
 def _tokens(text: str) -> list[str]:
     """Words in lower case with their apostrophes, single letters left out: they name variables."""
-    cleaned = _plain(text)
+    cleaned = _normalised(text)
     return [
         w for w in re.findall(r"[^\W\d_](?:[\w\u0900-\u0dff]|'(?=\w))*'?", cleaned) if len(w) > 1
     ]
@@ -284,13 +284,14 @@ def _best_supported(candidates: Sequence[Language], text: str, script: str) -> R
         and speakers.total() >= EVIDENCE_SHARE * len(tokens)
     ):
         return Reading(other, f"it is in {other.name}, for which the rules have no phrases")
-    least = FUNCTION_WORDS_LATIN if script == "LATIN" else FUNCTION_WORDS
+    least_share = FUNCTION_WORDS_LATIN if script == "LATIN" else FUNCTION_WORDS
     prose = _prose(text) if len(candidates) > FEW_LANGUAGES else []
     if prose and not any(
-        sum(word in support[x.code] or word in x.words for word in some) >= least * len(some)
+        sum(word in support[x.code] or word in x.words for word in tokens_read)
+        >= least_share * len(tokens_read)
         for x in candidates
         if x.is_readable
-        for some in (prose, tokens)
+        for tokens_read in (prose, tokens)
     ):
         return Reading(None, f"the language of its {script.title()} letters cannot be told")
     return Reading(readable if weights.get(readable.code, 0) else None)
@@ -303,13 +304,13 @@ def _prose(text: str) -> list[str]:
         run: list[str] = []
         for token in line.split():
             word = token.strip("\"'«»„“”()[]*_¿¡").rstrip(".,;:!?…।؟،۔\"'»)*_")
-            plain = _PROSE_WORD.fullmatch(word) is not None and (not run or word == word.lower())
-            if plain:
-                run.append(_plain(word))
-            closes = token[-1] in ".,;:!?…।؟،۔)"
-            if not plain or closes:
+            is_prose = _PROSE_WORD.fullmatch(word) is not None and (not run or word == word.lower())
+            if is_prose:
+                run.append(_normalised(word))
+            ends_clause = token[-1] in ".,;:!?…।؟،۔)"
+            if not is_prose or ends_clause:
                 prose += run if len(run) >= PROSE else []
-                run = [_plain(word)] if _PROSE_WORD.fullmatch(word) and not closes else []
+                run = [_normalised(word)] if _PROSE_WORD.fullmatch(word) and not ends_clause else []
         prose += run if len(run) >= PROSE else []
     return prose
 

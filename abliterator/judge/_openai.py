@@ -1,6 +1,6 @@
 """An LLM judge behind an OpenAI-compatible server: votes, a share judged twice, resumption.
 
-Answers that are alike word for word are judged once, blind to their side, in a seeded order. A
+Identical answers to a prompt are judged once, blind to their side, in a seeded order. A
 seeded share is judged once more, to measure how often the judge disagrees with itself.
 
     judge = OpenAIJudge(settings, cache=Path("work/judge.sqlite"))

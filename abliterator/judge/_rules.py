@@ -213,22 +213,26 @@ def words_before_an_answer(answer: str) -> int | None:
     total = sum(_length(s.text) for s in sentences)
     if total >= CUT:
         return None
-    answering = sum(_length(_announced(s.text)) for s in _answering(sentences))
-    return sum(map(_named_words, (s.text for s in sentences))) if answering < ANSWERED else None
+    answering = sum(_length(_without_announcement(s.text)) for s in _answering(sentences))
+    return (
+        sum(map(_count_words_and_names, (s.text for s in sentences)))
+        if answering < ANSWERED
+        else None
+    )
 
 
-def _named_words(text: str) -> int:
+def _count_words_and_names(text: str) -> int:
     """Words of a text; in code, which has few spaces, its names."""
     return max(count_words(text), len(words(text.replace("'", "")))) if text else 0
 
 
 def _length(text: str) -> int:
     """Words of a text, or as many as its characters would make: numbers and long words count."""
-    return max(_named_words(text), len(text) // WORD_LENGTH)
+    return max(_count_words_and_names(text), len(text) // WORD_LENGTH)
 
 
-def _announced(text: str) -> str:
-    """A sentence without what announces an answer: all of it for "here is", else its first word."""
+def _without_announcement(text: str) -> str:
+    """A sentence without its leading interjection; "" where it only announces an answer."""
     if _ANNOUNCES.match(text) or form("preamble").search(fold(text)):
         return ""
     return _INTERJECTION.sub("", text)

@@ -24,7 +24,7 @@ _CONTEXT = (
 # (BLOOM makes them as it goes, MPT has a table) and recurrent states.
 _UNBOUNDED = ("bloom", "rwkv")
 
-# No tokenizer makes fewer tokens of a text than one for so many characters, spaces in a row aside.
+# Characters of one token at most, runs of spaces excepted.
 CHARACTERS_A_TOKEN = 64
 
 

@@ -177,7 +177,7 @@ def read_config(folder: Path, trust_remote_code: bool) -> PreTrainedConfig:
     config: PreTrainedConfig = AutoConfig.from_pretrained(
         folder, local_files_only=True, trust_remote_code=trust_remote_code
     )
-    # transformers keeps whatever stands under `text_config` of a type that has none
+    # transformers keeps any value of `text_config` for a type that has none
     if not isinstance(config.get_text_config(), PreTrainedConfig):
         raise CheckpointError(
             f"config.json in {folder} has a part for its language model that {config.model_type} "

@@ -24,7 +24,7 @@ WORTH_SHARING = 4
 
 @dataclass(frozen=True)
 class ByRow:
-    """Interventions that hooks tell apart by the row of a batch.
+    """Interventions that differ between the rows of a batch.
 
     Attributes:
         of: the intervention of each prompt, 0 .. n - 1.

@@ -35,7 +35,7 @@ def check_loads(plan: PublishPlan) -> None:
             report = _run([folder], plan.remote_code)
         problem = _problem(report, plan.what)
     if problem:
-        # the folder that was loaded is gone when this is read
+        # the folder that was loaded is deleted by now
         problem = problem.replace(folder, f"the planned {plan.what}")
         loader = "PEFT" if plan.what == "adapter" else "transformers"
         raise PublishError(

@@ -59,7 +59,7 @@ def _chat(tokenizer: Any, folder: str) -> str:
     A template is a program: one that does not end in time ends this process.
     """
     template = None
-    if not tokenizer.chat_template:  # a model that also sees may have it beside its processor
+    if not tokenizer.chat_template:  # a vision model may have it beside its processor
         candidates = [
             Path(folder) / name for name in ("chat_template.json", "processor_config.json")
         ]

@@ -39,7 +39,7 @@ class Reply(NamedTuple):
 
 
 class ReplyCache:
-    """Replies by key; `account` keeps the totals of several judges in one file apart."""
+    """Replies by key; totals are kept by `account`, since several judges may share a file."""
 
     def __init__(self, path: Path, *, account: str = "") -> None:
         self._account, self._path = account, path

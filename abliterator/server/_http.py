@@ -28,7 +28,7 @@ from urllib.parse import urljoin
 from abliterator.errors import ServerError
 from abliterator.server._budget import Budget
 from abliterator.server._cache import Reply
-from abliterator.server._read import mended
+from abliterator.server._read import without_surrogates
 from abliterator.server._request import Request
 from abliterator.server._secrets import origin, redacted
 
@@ -164,7 +164,7 @@ class Server:
         return True
 
     def _require_usable(self, error: APIStatusError) -> None:
-        """Raises ServerError or NoReply where another try would be answered alike."""
+        """Raises ServerError or NoReply for an error that a retry would meet again."""
         status = error.status_code
         if status in PASSING or status >= 500:
             return
@@ -286,7 +286,7 @@ def _reply(completion: Any, response_format: str) -> Reply:
 
 
 def _text(value: object) -> str | None:
-    return mended(value) if isinstance(value, str) else None
+    return without_surrogates(value) if isinstance(value, str) else None
 
 
 def _content(value: object) -> str:

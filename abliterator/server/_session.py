@@ -54,7 +54,7 @@ class Session:
     Args:
         settings: the server, and what may be spent on it.
         cache: SQLite file of replies; the same file makes a run go on where it stopped.
-        account: keeps what several judges spend in one file apart.
+        account: name under which calls and dollars are counted, where judges share a file.
     """
 
     def __init__(self, settings: ServerSettings, *, cache: Path, account: str = "") -> None:
@@ -77,7 +77,7 @@ class Session:
         """The parsed reply to a request; the request is repeated where `read` rejects the reply.
 
         Args:
-            request: the request of an attempt, from 0; every attempt words it a little differently.
+            request: the request of an attempt, from 0; attempts differ in their delimiter.
             read: parses a reply; raises InvalidReply for one that is not as expected.
 
         Raises:
