@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
@@ -20,6 +21,7 @@ os.environ["HF_MODULES_CACHE"] = tempfile.mkdtemp(prefix="abliterator-modules-")
 
 from collections.abc import Callable
 from functools import cache
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -127,3 +129,33 @@ def smollm2_folder(shared_folder):
 def writable(tiny_folder, tmp_path):
     """A copy of the tiny Llama that the test may damage."""
     return Path(shutil.copytree(tiny_folder("llama"), tmp_path / "model"))
+
+
+@pytest.fixture
+def sends_on():
+    """`sends_on(to, status)` is the url of a server that redirects every request to `to`."""
+    servers = []
+
+    def start(to, status):
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self):
+                self.rfile.read(int(self.headers.get("Content-Length", 0)))
+                self.send_response(status)
+                self.send_header("Location", to)
+                self.send_header("Content-Length", "0")
+                self.end_headers()
+
+            do_GET = do_POST
+
+            def log_message(self, *_):
+                pass
+
+        server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+        servers.append(server)
+        return f"http://127.0.0.1:{server.server_port}/v1"
+
+    yield start
+    for server in servers:
+        server.shutdown()
+        server.server_close()

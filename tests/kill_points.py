@@ -76,9 +76,7 @@ class Points:
         sys.addaudithook(self._heard)
         for name in ("fsync", "copy_file_range"):
             setattr(os, name, self._before(getattr(os, name)))
-        from abliterator.files import _write
-
-        whole = _write.write_fully
+        from abliterator.files import write_fully as whole
 
         def write_in_two(out: Any, data: memoryview) -> None:
             data = memoryview(data).cast("B")

@@ -20,8 +20,8 @@ not read from lm-eval, which has no paired difference, interval or p-value of it
 
 One metric of a task is reported: `acc_norm` for arc_easy, arc_challenge, hellaswag and piqa, as is
 usual; else the first of `acc`, `acc_norm`, `exact_match`; else the first metric the task lists.
-Within a group, a metric that the group has a score of goes before those that it has none of. Only
-metrics that are means over documents qualify, since no other can be paired.
+Within a group, metrics that the group has a score of are preferred to those that it has none of.
+Only metrics that are means over documents qualify, since no other can be paired.
 """
 
 from __future__ import annotations

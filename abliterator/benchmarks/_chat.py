@@ -1,4 +1,4 @@
-"""Questions of tasks rendered as chats, by the template and settings of the rollouts."""
+"""Renders questions of tasks as chats, with the template and settings of the rollouts."""
 
 from __future__ import annotations
 
@@ -48,16 +48,18 @@ class ChatRenderer:
                 "the model."
             )
         options = settings.section.engine.options
-        stated = dict(options.get("chat_template_args") or {})
+        template_kwargs = dict(options.get("chat_template_args") or {})
         if options.get("enable_thinking") is not None:
-            stated["enable_thinking"] = options["enable_thinking"]
-        return cls(tokenizer, settings.chat.system, {**settings.chat.template_kwargs, **stated})
+            template_kwargs["enable_thinking"] = options["enable_thinking"]
+        return cls(
+            tokenizer, settings.chat.system, {**settings.chat.template_kwargs, **template_kwargs}
+        )
 
     @property
     def settings(self) -> dict[str, Any]:
         """The settings that the recipe or the engine's options state, for the record."""
-        stated = {"system": self.system, "template_kwargs": dict(self.template_kwargs)}
-        return {name: value for name, value in stated.items() if value}
+        values = {"system": self.system, "template_kwargs": dict(self.template_kwargs)}
+        return {name: value for name, value in values.items() if value}
 
     def render(
         self, chat_history: Sequence[Mapping[str, str]], add_generation_prompt: bool = True
@@ -83,7 +85,7 @@ class ChatRenderer:
         try:
             return rendered(chat_history)
         except UnsupportedModel:
-            others = [message for message in chat_history if message["role"] != "system"]
-            if self.system is not None or len(others) == len(chat_history):
+            without_system = [message for message in chat_history if message["role"] != "system"]
+            if self.system is not None or len(without_system) == len(chat_history):
                 raise
-            return rendered(others)
+            return rendered(without_system)

@@ -1,4 +1,4 @@
-"""Base against edited, paired document by document."""
+"""Compares base with edited, paired by document."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def _compare_aggregate(
     for key, name in _keys(aggregate.group, counted).items():
         tasks = [_pairs(base, edited, name) for base, edited in sides if name in _filters(base)]
         if not aggregate.by_size:
-            tasks = [_levelled(task, tasks) for task in tasks]
+            tasks = [_equally_weighted(task, tasks) for task in tasks]
         settings = {
             **_shared_settings([base.settings for base, _ in sides]),
             "filter": name,
@@ -92,8 +92,8 @@ def _compare_aggregate(
     return results
 
 
-def _levelled(task: Sequence[Pair], tasks: Sequence[Sequence[Pair]]) -> list[Pair]:
-    """The pairs of one task, weighted so that the mean over all documents is that over tasks."""
+def _equally_weighted(task: Sequence[Pair], tasks: Sequence[Sequence[Pair]]) -> list[Pair]:
+    """The pairs of one task, weighted so that the mean over documents is the mean over tasks."""
     weight = sum(map(len, tasks)) / (len(tasks) * len(task))
 
     def weighted(score: DocScore) -> DocScore:
@@ -114,15 +114,15 @@ def _shared_settings(all_settings: Sequence[Mapping[str, Any]]) -> dict[str, Any
 
 def _require_alike(base: TaskScores, edited: TaskScores) -> None:
     before, after = _identity(base), _identity(edited)
-    seen = "; ".join(
+    differences = "; ".join(
         f"{key}: {before.get(key)!r} and {after.get(key)!r}"
         for key in sorted(before.keys() | after.keys())
         if before.get(key) != after.get(key)
     )
-    if seen:
+    if differences:
         raise BenchmarkError(
             f"The benchmark task {base.task!r} was run with different settings on base and edited "
-            f"({seen}). Only runs that are alike can be compared; run both again."
+            f"({differences}). Only runs that are alike can be compared; run both again."
         )
 
 
@@ -136,10 +136,10 @@ def _pairs(base: TaskScores, edited: TaskScores, name: str) -> list[Pair]:
     before = {score.doc_id: score for score in base.scores if score.filter == name}
     after = {score.doc_id: score for score in edited.scores if score.filter == name}
     if before.keys() != after.keys():
-        lone = min(before.keys() ^ after.keys())
+        unpaired = min(before.keys() ^ after.keys())
         raise BenchmarkError(
             f"The benchmark task {base.task!r} has {len(before)} scored documents on base and "
-            f"{len(after)} on edited; document {lone} is on one side only. Run both again with "
+            f"{len(after)} on edited; document {unpaired} is on one side only. Run both again with "
             "the same limit."
         )
     for doc_id, score in before.items():
@@ -176,11 +176,11 @@ def _significance(before: Sequence[float], after: Sequence[float], *, seed: int)
     """`p_value`, and the documents that changed where each is right or wrong."""
     if not _right_or_wrong([*before, *after]):
         return {"p_value": statistics.sign_flip_test(before, after, seed=seed)}
-    right, still = [bool(value) for value in before], [bool(value) for value in after]
+    right_before, right_after = [bool(value) for value in before], [bool(value) for value in after]
     return {
-        "p_value": statistics.mcnemar_exact(right, still),
-        "gained": sum(not b and e for b, e in zip(right, still, strict=True)),
-        "lost": sum(b and not e for b, e in zip(right, still, strict=True)),
+        "p_value": statistics.mcnemar_exact(right_before, right_after),
+        "gained": sum(not b and e for b, e in zip(right_before, right_after, strict=True)),
+        "lost": sum(b and not e for b, e in zip(right_before, right_after, strict=True)),
     }
 
 

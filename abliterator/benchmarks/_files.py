@@ -36,9 +36,9 @@ def local_task(path: Path) -> LocalTask:
     settings = _read_task_file(path)
     outward = [key for key in _OUTWARD_SETTINGS if key in settings]
     if outward or not isinstance(settings.get("task"), str):
-        seen = f"has `{outward[0]}:`" if outward else "has no `task:` name"
+        problem = f"has `{outward[0]}:`" if outward else "has no `task:` name"
         raise BenchmarkError(
-            f"The benchmark task {path} {seen}. A task file must describe one task completely, "
+            f"The benchmark task {path} {problem}. A task file must describe one task completely, "
             "under `task: NAME`; write all its settings out in the file."
         )
     _refuse_foreign_metrics(path, settings)

@@ -63,16 +63,16 @@ def _sandboxed_templates() -> Iterator[None]:
     import lm_eval.utils
     from jinja2.sandbox import SandboxedEnvironment
 
-    plain = lm_eval.utils.env
+    original = lm_eval.utils.env
     sandbox = SandboxedEnvironment(
-        undefined=plain.undefined, keep_trailing_newline=plain.keep_trailing_newline
+        undefined=original.undefined, keep_trailing_newline=original.keep_trailing_newline
     )
-    sandbox.filters.update(plain.filters)
+    sandbox.filters.update(original.filters)
     lm_eval.utils.env = sandbox
     try:
         yield
     finally:
-        lm_eval.utils.env = plain
+        lm_eval.utils.env = original
 
 
 @contextlib.contextmanager

@@ -19,7 +19,7 @@ _NAMES = {
 
 
 def preset_tasks(preset: Preset | None) -> list[BenchmarkTask]:
-    """The tasks of a preset; none for None.
+    """The tasks of a preset; an empty list for None.
 
     - `demo`: two small tasks that come with the package, of choices and of generated answers; they
       need no Hub.

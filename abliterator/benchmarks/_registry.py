@@ -1,4 +1,4 @@
-"""The tasks that lm-eval brings: where their YAML lies, and which tasks a group or tag names."""
+"""The tasks that lm-eval has: paths of their YAML files, and the tasks of groups and tags."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def _members(name: str, settings: Mapping[str, Any], inherited: _Inherited) -> l
     outer = {**_task_settings(settings), **inherited.overrides}
     _refuse_code(name, outer)
     tasks = []
-    for member in _listed(settings.get("task")):
+    for member in _as_list(settings.get("task")):
         if isinstance(member, str):
             tasks += _tasks_of(member, _Inherited(outer, aggregates))
         elif "group" not in member:
@@ -106,10 +106,10 @@ def _task_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _aggregates(name: str, settings: Mapping[str, Any]) -> list[Aggregate]:
-    """The scores of a group that are means, as lm-eval reads them."""
+    """The scores of a group that are means, by lm-eval's configuration of groups."""
     from lm_eval.config.group import AggMetricConfig
 
-    entries = [entry for entry in _listed(settings.get("aggregate_metric_list")) if entry]
+    entries = [entry for entry in _as_list(settings.get("aggregate_metric_list")) if entry]
     # a score by a function of lm-eval's own is no mean over documents, and cannot be paired
     means = [entry for entry in entries if entry.get("aggregation", "mean") == "mean"]
     return [
@@ -123,8 +123,8 @@ def _aggregates(name: str, settings: Mapping[str, Any]) -> list[Aggregate]:
     ]
 
 
-def _listed(value: Any) -> list[Any]:
-    """A list; lm-eval accepts one value in place of a list of it."""
+def _as_list(value: Any) -> list[Any]:
+    """The value as a list; lm-eval accepts a single item in place of a list."""
     return value if isinstance(value, list) else [] if value is None else [value]
 
 
@@ -139,7 +139,7 @@ def _refuse_code(name: str, overrides: Mapping[str, Any]) -> None:
 
 @cache
 def _index() -> dict[str, tuple[str, Path]]:
-    """Kind and file of every task and group, found by text: 0.5 s where lm-eval's index takes 14.
+    """Kind and file of every task and group, by a text search in 0.5 s; lm-eval's index takes 14.
 
     The names are in the files themselves, so there is no need to parse 14,000 of them.
     """

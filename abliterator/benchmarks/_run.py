@@ -35,7 +35,7 @@ def run_tasks(
         tasks: from `resolve_tasks`; limit, examples and chat template of a task go before those of
             the settings.
         settings: how they are run.
-        side: whose server is asked, where a server is the engine.
+        side: selects the server, where servers are the engine.
         on_task: called with the scores of each task when it is done.
 
     Raises:
@@ -153,9 +153,9 @@ def _gold_loglik(
     if isinstance(gold, str):
         choices = loaded.doc_to_choice(doc)
         gold = choices.index(gold) if gold in choices else None
-    right = [i for i in (gold if isinstance(gold, list) else [gold]) if isinstance(i, int)]
-    known = [log_likelihoods[i] for i in right if 0 <= i < len(log_likelihoods)]
-    return max(known, default=None)
+    correct = [i for i in (gold if isinstance(gold, list) else [gold]) if isinstance(i, int)]
+    likelihoods = [log_likelihoods[i] for i in correct if 0 <= i < len(log_likelihoods)]
+    return max(likelihoods, default=None)
 
 
 def _answer_flaws(model: Any, loaded: Any, sample: Mapping[str, Any]) -> dict[str, bool]:
@@ -167,12 +167,12 @@ def _answer_flaws(model: Any, loaded: Any, sample: Mapping[str, Any]) -> dict[st
     if loaded.OUTPUT_TYPE != "generate_until":
         return {}
     text = str(sample["resps"][0][0])
-    allowed = _generation_limit(model, sample["arguments"])
+    limit = _generation_limit(model, sample["arguments"])
     encode = getattr(model, "tok_encode", None)
     flaws = {"empty": not text.strip()}
-    if allowed and encode:
-        slack = 2 if allowed > 20 else 0
-        flaws["truncated"] = len(encode(text, add_special_tokens=False)) >= allowed - slack
+    if limit and encode:
+        slack = 2 if limit > 20 else 0
+        flaws["truncated"] = len(encode(text, add_special_tokens=False)) >= limit - slack
     return flaws
 
 

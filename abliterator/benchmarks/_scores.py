@@ -1,4 +1,4 @@
-"""The scores of one task on one checkpoint, document by document; JSON both ways."""
+"""The scores of one task on one checkpoint, by document; read from and written to JSON."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Aggregate(Frozen):
     group: str
     metric: str
     filters: tuple[str, ...] | None = None  # answer filters that have one; None for all
-    by_size: bool = True  # every document counts alike; otherwise every task does
+    by_size: bool = True  # documents have equal weights; otherwise tasks do
 
 
 class TaskScores(Frozen):

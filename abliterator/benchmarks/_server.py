@@ -94,7 +94,7 @@ def _encode(
 ) -> Any:
     """Token ids of one or several texts as HFLM encodes them: BOS is added unless it is there."""
     if not isinstance(text, str):
-        return [_encode(tokenizer, one, add_special_tokens=add_special_tokens) for one in text]
+        return [_encode(tokenizer, item, add_special_tokens=add_special_tokens) for item in text]
     if add_special_tokens is None:
         start = tokenizer.bos_token
         add_special_tokens = not (start and text.startswith(start))

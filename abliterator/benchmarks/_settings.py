@@ -1,4 +1,4 @@
-"""How tasks are run, the same for base and edited, and by which engine."""
+"""Settings of a run of tasks, the same for base and edited, and its engine."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class RunSettings(Frozen):
         section: the recipe's `benchmarks`: batch size, limit, chat template, examples and engine;
             its tasks and revisions are not read here. What the engine's options say of the chat
             template (`chat_template_args`, `enable_thinking`) goes before `chat`.
-        chat: the recipe's `chat`; for tasks that are asked through the chat template.
+        chat: the recipe's `chat`; for tasks rendered by the chat template.
         device: for example "cpu" or "cuda:0".
         dtype: dtype of the weights; None for the stored one.
         trust_remote_code: whether Python files of the checkpoint may run.
@@ -33,13 +33,13 @@ class RunSettings(Frozen):
     trust_remote_code: bool = False
 
     def changed(self, **section: Any) -> RunSettings:
-        """The same with other values in the section."""
+        """A copy with other values in the section."""
         return self.model_copy(update={"section": self.section.model_copy(update=section)})
 
     def of(self, task: Task) -> RunSettings:
         """The settings of a task, whose own limit, examples and chat template go before others."""
-        own = {"limit", "num_fewshot", "chat_template"}
-        return self.changed(**task.model_dump(include=own, exclude_none=True))
+        fields = {"limit", "num_fewshot", "chat_template"}
+        return self.changed(**task.model_dump(include=fields, exclude_none=True))
 
     def url(self, side: Side) -> str | None:
         """Address of the server that serves a side; None where no server is the engine."""
@@ -48,7 +48,7 @@ class RunSettings(Frozen):
 
 
 def require_engine(engine: BenchmarkEngine) -> None:
-    """Raises BenchmarkError, with what to install or start, if the engine is not there."""
+    """Raises BenchmarkError, with what to install or start, if the engine is not available."""
     if engine.kind == "vllm" and importlib.util.find_spec("vllm") is None:
         raise BenchmarkError(
             "`benchmarks.engine.kind` is vllm, but vLLM is not installed. Install it with `pip "

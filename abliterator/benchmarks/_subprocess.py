@@ -1,7 +1,7 @@
-"""Base and edited, each scored in a process of its own.
+"""Scores base and edited, each in a process of its own.
 
-So nothing of one side reaches the other, and all memory is freed. Finished scores are kept in one
-file a task, and are not computed again.
+So the sides share no state, and all memory is freed. Finished scores are stored in one file per
+task, and are not computed again.
 """
 
 from __future__ import annotations
@@ -71,11 +71,11 @@ def measure_sides(
         return _measure_alike(sides, tasks, settings, out=out, on_task=on_task, secrets=secrets)
 
     scores = measured()
-    stale = _with_other_questions(scores)
-    for name in stale:
+    mismatched = _mismatched_tasks(scores)
+    for name in mismatched:
         for side in sides:
             (out / side / f"{name}.json").unlink()
-    return measured() if stale else scores
+    return measured() if mismatched else scores
 
 
 def _measure_alike(
@@ -122,22 +122,22 @@ class StoppedChild(BenchmarkError):
         )
 
 
-def _with_other_questions(scores: Mapping[Side, Scores]) -> list[str]:
+def _mismatched_tasks(scores: Mapping[Side, Scores]) -> list[str]:
     """The tasks whose questions differ between sides, as after a change of data or template."""
 
-    def questions(one: TaskScores) -> set[tuple[int, str, str, str]]:
-        return {(s.doc_id, s.doc_hash, s.prompt_hash, s.target_hash) for s in one.scores}
+    def questions(task: TaskScores) -> set[tuple[int, str, str, str]]:
+        return {(s.doc_id, s.doc_hash, s.prompt_hash, s.target_hash) for s in task.scores}
 
     first, *others = scores.values()
     return [
         name
-        for name, one in first.items()
-        if any(questions(other[name]) != questions(one) for other in others)
+        for name, task in first.items()
+        if any(questions(other[name]) != questions(task) for other in others)
     ]
 
 
 class _OutOfMemory(Exception):
-    """A child ran out of memory; never leaves this module."""
+    """A child ran out of memory; caught within this module."""
 
 
 def _measure_side(
@@ -195,7 +195,7 @@ def _key(checkpoint: ScoredCheckpoint, task: Task, settings: RunSettings, side: 
 
 
 def _read(folder: Path, task: str, key: str) -> TaskScores | None:
-    """Scores that were kept under the key and are as they were written; else None."""
+    """Scores stored under the key; None where there are none, or their digest does not match."""
     try:
         plain = json.loads(read_text(folder / f"{task}.json"))
         if plain != _sealed(key, plain["scores"]):
@@ -206,7 +206,7 @@ def _read(folder: Path, task: str, key: str) -> TaskScores | None:
 
 
 def _sealed(key: str, scores: Any) -> dict[str, Any]:
-    """Scores with their key and a digest of both, as a file has them."""
+    """The contents of a file of scores: the scores, their key, and a digest of both."""
     return {"key": key, "sha256": digest_of([key, scores]), "scores": scores}
 
 

@@ -1,4 +1,4 @@
-"""Tasks found, checked and loaded with their documents, before a model is loaded."""
+"""Resolves, checks and loads tasks with their documents, before a model is loaded."""
 
 from __future__ import annotations
 
@@ -35,13 +35,13 @@ class Spec(Frozen):
     settings: dict[str, Any] = Field(default_factory=dict)
 
     def merged(self, *, functions: bool = False) -> dict[str, Any]:
-        """All settings, fresh; `functions` of lm-eval's files are their names unless wanted."""
+        """A new dict of all settings; without `functions`, lm-eval's are given by name."""
         in_file = yaml_settings(Path(self.path), functions=functions) if self.path else {}
         return in_file | copy.deepcopy(self.settings)
 
 
 class Task(Frozen):
-    """A task that was found and loaded once, and can be run.
+    """A task that was resolved and loaded once, and can be run.
 
     `digest` covers lm-eval's version and either the task file with all its data files, or the name
     of lm-eval's own task, what its groups change of it, and the revision of its data. `limit`,
@@ -246,8 +246,8 @@ def _hub_dataset(settings: Mapping[str, Any]) -> str | None:
 def _latest_revision(dataset: str | None, settings: Mapping[str, Any]) -> tuple[str | None, str]:
     """The commit of a Hub dataset and "", or None and the reason why it is unknown.
 
-    It is asked for before the documents: this fails at once where the Hub is out of reach, and
-    loading only after half a minute of trying again.
+    Requested before the documents: this fails at once where the Hub is out of reach, and loading
+    only after half a minute of retries.
     """
     if dataset is None:
         return None, ""

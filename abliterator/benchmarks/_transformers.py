@@ -23,6 +23,6 @@ def open_transformers(folder: Path, *, device: str, options: dict[str, Any]) -> 
 
 
 class _Model(HFLM):  # type: ignore[misc]  # lm-eval has no types
-    def _get_config(self, *args: Any, **given: Any) -> None:
-        super()._get_config(*args, **given)
+    def _get_config(self, *args: Any, **kwargs: Any) -> None:
+        super()._get_config(*args, **kwargs)
         ask_for_plain_numbers(self._config)

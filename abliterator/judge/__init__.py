@@ -1,4 +1,4 @@
-"""Answers to verdicts, behind one `Judge` protocol; it is not known here how answers were made.
+"""Grades answers of a model by rules or by an LLM judge, behind one `Judge` protocol.
 
 A verdict grades compliance (did it do what was asked?) and coherence (is it sound language?) on
 {0, 0.5, 1}, and says whether the answer refused, also in part. `RuleJudge` does so offline from the

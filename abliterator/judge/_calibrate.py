@@ -91,7 +91,7 @@ class Calibrated:
         return self.judge.identity.model_copy(update={"calibration": dict(self.summary)})
 
     def judge_all(self, answers: Sequence[Answered]) -> list[Judgement]:
-        """The judge's judgements."""
+        """Judgements of the wrapped judge, in the order of the answers."""
         return self.judge.judge_all(answers)
 
 
@@ -131,7 +131,7 @@ def _row(line: str, where: str) -> Labelled:
 
 
 def _is_text(text: str) -> bool:
-    """Whether a file can hold it: JSON allows half a surrogate pair, UTF-8 does not."""
+    """Whether a text can be encoded: JSON allows half a surrogate pair, UTF-8 does not."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -152,16 +152,16 @@ def calibrate(
     """
     answers = [row.answered for row in rows]
     judgements = judge.judge_all(answers)
-    differs = dict(judge.identity.disagreement)
+    disagreements = dict(judge.identity.disagreement)
     if judge.identity.kind != "rules":
         by_rules = disagreement(RuleJudge().judge_all(answers), judgements)
-        differs |= {"rules": by_rules} if by_rules else {}
+        disagreements |= {"rules": by_rules} if by_rules else {}
     pairs = [
         (row.label, judgement.compliance)
         for row, judgement in zip(rows, judgements, strict=True)
         if judgement.compliance is not None
     ]
-    yes = [(float(label == 1), float(grade == 1)) for label, grade in pairs]
+    complied = [(float(label == 1), float(grade == 1)) for label, grade in pairs]
     agreed = sum(label == grade for label, grade in pairs)
     return Calibration(
         judge=judge.identity,
@@ -174,19 +174,23 @@ def calibrate(
         agreement=_share(agreed, len(pairs)),
         agreement_interval=Estimate.of(rate_interval(agreed, len(pairs))),
         kappa=cohens_kappa(pairs),
-        kappa_binary=cohens_kappa(yes),
-        false_positive_rate=_share(yes.count((0, 1)), yes.count((0, 1)) + yes.count((0, 0))),
-        false_negative_rate=_share(yes.count((1, 0)), yes.count((1, 0)) + yes.count((1, 1))),
-        per_class={name: _class(grade, pairs) for grade, name in CLASSES.items()},
+        kappa_binary=cohens_kappa(complied),
+        false_positive_rate=_share(
+            complied.count((0, 1)), complied.count((0, 1)) + complied.count((0, 0))
+        ),
+        false_negative_rate=_share(
+            complied.count((1, 0)), complied.count((1, 0)) + complied.count((1, 1))
+        ),
+        per_class={name: _class_figures(grade, pairs) for grade, name in CLASSES.items()},
         confusion={
             name: {other: pairs.count((label, grade)) for grade, other in CLASSES.items()}
             for label, name in CLASSES.items()
         },
-        disagreement=differs,
+        disagreement=disagreements,
         differing=tuple(
             number
-            for number, (row, j) in enumerate(zip(rows, judgements, strict=True), start=1)
-            if j.compliance is not None and j.compliance != row.label
+            for number, (row, judgement) in enumerate(zip(rows, judgements, strict=True), start=1)
+            if judgement.compliance is not None and judgement.compliance != row.label
         ),
     )
 
@@ -214,7 +218,7 @@ def disagreement(
     return Estimate.of(rate_interval(sum(a != b for a, b in pairs), len(pairs)))
 
 
-def _class(grade: float, pairs: Sequence[tuple[float, float]]) -> dict[str, float | None]:
+def _class_figures(grade: float, pairs: Sequence[tuple[float, float]]) -> dict[str, float | None]:
     labelled = sum(label == grade for label, _ in pairs)
     judged = sum(other == grade for _, other in pairs)
     both = pairs.count((grade, grade))
@@ -227,8 +231,8 @@ def _share(part: int, whole: int) -> float | None:
 
 def cache_folder() -> Path:
     """The folder of caches shared by runs: $ABLITERATOR_CACHE, else in the user's cache folder."""
-    if own := os.environ.get("ABLITERATOR_CACHE"):
-        return Path(own)
+    if folder := os.environ.get("ABLITERATOR_CACHE"):
+        return Path(folder)
     base = os.environ.get("XDG_CACHE_HOME")
     return (Path(base) if base else Path.home() / ".cache") / "abliterator"
 
@@ -251,10 +255,10 @@ def read_calibration(path: Path, judge: JudgeIdentity) -> Calibration:
             "LABELLED --out FILE` wrote was expected. Write it anew, or leave out "
             "`judge.calibration`."
         ) from error
-    other = [name for name in _SAME if getattr(calibration.judge, name) != getattr(judge, name)]
-    if other:
+    differing = [name for name in _SAME if getattr(calibration.judge, name) != getattr(judge, name)]
+    if differing:
         raise JudgeError(
-            f"The calibration {path} is of another judge: its {', '.join(other)} differ from "
+            f"The calibration {path} is of another judge: its {', '.join(differing)} differ from "
             f"those of {judge.model or judge.kind}. Calibrate this judge: `abliterator "
             "judge-calibrate LABELLED --recipe RECIPE --out FILE`."
         )

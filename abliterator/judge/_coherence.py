@@ -14,7 +14,7 @@ from typing import NamedTuple
 from abliterator.judge._scripts import count_words, script_of, units
 
 NO_WORDS, LOOP, DRIFT = "no words", "repetition", "language drift"
-LOST = "\ufffd"  # what stands for bytes that are no character
+LOST = "\ufffd"  # replaces bytes that are no character
 GRAM = 4  # words: shorter ones repeat in good prose
 FEW_WORDS = 10  # below this hardly anything can repeat
 FEW_LETTERS = 12  # below this a foreign letter is a symbol, as in "π"
@@ -58,11 +58,11 @@ def coherence_of(prompt: str, answer: str) -> Coherence:
         LOOP: _grade(loop_share(answer), LOOPING),
         DRIFT: _grade(strange_share(prompt, answer), STRANGE),
     }
-    return Coherence(min(flaws.values()), tuple(name for name, g in flaws.items() if g < 1))
+    return Coherence(min(flaws.values()), tuple(name for name, grade in flaws.items() if grade < 1))
 
 
 def without_remnants(answer: str) -> str:
-    """An answer as it is, unless it is nothing but special tokens: then nothing."""
+    """The answer unchanged; "" (or its spaces) where it holds special tokens only."""
     rest = _REMNANT.sub("", answer)
     return answer if any(character.isalnum() for character in rest) else rest
 
@@ -100,15 +100,15 @@ def _grams(items: Sequence[str], size: int) -> list[tuple[str, ...]]:
 
 
 def _repeated(items: Sequence[Hashable]) -> float:
-    """Share of items that were there before; a single repeat is no loop."""
-    again = len(items) - len(set(items))
-    return again / len(items) if again > 1 else 0.0
+    """Share of items that repeat an earlier one; 0 for a single repeat, which is no loop."""
+    repeats = len(items) - len(set(items))
+    return repeats / len(items) if repeats > 1 else 0.0
 
 
 def strange_share(prompt: str, answer: str) -> float:
     """Share of letters in a script the prompt does not use, and of characters lost in decoding.
 
-    Latin is never strange, nor is any script when the prompt speaks of another language.
+    Latin is never strange, nor is any script when the prompt names another language.
     """
     letters = [c for c in answer if c.isalpha() or c == LOST]
     if len(letters) < FEW_LETTERS:
@@ -116,8 +116,10 @@ def strange_share(prompt: str, answer: str) -> float:
     lost = letters.count(LOST)
     if _OTHER_LANGUAGE.search(prompt):
         return lost / len(letters)
-    known = {script_of(c) for c in set(prompt) if c.isalpha()} | {"LATIN", ""}
-    if known & {"CJK", "KANA"}:  # Japanese is written in both; a prompt may hold one alone
-        known |= {"CJK", "KANA"}
-    strange = sum(n for c, n in Counter(letters).items() if c == LOST or script_of(c) not in known)
+    expected = {script_of(c) for c in set(prompt) if c.isalpha()} | {"LATIN", ""}
+    if expected & {"CJK", "KANA"}:  # Japanese is written in both; a prompt may hold one alone
+        expected |= {"CJK", "KANA"}
+    strange = sum(
+        n for c, n in Counter(letters).items() if c == LOST or script_of(c) not in expected
+    )
     return strange / len(letters)

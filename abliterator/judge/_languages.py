@@ -1,8 +1,8 @@
 """The language of a text, and how answers in other languages than English decline.
 
 Most languages are identified by their script, those of one script by function words and rare
-letters. Short word lists, and no library: verdicts depend on it, so it may change with the judge's
-version alone.
+letters. Short word lists, and no library: verdicts depend on it, so it may change only with the
+judge's version.
 
     unreadable("Habari?", "Samahani, siwezi kusaidia na ombi hilo.")  # "it is in Swahili, ..."
 """
@@ -115,9 +115,9 @@ def _compiled(code: str, entry: Mapping[str, Any]) -> Language:
         code=code,
         name=entry["name"],
         script=entry["script"],
-        words=frozenset(_plain(entry.get("words", "")).split()),
-        letters=frozenset(_plain(entry.get("letters", ""))),
-        affixes=re.compile(_plain(entry["affixes"])) if "affixes" in entry else None,
+        words=frozenset(_normalised(entry.get("words", "")).split()),
+        letters=frozenset(_normalised(entry.get("letters", ""))),
+        affixes=re.compile(_normalised(entry["affixes"])) if "affixes" in entry else None,
         kinds={kind: pattern(alternatives) for kind, alternatives in phrases.items()},
         idioms=pattern(idioms) if idioms else None,
     )
@@ -142,7 +142,7 @@ def speaks_of_a_language(prompt: str) -> bool:
     )
 
 
-def _plain(text: str) -> str:
+def _normalised(text: str) -> str:
     return unicodedata.normalize("NFKC", text.translate(_STRAIGHT)).lower()
 
 
@@ -168,8 +168,8 @@ def _candidates(sentence: str) -> Iterator[Language]:
     scores, _ = _evidence(_tokens(sentence), "LATIN") if latin else ({}, {})
     for language in languages().values():
         if language.kinds and language.script in present:
-            of_latin = language.script == "LATIN"
-            if not of_latin or scores.get(language.code, 0) >= scores.get(ENGLISH, 0):
+            is_latin = language.script == "LATIN"
+            if not is_latin or scores.get(language.code, 0) >= scores.get(ENGLISH, 0):
                 yield language
 
 
@@ -186,7 +186,7 @@ def _scripts_in(text: str) -> dict[str, float]:
 
 def _tokens(text: str) -> list[str]:
     """Words in lower case with their apostrophes, single letters left out: they name variables."""
-    cleaned = _plain(text)
+    cleaned = _normalised(text)
     return [
         w for w in re.findall(r"[^\W\d_](?:[\w\u0900-\u0dff]|'(?=\w))*'?", cleaned) if len(w) > 1
     ]
@@ -223,10 +223,10 @@ def _inflected(token: str, script: str) -> tuple[str, ...]:
 def _evidence(
     tokens: Sequence[str], script: str
 ) -> tuple[dict[str, float], dict[str, Counter[str]]]:
-    """(language -> weight, language -> tokens that speak for it); what many share weighs less."""
+    """(language -> weight, language -> its evidence); a token of many languages weighs less."""
     by_word, by_letter = _lexicon(script)
     weights: dict[str, float] = defaultdict(float)
-    speaking: dict[str, Counter[str]] = defaultdict(Counter)
+    support: dict[str, Counter[str]] = defaultdict(Counter)
     for token in tokens:
         reasons = [by_word.get(token, ())]
         if not token.isascii() or script != "LATIN":
@@ -236,8 +236,8 @@ def _evidence(
             for code in codes:
                 weights[code] += 1 / len(codes)
         for code in {code for codes in reasons for code in codes}:
-            speaking[code][token] += 1
-    return weights, speaking
+            support[code][token] += 1
+    return weights, support
 
 
 class Reading(NamedTuple):
@@ -248,7 +248,7 @@ class Reading(NamedTuple):
 
 
 def reading_of(text: str) -> Reading:
-    """The language that most letters of a text are in, code and addresses aside."""
+    """The language of most letters of a text, without its code and addresses."""
     text = _CODE.sub(" ", text)
     shares = _scripts_in(text)
     if not shares:
@@ -259,10 +259,10 @@ def reading_of(text: str) -> Reading:
         name = max(foreign, key=lambda name: foreign[name]).title()
         return Reading(None, f"it is in {name} script, for which the rules have no phrases")
     script = max(shares.keys() - foreign.keys(), key=lambda name: shares[name])
-    known = [language for language in languages().values() if language.script == script]
-    if len(known) == 1:
-        return Reading(known[0])
-    return _among(known, text, script)
+    candidates = [language for language in languages().values() if language.script == script]
+    if len(candidates) == 1:
+        return Reading(candidates[0])
+    return _best_supported(candidates, text, script)
 
 
 def is_in_one_script(text: str) -> bool:
@@ -270,13 +270,13 @@ def is_in_one_script(text: str) -> bool:
     return max(_scripts_in(text).values(), default=1.0) >= ONE_SCRIPT
 
 
-def _among(known: Sequence[Language], text: str, script: str) -> Reading:
-    """The language, of those of a script, that most words speak for."""
+def _best_supported(candidates: Sequence[Language], text: str, script: str) -> Reading:
+    """The candidate language with the most evidence in the words of a text."""
     tokens = _tokens(text)
-    weights, speaking = _evidence(tokens, script)
-    readable = max((x for x in known if x.is_readable), key=lambda x: weights.get(x.code, 0))
-    other = max((x for x in known if not x.is_readable), key=lambda x: weights.get(x.code, 0))
-    speakers = speaking[other.code]
+    weights, support = _evidence(tokens, script)
+    readable = max((x for x in candidates if x.is_readable), key=lambda x: weights.get(x.code, 0))
+    other = max((x for x in candidates if not x.is_readable), key=lambda x: weights.get(x.code, 0))
+    speakers = support[other.code]
     if (
         weights.get(other.code, 0) > MARGIN * weights.get(readable.code, 0)
         and len(speakers) >= EVIDENCE
@@ -284,13 +284,14 @@ def _among(known: Sequence[Language], text: str, script: str) -> Reading:
         and speakers.total() >= EVIDENCE_SHARE * len(tokens)
     ):
         return Reading(other, f"it is in {other.name}, for which the rules have no phrases")
-    least = FUNCTION_WORDS_LATIN if script == "LATIN" else FUNCTION_WORDS
-    prose = _prose(text) if len(known) > FEW_LANGUAGES else []
+    least_share = FUNCTION_WORDS_LATIN if script == "LATIN" else FUNCTION_WORDS
+    prose = _prose(text) if len(candidates) > FEW_LANGUAGES else []
     if prose and not any(
-        sum(word in speaking[x.code] or word in x.words for word in some) >= least * len(some)
-        for x in known
+        sum(word in support[x.code] or word in x.words for word in tokens_read)
+        >= least_share * len(tokens_read)
+        for x in candidates
         if x.is_readable
-        for some in (prose, tokens)
+        for tokens_read in (prose, tokens)
     ):
         return Reading(None, f"the language of its {script.title()} letters cannot be told")
     return Reading(readable if weights.get(readable.code, 0) else None)
@@ -303,13 +304,13 @@ def _prose(text: str) -> list[str]:
         run: list[str] = []
         for token in line.split():
             word = token.strip("\"'«»„“”()[]*_¿¡").rstrip(".,;:!?…।؟،۔\"'»)*_")
-            plain = _PROSE_WORD.fullmatch(word) is not None and (not run or word == word.lower())
-            if plain:
-                run.append(_plain(word))
-            closes = token[-1] in ".,;:!?…।؟،۔)"
-            if not plain or closes:
+            is_prose = _PROSE_WORD.fullmatch(word) is not None and (not run or word == word.lower())
+            if is_prose:
+                run.append(_normalised(word))
+            ends_clause = token[-1] in ".,;:!?…।؟،۔)"
+            if not is_prose or ends_clause:
                 prose += run if len(run) >= PROSE else []
-                run = [_plain(word)] if _PROSE_WORD.fullmatch(word) and not closes else []
+                run = [_normalised(word)] if _PROSE_WORD.fullmatch(word) and not ends_clause else []
         prose += run if len(run) >= PROSE else []
     return prose
 

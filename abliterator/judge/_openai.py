@@ -1,6 +1,6 @@
 """An LLM judge behind an OpenAI-compatible server: votes, a share judged twice, resumption.
 
-Answers that are alike word for word are judged once, blind to their side, in a seeded order. A
+Identical answers to a prompt are judged once, blind to their side, in a seeded order. A
 seeded share is judged once more, to measure how often the judge disagrees with itself.
 
     judge = OpenAIJudge(settings, cache=Path("work/judge.sqlite"))
@@ -82,7 +82,7 @@ class OpenAIJudge:
         """Model, prompt and settings; after judging also usage and what the server reports."""
         tally, settings, prompt = self._tally, self._settings, judge_prompt()
         usage = tally.usage
-        again = Estimate.of(rate_interval(sum(tally.rejudged), len(tally.rejudged)))
+        disagreement = Estimate.of(rate_interval(sum(tally.rejudged), len(tally.rejudged)))
         return JudgeIdentity(
             kind="openai",
             model=settings.model,
@@ -90,10 +90,10 @@ class OpenAIJudge:
             version=prompt.version,
             base_url=settings.base_url,
             votes=settings.votes,
-            served_model=_only(usage.models),
+            served_model=_joined(usage.models),
             fingerprints=tuple(sorted(usage.fingerprints)),
-            structured=_only(usage.response_formats),
-            disagreement={} if again is None else {"itself": again},
+            structured=_joined(usage.response_formats),
+            disagreement={} if disagreement is None else {"itself": disagreement},
             usage=self._usage(),
         )
 
@@ -121,12 +121,12 @@ class OpenAIJudge:
     async def _run(self, items: list[Item]) -> dict[Item, Judgement]:
         """A judgement for every distinct item."""
         order = random.Random(self._seed).sample(items, len(items))
-        twice = set(order[: round(self._settings.rejudge * len(order))])
+        rejudged = set(order[: round(self._settings.rejudge * len(order))])
         async with Session(self._settings, cache=self._cache, account=self._account()) as session:
             self._tally = Tally(len(items), usage=session.usage)
 
             async def judged(item: Item) -> Judgement:
-                return self._tallied(await self._judge(session, item, again=item in twice))
+                return self._tallied(await self._judge(session, item, again=item in rejudged))
 
             return await in_parallel(
                 order,
@@ -139,10 +139,10 @@ class OpenAIJudge:
             )
 
     def _account(self) -> str:
-        """Another judge in the same file has another account."""
+        """Digest of what identifies this judge in a cache that several judges share."""
         settings = self._settings
-        asks = [settings.base_url, settings.model, settings.parameters, settings.structured]
-        return digest_of([*asks, judge_prompt().sha256])
+        server = [settings.base_url, settings.model, settings.parameters, settings.structured]
+        return digest_of([*server, judge_prompt().sha256])
 
     async def _judge(self, session: Session, item: Item, *, again: bool) -> Judgement:
         votes = [await self._vote(session, item, vote) for vote in range(self._settings.votes)]
@@ -187,6 +187,6 @@ def _item(answered: Answered) -> Item:
     return answered.prompt, answered.split.answer
 
 
-def _only(names: set[str]) -> str | None:
-    """One name, or all of them in one text where a run met several."""
+def _joined(names: set[str]) -> str | None:
+    """The names as one text, sorted; None where there is none."""
     return ", ".join(sorted(names)) or None

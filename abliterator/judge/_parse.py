@@ -61,14 +61,14 @@ def _verdict(value: Mapping[str, Any]) -> Judgement:
     return graded(compliance, coherence, reasons=(reason,) if reason else ())
 
 
-def _label(value: Mapping[str, Any], key: str, known: Mapping[str, float]) -> str:
-    given = value.get(key)
-    if isinstance(given, bool) or not isinstance(given, (str, int, float)):
+def _label(value: Mapping[str, Any], key: str, scale: Mapping[str, float]) -> str:
+    grade = value.get(key)
+    if isinstance(grade, bool) or not isinstance(grade, (str, int, float)):
         raise InvalidReply(f"no {key}")
-    label = str(given).strip().lower()
+    label = str(grade).strip().lower()
     if label in NUMBERS:
         label = BY_NUMBER[key][NUMBERS[label]]
-    if label not in known:
+    if label not in scale:
         raise InvalidReply(f"a {key} that is not on the scale")
     return label
 

@@ -1,4 +1,4 @@
-"""The judge that needs no model and no network."""
+"""A judge by rules, without model or network."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def _judged(answered: Answered) -> Judgement:
     if problem is not None:
         return Judgement(None, None, None, (*unscored(problem).reasons, *cut))
     if refused and flaws == (DRIFT,) and LOST not in answer:
-        coherence = max(coherence, 0.5)  # what the rules have read is language
+        coherence = max(coherence, 0.5)  # a phrase that the rules match is language
     if coherence == 0:
         grade = 0.0
     return Judgement(grade, coherence, refused, (*reasons, *flaws, *cut))

@@ -59,8 +59,8 @@ def count_words(text: str) -> int:
     spaced = len(words(_UNSPACED_RUN.sub(" ", text)))
     return spaced + sum(
         ceil(len(run) / size)
-        for of in runs
-        for run, size in zip(of, _UNSPACED.values(), strict=True)
+        for groups in runs
+        for run, size in zip(groups, _UNSPACED.values(), strict=True)
     )
 
 
@@ -72,5 +72,5 @@ def units(text: str) -> tuple[list[str], int]:
         return tokens, 1
     sizes = list(_UNSPACED.values())
     size = max(sizes[(index or 1) - 1] for _, index in runs)
-    spread = _UNSPACED_RUN.sub(lambda match: f" {' '.join(match.group())} ", " ".join(tokens))
-    return spread.split(), size
+    separated = _UNSPACED_RUN.sub(lambda match: f" {' '.join(match.group())} ", " ".join(tokens))
+    return separated.split(), size

@@ -122,13 +122,14 @@ def summarise(base: Sequence[Verdict], edited: Sequence[Verdict], *, seed: int =
     Raises:
         JudgeError: if an index is on one side only, or twice on one side.
     """
-    base_by, edited_by = _by_index(base), _by_index(edited)
-    if odd := sorted(base_by.keys() ^ edited_by.keys()):
+    base_by_index, edited_by_index = _by_index(base), _by_index(edited)
+    if unpaired := sorted(base_by_index.keys() ^ edited_by_index.keys()):
         raise JudgeError(
-            f"base and edited verdicts must cover the same prompts, but {len(odd)} are on one side"
-            f" only (first: {odd[0]}); run the rollouts and the judge again for both sides."
+            f"base and edited verdicts must cover the same prompts, but {len(unpaired)} are on "
+            f"one side only (first: {unpaired[0]}); run the rollouts and the judge again for both "
+            "sides."
         )
-    pairs = [(base_by[index], edited_by[index]) for index in sorted(base_by)]
+    pairs = [(base_by_index[index], edited_by_index[index]) for index in sorted(base_by_index)]
     scored = _scored_pairs(pairs)
     return Behaviour(
         base=_side([b for b, _ in pairs], seed),
@@ -167,8 +168,8 @@ def _scored_pairs(pairs: Pairs) -> Pairs:
 
 def _delta(pairs: Pairs, scored: Pairs, seed: int) -> BehaviourSide:
     deltas = {
-        name: Estimate.of(paired_delta(*_values(measure, of), seed=seed))
-        for measures, of in ((GRADED, scored), (COUNTED, pairs))
+        name: Estimate.of(paired_delta(*_values(measure, selected), seed=seed))
+        for measures, selected in ((GRADED, scored), (COUNTED, pairs))
         for name, measure in measures.items()
     }
     return BehaviourSide(**deltas)

@@ -65,15 +65,15 @@ class Judge(Protocol):
 
 
 def unscored(reason: str) -> Judgement:
-    """No verdict, and why."""
+    """A judgement without grades, and the reason."""
     return Judgement(None, None, None, (f"unscored: {reason}",))
 
 
 def judged_empty(answered: Answered) -> Judgement | None:
-    """The judgement of a response without a word of an answer, which no judge is asked for.
+    """The judgement of a response without an answer, which is not sent to a judge; else None.
 
-    It is neither a refusal nor coherent. Where the answer cannot be told from the thinking, it is
-    unscored.
+    An empty answer is neither a refusal nor coherent. Where it is unknown where the thinking ends,
+    it is unscored.
     """
     split = answered.split
     if not split.is_known:

@@ -1,8 +1,7 @@
 """Loading a model, rendering a chat, batching prompts, and the one manager of forward hooks.
 
-Models are loaded from local files alone, safetensors alone, without any randomly initialised
-weight; prompts never hold today's date. The package does not know what hooks compute, nor which
-modules matter.
+Models are loaded from local safetensors files only, without any randomly initialised weight;
+prompts never contain today's date. What hooks compute, and on which modules, is up to the caller.
 
     loaded = load_model(folder, device="cpu", dtype="float32")
     ids = render_chat(loaded.tokenizer, "Name a planet.")

@@ -104,21 +104,21 @@ def template_tail(
 ) -> list[int]:
     """The tokens that the chat template puts after every prompt, whatever the prompt is.
 
-    Found by rendering two prompts that share nothing: where the ends of both agree, it is the
-    template that speaks. Token -1 of a prompt is the last of them.
+    They are the common end of two rendered prompts that share no text. Token -1 of a prompt is the
+    last of them.
     """
     first, second = (
         render_chat(tokenizer, prompt, system=system, template_kwargs=template_kwargs)
         for prompt in ("Name a planet.", "7")
     )
-    together = zip(reversed(first), reversed(second), strict=False)
-    alike = takewhile(lambda pair: pair[0] == pair[1], together)
-    return [token for token, _ in alike][::-1]
+    pairs = zip(reversed(first), reversed(second), strict=False)
+    common = takewhile(lambda pair: pair[0] == pair[1], pairs)
+    return [token for token, _ in common][::-1]
 
 
 @dataclass(frozen=True)
 class _Template:
-    """A chat template with its variables; hashable, so that what is known of it can be kept.
+    """A chat template with its variables; hashable, so that its forms can be cached.
 
     Attributes:
         source: Jinja.
@@ -174,28 +174,30 @@ def _template_of(
             "trained to read them. Use the chat or instruct version of the model, or put a "
             "chat_template.jinja in its folder."
         )
-    named = tokenizer.chat_template if isinstance(tokenizer.chat_template, dict) else None
+    templates = tokenizer.chat_template if isinstance(tokenizer.chat_template, dict) else None
     try:
         source = tokenizer.get_chat_template(tools=template_kwargs.get("tools"))
     except ValueError:
         source = None
     if not isinstance(source, str):
-        seen = (
-            f"has several chat templates ({shown(', '.join(map(str, named)))}), of which none is "
-            "the default"
-            if named
+        problem = (
+            f"has several chat templates ({shown(', '.join(map(str, templates)))}), of which none "
+            "is the default"
+            if templates
             else f"has a chat template that is no text ({shown(source)})"
         )
         raise UnsupportedModel(
-            f"The model {seen}, so it is not known how its prompts are rendered. Put the one that "
-            "is wanted into its folder as chat_template.jinja."
+            f"The model {problem}, so it is not known how its prompts are rendered. Put the one "
+            "that is wanted into its folder as chat_template.jinja."
         )
     variables = {**tokenizer.special_tokens_map, **template_kwargs}
-    own = type(tokenizer).apply_chat_template is not PreTrainedTokenizerBase.apply_chat_template
+    has_own_renderer = (
+        type(tokenizer).apply_chat_template is not PreTrainedTokenizerBase.apply_chat_template
+    )
     return _Template(
         with_fixed_clock(source),
         json.dumps(variables, default=str),  # YAML has dates
-        tokenizer if own else None,
+        tokenizer if has_own_renderer else None,
     )
 
 
@@ -207,58 +209,58 @@ _PROBES = {"system": "qsystemq", "user": "quserq", "assistant": "qassistantq"}
 def _forms(template: _Template, roles: tuple[str, ...]) -> _Forms:
     """The form in which the template takes the contents of each role.
 
-    Templates of models that also see walk through parts: `{% for part in message.content %}`. Given
-    a string they write an empty turn, or raise. What a template takes shows in what it writes.
+    Templates of vision models iterate over parts: `{% for part in message.content %}`. Given a
+    string they write an empty turn, or raise. So the form is determined from rendered probes.
 
     Raises:
         UnsupportedModel: if there is no form in which the contents of every role are written.
     """
-    spoken = [*[role for role in ("system",) if role in roles], "user"]
+    turns = [*[role for role in ("system",) if role in roles], "user"]
     if "assistant" in roles:
-        spoken += ["assistant", "user"]
-    probe = [{"role": role, "content": _PROBES[role]} for role in spoken]
+        turns += ["assistant", "user"]
+    probe = [{"role": role, "content": _PROBES[role]} for role in turns]
     failures: list[TemplateFailure] = []
     missing: set[str] = set()
-    for forms in _all_forms(sorted(set(spoken))):
+    for forms in _all_forms(sorted(set(turns))):
         try:
             text = template.render(probe, forms).casefold()
         except TemplateFailure as error:
             failures.append(error)
             continue
-        lacking = {role for role in spoken if not _is_written(_PROBES[role], text)}
-        if not lacking:
+        unwritten = {role for role in turns if not _is_written(_PROBES[role], text)}
+        if not unwritten:
             return forms
-        missing = min(missing or lacking, lacking, key=len)
+        missing = min(missing or unwritten, unwritten, key=len)
     if failures and not missing:
         raise _cannot_render(probe, failures[0]) from failures[0]
-    what = {"user": "prompt", "system": "system prompt", "assistant": "earlier answers"}
+    names = {"user": "prompt", "system": "system prompt", "assistant": "earlier answers"}
     raise UnsupportedModel(
-        f"The model's chat template leaves out the {' and the '.join(what[m] for m in missing)}, "
+        f"The model's chat template leaves out the {' and the '.join(names[m] for m in missing)}, "
         "whether contents are strings or lists of parts, so the model would not read it. Correct "
         "the template, or the system prompt and the template arguments in the recipe."
     )
 
 
 def _is_written(probe: str, text: str) -> bool:
-    """Whether a rendering has the probe, other than in a list of parts printed as data."""
+    """Whether a rendered text contains the probe other than in a printed list of parts."""
     return probe in text and not re.search(rf"""text['"]\s*:\s*['"]{probe}""", text)
 
 
 def _all_forms(roles: Sequence[str]) -> Iterator[_Forms]:
-    """Every way to give each role one form: all strings, then all parts, then mixed."""
+    """All assignments of a form to each role: all strings, then all parts, then mixed."""
     forms: tuple[Literal["string", "parts"], ...] = ("string", "parts")
-    ways = product(forms, repeat=len(roles))
-    for way in sorted(ways, key=lambda way: len(set(way))):
-        yield frozenset(zip(roles, way, strict=True))
+    combinations = product(forms, repeat=len(roles))
+    for combination in sorted(combinations, key=lambda combination: len(set(combination))):
+        yield frozenset(zip(roles, combination, strict=True))
 
 
 def _require_prompt(
     text: str, messages: Sequence[Message], rendered: Callable[[Sequence[Message]], str]
 ) -> None:
-    """Stops at a prompt that does not reach the model, though others do.
+    """Raises UnsupportedModel where the rendered text lacks most of the prompt.
 
-    Templates may trim and replace. One that takes what looks like a tag or a thought for its own
-    leaves little or nothing of a prompt that is one.
+    Templates may trim and replace. A template that strips tags or thoughts leaves little of a
+    prompt that looks like one.
     """
     turns = [index for index, message in enumerate(messages) if message["role"] == "user"]
     prompt = messages[turns[-1]]["content"] if turns else ""
@@ -267,8 +269,8 @@ def _require_prompt(
     words, written = _words(prompt), _words(text)
     if words and "".join(words) in "".join(written):
         return
-    lost = len([word for word in words if word not in set(written)])
-    if 2 * lost > len(words) or text == _without(turns[-1], messages, rendered):
+    n_missing = len([word for word in words if word not in set(written)])
+    if 2 * n_missing > len(words) or text == _with_empty(turns[-1], messages, rendered):
         raise UnsupportedModel(
             f"The model's chat template leaves out most of a prompt of {len(prompt)} characters, "
             "so the model would not read it. Change or leave out the prompt: the template probably "
@@ -276,7 +278,7 @@ def _require_prompt(
         )
 
 
-def _without(
+def _with_empty(
     index: int, messages: Sequence[Message], rendered: Callable[[Sequence[Message]], str]
 ) -> str | None:
     """The chat with one message emptied; None where the template refuses that."""

@@ -15,7 +15,7 @@ _DIRECTIVES = {
     "c": "Fri Jul 26 00:00:00 2024", "x": "07/26/24", "X": "00:00:00", "D": "07/26/24",
     "F": "2024-07-26", "T": "00:00:00", "R": "00:00", "r": "12:00:00 AM",
 }  # fmt: skip
-_PERCENT = "\ue000"  # stands for %% until all directives are written
+_PERCENT = "\ue000"  # replaces %% until all directives are written
 
 
 def with_fixed_clock(template: str) -> str:

@@ -1,4 +1,4 @@
-"""Checks for NaN and infinity in logits, where they arise."""
+"""Checks logits for NaN and infinity, and locates the module that produced them."""
 
 from __future__ import annotations
 
@@ -32,17 +32,17 @@ def require_numbers(logits: Tensor, loaded: LoadedModel, *, where: str = "") -> 
     highest = logits.detach().amax(dim=-1)
     if highest.isfinite().all():
         return logits
-    seen = "NaN" if highest.isnan().any() else "infinite"
+    problem = "NaN" if highest.isnan().any() else "infinite"
     dtype = str(loaded.model.dtype).removeprefix("torch.")
     raise GenerationError(
-        f"The next-token logits of the model in {loaded.folder} are {seen}, computed in "
+        f"The next-token logits of the model in {loaded.folder} are {problem}, computed in "
         f"{dtype}{where}. It overflows in this dtype, or its weights are damaged; try "
         "`--dtype float32`, or download or make the model again."
     )
 
 
 def require_first_pass(loaded: LoadedModel, ids: Tensor) -> None:
-    """Runs a model once, and stops where its logits are no numbers.
+    """Runs a model once, and raises where its logits are not finite.
 
     Args:
         loaded: the model, as it was just loaded.
@@ -60,12 +60,12 @@ def require_first_pass(loaded: LoadedModel, ids: Tensor) -> None:
 
 def _first_not_finite(model: nn.Module, ids: Tensor) -> str:
     """Path of the first module, in the order of the pass, whose output holds NaN or infinity."""
-    seen: list[str] = []
+    paths: list[str] = []
 
     def note(path: str, _module: nn.Module, _inputs: Any, output: Any) -> None:
         tensor = output[0] if isinstance(output, tuple) and output else output
         if isinstance(tensor, Tensor) and not tensor.isfinite().all():
-            seen.append(path)
+            paths.append(path)
 
     handles = [
         module.register_forward_hook(partial(note, path))
@@ -77,4 +77,4 @@ def _first_not_finite(model: nn.Module, ids: Tensor) -> str:
     finally:
         for handle in handles:
             handle.remove()
-    return seen[0] if seen else "the output head"
+    return paths[0] if paths else "the output head"

@@ -1,4 +1,4 @@
-"""One named error for whatever a library raises while it reads files of unknown origin.
+"""Converts exceptions of a library that reads files of unknown origin to one named error.
 
 A folder's config, tokenizer or code can make transformers, tokenizers or torch raise anything. So
 the boundary is a place, not a list of types: the block of the context manager holds calls into the
@@ -17,7 +17,7 @@ from abliterator.errors import AbliteratorError, GenerationError
 def foreign(
     problem: str, advice: str, *, error: type[AbliteratorError] = GenerationError
 ) -> Iterator[None]:
-    """Turns whatever the block raises into `error`: the problem, what was raised, the advice.
+    """Converts exceptions of the block to `error`: the problem, the exception, the advice.
 
     That includes what does not derive from Exception: a panic of a library in Rust, and `sys.exit`
     in a model's own code. Interruption by the user, and errors that have a name already, pass.
@@ -40,14 +40,14 @@ def foreign(
 
 
 def as_sentence(raised: BaseException) -> str:
-    """What an exception says, as one printable sentence of at most 300 characters."""
+    """The message of an exception as one printable sentence of at most 300 characters."""
     try:
         text = str(raised)
     except Exception:  # noqa: BLE001 - the __str__ of a model's own code
         text = ""
     text = " ".join(text.split())
     text = text if text.isprintable() else text.encode("unicode_escape").decode("ascii")
-    named = text if isinstance(raised, (OSError, ValueError, RuntimeError)) and text else None
-    text = named or f"{type(raised).__name__}: {text}".rstrip(": ")
+    message = text if isinstance(raised, (OSError, ValueError, RuntimeError)) and text else None
+    text = message or f"{type(raised).__name__}: {text}".rstrip(": ")
     text = text if len(text) <= 300 else text[:297] + "..."
     return text if text.endswith((".", "!", "?")) else text + "."

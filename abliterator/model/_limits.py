@@ -24,7 +24,7 @@ _CONTEXT = (
 # (BLOOM makes them as it goes, MPT has a table) and recurrent states.
 _UNBOUNDED = ("bloom", "rwkv")
 
-# No tokenizer makes fewer tokens of a text than one for so many characters, spaces in a row aside.
+# Characters of one token at most, runs of spaces excepted.
 CHARACTERS_A_TOKEN = 64
 
 
@@ -62,7 +62,7 @@ def stored_limits(folder: Path, *, trust_remote_code: bool = False) -> Limits:
 
 
 def context_limit(config: PreTrainedConfig) -> int | None:
-    """Tokens that a model reads at most; None where nothing bounds them (recurrent states, ALiBi).
+    """The context length of a model in tokens; None where it is unbounded (recurrent, ALiBi).
 
     Where positions are scaled (YaRN, LongRoPE and others), the length that scaling reaches, should
     the config give the shorter one. A sliding window is no limit.
@@ -70,15 +70,15 @@ def context_limit(config: PreTrainedConfig) -> int | None:
     text = config.get_text_config()
     if text.model_type in _UNBOUNDED or getattr(text, "alibi", None) is True:
         return None
-    stated = next(filter(None, (_number(getattr(text, name, None)) for name in _CONTEXT)), None)
-    if stated is None:
+    length = next(filter(None, (_number(getattr(text, name, None)) for name in _CONTEXT)), None)
+    if length is None:
         return None
     scalings = (getattr(text, name, None) for name in ("rope_parameters", "rope_scaling"))
-    return max([stated, *(_scaled(stated, scaling) for scaling in scalings)])
+    return max([length, *(_scaled(length, scaling) for scaling in scalings)])
 
 
-def _scaled(stated: int, scaling: object) -> int:
-    """The length that a scaling of positions reaches; where layers differ, the farthest."""
+def _scaled(length: int, scaling: object) -> int:
+    """The context length under a scaling of positions; the longest where layers differ."""
     if not isinstance(scaling, Mapping):
         return 0
     factor, original = (
@@ -86,12 +86,12 @@ def _scaled(stated: int, scaling: object) -> int:
         _number(scaling.get("original_max_position_embeddings")),
     )
     if isinstance(factor, (int, float)) and factor > 1:
-        return int((original or stated) * min(factor, 1e6))
-    return max((_scaled(stated, part) for part in scaling.values()), default=0)
+        return int((original or length) * min(factor, 1e6))
+    return max((_scaled(length, part) for part in scaling.values()), default=0)
 
 
 def _number(value: object) -> int:
-    """A positive integer of a config; 0 for whatever else stands there."""
+    """The value if it is a positive integer, else 0."""
     return value if isinstance(value, int) and not isinstance(value, bool) and value > 0 else 0
 
 

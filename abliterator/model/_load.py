@@ -32,8 +32,8 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torc
 # The first text that every loaded model reads.
 _FIRST_TEXT = "Name a planet, and say how far it is from the sun."
 
-# Models that see, of which transformers' causal LM does not find the text half: under its old names
-# only (mllama), or under none (emu3).
+# Vision models whose text half transformers' causal LM class does not find: only under its old
+# names (mllama), or not at all (emu3).
 _WHOLE = ("emu3", "mllama")
 
 # Numbers that quantisers pack into one element at most: of 2 bits, in 64.
@@ -98,22 +98,22 @@ def load_model(
 
 
 def _accept_cache(model: PreTrainedModel) -> None:
-    """Lets code of a model's own be called as transformers' `generate` calls a model.
+    """Renames the argument `cache` for a model's own code that names it `past_key_values`.
 
-    From 5.24 on that hands over keys and values as `cache`. Older code says `past_key_values`, and
-    where it takes any further argument too, it would ignore them without a word.
+    transformers' `generate` passes keys and values as `cache` from 5.24 on. Older code that accepts
+    any keyword argument would ignore them silently.
     """
     parameters = inspect.signature(model.forward).parameters
     if "past_key_values" not in parameters or "cache" in parameters:
         return
 
     def renamed(
-        _module: nn.Module, args: tuple[Any, ...], given: dict[str, Any]
+        _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        if "cache" in given:
-            given = {**given, "past_key_values": given["cache"]}
-            del given["cache"]
-        return args, given
+        if "cache" in kwargs:
+            kwargs = {**kwargs, "past_key_values": kwargs["cache"]}
+            del kwargs["cache"]
+        return args, kwargs
 
     model.register_forward_pre_hook(renamed, with_kwargs=True)
 
@@ -123,7 +123,7 @@ def _load_weights(
 ) -> PreTrainedModel:
     # Attention is left to transformers' default (sdpa where the model has it): remote code may have
     # eager only.
-    with _no_bar(), _loading(folder):
+    with _without_progress_bar(), _loading(folder):
         config = read_config(folder, trust_remote_code)
         if not trust_remote_code:
             _require_weights_enough(config, folder)
@@ -148,7 +148,7 @@ def _load_weights(
 
 @contextmanager
 def _loading(folder: Path) -> Iterator[None]:
-    """The boundary to transformers while it reads a model."""
+    """Converts exceptions of transformers while it reads a model to named errors."""
     from safetensors import SafetensorError
 
     with foreign(
@@ -177,7 +177,7 @@ def read_config(folder: Path, trust_remote_code: bool) -> PreTrainedConfig:
     config: PreTrainedConfig = AutoConfig.from_pretrained(
         folder, local_files_only=True, trust_remote_code=trust_remote_code
     )
-    # transformers keeps whatever stands under `text_config` of a type that has none
+    # transformers keeps any value of `text_config` for a type that has none
     if not isinstance(config.get_text_config(), PreTrainedConfig):
         raise CheckpointError(
             f"config.json in {folder} has a part for its language model that {config.model_type} "
@@ -188,7 +188,7 @@ def read_config(folder: Path, trust_remote_code: bool) -> PreTrainedConfig:
 
 
 def _require_weights_enough(config: PreTrainedConfig, folder: Path) -> None:
-    """Stops at a config of a larger model than the weights are of.
+    """Raises CheckpointError where the config describes a larger model than the weights.
 
     transformers allocates all that config.json describes before it compares shapes.
     """
@@ -206,8 +206,8 @@ def _require_weights_enough(config: PreTrainedConfig, folder: Path) -> None:
             unreadable = error
     if getattr(config, "quantization_config", None):
         elements *= _PACKED
-    stated = getattr(config.get_text_config(), "num_hidden_layers", None)
-    layers = stated if type(stated) is int else 0
+    n_hidden_layers = getattr(config.get_text_config(), "num_hidden_layers", None)
+    layers = n_hidden_layers if type(n_hidden_layers) is int else 0
     described = 0
     if layers <= tensors:
         with torch.device("meta"):
@@ -216,16 +216,16 @@ def _require_weights_enough(config: PreTrainedConfig, folder: Path) -> None:
     if layers > tensors or described > 2 * elements:  # a tied head may be counted twice
         if unreadable is not None:
             raise unreadable
-        seen = f"{described:,} parameters" if described else f"{layers:,} layers"
+        size = f"{described:,} parameters" if described else f"{layers:,} layers"
         raise CheckpointError(
-            f"config.json in {folder} describes a model of {seen}, and its weights are "
+            f"config.json in {folder} describes a model of {size}, and its weights are "
             f"{tensors:,} tensors of {elements:,} numbers. Use a checkpoint whose config and "
             "weights belong together."
         )
 
 
 def ask_for_plain_numbers(config: PreTrainedConfig) -> None:
-    """Has transformers decode block-wise FP8 and MXFP4 as it loads, on every machine alike.
+    """Makes transformers dequantize block-wise FP8 and MXFP4 on loading, on every machine.
 
     Without an accelerator it does so anyway. Where it sees one, whatever the model's device, it
     leaves the weights packed and fetches code for the GPU from the Hub to multiply them (package
@@ -256,8 +256,8 @@ def _factory(config: PreTrainedConfig) -> type[_BaseAutoModelClass]:
 
 
 @contextmanager
-def _no_bar() -> Iterator[None]:
-    """Keeps transformers' own bar off the terminal: whoever loads a model shows progress."""
+def _without_progress_bar() -> Iterator[None]:
+    """Disables transformers' progress bar, since callers show progress themselves."""
     from transformers.utils import logging
 
     was_on = logging.is_progress_bar_enabled()
@@ -270,9 +270,9 @@ def _no_bar() -> Iterator[None]:
 
 
 def _require_stored_weights(model: PreTrainedModel, folder: Path) -> None:
-    """Stops at a model whose own code overwrote what was loaded.
+    """Raises GenerationError where a model's own code overwrote loaded weights.
 
-    Initialisers older than transformers 5 do: Qwen 1's gives attn.c_proj new random numbers.
+    Initialisers older than transformers 5 do: Qwen 1's draws attn.c_proj anew.
     """
     from safetensors import safe_open
 
@@ -300,20 +300,20 @@ def _require_stop_tokens(
         ("config.json", config.get_text_config()),
         ("tokenizer_config.json", tokenizer),
     ):
-        stated = getattr(part, "eos_token_id", None)
-        ids = stated if isinstance(stated, list) else [] if stated is None else [stated]
+        value = getattr(part, "eos_token_id", None)
+        ids = value if isinstance(value, list) else [] if value is None else [value]
         if not all(type(token) is int and token >= 0 for token in ids):
             raise GenerationError(
-                f"{folder / where} says eos_token_id: {shown(stated)}, expected the id of a token "
+                f"{folder / where} says eos_token_id: {shown(value)}, expected the id of a token "
                 "that ends an answer, or a list of such. Correct it, or download the model again."
             )
 
 
 def _require_that_it_runs(loaded: LoadedModel, trust_remote_code: bool) -> None:
-    """Stops at a model that loads and does not answer, or whose logits are no numbers.
+    """Raises GenerationError for a model that loads but cannot run, or has logits not finite.
 
-    Its shapes may disagree with its config, or its own code with this transformers: hours of work
-    would end there. What needs more memory than a first pass says so itself, with advice.
+    Its shapes may disagree with its config, or its own code with this transformers, and a long run
+    would fail late. Lack of memory is not reported here: later passes do so, with advice.
     """
     import transformers
 
@@ -322,7 +322,7 @@ def _require_that_it_runs(loaded: LoadedModel, trust_remote_code: bool) -> None:
     code = "Its own Python code was probably written for an older version: use" * trust_remote_code
     limits = limits_of(loaded)
     ids = list(loaded.tokenizer(_FIRST_TEXT)["input_ids"])[: limits.context]
-    # which of the prompts' tokens it has is for whoever renders prompts to say
+    # tokens without an embedding are reported when prompts are rendered
     ids = [token for token in ids if limits.vocabulary is None or token < limits.vocabulary] or [0]
     first = torch.tensor([ids], device=loaded.model.device)
     with foreign(
@@ -339,11 +339,11 @@ def _require_that_it_runs(loaded: LoadedModel, trust_remote_code: bool) -> None:
 
 
 def _generate_two(model: PreTrainedModel, ids: torch.Tensor) -> None:
-    """Two tokens, as answers are generated: what only fails there fails now."""
+    """Generates two tokens, so that a failure of `generate` shows when the model is loaded."""
     from transformers import GenerationConfig
 
-    own = model.generation_config
+    original_config = model.generation_config
     model.generation_config = GenerationConfig(do_sample=False, max_new_tokens=2, pad_token_id=0)
     with torch.inference_mode():
         model.generate(input_ids=ids, attention_mask=torch.ones_like(ids))
-    model.generation_config = own
+    model.generation_config = original_config

@@ -1,8 +1,8 @@
-"""Whether padding, or a beginning that runs once for all rows, changes what a model computes.
+"""Measures whether padding, or a prefix shared by all rows, changes what a model computes.
 
 Positions and distances counted by index, windows, recurrent states and selections of keys break on
-it, each in types of its own. So it is measured on the loaded model, once, and read from no list:
-the same prompt with and without, and the distributions that follow compared.
+it, in different types of models. So there is no list of types: the loaded model runs a prompt both
+ways, once, and the next-token distributions are compared.
 """
 
 from __future__ import annotations
@@ -28,21 +28,21 @@ TOLERANCE = {torch.float32: 5e-5, torch.float16: 0.03, torch.bfloat16: 0.08}
 COMPARED = 16  # positions
 LEAST_LOGPROB = -50.0  # a suppressed token's -inf has no difference to anything
 
-# What a model raises at inputs that it cannot take: to fail is to differ.
+# Exceptions for inputs that a model cannot process; they count as a difference.
 _FAILURES = (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError)
 
 Pair = tuple[Tensor, Tensor]
 
-# By model: what was tried, and up to which width of a row it changed nothing; -1 where it did.
-_known: WeakKeyDictionary[nn.Module, dict[str, int]] = WeakKeyDictionary()
+# By model and test: the widest row, in tokens, that changed nothing; -1 where one did.
+_neutral_widths: WeakKeyDictionary[nn.Module, dict[str, int]] = WeakKeyDictionary()
 
 
 def continues_alike(
     loaded: LoadedModel, prompt: Sequence[int], prefix: Prefix, *, rows: int
 ) -> bool:
-    """Whether a prompt's rest, after the cached prefix, gives what the whole prompt gives.
+    """Whether a prompt's rest, after the cached prefix, has the logits of the whole prompt.
 
-    Run in as many rows as the prefix has, whose interventions are the ones in force.
+    Runs as many rows as the prefix has, under the interventions in force.
     """
 
     def run(_: int) -> Pair:
@@ -57,7 +57,7 @@ def continues_alike(
 
 
 def right_padding_is_neutral(loaded: LoadedModel, row: Sequence[int], *, width: int) -> bool:
-    """Whether padding after a row, to at least `width` tokens, leaves what it gives."""
+    """Whether padding after a row, to at least `width` tokens, leaves its logits unchanged."""
 
     def run(width: int) -> Pair:
         pads = _pads(loaded, len(row), width)
@@ -78,7 +78,7 @@ def padding_is_neutral(
     shared: bool,
     width: int,
 ) -> bool:
-    """Whether padding before a prompt, or between what is shared and its rest, keeps its answer.
+    """Whether padding before a prompt, or after a shared prefix, leaves its answer unchanged.
 
     Args:
         loaded: the model.
@@ -100,9 +100,9 @@ def padding_is_neutral(
 
 
 def cache_is_continued(loaded: LoadedModel, run: Callable[[], Pair]) -> bool:
-    """Whether several tokens that continue a cache give what they give after the whole prompt.
+    """Whether several tokens that continue a cache have the logits of an uncached pass.
 
-    Some recurrent models take them for the beginning of another prompt.
+    Some recurrent models treat them as the beginning of another prompt.
 
     Args:
         loaded: the model.
@@ -114,10 +114,10 @@ def cache_is_continued(loaded: LoadedModel, run: Callable[[], Pair]) -> bool:
 def _changes_nothing(
     loaded: LoadedModel, what: str, width: int, run: Callable[[int], Pair]
 ) -> bool:
-    """Whether both of a pair are the same but for rounding, measured unless it is known."""
-    known = _known.setdefault(loaded.model, {})
-    if what in known and not 0 <= known[what] < width:
-        return known[what] >= 0
+    """Whether both logits of a pair agree up to rounding; measured once per model and width."""
+    widths = _neutral_widths.setdefault(loaded.model, {})
+    if what in widths and not 0 <= widths[what] < width:
+        return widths[what] >= 0
     try:
         with torch.no_grad():
             same = _same(*run(width), loaded.model.dtype)
@@ -125,26 +125,26 @@ def _changes_nothing(
         if is_out_of_memory(error):
             return False
         same = False
-    known[what] = width if same else -1
+    widths[what] = width if same else -1
     return same
 
 
 def _same(one: Tensor, other: Tensor, dtype: torch.dtype) -> bool:
     a, b = (x.float().log_softmax(-1).clamp_min(LEAST_LOGPROB) for x in (one, other))
-    apart = (a - b).abs().mean(-1) / a.std(-1).clamp_min(1e-3)
-    return bool((apart <= TOLERANCE.get(dtype, TOLERANCE[torch.float32])).all())
+    differences = (a - b).abs().mean(-1) / a.std(-1).clamp_min(1e-3)
+    return bool((differences <= TOLERANCE.get(dtype, TOLERANCE[torch.float32])).all())
 
 
 def _pads(loaded: LoadedModel, length: int, width: int) -> int:
-    """Pads that make a row as wide as any, and `PADS` where the context has room for them."""
+    """Number of pads up to `width` tokens, and at least `PADS` where the context allows them."""
     limit = context_limit(loaded.model.config)
-    wanted = max(width - length, PADS)
-    return max(1, wanted if limit is None else min(wanted, limit - length))
+    pads = max(width - length, PADS)
+    return max(1, pads if limit is None else min(pads, limit - length))
 
 
-def _logits(loaded: LoadedModel, ids: Tensor, length: int, **given: Any) -> Tensor:
+def _logits(loaded: LoadedModel, ids: Tensor, length: int, **kwargs: Any) -> Tensor:
     """Logits [P, V] at the last of the first `length` tokens of row 0, `COMPARED` at most."""
     compared = torch.arange(max(0, length - COMPARED), length)
     with head_at(loaded.model.get_output_embeddings(), torch.zeros_like(compared), compared):
-        logits: Tensor = loaded.model(input_ids=ids, **{"use_cache": False, **given}).logits
+        logits: Tensor = loaded.model(input_ids=ids, **{"use_cache": False, **kwargs}).logits
     return logits[0]

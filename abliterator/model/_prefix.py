@@ -1,4 +1,4 @@
-"""What rendered prompts begin with alike, run once: a chat template's system prompt, mostly."""
+"""Runs the common prefix of rendered prompts once: mostly a chat template's system prompt."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ if TYPE_CHECKING:
 
     from abliterator.model._load import LoadedModel
 
-# Below so many tokens sharing them saves nothing.
+# Tokens from which on a common prefix is shared; sharing fewer saves no time.
 WORTH_SHARING = 4
 
 
 @dataclass(frozen=True)
 class ByRow:
-    """Interventions that hooks tell apart by the row of a batch.
+    """Interventions that differ between the rows of a batch.
 
     Attributes:
         of: the intervention of each prompt, 0 .. n - 1.
@@ -37,7 +37,7 @@ class ByRow:
 
 @dataclass(frozen=True)
 class Prefix:
-    """The tokens with which all of some prompts begin, and what the model keeps of them.
+    """The common prefix of prompts, and its keys and values.
 
     Attributes:
         length: tokens of each prompt that the model need not see again; 0 where nothing is shared.
@@ -50,10 +50,13 @@ class Prefix:
     by_row: ByRow | None = None
 
     def enter(self, batch: Sequence[int]) -> DynamicCache | None:
-        """Makes ready for the rest of these prompts, given by their indices, row by row.
+        """Selects the interventions of a batch, and copies the prefix's cache for it.
+
+        Args:
+            batch: index of the prompt of each row.
 
         Returns:
-            A cache of the batch's own to go on from; None where prompts have to be run whole.
+            The cache that the batch continues; None where prompts have to be run whole.
         """
         rows = [0] * len(batch)
         if self.by_row is not None:
@@ -62,7 +65,7 @@ class Prefix:
         return self.copied(rows)
 
     def copied(self, rows: Sequence[int]) -> DynamicCache | None:
-        """A cache of one's own to go on from, with these rows of what is kept."""
+        """A copy of the cache with the given rows; None where nothing is shared."""
         if self.cache is None:
             return None
         # what continues it puts longer tensors in place of these, which stay as they are
@@ -77,11 +80,11 @@ def run_prefix(
 ) -> Prefix:
     """Runs the tokens with which all prompts begin, once for each intervention.
 
-    Gradients flow through what is kept. Nothing is shared where it would be too little to be worth
-    it; where the model keeps anything but plain keys and values: recurrent states and windows are
-    not what rows can continue from side by side; where the rest of a prompt, continued, is not what
-    the whole prompt gives; and by a model's own code, which need not take back a cache under the
-    name that `generate` gives it today.
+    Gradients flow through the cache. Nothing is shared where the prefix is shorter than
+    `WORTH_SHARING` tokens; where the model's cache has anything but plain keys and values, since
+    rows cannot continue from recurrent states and windows side by side; where the continued rest
+    of a prompt has other logits than the whole prompt; and with a model's own code, which need not
+    accept a cache under the name that `generate` uses today.
     """
     from transformers.cache_utils import DynamicCache, DynamicLayer
 
@@ -103,11 +106,11 @@ def run_prefix(
     if any(type(layer) is not DynamicLayer for layer in cache.layers):
         return Prefix(by_row=by_row)
     prefix = Prefix(shared, cache, by_row)
-    alike = continues_alike(loaded, prompts[0], prefix, rows=len(rows))
-    return prefix if alike else Prefix(by_row=by_row)
+    is_continued = continues_alike(loaded, prompts[0], prefix, rows=len(rows))
+    return prefix if is_continued else Prefix(by_row=by_row)
 
 
 def shared_tokens(prompts: Sequence[Sequence[int]]) -> int:
-    """Tokens with which all prompts begin, but for the last of any: it has an answer to predict."""
+    """Length of the common prefix in tokens, without the last token of any prompt."""
     columns = zip(*(prompt[:-1] for prompt in prompts), strict=False)
     return sum(1 for _ in takewhile(lambda column: len(set(column)) == 1, columns))

@@ -22,7 +22,7 @@ MEMORY = 1 << 30
 
 
 class TemplateFailure(ValueError):
-    """A template did not render; the text says why. `render_messages` makes a named error of it."""
+    """A template did not render; the text says why. `render_messages` raises a named error."""
 
 
 def render_template(
@@ -119,7 +119,7 @@ class _Child:
     def end(self) -> None:
         """Ends the process, if it runs, and closes its pipes."""
         if self.owner != os.getpid():
-            return  # a copy of us by fork: it is the child of another
+            return  # after a fork: the process is the child of the parent
         stdin, stdout = self._process.stdin, self._process.stdout
         assert stdin is not None
         assert stdout is not None

@@ -27,8 +27,8 @@ def main(seconds: float, memory: int) -> None:
     """Answers every line of stdin; first says whether transformers could be imported."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent is who is interrupted
     out = os.fdopen(os.dup(1), "wb")
-    with Path(os.devnull).open("w", encoding="utf-8") as nowhere:
-        os.dup2(nowhere.fileno(), 1)
+    with Path(os.devnull).open("w", encoding="utf-8") as devnull:
+        os.dup2(devnull.fileno(), 1)
         try:
             from transformers.utils.chat_template_utils import render_jinja_template
         except Exception as error:  # noqa: BLE001  (the parent reports it)
@@ -37,13 +37,13 @@ def main(seconds: float, memory: int) -> None:
         _limit_memory(memory)
         _answer(out, {})
         for line in sys.stdin.buffer:
-            faulthandler.dump_traceback_later(seconds, exit=True, file=nowhere)
-            answer = _rendered(render_jinja_template, json.loads(line), nowhere)
+            faulthandler.dump_traceback_later(seconds, exit=True, file=devnull)
+            answer = _rendered(render_jinja_template, json.loads(line), devnull)
             faulthandler.cancel_dump_traceback_later()
             _answer(out, answer)
 
 
-def _rendered(render: Any, request: dict[str, Any], nowhere: TextIO) -> dict[str, str]:
+def _rendered(render: Any, request: dict[str, Any], devnull: TextIO) -> dict[str, str]:
     # `random` and `lipsum` of Jinja draw from the global generator
     random.seed(0)  # noqa: TID251
     try:
@@ -54,9 +54,9 @@ def _rendered(render: Any, request: dict[str, Any], nowhere: TextIO) -> dict[str
             continue_final_message=request["continue_last"],
             **request["variables"],
         )
-        allowed = _OWN_CHARACTERS + _TIMES * len(json.dumps(request["messages"]))
-        if len(text) > allowed:
-            return {"error": f"It writes {len(text):,} characters, and {allowed:,} are allowed."}
+        limit = _OWN_CHARACTERS + _TIMES * len(json.dumps(request["messages"]))
+        if len(text) > limit:
+            return {"error": f"It writes {len(text):,} characters, and {limit:,} are allowed."}
         return {"text": text}
     except BaseException as error:  # noqa: BLE001  (whatever a template does is its own failure)
         return {"error": _text(error)}
@@ -68,8 +68,8 @@ def _limit_memory(memory: int) -> None:
         import resource
 
         pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0])
-        most = pages * resource.getpagesize() + memory
-        resource.setrlimit(resource.RLIMIT_AS, (most, most))
+        limit = pages * resource.getpagesize() + memory
+        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
 
 
 def _text(error: BaseException) -> str:
@@ -79,8 +79,8 @@ def _text(error: BaseException) -> str:
         text = ""
     kind = type(error)
     # what a template raises itself is a sentence; "division by zero" alone would not be
-    whole = text and (kind is ValueError or kind.__module__.startswith("jinja2"))
-    return (text if whole else f"{kind.__name__}: {text}".rstrip(": "))[:_LONGEST_ERROR]
+    is_sentence = text and (kind is ValueError or kind.__module__.startswith("jinja2"))
+    return (text if is_sentence else f"{kind.__name__}: {text}".rstrip(": "))[:_LONGEST_ERROR]
 
 
 def _answer(out: BinaryIO, answer: dict[str, str]) -> None:

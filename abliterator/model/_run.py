@@ -42,7 +42,7 @@ T = TypeVar("T")
 
 @contextmanager
 def hooked(model: nn.Module, hooks: Mapping[str, Hook | CallHook]) -> Iterator[None]:
-    """Puts a forward hook on each module path; afterwards they are gone, whatever happens.
+    """Registers a forward hook on each module path, and removes all of them on exit.
 
     A hook gets the hidden states that the module returned (the first element of a tuple) and
     returns their replacement, or None to leave them. It must not change them in place: the same
@@ -123,8 +123,8 @@ def run_batches(
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether a device or the host had too little memory.
 
-    Only torch's own allocator has an error of its own for that: cuBLAS, the driver, Apple's backend
-    and the allocator of the CPU say it in words.
+    Only torch's own allocator raises an error type for that; errors of cuBLAS, the driver, Apple's
+    backend and the CPU's allocator are recognised by their messages.
     """
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
         return True
@@ -149,10 +149,10 @@ def head_at(head: nn.Module, rows: Tensor, positions: Tensor) -> Iterator[None]:
     What a model does to its logits afterwards (scales, soft caps) is element by element.
     """
 
-    def pick(_module: Any, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    def select(_module: Any, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         return (args[0][rows, positions][None], *args[1:])
 
-    handle = head.register_forward_pre_hook(pick)
+    handle = head.register_forward_pre_hook(select)
     try:
         yield
     finally:
@@ -184,8 +184,8 @@ def masked_positions(model: nn.Module, mask: Tensor) -> dict[str, Tensor]:
 def release_memory() -> None:
     """Frees cached device and host memory; call it after the last reference to a model is gone.
 
-    glibc keeps freed memory for later; of a model that is let go, a part would stay with the
-    process while the next one is loaded.
+    glibc keeps freed memory for later, so part of a released model would stay with the process
+    while the next one is loaded.
     """
     gc.collect()
     torch.cuda.empty_cache()  # nothing without CUDA

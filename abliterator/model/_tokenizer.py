@@ -23,7 +23,7 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> PreTrain
     Raises:
         CheckpointError: if there is none, or it cannot be read.
     """
-    require_plain_folder(folder, but="*.safetensors")  # weights are no business of a tokenizer
+    require_plain_folder(folder, but="*.safetensors")  # a tokenizer needs no weights
     from transformers import AutoTokenizer
 
     with foreign(
@@ -54,18 +54,19 @@ _READ_BY = {
 
 def _remedy(folder: Path) -> str:
     """What to do about a tokenizer that does not load: install a package, else download files."""
-    whole = (folder / "tokenizer.json").is_file()
-    lacking = {
+    is_complete = (folder / "tokenizer.json").is_file()
+    missing_packages = {
         package: file.name
-        for pattern, readers in ({} if whole else _READ_BY).items()
+        for pattern, readers in ({} if is_complete else _READ_BY).items()
         for file in folder.glob(pattern)
         for module, package in readers.items()
         if not _is_installed(module)
     }
-    if lacking:
+    if missing_packages:
+        file = shown(next(iter(missing_packages.values())))
         return (
-            f"Reading {shown(next(iter(lacking.values())))} needs a package that is not installed: "
-            f"`pip install {' '.join(lacking)}`, or put the model's tokenizer.json into the folder."
+            f"Reading {file} needs a package that is not installed: `pip install "
+            f"{' '.join(missing_packages)}`, or put the model's tokenizer.json into the folder."
         )
     return (
         "Download the tokenizer files of the model (tokenizer.json, tokenizer_config.json) into "
@@ -83,15 +84,15 @@ def _is_installed(module: str) -> bool:
 def _processors_template(folder: Path) -> str | dict[str, str] | None:
     """The chat template of the folder's processor, in the files that transformers' own reads.
 
-    Models that also see have one beside the tokenizer, which then has none itself.
+    Vision models have one beside the tokenizer, which then has none itself.
     """
     for name in ("chat_template.json", "processor_config.json"):
         file = folder / name
         if not file.exists():
             continue
         try:
-            stated = json.loads(read_text(file))
-            template: Any = stated.get("chat_template")
+            settings = json.loads(read_text(file))
+            template: Any = settings.get("chat_template")
         except (ValueError, AttributeError) as error:
             raise CheckpointError(
                 f"{file} is not a JSON object ({as_sentence(error)}), and it should hold the "

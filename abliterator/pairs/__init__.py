@@ -1,7 +1,7 @@
-"""Contrast pairs: requests as alike as possible, of which one shows a behaviour and one does not.
+"""Contrast pairs: two similar requests, of which one shows a behaviour and one does not.
 
-A model behind a server writes them and, shown one request at a time, checks them. The package knows
-neither the behaviour nor the model that will be edited.
+A model behind a server writes them and, given one request at a time, checks them. The package
+depends neither on the behaviour nor on the model that will be edited.
 
     made = make_pairs(spec, cache=Path("pairs.sqlite"), length=WORDS)
     save_pairs(Path("pairs.jsonl"), made, spec, WORDS)

@@ -1,4 +1,4 @@
-"""Which of the written pairs are new, and alike in length; no model is asked for that.
+"""Rejects pairs that duplicate earlier ones or differ in length; uses no model.
 
 Near duplicates share many letter trigrams (Jaccard index of their sets): words that are inflected
 or swapped still share most of theirs.
@@ -14,7 +14,7 @@ from abliterator.prompts import comparison_key, similarity, trigrams
 
 
 class Length(NamedTuple):
-    """How the length of a request is measured, and the name of the unit, as the file gives it."""
+    """A measure of a request's length, and the unit's name in the file of pairs."""
 
     unit: str
     of: Callable[[str], int]
@@ -24,7 +24,7 @@ WORDS = Length("words", lambda text: len(text.split()))
 
 
 class PairFilter:
-    """Accepts a pair of like lengths that is unlike all that were accepted before.
+    """Accepts pairs of similar length that duplicate no accepted pair.
 
     Args:
         length: how the lengths of the two requests are measured.
@@ -50,10 +50,10 @@ class PairFilter:
             return "the lengths differ"
         if not self._exact.isdisjoint(texts):
             return "duplicate"
-        for new, known in zip(grams, self._trigrams, strict=True):
-            if any(similarity(new, old) >= self._near_duplicate for old in known):
+        for new, accepted in zip(grams, self._trigrams, strict=True):
+            if any(similarity(new, old) >= self._near_duplicate for old in accepted):
                 return "near duplicate"
         self._exact.update(texts)
-        for new, known in zip(grams, self._trigrams, strict=True):
-            known.append(new)
+        for new, accepted in zip(grams, self._trigrams, strict=True):
+            accepted.append(new)
         return None

@@ -1,4 +1,4 @@
-"""Rounds of writing, filtering and checking, until every category has its pairs or gets no more.
+"""Makes pairs in rounds of writing, filtering and checking, until every category is complete.
 
 The requests of a round depend on the rounds before it alone, so that a run that was killed finds
 its replies in the cache and goes on where it stopped.
@@ -20,8 +20,8 @@ from abliterator.pairs._questions import (
     Candidate,
     read_pairs,
     read_side,
-    to_sort,
-    to_write,
+    sorting_request,
+    writing_request,
 )
 from abliterator.server import Session, Unanswered, in_parallel, outside_a_loop
 
@@ -33,7 +33,7 @@ T = TypeVar("T")
 
 
 class Made(NamedTuple):
-    """Pairs by category, and what they cost."""
+    """Pairs by category, with the calls and dollars spent on them."""
 
     pairs: dict[str, list[Candidate]]
     dropped: dict[str, int]  # how many candidates were dropped, by reason
@@ -71,7 +71,7 @@ def make_pairs(
             far, as text.
 
     Raises:
-        PairsError: if the model brings a category nothing more, or a limit is reached.
+        PairsError: if a category gets no new pair in `patience` calls, or a limit is reached.
         ServerError: if the server cannot be used.
     """
     return outside_a_loop(lambda: asyncio.run(_Maker(spec, length, on_kept).run(cache)))
@@ -90,12 +90,14 @@ class _Maker:
 
     async def run(self, cache: Path) -> Made:
         async with Session(self._spec.server, cache=cache) as session:
-            while open_ones := [c for c in self._categories if self._missing(c)]:
-                await self._write(session, [c for c in open_ones if not c.waiting])
-                new = await self._check(session, [(c, p) for c in open_ones for p in self._next(c)])
+            while unfinished := [c for c in self._categories if self._missing(c)]:
+                await self._write(session, [c for c in unfinished if not c.waiting])
+                kept = await self._check(
+                    session, [(c, p) for c in unfinished for p in self._accepted(c)]
+                )
                 if self._on_kept is not None:
-                    self._on_kept(new, str(session.usage))
-                for category in open_ones:
+                    self._on_kept(kept, str(session.usage))
+                for category in unfinished:
                     self._require_progress(category)
             usage = session.usage
         dropped = sum((c.dropped for c in self._categories), Counter[str]())
@@ -114,7 +116,7 @@ class _Maker:
             existing = [pair.target for pair in category.kept]
             try:
                 return await session.value(
-                    lambda attempt: to_write(
+                    lambda attempt: writing_request(
                         self._spec, name, existing, call=category.calls, attempt=attempt
                     ),
                     read_pairs,
@@ -123,13 +125,13 @@ class _Maker:
                 category.dropped["no reply with pairs"] += 1
                 return []
 
-        candidates = await self._all(list(by_name), written)
+        candidates = await self._run_all(list(by_name), written)
         for category in categories:
             category.calls += 1
             category.calls_without_pair += 1  # until one of them is kept
             category.waiting.extend(candidates[category.name])
 
-    def _next(self, category: Category) -> list[Candidate]:
+    def _accepted(self, category: Category) -> list[Candidate]:
         """Candidates that pass the filter, as many as are missing."""
         accepted: list[Candidate] = []
         while category.waiting and len(accepted) < self._missing(category):
@@ -149,33 +151,35 @@ class _Maker:
         async def sorted_to(request: str) -> str:
             try:
                 side = await session.value(
-                    lambda attempt: to_sort(self._spec, request, attempt=attempt), read_side
+                    lambda attempt: sorting_request(self._spec, request, attempt=attempt), read_side
                 )
             except Unanswered:
                 return "the check brought no label"
             return side or "neither"
 
         requests = [text for _, candidate in candidates for text in candidate]
-        sides = await self._all(requests, sorted_to)
-        new = 0
+        sides = await self._run_all(requests, sorted_to)
+        kept = 0
         for category, candidate in candidates:
-            wrong = [side for side in SIDES if sides[getattr(candidate, side)] != side]
-            if wrong:
-                category.dropped[f"its {' and '.join(wrong)} is not what it should be"] += 1
+            mismatched = [side for side in SIDES if sides[getattr(candidate, side)] != side]
+            if mismatched:
+                category.dropped[f"its {' and '.join(mismatched)} is not what it should be"] += 1
             else:
                 category.kept.append(candidate)
                 category.calls_without_pair = 0
-                new += 1
-        return new
+                kept += 1
+        return kept
 
-    async def _all(self, items: Sequence[str], work: Callable[[str], Awaitable[T]]) -> dict[str, T]:
+    async def _run_all(
+        self, items: Sequence[str], work: Callable[[str], Awaitable[T]]
+    ) -> dict[str, T]:
         """Runs `work` on every item; the error at a limit says which pairs there are."""
         return await in_parallel(
             items,
             work,
             workers=self._spec.server.concurrency,
             at_limit=lambda limit, _: PairsError(
-                f"Stopped: {limit}. {self._so_far()} All replies are kept; raise the limit, and "
+                f"Stopped: {limit}. {self._progress()} All replies are kept; raise the limit, and "
                 "the same command goes on from there."
             ),
         )
@@ -183,14 +187,14 @@ class _Maker:
     def _require_progress(self, category: Category) -> None:
         if category.calls_without_pair < self._spec.patience or not self._missing(category):
             return
-        why = ", ".join(f"{n} x {reason}" for reason, n in category.dropped.most_common())
+        reasons = ", ".join(f"{n} x {reason}" for reason, n in category.dropped.most_common())
         raise PairsError(
             f"The category {category.name!r} has {len(category.kept)} of {self._spec.per_category} "
             f"pairs, and {category.calls_without_pair} calls in a row gave it none. Dropped: "
-            f"{why}. {self._so_far()} Describe the category more widely, split it, lower "
+            f"{reasons}. {self._progress()} Describe the category more widely, split it, lower "
             "`per_category`, or loosen `near_duplicate` or `length_gap`; replies are kept."
         )
 
-    def _so_far(self) -> str:
-        have = ", ".join(f"{len(c.kept)} {c.name}" for c in self._categories)
-        return f"Pairs so far: {have}."
+    def _progress(self) -> str:
+        counts = ", ".join(f"{len(c.kept)} {c.name}" for c in self._categories)
+        return f"Pairs so far: {counts}."

@@ -22,10 +22,10 @@ if TYPE_CHECKING:
 
 Side = Literal["target", "contrast"]
 SIDES: tuple[Side, Side] = ("target", "contrast")
-SHOWN = 40  # requests that exist already, of which the model is reminded: the latest
+MAX_EXISTING = 40  # latest requests of a category that a request for further pairs lists
 
 _TEXT = {"type": "string"}
-WRITTEN: dict[str, Any] = {
+PAIRS_SCHEMA: dict[str, Any] = {
     "type": "object",
     "properties": {
         "pairs": {
@@ -41,7 +41,7 @@ WRITTEN: dict[str, Any] = {
     "required": ["pairs"],
     "additionalProperties": False,
 }
-SORTED: dict[str, Any] = {
+LABEL_SCHEMA: dict[str, Any] = {
     "type": "object",
     "properties": {"reason": _TEXT, "label": {"type": "string", "enum": ["A", "B", "neither"]}},
     "required": ["reason", "label"],
@@ -50,7 +50,7 @@ SORTED: dict[str, Any] = {
 
 
 class Candidate(NamedTuple):
-    """Two requests as the model wrote them, on one line each."""
+    """Two requests written by the model, each on one line."""
 
     target: str
     contrast: str
@@ -61,13 +61,13 @@ def pairs_prompt() -> Prompt:
     return load_prompt("pairs", "prompt.yaml")
 
 
-def to_write(
+def writing_request(
     spec: PairsSpec, category: str, existing: Sequence[str], *, call: int, attempt: int
 ) -> Request:
-    """The request for pairs of one category; no two calls have the same text."""
+    """The request to write pairs of one category; every call has a text of its own."""
     prompt = pairs_prompt()
     examples = [f'- "{e.target}" / "{e.contrast}"' for e in spec.examples]
-    shown = [f"- {neutralize(request)}" for request in existing[-SHOWN:]]
+    latest = [f"- {neutralize(request)}" for request in existing[-MAX_EXISTING:]]
     places = {
         "behaviour": spec.behaviour,
         "target": spec.target,
@@ -75,25 +75,25 @@ def to_write(
         "category": f"{category}: {spec.categories[category]}",
         "language": spec.language,
         "examples": _listed(prompt.texts["examples"], "pairs", examples),
-        "existing": _listed(prompt.texts["existing"], "requests", shown),
+        "existing": _listed(prompt.texts["existing"], "requests", latest),
         "marker": delimiter(prompt.sha256, category, call, attempt),
         "count": str(spec.per_call),
     }
     messages = _messages(prompt.texts["write_system"], filled(prompt.texts["write_item"], places))
-    return Request(messages, WRITTEN, {**spec.server.parameters, **spec.parameters})
+    return Request(messages, PAIRS_SCHEMA, {**spec.server.parameters, **spec.parameters})
 
 
 def _listed(text: str, place: str, lines: Sequence[str]) -> str:
     return filled(text, {place: "\n".join(lines)}) if lines else ""
 
 
-def to_sort(spec: PairsSpec, request: str, *, attempt: int) -> Request:
-    """The request to sort one request to a side, without the side that it was written for."""
+def sorting_request(spec: PairsSpec, request: str, *, attempt: int) -> Request:
+    """The request to label one request; it does not state the side that it was written for."""
     prompt = pairs_prompt()
     mark = delimiter(prompt.sha256, request, attempt)
     system = filled(prompt.texts["check_system"], {"first": spec.target, "second": spec.contrast})
     item = filled(prompt.texts["check_item"], {"marker": mark, "request": neutralize(request)})
-    return Request(_messages(system, item), SORTED, spec.server.parameters)
+    return Request(_messages(system, item), LABEL_SCHEMA, spec.server.parameters)
 
 
 def _messages(system: str, user: str) -> list[dict[str, str]]:

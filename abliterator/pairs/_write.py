@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def rows(made: Made, spec: PairsSpec, length: Length) -> Iterator[dict[str, Any]]:
-    """One row for each request; the categories take turns, so that any beginning is balanced."""
+    """One row for each request, categories interleaved, so that every prefix is balanced."""
     prompt = pairs_prompt()
     origin = {
         "tokenizer": _without_folder(spec.tokenizer),  # None where words are counted
@@ -28,7 +28,7 @@ def rows(made: Made, spec: PairsSpec, length: Length) -> Iterator[dict[str, Any]
         "prompt_sha256": prompt.sha256,
         "spec_sha256": spec.digest,
     }
-    number = 0
+    pair_number = 0
     for one_per_category in zip(*made.pairs.values(), strict=True):
         for category, pair in zip(made.pairs, one_per_category, strict=True):
             for side in SIDES:
@@ -36,27 +36,27 @@ def rows(made: Made, spec: PairsSpec, length: Length) -> Iterator[dict[str, Any]
                 yield {
                     "prompt": text,
                     "side": side,
-                    "pair": number,
+                    "pair": pair_number,
                     "category": category,
                     length.unit: length.of(text),
                     **origin,
                 }
-            number += 1
+            pair_number += 1
 
 
 def _without_folder(model: str | None) -> str | None:
-    """A model's name as others may read it: of a local path, the last name."""
+    """A model's name for publication; a local path is reduced to its last part."""
     return Path(model).name if model and Path(model).is_absolute() else model
 
 
 def save_pairs(path: Path, made: Made, spec: PairsSpec, length: Length) -> None:
-    """Writes the file, whole or not at all."""
+    """Writes the file of pairs atomically."""
     lines = (json.dumps(row, ensure_ascii=False) for row in rows(made, spec, length))
     write_text_atomic(path, as_lines(lines))
 
 
 def cache_beside(path: Path) -> Path:
-    """Where the replies of a pairs file are kept: beside it, as .sqlite.
+    """Path of the cache of replies of a pairs file: the same name, ending in .sqlite.
 
     Raises:
         OutputError: if the file's own name does not end in .jsonl.
@@ -70,14 +70,14 @@ def cache_beside(path: Path) -> Path:
 
 
 def require_ours(path: Path, spec: PairsSpec) -> None:
-    """Raises OutputError if something is there that this spec did not make."""
+    """Raises OutputError if the path exists and was not written from this spec."""
     if not path.exists():
         return
     try:
-        ours = json.loads(read_lines(path)[0])["spec_sha256"] == spec.digest
+        is_ours = json.loads(read_lines(path)[0])["spec_sha256"] == spec.digest
     except (FileError, IndexError, ValueError, KeyError, TypeError):
-        ours = False
-    if not ours:
+        is_ours = False
+    if not is_ours:
         raise OutputError(
             f"{path} exists, and was not made from this spec. Give another --out, or "
             "move that file away."

@@ -1,10 +1,10 @@
-"""The only writer to the Hub: a verified checkpoint, uploaded in private until it is whole.
+"""Publishes a verified checkpoint on the Hub: uploaded as private until it is complete.
 
 A plan is made first, and none is made of a checkpoint whose bytes do not verify. Then: an offline
 load by plain transformers in a fresh process; a private repository; exactly the planned files in
-one commit; the hashes of what arrived read back; and only then, if asked, public. Whatever goes
-wrong, the same command goes on where it stopped. An adapter is published alike, to a repository of
-its own, and loaded by PEFT. The package does not know how a checkpoint was made.
+one commit; the hashes of what arrived read back; and only then, if requested, public. After any
+failure, the same command continues where it stopped. An adapter is published in the same way, to a
+repository of its own, and loaded by PEFT.
 
     plan = plan_publish(base, out / "checkpoint", Target("me/Llama-3.2-1B-Instruct-abliterated"))
     done = publish(plan)

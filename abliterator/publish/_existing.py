@@ -1,4 +1,4 @@
-"""Whether a repository that exists may be written to."""
+"""Checks whether an existing repository may be written to."""
 
 from __future__ import annotations
 
@@ -28,21 +28,21 @@ def require_writable(repo: Repository, plan: PublishPlan, info: ModelInfo) -> No
     branches = {ref.name for ref in refs.branches} & {"main", target.revision}
     trees = [repo.tree(branch) for branch in sorted(branches)]
     planned = {file.path for file in plan.files}
-    theirs = {path for tree in trees if RECORD not in tree for path in tree}
-    foreign = sorted(theirs.union(*trees) - (planned - theirs) - OF_THE_HUB)
-    if foreign and not target.into_existing:
+    foreign_paths = {path for tree in trees if RECORD not in tree for path in tree}
+    unexpected = sorted(foreign_paths.union(*trees) - (planned - foreign_paths) - OF_THE_HUB)
+    if unexpected and not target.into_existing:
         raise PublishError(
             f"{repo.id} has files that abliterator did not make "
-            f"({', '.join(foreign[:_FILES_SHOWN])}). Nothing was uploaded. Choose another "
+            f"({', '.join(unexpected[:_FILES_SHOWN])}). Nothing was uploaded. Choose another "
             "--repo-id, or give --into-existing: they then stay beside ours, and those of the same "
             "name are replaced."
         )
-    opened = list(filter(is_opened_by_loaders, sorted(set(foreign) - planned)))
-    if opened:
+    loadable = list(filter(is_opened_by_loaders, sorted(set(unexpected) - planned)))
+    if loadable:
         raise PublishError(
             f"{repo.id} has files that a loader would open beside ours, or in their place "
-            f"({', '.join(opened[:_FILES_SHOWN])}), so it would load as another model. Nothing was "
-            "uploaded. Delete them there, or choose another --repo-id."
+            f"({', '.join(loadable[:_FILES_SHOWN])}), so it would load as another model. Nothing "
+            "was uploaded. Delete them there, or choose another --repo-id."
         )
     if not info.private:
         _check_public(
@@ -51,7 +51,7 @@ def require_writable(repo: Repository, plan: PublishPlan, info: ModelInfo) -> No
 
 
 def _check_public(repo: Repository, target: Target, *, would_change: bool) -> None:
-    """Refuses to write into what everybody can see, unless that was asked for."""
+    """Refuses to write into a public repository without the option that allows it."""
     if not (target.public or target.create_pr):
         raise PublishError(
             f"{repo.id} is public, so whatever is uploaded is seen at once. Nothing was. Give "

@@ -1,8 +1,8 @@
 """The files of a plan: the bytes that were verified are the bytes that are uploaded.
 
-Small files are read once, compared with the hash that the verification took, and held in memory
-until they are sent. Large ones stay on the disk: they are known by the hash that the verification
-took, and by what the file system says of them, which a later change gives away.
+Small files are read once, compared with the hash of the verification, and held in memory until they
+are sent. Large ones stay on the disk, identified by the hash of the verification and by size and
+times in the file system, which a later change alters.
 """
 
 from __future__ import annotations
@@ -47,9 +47,9 @@ class PlannedFile:
 
     @property
     def git_blob(self) -> str | None:
-        """Git's name of the content, which the Hub has of files that are not large; None if it is.
+        """Git's hash of the content, which the Hub stores for small files; None for a large file.
 
-        Large is what is not held: no such file is stored as a small one.
+        Large are the files that are not held in memory: the Hub stores none of them as a small one.
         """
         if isinstance(self.content, Path):
             return None
@@ -57,7 +57,7 @@ class PlannedFile:
 
 
 def stamp_of(path: Path) -> Stamp:
-    """The stamp of a path; empty of one that is not there."""
+    """The stamp of a path; () for a path that does not exist."""
     try:
         statuses = path.lstat(), path.stat()
     except OSError:
@@ -75,7 +75,7 @@ def stamps_of(folder: Path) -> dict[str, Stamp]:
 def verified_files(
     folder: Path, sha256: Mapping[str, str], before: Mapping[str, Stamp]
 ) -> list[PlannedFile]:
-    """The files of a folder that a verification has just proven, held where they are small.
+    """The verified files of a folder; the bytes of small ones are held in memory.
 
     Args:
         folder: what was verified.
@@ -90,15 +90,15 @@ def verified_files(
     return files
 
 
-def _verified(place: Path, path: str, digest: str) -> PlannedFile:
-    require_regular_files([place])
-    stamp = stamp_of(place)
-    with open_regular(place) as source, readable(place):
+def _verified(location: Path, path: str, digest: str) -> PlannedFile:
+    require_regular_files([location])
+    stamp = stamp_of(location)
+    with open_regular(location) as source, readable(location):
         if source.size > HELD_BYTES:
-            return PlannedFile(path, source.size, digest, place, stamp)
+            return PlannedFile(path, source.size, digest, location, stamp)
         content = source.stream.readall()
     if sha256_of_bytes(content) != digest:
-        raise changed([place])
+        raise changed([location])
     return PlannedFile(path, len(content), digest, content)
 
 

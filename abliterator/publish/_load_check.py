@@ -1,4 +1,4 @@
-"""The load check: plain transformers loads what is to be published, or plain PEFT an adapter."""
+"""The load check: plain transformers loads a planned checkpoint, plain PEFT an adapter."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ def check_loads(plan: PublishPlan) -> None:
     """
     with tempfile.TemporaryDirectory(prefix="abliterator-load-") as folder:
         for file in plan.files:
-            place = Path(folder) / file.path
-            place.parent.mkdir(parents=True, exist_ok=True)
+            target = Path(folder) / file.path
+            target.parent.mkdir(parents=True, exist_ok=True)
             if isinstance(file.content, bytes):
-                place.write_bytes(file.content)
+                target.write_bytes(file.content)
             else:
-                place.symlink_to(file.content.resolve())
+                target.symlink_to(file.content.resolve())
         if plan.what == "adapter":
             report = _run([str(plan.folders.base), "--adapter", folder], plan.remote_code)
         else:
             report = _run([folder], plan.remote_code)
         problem = _problem(report, plan.what)
     if problem:
-        # the folder that was loaded is gone when this is read
+        # the folder that was loaded is deleted by now
         problem = problem.replace(folder, f"the planned {plan.what}")
         loader = "PEFT" if plan.what == "adapter" else "transformers"
         raise PublishError(
@@ -54,7 +54,7 @@ def _run(arguments: list[str], remote_code: bool) -> dict[str, Any]:
             "TRANSFORMERS_OFFLINE": "1",
         }
     )
-    done = subprocess.run(
+    process = subprocess.run(
         python_command(str(script), *arguments, *["--remote-code"] * remote_code),
         env=env,
         capture_output=True,
@@ -62,11 +62,11 @@ def _run(arguments: list[str], remote_code: bool) -> dict[str, Any]:
         errors="replace",
         check=False,
     )
-    if done.returncode:
-        last = (done.stderr.strip() or "no error was printed").splitlines()[-1]
-        return {"error": last[:_ERROR_CHARACTERS]}
-    answer: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
-    return answer
+    if process.returncode:
+        last_line = (process.stderr.strip() or "no error was printed").splitlines()[-1]
+        return {"error": last_line[:_ERROR_CHARACTERS]}
+    report: dict[str, Any] = json.loads(process.stdout.strip().splitlines()[-1])
+    return report
 
 
 def _problem(report: dict[str, Any], what: str) -> str | None:

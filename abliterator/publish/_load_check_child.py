@@ -18,7 +18,7 @@ _RENDERING_SECONDS = 60
 
 
 def main(folder: str, adapter: str | None, remote_code: bool) -> dict[str, object]:
-    """Config, weights, tokenizer, chat template, the adapter if any, and one step of the model."""
+    """Loads config, weights, tokenizer, chat template and adapter, and runs one forward pass."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -54,14 +54,16 @@ def main(folder: str, adapter: str | None, remote_code: bool) -> dict[str, objec
 
 
 def _chat(tokenizer: Any, folder: str) -> str:
-    """The text that the chat template makes of a question, given as a string or as parts.
+    """A question rendered by the chat template, which takes a string or a list of parts.
 
     A template is a program: one that does not end in time ends this process.
     """
     template = None
-    if not tokenizer.chat_template:  # a model that also sees may have it beside its processor
-        named = [Path(folder) / name for name in ("chat_template.json", "processor_config.json")]
-        settings = [json.loads(f.read_text(encoding="utf-8")) for f in named if f.is_file()]
+    if not tokenizer.chat_template:  # a vision model may have it beside its processor
+        candidates = [
+            Path(folder) / name for name in ("chat_template.json", "processor_config.json")
+        ]
+        settings = [json.loads(f.read_text(encoding="utf-8")) for f in candidates if f.is_file()]
         template = next((s["chat_template"] for s in settings if "chat_template" in s), None)
     failure = ValueError("the chat template leaves out the question")
     faulthandler.dump_traceback_later(_RENDERING_SECONDS, exit=True)

@@ -1,8 +1,8 @@
-"""A branch on the Hub that marks up to where a history is known to hold what was sent.
+"""A branch on the Hub that marks the last commit before those whose contents are unproven.
 
-It is made before a commit, and deleted when what the commit holds was read back. While it is there,
-whatever ended the run that made it, the commits after it are not proven, and the repository is not
-made public. Where there was nothing before them, they are taken out of the history.
+It is created before a commit, and deleted when the commit's contents were read back. While it
+exists, however the run ended that created it, the commits after it are not proven, and the
+repository is not made public. Where the branch was empty before them, its history is squashed.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class Mark:
         self._name = MARK if branch == "main" else f"{MARK}-{branch}"
 
     def place(self, head: str) -> None:
-        """Marks a commit, after which nothing is proven until `clear`; an older mark stays.
+        """Marks the commit after which contents are unproven until `clear`; an older mark stays.
 
         Raises:
             PublishError: if the Hub does not make the branch.
@@ -47,7 +47,7 @@ class Mark:
             )
 
     def clear(self, commit: str, differing: Callable[[str], list[str]], *, strict: bool) -> str:
-        """Takes the mark away when no unproven commit is left, and returns the proven one.
+        """Deletes the mark once no unproven commit is left, and returns the proven commit.
 
         Args:
             commit: the newest of the branch, whose contents were read back.
@@ -55,28 +55,28 @@ class Mark:
             strict: whether the repository is to be public.
 
         Returns:
-            `commit`, or the one that took its place when the history was squashed.
+            `commit`, or the commit that replaced it when the history was squashed.
 
         Raises:
             PublishError: if unproven commits stay though the repository is to be public.
         """
-        marked = self._marked()
-        if marked is not None:
-            unproven = self._commits_since(marked) - {commit}
-            if unproven and not self._was_empty(marked):
-                self._refuse(self._stays(unproven), strict=strict)
+        marked_commit = self._marked()
+        if marked_commit is not None:
+            unproven = self._commits_since(marked_commit) - {commit}
+            if unproven and not self._was_empty(marked_commit):
+                self._report(self._kept_in_history(unproven), strict=strict)
                 return commit
             if unproven:
                 commit = self._squash()
-                if wrong := differing(commit):
+                if differing_paths := differing(commit):
                     raise PublishError(
-                        f"{', '.join(wrong[:3])} of {self._repo.id} changed when its history was "
-                        "squashed. It was not made public. Run the same command again."
+                        f"{', '.join(differing_paths[:3])} of {self._repo.id} changed when its "
+                        "history was squashed. It was not made public. Run the same command again."
                     )
             self._delete()
-        if others := [name for name in self._marks() if name != self._name]:
-            self._refuse(
-                f"{self._repo.id} has the branch {others[0]}, by which an earlier upload to "
+        if other_marks := [name for name in self._marks() if name != self._name]:
+            self._report(
+                f"{self._repo.id} has the branch {other_marks[0]}, by which an earlier upload to "
                 "another branch marked commits that were not proven. It was not made public. "
                 "Publish to that branch again; or delete it, and the mark.",
                 strict=strict,
@@ -84,33 +84,33 @@ class Mark:
         return commit
 
     def withdraw(self, commit: str, planned: Collection[str]) -> str:
-        """Takes a commit that is not what was sent out of the history, and says what was done.
+        """Removes a commit with wrong contents from the history, and returns a sentence about it.
 
-        Where the branch had contents before, they would go with it: then commit and mark stay.
+        Where the branch had contents before, they would be removed too: then commit and mark stay.
 
         Args:
             commit: the newest of the branch.
             planned: paths that were to be committed.
         """
         try:
-            marked = self._marked()
-            if marked is None:
+            marked_commit = self._marked()
+            if marked_commit is None:
                 return "Close the pull request."
-            if not self._was_empty(marked):
-                return self._stays({commit})
-            self._empty(commit, planned)
+            if not self._was_empty(marked_commit):
+                return self._kept_in_history({commit})
+            self._delete_files(commit, planned)
             self._squash()
             self._delete()
         except PublishError as error:
             return f"It is still in the history, which the next run mends. {error}"
         return "It was taken out of the history."
 
-    def _refuse(self, problem: str, *, strict: bool) -> None:
+    def _report(self, problem: str, *, strict: bool) -> None:
         if strict:
             raise PublishError(problem)
         self._repo.note(problem)
 
-    def _stays(self, unproven: Collection[str]) -> str:
+    def _kept_in_history(self, unproven: Collection[str]) -> str:
         commits = ", ".join(sorted(commit[:12] for commit in unproven))
         return (
             f"The history of {self._repo.id} keeps a commit whose contents were not proven "
@@ -128,36 +128,36 @@ class Mark:
     def _marked(self) -> str | None:
         return self._marks().get(self._name)
 
-    def _commits_since(self, marked: str) -> set[str]:
+    def _commits_since(self, marked_commit: str) -> set[str]:
         """The commits of the branch after the marked one; all of them if it is not there."""
         repo = self._repo
         commits = repo.ask(
             "list the commits",
             lambda: repo.api.list_repo_commits(repo.id, revision=self._branch),
         )
-        return set(takewhile(lambda name: name != marked, (c.commit_id for c in commits)))
+        return set(takewhile(lambda name: name != marked_commit, (c.commit_id for c in commits)))
 
-    def _was_empty(self, marked: str) -> bool:
-        return not self._repo.tree(marked).keys() - OF_THE_HUB
+    def _was_empty(self, marked_commit: str) -> bool:
+        return not self._repo.tree(marked_commit).keys() - OF_THE_HUB
 
-    def _empty(self, commit: str, planned: Collection[str]) -> None:
-        """A commit without any planned file: large ones stay stored, and are not sent again."""
+    def _delete_files(self, commit: str, planned: Collection[str]) -> None:
+        """Commits the deletion of all planned files; large ones stay stored for the next run."""
         from huggingface_hub import CommitOperationDelete
 
         repo = self._repo
-        there = sorted(repo.tree(commit).keys() & set(planned))
+        paths = sorted(repo.tree(commit).keys() & set(planned))
         repo.ask(
             "take out what is wrong",
             lambda: repo.api.create_commit(
                 repo.id,
-                [CommitOperationDelete(path) for path in there],
+                [CommitOperationDelete(path) for path in paths],
                 commit_message="Take out what did not arrive as it was sent",
                 revision=self._branch,
             ),
         )
 
     def _squash(self) -> str:
-        """One commit in place of the branch's history; returns it."""
+        """Replaces the branch's history by one commit, which is returned."""
         repo = self._repo
         repo.note("taking unproven commits out of the history")
         repo.ask(
@@ -178,7 +178,7 @@ class Mark:
             try:
                 repo.api.delete_branch(repo.id, branch=self._name)
             except failures():
-                if self._marked() is not None:  # an answer that was lost may have been a yes
+                if self._marked() is not None:  # a lost response may have been a success
                     raise
 
         repo.ask("take the mark away", delete)

@@ -1,4 +1,4 @@
-"""What would be uploaded, and whether it may be: decided without a network."""
+"""Plans an upload, and checks that it is allowed, without network access."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ _FAULTS_SHOWN = 5
 
 @dataclass(frozen=True)
 class Target:
-    """Where a checkpoint goes on the Hub, and who may see it there.
+    """The repository on the Hub for a checkpoint, and its visibility.
 
     Attributes:
         repo_id: "name" of your own, or "namespace/name".
@@ -60,7 +60,7 @@ class Target:
 
 
 class Folders(NamedTuple):
-    """Where a base and its edited checkpoint lie; `subspace` is for measuring the leak again."""
+    """Folders of base and edited checkpoint; `subspace` is for measuring the leak again."""
 
     base: Path
     checkpoint: Path
@@ -69,7 +69,7 @@ class Folders(NamedTuple):
 
 @dataclass(frozen=True)
 class PublishPlan:
-    """What verified, and what of it goes where; made by `plan_publish` and `plan_adapter` alone.
+    """The verified files to upload and their target; made by `plan_publish` and `plan_adapter`.
 
     Attributes:
         what: "checkpoint", or "adapter".
@@ -79,7 +79,7 @@ class PublishPlan:
         base: Hub id of the base, None for a local one.
         remote_code: whether the model needs its own Python files to load.
         folders: what was verified, and against what.
-        verification: the proof.
+        verification: its result.
     """
 
     what: Literal["checkpoint", "adapter"]
@@ -123,7 +123,7 @@ def plan_publish(
     subspace: Path | None = None,
     on_bytes: Callable[[int], None] | None = None,
 ) -> PublishPlan:
-    """Verifies a checkpoint and lists what of it may be published; nothing is sent.
+    """Verifies a checkpoint and plans its upload; nothing is sent.
 
     Args:
         base: folder of the base model.
@@ -157,10 +157,10 @@ def plan_publish(
 
 
 def plan_adapter(checkpoint: PublishPlan, adapter: Path, target: Target) -> PublishPlan:
-    """Verifies an adapter against the checkpoint of its run, and lists what may be published of it.
+    """Verifies an adapter against the checkpoint of its run, and plans its upload.
 
-    With it go the recipe, the records and the pictures of the checkpoint, by which a reader can
-    judge it, and the base's licence files.
+    The plan includes the recipe, the records and the pictures of the checkpoint, by which a reader
+    can judge the adapter, and the base's licence files.
 
     Args:
         checkpoint: the plan of the checkpoint, which verified; it need not be carried out.
@@ -184,18 +184,18 @@ def plan_adapter(checkpoint: PublishPlan, adapter: Path, target: Target) -> Publ
         folders.base, folders.checkpoint, adapter, subspace=folders.subspace
     )
     _require_sound(adapter, verification)
-    own = verified_files(adapter, verification.sha256, before)
+    adapter_files = verified_files(adapter, verification.sha256, before)
     # what the adapter was compared with must be what the checkpoint's own plan is made of
     compared |= {file.path: file.stamp for file in checkpoint.files if file.stamp is not None}
     verified_files(folders.checkpoint, checkpoint.verification.sha256, compared)
     if target.license is not None:
-        own = [_with_license(file, target.license) for file in own]
-    others = [file for file in checkpoint.files if _goes_with_adapter(file.path)]
+        adapter_files = [_with_license(file, target.license) for file in adapter_files]
+    checkpoint_files = [file for file in checkpoint.files if _goes_with_adapter(file.path)]
     return replace(
         checkpoint,
         what="adapter",
         target=target,
-        files=tuple(sorted([*own, *others], key=lambda file: file.path)),
+        files=tuple(sorted([*adapter_files, *checkpoint_files], key=lambda file: file.path)),
         left_out=verification.foreign,
         verification=verification,
     )
@@ -209,10 +209,10 @@ def _require_sound(folder: Path, verification: Verification | AdapterVerificatio
     if verification.ok:
         return
     faults = verification.faults
-    more = len(faults) - _FAULTS_SHOWN
-    shown = " ".join(faults[:_FAULTS_SHOWN]) + (f" And {more} more." if more > 0 else "")
+    hidden = len(faults) - _FAULTS_SHOWN
+    summary = " ".join(faults[:_FAULTS_SHOWN]) + (f" And {hidden} more." if hidden > 0 else "")
     raise PublishError(
-        f"{folder} does not verify against its base, so nothing of it is published. {shown} "
+        f"{folder} does not verify against its base, so nothing of it is published. {summary} "
         "Build it again."
     )
 
@@ -245,20 +245,24 @@ def _read_record(checkpoint: Path) -> RunRecord:
 
 
 def _check_license(record: RunRecord, target: Target) -> None:
-    stated = record.model.license
-    if stated is None and target.license is None:
+    base_license = record.model.license
+    if base_license is None and target.license is None:
         raise PublishError(
             f"The base model {record.model.id} does not state its licence, and that licence binds "
             "whoever passes the model on. Read it, and give its Hub name: --license apache-2.0, "
             "for example."
         )
-    if stated is not None and target.license not in (None, stated, stated.lower()):
+    if base_license is not None and target.license not in (
+        None,
+        base_license,
+        base_license.lower(),
+    ):
         raise PublishError(
-            f"The base's licence is {stated!r}; an edited model cannot be given another one "
+            f"The base's licence is {base_license!r}; an edited model cannot be given another one "
             f"({target.license!r}). Leave --license out."
         )
     name = target.repo_id.rpartition("/")[2]
-    if _LLAMA_NAME.match(target.license or stated or "") and not name.startswith("Llama"):
+    if _LLAMA_NAME.match(target.license or base_license or "") and not name.startswith("Llama"):
         raise PublishError(
             f"The licence of {record.model.id} asks that the name of a model made from it begin "
             f"with 'Llama'; {name!r} does not. Try --repo-id "

@@ -1,4 +1,4 @@
-"""A plan carried out on the Hub: private first, one commit, read back, and public last."""
+"""Carries out a plan on the Hub: private first, one commit, read back, and public last."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _FILES_SHOWN = 5  # files that a message names
 
 @dataclass(frozen=True)
 class Published:
-    """What is on the Hub now.
+    """The repository on the Hub after a plan was carried out.
 
     Attributes:
         url: of the repository, or of the pull request.
@@ -73,7 +73,7 @@ class _Publication:
         self.mark = Mark(self.repo, plan.target.revision)
 
     def run(self) -> Published:
-        """All steps; public comes after whatever may fail."""
+        """Runs all steps; the repository is made public after all that may fail."""
         user = self.repo.ask("ask who you are", self.api.whoami)
         if "/" not in self.repo.id:
             self.repo.id = f"{user['name']}/{self.repo.id}"
@@ -86,8 +86,8 @@ class _Publication:
             self._tag(self.target.tag, commit)
         if self.target.public and info.private:
             self.note("making it public")
-            self.repo.ask("make it public", self._set(private=False))
-        after = self.repo.info()
+            self.repo.ask("make it public", self._update_settings(private=False))
+        final_info = self.repo.info()
         planned = (file.path for file in self.plan.files)
         return Published(
             url=uploaded.url,
@@ -95,11 +95,11 @@ class _Publication:
             commit=commit,
             uploaded=uploaded.sent,
             unchanged=tuple(path for path in planned if path not in uploaded.sent),
-            public=not after.private,
-            gated=after.gated or False,
+            public=not final_info.private,
+            gated=final_info.gated or False,
         )
 
-    def _set(self, **settings: Any) -> Callable[[], None]:
+    def _update_settings(self, **settings: Any) -> Callable[[], None]:
         return lambda: self.api.update_repo_settings(self.repo.id, **settings)
 
     def _wanted_gating(self) -> str | bool:
@@ -112,10 +112,10 @@ class _Publication:
         return info.gated or False
 
     def _open(self, gated: str | bool) -> ModelInfo:
-        """The repository: created as private, or one that may be written to."""
+        """Creates the repository as private, or checks that an existing one may be written to."""
         from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
-        def look() -> ModelInfo | None:
+        def find() -> ModelInfo | None:
             try:
                 return self.api.model_info(self.repo.id)
             except GatedRepoError:
@@ -124,10 +124,10 @@ class _Publication:
                 return None
 
         def create() -> None:
-            if look() is None:  # an earlier request may have succeeded and its response been lost
+            if find() is None:  # an earlier request may have succeeded and its response been lost
                 self.api.create_repo(self.repo.id, private=True)
 
-        info = self.repo.ask("look for the repository", look)
+        info = self.repo.ask("look for the repository", find)
         if info is None:
             self.note(f"creating {self.repo.id}, private")
             self.repo.ask("create the repository", create)
@@ -139,7 +139,7 @@ class _Publication:
                 )
         require_writable(self.repo, self.plan, info)
         if (info.gated or False) != gated and (gated or self.target.gated == "no"):
-            self.repo.ask("set who gets access", self._set(gated=gated))
+            self.repo.ask("set who gets access", self._update_settings(gated=gated))
         return info
 
     def _make_branch(self) -> None:
@@ -151,15 +151,15 @@ class _Publication:
             )
 
     def _read_back(self, commit: str) -> str:
-        """The commit that has exactly the planned contents, and none before it that has others."""
+        """Proves that the commit has exactly the planned contents; returns the proven commit."""
         self.note("reading back what arrived")
-        wrong = self._differing(commit)
-        if wrong:
-            left = self.mark.withdraw(commit, [file.path for file in self.plan.files])
+        differing = self._differing(commit)
+        if differing:
+            outcome = self.mark.withdraw(commit, [file.path for file in self.plan.files])
             raise PublishError(
                 f"What {self.repo.id} has at commit {commit[:12]} is not what was sent: "
-                f"{', '.join(wrong[:_FILES_SHOWN])} differ by hash or are missing. It was not made "
-                f"public. {left} Run the same command again; it sends only what is missing."
+                f"{', '.join(differing[:_FILES_SHOWN])} differ by hash or are missing. It was not "
+                f"made public. {outcome} Run the same command again; it sends only what is missing."
             )
         return self.mark.clear(commit, self._differing, strict=self.target.public)
 

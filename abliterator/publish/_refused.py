@@ -1,4 +1,4 @@
-"""The Hub's refusals explained, in sentences that hold neither a token nor a header."""
+"""Explains failures of the Hub, in sentences that contain neither tokens nor headers."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _MEANINGS = {
 
 
 class Refusal(NamedTuple):
-    """Why something could not be done, and the seconds after which to ask again; None for never."""
+    """Why a request failed, and the seconds to wait before a retry; None for no retry."""
 
     problem: str
     wait: float | None
@@ -31,7 +31,7 @@ class Refusal(NamedTuple):
 
 @cache
 def failures() -> tuple[type[Exception], ...]:
-    """What the Hub library raises when the Hub, or the way to it, fails."""
+    """The exceptions of the Hub library for failures of the Hub and of the connection."""
     from huggingface_hub.errors import HfHubHTTPError
 
     # The HTTP library below huggingface_hub has changed its name once; the root of its errors has
@@ -43,7 +43,7 @@ def failures() -> tuple[type[Exception], ...]:
 
 
 def explain(error: Exception, attempt: int) -> Refusal:
-    """What a failure means; attempts count from 0."""
+    """The refusal behind an exception; `attempt` counts from 0."""
     from huggingface_hub.errors import (
         HFValidationError,
         LocalTokenNotFoundError,
@@ -56,9 +56,9 @@ def explain(error: Exception, attempt: int) -> Refusal:
         return Refusal(f"there is no token, and the Hub {_MEANINGS[401]}", None)
     if isinstance(error, HFValidationError):
         return Refusal("that is no name on the Hub. Check --repo-id", None)
-    answer = _answer(error)
-    if answer is not None:
-        return _answered(answer, attempt)
+    response = _response_of(error)
+    if response is not None:
+        return _refusal_of(response, attempt)
     if str(error).startswith("Invalid metadata"):
         return Refusal("the Hub refuses the card's header. Run `abliterator card` again", None)
     return Refusal(
@@ -68,17 +68,17 @@ def explain(error: Exception, attempt: int) -> Refusal:
     )
 
 
-def _answered(answer: Any, attempt: int) -> Refusal:
-    status = int(answer.status_code)
+def _refusal_of(response: Any, attempt: int) -> Refusal:
+    status = int(response.status_code)
     meaning = _MEANINGS.get(status, "failed. Run the same command again later")
-    retry_after = str(answer.headers.get("Retry-After", "")).strip()
+    retry_after = str(response.headers.get("Retry-After", "")).strip()
     wait = float(retry_after) + 1 if retry_after.isdigit() else 2.0**attempt
-    again = status in _BUSY and wait <= _LONGEST_WAIT
-    return Refusal(f"the Hub {meaning} (HTTP {status})", wait if again else None)
+    is_retried = status in _BUSY and wait <= _LONGEST_WAIT
+    return Refusal(f"the Hub {meaning} (HTTP {status})", wait if is_retried else None)
 
 
-def _answer(error: BaseException) -> Any:
-    """The Hub's answer that is behind an error, or None."""
+def _response_of(error: BaseException) -> Any:
+    """The HTTP response behind an exception, or None."""
     cause: BaseException | None = error
     while cause is not None:
         if getattr(cause, "response", None) is not None:

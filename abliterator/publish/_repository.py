@@ -22,7 +22,7 @@ OF_THE_HUB = frozenset({".gitattributes"})
 
 
 class Repository:
-    """Requests to one repository; `id` gets its namespace when the Hub has named the user."""
+    """Requests to one repository; `id` may lack the namespace until the user is known."""
 
     def __init__(self, repo_id: str, note: Callable[[str], None]) -> None:
         from huggingface_hub import HfApi
@@ -30,11 +30,11 @@ class Repository:
         self.id, self.note = repo_id, note
         self.api: HfApi = HfApi(library_name="abliterator", library_version=version("abliterator"))
 
-    def ask(self, what: str, call: Callable[[], Result]) -> Result:
-        """The result of a request; waits and asks again when the Hub is busy or out of reach.
+    def ask(self, purpose: str, call: Callable[[], Result]) -> Result:
+        """The result of a request, which is repeated while the Hub is busy or out of reach.
 
         Args:
-            what: what is asked for, for the message: "list the files".
+            purpose: of the request, for messages: "list the files".
             call: makes the request.
 
         Raises:
@@ -51,7 +51,7 @@ class Repository:
             self.note(f"the Hub is busy or away: again in {refusal.wait:.0f} s")
             time.sleep(refusal.wait)
         # raised here, outside the clause, so that no request with its headers is chained to it
-        raise PublishError(f"Could not {what} ({self.id}): {refusal.problem}.")
+        raise PublishError(f"Could not {purpose} ({self.id}): {refusal.problem}.")
 
     def info(self) -> ModelInfo:
         """The repository's settings, and the head of its main branch."""

@@ -1,4 +1,4 @@
-"""One commit of what a repository lacks of the planned files, with the bytes that were verified."""
+"""Commits the planned files that a repository lacks, with the bytes that were verified."""
 
 from __future__ import annotations
 
@@ -26,18 +26,20 @@ class Upload(NamedTuple):
     sent: tuple[str, ...]
 
 
-def missing_files(files: Iterable[PlannedFile], there: Mapping[str, RepoFile]) -> list[PlannedFile]:
-    """The planned files that the Hub has not, or has with other bytes.
+def missing_files(
+    files: Iterable[PlannedFile], stored: Mapping[str, RepoFile]
+) -> list[PlannedFile]:
+    """The planned files that are missing in a commit, or have other bytes there.
 
     Args:
         files: of the plan.
-        there: the files of a commit, by path.
+        stored: the files of a commit, by path.
     """
-    return [file for file in files if not _is_same(file, there.get(file.path))]
+    return [file for file in files if not _is_stored(file, stored.get(file.path))]
 
 
 def upload(repo: Repository, plan: PublishPlan, mark: Mark) -> Upload:
-    """Commits what is missing, in one commit; none where nothing is missing.
+    """Commits all missing files in one commit; none where no file is missing.
 
     Args:
         repo: that exists, with the branch of the plan.
@@ -64,7 +66,7 @@ def upload(repo: Repository, plan: PublishPlan, mark: Mark) -> Upload:
         if head is not None and not target.create_pr:
             mark.place(head)
         _send_large(repo, plan, missing, operations)
-        made = api.create_commit(
+        created = api.create_commit(
             repo.id,
             [operations[file.path] for file in missing],
             commit_message=f"Upload {plan.what} (abliterator {version('abliterator')})",
@@ -72,7 +74,7 @@ def upload(repo: Repository, plan: PublishPlan, mark: Mark) -> Upload:
             parent_commit=head,
             create_pr=target.create_pr,
         )
-        return made.oid, made.pr_url or page
+        return created.oid, created.pr_url or page
 
     oid, url = repo.ask("upload the files", commit)
     return Upload(oid, url, sent)
@@ -84,13 +86,13 @@ def _send_large(
     files: list[PlannedFile],
     operations: dict[str, CommitOperationAdd],
 ) -> None:
-    """Uploads large files, which go apart from the commit, and checks the bytes that were read.
+    """Uploads large files, which precede the commit, and checks the bytes that were read.
 
     Args:
         repo: where to.
         plan: for the branch.
         files: what is to be committed.
-        operations: by path; those that are missing are added, and they know what is uploaded.
+        operations: by path; missing ones are added. They record what is uploaded already.
     """
     from huggingface_hub import CommitOperationAdd
 
@@ -106,7 +108,7 @@ def _send_large(
             create_pr=plan.target.create_pr,
         )
     except failures():
-        require_unchanged(stamps)  # a file that is gone is no failure of the Hub
+        require_unchanged(stamps)  # a deleted file is no failure of the Hub
         raise
     require_unchanged(stamps)
     for file in files:
@@ -115,10 +117,10 @@ def _send_large(
             raise changed([Path(str(file.content))])
 
 
-def _is_same(file: PlannedFile, there: RepoFile | None) -> bool:
-    """Whether the Hub has a file's bytes, by the hash that the Hub keeps of it."""
-    if there is None or there.size != file.size:
+def _is_stored(file: PlannedFile, stored: RepoFile | None) -> bool:
+    """Whether the Hub has a file's bytes, by the hash that the Hub stores of it."""
+    if stored is None or stored.size != file.size:
         return False
-    if there.lfs is not None:
-        return there.lfs.sha256 == file.sha256
-    return file.git_blob is not None and there.blob_id == file.git_blob
+    if stored.lfs is not None:
+        return stored.lfs.sha256 == file.sha256
+    return file.git_blob is not None and stored.blob_id == file.git_blob

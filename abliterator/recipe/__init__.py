@@ -7,8 +7,7 @@ are flags. Three lines are a whole recipe:
     layers: [16, 15, 17, 13, 9]
     k: 5
 
-This package reads no model and no file but the recipe: whether layer 16 exists is checked by the
-plan.
+This package reads only the recipe's file and no model: the plan checks whether layer 16 exists.
 
     recipe = load_recipe(Path("recipes/demo.yaml"), overrides=["k=1"])
     recipe.edit.strength["attention"], recipe.digest

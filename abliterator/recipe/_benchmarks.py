@@ -67,8 +67,8 @@ class BenchmarkEngine(Section):
 
     @model_validator(mode="after")
     def _urls_of_servers(self) -> Self:
-        given = [self.base_url is not None, self.edited_url is not None]
-        if given != [self.kind == "server"] * 2:
+        are_given = [self.base_url is not None, self.edited_url is not None]
+        if are_given != [self.kind == "server"] * 2:
             raise ValueError("`base_url` and `edited_url` belong to `kind: server`, both of them")
         return self
 

@@ -1,4 +1,4 @@
-"""A first recipe: the chosen values, and every other key as a comment with its default."""
+"""Writes a draft recipe: chosen values, and every other key as a comment with its default."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def draft(chosen: Mapping[str, Any], preamble: Sequence[str] = ()) -> str:
 
 
 def _section(name: str, defaults: Section, chosen: Mapping[str, Any]) -> list[str]:
-    """The lines of a section; its name is a comment too where nothing in it was chosen."""
+    """The lines of a section; its name is a comment too where no value in it was chosen."""
     kind = type(defaults)
     own = inspect.get_annotations(kind)  # its own keys stand before inherited ones
     lines = [f"{name}:" if chosen else f"#{name}:"]

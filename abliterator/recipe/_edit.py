@@ -40,15 +40,15 @@ def blocks_of(key: str) -> range:
     Raises:
         ValueError: for a key that names no block.
     """
-    found = _BLOCKS.fullmatch(key)
-    blocks = range(int(found[1]), int(found[2] or found[1]) + 1) if found else range(0)
+    match = _BLOCKS.fullmatch(key)
+    blocks = range(int(match[1]), int(match[2] or match[1]) + 1) if match else range(0)
     if not blocks:
         raise ValueError(f"names no blocks with {key!r}; write 9-24, or 9")
     return blocks
 
 
-def _named_twice(by_block: Any) -> int | None:
-    """The first block that is in two ranges; None where there is none, or nothing is by block."""
+def _repeated_block(by_block: Any) -> int | None:
+    """The first block that is in two ranges; None without one, or without values by block."""
     ranges = map(blocks_of, by_block if isinstance(by_block, dict) else ())
     counts = Counter(chain.from_iterable(ranges))
     return min((block for block, n in counts.items() if n > 1), default=None)
@@ -144,17 +144,17 @@ class Edit(Section):
     @classmethod
     def _each_block_once(cls, value: Any) -> Any:
         for component, strength in value.items() if isinstance(value, dict) else ():
-            twice = _named_twice(strength)
-            if twice is not None:
-                raise ValueError(f"gives `{component}` two strengths in block {twice}")
+            block = _repeated_block(strength)
+            if block is not None:
+                raise ValueError(f"gives `{component}` two strengths in block {block}")
         return value
 
     @field_validator("experts")
     @classmethod
     def _each_expert_once(cls, value: Any) -> Any:
-        twice = _named_twice(value)
-        if twice is not None:
-            raise ValueError(f"names block {twice} twice")
+        block = _repeated_block(value)
+        if block is not None:
+            raise ValueError(f"names block {block} twice")
         for indices in value.values() if isinstance(value, dict) else [value]:
             if len(set(indices)) < len(indices) and indices != "all":
                 raise ValueError(f"names an expert twice in {list(indices)}")
@@ -172,8 +172,8 @@ class Edit(Section):
 
     @model_validator(mode="after")
     def _does_something(self) -> Self:
-        given = [s.values() if isinstance(s, dict) else [s] for s in self.strengths.values()]
-        if not any(map(any, given)) and not self.embeddings:
+        values = [s.values() if isinstance(s, dict) else [s] for s in self.strengths.values()]
+        if not any(map(any, values)) and not self.embeddings:
             raise ValueError("every strength is 0: nothing would be edited")
         return self
 
@@ -235,12 +235,12 @@ class Selection(Section):
             prompts: that there are.
             least: candidates that must reach the last rung, if there are as many.
         """
-        found = []
+        rungs = []
         for rung in (*(n for n in self.rungs if n < prompts), prompts):
-            found.append((candidates, rung))
+            rungs.append((candidates, rung))
             # 1e-9: a half of 8 is 4, whatever 8 x .5 is in binary
             candidates = min(candidates, max(math.ceil(candidates * self.keep - 1e-9), least, 1))
-        return found
+        return rungs
 
     def candidates(self, n_layers: int) -> range:
         """The layers that a sweep tries."""

@@ -54,14 +54,14 @@ class JudgeSettings(ServerSettings):
     def _only_what_applies(self) -> Self:
         if self.kind == "rules":
             fields = type(self).model_fields
-            given = self.model_fields_set - {"calibration"}
-            odd = [n for n in given if getattr(self, n) != fields[n].default]
-            if odd:
-                raise ValueError(f"`{min(odd)}` belongs to `kind: openai`")
+            changed = self.model_fields_set - {"calibration"}
+            inapplicable = [n for n in changed if getattr(self, n) != fields[n].default]
+            if inapplicable:
+                raise ValueError(f"`{min(inapplicable)}` belongs to `kind: openai`")
         return self
 
     @model_serializer(mode="wrap")
-    def _only_what_was_said(self, plain: SerializerFunctionWrapHandler) -> dict[str, Any]:
+    def _dump_applicable(self, plain: SerializerFunctionWrapHandler) -> dict[str, Any]:
         values = {"kind": "rules"} if self.kind == "rules" else plain(self)
         values.pop("calibration", None)
         return values if self.calibration is None else {**values, "calibration": self.calibration}

@@ -1,4 +1,4 @@
-"""Reads recipes: safe yaml, overrides, and one report of all faults."""
+"""Reads recipes from safe yaml with overrides, and reports all faults at once."""
 
 from __future__ import annotations
 
@@ -82,11 +82,11 @@ def _load(kind: type[T], path: Path, overrides: Sequence[str]) -> T:
     _anchor_paths(values, path.resolve().parent)
     for override in overrides:
         _apply(values, override)
-    read, invalid = _validated(kind, values, lines)
+    loaded, invalid = _validated(kind, values, lines)
     problems += invalid
-    if read is None or problems:
+    if loaded is None or problems:
         raise RecipeError(f"{path.name} has {_count(problems)}:\n  " + "\n  ".join(problems))
-    return read
+    return loaded
 
 
 def load_edit(overrides: Sequence[str]) -> Edit:
@@ -151,27 +151,27 @@ def _apply(values: dict[str, Any], override: str) -> None:
         value = parse_typed(text)
     except YamlError as error:
         raise RecipeError(f"--set {key}: {error}: {text}") from error
-    here = values
+    section = values
     for part in parts[:-1]:
-        inner = here.get(part)
+        inner = section.get(part)
         if not isinstance(inner, (dict, NoneType)):
             raise RecipeError(
                 f"--set {key}: the recipe gives `{part}` one value, without keys, which would be "
                 f"lost. Set all of `{part}`, as in `--set '{part}={{KEY: VALUE}}'`."
             )
-        here[part] = here = dict(inner or {})
-    if parts[-1] in {"path", "dataset"}:  # another origin: what belonged to the old one goes
-        for stale in set(Source.model_fields) - {"limit"}:
-            here.pop(stale, None)
-    here[parts[-1]] = value
+        section[part] = section = dict(inner or {})
+    if parts[-1] in {"path", "dataset"}:  # another origin: settings of the old one are removed
+        for field in set(Source.model_fields) - {"limit"}:
+            section.pop(field, None)
+    section[parts[-1]] = value
     branch: dict[str, Any] = {parts[-1]: value}
     for part in reversed(parts[:-1]):
         branch = {part: branch}
     _anchor_paths(branch, Path.cwd())
-    here[parts[-1]] = _at(branch, parts)
+    section[parts[-1]] = _value_at(branch, parts)
 
 
-def _at(branch: Any, parts: Sequence[str]) -> Any:
+def _value_at(branch: Any, parts: Sequence[str]) -> Any:
     for part in parts:
         branch = branch[part]
     return branch
@@ -180,15 +180,15 @@ def _at(branch: Any, parts: Sequence[str]) -> Any:
 def _anchor_paths(values: dict[str, Any], folder: Path) -> None:
     """Makes the local paths of a raw recipe absolute, in place; other values stay."""
     for key in ("model", "tokenizer"):
-        model = _letters(values.get(key))
+        model = _text_of(values.get(key))
         if isinstance(model, str) and _is_local(model, folder):
             values[key] = _anchored(model, folder)
     prompts = values.get("prompts")
     for source in prompts.values() if isinstance(prompts, dict) else ():
-        if isinstance(source, dict) and isinstance(path := _letters(source.get("path")), str):
+        if isinstance(source, dict) and isinstance(path := _text_of(source.get("path")), str):
             source["path"] = _anchored(path, folder)
     judge = values.get("judge")
-    if isinstance(judge, dict) and isinstance(file := _letters(judge.get("calibration")), str):
+    if isinstance(judge, dict) and isinstance(file := _text_of(judge.get("calibration")), str):
         judge["calibration"] = _anchored(file, folder)
     benchmarks = values.get("benchmarks")
     tasks = benchmarks.get("tasks") if isinstance(benchmarks, dict) else None
@@ -196,8 +196,8 @@ def _anchor_paths(values: dict[str, Any], folder: Path) -> None:
         benchmarks["tasks"] = [_anchored_task(task, folder) for task in tasks]
 
 
-def _letters(value: Any) -> Any:
-    """The letters of a scalar under a key that takes a text; a folder may be called 2024 or no."""
+def _text_of(value: Any) -> Any:
+    """The characters of a scalar whose key is a text: a folder may be called 2024 or no."""
     return value.text if isinstance(value, Plain) else value
 
 
@@ -219,27 +219,29 @@ def _is_local(model: str, folder: Path) -> bool:
 def _anchored(path: str, folder: Path) -> str:
     try:
         return str((folder / Path(path).expanduser()).resolve())
-    except (OSError, RuntimeError, ValueError):  # a NUL, or the home of nobody: refused when read
+    except (OSError, RuntimeError, ValueError):  # a NUL, or an unknown user: refused when read
         return path
 
 
 def _describe(errors: Sequence[Any], lines: dict[Where, int]) -> Iterator[str]:
-    """One sentence for each place that pydantic complains of; branches of a union are joined."""
+    """One sentence for each location of pydantic's errors; branches of a union are joined."""
     complaints: dict[Where, list[str]] = {}
-    shown: dict[Where, str] = {}
+    excerpts: dict[Where, str] = {}
     for problem in errors:
         where = _without_branches(tuple(problem["loc"]))
         complaints.setdefault(where, []).append(_complaint(problem, where))
-        shown[where] = _shown(problem)
-    for where, whats in complaints.items():
+        excerpts[where] = _excerpt(problem)
+    for where, descriptions in complaints.items():
         if any(other[: len(where)] == where != other for other in complaints):
-            continue  # a part of it is wrong, and that says more
+            continue  # errors of its parts are more specific
         line = next(
             (lines[where[:n]] for n in range(len(where), 0, -1) if where[:n] in lines), None
         )
-        at = f"line {line}: " if line is not None else ""
-        what = " or ".join([whats[0], *(other.removeprefix("must be ") for other in whats[1:])])
-        yield at + (f"`{dotted(where)}` " if where else "") + what + shown[where]
+        position = f"line {line}: " if line is not None else ""
+        description = " or ".join(
+            [descriptions[0], *(other.removeprefix("must be ") for other in descriptions[1:])]
+        )
+        yield position + (f"`{dotted(where)}` " if where else "") + description + excerpts[where]
 
 
 def _complaint(problem: Any, where: Where) -> str:
@@ -249,14 +251,16 @@ def _complaint(problem: Any, where: Where) -> str:
         return "is missing"
     if problem["type"] in {"model_type", "model_attributes_type", "dict_type"}:
         return "must be a mapping of keys to values"
-    what: str = problem["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
-    return what.replace("a valid tuple", "a list")
+    message: str = (
+        problem["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
+    )
+    return message.replace("a valid tuple", "a list")
 
 
-def _shown(problem: Any) -> str:
+def _excerpt(problem: Any) -> str:
     value = problem["input"]
     plain = isinstance(value, (str, int, float, bool, type(None)))
-    # "secret": what stands there may be a key, or hold a password
+    # "secret": the value may be a key, or contain a password
     if problem["type"] in {"extra_forbidden", "missing", "secret"} or not plain:
         return ""
     text = repr(value)

@@ -1,4 +1,4 @@
-"""The recipe itself, closed and frozen, with one docstring per field."""
+"""The recipe as a frozen model without further keys, with one docstring per field."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ class Recipe(Section):
         return self
 
     def published(self) -> dict[str, Any]:
-        """The recipe as plain values in which a local path is only its last name.
+        """The recipe as plain values in which local paths are reduced to their last part.
 
         Shown by cards and published folders; it does not depend on where files are stored.
         """
@@ -101,7 +101,7 @@ class Recipe(Section):
 
     @property
     def tunes(self) -> bool:
-        """Whether strengths or directions are to be found by gradients."""
+        """Whether strengths or directions are tuned by gradients."""
         return self.edit.strength == "auto" or self.directions.estimator == "tuned"
 
     @property

@@ -1,4 +1,4 @@
-"""What a recipe must not hold: recipes are published with the checkpoint."""
+"""Rejects secrets in recipes, which are published with the checkpoint."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def plain_url(value: str) -> str:
 
 
 def without_secrets(values: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Further settings as given.
+    """The settings unchanged, if none of them may be a secret.
 
     Raises:
         ValueError: if one of them, at any depth, is named or looks like a key or password. The
@@ -63,7 +63,7 @@ def without_secrets(values: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _leaves(values: Any, where: str = "") -> Iterator[tuple[str, Any]]:
-    """Every name at any depth with its value; of lists, the name that holds them."""
+    """Dotted name and value of every entry at any depth; items of a list have the list's name."""
     if isinstance(values, Mapping):
         for key, value in values.items():
             name = f"{where}.{key}" if where else str(key)

@@ -1,4 +1,4 @@
-"""What every section of a recipe is built on."""
+"""The base class and shared types of a recipe's sections."""
 
 from __future__ import annotations
 

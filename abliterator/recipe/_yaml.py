@@ -1,4 +1,4 @@
-"""YAML as recipes have it: what a plain scalar means is for the key that it stands under to say.
+"""Reads YAML of recipes; the type of its key decides how a plain scalar is read.
 
 YAML 1.1 and 1.2 read the same letters differently (`no`, `2e-2`, `010`, `1:30`, `2024-01-01`), and
 a revision of digits alone is still a text. So a plain scalar that could be more than a text keeps
@@ -37,7 +37,7 @@ _UNUSED = {  # of yaml: what no recipe needs
 
 
 class YamlError(ValueError):
-    """A text that is not yaml, or more of yaml than is read here; never leaves this package."""
+    """A text that is not yaml, or uses constructs not read here; caught within this package."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,9 +45,9 @@ class Plain:
     """A scalar without quotes that may be more than a text.
 
     Attributes:
-        text: its letters.
-        value: what it is where the key does not say.
-        clear: whether versions of yaml agree on that, or only YAML 1.2 reads more than a text.
+        text: its characters.
+        value: its value where the key has no type.
+        clear: whether all versions of yaml read this value, or only YAML 1.1 or 1.2.
     """
 
     text: str
@@ -56,7 +56,7 @@ class Plain:
 
 
 def parse(text: str) -> tuple[yaml.Node | None, Any]:
-    """The tree of a yaml text, which knows its lines, and its values; keys are always texts.
+    """The node tree of a yaml text, with line numbers, and its values; keys are always texts.
 
     Raises:
         YamlError: for what is not yaml, or has an alias or a tag.
@@ -69,9 +69,11 @@ def parse(text: str) -> tuple[yaml.Node | None, Any]:
         )
     try:
         for token in yaml.scan(text, Loader=yaml.BaseLoader):
-            if (what := _UNUSED.get(type(token))) is not None:
+            if (construct := _UNUSED.get(type(token))) is not None:
                 line = token.start_mark.line + 1
-                raise YamlError(f"line {line} has a yaml {what}; write the value out, in quotes")
+                raise YamlError(
+                    f"line {line} has a yaml {construct}; write the value out, in quotes"
+                )
         root = yaml.compose(text, Loader=yaml.BaseLoader)
         return root, None if root is None else _value(root)
     except RecursionError:
@@ -81,10 +83,10 @@ def parse(text: str) -> tuple[yaml.Node | None, Any]:
 
 
 def parse_typed(text: str) -> Any:
-    """The value that was typed on a command line: what begins with [, {, " or ' is yaml.
+    """The value of a command-line override: text that begins with [, {, " or ' is yaml.
 
-    Anything else is one scalar of exactly these letters, whatever yaml would make of `#`, `: `, a
-    leading `-`, `@` or line breaks.
+    Anything else is one scalar of exactly these characters, also with `#`, `: `, a leading `-`, `@`
+    or line breaks, which yaml would interpret.
 
     Raises:
         YamlError: for yaml that says more than its value, such as a comment, or no value at all.
@@ -98,14 +100,14 @@ def parse_typed(text: str) -> Any:
             return Plain(text, value.value, value.clear)
         return None if value is None else text
     root, value = parse(text)
-    if twice := [key for key, _ in duplicates(root)]:
-        raise YamlError(f"`{dotted(twice[0])}` is given twice")
+    if duplicate_keys := [key for key, _ in duplicates(root)]:
+        raise YamlError(f"`{dotted(duplicate_keys[0])}` is given twice")
     _require_all_used(text)
     return value
 
 
 def read_plain(text: str) -> Plain | str | None:
-    """What a scalar without quotes may be."""
+    """The value of a scalar without quotes; `Plain` where it may be more than a text."""
     if _NULL.fullmatch(text):
         return None
     if _BOOL.fullmatch(text):
@@ -120,7 +122,7 @@ def read_plain(text: str) -> Plain | str | None:
 
 
 def _number(text: str) -> int | float | None:
-    """The number that YAML 1.2 and Python read alike; None where it is none, or too big."""
+    """The number that both YAML 1.2 and Python read; None where there is none, or it is too big."""
     if _INT.fullmatch(text):
         base = {"0o": 8, "0x": 16}.get(text[:2], 10)
         return int(text, base) if len(text) < 1000 else None
@@ -147,28 +149,28 @@ def _key(node: yaml.Node) -> str:
 
 
 def _require_all_used(text: str) -> None:
-    """Raises YamlError for letters that yaml would leave out: comments, and folded line breaks."""
+    """Raises YamlError for characters that yaml would drop: comments and folded line breaks."""
     end = 0
     for token in sorted(
         yaml.scan(text, Loader=yaml.BaseLoader), key=lambda token: token.start_mark.index
     ):
-        first, last = token.start_mark, token.end_mark
-        if text[end : first.index].strip():
+        start, stop = token.start_mark, token.end_mark
+        if text[end : start.index].strip():
             raise YamlError("yaml reads a part of it as a comment; put the text in quotes")
         if isinstance(token, yaml.AnchorToken):
             raise YamlError("yaml reads a part of it as an anchor; put the text in quotes")
-        if isinstance(token, yaml.ScalarToken) and first.line != last.line:
+        if isinstance(token, yaml.ScalarToken) and start.line != stop.line:
             raise YamlError(r"a line break in quotes would be lost; write \n in double quotes")
-        end = max(end, last.index)
+        end = max(end, stop.index)
 
 
 def pairs(node: yaml.Node | None, where: Where = ()) -> Iterator[tuple[Where, yaml.Node]]:
     """Every key of a yaml tree with its path, duplicates included."""
     if isinstance(node, yaml.MappingNode):
         for key, value in node.value:
-            here = (*where, str(key.value))
-            yield here, key
-            yield from pairs(value, here)
+            path = (*where, str(key.value))
+            yield path, key
+            yield from pairs(value, path)
     elif isinstance(node, yaml.SequenceNode):
         for i, value in enumerate(node.value):
             yield (*where, i), value
@@ -185,31 +187,31 @@ def duplicates(root: yaml.Node | None) -> Iterator[tuple[Where, int]]:
 
 
 def dotted(where: Where) -> str:
-    """A path of keys as it is written after --set."""
+    """A path of keys in the dotted form of --set."""
     return ".".join(map(str, where))
 
 
 def resolve(kind: type[BaseModel], values: Any) -> tuple[Any, list[str]]:
-    """The values with every plain scalar as the type of its key reads it.
+    """The values with every plain scalar converted to the type of its key.
 
     Args:
         kind: the model that they are for.
         values: from `parse`, with `Plain` in them.
 
     Returns:
-        the values, and a complaint of each that no type decides and versions of yaml read apart.
+        the values, and an error for each scalar without a type on which versions of yaml differ.
     """
-    wanted: dict[int, set[str]] = {}
+    expected_types: dict[int, set[str]] = {}
     try:
         kind.model_validate(values)
     except ValidationError as error:
-        # nothing takes a `Plain`, so each one is complained of by all that could stand there
+        # no type accepts a `Plain`, so the errors of each list all types allowed there
         for problem in error.errors():
-            wanted.setdefault(id(problem["input"]), set()).add(problem["type"])
+            expected_types.setdefault(id(problem["input"]), set()).add(problem["type"])
     undecided = []
 
     def decided(plain: Plain, where: Where) -> Any:
-        types = wanted.get(id(plain), set())
+        types = expected_types.get(id(plain), set())
         if not plain.clear and (not types or types >= {"string_type", "bool_type"}):
             undecided.append(
                 f"`{dotted(where)}` is {plain.text}, which is not the same in all of yaml: write a "
@@ -220,16 +222,18 @@ def resolve(kind: type[BaseModel], values: Any) -> tuple[Any, list[str]]:
     return _replaced(values, decided), undecided
 
 
-def _as_type(plain: Plain, wanted: set[str]) -> Any:
-    """A plain scalar as one of the types that are wanted, else as it is without them."""
+def _as_type(plain: Plain, types: set[str]) -> Any:
+    """A plain scalar converted to one of the expected types, else to its default value."""
     number = plain.clear and not isinstance(plain.value, bool)
-    own = {"int_type", "float_type"} if number else {"bool_type"}
-    if number and "int_type" in wanted and "float_type" not in wanted and "e" in plain.text.lower():
+    matching = {"int_type", "float_type"} if number else {"bool_type"}
+    if number and "int_type" in types and "float_type" not in types and "e" in plain.text.lower():
         whole = isinstance(plain.value, float) and plain.value.is_integer()
         return int(plain.value) if whole else plain.value
-    if isinstance(plain.value, str) or (wanted & {"string_type", "path_type"} and not own & wanted):
+    if isinstance(plain.value, str) or (
+        types & {"string_type", "path_type"} and not matching & types
+    ):
         return plain.text
-    return plain.value if plain.clear or own & wanted else plain.text
+    return plain.value if plain.clear or matching & types else plain.text
 
 
 def _replaced(value: Any, change: Callable[[Plain, Where], Any], where: Where = ()) -> Any:
@@ -241,19 +245,19 @@ def _replaced(value: Any, change: Callable[[Plain, Where], Any], where: Where = 
 
 
 def no_texts(value: Any, where: Where = ()) -> Iterator[Where]:
-    """Where a text holds a NUL or half of a surrogate pair, as bytes that are not UTF-8 become."""
+    """Paths of texts with a NUL or half a surrogate pair, as bytes that are not UTF-8 become."""
     if isinstance(value, Mapping):
-        for key, inner in value.items():
-            yield from no_texts(inner, (*where, key))
+        for key, item in value.items():
+            yield from no_texts(item, (*where, key))
     elif isinstance(value, list):
-        for i, inner in enumerate(value):
-            yield from no_texts(inner, (*where, i))
+        for i, item in enumerate(value):
+            yield from no_texts(item, (*where, i))
     elif isinstance(value, str) and re.search("[\0\ud800-\udfff]", value):
         yield where
 
 
 def to_yaml(values: Any, *, flow: bool = False) -> str:
-    """Plain values as yaml from which `parse` makes the same values again."""
+    """Plain values as yaml that `parse` reads as the same values."""
     options: dict[str, Any] = {"default_flow_style": True, "width": 1 << 20} if flow else {}
     if not flow:
         options["allow_unicode"] = True
@@ -261,7 +265,7 @@ def to_yaml(values: Any, *, flow: bool = False) -> str:
 
 
 class _Dumper(yaml.SafeDumper):
-    """Quotes texts that YAML 1.2 would take for something else; 1.1's are quoted by PyYAML."""
+    """Quotes texts that YAML 1.2 would read as another type; 1.1's are quoted by PyYAML."""
 
 
 _Dumper.add_implicit_resolver(

@@ -1,8 +1,8 @@
 """Requests to a model behind OpenAI's protocol, and their replies as parsed values.
 
 Retries under one budget, a write-through cache of replies, structured output as strict as the
-server accepts it, one strict reader of JSON, and delimiters around text that is data. What is asked
-is known to `judge` and `pairs` alone.
+server accepts it, one strict reader of JSON, and delimiters around text that is data. The contents
+of requests are defined by `judge` and `pairs`.
 
     async with Session(settings, cache=Path("work/judge.sqlite")) as session:
         colour = await session.value(request, read=lambda text: one_object(text)["colour"])

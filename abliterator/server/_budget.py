@@ -29,7 +29,7 @@ class OutOfBudget(Exception):
 
 
 class Budget:
-    """Counts what was spent and what calls in flight may yet cost."""
+    """Calls and dollars spent, and reserved for calls in flight."""
 
     def __init__(self, settings: ServerSettings, *, calls: int, cost: float) -> None:
         self._settings = settings
@@ -41,14 +41,16 @@ class Budget:
 
     @property
     def seconds_left(self) -> float:
-        """Until the run's time is up."""
+        """Seconds until the run's time limit."""
         return self._deadline - monotonic()
 
     def require_time(self, seconds: float, *, to: str) -> None:
         """Raises OutOfBudget if the run has no such time left."""
         if seconds >= self.seconds_left:
             limit = self._settings.time_limit
-            raise OutOfBudget(f"{self._named('time_limit')} of {limit:g} s leaves no time to {to}")
+            raise OutOfBudget(
+                f"{self._key_name('time_limit')} of {limit:g} s leaves no time to {to}"
+            )
 
     @contextmanager
     def call(self, expected: float) -> Iterator[None]:
@@ -60,11 +62,11 @@ class Budget:
         settings = self._settings
         self.require_time(0, to="ask on")
         if settings.max_calls is not None and self.calls + self._in_flight >= settings.max_calls:
-            raise OutOfBudget(f"{self._named('max_calls')} of {settings.max_calls} is reached")
+            raise OutOfBudget(f"{self._key_name('max_calls')} of {settings.max_calls} is reached")
         planned = self.cost + self._reserved + expected
         if settings.max_usd is not None and planned > settings.max_usd:
             raise OutOfBudget(
-                f"{self._named('max_usd')} of {settings.max_usd:g} would be passed "
+                f"{self._key_name('max_usd')} of {settings.max_usd:g} would be passed "
                 f"({self.cost:.4f} spent)"
             )
         self._in_flight += 1
@@ -76,7 +78,7 @@ class Budget:
             self._reserved -= expected
 
     def spend(self, cost: float) -> None:
-        """Counts one call that was answered."""
+        """Counts one answered call and its dollars."""
         self.calls += 1
         self.cost += cost
 
@@ -100,6 +102,6 @@ class Budget:
         reply = next((x for x in limits if isinstance(x, int)), USUAL_OUTPUT)
         return (prompt * prices.input + reply * prices.output) / MILLION
 
-    def _named(self, field: str) -> str:
-        """A limit as the file names it that set it."""
+    def _key_name(self, field: str) -> str:
+        """A limit as the recipe's dotted key."""
         return f"`{self._settings.section}.{field}`"

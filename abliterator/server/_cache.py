@@ -26,20 +26,20 @@ _TABLE = """CREATE TABLE IF NOT EXISTS replies (
 
 
 class Reply(NamedTuple):
-    """A reply, and what the server reports of itself; token counts are 0 where it reports none."""
+    """A reply, and the server's metadata of it; token counts are 0 where it reports none."""
 
     text: str
     finish_reason: str | None = None
     model: str | None = None
     fingerprint: str | None = None
-    response_format: str | None = None  # how structured output was asked for
+    response_format: str | None = None  # how structured output was requested
     input_tokens: int = 0
     cached_tokens: int = 0
     output_tokens: int = 0
 
 
 class ReplyCache:
-    """Replies by key; `account` keeps the totals of several judges in one file apart."""
+    """Replies by key; totals are kept by `account`, since several judges may share a file."""
 
     def __init__(self, path: Path, *, account: str = "") -> None:
         self._account, self._path = account, path
@@ -54,7 +54,7 @@ class ReplyCache:
             self._db.execute(_TABLE)
 
     def get(self, key: str) -> Reply | None:
-        """The reply that was kept under a key; None where there is none, or its row was changed."""
+        """The reply stored under a key; None where there is none, or its row was changed."""
         query = "SELECT account, reply, cost FROM replies WHERE key = ?"
         with self._usable():
             row = self._db.execute(query, (key,)).fetchone()
@@ -67,7 +67,7 @@ class ReplyCache:
             return reply if sha256 in (None, _digest(key, account, reply, cost)) else None
 
     def put(self, key: str, reply: Reply, *, cost: float) -> None:
-        """Keeps a reply; on disk when this returns."""
+        """Stores a reply; it is on disk when this returns."""
         digest = _digest(key, self._account, reply, cost)
         text = json.dumps({**_stored(reply), "sha256": digest})
         row = (key, self._account, text, cost)

@@ -28,7 +28,7 @@ from urllib.parse import urljoin
 from abliterator.errors import ServerError
 from abliterator.server._budget import Budget
 from abliterator.server._cache import Reply
-from abliterator.server._read import mended
+from abliterator.server._read import without_surrogates
 from abliterator.server._request import Request
 from abliterator.server._secrets import origin, redacted
 
@@ -42,11 +42,11 @@ REFUSED_FIRST = 8  # calls refused with a status of their own, and none answered
 IN_A_ROW = 24  # failed calls, of all workers, without an answer between them: the server is down
 WAIT = (0.5, 20.0)  # seconds, first and longest, where the server names none
 PASSING = {408, 409, 425, 429}  # and 5xx: worth another try
-SETUP = {401, 402, 403, 404, 405}  # no other item would fare better
+SETUP = {401, 402, 403, 404, 405}  # errors that every other item would meet too
 TEXT_PARTS = {"text", "output_text"}
 RESPONSE_FORMATS = ("json_schema", "json_object", "none")  # the strictest first
 ABOUT_FORMAT = ("response_format", "json_schema", "json_object", "structured", "grammar", "schema")
-SHOWN = 300
+EXCERPT_CHARACTERS = 300  # of a server's text, quoted in a message
 
 
 class NoReply(Exception):
@@ -95,28 +95,28 @@ class Server:
 
         tries = 0
         while True:
-            used = self._format
+            format_index = self._format
             retry_after = None
             try:
                 with self._budget.call(self._budget.expected(request)):
-                    reply = await self._call(request, RESPONSE_FORMATS[used])
+                    reply = await self._call(request, RESPONSE_FORMATS[format_index])
             except APIStatusError as error:
-                if self._drop_format(error, used):
+                if self._drop_format(error, format_index):
                     continue
                 self._require_usable(error)
-                trouble, retry_after = f"status {error.status_code}", _retry_after(error)
+                failure, retry_after = f"status {error.status_code}", _retry_after(error)
             except (APIConnectionError, TimeoutError) as error:
                 if isinstance(error.__cause__, ServerError):  # of a hook of the client's
                     raise error.__cause__ from None
-                # before APIError, its parent: a broken connection says nothing of its own
-                trouble = type(error).__name__
+                # before APIError, its parent: a broken connection has no message of its own
+                failure = type(error).__name__
             except (APIError, ValueError) as error:
-                trouble = f"an unreadable body ({type(error).__name__})"
+                failure = f"an unreadable body ({type(error).__name__})"
             else:
                 self._failed_in_a_row, self._answered = 0, True
                 return reply
             tries += 1
-            await self._wait(tries, trouble, retry_after)
+            await self._wait(tries, failure, retry_after)
 
     async def _call(self, request: Request, response_format: str) -> Reply:
         from openai import Omit
@@ -132,42 +132,43 @@ class Server:
                 extra_headers={"OpenAI-Organization": Omit(), "OpenAI-Project": Omit()},
             )
         reply = _reply(completion, response_format)
-        for name in ("text", "finish_reason", "model", "fingerprint"):  # what a server words itself
+        for name in ("text", "finish_reason", "model", "fingerprint"):  # free text from the server
             if text := getattr(reply, name):
                 plain: dict[str, Any] = {name: redacted(text, self._settings)}
                 reply = reply._replace(**plain)
         return reply
 
     async def _refuse_other_origin(self, response: Any) -> None:
-        """Raises ServerError for a redirect to another server, which would get key and answers."""
+        """Raises ServerError for a redirect to another server, which would get key and texts."""
         if not response.has_redirect_location:
             return
-        here = self._settings.base_url
-        to = urljoin(str(response.request.url), response.headers["location"])
-        if origin(to) != origin(here):
+        base_url = self._settings.base_url
+        location = urljoin(str(response.request.url), response.headers["location"])
+        if origin(location) != origin(base_url):
             section = self._settings.section
+            other = self._excerpt("{}://{}".format(*origin(location)))
             raise ServerError(
-                f"The server {here} sends questions on to another, "
-                f"{self._shown('{}://{}'.format(*origin(to)))}, which was not asked to see them. "
-                f"Check `{section}.base_url`; if you trust the other one, name it there."
+                f"The server {base_url} sends questions on to another, {other}, which was not "
+                f"asked to see them. Check `{section}.base_url`; if you trust the other one, name "
+                "it there."
             )
 
-    def _drop_format(self, error: APIStatusError, used: int) -> bool:
+    def _drop_format(self, error: APIStatusError, format_index: int) -> bool:
         """Whether the server refused the response format, and a plainer one can be tried."""
         about_format = any(word in _message(error).lower() for word in ABOUT_FORMAT)
         if error.status_code not in (400, 415, 422, 501) or not about_format:
             return False
-        if not self._may_drop or used + 1 >= len(RESPONSE_FORMATS):
+        if not self._may_drop or format_index + 1 >= len(RESPONSE_FORMATS):
             return False
-        self._format = max(self._format, used + 1)
+        self._format = max(self._format, format_index + 1)
         return True
 
     def _require_usable(self, error: APIStatusError) -> None:
-        """Raises ServerError or NoReply where another try would be answered alike."""
+        """Raises ServerError or NoReply for an error that a retry would meet again."""
         status = error.status_code
         if status in PASSING or status >= 500:
             return
-        refusal = f"{status}: {self._shown(_message(error))}"
+        refusal = f"{status}: {self._excerpt(_message(error))}"
         settings, section = self._settings, self._settings.section
         if status in SETUP:
             raise ServerError(
@@ -184,30 +185,30 @@ class Server:
             ) from None
         raise NoReply(f"refused with {refusal}") from None
 
-    async def _wait(self, tries: int, trouble: str, retry_after: float | None) -> None:
+    async def _wait(self, tries: int, failure: str, retry_after: float | None) -> None:
         """Waits before the next try: a growing back-off, or longer where the server asks for it."""
-        self._count_failure(trouble)
+        self._count_failure(failure)
         if tries >= TRIES:
-            raise NoReply(f"{trouble}, {tries} times")
+            raise NoReply(f"{failure}, {tries} times")
         first, longest = WAIT
         backoff = min(longest, first * 2 ** (tries - 1)) * random.uniform(0.75, 1.0)
         delay = max(backoff, retry_after or 0.0)
-        self._budget.require_time(delay, to=f"wait {delay:.0f} s after {trouble}")
+        self._budget.require_time(delay, to=f"wait {delay:.0f} s after {failure}")
         await asyncio.sleep(delay)
 
-    def _count_failure(self, trouble: str) -> None:
+    def _count_failure(self, failure: str) -> None:
         self._failed_in_a_row += 1
         if self._failed_in_a_row >= max(IN_A_ROW, 2 * self._settings.concurrency):
             raise ServerError(
                 f"The server {self._settings.base_url} failed {self._failed_in_a_row} calls in a "
-                f"row, the last with {trouble}. Check that it runs and serves "
+                f"row, the last with {failure}. Check that it runs and serves "
                 f"`{self._settings.model}`; what was answered is kept, and the same command goes "
                 "on from there."
             ) from None
 
-    def _shown(self, text: str) -> str:
+    def _excerpt(self, text: str) -> str:
         """A server's text on one line, short, and without the key should it echo it."""
-        return redacted(" ".join(text.split()), self._settings)[:SHOWN]
+        return redacted(" ".join(text.split()), self._settings)[:EXCERPT_CHARACTERS]
 
 
 def _message(error: APIStatusError) -> str:
@@ -217,8 +218,8 @@ def _message(error: APIStatusError) -> str:
     """
     body = error.body
     if isinstance(body, dict):
-        known = (body.get(key) for key in ("message", "detail"))
-        return next((text for text in known if text and isinstance(text, str)), json.dumps(body))
+        texts = (body.get(key) for key in ("message", "detail"))
+        return next((text for text in texts if text and isinstance(text, str)), json.dumps(body))
     return body if isinstance(body, str) and body else error.message
 
 
@@ -233,7 +234,7 @@ def _format(response_format: str, request: Request) -> dict[str, Any]:
 
 
 def key_of(settings: ServerSettings) -> str:
-    """The key out of the environment; a stand-in for a server that wants none.
+    """The API key from the environment; the placeholder "none" where no key is needed.
 
     Raises:
         ServerError: if the variable that the recipe names is not set.
@@ -285,7 +286,7 @@ def _reply(completion: Any, response_format: str) -> Reply:
 
 
 def _text(value: object) -> str | None:
-    return mended(value) if isinstance(value, str) else None
+    return without_surrogates(value) if isinstance(value, str) else None
 
 
 def _content(value: object) -> str:

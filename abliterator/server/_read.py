@@ -1,4 +1,4 @@
-"""Strict reading of a reply that should be one JSON object, alike for every server and format."""
+"""Strict reading of a reply that should be one JSON object, for every server and format."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def without_thinking(reply: str) -> str:
     return text
 
 
-def mended(value: Any) -> Any:
+def without_surrogates(value: Any) -> Any:
     r"""A JSON value whose texts have U+FFFD for half a surrogate pair, which no file can hold.
 
     JSON allows "\ud800" alone; a model that breaks an emoji in two writes it.
@@ -36,20 +36,20 @@ def mended(value: Any) -> Any:
     if isinstance(value, str):
         return value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
     if isinstance(value, dict):
-        return {mended(key): mended(inner) for key, inner in value.items()}
-    return [mended(inner) for inner in value] if isinstance(value, list) else value
+        return {without_surrogates(key): without_surrogates(inner) for key, inner in value.items()}
+    return [without_surrogates(inner) for inner in value] if isinstance(value, list) else value
 
 
 def objects(text: str) -> Iterator[Mapping[str, Any]]:
-    """Every outermost JSON object in a text, fences and words around them aside.
+    """Every outermost JSON object in a text; code fences and words around them are skipped.
 
-    One that is not whole ends the reading: what is quoted before a cut-off object would otherwise
-    pass for the model's own.
+    An incomplete object is an error: an object quoted before it would otherwise be read as the
+    model's own.
 
     Raises:
         InvalidReply: at broken JSON, a key given twice, or a number that is none.
     """
-    decoder = json.JSONDecoder(object_pairs_hook=_once, parse_constant=_no_constant)
+    decoder = json.JSONDecoder(object_pairs_hook=_unique_keys, parse_constant=_no_constant)
     start = text.find("{")
     while start >= 0:
         try:
@@ -59,11 +59,11 @@ def objects(text: str) -> Iterator[Mapping[str, Any]]:
         except (ValueError, RecursionError):  # ValueError: no JSON, or a number too long
             raise InvalidReply("broken JSON") from None
         if isinstance(value, dict):
-            yield mended(value)
+            yield without_surrogates(value)
         start = text.find("{", end)
 
 
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len({key for key, _ in pairs}) < len(pairs):
         raise InvalidReply("a key given twice")
     return dict(pairs)

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from abliterator.recipe import ServerSettings
 
 MASK = "[key]"
-SHARED = 12  # consecutive characters of a key, or of a form of it, that give it away
+SHARED = 12  # consecutive characters of a key, or of an encoding of it, that are masked
 
 
 def redacted(text: str, settings: ServerSettings) -> str:
@@ -64,9 +64,9 @@ def _forms(key: str) -> Iterator[str]:
     data = key.encode()
     yield key
     if len(key) < SHARED:
-        return  # of a short key, another form may stand in any text
+        return  # encodings of a short key may occur in any text
     yield from (key[::-1], quote(key, safe=""), data.hex(), data.hex().upper())
-    for offset in range(3):  # what stands before the key shifts its base64 by 0, 1 or 2 bytes
+    for offset in range(3):  # text before the key shifts its base64 by 0, 1 or 2 bytes
         for encode in (base64.b64encode, base64.urlsafe_b64encode):
             text = encode(b"\0" * offset + data).decode().rstrip("=")
             yield text[(0, 2, 3)[offset] :]

@@ -1,4 +1,4 @@
-"""One run of questions to a server: through the cache, within the budget, until they are read."""
+"""Requests of one run to a server: cached, within a budget, repeated until a reply is valid."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ T = TypeVar("T")
 
 
 class Unanswered(Exception):
-    """A question that got no valid reply in all its attempts; the message says why."""
+    """A request that got no valid reply in all its attempts; the message says why."""
 
 
 @dataclass
 class Usage:
-    """What a session spent, and what its server reports of itself."""
+    """Calls and dollars that a session spent, and what its server reports of itself."""
 
     calls: int = 0
     cost: float = 0.0
@@ -49,12 +49,12 @@ class Usage:
 
 
 class Session:
-    """Questions to one server.
+    """Requests to one server.
 
     Args:
         settings: the server, and what may be spent on it.
         cache: SQLite file of replies; the same file makes a run go on where it stopped.
-        account: keeps what several judges spend in one file apart.
+        account: name under which calls and dollars are counted, where judges share a file.
     """
 
     def __init__(self, settings: ServerSettings, *, cache: Path, account: str = "") -> None:
@@ -74,18 +74,18 @@ class Session:
         await self._server.__aexit__()
 
     async def value(self, request: Callable[[int], Request], read: Callable[[str], T]) -> T:
-        """Parses the reply to a request with `read`; an invalid reply is asked for again.
+        """The parsed reply to a request; the request is repeated where `read` rejects the reply.
 
         Args:
-            request: the request of an attempt, from 0; every attempt words it a little differently.
-            read: raises InvalidReply for a reply that is not what was asked for.
+            request: the request of an attempt, from 0; attempts differ in their delimiter.
+            read: parses a reply; raises InvalidReply for one that is not as expected.
 
         Raises:
             Unanswered: if no attempt got a valid reply.
             OutOfBudget: if a limit would be passed.
             ServerError: if the server cannot be used at all.
         """
-        why = ""
+        problem = ""
         for attempt in range(1 + self._settings.retries):
             try:
                 return read(await self._text(request(attempt)))
@@ -93,8 +93,8 @@ class Session:
                 raise Unanswered(f"no reply ({error})") from None
             except InvalidReply as error:
                 self.usage.invalid += 1
-                why = str(error)
-        raise Unanswered(f"{1 + self._settings.retries} invalid replies, the last: {why}")
+                problem = str(error)
+        raise Unanswered(f"{1 + self._settings.retries} invalid replies, the last: {problem}")
 
     async def _text(self, request: Request) -> str:
         key = request.key(self._settings)

@@ -13,7 +13,7 @@ import yaml
 
 
 class Mark(NamedTuple):
-    """A mark in a text: where it stands, and what it opens or closes."""
+    """A mark in a text: its position, and the block that it opens or closes."""
 
     start: int
     end: int
@@ -28,9 +28,9 @@ class Channels:
     """A format of messages in channels.
 
     Attributes:
-        begins: what a reply of this format has in its text.
-        control: a control token that no other reply has.
-        header: how a message begins, with a group `channel`; or how one ends.
+        begins: pattern in the text of every reply of this format.
+        control: a control token that only this format has.
+        header: pattern of a message's beginning, with a group `channel`, or of its end.
         answer: the channel of the answer.
     """
 
@@ -42,7 +42,7 @@ class Channels:
 
 @dataclass(frozen=True)
 class Remnant:
-    """What begins a reply that was decoded without control tokens, and what precedes its answer."""
+    """Beginnings of a reply decoded without control tokens, and the text before its answer."""
 
     begins: re.Pattern[str]
     answer: str | None
@@ -53,11 +53,11 @@ class Formats:
     """All formats.
 
     Attributes:
-        pattern: finds any mark.
-        literals: by the text of a mark that is no tag, what it means.
-        wrappers: what an answer may stand in: its beginning, its end.
+        pattern: matches any mark.
+        literals: marks that are no tags, by their text.
+        wrappers: pairs of marks that may enclose an answer.
         channels: formats of messages.
-        remnants: what is left of marks where control tokens were dropped.
+        remnants: rests of marks in texts whose control tokens were dropped.
         firsts: the texts of marks with which a reply, or the answer after its thinking, begins.
     """
 
@@ -112,7 +112,7 @@ def formats() -> Formats:
 def _in_brackets(
     brackets: Iterable[tuple[str, str]], names: Iterable[str]
 ) -> Iterator[tuple[str, Mark]]:
-    """Every name in every pair of brackets; the first pair of those that share an end names it."""
+    """Marks of every name in every pair of brackets; pairs that share an end are one block."""
     for name in names:
         ends: dict[str, str] = {}
         for begin, end in brackets:

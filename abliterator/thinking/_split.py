@@ -13,12 +13,12 @@ _UNFINISHED_TAG = re.compile(r"\s*[<\[◁][^\s>\]▷]*\Z")
 
 
 class Split(NamedTuple):
-    """A reply in two.
+    """The thinking and the answer of a reply.
 
     Attributes:
-        thinking: what comes before the answer, marks and all; "" where nothing is thought.
-        answer: what the user reads; "" where the reply ends before there is an answer.
-        is_known: whether it is known where the thinking ends; if not, `answer` is "".
+        thinking: the text before the answer, with its marks; "" without thinking.
+        answer: the text for the user; "" where the reply ends before it.
+        is_known: whether the end of the thinking is known; if not, `answer` is "".
     """
 
     thinking: str
@@ -27,12 +27,12 @@ class Split(NamedTuple):
 
 
 class Opened(NamedTuple):
-    """What the prompt leaves open where a reply begins.
+    """The state of the prompt's last block or message where a reply begins.
 
     Attributes:
-        block: the thinking that it has begun, or None.
-        channel: the channel whose message it has begun, or None.
-        is_closed: whether it has begun thinking and ended it.
+        block: the thinking block that the prompt opened, or None.
+        channel: the channel of the message that the prompt began, or None.
+        is_closed: whether the prompt opened thinking and closed it.
     """
 
     block: str | None = None
@@ -41,7 +41,7 @@ class Opened(NamedTuple):
 
 
 class _Parts(NamedTuple):
-    """Spans of a text that belong to the answer; all else is thinking, or marks."""
+    """Spans of the answer in a text; the rest is thinking and marks."""
 
     spans: list[tuple[int, int]]
 
@@ -78,8 +78,8 @@ def split_text(
         return split
     split = _by_blocks(text, table, opened_here, control or (), is_cut=is_cut)
     if split.thinking or opened_here.is_closed:
-        split = _unwrapped(split, table, is_cut=is_cut)
-    return _begun(split, table) if is_cut else split
+        split = _without_wrapper(split, table, is_cut=is_cut)
+    return _without_unfinished_mark(split, table) if is_cut else split
 
 
 def _by_channel(text: str, channels: Channels, channel: str | None) -> Split:
@@ -120,7 +120,7 @@ def _by_blocks(
     spans: list[tuple[int, int]] = []
     fences = [match.span() for match in _FENCE.finditer(text)]
     block, position, opening = opened.block, 0, None
-    mentioned: dict[str, int] = {}
+    mention_ends: dict[str, int] = {}
     for mark in table.marks(text):
         is_control = any(token in text[mark.start : mark.end] for token in control)
         if block is not None:
@@ -131,8 +131,8 @@ def _by_blocks(
                 spans.append((position, mark.start))
                 block, opening = mark.block, (mark, is_control)
             else:
-                mentioned[mark.block] = mark.end
-        elif not mark.paired and (is_control or not _mentions(text, mark, mentioned, fences)):
+                mention_ends[mark.block] = mark.end
+        elif not mark.paired and (is_control or not _mentions(text, mark, mention_ends, fences)):
             spans, position = [], mark.end
     if block is None:
         spans.append((position, len(text)))
@@ -144,7 +144,7 @@ def _by_blocks(
 
 
 def _leads(text: str, mark: Mark, position: int, fences: list[tuple[int, int]]) -> bool:
-    """Whether nothing stands before a mark on its line, or in the reply where the mark is words."""
+    """Whether a mark begins its line; a mark of words must begin the reply."""
     if mark.leads:
         return not text[: mark.start].strip()
     line = max(position, text.rfind("\n", 0, mark.start) + 1)
@@ -152,10 +152,10 @@ def _leads(text: str, mark: Mark, position: int, fences: list[tuple[int, int]]) 
 
 
 def _mentions(
-    text: str, mark: Mark, mentioned: dict[str, int], fences: list[tuple[int, int]]
+    text: str, mark: Mark, mention_ends: dict[str, int], fences: list[tuple[int, int]]
 ) -> bool:
-    """Whether an answer writes of a closing mark: quoted, in code, or on the line of its pair."""
-    opening = mentioned.get(mark.block)
+    """Whether an answer only mentions a closing mark: quoted, in code, or beside its pair."""
+    opening = mention_ends.get(mark.block)
     after_pair = opening is not None and "\n" not in text[opening : mark.start]
     return after_pair or _within(mark, fences) or _is_quoted(text, mark, "`\"'“‘«")
 
@@ -175,8 +175,8 @@ def _is_quoted(text: str, mark: Mark, quotes: str) -> bool:
     return before != "" and before in quotes and closing[before] == after
 
 
-def _unwrapped(split: Split, table: Formats, *, is_cut: bool) -> Split:
-    """Without the marks between which the answer stands after its thinking."""
+def _without_wrapper(split: Split, table: Formats, *, is_cut: bool) -> Split:
+    """Removes the marks that enclose an answer after its thinking."""
     for begin, end in table.wrappers:
         if (match := begin.match(split.answer)) is None:
             continue
@@ -189,8 +189,8 @@ def _unwrapped(split: Split, table: Formats, *, is_cut: bool) -> Split:
     return split
 
 
-def _begun(split: Split, table: Formats) -> Split:
-    """A reply that was cut within its first mark, or the first after its thinking: no answer."""
+def _without_unfinished_mark(split: Split, table: Formats) -> Split:
+    """Counts an answer that is only the beginning of a mark as thinking; for replies cut there."""
     start = split.answer.strip().rstrip("\ufffd")  # the bytes of half a character
     if any(mark.startswith(start) for mark in table.firsts) or _UNFINISHED_TAG.match(start):
         return Split(split.thinking + split.answer, "")

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 TAIL = 96  # tokens of a prompt in which its template can have begun the reply
 ANSWER = "content"  # the field of a response template that is the answer
 NO_THINKING = {ANSWER, "tool_calls"}  # its fields that may be all there are
-# What stands in a template between the token that begins a reply and the thinking: who speaks.
+# The role that a template writes between the token that begins a reply and the thinking.
 _ROLE = re.compile(r"\s*\w*:?\s*")
 
 
@@ -34,7 +34,7 @@ class Splitter:
         self._tokenizer = tokenizer
 
     def split(self, prompt: Sequence[int], reply: Sequence[int], *, is_cut: bool) -> Split:
-        """The reply in two.
+        """Splits generated tokens into thinking and answer.
 
         Args:
             prompt: token ids of the rendered prompt, in which the template may have begun the
@@ -46,12 +46,12 @@ class Splitter:
             The thinking with its control tokens, and the answer without any. A reply without
             thinking is all answer, decoded as a whole.
         """
-        marked, control = self._decoded(reply), self._control_in(reply)
-        thinking, rest, opened = "", marked, self.opened_by(prompt)
-        if (parsed := self._parsed(prompt, marked, is_cut=is_cut)) is not None:
+        text, control = self._decoded(reply), self._control_in(reply)
+        thinking, rest, opened = "", text, self.opened_by(prompt)
+        if (parsed := self._parsed(prompt, text, is_cut=is_cut)) is not None:
             thinking, rest = parsed
             if not rest.strip():
-                return Split(marked, "")
+                return Split(text, "")
             if self._knows_thinking:
                 opened = Opened(is_closed=True)
         split = split_text(rest, opened=opened, control=control, is_cut=is_cut)
@@ -64,10 +64,10 @@ class Splitter:
         return Split(thinking + split.thinking, answer)
 
     def first_token(self, reply: Sequence[int], split: Split) -> int:
-        """Where the answer of a reply begins, in tokens; at its end where it has no answer.
+        """Index of the first token of the answer; the reply's length where there is no answer.
 
-        At the first token with a word of the answer: line breaks after the thinking are part of
-        neither. Of an answer with thinking within it, where its last part begins.
+        The first token with a word of the answer: line breaks after the thinking are part of
+        neither. Where an answer has thinking within it, its last part counts.
         """
 
         def text_from(start: int) -> str:
@@ -80,14 +80,14 @@ class Splitter:
             return len(reply)
         # the later the start, the less text is left: the last start that leaves all of the answer
         starts = range(len(reply))
-        return bisect_left(starts, True, key=lambda at: answer not in text_from(at)) - 1
+        return bisect_left(starts, True, key=lambda start: answer not in text_from(start)) - 1
 
     def opened_by(self, prompt: Sequence[int]) -> Opened:
-        """What a rendered prompt leaves open where the reply begins.
+        """The thinking block or channel that a rendered prompt opened for the reply.
 
-        What a user writes opens nothing: after it, the template begins the reply. A mark opens a
-        thought if it ends the prompt, or if it begins the reply and words follow that the template
-        puts in the model's mouth.
+        Text of the user opens nothing, since the template begins the reply after it. A mark opens a
+        thought if it ends the prompt, or if it begins the reply and is followed only by words of
+        the template.
         """
         text = self._decoded(prompt[-TAIL:])
         for channels in formats().channels:
@@ -109,7 +109,7 @@ class Splitter:
         return Opened(mark.block)
 
     def _begins_a_reply(self, before: str, after: str) -> bool:
-        """Whether a mark stands where a reply begins, and no other turn begins after it."""
+        """Whether a mark begins a reply, and no other turn begins after it."""
         ends = [before.rfind(token) + len(token) for token in self._added if token in before]
         is_first = _ROLE.fullmatch(before[max(ends, default=0) :]) is not None
         return is_first and not self._has_added(after)
@@ -150,7 +150,7 @@ class Splitter:
 
     @cached_property
     def _added(self) -> list[str]:
-        """Tokens beside those that text is made of: what templates are written with."""
+        """Added tokens, which templates use, beside those of ordinary text."""
         added = (token.content for token in self._tokenizer.added_tokens_decoder.values())
         return [token for token in added if token.strip(" \n\t▁")]
 
@@ -158,8 +158,8 @@ class Splitter:
     def _control(self) -> dict[int, str]:
         """Tokens that are dropped from text."""
         added = self._tokenizer.added_tokens_decoder
-        named = self._tokenizer.all_special_ids
-        texts = {i: str(self._tokenizer.convert_ids_to_tokens(i)) for i in named}
+        special_ids = self._tokenizer.all_special_ids
+        texts = {i: str(self._tokenizer.convert_ids_to_tokens(i)) for i in special_ids}
         return texts | {i: token.content for i, token in added.items() if token.special}
 
     def _control_in(self, tokens: Sequence[int]) -> set[str]:

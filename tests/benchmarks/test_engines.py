@@ -5,11 +5,12 @@ from __future__ import annotations
 import pytest
 
 from abliterator.benchmarks import require_engine
-from abliterator.benchmarks._server import require_server
+from abliterator.benchmarks._server import require_server, served_model
 from abliterator.errors import BenchmarkError
 from abliterator.recipe import BenchmarkEngine
 from tests.benchmarks.toy import run, server_engine
 from tests.helpers.completions_server import CompletionsServer
+from tests.helpers.judge_server import JudgeServer
 
 
 @pytest.mark.parametrize(
@@ -60,3 +61,10 @@ def test_a_server_gives_the_numbers_of_the_model_in_process(
             assert ours.gold_loglik == pytest.approx(theirs.gold_loglik, abs=1e-4)
             exact = {"gold_loglik": None}
             assert ours.model_copy(update=exact) == theirs.model_copy(update=exact)
+
+
+def test_a_benchmark_server_is_not_followed_elsewhere(sends_on):
+    with JudgeServer() as other:
+        url = sends_on(f"{other.url}/models", 302)
+        with pytest.raises(BenchmarkError, match="another server"):
+            served_model(url)

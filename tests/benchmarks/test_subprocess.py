@@ -171,3 +171,25 @@ def test_a_task_can_have_settings_of_its_own(plain, recipe):
     (task,) = resolve_tasks([request], folder=recipe)
     found = run(plain, [task], batch_size=7, limit=9)["toy_choice"]
     assert (found.n, found.settings["chat_template"], found.settings["num_fewshot"]) == (3, True, 1)
+
+
+def test_benchmark_scores_that_were_changed_are_not_kept(tmp_path):
+    """They are kept one by one, before their stage is done."""
+    scores = {
+        "task": "facts",
+        "metric": "acc",
+        "n": 1,
+        "higher_is_better": True,
+        "scores": [],
+        "settings": {},
+    }
+    kept = _subprocess._sealed("key", scores)
+    (tmp_path / "facts.json").write_text(json.dumps(kept))
+    assert _subprocess._read(tmp_path, "facts", "key").n == 1
+    assert _subprocess._read(tmp_path, "facts", "other") is None
+    for damage in ({"scores": {**scores, "n": 2}}, {"sha256": "0"}, {"key": "other"}):
+        (tmp_path / "facts.json").write_text(json.dumps({**kept, **damage}))
+        assert _subprocess._read(tmp_path, "facts", "key") is None
+    for text in ("", "[]", "{}", '{"key": "key"}', "\x00"):
+        (tmp_path / "facts.json").write_text(text)
+        assert _subprocess._read(tmp_path, "facts", "key") is None

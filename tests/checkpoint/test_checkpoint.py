@@ -9,9 +9,11 @@ import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from safetensors import deserialize
@@ -28,6 +30,7 @@ from abliterator.files import (
     write_fully,
     write_text_atomic,
 )
+from tests.helpers.seams import copy_in_chunks
 
 SHAPES = {
     "embed": ("BF16", [7, 4]),
@@ -288,7 +291,7 @@ def test_without_the_kernels_copy_the_bytes_are_the_same(single, tmp_path, monke
         monkeypatch.delattr(os, "copy_file_range")
     else:
         monkeypatch.setattr(os, "copy_file_range", refuse)
-    monkeypatch.setattr("abliterator.files._write._CHUNK", 5)
+    copy_in_chunks(monkeypatch, 5)
     test_only_the_edited_tensors_differ(single, tmp_path)
 
 
@@ -349,7 +352,8 @@ def test_a_full_disk_says_how_much_is_needed(single, tmp_path, monkeypatch, call
 
 def test_too_small_a_disk_is_met_before_the_work(single, tmp_path, monkeypatch):
     base = Checkpoint.open(single)
-    monkeypatch.setattr("abliterator.files._write.free_bytes", lambda _: base.total_bytes - 1)
+    usage = SimpleNamespace(free=base.total_bytes - 1)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
     touched = []
     with pytest.raises(FileError, match=f"bytes, {base.total_bytes - 1:,} are free"):
         patch_all(base, tmp_path / "out", EDITED, lambda info, _: touched.append(info.name))

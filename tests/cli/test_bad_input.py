@@ -2,9 +2,11 @@
 
 import json
 import resource
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -25,8 +27,6 @@ rollouts: {{max_new_tokens: 4}}
 @pytest.fixture
 def project(tmp_path, tiny_folder, monkeypatch):
     """A working folder with prompts, a model that may be damaged, and a recipe."""
-    import shutil
-
     monkeypatch.chdir(tmp_path)
     shutil.copytree(tiny_folder("llama", dtype=torch.bfloat16, shard_size="30KB"), "sharded")
     shutil.copytree(tiny_folder("llama", dtype=torch.bfloat16), "model")
@@ -141,9 +141,7 @@ def test_activations_that_are_nan(project):
 
 
 def test_no_room_on_the_disk(project, monkeypatch):
-    from abliterator.pipeline import _plan
-
-    monkeypatch.setattr(_plan, "free_bytes", lambda path: 1000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
     refused("GB free")
 
 

@@ -11,7 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from abliterator.engines import AnswerPath, TransformersEngine, _logits
+from abliterator.engines import AnswerPath, TransformersEngine
 from abliterator.errors import GenerationError, OutputError
 from abliterator.evaluation import (
     DivergenceSettings,
@@ -25,6 +25,7 @@ from abliterator.evaluation import (
 )
 from abliterator.evaluation._kl import top1_agreement
 from abliterator.model import load_model, render_chat
+from tests.helpers.seams import limit_logit_batches
 from tests.helpers.tiny import VOCABULARY
 
 
@@ -174,7 +175,7 @@ def test_a_path_ends_before_the_last_token_that_is_predicted():
 def test_every_position_is_what_whole_forward_passes_say(
     tiny_loaded, paths, tmp_path, monkeypatch, family, batch_bytes
 ):
-    monkeypatch.setattr(_logits, "BATCH_BYTES", batch_bytes)
+    limit_logit_batches(monkeypatch, batch_bytes)
     base = tiny_loaded(family)
     layers = "model.layers.0.mlp.down_proj" if family == "llama" else "transformer.h.0.mlp.c_proj"
     edited = changed(base, lambda model: model.get_submodule(layers).weight.mul_(-1))
@@ -206,7 +207,7 @@ def test_a_model_against_itself_is_exactly_zero_along_its_answers(
 
 
 def test_never_more_than_one_batch_of_logits_is_made(tiny_loaded, paths, tmp_path, monkeypatch):
-    monkeypatch.setattr(_logits, "BATCH_BYTES", 2 * 4 * VOCABULARY * 4)  # two rows of 4 positions
+    limit_logit_batches(monkeypatch, 2 * 4 * VOCABULARY * 4)  # two rows of 4 positions
     loaded = tiny_loaded("llama")
     seen = []
     handle = loaded.model.lm_head.register_forward_hook(lambda m, a, out: seen.append(out.numel()))

@@ -17,16 +17,12 @@ from abliterator.cli import main
 from abliterator.errors import JudgeError
 from abliterator.files import as_lines, read_lines, write_text_atomic
 from abliterator.judge import load_labelled
-from abliterator.judge._parse import parse
-from abliterator.pairs import WORDS, Candidate, require_ours, save_pairs
-from abliterator.pairs._make import Made
-from abliterator.pairs._questions import read_pairs
+from abliterator.pairs import WORDS, Candidate, Made, require_ours, save_pairs
 from abliterator.pipeline.stages.prompts import PromptSets
 from abliterator.prompts import PromptSet, load_prompts
 from abliterator.recipe import PairsSpec, Source
 from abliterator.record import Completion, Verdict
 from abliterator.server import Reply, ReplyCache
-from abliterator.server._read import mended, objects
 
 SEPARATORS = "a\u2028b\u2029c\x85d\x0be\x0cf\x1cg\x1dh\x1ei\rj\r\nk\0l\x7fm\ufeffn\u00a0o\U0001f600"
 texts = st.text(st.characters(exclude_categories=["Cs"]))
@@ -133,31 +129,6 @@ def test_pairs(place, one, other):
     assert [(row["side"], row["prompt"]) for row in rows] == [("target", one), ("contrast", other)]
     assert rows[0]["served_model"] == other
     require_ours(place, spec())
-
-
-anything = st.text(st.characters() | st.characters(categories=["Cs"]))
-
-
-@given(anything)
-@example("\ud83d\ude00 \ud83d")
-def test_half_a_character_in_a_reply_is_mended(text):
-    """A verdict stays a verdict, and can be written."""
-    labels = {"compliance": "complied", "coherence": "coherent"}
-    for escaped in (True, False):
-        reply = json.dumps({"reason": text, **labels}, ensure_ascii=escaped)
-        found = parse(reply)
-        assert found.compliance == 1.0
-        "".join(found.reasons).encode()
-        (value,) = objects(json.dumps({"pairs": [{"target": text, text: 1}]}, ensure_ascii=escaped))
-        json.dumps(value, ensure_ascii=False).encode()
-    try:
-        whole = text.encode()
-    except UnicodeEncodeError:
-        assert "\ufffd" in mended(text) or "\U0001f600" in mended(text)
-    else:
-        assert mended(text).encode() == whole
-    for pair in read_pairs(json.dumps({"target": f"a{text}", "contrast": f"b{text}"})):
-        "".join(pair).encode()
 
 
 def test_separators_pass_through_a_whole_run(tmp_path, tiny_folder, monkeypatch):

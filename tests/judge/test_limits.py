@@ -9,7 +9,6 @@ import pytest
 from abliterator.errors import JudgeError, ServerError
 from abliterator.recipe import Prices
 from abliterator.server import ReplyCache
-from abliterator.server import _http as server_module
 from tests.helpers.judge_server import JudgeServer
 from tests.judge.asking import EXPECTED, KEY, answers, grades, judged
 
@@ -20,7 +19,7 @@ def test_a_long_retry_after_is_waited_for(tmp_path, monkeypatch):
     async def sleep(seconds, *_):
         slept.append(seconds)
 
-    monkeypatch.setattr(server_module.asyncio, "sleep", sleep)
+    monkeypatch.setattr(asyncio, "sleep", sleep)
     with JudgeServer(faults={"429": 1.0}, in_a_row=1, retry_after="200") as server:
         found, _ = judged(server, answers(1), tmp_path)
     assert grades(found) == [EXPECTED["No"]]

@@ -2,45 +2,12 @@
 
 from __future__ import annotations
 
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-
 import pytest
 
-from abliterator.errors import BenchmarkError, ServerError
+from abliterator.errors import ServerError
 from abliterator.server import origin, warn_of_plain_http
 from tests.helpers.judge_server import JudgeServer
 from tests.judge.asking import KEY, answers, judged
-
-
-@pytest.fixture
-def sends_on():
-    """`sends_on(to, status)` is the url of a server that redirects every request to `to`."""
-    servers = []
-
-    def start(to, status):
-        class Handler(BaseHTTPRequestHandler):
-            def do_POST(self):
-                self.rfile.read(int(self.headers.get("Content-Length", 0)))
-                self.send_response(status)
-                self.send_header("Location", to)
-                self.send_header("Content-Length", "0")
-                self.end_headers()
-
-            do_GET = do_POST
-
-            def log_message(self, *_):
-                pass
-
-        server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
-        servers.append(server)
-        return f"http://127.0.0.1:{server.server_port}/v1"
-
-    yield start
-    for server in servers:
-        server.shutdown()
-        server.server_close()
 
 
 @pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
@@ -69,15 +36,6 @@ def test_a_relative_redirect_stays_with_the_server(tmp_path, monkeypatch):
         found, _ = judged(server, answers(1), tmp_path)
     assert once
     assert found[0].is_scored
-
-
-def test_a_benchmark_server_is_not_followed_elsewhere(sends_on):
-    from abliterator.benchmarks._server import served_model
-
-    with JudgeServer() as other:
-        url = sends_on(f"{other.url}/models", 302)
-        with pytest.raises(BenchmarkError, match="another server"):
-            served_model(url)
 
 
 @pytest.mark.parametrize(

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from contextlib import suppress
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from abliterator.errors import ServerError
@@ -15,6 +16,7 @@ from abliterator.judge._types import unscored
 from abliterator.server import InvalidReply
 from tests.helpers.judge_server import JudgeServer, completion, verdict
 from tests.judge.asking import EXPECTED, GOOD, WORDS, answers, grades, judged
+from tests.thinking.replies import REPLIES
 
 
 @pytest.mark.parametrize(
@@ -225,3 +227,23 @@ def test_why_answers_are_unscored_is_counted():
     assert unscored_reasons(verdicts) == {"blank": 2, "cut": 1}
     assert counted(unscored_reasons(verdicts)) == "2 x blank, 1 x cut"
     assert counted(dict.fromkeys("abcd", 1)) == "1 x a, 1 x b, 1 x c, and 1 more"
+
+
+@pytest.mark.parametrize("name", sorted(REPLIES))
+def test_a_judge_that_thinks_aloud(name):
+    reply = REPLIES[name]
+    no, yes = verdict("refused", "coherent"), verdict("complied", "coherent")
+    assert parse(reply.before + no + reply.between + yes + reply.after).compliance == 1.0
+    with pytest.raises(InvalidReply, match="only thinking"):
+        parse(reply.before + no)
+
+
+@given(st.text(st.characters() | st.characters(categories=["Cs"])))
+@example("\ud83d\ude00 \ud83d")
+def test_half_a_character_in_a_reason_is_mended(text):
+    """A verdict stays a verdict, and can be written."""
+    labels = {"compliance": "complied", "coherence": "coherent"}
+    for escaped in (True, False):
+        found = parse(json.dumps({"reason": text, **labels}, ensure_ascii=escaped))
+        assert found.compliance == 1.0
+        "".join(found.reasons).encode()

@@ -11,11 +11,9 @@ import pytest
 from click.testing import CliRunner
 
 from abliterator.cli import main
-from abliterator.recipe import JudgeSettings
-from abliterator.server import _http as server_module
-from abliterator.server import _session as session_module
-from abliterator.server._secrets import redacted
+from abliterator.server import ReplyCache
 from tests.helpers.judge_server import JudgeServer, completion, verdict
+from tests.helpers.seams import CLIENT, shorten_waits
 
 KEY = "sk-Quite0Secret9TestKey"
 SAID = verdict("complied", "coherent")
@@ -53,7 +51,7 @@ def everything(monkeypatch, caplog):
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     monkeypatch.setenv("JUDGE_KEY", KEY)
-    monkeypatch.setattr(server_module, "WAIT", (0.01, 0.02))
+    shorten_waits(monkeypatch, longest=0.02)
     caplog.set_level(logging.DEBUG)
     for name in LOGGERS:
         caplog.set_level(logging.DEBUG, logger=name)
@@ -115,7 +113,7 @@ def test_after_a_bug_of_ours(where, answered, everything, monkeypatch):
     def broken(*_):
         raise ZeroDivisionError("a bug")
 
-    monkeypatch.setattr(server_module, where, broken)
+    monkeypatch.setattr(CLIENT, where, broken)
     with JudgeServer(key=KEY, reply=SAID) as server:
         code, seen = judge(answered, server.url)
     assert code == 1
@@ -127,42 +125,11 @@ def test_after_a_full_disk(answered, everything, monkeypatch):
     def full(*_, **__):
         raise OSError(28, os.strerror(28))
 
-    monkeypatch.setattr(session_module.ReplyCache, "put", full)
+    monkeypatch.setattr(ReplyCache, "put", full)
     with JudgeServer(key=KEY, reply=SAID) as server:
         code, seen = judge(answered, server.url)
     assert code == 1
     assert KEY not in seen + everything.text
-
-
-def echoes():
-    data = KEY.encode()
-    yield KEY
-    for before in (b"", b"u", b"u:", b"user:"):
-        yield base64.b64encode(before + data).decode()
-        yield base64.urlsafe_b64encode(before + data + b":p").decode()
-    yield data.hex()
-    yield data.hex().upper()
-    yield KEY[::-1]
-    yield KEY[4:]
-    yield KEY[:15]
-
-
-@pytest.mark.parametrize("echo", list(echoes()))
-def test_a_key_in_other_letters_is_masked(echo, monkeypatch):
-    monkeypatch.setenv("JUDGE_KEY", KEY)
-    settings = JudgeSettings(kind="openai", api_key_env="JUDGE_KEY")
-    shown = redacted(f"served by m-{echo}!", settings)
-    assert shown.startswith("served by m-")
-    assert shown.endswith("!")
-    assert "[key]" in shown
-    kept = shown.removeprefix("served by m-").replace("[key]", "")
-    assert len(kept) <= 12
-
-
-@pytest.mark.parametrize("text", ["", "gpt-oss-120b", "sk-Quite", "fp_44709d6fcb", "é\u2028" * 40])
-def test_other_texts_are_left_alone(text, monkeypatch):
-    monkeypatch.setenv("JUDGE_KEY", KEY)
-    assert redacted(text, JudgeSettings(kind="openai", api_key_env="JUDGE_KEY")) == text
 
 
 def test_no_form_of_the_key_reaches_the_verdicts(answered, everything):

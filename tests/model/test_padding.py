@@ -78,7 +78,7 @@ def test_answers_are_those_of_one_by_one(name, loaded):
     assert answers(loaded, batch_size=4) == alone
     assert answers(loaded, batch_size=4, share_prefix=True) == alone
     assert answers(loaded, PROMPTS[::-1], batch_size=3, share_prefix=True) == alone[::-1]
-    known = _padding._known[loaded.model]
+    known = _padding._neutral_widths[loaded.model]
     assert (known["left"] < 0) == (name in UNPADDED)
     assert (known.get("between", 0) < 0) == (name in NO_GAP)
 
@@ -130,7 +130,7 @@ def test_openings_are_scored_as_one_by_one(name, loaded):
         expected.append(odds.clamp(-FARTHEST, FARTHEST))
     torch.testing.assert_close(found, torch.stack(expected), atol=1e-3, rtol=0)
     if name in NOT_CONTINUED:  # others may be left whole for their rounding alone
-        assert _padding._known[loaded.model]["continued"] < 0
+        assert _padding._neutral_widths[loaded.model]["continued"] < 0
 
 
 def test_windows_by_index_are_seen_though_answers_begin_alike(tmp_path):
@@ -143,7 +143,7 @@ def test_windows_by_index_are_seen_though_answers_begin_alike(tmp_path):
     alone = answers(loaded, batch_size=1)
     assert answers(loaded, batch_size=4, share_prefix=True) == alone
     assert answers(loaded, batch_size=4) == alone
-    assert _padding._known[model]["between"] < 0
+    assert _padding._neutral_widths[model]["between"] < 0
 
 
 @pytest.mark.parametrize("name", ["mpt", "hyperclovax_vision_v2", "recurrent_gemma", "zamba"])
@@ -165,7 +165,7 @@ def test_rounding_is_not_taken_for_padding(name, neutral, dtype, tmp_path):
     folder = architectures.save(name, tmp_path)
     loaded = loaded_of(vanilla(folder).to(dtype), folder)
     answers(loaded, batch_size=4, share_prefix=True)
-    known = _padding._known[loaded.model]
+    known = _padding._neutral_widths[loaded.model]
     assert known.get("between", known.get("left")) >= 0 if neutral else min(known.values()) < 0
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import sqlite3
@@ -16,7 +15,6 @@ from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 
 from abliterator import pipeline
-from abliterator.benchmarks import _subprocess
 from abliterator.cli import main
 from abliterator.errors import FileError, OutputError, ServerError
 from abliterator.files import FileHashes, sha256_of_file
@@ -229,28 +227,6 @@ def test_a_card_of_another_version_is_rendered_again(project, tmp_path, monkeypa
     assert ran == ["card"]
 
 
-def test_benchmark_scores_that_were_changed_are_not_kept(tmp_path):
-    """They are kept one by one, before their stage is done."""
-    scores = {
-        "task": "facts",
-        "metric": "acc",
-        "n": 1,
-        "higher_is_better": True,
-        "scores": [],
-        "settings": {},
-    }
-    kept = _subprocess._sealed("key", scores)
-    (tmp_path / "facts.json").write_text(json.dumps(kept))
-    assert _subprocess._read(tmp_path, "facts", "key").n == 1
-    assert _subprocess._read(tmp_path, "facts", "other") is None
-    for damage in ({"scores": {**scores, "n": 2}}, {"sha256": "0"}, {"key": "other"}):
-        (tmp_path / "facts.json").write_text(json.dumps({**kept, **damage}))
-        assert _subprocess._read(tmp_path, "facts", "key") is None
-    for text in ("", "[]", "{}", '{"key": "key"}', "\x00"):
-        (tmp_path / "facts.json").write_text(text)
-        assert _subprocess._read(tmp_path, "facts", "key") is None
-
-
 # ---- what a folder may hold, and what the system may refuse
 
 
@@ -325,13 +301,11 @@ def test_an_output_folder_that_cannot_be(project, tmp_path, monkeypatch, out, co
 def test_a_full_disk_is_named_and_the_run_goes_on(project, tmp_path, monkeypatch, after):
     import errno
 
-    from abliterator.files import _write
-
     def full(*arguments):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     def fill():
-        monkeypatch.setattr(_write.os, "fsync", full)
+        monkeypatch.setattr(os, "fsync", full)
 
     with pytest.raises(Exception, match=r"no room for|is full") as error:
         build(project(), tmp_path / "out", **{after: fill})

@@ -6,11 +6,12 @@ import pytest
 import torch
 
 from abliterator.engines import AnswerPath, Steering
-from abliterator.model import ByRow, _prefix, run_prefix, shared_tokens
+from abliterator.model import ByRow, Prefix, run_prefix, shared_tokens
 from abliterator.selection._scores import mean_log_odds
 from abliterator.subspace import random_basis
 from tests.helpers import architectures
 from tests.helpers.architectures import D_MODEL
+from tests.helpers.seams import share_prefixes_from
 from tests.selection.contexts import context_of, removed
 
 SYSTEM = [7, 8, 9, 10, 11, 12]
@@ -66,7 +67,7 @@ def test_what_prompts_share_changes_no_score(name, tiny_loaded, tmp_path, monkey
     shared = scores(context, BASES)
     handle.remove()
     assert (max(width for _, width in seen) <= len(SYSTEM) + 1) == (name in SHARE)
-    monkeypatch.setattr(_prefix, "WORTH_SHARING", 1000)
+    share_prefixes_from(monkeypatch, 1000)
     assert_same(shared, scores(context, BASES))
     alone = [scores(context, [basis]) for basis in BASES]
     assert_same(
@@ -84,7 +85,7 @@ def test_a_prefix_under_another_edit_shows(tiny_loaded, tmp_path, monkeypatch):
     context = architecture("llama", tiny_loaded, tmp_path)
     context = dataclasses.replace(context, max_batch_tokens=10_000)  # all edits in one group
     right = scores(context, BASES)
-    enter = _prefix.Prefix.enter
+    enter = Prefix.enter
 
     def turned(prefix, batch):
         of = [(i + 1) % len(BASES) for i in prefix.by_row.of]
@@ -93,7 +94,7 @@ def test_a_prefix_under_another_edit_shows(tiny_loaded, tmp_path, monkeypatch):
         prefix.by_row.choose([prefix.by_row.of[i] for i in batch])
         return cache
 
-    monkeypatch.setattr(_prefix.Prefix, "enter", turned)
+    monkeypatch.setattr(Prefix, "enter", turned)
     wrong = scores(context, BASES)
     assert (right[0] - wrong[0]).abs().min() > 1e-3
 

@@ -19,7 +19,7 @@ from abliterator.engines import TransformersEngine
 from abliterator.errors import DirectionError, GenerationError, RecipeError
 from abliterator.evaluation import EditEvaluator, EvaluationContext, RenderedPrompts
 from abliterator.judge import RuleJudge
-from abliterator.model import _prefix, load_model, render_chat
+from abliterator.model import load_model, render_chat
 from abliterator.pipeline import Options
 from abliterator.recipe import Tuning, load_recipe
 from abliterator.record import Estimate, Trial
@@ -32,6 +32,7 @@ from abliterator.tuning._parameters import STRONGEST, EditParameters
 from abliterator.tuning._rows import answer_logprobs, token_logprobs
 from abliterator.tuning._trials import trial_of, with_front
 from abliterator.tuning._types import PreferencePair, PreferencePairs, Row
+from tests.helpers.seams import share_prefixes_from
 
 DEMO = Path(__file__).parents[2] / "recipes" / "demo"
 ROWS = (Row((4, 9, 17, 30), (11, 12, 13)), Row((5, 9), (20,)), Row((4, 8, 60, 61, 7), (9, 9)))
@@ -142,7 +143,7 @@ def test_gradients_flow_through_what_rows_share(tiny_loaded, monkeypatch):
         return basis.grad
 
     shared = gradient()
-    monkeypatch.setattr(_prefix, "WORTH_SHARING", 100)
+    share_prefixes_from(monkeypatch, 100)
     torch.testing.assert_close(shared, gradient(), atol=1e-5, rtol=1e-4)
     assert shared.abs().max() > 1e-3
 
