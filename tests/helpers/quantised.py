@@ -111,7 +111,7 @@ def save_quantised(
         n_layers: blocks.
     """
     if name == "mxfp4":
-        return _save_mxfp4(folder, shard_size, d_model, n_layers)
+        return save_mxfp4(folder, shard_size, d_model, n_layers)
     name, _, experts = name.partition(" ")
     torch.manual_seed(0)
     sizes = {
@@ -141,7 +141,7 @@ def save_quantised(
     return rewrite(folder, quantise, fmt.settings)
 
 
-def _save_mxfp4(folder: Path, shard_size: str, d_model: int, n_layers: int) -> Path:
+def save_mxfp4(folder: Path, shard_size: str, d_model: int, n_layers: int) -> Path:
     torch.manual_seed(0)
     config = GptOssConfig(
         vocab_size=64,
