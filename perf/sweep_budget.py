@@ -30,11 +30,11 @@ from abliterator.pipeline._workspace import Workspace
 from abliterator.pipeline.stages.selection import context_of, pool_of
 from abliterator.recipe import load_recipe
 from abliterator.record import Estimate
-from abliterator.selection import Gates, Pool, Search, choose, judge_edits
+from abliterator.selection import Pool, choose, judge_edits
 from abliterator.selection._race import place_of
 from abliterator.statistics import mean_interval
 
-OPEN = Gates(max_kl=float("inf"), min_induce=float("-inf"))
+OPEN = {"max_kl": float("inf"), "min_induce": float("-inf")}
 
 
 class Exhausted(NamedTuple):
@@ -104,16 +104,13 @@ def compare(run: Run, *, every: int, reload: bool) -> None:
     (context, scoring), whole = context_of(run), pool_of(run)
     pool = replace(whole, places=list(whole.places)[::every])
     settings, started = run.recipe.selection, perf_counter()
-    search = Search(
-        gates=OPEN, survivors=settings.survivors, schedule=settings.schedule, seed=run.recipe.seed
-    )
     found = choose(
         context,
         scoring,
         pool,
         sweep=True,
         k=1,
-        search=search,
+        settings=settings.model_copy(update=OPEN),
         on_step=lambda what: note(started, what),
     )
     seconds = perf_counter() - started

@@ -2,11 +2,10 @@
 
 The model is never reloaded and its weights never change: every candidate is a preview of its edit
 (hooks on the writers, equal to the baked weights), and many candidates share a batch, each in rows
-of its own. This package reads no recipe and no file, and not the prompts on which the result will
-be measured.
+of its own. The prompts on which the result will be measured are not known here.
 
     pool = Pool([Place(layer) for layer in range(1, 25)], {-1: directions})
-    selection = choose(context, scoring, pool, sweep=True, k=1, search=Search(survivors=8))
+    selection = choose(context, scoring, pool, sweep=True, k=1, settings=recipe.Selection())
     selection.layers[: selection.k], selection.why
 
 After Arditi et al. (2024), section C: bypass, KL and induce scores, gates, then, beyond them,
@@ -18,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from abliterator import recipe
 from abliterator.evaluation import EvaluationContext
 from abliterator.record import Candidate, Selection, Stack
 from abliterator.selection._grow import grow_stack, largest_better
@@ -27,14 +27,12 @@ from abliterator.selection._race import Step, place_of
 from abliterator.selection._scores import judge_edits, measure_base
 from abliterator.selection._structure import describe, participation_ratio
 from abliterator.selection._sweep import require_enough, sweep_places
-from abliterator.selection._types import KL_TOKENS, Gates, ScoringPrompts, Search
+from abliterator.selection._types import KL_TOKENS, ScoringPrompts
 
 __all__ = [
     "KL_TOKENS",
-    "Gates",
     "Pool",
     "ScoringPrompts",
-    "Search",
     "choose",
     "judge_edits",
     "learn_openings",
@@ -50,7 +48,7 @@ def choose(
     *,
     sweep: bool,
     k: int | Sequence[int],
-    search: Search,
+    settings: recipe.Selection,
     on_step: Step = lambda step: None,
 ) -> Selection:
     """Chooses places, k, or both.
@@ -61,7 +59,7 @@ def choose(
         pool: the candidates, from prompts that are not among `context.target`.
         sweep: whether to rank them.
         k: how many are stacked, or the sizes to try.
-        search: gates, number of candidates, controls and seed.
+        settings: the recipe's section: gates, number of candidates, rungs and controls.
         on_step: called with each step that is done.
 
     Raises:
@@ -79,7 +77,7 @@ def choose(
             context,
             base,
             pool,
-            search,
+            settings,
             least=needed,
             stackable=1 if pool.differences else max(sizes),
             on_step=on_step,
@@ -89,8 +87,10 @@ def choose(
     stacks: list[Stack] = []
     selected_k, why = sizes[0], "k is the recipe's"
     if not isinstance(k, int):
-        stacks, why = grow_stack(context, base, pool, order, sizes, search=search, on_step=on_step)
-        selected_k = largest_better(stacks, search.gates)
+        stacks, why = grow_stack(
+            context, base, pool, order, sizes, settings=settings, on_step=on_step
+        )
+        selected_k = largest_better(stacks, settings)
     best = [place_of(candidate) for candidate in candidates if candidate.answers] or order
     return Selection(
         layers=tuple(place.layer for place in order),

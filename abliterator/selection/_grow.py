@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from statistics import mean
 
+from abliterator import recipe
 from abliterator.directions import Place
 from abliterator.evaluation import EvaluationContext, JudgedAnswers
 from abliterator.record import Estimate, Stack
@@ -12,7 +13,6 @@ from abliterator.selection._controls import Control
 from abliterator.selection._pool import Pool
 from abliterator.selection._race import Step
 from abliterator.selection._scores import Baseline, judge_edits, mean_kl
-from abliterator.selection._types import Gates, Search
 from abliterator.statistics import paired_delta
 from abliterator.subspace import random_basis
 
@@ -24,7 +24,7 @@ def grow_stack(
     order: Sequence[Place],
     sizes: Sequence[int],
     *,
-    search: Search,
+    settings: recipe.Selection,
     on_step: Step,
 ) -> tuple[list[Stack], str]:
     """Stacks of growing `sizes`, up to the first that is no better.
@@ -43,15 +43,15 @@ def grow_stack(
     most = pool.most(order)
     for k in (size for size in sizes if size <= most):
         stack, judged = _measure_stack(
-            context, base, pool, order, k, smaller=smaller, search=search
+            context, base, pool, order, k, smaller=smaller, settings=settings
         )
         tried.append(stack)
         on_step(f"stack of {k} judged")
-        if reason := _reason_not_better(stack, search.gates):
-            return tried, reason + _broken_controls_note(tried, search.gates)
+        if reason := _reason_not_better(stack, settings):
+            return tried, reason + _broken_controls_note(tried, settings)
         smaller = judged
     why = f"there is no larger stack to try with {_count_text(pool, most)}"
-    return tried, why + _broken_controls_note(tried, search.gates)
+    return tried, why + _broken_controls_note(tried, settings)
 
 
 def _measure_stack(
@@ -62,11 +62,11 @@ def _measure_stack(
     k: int,
     *,
     smaller: JudgedAnswers | None,
-    search: Search,
+    settings: recipe.Selection,
 ) -> tuple[Stack, JudgedAnswers]:
     """Measures one stack and its controls, side by side."""
-    seed, basis = search.seed, pool.stack(order, k).basis
-    n = search.controls
+    seed, basis = context.seed, pool.stack(order, k).basis
+    n = settings.controls
     bases = [basis, *(random_basis(len(basis), k, seed=seed + k + 1000 * i) for i in range(n))]
     bases += pool.shuffled_stacks(order, k, n)
     judged, *answers = judge_edits(context, bases)
@@ -99,9 +99,9 @@ def _count_text(pool: Pool, most: int) -> str:
     return f"{most} directions of one layer" if pool.differences else f"{most} layers"
 
 
-def largest_better(tried: Sequence[Stack], gates: Gates) -> int:
+def largest_better(tried: Sequence[Stack], settings: recipe.Selection) -> int:
     """The k of the largest stack that beats the smaller one and the controls; at least 1."""
-    return max((s.k for s in tried if not _reason_not_better(s, gates)), default=1)
+    return max((s.k for s in tried if not _reason_not_better(s, settings)), default=1)
 
 
 def _gain(before: JudgedAnswers | Control, after: JudgedAnswers, seed: int) -> Estimate | None:
@@ -115,16 +115,16 @@ def _gain(before: JudgedAnswers | Control, after: JudgedAnswers, seed: int) -> E
     return Estimate.of(paired_delta(*map(list, zip(*pairs, strict=True)), seed=seed))
 
 
-def _reason_not_better(tried: Stack, gates: Gates) -> str | None:
+def _reason_not_better(tried: Stack, settings: recipe.Selection) -> str | None:
     """The reason why a stack is not better; None if it is."""
-    if tried.k > 1 and tried.kl > gates.max_kl:
+    if tried.k > 1 and tried.kl > settings.max_kl:
         return f"{tried.k} directions move neutral answers too far (KL {tried.kl:.3g} nats)"
     for gain, than, control_kl in (
         (tried.over_smaller, "the smaller stack", None),
         (tried.over_random, "random ones", tried.random_kl),
         (tried.over_shuffled, "those of shuffled labels", tried.shuffled_kl),
     ):
-        if gain is None or tried.broken(control_kl, gates.max_kl):
+        if gain is None or tried.broken(control_kl, settings.max_kl):
             continue
         # without an interval (all differences equal) the value itself decides
         if (gain.value if gain.low is None else gain.low) <= 0:
@@ -132,12 +132,12 @@ def _reason_not_better(tried: Stack, gates: Gates) -> str | None:
     return None
 
 
-def _broken_controls_note(tried: Sequence[Stack], gates: Gates) -> str:
+def _broken_controls_note(tried: Sequence[Stack], settings: recipe.Selection) -> str:
     """A note on the sizes at which a control did not count; empty if there are none."""
     sizes: dict[str, list[str]] = {}
     for stack in tried:
         for name, kl in (("random", stack.random_kl), ("shuffled", stack.shuffled_kl)):
-            if stack.broken(kl, gates.max_kl):
+            if stack.broken(kl, settings.max_kl):
                 sizes.setdefault(name, []).append(str(stack.k))
     parts = [f"{name} at k = {', '.join(numbers)}" for name, numbers in sizes.items()]
     return (

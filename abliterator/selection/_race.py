@@ -5,12 +5,12 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Sequence
 
+from abliterator import recipe
 from abliterator.directions import Place
 from abliterator.evaluation import EvaluationContext, JudgedAnswers
 from abliterator.record import Candidate, Rung
 from abliterator.selection._pool import Pool
 from abliterator.selection._scores import judge_edits
-from abliterator.selection._types import Search
 
 Step = Callable[[str], None]
 
@@ -19,7 +19,7 @@ def race(
     context: EvaluationContext,
     pool: Pool,
     candidates: Sequence[Candidate],
-    search: Search,
+    settings: recipe.Selection,
     *,
     least: int,
     on_step: Step,
@@ -34,7 +34,7 @@ def race(
         context: the model and the prompts.
         pool: where the candidates' directions are.
         candidates: those to judge, none of them judged yet.
-        search: prompts of each rung, and the share that goes on.
+        settings: prompts of each rung, and the share that goes on.
         least: so many reach the last rung, if there are as many.
         on_step: called after each rung.
 
@@ -42,7 +42,7 @@ def race(
         All of them with what they answered, the best first: by rungs, then by product, then by KL.
     """
     total = len(context.target.prompts)
-    order = random.Random(search.seed).sample(range(total), total)
+    order = random.Random(context.seed).sample(range(total), total)
     racing, dropped = list(candidates), list[Candidate]()
     answered: dict[Place, JudgedAnswers] = {}
 
@@ -62,7 +62,7 @@ def race(
         return sorted(judged_now, key=by_answers)
 
     first_prompt = 0
-    for n_racing, reached in search.schedule(len(racing), total, least):
+    for n_racing, reached in settings.schedule(len(racing), total, least):
         racing, dropped = racing[:n_racing], [*racing[n_racing:], *dropped]
         racing = judge_more(racing, first_prompt, reached)
         first_prompt = reached

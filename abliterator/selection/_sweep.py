@@ -4,20 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from abliterator import recipe
 from abliterator.errors import DirectionError
 from abliterator.evaluation import EvaluationContext
 from abliterator.record import Candidate
 from abliterator.selection._pool import Pool
 from abliterator.selection._race import Step, place_of, race
 from abliterator.selection._scores import Baseline, score
-from abliterator.selection._types import Gates, Search
 
 
 def sweep_places(
     context: EvaluationContext,
     base: Baseline,
     pool: Pool,
-    search: Search,
+    settings: recipe.Selection,
     *,
     least: int,
     stackable: int,
@@ -32,57 +32,56 @@ def sweep_places(
         context: the model and the prompts.
         base: from `measure_base`.
         pool: the candidates and their directions.
-        search: gates, and how many are judged on how many prompts.
+        settings: gates, and how many are judged on how many prompts.
         least: so many are judged on all prompts.
-        stackable: so many are judged at all, if that is more than `search.survivors`.
+        stackable: so many are judged at all, if that is more than `settings.survivors`.
         on_step: called with each step that is done.
 
     Raises:
         DirectionError: when no candidate passes, and for a direction of no length.
     """
-    gates = search.gates
     candidates = [
-        scored.model_copy(update={"stopped_by": stopped_by(scored, gates)})
+        scored.model_copy(update={"stopped_by": stopped_by(scored, settings)})
         for scored in score(context, base, pool)
     ]
     on_step(f"{len(candidates)} candidates scored")
     passed = sorted((c for c in candidates if not c.stopped_by), key=lambda c: (c.bypass, c.kl))
     if not passed:
-        raise DirectionError(none_passed(candidates, gates))
-    entering = max(search.survivors, stackable)
-    judged = race(context, pool, passed[:entering], search, least=least, on_step=on_step)
+        raise DirectionError(none_passed(candidates, settings))
+    entering = max(settings.survivors, stackable)
+    judged = race(context, pool, passed[:entering], settings, least=least, on_step=on_step)
     stopped = [candidate for candidate in candidates if candidate.stopped_by]
     return [*judged, *passed[entering:], *stopped]
 
 
-def stopped_by(candidate: Candidate, gates: Gates) -> tuple[str, ...]:
+def stopped_by(candidate: Candidate, settings: recipe.Selection) -> tuple[str, ...]:
     """Names of the gates that a candidate does not pass."""
     failed = {
-        "max_kl": candidate.kl > gates.max_kl,
-        "min_induce": candidate.induce < gates.min_induce,
+        "max_kl": candidate.kl > settings.max_kl,
+        "min_induce": candidate.induce < settings.min_induce,
     }
     return tuple(name for name, fails in failed.items() if fails)
 
 
-def none_passed(candidates: Sequence[Candidate], gates: Gates) -> str:
+def none_passed(candidates: Sequence[Candidate], settings: recipe.Selection) -> str:
     """The error message: which gate stopped each candidate, and what the nearest one needs."""
     kl = [f"{place_of(c)} ({c.kl:.3g})" for c in candidates if "max_kl" in c.stopped_by]
     induce = [f"{place_of(c)} ({c.induce:.3g})" for c in candidates if "min_induce" in c.stopped_by]
     reasons = []
     if kl:
-        reasons.append(f"`max_kl` {gates.max_kl:g} stops layers {', '.join(kl)}")
+        reasons.append(f"`max_kl` {settings.max_kl:g} stops layers {', '.join(kl)}")
     if induce:
-        reasons.append(f"`min_induce` {gates.min_induce:g} stops layers {', '.join(induce)}")
+        reasons.append(f"`min_induce` {settings.min_induce:g} stops layers {', '.join(induce)}")
     nearest = min(candidates, key=lambda c: (len(c.stopped_by), c.kl, -c.induce))
     # rounded to the side that lets it pass
     needs = {
         "max_kl": f"selection.max_kl={nearest.kl * 1.01:.3g}",
         "min_induce": f"selection.min_induce={nearest.induce - 0.01 * abs(nearest.induce):.3g}",
     }
-    settings = " ".join(f"--set {needs[name]}" for name in nearest.stopped_by)
+    overrides = " ".join(f"--set {needs[name]}" for name in nearest.stopped_by)
     return (
         f"No layer passes the gates of `selection`: {'; '.join(reasons)}. The nearest is layer "
-        f"{place_of(nearest)}, which needs {settings}. Lower `edit.strength`, give target and "
+        f"{place_of(nearest)}, which needs {overrides}. Lower `edit.strength`, give target and "
         "contrast prompts that differ in the behaviour alone, or move the gate."
     )
 

@@ -4,11 +4,12 @@ from dataclasses import replace
 
 import torch
 
+from abliterator import recipe
 from abliterator.directions import Directions, Place
 from abliterator.engines import Answer
 from abliterator.evaluation import JudgedAnswers, RenderedPrompts
 from abliterator.record import Candidate, Verdict
-from abliterator.selection import Gates, Pool, Search, _sweep
+from abliterator.selection import Pool, _sweep
 
 PROMPTS = [[4, 9, 17, 30], [5, 9, 31], [4, 8, 60, 61]]
 
@@ -49,13 +50,13 @@ def ask(context, n):
     return replace(context, target=RenderedPrompts([str(i) for i in range(n)], [[4]] * n))
 
 
-def sweep(context, n, gates=Gates(), n_judged=2, prompts=2, schedule=None):  # noqa: B008
-    search = Search(gates=gates, survivors=n_judged)
+def sweep(context, n, n_judged=2, prompts=2, **settings):
+    settings = {"rungs": (), **settings}
     return _sweep.sweep_places(
         ask(context, prompts),
         None,
         pool(*range(1, n + 1)),
-        replace(search, schedule=schedule) if schedule else search,
+        recipe.Selection(survivors=n_judged, **settings),
         least=1,
         stackable=1,
         on_step=lambda _: None,

@@ -5,12 +5,12 @@ from dataclasses import replace
 import pytest
 import torch
 
-from abliterator import selection
+from abliterator import recipe, selection
 from abliterator.card import render_card
 from abliterator.directions import Directions, Place
 from abliterator.errors import DirectionError
 from abliterator.record import Selection
-from abliterator.selection import Gates, Search, _grow
+from abliterator.selection import _grow
 from abliterator.selection._controls import Control
 from tests.card.records import demo_record
 from tests.selection.scripted import UNIT, pool, said
@@ -19,9 +19,15 @@ from tests.selection.scripted import UNIT, pool, said
 def grow(context, layers=(1, 2, 3, 4, 5), **more):
     among = replace(pool(*layers), **more)
     tried, why = _grow.grow_stack(
-        context, None, among, among.places, (1, 2, 3, 5), search=Search(), on_step=lambda _: None
+        context,
+        None,
+        among,
+        among.places,
+        (1, 2, 3, 5),
+        settings=recipe.Selection(),
+        on_step=lambda _: None,
     )
-    return [s.k for s in tried], _grow.largest_better(tried, Gates()), why
+    return [s.k for s in tried], _grow.largest_better(tried, recipe.Selection()), why
 
 
 def by_rank(scores, random=0.0):
@@ -76,7 +82,13 @@ def test_one_lucky_draw_of_a_control_is_not_the_control(context, scripted, monke
     monkeypatch.setattr(_grow, "judge_edits", judge)
     among = pool(1)
     (tried,), _ = _grow.grow_stack(
-        context, None, among, among.places, (1,), search=Search(), on_step=lambda _: None
+        context,
+        None,
+        among,
+        among.places,
+        (1,),
+        settings=recipe.Selection(),
+        on_step=lambda _: None,
     )
     assert tried.draws == 3
     assert (tried.random.product.value, tried.random.product.n) == (pytest.approx(1 / 3), 20)
@@ -170,7 +182,7 @@ def test_given_layers_keep_their_order_and_only_k_is_chosen(context, base, scrip
     base = replace(base, tokens=0)
     monkeypatch.setattr(selection, "measure_base", lambda *_: base)
     found = selection.choose(
-        context, base.scoring, pool(3, 1), sweep=False, k=(1, 2), search=Search()
+        context, base.scoring, pool(3, 1), sweep=False, k=(1, 2), settings=recipe.Selection()
     )
     assert (found.layers, found.k) == ((3, 1), 1)
     assert found.candidates == ()

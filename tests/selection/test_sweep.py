@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from abliterator.errors import DirectionError
 from abliterator.recipe import Selection
-from abliterator.selection import Gates, _sweep
+from abliterator.selection import _sweep
 from tests.selection.scripted import candidate, sweep
 
 
@@ -44,8 +44,7 @@ def test_most_candidates_answer_few_prompts(context, scripted):
         return [1.0 if layer > i % 8 else 0.0 for i in range(16)]
 
     scripted([candidate(i, bypass=-i) for i in range(1, 9)], products)
-    schedule = Selection(rungs=(4, 8)).schedule
-    found = sweep(context, 8, n_judged=8, prompts=16, schedule=schedule)
+    found = sweep(context, 8, n_judged=8, prompts=16, rungs=(4, 8))
     assert [c.layer for c in found[:2]] == [8, 7]
     assert [len(c.rungs) for c in found] == [3, 3, 2, 2, 1, 1, 1, 1]
     assert [r.prompts for r in found[0].rungs] == [4, 8, 16]
@@ -64,8 +63,7 @@ def test_who_dropped_out_comes_back_where_the_leader_was_lucky(context, scripted
         return {1: steady, 2: [float(i in lucky) for i in range(16)], 3: [0.0] * 16}[layer]
 
     scripted([candidate(i) for i in (1, 2, 3)], products)
-    schedule = Selection(rungs=(4,), keep=0.3).schedule
-    found = sweep(context, 3, n_judged=3, prompts=16, schedule=schedule)
+    found = sweep(context, 3, n_judged=3, prompts=16, rungs=(4,), keep=0.3)
     assert [c.layer for c in found] == [1, 2, 3]
     assert [c.answers.product.n for c in found] == [16, 16, 4]
     assert [r.prompts for r in found[0].rungs] == [4, 16]
@@ -101,13 +99,13 @@ def test_a_schedule_ends_with_all_prompts_and_at_least_those_that_are_stacked(
 def test_what_the_nearest_is_said_to_need_is_enough(found):
     import re
 
-    gates = Gates()
+    gates = Selection()
     tried = [candidate(i + 1, kl=kl, induce=induce) for i, (kl, induce) in enumerate(found)]
     tried = [c.model_copy(update={"stopped_by": _sweep.stopped_by(c, gates)}) for c in tried]
     text = _sweep.none_passed(tried, gates)
     named = int(re.search(r"nearest is layer (\d+)", text)[1])
     values = dict(re.findall(r"selection\.(\w+)=(\S+)", text.replace(". Lower", " Lower")))
-    moved = Gates(**{"max_kl": 0.1, "min_induce": 0.0} | {k: float(v) for k, v in values.items()})
+    moved = Selection(**{k: float(v) for k, v in values.items()})
     assert _sweep.stopped_by(tried[named - 1], moved) == ()
     for c in tried:
         assert all(re.search(rf"`{gate}`.*\b{c.layer} \(", text) for gate in c.stopped_by)

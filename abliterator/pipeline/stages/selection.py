@@ -114,7 +114,7 @@ def _key(run: Run) -> Any:
 
 
 def _run(run: Run) -> list[Path]:
-    from abliterator.selection import Gates, Search, choose
+    from abliterator.selection import choose
 
     recipe, settings = run.recipe, run.recipe.selection
     context, scoring = context_of(run)
@@ -125,13 +125,7 @@ def _run(run: Run) -> list[Path]:
             pool_of(run),
             sweep=recipe.sweeps,
             k=settings.stacks if recipe.k == "auto" else recipe.k,
-            search=Search(
-                gates=Gates(settings.max_kl, settings.min_induce),
-                survivors=settings.survivors,
-                schedule=settings.schedule,
-                controls=settings.controls,
-                seed=recipe.seed,
-            ),
+            settings=settings,
             on_step=lambda step: advance(1, status=step),
         )
     selected = _selected(run, selection)
