@@ -87,9 +87,7 @@ def choose(
     stacks: list[Stack] = []
     selected_k, why = sizes[0], "k is the recipe's"
     if not isinstance(k, int):
-        stacks, why = grow_stack(
-            context, base, pool, order, sizes, settings=settings, on_step=on_step
-        )
+        stacks, why = grow_stack(context, base, pool, order, sizes, settings, on_step=on_step)
         selected_k = largest_better(stacks, settings)
     best = [place_of(candidate) for candidate in candidates if candidate.answers] or order
     return Selection(

@@ -23,8 +23,8 @@ def grow_stack(
     pool: Pool,
     order: Sequence[Place],
     sizes: Sequence[int],
-    *,
     settings: recipe.Selection,
+    *,
     on_step: Step,
 ) -> tuple[list[Stack], str]:
     """Stacks of growing `sizes`, up to the first that is no better.
