@@ -9,14 +9,13 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from abliterator.anatomy import Anatomy, anatomy_of
 from abliterator.bake import (
     PANEL_ELEMENTS,
     EditPlan,
     EditSettings,
-    ExpertSelection,
     plan_edits,
     require_adapter_form,
 )
@@ -26,10 +25,9 @@ from abliterator.files import free_bytes, require_utf8_name
 from abliterator.formats import require_known_names, storage_of
 from abliterator.pipeline._model_notes import notes_on
 from abliterator.pipeline._quantization import storage_ways
-from abliterator.recipe import Edit, Recipe, blocks_of
+from abliterator.recipe import Edit, Recipe
 from abliterator.source import ModelSource, headers_folder
 
-T = TypeVar("T")
 
 # Left free beside the checkpoint: the work folder, and some space for the file system.
 DISK_RESERVE = 64 << 20
@@ -205,46 +203,14 @@ def edit_settings(edit: Edit, n_layers: int) -> EditSettings:
         RecipeError: for strengths of blocks that a model of so many does not have.
     """
     return EditSettings(
-        strength={str(c): _strength_by_block(c, s, n_layers) for c, s in edit.strengths.items()},
+        strength=edit.strengths_in(n_layers),
         norm=edit.norm,
         rounding=edit.rounding,
         embeddings=edit.embeddings,
         biases=edit.biases,
-        experts=_expert_selection(edit, n_layers),
+        experts=edit.experts_in(n_layers),
         quantized=edit.quantized,
     )
-
-
-def _strength_by_block(
-    component: str, strength: float | dict[str, float], n_layers: int
-) -> float | tuple[float, ...]:
-    """One number, or one for every block: 0 where the recipe gives none."""
-    if not isinstance(strength, dict):
-        return strength
-    by_block = _expand_ranges(strength, f"edit.strength.{component}", n_layers)
-    return tuple(by_block.get(block, 0.0) for block in range(n_layers))
-
-
-def _expert_selection(edit: Edit, n_layers: int) -> ExpertSelection | None:
-    """The expert selection of `bake`: None for all."""
-    if not isinstance(edit.experts, dict):
-        return None if edit.experts == "all" else edit.experts
-    by_block = _expand_ranges(edit.experts, "edit.experts", n_layers)
-    return {block: None if experts == "all" else experts for block, experts in by_block.items()}
-
-
-def _expand_ranges(by_range: Mapping[str, T], where: str, n_layers: int) -> dict[int, T]:
-    """Values by block, from values by range of blocks; RecipeError beyond the last block."""
-    by_block = {}
-    for key, value in by_range.items():
-        for block in blocks_of(key):
-            if block >= n_layers:
-                raise RecipeError(
-                    f"`{where}.{key}` names block {block}, but the model has blocks 0 to "
-                    f"{n_layers - 1} (layer l of `layers` enters block l)."
-                )
-            by_block[block] = value
-    return by_block
 
 
 def require_room(plan: Plan, out: Path) -> None:

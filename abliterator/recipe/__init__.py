@@ -21,7 +21,7 @@ from abliterator.recipe._benchmarks import (
     Preset,
 )
 from abliterator.recipe._draft import draft
-from abliterator.recipe._edit import DirectionSettings, Edit, Selection, blocks_of
+from abliterator.recipe._edit import DirectionSettings, Edit, Selection
 from abliterator.recipe._judge import JudgeSettings, Rollouts
 from abliterator.recipe._pairs import PairExample, PairsSpec
 from abliterator.recipe._prompts import Capture, Chat, Prompts, Source
@@ -52,7 +52,6 @@ __all__ = [
     "ServerSettings",
     "Source",
     "Tuning",
-    "blocks_of",
     "draft",
     "load_edit",
     "load_judge",

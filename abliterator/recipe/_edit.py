@@ -5,12 +5,16 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
+from collections.abc import Mapping
 from itertools import chain
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
+from abliterator.errors import RecipeError
 from abliterator.recipe._section import Layers, Positive, Section, as_tuple
+
+T = TypeVar("T")
 
 Component = Literal[
     "attention",
@@ -165,6 +169,36 @@ class Edit(Section):
         """Strength of each component; with `auto`, those that tuning starts from."""
         return dict.fromkeys(COMPONENTS, 1.0) if self.strength == "auto" else self.strength
 
+    def strengths_in(self, n_layers: int) -> dict[str, float | tuple[float, ...]]:
+        """Strength of each component in a model: one number, or one for every block.
+
+        A block in no range has 0.
+
+        Raises:
+            RecipeError: for a range beyond the last block.
+        """
+        resolved: dict[str, float | tuple[float, ...]] = {}
+        for component, strength in self.strengths.items():
+            if not isinstance(strength, dict):
+                resolved[str(component)] = strength
+                continue
+            by_block = _expand_ranges(strength, f"edit.strength.{component}", n_layers)
+            resolved[str(component)] = tuple(by_block.get(i, 0.0) for i in range(n_layers))
+        return resolved
+
+    def experts_in(
+        self, n_layers: int
+    ) -> tuple[int, ...] | dict[int, tuple[int, ...] | None] | None:
+        """Edited experts in a model: those of every block, or by block; None stands for all.
+
+        Raises:
+            RecipeError: for a range beyond the last block.
+        """
+        if not isinstance(self.experts, dict):
+            return None if self.experts == "all" else self.experts
+        by_block = _expand_ranges(self.experts, "edit.experts", n_layers)
+        return {block: None if experts == "all" else experts for block, experts in by_block.items()}
+
     @property
     def adapts(self) -> bool:
         """Whether an adapter is written beside the checkpoint."""
@@ -176,6 +210,20 @@ class Edit(Section):
         if not any(map(any, values)) and not self.embeddings:
             raise ValueError("every strength is 0: nothing would be edited")
         return self
+
+
+def _expand_ranges(by_range: Mapping[str, T], where: str, n_layers: int) -> dict[int, T]:
+    """Values by block, from values by range of blocks; RecipeError beyond the last block."""
+    by_block = {}
+    for key, value in by_range.items():
+        for block in blocks_of(key):
+            if block >= n_layers:
+                raise RecipeError(
+                    f"`{where}.{key}` names block {block}, but the model has blocks 0 to "
+                    f"{n_layers - 1} (layer l of `layers` enters block l)."
+                )
+            by_block[block] = value
+    return by_block
 
 
 class Selection(Section):

@@ -1,7 +1,8 @@
 import pytest
 
 from abliterator.errors import RecipeError
-from abliterator.recipe import Edit, Recipe, blocks_of, load_edit, load_recipe
+from abliterator.recipe import Edit, Recipe, load_edit, load_recipe
+from abliterator.recipe._edit import blocks_of
 
 THREE_LINES = "model: somebody/model-1b-it\nlayers: [9, 10, 7]\nk: 2\n"
 
