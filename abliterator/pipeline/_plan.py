@@ -28,7 +28,6 @@ from abliterator.pipeline._quantization import storage_ways
 from abliterator.recipe import Edit, Recipe
 from abliterator.source import ModelSource, headers_folder
 
-
 # Left free beside the checkpoint: the work folder, and some space for the file system.
 DISK_RESERVE = 64 << 20
 
