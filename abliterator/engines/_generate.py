@@ -73,25 +73,8 @@ def generate(
     Prompts of similar length share a left-padded batch, those of one length where padding would
     change what this model answers; a batch that does not fit in memory is halved.
 
-    Args:
-        loaded: the model.
-        prompts: token ids, one rendered prompt each.
-        max_new_tokens: at most this many tokens an answer.
-        batch_size: prompts at a time.
-        stop_ids: tokens that end an answer; they are not part of it.
-        share_prefix: run the tokens with which all prompts begin once, not once a prompt. The same
-            answers but for rounding: two tokens that nearly tie may change places.
-        by_row: the intervention of each prompt, where they run under several.
-        on_batch: called with the number of prompts done after each batch.
-
-    Returns:
-        One answer a prompt, in the order of the prompts.
-
-    Raises:
-        GenerationError: for an empty prompt, when one prompt alone does not fit in memory, and for
-            logits that are NaN or infinite.
-        PromptError: for a prompt that with its answer is longer than what the model reads.
-        CheckpointError: for tokens that the model has no embedding of.
+    Arguments, result and errors are those of `Engine.answers`; `by_row` has the edit of each prompt,
+    where they run under several.
     """
     for index, prompt in enumerate(prompts):
         if not len(prompt):

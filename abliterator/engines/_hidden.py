@@ -35,25 +35,15 @@ def hidden_states(
     padding: Padding = "none",
     max_batch_tokens: int = 4096,
 ) -> Iterator[tuple[list[int], Tensor]]:
-    """The residual stream of every prompt at some positions of every layer, batch by batch.
+    """The residual stream of every prompt at some positions, as `Engine.hidden_states` gives it.
 
     Args:
         loaded: the model.
         token_ids: one rendered prompt each.
         blocks: module paths of all blocks, in order.
-        positions: P of them, counted from the end of each prompt: -1 is its last token.
-        padding: "none" batches prompts of equal length; "left" pads in batches of mixed length,
-            which is how most tools do it, and costs exactness in low-precision dtypes.
+        positions: counted from the end of each prompt.
+        padding: of the batches.
         max_batch_tokens: tokens in a batch, padding included.
-
-    Yields:
-        The indices of a batch's prompts, and their vectors [N, P, n_layers, d_model] in the dtype
-        of the model, on its device.
-
-    Raises:
-        DirectionError: without prompts, and for a prompt with no token at a position.
-        PromptError: for a prompt that is longer than what the model reads.
-        CheckpointError: for tokens that the model has no embedding of.
     """
     for position in positions:
         _check_positions(token_ids, position)

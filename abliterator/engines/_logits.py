@@ -41,23 +41,12 @@ def logits_along(
     by_row: ByRow | None = None,
     on_batch: OnBatch | None = None,
 ) -> Iterator[tuple[int, Tensor]]:
-    """Logits at the last positions of every path.
+    """Logits at the last positions of every path, as `Engine.logits` gives them.
 
     Paths run in batches of one length, unpadded; of each, only the compared positions' logits are
     made (where the model's code can do that), and batches are cut so that their logits stay small.
-
-    Args:
-        loaded: the model, hooks and all.
-        paths: at least one, none empty.
-        max_batch_tokens: tokens in a batch.
-        share_prefix: run the tokens that all paths begin with once for each edit, and do not count
-            them.
-        by_row: the edit of each path, where they run under several.
-        on_batch: called with the number of paths done after each batch.
-
-    Yields:
-        In the order of the batches, which does not depend on the weights: the index of a path, and
-        [positions, V] in the model's dtype on the CPU.
+    What all paths begin with, if it is shared, runs once for each edit (`by_row` has that of each
+    path) and does not count in `max_batch_tokens`.
 
     Raises:
         GenerationError: if there is no path, or one is empty, or logits are NaN or infinite.

@@ -95,6 +95,11 @@ class Engine(Protocol):
             padding: "none" batches prompts of equal length; "left" pads in batches of mixed length.
             max_batch_tokens: tokens in a batch, padding included.
 
+        Raises:
+            DirectionError: without prompts, and for a prompt with no token at a position.
+            PromptError: for a prompt that is longer than what the model reads.
+            CheckpointError: for tokens that the model has no embedding of.
+
         Yields:
             The indices of a batch's prompts, and their residuals [N, P, n_layers, d_model] in the
             dtype of the model, on its device; layer l (from 1) is the output of block l - 1.
@@ -117,8 +122,15 @@ class Engine(Protocol):
             max_new_tokens: at most this many tokens an answer.
             batch_size: prompts at a time.
             stop_ids: tokens that end an answer; the model's own unless given.
-            share_prefix: run the tokens with which all prompts begin once, not once a prompt.
+            share_prefix: run the tokens with which all prompts begin once, not once a prompt. The
+                same answers but for rounding: two tokens that nearly tie may change places.
             on_batch: called with the number of prompts done after each batch.
+
+        Raises:
+            GenerationError: for an empty prompt, when one prompt alone does not fit in memory, and
+                for logits that are NaN or infinite.
+            PromptError: for a prompt that with its answer is longer than what the model reads.
+            CheckpointError: for tokens that the model has no embedding of.
         """
 
     def logits(
