@@ -73,8 +73,8 @@ def generate(
     Prompts of similar length share a left-padded batch, those of one length where padding would
     change what this model answers; a batch that does not fit in memory is halved.
 
-    Arguments, result and errors are those of `Engine.answers`; `by_row` has the edit of each prompt,
-    where they run under several.
+    Arguments, result and errors are those of `Engine.answers`; `by_row` has the edit of each
+    prompt, where they run under several.
     """
     for index, prompt in enumerate(prompts):
         if not len(prompt):
