@@ -81,13 +81,14 @@ def _behind_thinking(context: TuningContext) -> TuningContext:
     What is learned is how an answer begins, which is not how a thought begins.
     """
     evaluation = context.evaluation
-    first_batch = context.target.token_ids[: evaluation.batch_size]
+    # all prompts, for some replies may begin without a thought; few tokens show how each begins
     answers = evaluation.engine.answers(
-        first_batch, max_new_tokens=evaluation.max_new_tokens, batch_size=evaluation.batch_size
+        [*context.target.token_ids, *context.neutral.token_ids],
+        max_new_tokens=context.config.tokens,
+        batch_size=evaluation.batch_size,
     )
     if not any(answer.start_token for answer in answers):
         return context
-
     return replace(
         context,
         target=behind_thinking(evaluation, context.target),
