@@ -5,9 +5,11 @@
         machine.used[0]  # bytes
 
 What a real device refuses is refused: tensors of different devices in one operation, `numpy()`,
-float64 (as on Apple's GPUs) unless allowed, a device index beyond `devices`, a generator of the
-host, and memory beyond `limit` (`torch.OutOfMemoryError`). `torch.accelerator` and
-`torch.get_device_module("fake")` answer for it. Results are the CPU's bit for bit with eager
+float64 unless allowed (as on Apple's GPUs, where `to("cpu", torch.float64)` of another dtype is
+refused too: it converts before it copies), QR, SVD and eigenvectors (which not every kind of device
+has in every torch), a device index beyond `devices`, a generator of the host, and memory beyond
+`limit` (`torch.OutOfMemoryError`). `torch.accelerator` and `torch.get_device_module("fake")` answer
+for it. Results are the CPU's bit for bit with eager
 attention; scaled dot product attention takes another of the CPU's kernels unless
 `torch.nn.attention.sdpa_kernel(SDPBackend.MATH)` fixes one. It shows nothing of speed, streams or a
 real device's rounding.
@@ -43,7 +45,6 @@ import torch
 import torch.utils.backend_registration
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map
 
 NAME = "fake"
 UNLIMITED = 1 << 40
@@ -65,6 +66,13 @@ _TAKES_NUMBERS = {
     aten.masked_fill_.Tensor,
     aten.index_fill.int_Tensor,
     aten.index_fill_.int_Tensor,
+}
+_NOT_EVERYWHERE = {
+    aten.linalg_qr.default,
+    aten.linalg_pinv.atol_rtol_tensor,
+    aten._linalg_svd.default,
+    aten._linalg_eigh.default,
+    aten._linalg_eigvals.default,
 }
 _NOT_ON_DEVICE = (torch.float64, torch.complex128)
 
@@ -103,12 +111,16 @@ class Machine:
         """Bytes of each device."""
         return UNLIMITED if self.limit is None else self.limit
 
+    def require(self, dtype: torch.dtype) -> None:
+        """Raises TypeError for a dtype that the devices do not have."""
+        if dtype in _NOT_ON_DEVICE and not self.float64:
+            raise TypeError(f"Cannot convert a {NAME} tensor to {dtype}: no float64 there")
+
     def hold(self, tensor: torch.Tensor, index: int) -> _Storage:
         """The storage of a tensor, counted once for as long as anything on the device holds it."""
         if index >= self.devices:
             raise RuntimeError(f"invalid device ordinal: {NAME}:{index} of {self.devices} devices")
-        if tensor.dtype in _NOT_ON_DEVICE and not self.float64:
-            raise TypeError(f"Cannot convert a {NAME} tensor to {tensor.dtype}: no float64 there")
+        self.require(tensor.dtype)
         storage = tensor.untyped_storage()
         key = (storage.data_ptr(), index)
         held = self._storages.get(key)
@@ -149,6 +161,7 @@ class OnDevice(torch.Tensor):
     """A tensor of a device; `inner` is the CPU's tensor that it stands for."""
 
     inner: torch.Tensor
+    index: int
     storage_held: _Storage
 
     __torch_function__ = torch._C._disabled_torch_function_impl
@@ -165,7 +178,7 @@ class OnDevice(torch.Tensor):
             layout=inner.layout,
             device=torch.device(NAME, index),
         )
-        wrapper.inner, wrapper.storage_held = inner, held
+        wrapper.inner, wrapper.index, wrapper.storage_held = inner, index, held
         return wrapper
 
     @classmethod
@@ -188,6 +201,24 @@ class OnDevice(torch.Tensor):
         )
 
 
+def _leaves(value: Any) -> Iterator[Any]:
+    """The tensors and generators in arguments; torch's own functions take ten times as long."""
+    if isinstance(value, (torch.Tensor, torch.Generator)):
+        yield value
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from _leaves(item)
+
+
+def _mapped(change: Callable[[Any], Any], value: Any) -> Any:
+    """Arguments or results with `change` applied to each tensor."""
+    if isinstance(value, torch.Tensor):
+        return change(value)
+    if type(value) in (list, tuple):
+        return type(value)(_mapped(change, item) for item in value)
+    return value
+
+
 def _index(device: object) -> int | None:
     """The index that a device argument names; None for a device of another kind."""
     if device is None:
@@ -207,8 +238,10 @@ def _place(value: object) -> str:
 def _require_one_device(func: Any, args: Any, leaves: list[Any]) -> None:
     """Raises RuntimeError where tensors of different devices meet in an operation."""
     tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
+    if len({t.index if isinstance(t, OnDevice) else None for t in tensors}) == 1:
+        return
     if func in _INDEXES:  # host tensors may index one of the device; a host tensor is not indexed
-        indices = {id(t) for t in tree_leaves(args[1]) if not isinstance(t, OnDevice)}
+        indices = {id(t) for t in _leaves(args[1]) if not isinstance(t, OnDevice)}
         tensors = [t for t in tensors if id(t) not in indices]
     if func in _TAKES_NUMBERS or func in _INDEXES or torch.Tag.pointwise in func.tags:
         tensors = [t for t in tensors if t.dim() or isinstance(t, OnDevice)]
@@ -222,19 +255,25 @@ def _require_one_device(func: Any, args: Any, leaves: list[Any]) -> None:
 
 def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     """One operation, on whatever devices."""
-    leaves = tree_leaves((args, kwargs))
+    leaves = [*_leaves(args), *_leaves(tuple(kwargs.values()))]
     wrapped = [leaf for leaf in leaves if isinstance(leaf, OnDevice)]
     target = _index(kwargs.get("device"))
     if not wrapped and target is None:
         return func(*args, **kwargs)
     if kwargs.get("device") is None and wrapped:
-        target = wrapped[0].device.index
-    if wrapped and func not in _MOVES:
+        target = wrapped[0].index
+    if wrapped and func in _NOT_EVERYWHERE:
+        raise NotImplementedError(f"{func} is not implemented for the device {NAME}")
+    if wrapped and func in _MOVES:
+        _require_dtype_of_copy(func, args, kwargs)
+    elif wrapped:
         _require_one_device(func, args, leaves)
     if target is not None:
         _require_no_generator(leaves)
         kwargs = dict(kwargs, device=torch.device("cpu")) if kwargs.get("device") else kwargs
-    result = func(*tree_map(_inner, args), **tree_map(_inner, kwargs))
+    result = func(
+        *_mapped(_inner, args), **{key: _mapped(_inner, value) for key, value in kwargs.items()}
+    )
     if func is aten.copy_.default:
         return args[0]
     if target is None:
@@ -244,6 +283,16 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         with torch.inference_mode(False):  # a view is what its tensor is, as on any device
             return _wrap(result, target, wrapped)
     return _wrap(result, target, wrapped)
+
+
+def _require_dtype_of_copy(func: Any, args: Any, kwargs: dict[str, Any]) -> None:
+    """Raises TypeError where the device would convert to float64 before it copies."""
+    source, target = args[0], kwargs.get("dtype")
+    if func is not aten._to_copy.default:
+        to, source = args[:2] if func is aten.copy_.default else args[1::-1]
+        target = to.dtype
+    if isinstance(source, OnDevice) and target is not None and target != source.dtype:
+        _present().require(target)
 
 
 def _require_no_generator(leaves: list[Any]) -> None:
@@ -269,7 +318,7 @@ def _wrap(result: Any, target: int, wrapped: list[OnDevice]) -> Any:
             raise NotImplementedError("the stand-in changes no shapes in place")
         return same
 
-    return tree_map(place, result)
+    return _mapped(place, result)
 
 
 class _Dispatch(TorchDispatchMode):
@@ -292,7 +341,8 @@ class _Functions(TorchFunctionMode):
             placed = func(*args, **kwargs).to(device)
             return placed.requires_grad_() if learned else placed
         if func == _set_data and all(isinstance(tensor, OnDevice) for tensor in args):
-            args[0].inner, args[0].storage_held = args[1].inner, args[1].storage_held
+            for attribute in ("inner", "index", "storage_held"):
+                setattr(args[0], attribute, getattr(args[1], attribute))
         return func(*args, **kwargs)
 
 

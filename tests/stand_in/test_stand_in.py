@@ -82,11 +82,16 @@ def test_float64_is_refused_unless_allowed(on_device):
         lambda: torch.zeros(2, dtype=torch.float64, device="fake"),
         lambda: torch.tensor([0.5], dtype=torch.float64, device="fake"),
         lambda: on_device.sum(dtype=torch.float64),
+        lambda: on_device.to("cpu", torch.float64),
+        lambda: torch.ones(3, 4, dtype=torch.float64).copy_(on_device),
     ]
     for attempt in attempts:
         with pytest.raises(TypeError, match="no float64"):
             attempt()
+    assert on_device.cpu().double().dtype == torch.float64
+    assert torch.ones(2, dtype=torch.float64).to("fake", torch.float32).dtype == torch.float32
     with accelerator(float64=True):
+        assert torch.ones(2).to("fake").to("cpu", torch.float64).dtype == torch.float64
         assert torch.ones(2).to("fake").double().dtype == torch.float64
 
 
@@ -103,6 +108,12 @@ def test_a_device_that_is_not_there_is_refused(machine):
         torch.ones(1).to("fake:2")
     with pytest.raises(RuntimeError, match="invalid device ordinal"):
         torch.ones(1, device="fake:2")
+
+
+@pytest.mark.parametrize("name", ["qr", "svd", "eigh", "pinv"])
+def test_what_not_every_device_has_is_refused(name, machine):
+    with pytest.raises(NotImplementedError):
+        getattr(torch.linalg, name)(torch.eye(3, device="fake"))
 
 
 def test_a_generator_of_the_host_is_refused(machine):
