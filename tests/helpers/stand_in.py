@@ -24,8 +24,9 @@ which checks the rules, computes on the wrapped tensors and wraps the results.
   which round otherwise than the CPU's kernels.
 - `Module.to` sets the data of a parameter, which a wrapper cannot give to a tensor of the host, and
   tied parameters made anew would be two: they are swapped instead.
-- The autograd engine counts devices when it is first used, so this module registers its kind of
-  device on import; and a backend in Python counts as one: gradients are computed on "fake:0" alone.
+- The autograd engine has a thread for each device, which it counts when it is first used, and of a
+  backend in Python it sees one. So gradients are computed in the calling thread. What Python raises
+  there ends the process (in the destructor of a guard): it is raised after the pass.
 - Torch lets a backend in Python not take part in `torch.accelerator.synchronize`, `empty_cache` and
   the memory figures: their bindings are replaced while the devices exist.
 """
@@ -51,6 +52,8 @@ UNLIMITED = 1 << 40
 """The memory of a device without a limit, in bytes, for those who ask."""
 
 aten = torch.ops.aten
+# Of whole numbers, which the CPU does not count; models ask accelerators for it.
+_COUNTS = {aten.histc.default}
 _MOVES = {aten._to_copy.default, aten.copy_.default, aten._copy_from.default}
 _INDEXES = {
     aten.index.Tensor,
@@ -92,6 +95,7 @@ class Machine:
         current: the index of the current device.
         freed: how often `empty_cache` was called.
         synchronised: how often `synchronize` was called.
+        refused: errors of the backward pass that is running.
     """
 
     devices: int = 1
@@ -102,6 +106,7 @@ class Machine:
     current: int = 0
     freed: int = 0
     synchronised: int = 0
+    refused: list[Exception] = field(default_factory=list)
     _storages: WeakValueDictionary[tuple[int, int], _Storage] = field(
         default_factory=WeakValueDictionary
     )
@@ -114,12 +119,12 @@ class Machine:
     def require(self, dtype: torch.dtype) -> None:
         """Raises TypeError for a dtype that the devices do not have."""
         if dtype in _NOT_ON_DEVICE and not self.float64:
-            raise TypeError(f"Cannot convert a {NAME} tensor to {dtype}: no float64 there")
+            _refuse(TypeError(f"Cannot convert a {NAME} tensor to {dtype}: no float64 there"))
 
     def hold(self, tensor: torch.Tensor, index: int) -> _Storage:
         """The storage of a tensor, counted once for as long as anything on the device holds it."""
         if index >= self.devices:
-            raise RuntimeError(f"invalid device ordinal: {NAME}:{index} of {self.devices} devices")
+            _refuse(RuntimeError(f"invalid device ordinal: {NAME}:{index} of {self.devices}"))
         self.require(tensor.dtype)
         storage = tensor.untyped_storage()
         key = (storage.data_ptr(), index)
@@ -129,6 +134,25 @@ class Machine:
         return held
 
 
+def _refuse(error: Exception) -> None:
+    """Raises; within a backward pass, after it."""
+    if torch._C._current_graph_task_id() == -1:
+        raise error
+    _present().refused.append(error)
+
+
+_run_backward = torch.autograd.graph._engine_run_backward
+
+
+def _run_backward_refusing(*args: Any, **kwargs: Any) -> Any:
+    gradients, refused = _run_backward(*args, **kwargs), _present().refused
+    if refused:
+        error = refused[0]
+        refused.clear()
+        raise error
+    return gradients
+
+
 class _Storage:
     """Bytes of a device, free again when the last tensor that holds them is gone."""
 
@@ -136,10 +160,8 @@ class _Storage:
         self.machine, self.index, self.size = machine, index, 0
         free = machine.total - machine.used[index]
         if size > free:
-            raise torch.OutOfMemoryError(
-                f"{NAME} out of memory. Tried to allocate {size} bytes; {NAME}:{index} has "
-                f"{machine.total}, of which {free} are free."
-            )
+            text = f"Tried to allocate {size} bytes; {NAME}:{index} has {machine.total}, of which"
+            _refuse(torch.OutOfMemoryError(f"{NAME} out of memory. {text} {free} are free."))
         self.size = size
         machine.used[index] += size
         machine.peak[index] = max(machine.peak[index], machine.used[index])
@@ -168,6 +190,8 @@ class OnDevice(torch.Tensor):
 
     @staticmethod
     def __new__(cls, inner: torch.Tensor, index: int) -> OnDevice:
+        if inner.is_conj() or inner.is_neg():  # bits that a wrapper does not have
+            inner = inner.resolve_conj().resolve_neg()
         held = _present().hold(inner, index)
         wrapper: OnDevice = torch.Tensor._make_wrapper_subclass(
             cls,
@@ -247,10 +271,8 @@ def _require_one_device(func: Any, args: Any, leaves: list[Any]) -> None:
         tensors = [t for t in tensors if t.dim() or isinstance(t, OnDevice)]
     places = sorted({_place(tensor) for tensor in tensors})
     if len(places) > 1:
-        raise RuntimeError(
-            "Expected all tensors to be on the same device, but found at least two devices, "
-            f"{' and '.join(places)}! ({func})"
-        )
+        text = "Expected all tensors to be on the same device, but found at least two devices, "
+        _refuse(RuntimeError(f"{text}{' and '.join(places)}! ({func})"))
 
 
 def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
@@ -263,7 +285,7 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     if kwargs.get("device") is None and wrapped:
         target = wrapped[0].index
     if wrapped and func in _NOT_EVERYWHERE:
-        raise NotImplementedError(f"{func} is not implemented for the device {NAME}")
+        _refuse(NotImplementedError(f"{func} is not implemented for the device {NAME}"))
     if wrapped and func in _MOVES:
         _require_dtype_of_copy(func, args, kwargs)
     elif wrapped:
@@ -271,9 +293,9 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     if target is not None:
         _require_no_generator(leaves)
         kwargs = dict(kwargs, device=torch.device("cpu")) if kwargs.get("device") else kwargs
-    result = func(
-        *_mapped(_inner, args), **{key: _mapped(_inner, value) for key, value in kwargs.items()}
-    )
+    args_inside = _mapped(_inner, args)
+    kwargs = {key: _mapped(_inner, value) for key, value in kwargs.items()}
+    result = _compute(func, args_inside, kwargs)
     if func is aten.copy_.default:
         return args[0]
     if target is None:
@@ -283,6 +305,12 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         with torch.inference_mode(False):  # a view is what its tensor is, as on any device
             return _wrap(result, target, wrapped)
     return _wrap(result, target, wrapped)
+
+
+def _compute(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+    if func in _COUNTS and not args[0].is_floating_point():
+        return func(args[0].float(), *args[1:], **kwargs).to(args[0].dtype)
+    return func(*args, **kwargs)
 
 
 def _require_dtype_of_copy(func: Any, args: Any, kwargs: dict[str, Any]) -> None:
@@ -297,7 +325,7 @@ def _require_dtype_of_copy(func: Any, args: Any, kwargs: dict[str, Any]) -> None
 
 def _require_no_generator(leaves: list[Any]) -> None:
     if any(isinstance(leaf, torch.Generator) for leaf in leaves):
-        raise RuntimeError(f"Expected a '{NAME}' device type for generator but found 'cpu'")
+        _refuse(RuntimeError(f"Expected a '{NAME}' device type for generator but found 'cpu'"))
 
 
 def _inner(value: Any) -> Any:
@@ -516,6 +544,10 @@ def accelerator(
         for name, function in _bindings(_MODULE).items():
             if hasattr(torch._C, name):
                 stack.enter_context(patch.object(torch._C, name, function))
+        stack.enter_context(torch.autograd.set_multithreading_enabled(False))
+        stack.enter_context(
+            patch.object(torch.autograd, "_engine_run_backward", _run_backward_refusing)
+        )
         stack.enter_context(_Functions())
         stack.enter_context(_Dispatch())
         yield _machine

@@ -151,6 +151,23 @@ def test_memory_that_autograd_keeps_is_counted():
         assert machine.used[0] == 800  # the weight and its gradient
 
 
+def test_gradients_on_any_device_and_without_memory():
+    with accelerator(devices=2, limit=4000) as machine:
+        weight = torch.ones(300, device="fake:1", requires_grad=True)
+        loss = (weight * 2).sum()
+        machine.limit = 2000
+        with pytest.raises(torch.OutOfMemoryError):
+            loss.backward()
+        machine.limit = 4000
+        (weight * 2).sum().backward()
+        assert weight.grad.device == torch.device("fake:1")
+
+
+def test_whole_numbers_are_counted(machine):
+    counts = torch.histc(torch.tensor([0, 1, 1, 3], device="fake").int(), bins=4, min=0, max=3)
+    assert (counts.dtype, counts.tolist()) == (torch.int32, [1, 2, 0, 1])
+
+
 def test_torch_speaks_of_it():
     a = torch.accelerator
     with accelerator(devices=3, limit=5000) as machine:
@@ -198,16 +215,22 @@ def test_data_of_a_parameter_is_set_and_copied(machine):
         layer.weight.t_()
 
 
-@pytest.mark.parametrize("name", ["silu", "mish", "gelu", "softmax", "logsigmoid", "rms_norm"])
+@pytest.mark.parametrize(
+    "name", ["silu", "mish", "gelu", "softmax", "logsigmoid", "rms_norm", "complex"]
+)
 def test_gradients_are_the_cpus_bit_for_bit(name):
     def gradient(values):
         values.requires_grad_()
+        if name == "complex":
+            turned = torch.view_as_complex(values) * torch.view_as_complex(values.sin()).conj()
+            torch.view_as_real(turned).sin().sum().backward()
+            return values.grad.cpu()
         settings = {"dim": -1} if name == "softmax" else {}
         arguments = [values.shape[-1:]] if name == "rms_norm" else []
         getattr(nn.functional, name)(values, *arguments, **settings).sin().sum().backward()
         return values.grad.cpu()
 
-    values = torch.randn(16, 33)
+    values = torch.randn(16, 33, 2)
     expected = gradient(values.clone())
     with accelerator():
         assert torch.equal(gradient(values.to("fake")), expected)
