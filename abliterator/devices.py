@@ -10,10 +10,11 @@ from __future__ import annotations
 import ctypes
 import gc
 import sys
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from typing import NamedTuple
 
-from abliterator.errors import RecipeError
+from abliterator.errors import GenerationError, RecipeError
 
 AUTO, CPU = "auto", "cpu"
 
@@ -118,6 +119,30 @@ def is_out_of_memory(error: BaseException) -> bool:
         return True
     message = str(error).lower()
     return isinstance(error, RuntimeError) and any(words in message for words in _SHORTAGE)
+
+
+@contextmanager
+def enough_memory(what: str, *, smaller: str = "") -> Iterator[None]:
+    """Converts a lack of memory in the block to an error that says what to choose.
+
+    Args:
+        what: what needs the memory, the subject of a sentence: "The model in FOLDER".
+        smaller: what may be made smaller beside the dtype: "a smaller `tuning.batch`".
+
+    Raises:
+        GenerationError: chained to what was raised.
+    """
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        reason = " ".join(str(error).split()).rstrip(".") or type(error).__name__
+        choices = ["a smaller dtype (`--dtype bfloat16`)", smaller, "a device with more memory"]
+        raise GenerationError(
+            f"{what} does not fit in memory: {reason}. Use {', '.join(filter(None, choices))}, or "
+            "`--device cpu`."
+        ) from error
 
 
 def release_memory() -> None:

@@ -25,6 +25,7 @@ from abliterator.comparison._beside import (
 )
 from abliterator.comparison._markdown import OTHER_VOCABULARY, difference_line
 from abliterator.comparison._weights import diff_weights
+from abliterator.devices import enough_memory
 from abliterator.engines import Engine, TransformersEngine
 from abliterator.errors import BenchmarkError
 from abliterator.evaluation import (
@@ -73,6 +74,7 @@ class CompareSettings:
     benchmarks: RunSettings = field(default_factory=RunSettings)
 
 
+@enough_memory("The comparison", smaller="shorter answers (`--max-new-tokens`)")
 def compare(
     base: Path,
     edited: Path,

@@ -99,8 +99,8 @@ def run_batches(
             if len(batch) == 1:
                 raise GenerationError(
                     "One prompt alone does not fit in the device's memory beside the model. Use "
-                    "shorter prompts or answers, a smaller dtype (`--dtype bfloat16`), or a "
-                    "larger device."
+                    "shorter prompts or answers, a smaller dtype (`--dtype bfloat16`), a device "
+                    "with more memory, or `--device cpu`."
                 ) from error
             limit = len(batch) // 2
             queue.appendleft(batch)

@@ -12,6 +12,7 @@ from pathlib import Path
 from time import perf_counter
 from typing import NamedTuple
 
+from abliterator.devices import enough_memory
 from abliterator.errors import AbliteratorError, OutputError, RecipeError
 from abliterator.pipeline._judges import judge_of
 from abliterator.pipeline._plan import plan_source
@@ -25,6 +26,7 @@ from abliterator.prompts import resolve_revision
 from abliterator.recipe import Prompts, Recipe, Source
 from abliterator.source import resolve_folder
 
+_SMALLER = "smaller batches (`rollouts.batch_size`, `tuning.batch`)"
 COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
@@ -64,7 +66,8 @@ class Schedule(NamedTuple):
                     if done:
                         continue
                     start = perf_counter()
-                    artefacts = stage.run(run)
+                    with enough_memory(f"The stage `{stage.name}`", smaller=_SMALLER):
+                        artefacts = stage.run(run)
                     seconds = round(perf_counter() - start, 3)
                     _require_unchanged(stage, run, key)
                     parts = stage.parts(run)
