@@ -11,6 +11,7 @@ import re
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, distribution, version
+from itertools import chain
 from pathlib import Path
 from statistics import mean, median
 from typing import Any
@@ -183,13 +184,42 @@ def _edit(run: Run) -> EditSummary:
 
 
 def _strengths(run: Run, edits: Sequence[TensorEdit]) -> dict[str, float | dict[str, float]]:
-    """Strengths per component: the recipe's, or the mean of the tuned ones."""
-    if not run.recipe.tunes:
-        return {str(component): s for component, s in run.recipe.edit.strengths.items()}
-    by_component: dict[str, list[float]] = {}
+    """Strength of each edited component, by blocks where they differ; the mean of tuned ones."""
+    by_component: dict[str, dict[int, list[float]]] = {}
     for edit in edits:
-        by_component.setdefault(edit.component, []).append(edit.strength)
-    return {component: round(mean(values), 4) for component, values in by_component.items()}
+        by_block = by_component.setdefault(edit.component, {})
+        by_block.setdefault(edit.layer, []).append(edit.strength)
+    if run.recipe.edit.strength == "auto":  # one for each writer: edits.json has them all
+        return {
+            component: round(mean(chain.from_iterable(by_block.values())), 4)
+            for component, by_block in by_component.items()
+        }
+    return {
+        component: by_ranges(
+            {
+                writer.layer: by_block.get(writer.layer, [0.0])[0]
+                for writer in run.plan.edits.writers
+                if writer.component == component
+            }
+        )
+        for component, by_block in by_component.items()
+    }
+
+
+def by_ranges(by_block: Mapping[int, float]) -> float | dict[str, float]:
+    """Strengths by ranges of blocks ("9-24"), or one number where all blocks have the same."""
+    if len(set(by_block.values())) == 1:
+        return next(iter(by_block.values()))
+    ranges: list[tuple[int, int, float]] = []  # first and last block, strength
+    for block, strength in sorted(by_block.items()):
+        if ranges and ranges[-1][1:] == (block - 1, strength):
+            ranges[-1] = (ranges[-1][0], block, strength)
+        else:
+            ranges.append((block, block, strength))
+    return {
+        f"{first}-{last}" if last > first else f"{first}": strength
+        for first, last, strength in ranges
+    }
 
 
 def _behaviour(run: Run) -> dict[str, Behaviour | None]:
@@ -281,4 +311,4 @@ def read_record(out: Path) -> RunRecord:
         ) from error
 
 
-RECORD = Stage("record", 3, _key, _run)
+RECORD = Stage("record", 4, _key, _run)
