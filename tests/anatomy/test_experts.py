@@ -250,5 +250,6 @@ def test_a_build_records_the_experts_that_its_recipe_chose(tmp_path, tiny_tokeni
     recipe = load_recipe(tmp_path / "r.yaml")
     record = pipeline.build(recipe, tmp_path / "out", options=Options("cpu"))
     assert record.edit.experts == {"1": (2, 0), "2": "all"}
+    assert record.edit.strength == {"attention": 1, "expert": {"0": 0, "1-2": 1}}
     card = (tmp_path / "out" / "checkpoint" / "README.md").read_text()
     assert "| Routed experts edited | `1` `[2, 0]`, `2` `all` (by blocks" in card

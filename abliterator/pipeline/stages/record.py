@@ -11,7 +11,6 @@ import re
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, distribution, version
-from itertools import chain
 from pathlib import Path
 from statistics import mean, median
 from typing import Any
@@ -32,6 +31,7 @@ from abliterator.pipeline.stages.prompts import prompt_sets, uses
 from abliterator.pipeline.stages.selection import selected_layers, selection_of
 from abliterator.pipeline.stages.tuning import planned_edits, tuning_record
 from abliterator.prompts import NEAR_DUPLICATE, PromptSet
+from abliterator.recipe import ranges_of
 from abliterator.record import (
     Behaviour,
     BenchmarkResult,
@@ -185,41 +185,19 @@ def _edit(run: Run) -> EditSummary:
 
 def _strengths(run: Run, edits: Sequence[TensorEdit]) -> dict[str, float | dict[str, float]]:
     """Strength of each edited component, by blocks where they differ; the mean of tuned ones."""
-    by_component: dict[str, dict[int, list[float]]] = {}
-    for edit in edits:
-        by_block = by_component.setdefault(edit.component, {})
-        by_block.setdefault(edit.layer, []).append(edit.strength)
-    if run.recipe.edit.strength == "auto":  # one for each writer: edits.json has them all
-        return {
-            component: round(mean(chain.from_iterable(by_block.values())), 4)
-            for component, by_block in by_component.items()
-        }
-    return {
-        component: by_ranges(
-            {
-                writer.layer: by_block.get(writer.layer, [0.0])[0]
-                for writer in run.plan.edits.writers
-                if writer.component == component
-            }
-        )
-        for component, by_block in by_component.items()
-    }
-
-
-def by_ranges(by_block: Mapping[int, float]) -> float | dict[str, float]:
-    """Strengths by ranges of blocks ("9-24"), or one number where all blocks have the same."""
-    if len(set(by_block.values())) == 1:
-        return next(iter(by_block.values()))
-    ranges: list[tuple[int, int, float]] = []  # first and last block, strength
-    for block, strength in sorted(by_block.items()):
-        if ranges and ranges[-1][1:] == (block - 1, strength):
-            ranges[-1] = (ranges[-1][0], block, strength)
+    strengths: dict[str, float | dict[str, float]] = {}
+    for component in dict.fromkeys(edit.component for edit in edits):
+        own = [edit for edit in edits if edit.component == component]
+        writers = (w for w in run.plan.edits.writers if w.component == component)
+        by_block = dict.fromkeys((w.layer for w in writers), 0.0)
+        by_block |= {edit.layer: edit.strength for edit in own}
+        if run.recipe.edit.strength == "auto":  # one for each writer: edits.json has them all
+            strengths[component] = round(mean(edit.strength for edit in own), 4)
+        elif len(set(by_block.values())) == 1:
+            strengths[component] = own[0].strength
         else:
-            ranges.append((block, block, strength))
-    return {
-        f"{first}-{last}" if last > first else f"{first}": strength
-        for first, last, strength in ranges
-    }
+            strengths[component] = ranges_of(by_block)
+    return strengths
 
 
 def _behaviour(run: Run) -> dict[str, Behaviour | None]:
