@@ -90,7 +90,8 @@ def _judge_description(judge: JudgeIdentity | None) -> Markdown:
         description += f"; it disagrees with {escape(other)} on {estimate(rate)}"
     if judge.calibration is None:
         return Markdown(f"{description}; uncalibrated (never measured against human labels)")
-    return Markdown(f"{description}; against human labels: {settings(judge.calibration)}")
+    figures = settings(judge.calibration.model_dump(exclude_none=True))
+    return Markdown(f"{description}; against human labels: {figures}")
 
 
 def _measure_heading(judge: JudgeIdentity | None) -> Markdown:

@@ -62,7 +62,6 @@ def compare(
     from abliterator.checkpoint import Checkpoint
     from abliterator.comparison import CompareSettings, to_markdown
     from abliterator.comparison import compare as compare_checkpoints
-    from abliterator.evaluation import DivergenceSettings
     from abliterator.pipeline import Options
     from abliterator.prompts import load_prompts
     from abliterator.recipe import Benchmarks, Source
@@ -78,7 +77,7 @@ def compare(
         },
         tasks=_tasks(tasks),
         max_new_tokens=max_new_tokens,
-        divergence=DivergenceSettings(batch_size=options.batch_size("auto")),
+        batch_size=options.batch_size("auto"),
         benchmarks=RunSettings(
             section=Benchmarks(preset=None, limit=task_limit),
             device=options.compute_device,

@@ -30,9 +30,9 @@ from abliterator.engines import Engine, TransformersEngine
 from abliterator.errors import BenchmarkError
 from abliterator.evaluation import (
     Bar,
-    DivergenceSettings,
     RenderedPrompts,
     answer_sets,
+    base_paths,
     measure_divergence,
     no_bar,
 )
@@ -63,14 +63,20 @@ class CompareSettings:
             on "neutral".
         tasks: benchmarks, from `resolve_tasks`.
         max_new_tokens: tokens of an answer.
-        divergence: how divergence is measured.
+        kl_tokens: answer tokens compared of each neutral prompt, at most.
+        batch_size: prompts answered together.
+        max_batch_tokens: tokens in one forward pass of the divergence.
+        seed: of the intervals.
         benchmarks: how benchmarks are run; device and dtype are those of all measurements.
     """
 
     prompts: Mapping[str, Sequence[str]] = field(default_factory=dict)
     tasks: Sequence[Task] = ()
     max_new_tokens: int = 256
-    divergence: DivergenceSettings = field(default_factory=DivergenceSettings)
+    kl_tokens: int = 32
+    batch_size: int = 16
+    max_batch_tokens: int = 4096
+    seed: int = 0
     benchmarks: RunSettings = field(default_factory=RunSettings)
 
 
@@ -132,9 +138,7 @@ def compare(
     if not settings.tasks:
         return comparison
     scores = _benchmark_scores(setups, settings, prompting, scratch=scratch, bar=bar)
-    return comparison.model_copy(
-        update=_benchmarks(scores, prompting, seed=settings.divergence.seed)
-    )
+    return comparison.model_copy(update=_benchmarks(scores, prompting, seed=settings.seed))
 
 
 _PROMPTING_PARTS = {"chat_template", "tokenizer", "stop_tokens", "generation_config"}
@@ -222,7 +226,7 @@ def _behaviour(
     behaviours = {
         name: summarise(
             *([v for v in verdicts if (v.set, v.side) == (name, side)] for side in sides),
-            seed=settings.divergence.seed,
+            seed=settings.seed,
         )
         for name in settings.prompts
     }
@@ -253,7 +257,7 @@ def _answers(
         },
         side=side,
         max_new_tokens=settings.max_new_tokens,
-        batch_size=settings.divergence.batch_size,
+        batch_size=settings.batch_size,
         bar=bar,
         stop_ids=models.stop_ids,
     )
@@ -275,11 +279,27 @@ def _divergence(
     neutral = settings.prompts.get("neutral")
     if not neutral:
         return None
+    tokens = settings.kl_tokens
+
+    def rendered(engine: Engine) -> list[list[int]]:
+        return _rendered(engine, neutral, "neutral", tokens)
+
+    paths = base_paths(
+        load("base"),
+        rendered(load("base")),
+        tokens=tokens,
+        max_new_tokens=settings.max_new_tokens,
+        batch_size=settings.batch_size,
+        bar=bar,
+    )
     return measure_divergence(
         load,
-        lambda engine: _rendered(engine, neutral, "neutral", settings.divergence.tokens),
-        replace(settings.divergence, max_new_tokens=settings.max_new_tokens),
+        rendered,
+        paths,
+        tokens=tokens,
         scratch=scratch / "base_logits.bin",
+        max_batch_tokens=settings.max_batch_tokens,
+        seed=settings.seed,
         bar=bar,
     )
 

@@ -13,17 +13,17 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from abliterator.errors import FileError, JudgeError
 from abliterator.files import digest_of, read_text, sha256_of_bytes
 from abliterator.judge._rule_judge import RuleJudge
 from abliterator.judge._summary import unscored_reasons
 from abliterator.judge._types import Answered, Judge, Judgement
-from abliterator.record import Estimate, Frozen, JudgeIdentity, Verdict
+from abliterator.record import CalibrationSummary, Estimate, Frozen, JudgeIdentity, Verdict
 from abliterator.statistics import rate_interval
 
 # The fields that identify a judge, beside what a run measures of it.
@@ -59,13 +59,11 @@ class Calibration(Frozen):
     disagreement: dict[str, Estimate]  # share of other verdicts: by "itself", by "rules"
     differing: tuple[int, ...]  # 1-based lines where judge and label differ
 
-    def summary(self) -> dict[str, Any]:
+    def summary(self) -> CalibrationSummary:
         """What a record carries: the figures, and hashes in place of texts."""
-        figures = ("n", "unscored", "agreement", "kappa", "kappa_binary")
-        kept = {name: getattr(self, name) for name in figures}
+        kept = self.model_dump(include=set(CalibrationSummary.model_fields))
         rounded = {k: round(v, 4) if isinstance(v, float) else v for k, v in kept.items()}
-        labels = {"labels": self.labels, "labels_sha256": self.labels_sha256}
-        return {**rounded, **labels, "sha256": self.sha256}
+        return CalibrationSummary(**rounded, sha256=self.sha256)
 
     @property
     def sha256(self) -> str:
@@ -83,12 +81,12 @@ class Calibrated:
     """
 
     judge: Judge
-    summary: Mapping[str, Any]
+    summary: CalibrationSummary
 
     @property
     def identity(self) -> JudgeIdentity:
         """The judge's identity, with the calibration."""
-        return self.judge.identity.model_copy(update={"calibration": dict(self.summary)})
+        return self.judge.identity.model_copy(update={"calibration": self.summary})
 
     def judge_all(self, answers: Sequence[Answered]) -> list[Judgement]:
         """Judgements of the wrapped judge, in the order of the answers."""

@@ -9,7 +9,7 @@ import pytest
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from abliterator.anatomy import anatomy_of
-from abliterator.bake import EditSettings, plan_edits
+from abliterator.bake import plan_edits
 from abliterator.checkpoint import Checkpoint
 from abliterator.engines import AnswerPath, TransformersEngine
 from abliterator.engines._generate import _answer
@@ -17,6 +17,7 @@ from abliterator.errors import GenerationError
 from abliterator.evaluation import EvaluationContext, RenderedPrompts, base_paths, behind_thinking
 from abliterator.judge import RuleJudge
 from abliterator.model import load_model, render_chat
+from abliterator.recipe import Edit
 from abliterator.selection import KL_TOKENS, ScoringPrompts, _scores, log_odds
 from abliterator.thinking import Split, Splitter
 from tests.thinking.replies import (
@@ -153,7 +154,7 @@ def context_of(engine, target, neutral):
     checkpoint = Checkpoint.open(engine.loaded.folder)
     return EvaluationContext(
         engine=engine,
-        plan=plan_edits(checkpoint, anatomy_of(checkpoint.config), EditSettings()),
+        plan=plan_edits(checkpoint, anatomy_of(checkpoint.config), Edit()),
         target=target,
         neutral=neutral,
         judge=RuleJudge(),

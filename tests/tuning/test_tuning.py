@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from abliterator import pipeline
 from abliterator.anatomy import anatomy_of
-from abliterator.bake import EditSettings, bake, plan_edits, preview_edit
+from abliterator.bake import bake, plan_edits, preview_edit
 from abliterator.capture import capture
 from abliterator.checkpoint import Checkpoint
 from abliterator.directions import fit_directions, stack
@@ -21,7 +21,7 @@ from abliterator.evaluation import EditEvaluator, EvaluationContext, RenderedPro
 from abliterator.judge import RuleJudge
 from abliterator.model import load_model, render_chat
 from abliterator.pipeline import Options
-from abliterator.recipe import Tuning, load_recipe
+from abliterator.recipe import Edit, Tuning, load_recipe
 from abliterator.record import Estimate, Trial
 from abliterator.record import Tuning as TuningResult
 from abliterator.subspace import orthonormal_basis
@@ -49,7 +49,7 @@ def tiny_context(loaded, **config):
     nothing = RenderedPrompts((), ())
     evaluation = EvaluationContext(
         engine=TransformersEngine(loaded),
-        plan=plan_edits(checkpoint, anatomy_of(checkpoint.config), EditSettings()),
+        plan=plan_edits(checkpoint, anatomy_of(checkpoint.config), Edit()),
         target=nothing,
         neutral=nothing,
         judge=RuleJudge(),
@@ -311,7 +311,7 @@ def demo():
     learned, held_out = slice(0, 32), slice(32, 56)
     evaluation = EvaluationContext(
         engine=engine,
-        plan=plan_edits(checkpoint, anatomy_of(checkpoint.config), EditSettings()),
+        plan=plan_edits(checkpoint, anatomy_of(checkpoint.config), Edit()),
         target=rendered("target", held_out),
         neutral=rendered("neutral", held_out),
         judge=RuleJudge(),
