@@ -80,6 +80,17 @@ def open_model(folder: Path, settings: RunSettings, *, side: Side = "base") -> A
         from lm_eval.api.registry import get_model
 
         return get_model("vllm")(pretrained=str(folder), **common)
-    from abliterator.benchmarks._transformers import open_transformers
+    from lm_eval.models.huggingface import HFLM
 
-    return open_transformers(folder, device=settings.device, options=common)
+    from abliterator.model import ask_for_plain_numbers
+
+    class PlainNumbers(HFLM):  # type: ignore[misc]  # lm-eval has no types
+        """lm-eval's own transformers model, reading weights as `load_model` does."""
+
+        def _get_config(self, *args: Any, **kwargs: Any) -> None:
+            super()._get_config(*args, **kwargs)
+            ask_for_plain_numbers(self._config)
+
+    # in bfloat16 the log-likelihoods collapse to a few values, and ties decide
+    common = {"softmax_dtype": "float32", **common}
+    return PlainNumbers(pretrained=str(folder), device=settings.device, **common)
