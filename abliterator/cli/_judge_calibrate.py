@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from abliterator.cli._options import JSON, judge_arguments, read_judge
+from abliterator.cli._options import FILE, JSON, NEW_FILE, judge_arguments, read_judge
 from abliterator.cli._terminal import Bars, show
 from abliterator.tables import cell
 
@@ -16,11 +16,11 @@ if TYPE_CHECKING:
 
 
 @click.command("judge-calibrate")
-@click.argument("labelled", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.argument("labelled", type=FILE)
 @judge_arguments
 @click.option(
     "--out",
-    type=click.Path(dir_okay=False, path_type=Path),
+    type=NEW_FILE,
     help="Write the result, for `judge.calibration` of a recipe: its record and card carry it.",
 )
 @JSON

@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
-from abliterator.cli._options import JSON, SET
-from abliterator.cli._terminal import Bars, echo
+from abliterator.cli._options import FILE, JSON, NEW_FILE, SET
+from abliterator.cli._terminal import Bars, show
 
 if TYPE_CHECKING:
     from abliterator.pairs import Length, Made
 
 
 @click.command()
-@click.argument("spec", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.argument("spec", type=FILE)
 @click.option(
     "--out",
     required=True,
-    type=click.Path(dir_okay=False, path_type=Path),
+    type=NEW_FILE,
     help="File to write (.jsonl). Replies are kept beside it, under the same name, as .sqlite.",
 )
 @SET
@@ -50,11 +49,9 @@ def pairs(spec: Path, out: Path, overrides: tuple[str, ...], as_json: bool) -> N
             on_kept=lambda new, spent: advance(new, status=spent),
         )
     save_pairs(out, pairs_made, settings, length)
-    if as_json:
-        counts = {name: len(of_side) for name, of_side in pairs_made.pairs.items()}
-        echo(json.dumps({**pairs_made._asdict(), "pairs": counts}, indent=1))
-    else:
-        echo(_pairs_text(pairs_made, out, length))
+    counts = {name: len(of_side) for name, of_side in pairs_made.pairs.items()}
+    plain = {**pairs_made._asdict(), "pairs": counts}
+    show(plain, lambda _: _pairs_text(pairs_made, out, length), as_json=as_json)
 
 
 def _length(tokenizer: str | None) -> Length:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from abliterator.cli._options import JSON, SET
-from abliterator.cli._terminal import echo
+from abliterator.cli._terminal import show
 
 if TYPE_CHECKING:
     from abliterator.pipeline import Plan
@@ -31,10 +30,7 @@ def plan(recipe_or_model: str, out: Path, overrides: tuple[str, ...], as_json: b
         planned = pipeline.plan_recipe(load_recipe(path, overrides=overrides), out)
     else:
         planned = pipeline.plan_model(recipe_or_model, out, edit=load_edit(overrides))
-    if as_json:
-        echo(json.dumps(planned.summary(), indent=1))
-    else:
-        echo(plan_text(planned))
+    show(planned.summary(), lambda _: plan_text(planned), as_json=as_json)
 
 
 def plan_text(plan: Plan) -> str:

@@ -34,16 +34,15 @@ def storage_ways(edits: EditPlan, checkpoint: Checkpoint, k: int) -> list[dict[s
         }
         for way in WAYS:
             size = checkpoint.total_bytes + edits.stored_as(way).added_bytes(checkpoint)
-            entry[way] = {"bytes": size, **_constants(kind, way, k)}
+            rank, constants = measured(kind, way, k) if kind in MEASURED else (None, None)
+            entry[way] = {
+                "bytes": size,
+                "k": rank,
+                "leak": constants and constants.leak,
+                "noise": constants and constants.noise,
+            }
         formats.append(entry)
     return formats
-
-
-def _constants(kind: str, way: Way, k: int) -> dict[str, Any]:
-    if kind not in MEASURED:
-        return {"k": None, "leak": None, "noise": None}
-    rank, constants = measured(kind, way, k)
-    return {"k": rank, "leak": constants.leak, "noise": constants.noise}
 
 
 def quantized_edits(edits: Sequence[TensorEdit]) -> tuple[QuantizedEdits, ...]:
