@@ -1,6 +1,6 @@
 """Quantisation of a whole checkpoint, as config.json and the safetensors headers describe it.
 
-Each quantisation method is one entry of `SCHEMES`, or of `REFUSED` in `_refused`; no other code in
+Each quantisation method is one entry of `SCHEMES`, or of refused.yaml; no other code in
 abliterator depends on a method's name.
 """
 

@@ -14,21 +14,11 @@ The token is the Hub library's own business (`HF_TOKEN`, or `hf auth login`): it
 argument here, and no message holds it.
 """
 
-from abliterator.publish._files import PlannedFile
-from abliterator.publish._plan import (
-    Folders,
-    Gating,
-    PublishPlan,
-    Target,
-    plan_adapter,
-    plan_publish,
-)
+from abliterator.publish._plan import Folders, PublishPlan, Target, plan_adapter, plan_publish
 from abliterator.publish._publish import Published, publish
 
 __all__ = [
     "Folders",
-    "Gating",
-    "PlannedFile",
     "PublishPlan",
     "Published",
     "Target",

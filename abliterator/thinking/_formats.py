@@ -6,10 +6,9 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
-from importlib.resources import files
 from typing import Any, NamedTuple
 
-import yaml
+from abliterator.files import package_yaml
 
 
 class Mark(NamedTuple):
@@ -81,8 +80,7 @@ class Formats:
 @cache
 def formats() -> Formats:
     """The table of this package."""
-    raw = files("abliterator.thinking").joinpath("formats.yaml").read_text(encoding="utf-8")
-    data = yaml.safe_load(raw)
+    data = package_yaml("abliterator.thinking", "formats.yaml")
     cased = dict(_in_brackets(data["brackets"], data["tags"]))
     exact = dict(_blocks(data["blocks"]))
     tags = _any_of(data["tags"])
