@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache, cached_property
 from typing import Annotated, Any, Literal
 
@@ -92,15 +92,18 @@ class Family(BaseModel):
 
 @dataclass(frozen=True)
 class Wrapper:
-    """A model that holds a causal LM beside other parts; `prefixes` map disk names to the LM's."""
+    """A model that holds a causal LM beside other parts; by default one that is nothing else.
 
-    prefixes: Mapping[str, str]
-    run_time: str
-    left_alone: Mapping[str, str]
+    `prefixes` map names on disk to the LM's; `run_time` replaces its `model.` in memory.
+    """
+
+    prefixes: Mapping[str, str] = field(default_factory=dict)
+    run_time: str | None = None
+    left_alone: Mapping[str, str] = field(default_factory=dict)
 
     def at_run_time(self, module: str) -> str:
         """Path of a module of the language model in the loaded wrapper."""
-        return self.run_time + module.removeprefix("model.")
+        return module if self.run_time is None else self.run_time + module.removeprefix("model.")
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -121,7 +120,6 @@ def plan_publish(
     target: Target,
     *,
     subspace: Path | None = None,
-    on_bytes: Callable[[int], None] | None = None,
 ) -> PublishPlan:
     """Verifies a checkpoint and plans its upload; nothing is sent.
 
@@ -130,7 +128,6 @@ def plan_publish(
         checkpoint: OUT/checkpoint.
         target: where to.
         subspace: the removed subspace, for measuring the leak again.
-        on_bytes: called with the size of each weight file when it is verified.
 
     Raises:
         PublishError: if the checkpoint does not verify, is incomplete, or may not go by that name.
@@ -139,7 +136,7 @@ def plan_publish(
     before = stamps_of(checkpoint)
     record = _read_record(checkpoint)
     _check_license(record, target)
-    verification = verify(base, checkpoint, subspace=subspace, on_bytes=on_bytes)
+    verification = verify(base, checkpoint, subspace=subspace)
     _require_sound(checkpoint, verification)
     files = verified_files(checkpoint, verification.sha256, before)
     if target.license is not None:
