@@ -6,7 +6,6 @@ The stage writes work/moments.safetensors, from which `fitted` makes directions.
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -66,6 +65,8 @@ def _shuffles(run: Run) -> int:
 
 
 def _run(run: Run) -> list[Path]:
+    from safetensors.torch import save
+
     from abliterator.capture import save_moments
 
     engine = run.engine(run.plan.source.folder)
@@ -79,7 +80,10 @@ def _run(run: Run) -> list[Path]:
     save_moments(MOMENTS.path(run), moments)
     if not vectors:
         return [MOMENTS.path(run)]
-    _save_differences(run, vectors, positions)
+    target, contrast = (list(side) for side in zip(*prompt_sets(run).pairs, strict=True))
+    pairs = vectors["target"][target] - vectors["contrast"][contrast]
+    tensors = {str(p): pairs[:, i].contiguous() for i, p in enumerate(positions)}
+    write_bytes_atomic(DIFFERENCES.path(run), save(tensors))
     return [MOMENTS.path(run), DIFFERENCES.path(run)]
 
 
@@ -146,16 +150,6 @@ def _capture_set(
         for (part, position), accumulated in moments.items()
     }
     return frozen, vectors
-
-
-def _save_differences(run: Run, vectors: Mapping[str, Tensor], positions: tuple[int, ...]) -> None:
-    """Target - contrast of every pair, [pairs, L, H] float32 by position."""
-    from safetensors.torch import save
-
-    target, contrast = (list(side) for side in zip(*prompt_sets(run).pairs, strict=True))
-    paired_differences = vectors["target"][target] - vectors["contrast"][contrast]
-    tensors = {str(p): paired_differences[:, i].contiguous() for i, p in enumerate(positions)}
-    write_bytes_atomic(DIFFERENCES.path(run), save(tensors))
 
 
 def differences(run: Run) -> dict[int, Tensor]:
