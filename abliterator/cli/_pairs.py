@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING
 import click
 
 from abliterator.cli._options import FILE, JSON, NEW_FILE, SET
-from abliterator.cli._terminal import Bars, show
+from abliterator.cli._terminal import Bars, render, show
 
 if TYPE_CHECKING:
-    from abliterator.pairs import Length, Made
+    from abliterator.pairs import Length
 
 
 @click.command()
@@ -50,8 +50,11 @@ def pairs(spec: Path, out: Path, overrides: tuple[str, ...], as_json: bool) -> N
         )
     save_pairs(out, pairs_made, settings, length)
     counts = {name: len(of_side) for name, of_side in pairs_made.pairs.items()}
-    plain = {**pairs_made._asdict(), "pairs": counts}
-    show(plain, lambda _: _pairs_text(pairs_made, out, length), as_json=as_json)
+    show(
+        {**pairs_made._asdict(), "pairs": counts},
+        lambda made: render("pairs", made=made, counts=counts, out=out, unit=length.unit),
+        as_json=as_json,
+    )
 
 
 def _length(tokenizer: str | None) -> Length:
@@ -64,15 +67,3 @@ def _length(tokenizer: str | None) -> Length:
 
     loaded = load_tokenizer(tokenizer_folder(tokenizer))
     return Length("tokens", lambda text: len(loaded.encode(text, add_special_tokens=False)))
-
-
-def _pairs_text(pairs_made: Made, out: Path, length: Length) -> str:
-    """What was made, in a few lines."""
-    sizes = ", ".join(f"{len(of_side)} {name}" for name, of_side in pairs_made.pairs.items())
-    dropped = ", ".join(f"{n} ({reason})" for reason, n in pairs_made.dropped.items()) or "none"
-    spent = f"{pairs_made.calls} calls" + (f", ${pairs_made.usd:.4f}" if pairs_made.usd else "")
-    servers = ", ".join(pairs_made.served) or "a model without a name"
-    return (
-        f"{out}: pairs {sizes}; lengths matched in {length.unit}\n"
-        f"dropped: {dropped}\nby {servers}: {spent}"
-    )
