@@ -30,19 +30,8 @@ RECIPE = "recipe.yaml"  # of a published checkpoint
 
 # What a loader, the edit and the card need; never pickles, other runtimes' formats, or a second
 # copy of the weights.
-_DOWNLOAD = [
-    "*.safetensors",
-    "*.json",
-    "*.jinja",
-    "*.txt",
-    "*.model",
-    "*.tiktoken",
-    "*.py",
-    "LICENSE*",
-    "NOTICE*",
-    "*.md",
-]
 _TOKENIZER = ["*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken"]
+_DOWNLOAD = ["*.safetensors", *_TOKENIZER, "*.py", "LICENSE*", "NOTICE*", "*.md"]
 _SKIP = ["original/*", "onnx/*", "consolidated*.safetensors", "*.bin", "*.pt", "*.pth", "*.gguf"]
 
 # What a plan reads, beside the headers of the weights.
@@ -341,10 +330,7 @@ def tokenizer_folder(model: str) -> Path:
     Raises:
         CheckpointError: if there is no such model.
     """
-    if model.startswith(EMBEDDED):
-        return _embedded_folder(model.removeprefix(EMBEDDED))
-    local = Path(model).expanduser()
-    return local if local.is_dir() else _download(model, None, _TOKENIZER).folder
+    return (_on_disk(model) or _download(model, None, _TOKENIZER)).folder
 
 
 def published_folder(name: str) -> Path:

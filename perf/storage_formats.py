@@ -7,7 +7,7 @@ a random subspace of rank k from it, keeping the format (by plain and by compens
 writing bfloat16, and prints what was measured on the stored bytes of the writers that were
 quantised; bytes are of the whole file. `own` is what the format itself
 rounded away of the weights that it was made from, which no edit brings back. The table in
-`abliterator/formats/_measured.py` is `--d-model 2048`.
+`abliterator/formats/measured.yaml` is `--d-model 2048`.
 """
 
 from __future__ import annotations

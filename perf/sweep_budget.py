@@ -27,7 +27,7 @@ from abliterator.model import load_model
 from abliterator.pipeline import Options, Silent, plan_recipe, recipe_of, run_stages
 from abliterator.pipeline._run import Run
 from abliterator.pipeline._workspace import Workspace
-from abliterator.pipeline.stages.selection import context_of, pool_of
+from abliterator.pipeline.stages.selection import pool_of, selection_context
 from abliterator.recipe import load_recipe
 from abliterator.record import Estimate
 from abliterator.selection import Pool, choose, judge_edits
@@ -101,7 +101,7 @@ def main() -> None:
 
 def compare(run: Run, *, every: int, reload: bool) -> None:
     """The comparison, on stdout."""
-    (context, scoring), whole = context_of(run), pool_of(run)
+    (context, scoring), whole = selection_context(run), pool_of(run)
     pool = replace(whole, places=list(whole.places)[::every])
     settings, started = run.recipe.selection, perf_counter()
     found = choose(

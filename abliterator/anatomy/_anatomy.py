@@ -75,7 +75,7 @@ class Anatomy:
     extra_blocks: int = 0
     storage: Storage = field(default_factory=Storage)
     _family: Family = field(kw_only=True, repr=False)
-    _wrapper: Wrapper | None = field(default=None, kw_only=True, repr=False)
+    _wrapper: Wrapper = field(default_factory=Wrapper, kw_only=True, repr=False)
 
     def writers(self, shapes: Mapping[str, Shape]) -> tuple[Writer, ...]:
         """Every writer among the tensors of a checkpoint: embeddings, then block by block.
@@ -108,7 +108,7 @@ class Anatomy:
                 replace(
                     writer,
                     name=on_disk[writer.name],
-                    module=self._at_run_time(writer.module),
+                    module=self._wrapper.at_run_time(writer.module),
                     gains=tuple(on_disk[gain] for gain in writer.gains),
                 )
             )
@@ -125,24 +125,17 @@ class Anatomy:
 
     def _table_name(self, name: str) -> str:
         """A tensor's name in the language model's own checkpoint, from its name on disk."""
-        if self._wrapper is not None:
-            for prefix_on_disk, prefix in self._wrapper.prefixes.items():
-                if name.startswith(prefix_on_disk):
-                    return prefix + name.removeprefix(prefix_on_disk)
+        for prefix_on_disk, prefix in self._wrapper.prefixes.items():
+            if name.startswith(prefix_on_disk):
+                return prefix + name.removeprefix(prefix_on_disk)
         base = self._family.base_prefix
         if base and not name.startswith((base, "lm_head.")):
             return base + name
         return name
 
-    def _at_run_time(self, module: str) -> str:
-        if self._wrapper is None:
-            return module
-        return self._wrapper.at_run_time(module)
-
     def _left_alone(self, table_name: str) -> str | None:
         """The label of a tensor that is not to be touched, or None."""
-        beside = self._wrapper.left_alone if self._wrapper is not None else {}
-        for prefix, label in beside.items():
+        for prefix, label in self._wrapper.left_alone.items():
             if table_name.startswith(prefix):
                 return label
         extra = range(self.n_layers, self.n_layers + self.extra_blocks)
@@ -188,17 +181,17 @@ class Anatomy:
                     f"them a {self.model_type} would load is not clear. Use a checkpoint as "
                     "save_pretrained writes it."
                 )
-            chosen += present or [part for part in parts[:1] if self._needed(part, table_names)]
+            # optional parts are in all blocks or in none
+            layers = range(self.n_layers)
+            chosen += present or [
+                part
+                for part in parts[:1]
+                if not part.optional or any(self._has(part, i, table_names) for i in layers)
+            ]
         return chosen
 
     def _has(self, part: Part, layer: int, table_names: Collection[str]) -> bool:
         return any(name in table_names for name in self._names(part.tensor, layer))
-
-    def _needed(self, part: Part, table_names: Collection[str]) -> bool:
-        """Whether a block without this part lacks it: optional parts are in all blocks or none."""
-        return not part.optional or any(
-            self._has(part, layer, table_names) for layer in range(self.n_layers)
-        )
 
     def _names(self, pattern: str, layer: int) -> list[str]:
         name = pattern.replace("{layer}", str(layer))
@@ -237,8 +230,10 @@ class Anatomy:
     def _check_claimed(self, table_name: str, name: str) -> None:
         """Stops at a tensor that is neither an expected writer nor a reader in the table."""
         owner = self.storage.owner(table_name)
-        writes = next((m for p in self._family.writer_names if (m := p.fullmatch(owner))), None)
-        reads = next((m for p in self._family.reader_names if (m := p.fullmatch(owner))), None)
+        writes, reads = (
+            next((m for pattern in patterns if (m := pattern.fullmatch(owner))), None)
+            for patterns in (self._family.writer_names, self._family.reader_names)
+        )
         match = writes or reads
         shown = name if name.isprintable() else ascii(name)
         if match is None:

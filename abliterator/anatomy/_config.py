@@ -8,7 +8,7 @@ from difflib import get_close_matches
 from typing import Any
 
 from abliterator.anatomy._anatomy import Anatomy
-from abliterator.anatomy._table import Family, table
+from abliterator.anatomy._table import Family, Wrapper, table
 from abliterator.errors import CheckpointError, UnsupportedModel
 from abliterator.files import shown
 from abliterator.formats import storage_of
@@ -45,13 +45,13 @@ def anatomy_of(config: Mapping[str, Any]) -> Anatomy:
         model_type=model_type,
         n_layers=_size(text, *family.n_layers),
         d_model=_size(text, *family.d_model),
-        blocks=family.blocks if wrapper is None else wrapper.at_run_time(family.blocks),
+        blocks=(wrapper or Wrapper()).at_run_time(family.blocks),
         tied_embeddings=bool(family.tied_by_default if tied is None else tied),
         n_experts=_n_experts(family, text),
         extra_blocks=max(_count(text, key) for key in table().predictors.counted_by),
         storage=storage_of(config),
         _family=family,
-        _wrapper=wrapper,
+        _wrapper=wrapper or Wrapper(),
     )
 
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache, cached_property
-from importlib.resources import files
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict
+
+from abliterator.files import package_yaml
 
 Component = Literal[
     "attention",
@@ -50,25 +51,33 @@ class Part:
         return "{expert}" in self.tensor
 
 
-@dataclass(frozen=True)
-class Family:
+def _several(value: Any) -> tuple[str, ...]:
+    return (value,) if isinstance(value, str) else tuple(value)
+
+
+Names = Annotated[tuple[str, ...], BeforeValidator(_several)]
+
+
+class Family(BaseModel):
     """An entry of the table, merged with the shape that it is based on.
 
     The names of `others` become patterns, as those of writers do, when they are first used: a
     run needs those of one family, and all of them take longer than a small model takes to bake.
     """
 
+    model_config = ConfigDict(frozen=True)
+
     blocks: str
-    n_layers: tuple[str, ...]
-    d_model: tuple[str, ...]
-    tied_by_default: bool
-    base_prefix: str
-    gain_offset: float
-    requires: Mapping[str, Any]
+    n_layers: Names = ("num_hidden_layers",)
+    d_model: Names = ("hidden_size",)
+    tied_by_default: bool = False
+    base_prefix: str = ""
+    gain_offset: float = 0.0
+    requires: Mapping[str, Any] = {}
     writers: tuple[Part, ...]
     embeddings: tuple[Part, ...]
     others: tuple[str, ...]
-    sizes_left_out: Mapping[str, int]
+    sizes_left_out: Mapping[str, int] = {}
 
     @cached_property
     def writer_names(self) -> tuple[re.Pattern[str], ...]:
@@ -83,15 +92,18 @@ class Family:
 
 @dataclass(frozen=True)
 class Wrapper:
-    """A model that holds a causal LM beside other parts; `prefixes` map disk names to the LM's."""
+    """A model that holds a causal LM beside other parts; by default one that is nothing else.
 
-    prefixes: Mapping[str, str]
-    run_time: str
-    left_alone: Mapping[str, str]
+    `prefixes` map names on disk to the LM's; `run_time` replaces its `model.` in memory.
+    """
+
+    prefixes: Mapping[str, str] = field(default_factory=dict)
+    run_time: str | None = None
+    left_alone: Mapping[str, str] = field(default_factory=dict)
 
     def at_run_time(self, module: str) -> str:
         """Path of a module of the language model in the loaded wrapper."""
-        return self.run_time + module.removeprefix("model.")
+        return module if self.run_time is None else self.run_time + module.removeprefix("model.")
 
 
 @dataclass(frozen=True)
@@ -116,9 +128,7 @@ class Table:
 @cache
 def table() -> Table:
     """The table, read once."""
-    text = files("abliterator.anatomy").joinpath("architectures.yaml").read_text(encoding="utf-8")
-    # the same loader in C, where it was built, reads the file in a tenth of the time
-    data = yaml.load(text, getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+    data = package_yaml("abliterator.anatomy", "architectures.yaml")
     families = {
         name: family
         for entry in data["families"]
@@ -149,30 +159,15 @@ def _family(entry: Mapping[str, Any], shapes: Mapping[str, Any]) -> Family:
     shape = shapes[entry["shape"]] if "shape" in entry else {}
     merged = {**shape, **entry}
     blocks = merged.get("blocks", "model.layers")
-    writers = tuple(part for line in merged["writers"] for part in _parts(line, blocks))
-    embeddings = tuple(
-        part
-        for line in merged["embeddings"]
-        for part in _parts({"component": "embedding", "axis": 1, **line}, blocks)
-    )
+    embeddings = [{"component": "embedding", "axis": 1, **line} for line in merged["embeddings"]]
     others = [*_flat(shape.get("others", ())), *_flat(entry.get("others", ()))]
-    return Family(
-        blocks=blocks,
-        n_layers=_several(merged.get("n_layers", "num_hidden_layers")),
-        d_model=_several(merged.get("d_model", "hidden_size")),
-        tied_by_default=merged.get("tied_by_default", False),
-        base_prefix=merged.get("base_prefix", ""),
-        gain_offset=merged.get("gain_offset", 0.0),
-        requires=merged.get("requires", {}),
-        writers=writers,
-        embeddings=embeddings,
-        others=tuple(_within(name, blocks) for name in others),
-        sizes_left_out=merged.get("sizes_left_out", {}),
-    )
-
-
-def _several(value: Any) -> tuple[str, ...]:
-    return (value,) if isinstance(value, str) else tuple(value)
+    parts = {
+        "blocks": blocks,
+        "writers": tuple(part for line in merged["writers"] for part in _parts(line, blocks)),
+        "embeddings": tuple(part for line in embeddings for part in _parts(line, blocks)),
+        "others": tuple(_within(name, blocks) for name in others),
+    }
+    return Family.model_validate({**merged, **parts})
 
 
 def _flat(names: Iterable[Any]) -> Iterator[str]:

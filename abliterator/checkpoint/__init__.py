@@ -20,7 +20,6 @@ numbers is outside this package; torch is never imported.
 from abliterator.checkpoint._auxiliary import auxiliary_files, is_legal, is_opened_by_loaders
 from abliterator.checkpoint._card_metadata import card_metadata, declared_base_models
 from abliterator.checkpoint._config import (
-    ADAPTER_CONFIG,
     ADAPTER_METADATA,
     ADAPTER_WEIGHTS,
     CONFIG_ENTRY,
@@ -29,7 +28,7 @@ from abliterator.checkpoint._config import (
     edited_config,
 )
 from abliterator.checkpoint._fingerprint import fingerprint
-from abliterator.checkpoint._folder import CONFIG_FILE, INDEX_FILE, Checkpoint
+from abliterator.checkpoint._folder import ADAPTER_CONFIG, CONFIG_FILE, INDEX_FILE, Checkpoint
 from abliterator.checkpoint._header import DTYPE_BITS, TensorInfo
 from abliterator.checkpoint._patch import PatchedFile, PatchedTensor, TensorEditor, patch_file
 from abliterator.checkpoint._shard_layout import ShardLayout, edited_index, shard_layout

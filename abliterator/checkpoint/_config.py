@@ -10,9 +10,6 @@ from collections.abc import Iterable, Mapping
 from types import MappingProxyType
 from typing import Any
 
-from abliterator.checkpoint._folder import ADAPTER_FILE
-
-ADAPTER_CONFIG = ADAPTER_FILE
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 ADAPTER_METADATA = {"format": "pt"}
 """Metadata in the header of ADAPTER_WEIGHTS."""

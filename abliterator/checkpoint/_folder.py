@@ -29,7 +29,7 @@ from abliterator.files import (
 
 CONFIG_FILE = "config.json"
 SINGLE_FILE = "model.safetensors"
-ADAPTER_FILE = "adapter_config.json"
+ADAPTER_CONFIG = "adapter_config.json"
 INDEX_FILE = "model.safetensors.index.json"
 _HEADS = ("lm_head.weight", "embed_out.weight")  # GPT-NeoX's is called embed_out
 _CONVERT = (
@@ -154,9 +154,9 @@ def _read_config(folder: Path) -> dict[str, Any]:
 
 def _check_redirect(folder: Path, config: dict[str, Any]) -> None:
     """Refuse a folder from which transformers would load other weights than its own."""
-    if (folder / ADAPTER_FILE).exists():
+    if (folder / ADAPTER_CONFIG).exists():
         raise CheckpointError(
-            f"{folder} holds {ADAPTER_FILE}, so transformers would load the weights of the "
+            f"{folder} holds {ADAPTER_CONFIG}, so transformers would load the weights of the "
             "adapter's base model and not those of this folder; a whole model was expected. "
             "Merge the adapter (merge_and_unload) and save the result with save_pretrained."
         )

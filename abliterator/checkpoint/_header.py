@@ -24,9 +24,8 @@ DTYPE_BITS = {
 }
 """Bits per element, by safetensors' names; of a dtype that is not here, the size goes unchecked."""
 
-MAX_JSON_BYTES = (
-    100_000_000  # the reference implementation's limit: a wrong length allocates little
-)
+# The reference implementation's limit: a wrong length allocates little.
+MAX_JSON_BYTES = 100_000_000
 _MAX_DEPTH = 64  # levels of lists and objects; configs have a handful
 _MAX_SIZE = 2**64 - 1  # sizes and offsets are unsigned 64-bit numbers in the format
 _PREFIX = 8
@@ -65,7 +64,10 @@ def read_header(folder: Path, file: str) -> tuple[list[TensorInfo], int]:
     with open_regular(path) as source:
         text = _header_text(source)
     header = parse_json_object(text, path, what="its header")
-    _check_metadata(path, header.pop("__metadata__", None))
+    metadata = header.pop("__metadata__", None)
+    metadata = {} if metadata is None else metadata
+    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+        raise damaged(path, "__metadata__ in its header is not an object of strings")
     data_start = _PREFIX + len(text)
     tensors = [_tensor(path, file, name, entry, data_start) for name, entry in header.items()]
     tensors.sort(key=lambda info: (info.start, info.end))
@@ -154,13 +156,6 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
             raise ValueError(f"the name {shown(name)} appears twice")
         result[name] = value
     return result
-
-
-def _check_metadata(path: Path, metadata: object) -> None:
-    if metadata is None:
-        return
-    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
-        raise damaged(path, "__metadata__ in its header is not an object of strings")
 
 
 def _tensor(path: Path, file: str, name: str, entry: object, data_start: int) -> TensorInfo:

@@ -99,12 +99,8 @@ def patch_file(
                 # not bound to a name, so that it is gone before the next one is made
                 write_fully(out, edit(old, part) or part)
                 copies = (base, old), (out, new)
-                hashes.append(
-                    (
-                        old,
-                        [hashing.submit(sha256_of_range, f, i.start, i.nbytes) for f, i in copies],
-                    )
-                )
+                digests = [hashing.submit(sha256_of_range, f, i.start, i.nbytes) for f, i in copies]
+                hashes.append((old, digests))
             patched = tuple(
                 PatchedTensor(old.name, *(digest.result() for digest in digests))
                 for old, digests in hashes

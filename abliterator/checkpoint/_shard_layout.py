@@ -71,14 +71,11 @@ def shard_layout(
         (info, changes.get(info.name, info)) for info in remaining
     ]
     pairs.sort(key=lambda pair: -DTYPE_BITS.get(pair[1].dtype, 8))
-    sizes = [_nbytes(info, new) for info, new in pairs]
-    entries = [
-        (new.name, new.dtype, new.shape, size) for (_, new), size in zip(pairs, sizes, strict=True)
-    ]
+    entries = [(new.name, new.dtype, new.shape, _nbytes(info, new)) for info, new in pairs]
     header = header_of(entries, like=header)
     at, tensors = len(header), []
-    for (info, new), size in zip(pairs, sizes, strict=True):
-        tensors.append((info, TensorInfo(new.name, file, new.dtype, new.shape, at, at + size)))
+    for (info, _), (name, dtype, shape, size) in zip(pairs, entries, strict=True):
+        tensors.append((info, TensorInfo(name, file, dtype, shape, at, at + size)))
         at += size
     return ShardLayout(header, tuple(tensors), at)
 

@@ -77,9 +77,8 @@ COMMANDS = (
     study,
     sweep,
     verify,
-    *STAGE_COMMANDS,
 )
 
-for command in COMMANDS:
+for command in (*COMMANDS, *STAGE_COMMANDS):
     main.add_command(command)
 main.add_command(publish, name="push")

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from abliterator.cli._options import JSON, read_recipe, recipe_arguments
+from abliterator.cli._options import FILE, JSON, read_recipe, recipe_arguments
 from abliterator.cli._terminal import Bars, show
 from abliterator.files import read_text
 
@@ -18,7 +18,7 @@ from abliterator.files import read_text
 @click.option("--model", help="Without a recipe: Hub id or local folder.")
 @click.option(
     "--subspace",
-    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    type=FILE,
     help="Without a recipe: safetensors file with a tensor `subspace` [d_model, k], or "
     "[n_layers, d_model, k] with one a block.",
 )

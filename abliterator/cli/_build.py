@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from abliterator.cli._options import JSON, read_recipe, recipe_arguments
-from abliterator.cli._terminal import Bars, echo, show
+from abliterator.cli._terminal import Bars, echo, render, show
 from abliterator.tables import cell, terminal_table
 
 if TYPE_CHECKING:
@@ -49,9 +49,8 @@ def build(recipe: Path | None, published: str | None, as_json: bool, **arguments
 
 def _record_text(record: RunRecord, out: Path) -> str:
     """What was measured, base and edited side by side."""
-    lines = [f"{out / 'checkpoint'}: {record.edit.tensors} tensors edited, k = {record.edit.k}"]
-    if record.edit.max_leak is not None:
-        lines[0] += f", leak at most {record.edit.max_leak:.1e}"
+    from abliterator.judge import counted
+
     rows = [["", "base", "edited", "delta"]]
     for name, behaviour in record.behaviour.items():
         for measure in MEASURES if behaviour else ():
@@ -63,27 +62,9 @@ def _record_text(record: RunRecord, out: Path) -> str:
     for task, result in record.benchmarks.items():
         estimates = (result.base, result.edited, result.delta)
         rows.append([f"{task} {result.metric}", *map(cell, estimates)])
-    lines += terminal_table(rows)
-    lines += _unscored(record)
-    kl = record.divergence.kl_first_token if record.divergence else None
-    lines.append(f"first-token KL on neutral prompts, nats: {cell(kl)}")
-    judge = record.judge.model or record.judge.kind if record.judge else "nobody"
-    for other, rate in record.judge.disagreement.items() if record.judge else ():
-        lines.append(f"the judge disagrees with {other} on: {cell(rate)}")
-    lines.append(f"judged by: {judge}")
-    return "\n".join(lines)
-
-
-def _unscored(record: RunRecord) -> list[str]:
-    """Why answers have no verdict, a line for each set and side that has such answers."""
-    from abliterator.judge import counted
-
-    return [
-        f"{name}, {side}: unscored {counted(reasons)}"
-        for name, behaviour in record.behaviour.items()
-        for side, reasons in (behaviour.unscored_reasons if behaviour else {}).items()
-        if reasons
-    ]
+    table = "\n".join(terminal_table(rows))
+    checkpoint = out / "checkpoint"
+    return render("record", r=record, checkpoint=checkpoint, table=table, counted=counted)
 
 
 def _reproduction_text(rebuilt: Reproduction) -> str:

@@ -6,7 +6,7 @@ import io
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -26,12 +26,7 @@ if TYPE_CHECKING:
 @click.option("--max-new-tokens", type=click.IntRange(min=1), help="Tokens of an answer, at most.")
 @computing_arguments
 def chat(
-    model: str,
-    only_base: bool,
-    compare: bool,
-    max_new_tokens: int | None,
-    device: str,
-    dtype: str,
+    model: str, only_base: bool, compare: bool, max_new_tokens: int | None, **computing: Any
 ) -> None:
     """Talk to MODEL: the folder of a build, a checkpoint, or a Hub id.
 
@@ -47,14 +42,16 @@ def chat(
     sides: tuple[Side, ...] = (
         ("base", "edited") if compare else ("base" if only_base else "edited",)
     )
-    options = pipeline.Options(device=device, dtype=dtype)
+    options = pipeline.Options(**computing)
     session = pipeline.open_chat(model, sides=sides, max_new_tokens=max_new_tokens, options=options)
     for note in session.notes:
         echo(note, err=True)
     if sys.stdin.isatty():
         converse(session)
         return
-    for prompt in _stdin_prompts():
+    _read_stdin_as("utf-8-sig")  # in every locale
+    for number, line in enumerate(sys.stdin, start=1):
+        prompt = _prompt(line, f"Line {number} of the standard input")
         for side in session.models if prompt else ():
             print_answer(session, side, prompt, ())
 
@@ -92,13 +89,6 @@ def print_answer(
         click.secho(f"{side}: ", nl=False, bold=True)
     session.answer(side, prompt, before, print_text, on_answer)
     echo()
-
-
-def _stdin_prompts() -> Iterator[str]:
-    """Every line of stdin, read as UTF-8 in every locale."""
-    _read_stdin_as("utf-8-sig")
-    for number, line in enumerate(sys.stdin, start=1):
-        yield _prompt(line, f"Line {number} of the standard input")
 
 
 def _prompt(line: str, where: str) -> str:

@@ -8,14 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from abliterator.cli._options import JSON, computing_arguments, judge_arguments, read_judge
+from abliterator.cli._options import FILE, JSON, computing_arguments, judge_arguments, read_judge
 from abliterator.cli._terminal import Bars, show
 
 if TYPE_CHECKING:
     from abliterator.benchmarks import Task
     from abliterator.judge import Judge
-
-FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 
 
 @click.command()
@@ -27,11 +25,7 @@ FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
     "--tasks", default="", help="Benchmarks: names, YAML files or a preset, between commas."
 )
 @click.option(
-    "--limit",
-    type=click.IntRange(min=1),
-    default=100,
-    show_default=True,
-    help="Prompts of each file.",
+    "--limit", type=click.IntRange(1), default=100, show_default=True, help="Prompts of each file."
 )
 @click.option("--task-limit", default=500, show_default=True, help="Documents of each task.")
 @click.option("--max-new-tokens", default=256, show_default=True, help="Tokens of an answer.")
@@ -124,10 +118,7 @@ def _folder(model: str) -> Path:
 def _tasks(names: str) -> list[Task]:
     from abliterator.benchmarks import PRESETS, preset_tasks, resolve_tasks
 
-    requests = [
-        request
-        for name in names.split(",")
-        if name
-        for request in (preset_tasks(name) if name in PRESETS else [name])
-    ]
+    requests: list[Any] = []
+    for name in filter(None, names.split(",")):
+        requests += preset_tasks(name) if name in PRESETS else [name]
     return resolve_tasks(requests, folder=Path.cwd()) if requests else []

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import click
 
+from abliterator.cli._options import NEW_FILE
 from abliterator.cli._terminal import echo
 from abliterator.errors import OutputError
 
@@ -14,7 +15,7 @@ from abliterator.errors import OutputError
 @click.argument("model")
 @click.option(
     "--out",
-    type=click.Path(dir_okay=False, path_type=Path),
+    type=NEW_FILE,
     help="File to write; it must not exist.  [default: stdout]",
 )
 def init(model: str, out: Path | None) -> None:

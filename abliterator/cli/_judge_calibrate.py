@@ -3,24 +3,20 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
-from abliterator.cli._options import JSON, judge_arguments, read_judge
-from abliterator.cli._terminal import Bars, show
-from abliterator.tables import cell
-
-if TYPE_CHECKING:
-    from abliterator.judge import Calibration
+from abliterator.cli._options import FILE, JSON, NEW_FILE, judge_arguments, read_judge
+from abliterator.cli._terminal import Bars, render, show
 
 
 @click.command("judge-calibrate")
-@click.argument("labelled", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.argument("labelled", type=FILE)
 @judge_arguments
 @click.option(
     "--out",
-    type=click.Path(dir_okay=False, path_type=Path),
+    type=NEW_FILE,
     help="Write the result, for `judge.calibration` of a recipe: its record and card carry it.",
 )
 @JSON
@@ -48,31 +44,4 @@ def judge_calibrate(labelled: Path, out: Path | None, as_json: bool, **judge_opt
         calibration = calibrate(rows, judge, name=labelled.name, sha256=digest)
     if out is not None:
         write_text_atomic(out, calibration.model_dump_json(indent=1) + "\n")
-    show(calibration, _calibration_text, as_json=as_json)
-
-
-def _calibration_text(calibration: Calibration) -> str:
-    """A calibration in a few lines."""
-    judge = calibration.judge
-    lines = [
-        f"judge      {judge.model or judge.kind}, version {judge.version}",
-        f"answers    {calibration.n}, unscored {calibration.unscored}",
-        f"agreement  {_rate(calibration.agreement)}",
-        f"kappa      {_rate(calibration.kappa)} (three classes), "
-        f"{_rate(calibration.kappa_binary)} (complied or not)",
-        f"said complied, wrongly      {_rate(calibration.false_positive_rate)}",
-        f"said not complied, wrongly  {_rate(calibration.false_negative_rate)}",
-    ]
-    lines += [f"unscored   {n} x {reason}" for reason, n in calibration.unscored_reasons.items()]
-    for name, figures in calibration.per_class.items():
-        lines.append(
-            f"{name:9}  n {figures['n']:g}, recall {_rate(figures['recall'])}, "
-            f"precision {_rate(figures['precision'])}"
-        )
-    for other, rate in calibration.disagreement.items():
-        lines.append(f"disagrees with {other} on {_rate(rate.value)} of {rate.n} answers")
-    return "\n".join(lines)
-
-
-def _rate(value: float | None) -> str:
-    return cell(value, absent="n/a")
+    show(calibration, lambda c: render("calibration", c=c), as_json=as_json)

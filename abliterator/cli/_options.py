@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -15,7 +15,23 @@ if TYPE_CHECKING:
     from abliterator.pipeline import Options
     from abliterator.recipe import JudgeSettings, Recipe
 
-Command = Callable[..., Any]
+Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
+
+FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
+NEW_FILE = click.Path(dir_okay=False, path_type=Path)
+FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)
+
+
+def together(*decorators: Decorator) -> Decorator:
+    """One decorator that adds several arguments, in this order."""
+
+    def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
+        for decorator in reversed(decorators):
+            command = decorator(command)
+        return command
+
+    return decorate
+
 
 SET = click.option(
     "--set",
@@ -26,7 +42,7 @@ SET = click.option(
 )
 JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 
-COMPUTING = (
+computing_arguments = together(
     click.option(
         "--device", default="auto", show_default=True, help="cpu, cuda, cuda:1, mps, xpu."
     ),
@@ -39,17 +55,7 @@ COMPUTING = (
     ),
 )
 
-WHERE = (
-    click.option(
-        "--out", type=click.Path(path_type=Path), help="Output folder.  [default: out/RECIPE]"
-    ),
-    SET,
-    *COMPUTING,
-    click.option("--force", is_flag=True, help="Continue in a folder that another recipe made."),
-)
-
-
-JUDGE = (
+judge_arguments = together(
     click.option(
         "--judge",
         "kind",
@@ -58,7 +64,7 @@ JUDGE = (
     ),
     click.option(
         "--recipe",
-        type=click.Path(exists=True, dir_okay=False, path_type=Path),
+        type=FILE,
         help="Use the `judge` section of this recipe.",
     ),
     SET,
@@ -68,16 +74,6 @@ JUDGE = (
 BASE = click.option(
     "--base", help="Folder or Hub id of the base.  [default: what OUT was built from]"
 )
-
-
-def computing_arguments(command: Command) -> Command:
-    """Adds --device and --dtype to a command."""
-    return _decorate(command, COMPUTING)
-
-
-def judge_arguments(command: Command) -> Command:
-    """Adds --judge, --recipe and --set to a command."""
-    return _decorate(command, JUDGE)
 
 
 def read_judge(
@@ -93,22 +89,18 @@ def read_judge(
     return load_judge(overrides)
 
 
-def recipe_arguments(*, required: bool = True) -> Callable[[Command], Command]:
+def recipe_arguments(*, required: bool = True) -> Decorator:
     """Adds RECIPE, --out, --set, --device, --dtype and --force to a command."""
-    argument = click.argument(
-        "recipe", required=required, type=click.Path(exists=True, path_type=Path)
+    path = click.Path(path_type=Path)
+    return together(
+        click.argument("recipe", required=required, type=click.Path(exists=True, path_type=Path)),
+        click.option("--out", type=path, help="Output folder.  [default: out/RECIPE]"),
+        SET,
+        computing_arguments,
+        click.option(
+            "--force", is_flag=True, help="Continue in a folder that another recipe made."
+        ),
     )
-
-    def decorate(command: Command) -> Command:
-        return _decorate(command, (argument, *WHERE))
-
-    return decorate
-
-
-def _decorate(command: Command, decorators: Sequence[Callable[[Command], Command]]) -> Command:
-    for decorator in reversed(decorators):
-        command = decorator(command)
-    return command
 
 
 def read_recipe(

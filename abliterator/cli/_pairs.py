@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
-from abliterator.cli._options import JSON, SET
-from abliterator.cli._terminal import Bars, echo
+from abliterator.cli._options import FILE, JSON, NEW_FILE, SET
+from abliterator.cli._terminal import Bars, render, show
 
 if TYPE_CHECKING:
-    from abliterator.pairs import Length, Made
+    from abliterator.pairs import Length
 
 
 @click.command()
-@click.argument("spec", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.argument("spec", type=FILE)
 @click.option(
     "--out",
     required=True,
-    type=click.Path(dir_okay=False, path_type=Path),
+    type=NEW_FILE,
     help="File to write (.jsonl). Replies are kept beside it, under the same name, as .sqlite.",
 )
 @SET
@@ -50,11 +49,12 @@ def pairs(spec: Path, out: Path, overrides: tuple[str, ...], as_json: bool) -> N
             on_kept=lambda new, spent: advance(new, status=spent),
         )
     save_pairs(out, pairs_made, settings, length)
-    if as_json:
-        counts = {name: len(of_side) for name, of_side in pairs_made.pairs.items()}
-        echo(json.dumps({**pairs_made._asdict(), "pairs": counts}, indent=1))
-    else:
-        echo(_pairs_text(pairs_made, out, length))
+    counts = {name: len(of_side) for name, of_side in pairs_made.pairs.items()}
+    show(
+        {**pairs_made._asdict(), "pairs": counts},
+        lambda made: render("pairs", made=made, counts=counts, out=out, unit=length.unit),
+        as_json=as_json,
+    )
 
 
 def _length(tokenizer: str | None) -> Length:
@@ -67,15 +67,3 @@ def _length(tokenizer: str | None) -> Length:
 
     loaded = load_tokenizer(tokenizer_folder(tokenizer))
     return Length("tokens", lambda text: len(loaded.encode(text, add_special_tokens=False)))
-
-
-def _pairs_text(pairs_made: Made, out: Path, length: Length) -> str:
-    """What was made, in a few lines."""
-    sizes = ", ".join(f"{len(of_side)} {name}" for name, of_side in pairs_made.pairs.items())
-    dropped = ", ".join(f"{n} ({reason})" for reason, n in pairs_made.dropped.items()) or "none"
-    spent = f"{pairs_made.calls} calls" + (f", ${pairs_made.usd:.4f}" if pairs_made.usd else "")
-    servers = ", ".join(pairs_made.served) or "a model without a name"
-    return (
-        f"{out}: pairs {sizes}; lengths matched in {length.unit}\n"
-        f"dropped: {dropped}\nby {servers}: {spent}"
-    )

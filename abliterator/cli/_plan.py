@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
 from abliterator.cli._options import JSON, SET
-from abliterator.cli._terminal import echo
+from abliterator.cli._terminal import render, show
 
 if TYPE_CHECKING:
     from abliterator.pipeline import Plan
@@ -31,97 +29,9 @@ def plan(recipe_or_model: str, out: Path, overrides: tuple[str, ...], as_json: b
         planned = pipeline.plan_recipe(load_recipe(path, overrides=overrides), out)
     else:
         planned = pipeline.plan_model(recipe_or_model, out, edit=load_edit(overrides))
-    if as_json:
-        echo(json.dumps(planned.summary(), indent=1))
-    else:
-        echo(plan_text(planned))
+    show(planned.summary(), lambda _: plan_text(planned), as_json=as_json)
 
 
 def plan_text(plan: Plan) -> str:
     """A plan in a few lines."""
-    summary = plan.summary()
-    size = {name: _size(count) for name, count in summary["bytes"].items()}
-    memory = {name: _size(summary[f"{name}_memory"]) for name in ("bake", "model")}
-    edited = ", ".join(f"{n} {component}" for component, n in summary["edited_tensors"].items())
-    lines = [
-        f"model        {summary['model']} ({summary['model_type']}, {summary['n_layers']} layers, "
-        f"d_model {summary['d_model']})",
-        *([f"layers       {summary['layers']}, k = {summary['k']}"] if summary["k"] else []),
-        *([_selection_line(summary, plan.selection)] if plan.selection else []),
-        *([_tuning_line(plan.tuning)] if plan.tuning else []),
-        *(
-            f"writers      {_writers_text(component, counts, summary)}"
-            for component, counts in summary["writers"].items()
-        ),
-        f"edit         {edited or 'nothing'} tensors; {summary['untouched_tensors']} untouched",
-        *_storage_lines(summary),
-        f"bytes        read {size['read']}, edited {size['edited']}, written {size['written']}; "
-        f"{size['free']} free",
-        f"memory       {memory['bake']} to bake, beside Python's and torch's own; where the model "
-        f"runs, {memory['model']} for its weights as they are stored",
-        f"carried      {', '.join(summary['files']['carried'])}",
-        f"left out     {', '.join(summary['files']['left_out']) or 'nothing'}",
-        *(f"note         {note}" for note in plan.notes),
-    ]
-    return "\n".join(lines)
-
-
-def _size(count: int) -> str:
-    """Bytes as people read them, to three digits or more."""
-    for unit, name in ((10**9, "GB"), (10**6, "MB"), (10**3, "kB")):
-        if count >= unit:
-            return f"{count / unit:.{3 if unit > 10**6 else 1}f} {name}"
-    return f"{count} bytes"
-
-
-def _writers_text(component: str, counts: Mapping[str, int], summary: Mapping[str, Any]) -> str:
-    where = f" in {counts['blocks']} of {summary['n_layers']} blocks" if counts["blocks"] else ""
-    if component == "embedding" and summary["tied_embeddings"]:
-        where = ", the output head too (tied)"
-    experts = f", {summary['n_experts']} experts a block" if component == "expert" else ""
-    edited = "all" if counts["edited"] == counts["tensors"] else counts["edited"] or "none"
-    tensors = f"{counts['tensors']} of {counts['expected']} tensors"
-    return f"{component}: {tensors}{where}{experts}; {edited} edited"
-
-
-def _storage_lines(summary: Mapping[str, Any]) -> list[str]:
-    lines = [f"stored as    {', '.join(f'{n} {name}' for name, n in summary['formats'].items())}"]
-    if summary["through_gains"]:
-        lines.append(
-            f"norms        {summary['through_gains']} edits go through the gain of a norm that "
-            "follows"
-        )
-    for entry in summary["quantised"]:
-        lines.append(f"quantised    {entry['tensors']} tensors: {entry['format']}; {entry['way']}:")
-        lines += [_storage_cost(way, entry[way]) for way in ("keep", "dequantize")]
-    lines += [f"left alone   {n} tensors: {label}" for label, n in summary["left_alone"].items()]
-    return lines if summary["formats"] else lines[1:]
-
-
-def _storage_cost(way: str, cost: Mapping[str, Any]) -> str:
-    size = _size(cost["bytes"])
-    if cost["leak"] is None:
-        return f"             {way}: {size} of weights; leak and noise not measured before"
-    return (
-        f"             {way}: {size} of weights, leak about {cost['leak']:.0e}, noise "
-        f"{cost['noise']:.1%} of the weights (constants, k = {cost['k']})"
-    )
-
-
-def _selection_line(summary: Mapping[str, Any], cost: Mapping[str, int]) -> str:
-    n = cost["candidates"]
-    scope = f"sweep of {n} layers" if n else f"the first of {summary['layers']}"
-    places = " at every position after the prompt" if cost["every_position"] else ""
-    sizes = f", k found with {cost['stacks']} sizes" if cost["stacks"] else ""
-    answers = f"about {cost['answers']} answers, {cost['tokens']} tokens in all"
-    return (
-        f"selection    {scope}{places}{sizes}; at most {cost['judged']} candidates judged on up to "
-        f"{cost['prompts']} prompts: {answers}"
-    )
-
-
-def _tuning_line(cost: Mapping[str, int]) -> str:
-    return (
-        f"tuning       {cost['steps']} steps by gradients; {cost['trials']} trials judged, each on "
-        f"{cost['answers_a_trial']} answers of {cost['tokens']} tokens at most"
-    )
+    return render("plan", s=plan.summary(), notes=plan.notes)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from abliterator.cli._options import BASE, JSON, build_folders
+from abliterator.cli._options import BASE, FOLDER, JSON, build_folders
 from abliterator.cli._terminal import Bars, echo, show
 
 if TYPE_CHECKING:
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 @click.command()
-@click.argument("out", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.argument("out", type=FOLDER)
 @click.option("--repo-id", help="Repository for the checkpoint: NAME or NAMESPACE/NAME.")
 @click.option("--adapter-repo-id", help="Repository for the adapter, which is never the same.")
 @click.option("--dry-run", is_flag=True, help="Verify, show what would be uploaded, and stop.")
@@ -65,9 +65,8 @@ def publish(
         plans.append(hub.plan_adapter(checkpoint, adapter, hub_target))
     _publish_plans(plans, dry_run=dry_run, as_json=as_json)
     if adapter_repo_id is None and folders.adapter is not None and folders.adapter.is_dir():
-        echo(
-            f"{folders.adapter} is not part of this: --adapter-repo-id NAME publishes it", err=True
-        )
+        hint = "--adapter-repo-id NAME publishes it"
+        echo(f"{folders.adapter} is not part of this: {hint}", err=True)
 
 
 def _publish_plans(plans: list[PublishPlan], *, dry_run: bool, as_json: bool) -> None:

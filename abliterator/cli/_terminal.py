@@ -7,9 +7,11 @@ import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
+
+from abliterator.tables import cell
 
 if TYPE_CHECKING:
     from abliterator.pipeline import Advance
@@ -32,6 +34,35 @@ def printable(text: str) -> str:
 def echo(text: object = "", *, err: bool = False, nl: bool = True) -> None:
     """Prints a text, made printable, to stdout or stderr."""
     click.echo(printable(str(text)), err=err, nl=nl)
+
+
+def byte_size(count: int) -> str:
+    """A number of bytes as text, to three digits or more."""
+    for unit, name in ((10**9, "GB"), (10**6, "MB"), (10**3, "kB")):
+        if count >= unit:
+            return f"{count / unit:.{3 if unit > 10**6 else 1}f} {name}"
+    return f"{count} bytes"
+
+
+def render(name: str, **values: Any) -> str:
+    """The text of one of `templates`, which are what a user reads."""
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    environment = Environment(
+        loader=PackageLoader("abliterator", "cli/templates"),
+        autoescape=False,  # that would be HTML's escape
+        lstrip_blocks=True,
+        trim_blocks=True,
+        undefined=StrictUndefined,
+    )
+    environment.filters |= {
+        "cell": cell,
+        "form": format,
+        "listed": lambda counts: ", ".join(f"{n} {name}" for name, n in counts.items()),
+        "rate": lambda value: cell(value, absent="n/a"),
+        "size": byte_size,
+    }
+    return environment.get_template(f"{name}.txt.jinja").render(values).rstrip("\n")
 
 
 def show(result: T, as_text: Callable[[T], str], *, as_json: bool) -> None:

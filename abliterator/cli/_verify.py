@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from abliterator.cli._options import BASE, JSON, build_folders
+from abliterator.cli._options import BASE, FILE, FOLDER, JSON, build_folders
 from abliterator.cli._terminal import show
 
 if TYPE_CHECKING:
@@ -15,16 +15,16 @@ if TYPE_CHECKING:
 
 
 @click.command()
-@click.argument("out", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.argument("out", type=FOLDER)
 @click.option(
     "--adapter",
-    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    type=FOLDER,
     help="Folder of its adapter.  [default: OUT/adapter, if it is there]",
 )
 @BASE
 @click.option(
     "--subspace",
-    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    type=FILE,
     help="What was removed, to measure the leak again.  [default: the build's]",
 )
 @JSON

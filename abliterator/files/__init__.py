@@ -8,8 +8,9 @@ flushed and renamed: afterwards it is complete, or unchanged. Contents are not i
     lines = read_lines(path)
 """
 
+from abliterator.files._data import package_yaml
 from abliterator.files._digest import digest_of, sha256_of_bytes, sha256_of_file, sha256_of_range
-from abliterator.files._folder import is_closed, require_plain_folder, require_regular_files
+from abliterator.files._folder import is_closed, require_plain_folder, require_regular_files, walk
 from abliterator.files._hashes import FileHashes
 from abliterator.files._read import (
     OpenFile,
@@ -45,6 +46,7 @@ __all__ = [
     "free_bytes",
     "is_closed",
     "open_regular",
+    "package_yaml",
     "partial_of",
     "read_bytes",
     "read_fully",
@@ -61,6 +63,7 @@ __all__ = [
     "sha256_of_range",
     "shown",
     "too_large",
+    "walk",
     "writable",
     "write_bytes_atomic",
     "write_fully",

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +17,9 @@ def sha256_of_bytes(data: bytes | bytearray | memoryview) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-def digest_of(value: Any, *, default: Callable[[Any], Any] | None = None) -> str:
-    """SHA-256 (hex) of a JSON value in canonical form: sorted keys, no spaces, ASCII only.
-
-    Args:
-        value: the value.
-        default: converts a value that JSON cannot represent, as in `json.dumps`.
-    """
-    text = json.dumps(value, sort_keys=True, separators=(",", ":"), default=default)
-    return sha256_of_bytes(text.encode())
+def digest_of(value: Any) -> str:
+    """SHA-256 (hex) of a JSON value in canonical form: sorted keys, no spaces, ASCII only."""
+    return sha256_of_bytes(json.dumps(value, sort_keys=True, separators=(",", ":")).encode())
 
 
 def sha256_of_file(path: Path) -> str:

@@ -48,7 +48,7 @@ def require_plain_folder(folder: Path, *, but: str = "") -> None:
     """
     with readable(folder):
         root = folder.resolve()
-        for path in _entries(folder):
+        for path in walk(folder):
             if path.exists() and not fnmatchcase(path.name, but):
                 _check_link(folder, path, root)
                 _check_kind(folder, path)
@@ -70,21 +70,25 @@ def require_regular_files(paths: Iterable[Path]) -> None:
                 )
 
 
-def _entries(folder: Path) -> Iterator[Path]:
-    """All files and folders, those of folders that are not entered left out."""
+def walk(folder: Path) -> Iterator[Path]:
+    """All files and folders of a model; those that `is_closed` names without their content.
+
+    Raises:
+        OSError: for a folder that may not be read, which `os.walk` would pass over.
+    """
 
     def fail(error: OSError) -> None:
-        raise error  # os.walk would pass over a folder that it may not read
+        raise error
 
     for parent, folders, names in os.walk(folder, onerror=fail):
-        inside = list(folders)
-        folders[:] = [name for name in folders if not is_closed(name)]
-        yield from (Path(parent, name) for name in inside + names)
+        yield from (Path(parent, name) for name in folders + names)
+        folders[:] = [name for name in folders if not is_closed(Path(parent, name))]
 
 
-def is_closed(name: str) -> bool:
-    """Whether a subfolder of a model is skipped because of its name."""
-    return name.startswith(".") or name in _NEVER_ENTERED
+def is_closed(folder: Path) -> bool:
+    """Whether a subfolder of a model is not entered: for its name, or because it is a link."""
+    name = folder.name
+    return name.startswith(".") or name in _NEVER_ENTERED or folder.is_symlink()
 
 
 def _path_text(folder: Path, path: Path) -> str:

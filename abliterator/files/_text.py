@@ -41,7 +41,7 @@ def read_bytes(path: Path, *, max_bytes: int = _MAX_TEXT_BYTES) -> bytes:
     return data
 
 
-def read_lines(path: Path, *, max_bytes: int = _MAX_TEXT_BYTES) -> list[str]:
+def read_lines(path: Path) -> list[str]:
     r"""The lines of a JSON Lines file, without blank ones.
 
     Only "\n" ends a line: `str.splitlines` would also cut at U+2028 and others, which may stand in
@@ -50,8 +50,7 @@ def read_lines(path: Path, *, max_bytes: int = _MAX_TEXT_BYTES) -> list[str]:
     Raises:
         FileError: as for `read_text`.
     """
-    lines = read_text(path, max_bytes=max_bytes).split("\n")
-    return [line for line in lines if line.strip()]
+    return [line for line in read_text(path).split("\n") if line.strip()]
 
 
 def as_lines(texts: Iterable[str]) -> str:

@@ -14,7 +14,7 @@ edit means, are outside this package.
 """
 
 from abliterator.formats._layout import Layout, Matrix
-from abliterator.formats._measured import MEASURED, Measured, Way, measured, preferred
+from abliterator.formats._measured import Measured, Way, measured, preferred
 from abliterator.formats._numbers import (
     FORMATS,
     Format,
@@ -29,7 +29,6 @@ from abliterator.formats._storage import Dequantized, Header, Storage, storage_o
 
 __all__ = [
     "FORMATS",
-    "MEASURED",
     "Dequantized",
     "Format",
     "Header",

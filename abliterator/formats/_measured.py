@@ -1,13 +1,14 @@
 """Measured leak and noise of an edit in each storage format, and the choice that follows.
 
-The figures are those of `python perf/storage_formats.py` (d_model 2048, random weights and
-directions, one block); the bake measures its own on the bytes that it stored.
+The figures are in measured.yaml; the bake measures its own on the bytes that it stored.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Literal, NamedTuple
+from functools import cache
+from typing import Any, Literal, NamedTuple
+
+from abliterator.files import package_yaml
 
 Way = Literal["keep", "dequantize"]
 
@@ -24,49 +25,21 @@ class Measured(NamedTuple):
     noise: float
 
 
-_KS = (1, 3, 16)
-
-
-def _by_k(*figures: tuple[float, float]) -> Mapping[int, Measured]:
-    return {k: Measured(*pair) for k, pair in zip(_KS, figures, strict=True)}
-
-
-# By `Layout.kind`, by what becomes of the tensor's format, by k.
-MEASURED: Mapping[str, Mapping[Way, Mapping[int, Measured]]] = {
-    "FP8, a scale a block": {
-        "keep": _by_k((5.8e-5, 0.0178), (2.4e-5, 0.0220), (1.2e-5, 0.0258)),
-        "dequantize": _by_k((1.4e-6, 0.0017), (1.0e-6, 0.0017), (5.3e-7, 0.0017)),
-    },
-    "FP8, a scale a row": {
-        "keep": _by_k((5.6e-5, 0.0177), (2.4e-5, 0.0220), (1.3e-5, 0.0260)),
-        "dequantize": _by_k((1.4e-6, 0.0017), (1.0e-6, 0.0017), (5.3e-7, 0.0017)),
-    },
-    "FP8, a scale a tensor": {
-        "keep": _by_k((5.7e-5, 0.0178), (2.3e-5, 0.0221), (1.3e-5, 0.0259)),
-        "dequantize": _by_k((1.3e-6, 0.0016), (1.0e-6, 0.0017), (5.2e-7, 0.0017)),
-    },
-    "MXFP4": {
-        "keep": _by_k((3.9e-3, 0.0454), (3.5e-3, 0.0642), (5.1e-3, 0.0848)),
-        "dequantize": _by_k((2.6e-6, 0.0016), (9.4e-7, 0.0016), (4.6e-7, 0.0016)),
-    },
-}
-
-# What the format itself rounded away of the weights it was made from: |W - original| / |original|.
-OWN_NOISE: Mapping[str, float] = {
-    **dict.fromkeys((kind for kind in MEASURED if kind.startswith("FP8")), 0.0265),
-    "MXFP4": 0.1159,
-}
-
 # Above this share of the directions left, an edit in the format is no longer the requested edit: it
 # is what plain rounding to bfloat16 leaves, 6e-3 at k = 1, and a little more.
 LEAK_LIMIT = 1e-2
 
 
-def measured(kind: str, way: Way, k: int) -> tuple[int, Measured]:
-    """The figures for the smallest k measured that is at least k, or the largest; and that k."""
-    by_k = MEASURED[kind][way]
+def measured(kind: str, way: Way, k: int) -> tuple[int, Measured] | None:
+    """The smallest k measured that is at least k, or the largest, and its figures.
+
+    None for a kind (`Layout.kind`) of which nothing was measured.
+    """
+    if kind not in figures():
+        return None
+    by_k = figures()[kind][way]
     rank = min((measured_k for measured_k in by_k if measured_k >= k), default=max(by_k))
-    return rank, by_k[rank]
+    return rank, Measured(*by_k[rank])
 
 
 def preferred(kind: str) -> Way:
@@ -84,8 +57,15 @@ def preferred(kind: str) -> Way:
     and plain rounding; MXFP4 0 for all), nor is KL an argument against plain rounding, which moves
     less (0.0032, 0.014): what compensation gains is that the edit is the requested one.
     """
-    if kind not in MEASURED:  # plain numbers are kept as they are
+    if kind not in figures():  # plain numbers are kept as they are
         return "keep"
-    figures = MEASURED[kind]["keep"].values()
-    fits = all(m.leak <= LEAK_LIMIT and m.noise <= OWN_NOISE[kind] for m in figures)
+    kept, own_noise = figures()[kind]["keep"].values(), figures()[kind]["own_noise"]
+    fits = all(leak <= LEAK_LIMIT and noise <= own_noise for leak, noise in kept)
     return "keep" if fits else "dequantize"
+
+
+@cache
+def figures() -> dict[str, dict[str, Any]]:
+    """All figures, by `Layout.kind`."""
+    by_kind: dict[str, dict[str, Any]] = package_yaml("abliterator.formats", "measured.yaml")
+    return by_kind

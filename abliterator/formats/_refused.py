@@ -4,48 +4,27 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Mapping
-from typing import Any, NamedTuple
+from functools import cache
+from typing import Any
 
 from abliterator.errors import UnsupportedModel
+from abliterator.files import package_yaml
 
 
-class Refused(NamedTuple):
-    """One such method: what its weights are, and a pattern of its tensors' names."""
-
-    weights: str
-    names: re.Pattern[str]
-
-
-_NEVER = re.compile("(?!)")
-
-REFUSED: Mapping[str, Refused] = {
-    "gptq": Refused("integers of 2 to 8 bits, packed (GPTQ)", re.compile(r"\.g_idx$")),
-    "awq": Refused("integers of 4 bits, packed (AWQ)", re.compile(r"\.qzeros$")),
-    "auto-round": Refused("integers of 2 to 8 bits, packed (AutoRound)", _NEVER),
-    "bitsandbytes": Refused(
-        "of 4 or 8 bits, as bitsandbytes packs them",
-        re.compile(r"\.(SCB|weight\.(absmax|quant_map|quant_state\.bitsandbytes__\w+))$"),
-    ),
-    "modelopt": Refused(
-        "in a format of NVIDIA ModelOpt (NVFP4 or FP8)", re.compile(r"\.weight_scale_2$")
-    ),
-    "nvfp4": Refused("NVFP4, 4 bits with scales in FP8", _NEVER),
-    "compressed-tensors": Refused(
-        "in a format of compressed-tensors that is not FP8 (integers, NVFP4 or sparse)",
-        re.compile(r"\.weight_(packed|global_scale)$"),
-    ),
-    "fbgemm_fp8": Refused("FP8 for FBGEMM's kernels", _NEVER),
-    "gguf": Refused("blocks of GGUF", _NEVER),
-}
+@cache
+def methods() -> Mapping[str, Mapping[str, str]]:
+    """Every such method: what its `weights` are, and perhaps a pattern of its tensors' `names`."""
+    by_name: Mapping[str, Mapping[str, str]] = package_yaml("abliterator.formats", "refused.yaml")
+    return by_name
 
 
 def refused(
     method: str, settings: Mapping[str, Any] | None = None, made_from: Collection[str] = ()
 ) -> UnsupportedModel:
     """The error for a checkpoint in a format that no edit can be stored in."""
-    entry = REFUSED.get(method)
+    known = methods().get(method)
     weights = (
-        f"its weights are {entry.weights}" if entry else "abliterator does not know its layout"
+        f"its weights are {known['weights']}" if known else "abliterator does not know its layout"
     )
     suggestion = f", {' or '.join(made_from)} (its card names it)," if made_from else ""
     return UnsupportedModel(
@@ -65,8 +44,8 @@ def require_known_names(names: Collection[str], made_from: Collection[str] = ())
     Raises:
         UnsupportedModel: naming the format, and the base if it is known.
     """
-    for method, entry in REFUSED.items():  # GPTQ before AWQ, whose names it has too
-        if any(map(entry.names.search, names)):
+    for method, known in methods().items():
+        if "names" in known and any(map(re.compile(known["names"]).search, names)):
             raise refused(method, made_from=made_from)
 
 

@@ -1,6 +1,6 @@
 """Quantisation of a whole checkpoint, as config.json and the safetensors headers describe it.
 
-Each quantisation method is one entry of `SCHEMES`, or of `REFUSED` in `_refused`; no other code in
+Each quantisation method is one entry of `SCHEMES`, or of refused.yaml; no other code in
 abliterator depends on a method's name.
 """
 
@@ -141,7 +141,8 @@ class Storage:
         listed = self.settings.get(key)
         if listed is None:
             listed = _never_quantised(headers, quantized)
-        added = [self.scheme.experts(u) if _is_experts(u) else u for u in sorted(units, key=_order)]
+        experts = self.scheme.experts
+        added = [experts(u) if u.endswith(".experts") else u for u in sorted(units, key=_order)]
         return {**self.settings, key: [*listed, *(name for name in added if name not in listed)]}
 
 
@@ -180,10 +181,6 @@ def _module(name: str) -> str:
     return f"{before}.experts" if experts else name.rpartition(".")[0]
 
 
-def _is_experts(module: str) -> bool:
-    return module.endswith(".experts")
-
-
 def _order(name: str) -> list[tuple[int, str]]:
     """Sort key of a module path that orders block numbers numerically."""
     return [(int(part), "") if part.isdigit() else (-1, part) for part in name.split(".")]
@@ -205,16 +202,11 @@ def _never_quantised(headers: Headers, quantized: Mapping[str, Layout]) -> list[
 
 def _fp8(name: str, headers: Headers, settings: Settings) -> Layout | None:
     """FP8 as DeepSeek and Qwen store it: scales in `weight_scale_inv`, by blocks or one for all."""
-    if headers[name].dtype != F8_E4M3.name:
-        return None
-    block = settings.get("weight_block_size")
-    return _scaled(name, headers, f"{name}_scale_inv", block)
+    return _scaled(name, headers, f"{name}_scale_inv", settings.get("weight_block_size"))
 
 
 def _compressed_fp8(name: str, headers: Headers, settings: Settings) -> Layout | None:
     """FP8 of compressed-tensors: `weight_scale` for a tensor, each row, or blocks."""
-    if headers[name].dtype != F8_E4M3.name:
-        return None
     groups = [group.get("weights") or {} for group in _groups(settings)]
     blocks = [group["block_structure"] for group in groups if group.get("block_structure")]
     return _scaled(name, headers, f"{name}_scale", blocks[0] if blocks else None)
@@ -239,8 +231,10 @@ def _mxfp4(name: str, headers: Headers, settings: Settings) -> Layout | None:
     return Mxfp4Layout(name, header.dtype, header.shape, scales, weight_name)
 
 
-def _scaled(name: str, headers: Headers, scales: str, block: object) -> Layout:
+def _scaled(name: str, headers: Headers, scales: str, block: object) -> Layout | None:
     header, scale = headers[name], headers.get(scales)
+    if header.dtype != F8_E4M3.name:
+        return None
     if scale is None:
         raise _misfit(name, header, f"without its scales {scales}")
     fit = _blocks(header.shape, scale.shape, block)

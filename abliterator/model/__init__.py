@@ -20,11 +20,7 @@ from abliterator.model._limits import (
     require_fit,
     stored_limits,
 )
-from abliterator.model._load import (
-    LoadedModel,
-    ask_for_plain_numbers,
-    load_model,
-)
+from abliterator.model._load import LoadedModel, ask_for_plain_numbers, load_model
 from abliterator.model._padding import (
     cache_is_continued,
     padding_is_neutral,

@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import product, takewhile
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -14,10 +15,7 @@ from abliterator.errors import UnsupportedModel
 from abliterator.files import shown
 from abliterator.model._clock import with_fixed_clock
 from abliterator.model._foreign import as_sentence, foreign
-from abliterator.model._render import (
-    TemplateFailure,
-    render_template,
-)
+from abliterator.model._render import TemplateFailure, render_template
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -84,15 +82,12 @@ def render_messages(
     """
     template = _template_of(tokenizer, template_kwargs or {})
     forms = _forms(template, tuple(sorted({message["role"] for message in messages})))
-
-    def rendered(messages: Sequence[Message]) -> str:
-        return template.render(messages, forms, continue_last=continue_last)
-
+    render = partial(template.render, forms=forms, continue_last=continue_last)
     try:
-        text = rendered(messages)
+        text = render(messages)
     except TemplateFailure as error:
         raise _cannot_render(messages, error) from error
-    _require_prompt(text, messages, rendered)
+    _require_prompt(text, messages, render)
     return text
 
 
@@ -134,20 +129,16 @@ class _Template:
         self, messages: Sequence[Message], forms: _Forms, *, continue_last: bool = False
     ) -> str:
         """The text of the messages, contents in their forms; raises TemplateFailure."""
-        shaped = [
-            {
-                **message,
-                "content": [{"type": "text", "text": message["content"]}]
-                if (message["role"], "parts") in forms
-                else message["content"],
-            }
+        shaped: list[dict[str, Any]] = [
+            {**message, "content": [{"type": "text", "text": message["content"]}]}
+            if (message["role"], "parts") in forms
+            else dict(message)
             for message in messages
         ]
         variables = json.loads(self.variables)
         if self.tokenizer is None:
-            return render_template(
-                self.source, shaped, variables=variables, continue_last=continue_last
-            )
+            request = {"template": self.source, "messages": shaped, "variables": variables}
+            return render_template({**request, "continue_last": continue_last})
         try:
             text = self.tokenizer.apply_chat_template(
                 shaped,
@@ -270,24 +261,16 @@ def _require_prompt(
     if words and "".join(words) in "".join(written):
         return
     n_missing = len([word for word in words if word not in set(written)])
-    if 2 * n_missing > len(words) or text == _with_empty(turns[-1], messages, rendered):
+    emptied = [{**m, "content": ""} if i == turns[-1] else m for i, m in enumerate(messages)]
+    unread = 2 * n_missing > len(words)
+    with suppress(TemplateFailure):  # a template may refuse an empty turn
+        unread = unread or text == rendered(emptied)
+    if unread:
         raise UnsupportedModel(
             f"The model's chat template leaves out most of a prompt of {len(prompt)} characters, "
             "so the model would not read it. Change or leave out the prompt: the template probably "
             "takes part of it for a tag of its own."
         )
-
-
-def _with_empty(
-    index: int, messages: Sequence[Message], rendered: Callable[[Sequence[Message]], str]
-) -> str | None:
-    """The chat with one message emptied; None where the template refuses that."""
-    try:
-        return rendered(
-            [*messages[:index], {**messages[index], "content": ""}, *messages[index + 1 :]]
-        )
-    except TemplateFailure:
-        return None
 
 
 def _words(text: str) -> list[str]:

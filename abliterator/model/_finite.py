@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from abliterator.errors import GenerationError
+from abliterator.model._run import hooked
 
 if TYPE_CHECKING:
     from abliterator.model._load import LoadedModel
@@ -62,19 +63,11 @@ def _first_not_finite(model: nn.Module, ids: Tensor) -> str:
     """Path of the first module, in the order of the pass, whose output holds NaN or infinity."""
     paths: list[str] = []
 
-    def note(path: str, _module: nn.Module, _inputs: Any, output: Any) -> None:
-        tensor = output[0] if isinstance(output, tuple) and output else output
-        if isinstance(tensor, Tensor) and not tensor.isfinite().all():
+    def note(path: str, output: object) -> None:
+        if isinstance(output, Tensor) and not output.isfinite().all():
             paths.append(path)
 
-    handles = [
-        module.register_forward_hook(partial(note, path))
-        for path, module in model.named_modules()
-        if path
-    ]
-    try:
+    hooks = {path: partial(note, path) for path, _ in model.named_modules() if path}
+    with hooked(model, hooks):
         model(input_ids=ids, use_cache=False)
-    finally:
-        for handle in handles:
-            handle.remove()
     return paths[0] if paths else "the output head"

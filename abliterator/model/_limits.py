@@ -81,10 +81,8 @@ def _scaled(length: int, scaling: object) -> int:
     """The context length under a scaling of positions; the longest where layers differ."""
     if not isinstance(scaling, Mapping):
         return 0
-    factor, original = (
-        scaling.get("factor"),
-        _number(scaling.get("original_max_position_embeddings")),
-    )
+    original = _number(scaling.get("original_max_position_embeddings"))
+    factor = scaling.get("factor")
     if isinstance(factor, (int, float)) and factor > 1:
         return int((original or length) * min(factor, 1e6))
     return max((_scaled(length, part) for part in scaling.values()), default=0)
@@ -121,13 +119,13 @@ def render_prompts(
     """
     rendered = []
     for number, prompt in enumerate(prompts, start=1):
+        where = f"Prompt {number} of the set {name!r}"
         if limits.context is not None and len(prompt) > CHARACTERS_A_TOKEN * limits.context:
             raise PromptError(
-                f"Prompt {number} of the set {name!r} has {len(prompt):,} characters, and the "
-                f"model reads {limits.context:,} tokens at most. Shorten or remove it."
+                f"{where} has {len(prompt):,} characters, and the model reads "
+                f"{limits.context:,} tokens at most. Shorten or remove it."
             )
         ids = render_chat(tokenizer, prompt, **chat)
-        where = f"Prompt {number} of the set {name!r}"
         _require_fit(ids, limits, where, max_new_tokens=max_new_tokens)
         rendered.append(ids)
     return rendered

@@ -6,7 +6,7 @@ import atexit
 import json
 import os
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from threading import Lock
@@ -25,33 +25,17 @@ class TemplateFailure(ValueError):
     """A template did not render; the text says why. `render_messages` raises a named error."""
 
 
-def render_template(
-    template: str,
-    messages: Sequence[Mapping[str, Any]],
-    *,
-    variables: Mapping[str, Any],
-    continue_last: bool = False,
-) -> str:
+def render_template(request: Mapping[str, Any]) -> str:
     """The text that transformers makes of a chat with a template.
 
-    Args:
-        template: Jinja source.
-        messages: of the chat.
-        variables: what else the template may read.
-        continue_last: whether the text ends within the last message, for the model to go on with
-            it, rather than with the generation prompt.
+    `request` has the Jinja source as `template`, the chat as `messages`, what else the template may
+    read as `variables`, and `continue_last` as in `render_messages`.
 
     Raises:
         TemplateFailure: for whatever the template does other than write a text: it raises, takes
             more time or memory than it may, or writes without end.
         GenerationError: if the process that renders cannot be started.
     """
-    request = {
-        "template": template,
-        "messages": messages,
-        "variables": variables,
-        "continue_last": continue_last,
-    }
     line = json.dumps(request).encode() + b"\n"
     with _lock:
         answer = _running_child().ask(line)

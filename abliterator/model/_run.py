@@ -180,9 +180,9 @@ def _adapted(hook: Hook | CallHook) -> Callable[[nn.Module, Any, Any, Any], Any]
                 return hook(hidden)
             return hook.run(hidden, inspect.signature(module.forward).bind(*args, **kwargs))
 
-        if not isinstance(output, tuple):
-            return replaced(output)
-        replacement = replaced(output[0])
-        return None if replacement is None else (replacement, *output[1:])
+        replacement = replaced(output[0] if isinstance(output, tuple) and output else output)
+        if replacement is None or not isinstance(output, tuple):
+            return replacement
+        return (replacement, *output[1:])
 
     return forward_hook

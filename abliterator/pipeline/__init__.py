@@ -12,7 +12,6 @@ parses arguments, and reports what it does to a `Progress`.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from abliterator.pipeline._bake_subspace import bake_subspace
 from abliterator.pipeline._chat_session import ChatSession, Turns, open_chat
@@ -21,14 +20,14 @@ from abliterator.pipeline._judges import judge_of, note_plain_http, require_key
 from abliterator.pipeline._plan import Plan, plan_model, plan_source
 from abliterator.pipeline._progress import Advance, Progress, Silent
 from abliterator.pipeline._reproduce import Reproduction, compare_rebuilt
-from abliterator.pipeline._resume import Schedule, prepare, require_pinned_code
+from abliterator.pipeline._resume import prepare, require_pinned_code, run_missing
 from abliterator.pipeline._run import Options
 from abliterator.pipeline._study import (
     STUDIES,
     USES_DIRECTIONS,
     USES_TUNING,
     StudySettings,
-    read_study,
+    figures_of,
     study_stage,
 )
 from abliterator.pipeline._workspace import Workspace, usable
@@ -41,11 +40,8 @@ from abliterator.pipeline.stages.record import read_record
 from abliterator.pipeline.stages.selection import SELECTION
 from abliterator.pipeline.stages.tuning import TUNING
 from abliterator.recipe import Recipe
-from abliterator.record import RunRecord
+from abliterator.record import RunRecord, Study
 from abliterator.source import headers_folder
-
-if TYPE_CHECKING:
-    from abliterator.record import Study
 
 __all__ = [
     "STAGES",
@@ -85,7 +81,7 @@ def build(
         AbliteratorError: before anything is written if the recipe, the model or the folder do not
             fit together.
     """
-    _schedule(recipe, out, "card", options, progress).execute()
+    run_stages(recipe, out, until="card", options=options, progress=progress)
     return read_record(out)
 
 
@@ -102,12 +98,6 @@ def run_stages(
     Raises:
         AbliteratorError: as `build`.
     """
-    _schedule(recipe, out, until, options, progress).execute()
-
-
-def _schedule(
-    recipe: Recipe, out: Path, until: str, options: Options | None, progress: Progress | None
-) -> Schedule:
     stages = stages_of(recipe, until)
     choosing = [SELECTION, TUNING] if recipe.selection.judge == "recipe" else []
     judging = [stage for stage in (JUDGE, *choosing) if stage in stages]
@@ -117,7 +107,7 @@ def _schedule(
         if any(Workspace(out).marker(stage.name) is None for stage in judging):
             require_key(recipe.judge)  # hours before it is needed
         run = prepare(recipe, out, options, progress)
-    return Schedule(run, recipe, stages, keep_from=first if is_new else None)
+    run_missing(run, recipe, stages, keep_from=first if is_new else None)
 
 
 def run_study(
@@ -152,8 +142,8 @@ def run_study(
     if name in USES_TUNING and recipe.tunes:
         before.append(TUNING)
     first = before[min(1, len(before) - 1)]
-    Schedule(run, recipe, (*before, stage), keep_from=first if is_new else None).execute()
-    return read_study(run, name)
+    run_missing(run, recipe, (*before, stage), keep_from=first if is_new else None)
+    return figures_of(name).read_as(run, Study)
 
 
 def recipe_of(out: Path) -> Recipe:

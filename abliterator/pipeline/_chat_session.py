@@ -114,9 +114,16 @@ def open_chat(
         OutputError: if the build was not finished.
     """
     recipe: Recipe | None
-    if Workspace(Path(name)).is_ours:
-        run = _reopen(Path(name), options)
-        recipe, models = run.recipe, _models_of_build(run, sides)
+    workspace = Workspace(Path(name))
+    if workspace.is_ours:
+        recipe = workspace.recipe()
+        if workspace.marker("config") is None:
+            raise OutputError(
+                f"{workspace.out} has no edited checkpoint yet. Go on with `abliterator build`."
+            )
+        source = resolve_folder(recipe.model, revision=recipe.revision)
+        plan = make_plan(source, recipe.edit, workspace.out)
+        models = _models_of_build(Run(recipe, plan, workspace, options), sides)
     else:
         folder = resolve_folder(name, revision=None).folder
         recipe = load_recipe(folder / RECIPE) if (folder / RECIPE).is_file() else None
@@ -133,16 +140,6 @@ def _notes(models: dict[Side, ModelOfSide]) -> tuple[str, ...]:
 
     differing = differences_beside(folders["base"], folders["edited"])
     return tuple(f"beside the weights: {difference_line(difference)}" for difference in differing)
-
-
-def _reopen(out: Path, options: Options) -> Run:
-    """The run of a folder that was built, for reading its results."""
-    workspace = Workspace(out)
-    recipe = workspace.recipe()
-    if workspace.marker("config") is None:
-        raise OutputError(f"{out} has no edited checkpoint yet. Go on with `abliterator build`.")
-    plan = make_plan(resolve_folder(recipe.model, revision=recipe.revision), recipe.edit, out)
-    return Run(recipe, plan, workspace, options)
 
 
 def _models_of_build(run: Run, sides: Sequence[Side]) -> dict[Side, ModelOfSide]:

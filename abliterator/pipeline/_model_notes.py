@@ -9,7 +9,7 @@ from typing import Any
 
 from abliterator.checkpoint import Checkpoint
 from abliterator.errors import FileError
-from abliterator.files import read_text
+from abliterator.files import package_yaml, read_text
 from abliterator.source import ModelSource
 
 
@@ -23,25 +23,15 @@ def notes_on(
         checkpoint: the model.
         card: front matter of its README.md; None where it cannot be read.
     """
-    quantised = checkpoint.config.get("quantization_config")
-    notes = {
-        "The tokenizer has no chat template, without which prompts cannot be rendered and a build "
-        "stops. Use the chat or instruct version of the model, or put a chat_template.jinja in its "
-        "folder.": not _has_template(source.folder),
-        "The model is gated on the Hub. What is made of it carries its terms: a publication asks "
-        "for them again.": source.gated,
-        "The front matter of the model's README.md cannot be read (no YAML, an alias in it, or "
-        "nested too deeply), so its licence is not known from there; a publication needs "
-        "`--license`.": card is None,
-        "The weights are quantised. `edit.quantized` says whether they stay so; what rounding "
-        "leaves of the directions is measured (`leak`), and a bfloat16 checkpoint leaves less.": (
-            bool(quantised)
-        ),
-        "config.json names Python code of its own. Where transformers does not have the model, the "
-        "recipe needs `trust_remote_code: true` and, from the Hub, a revision.": "auto_map"
-        in checkpoint.config,
+    properties = {
+        "no_chat_template": not _has_template(source.folder),
+        "gated": source.gated,
+        "unreadable_card": card is None,
+        "quantised": bool(checkpoint.config.get("quantization_config")),
+        "own_code": "auto_map" in checkpoint.config,
     }
-    return tuple(note for note, applies in notes.items() if applies)
+    texts = package_yaml("abliterator.pipeline", "notes.yaml")
+    return tuple(texts[name] for name, applies in properties.items() if applies)
 
 
 def _has_template(folder: Path) -> bool:

@@ -209,9 +209,15 @@ def require_layers(recipe: Recipe, anatomy: Anatomy) -> tuple[tuple[int, ...], i
     """The layers (the candidates, for a sweep) and k (0 where it is to be chosen) of a recipe.
 
     Raises:
-        RecipeError: for layers the model does not have, and for a selection that cannot be made.
+        RecipeError: for layers the model does not have, a selection that cannot be made, and an
+            edit that has to be tried at run time and cannot.
     """
-    require_run_time_form(recipe)
+    if (recipe.selects or recipe.tunes) and recipe.edit.norm != "none":
+        raise RecipeError(
+            "`layers: sweep`, `k: auto`, `strength: auto` and `estimator: tuned` try edits at run "
+            f"time, and `edit.norm: {recipe.edit.norm}` has no run-time form. Leave `norm: none`, "
+            "or give layers, k and strengths."
+        )
     if recipe.layers == "sweep":
         candidates = tuple(recipe.selection.candidates(anatomy.n_layers))
         directions = recipe.directions
@@ -276,13 +282,3 @@ def tuning_cost(recipe: Recipe) -> dict[str, int] | None:
         "answers_a_trial": recipe.selection.prompts,
         "tokens": recipe.selection.tokens,
     }
-
-
-def require_run_time_form(recipe: Recipe) -> None:
-    """Raises RecipeError for an edit that cannot be tried at run time though it has to be."""
-    if (recipe.selects or recipe.tunes) and recipe.edit.norm != "none":
-        raise RecipeError(
-            "`layers: sweep`, `k: auto`, `strength: auto` and `estimator: tuned` try edits at run "
-            f"time, and `edit.norm: {recipe.edit.norm}` has no run-time form. Leave `norm: none`, "
-            "or give layers, k and strengths."
-        )

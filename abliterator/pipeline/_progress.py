@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from typing import Protocol
 
 
@@ -15,32 +15,25 @@ class Advance(Protocol):
 
 
 class Progress(Protocol):
-    """Receives reports: the command line draws bars, a notebook may ignore them."""
+    """Receives reports: the command line draws bars, a notebook may ignore them (`Silent`)."""
 
     def stage(self, name: str, *, done: bool) -> None:
         """Reports that a stage begins; `done` if its result exists and it is skipped."""
-
-    def bar(self, label: str, total: int) -> AbstractContextManager[Advance]:
-        """A context that yields a function, to be called with each part of `total` that is done."""
-
-    def note(self, text: str) -> None:
-        """Shows a note to the user that is no error."""
-
-
-class Silent:
-    """Ignores all reports."""
-
-    def stage(self, name: str, *, done: bool) -> None:
-        """Does nothing."""
+        return
 
     @contextmanager
     def bar(self, label: str, total: int) -> Iterator[Advance]:
-        """A bar that is not drawn."""
+        """Yields a function, to be called with each part of `total` that is done."""
 
         def advance(amount: int, *, status: str = "") -> None:
-            """Does nothing."""
+            pass
 
         yield advance
 
     def note(self, text: str) -> None:
-        """Does nothing."""
+        """Shows a note to the user that is no error."""
+        return
+
+
+class Silent(Progress):
+    """Ignores all reports."""

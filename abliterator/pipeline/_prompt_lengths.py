@@ -3,18 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
 
 from abliterator.pipeline._run import Run
 from abliterator.pipeline.stages.prompts import PromptSets, prompt_sets
-
-
-class _Use(NamedTuple):
-    """A prompt set, and the maximum length of an answer to one of its prompts."""
-
-    name: str
-    prompts: Sequence[str]
-    max_new_tokens: int
 
 
 def require_prompts_fit(run: Run) -> None:
@@ -34,15 +25,16 @@ def require_prompts_fit(run: Run) -> None:
         render_prompts(tokenizer, prompts, limits, name=name, max_new_tokens=max_new_tokens, **chat)
 
 
-def _uses(run: Run, sets: PromptSets) -> Iterator[_Use]:
+def _uses(run: Run, sets: PromptSets) -> Iterator[tuple[str, Sequence[str], int]]:
+    """The name of each set, its prompts, and the length of an answer at most."""
     recipe = run.recipe
     answer_tokens = recipe.selection.tokens if recipe.selects or recipe.tunes else 0
     for name, prompts in sets.extraction.items():
-        yield _Use(name, prompts.prompts, answer_tokens)
+        yield name, prompts.prompts, answer_tokens
     for name, prompts in sets.selection.items():
-        yield _Use(f"selection {name}", prompts.prompts, answer_tokens)
+        yield f"selection {name}", prompts.prompts, answer_tokens
     for name, prompts in sets.evaluation.items():
         limit, max_new_tokens = recipe.rollouts.limit, recipe.rollouts.max_new_tokens
-        yield _Use(f"evaluation {name}", prompts.prompts[:limit], max_new_tokens)
+        yield f"evaluation {name}", prompts.prompts[:limit], max_new_tokens
     divergence_prompts = sets.evaluation["neutral"].prompts[: recipe.divergence.limit]
-    yield _Use("evaluation neutral", divergence_prompts, recipe.divergence.tokens)
+    yield "evaluation neutral", divergence_prompts, recipe.divergence.tokens

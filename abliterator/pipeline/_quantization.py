@@ -7,7 +7,7 @@ from typing import Any
 
 from abliterator.bake import EditPlan
 from abliterator.checkpoint import Checkpoint
-from abliterator.formats import MEASURED, Way, measured
+from abliterator.formats import Way, measured
 from abliterator.record import QuantizedEdits, TensorEdit
 
 WAYS: tuple[Way, ...] = ("keep", "dequantize")
@@ -16,7 +16,7 @@ WAYS: tuple[Way, ...] = ("keep", "dequantize")
 def storage_ways(edits: EditPlan, checkpoint: Checkpoint, k: int) -> list[dict[str, Any]]:
     """Bytes, leak and noise of both storages, for each quantised format among the edited tensors.
 
-    Leak and noise are constants (`formats.MEASURED`, with their source), bytes are this model's: of
+    Leak and noise are constants (`formats.measured`), bytes are this model's: of
     all weights, if every edited tensor that is quantised is stored in this way.
 
     Args:
@@ -34,16 +34,15 @@ def storage_ways(edits: EditPlan, checkpoint: Checkpoint, k: int) -> list[dict[s
         }
         for way in WAYS:
             size = checkpoint.total_bytes + edits.stored_as(way).added_bytes(checkpoint)
-            entry[way] = {"bytes": size, **_constants(kind, way, k)}
+            rank, constants = measured(kind, way, k) or (None, None)
+            entry[way] = {
+                "bytes": size,
+                "k": rank,
+                "leak": constants and constants.leak,
+                "noise": constants and constants.noise,
+            }
         formats.append(entry)
     return formats
-
-
-def _constants(kind: str, way: Way, k: int) -> dict[str, Any]:
-    if kind not in MEASURED:
-        return {"k": None, "leak": None, "noise": None}
-    rank, constants = measured(kind, way, k)
-    return {"k": rank, "leak": constants.leak, "noise": constants.noise}
 
 
 def quantized_edits(edits: Sequence[TensorEdit]) -> tuple[QuantizedEdits, ...]:

@@ -7,10 +7,10 @@ first run of a recipe resolved are kept by the later ones.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+import shutil
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from time import perf_counter
-from typing import NamedTuple
 
 from abliterator.devices import enough_memory
 from abliterator.errors import AbliteratorError, OutputError, RecipeError
@@ -30,53 +30,46 @@ _SMALLER = "smaller batches (`rollouts.batch_size`, `tuning.batch`)"
 COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
-class Schedule(NamedTuple):
-    """Stages to run in one folder.
+def run_missing(
+    run: Run, requested: Recipe, stages: Sequence[Stage], *, keep_from: Stage | None
+) -> None:
+    """Runs each stage that is not done, in order.
 
-    Attributes:
+    Args:
         run: what every stage gets.
         requested: the recipe as it was given.
-        stages: those to run, in order.
+        stages: those to run.
         keep_from: a new folder is deleted if a stage before this one fails; None keeps it.
+
+    Raises:
+        AbliteratorError: of a stage.
     """
-
-    run: Run
-    requested: Recipe
-    stages: Sequence[Stage]
-    keep_from: Stage | None
-
-    def execute(self) -> None:
-        """Runs each stage that is not done, in order.
-
-        Raises:
-            AbliteratorError: of a stage. A folder with nothing worth keeping is deleted then.
-        """
-        run, workspace = self.run, self.run.workspace
-        with usable(workspace.out), workspace.held():
-            workspace.create(self.requested, run.recipe)
-            prompts_fit = False
-            try:
-                for stage in self.stages:
-                    key = stage.key(run)
-                    done = workspace.is_done(stage.name, key)
-                    if not (done or prompts_fit) and stage.asks_model:
-                        require_prompts_fit(run)
-                        prompts_fit = True
-                    run.progress.stage(stage.name, done=done)
-                    if done:
-                        continue
-                    start = perf_counter()
-                    with enough_memory(f"The stage `{stage.name}`", smaller=_SMALLER):
-                        artefacts = stage.run(run)
-                    seconds = round(perf_counter() - start, 3)
-                    _require_unchanged(stage, run, key)
-                    parts = stage.parts(run)
-                    workspace.finish(stage.name, key, artefacts, seconds=seconds, parts=parts)
-            except AbliteratorError:
-                # leave no folder behind that looks like a result
-                if self.keep_from is not None and workspace.marker(self.keep_from.name) is None:
-                    workspace.remove()
-                raise
+    workspace = run.workspace
+    with usable(workspace.out), workspace.held():
+        workspace.create(requested, run.recipe)
+        prompts_fit = False
+        try:
+            for stage in stages:
+                key = stage.key(run)
+                done = workspace.is_done(stage.name, key)
+                if not (done or prompts_fit) and stage.asks_model:
+                    require_prompts_fit(run)
+                    prompts_fit = True
+                run.progress.stage(stage.name, done=done)
+                if done:
+                    continue
+                start = perf_counter()
+                with enough_memory(f"The stage `{stage.name}`", smaller=_SMALLER):
+                    artefacts = stage.run(run)
+                seconds = round(perf_counter() - start, 3)
+                _require_unchanged(stage, run, key)
+                parts = stage.parts(run)
+                workspace.finish(stage.name, key, artefacts, seconds=seconds, parts=parts)
+        except AbliteratorError:
+            # leave no folder behind that looks like a result
+            if keep_from is not None and workspace.marker(keep_from.name) is None:
+                shutil.rmtree(workspace.out)
+            raise
 
 
 def _require_unchanged(stage: Stage, run: Run, key: str) -> None:
@@ -119,19 +112,24 @@ def resolve(recipe: Recipe, revision: str | None) -> Recipe:
     Raises:
         PromptError: if a dataset's revision cannot be resolved.
     """
-    sources = {
-        name: _resolved(source)
-        for name in Prompts.model_fields
-        if isinstance(source := getattr(recipe.prompts, name), Source)
-    }
-    prompts = recipe.prompts.model_copy(update=sources)
+
+    def commit_of(name: str, source: Source) -> str | None:
+        if source.dataset is None:
+            return source.revision
+        return resolve_revision(source.dataset, source.revision)
+
+    prompts = _with_revisions(recipe.prompts, commit_of)
     return recipe.model_copy(update={"revision": revision, "prompts": prompts})
 
 
-def _resolved(source: Source) -> Source:
-    if source.dataset is None:
-        return source
-    return source.model_copy(update={"revision": resolve_revision(source.dataset, source.revision)})
+def _with_revisions(prompts: Prompts, revision: Callable[[str, Source], str | None]) -> Prompts:
+    """The section with a revision for each source, by its name."""
+    sources = {
+        name: source.model_copy(update={"revision": revision(name, source)})
+        for name in Prompts.model_fields
+        if isinstance(source := getattr(prompts, name), Source)
+    }
+    return prompts.model_copy(update=sources)
 
 
 def pinned(recipe: Recipe, resolved: Recipe) -> Recipe:
@@ -140,19 +138,13 @@ def pinned(recipe: Recipe, resolved: Recipe) -> Recipe:
     All else is as given now: the digest of a recipe does not depend on where its files lie, and
     they may have been moved.
     """
-    sources = {
-        name: source.model_copy(update={"revision": getattr(resolved.prompts, name).revision})
-        for name in Prompts.model_fields
-        if isinstance(source := getattr(recipe.prompts, name), Source)
-    }
-    revisions = {"revisions": resolved.benchmarks.revisions}
-    return recipe.model_copy(
-        update={
-            "revision": resolved.revision,
-            "prompts": recipe.prompts.model_copy(update=sources),
-            "benchmarks": recipe.benchmarks.model_copy(update=revisions),
-        }
+    prompts = _with_revisions(
+        recipe.prompts, lambda name, _: getattr(resolved.prompts, name).revision
     )
+    revisions = {"revisions": resolved.benchmarks.revisions}
+    benchmarks = recipe.benchmarks.model_copy(update=revisions)
+    changes = {"revision": resolved.revision, "prompts": prompts, "benchmarks": benchmarks}
+    return recipe.model_copy(update=changes)
 
 
 def require_pinned_code(recipe: Recipe) -> None:

@@ -21,11 +21,6 @@ from abliterator.pipeline._run import Run
 Value = TypeVar("Value", bound=BaseModel)
 
 
-def no_parts(run: Run) -> Mapping[str, str]:
-    """No parts: the stage is always run as a whole."""
-    return {}
-
-
 @dataclass(frozen=True)
 class Stage:
     """One step from a recipe to a card.
@@ -43,7 +38,7 @@ class Stage:
     version: int
     inputs: Callable[[Run], Any]
     run: Callable[[Run], Sequence[Path]]
-    parts: Callable[[Run], Mapping[str, str]] = no_parts
+    parts: Callable[[Run], Mapping[str, str]] = lambda run: {}
     asks_model: bool = False
 
     def key(self, run: Run) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -15,9 +15,14 @@ from abliterator.files import write_text_atomic
 from abliterator.pipeline._judges import choosing_judge
 from abliterator.pipeline._run import Run
 from abliterator.pipeline._stage import Artefact, Stage
-from abliterator.pipeline.stages.capture import fitted
+from abliterator.pipeline.stages.capture import fitted, position_of
 from abliterator.pipeline.stages.prompts import PromptSets, load_sets, prompt_sets
-from abliterator.pipeline.stages.selection import extracted_subspace, selected_layers, selection_of
+from abliterator.pipeline.stages.selection import (
+    extracted_subspace,
+    ranked_places,
+    selected_layers,
+    selection_of,
+)
 from abliterator.pipeline.stages.tuning import planned_edits, tuned_inputs, tuned_subspace
 from abliterator.record import Study
 
@@ -27,11 +32,13 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from abliterator.bake import EditPlan
-    from abliterator.directions import Directions, Place
+    from abliterator.directions import Directions
     from abliterator.engines import Engine
-    from abliterator.evaluation import EditEvaluator, EvaluationContext, RenderedPrompts
+    from abliterator.evaluation import EditEvaluator, RenderedPrompts
     from abliterator.prompts import PromptSet
     from abliterator.study import Contrast
+
+_Measured = tuple[Study, dict[str, Any]]  # a study, and what its tables are headed by
 
 STUDIES = ("extraction", "pairs", "alpha", "confirmation", "controls")
 USES_DIRECTIONS = ("alpha", "confirmation", "controls")  # those of the recipe's own contrast
@@ -79,12 +86,7 @@ def study_stage(run: Run, name: str, settings: StudySettings) -> Stage:
     )
 
 
-def read_study(run: Run, name: str) -> Study:
-    """The result of a finished study."""
-    return _figures(name).read_as(run, Study)
-
-
-def _figures(name: str) -> Artefact:
+def figures_of(name: str) -> Artefact:
     """The file of a study's figures; its tables are beside it as .md."""
     return Artefact(f"study-{name}", f"work/studies/{name}.json")
 
@@ -124,7 +126,7 @@ def _key(name: str, settings: StudySettings, run: Run) -> Any:
         run.base_digest(),
         run.digest("prompts"),
         {section: run.section(section) for section in sections},
-        [run.digest("capture"), _places(run), selected_layers(run).k]
+        [run.digest("capture"), ranked_places(run, selection_of(run)), selected_layers(run).k]
         if name in USES_DIRECTIONS
         else None,
         tuned_inputs(run) if name in USES_TUNING else None,
@@ -135,27 +137,27 @@ def _key(name: str, settings: StudySettings, run: Run) -> Any:
 
 
 def _run(
-    measure: Callable[[Run, StudySettings], Study], settings: StudySettings, run: Run
+    measure: Callable[[Run, StudySettings], _Measured], settings: StudySettings, run: Run
 ) -> list[Path]:
     """Runs a study and writes its figures and tables."""
     from abliterator.study import to_markdown
 
-    study = measure(run, settings)
+    study, details = measure(run, settings)
     about = {
         "model": run.base_id,
         **({"revision": run.plan.source.revision} if run.plan.source.revision else {}),
         "recipe": run.recipe.digest[:12],
         "computed in": run.dtype or "the stored dtype",
-        **study.about,
+        **details,
     }
     study = study.model_copy(update={"about": about})
-    figures = _figures(study.name)
+    figures = figures_of(study.name)
     table = figures.path(run).with_suffix(".md")
     write_text_atomic(table, to_markdown(study))
     return [figures.write(run, study), table]
 
 
-def _extraction(run: Run, settings: StudySettings) -> Study:
+def _extraction(run: Run, settings: StudySettings) -> _Measured:
     from abliterator.study import study_extraction
 
     sets = prompt_sets(run).extraction
@@ -165,14 +167,15 @@ def _extraction(run: Run, settings: StudySettings) -> Study:
         study = study_extraction(
             engine,
             *(run.render(engine, texts, name=name).token_ids for name, texts in prompts.items()),
-            position=_position(run),
+            position=position_of(run),
             max_batch_tokens=run.recipe.capture.max_batch_tokens,
             on_step=lambda step: advance(1, status=step),
         )
-    return study.model_copy(update={"about": {"position": _position(run), **_counted(prompts)}})
+    counts = {f"{name} prompts": len(texts) for name, texts in prompts.items()}
+    return study, {"position": position_of(run), **counts}
 
 
-def _pairs(run: Run, settings: StudySettings) -> Study:
+def _pairs(run: Run, settings: StudySettings) -> _Measured:
     from abliterator.study import study_pairs
 
     # generic prompts are not measured on, whether or not a build extracts from any
@@ -189,49 +192,40 @@ def _pairs(run: Run, settings: StudySettings) -> Study:
         for name, contrast in contrasts.items()
     }
     layers = settings.layers or tuple(range(1, run.plan.anatomy.n_layers + 1))
-    prompts = _texts(sets)
-    with _evaluator(run, settings, prompts, edits=2 * len(layers)) as evaluator:
+    with _evaluator(run, settings, sets, edits=2 * len(layers)) as evaluator:
         study = study_pairs(evaluator, directions, layers)
-    counts = {"position": _position(run), "prompts of each kind for directions": n}
-    return study.model_copy(update={"about": {**counts, **_measured(evaluator)}})
+    counts = {"position": position_of(run), "prompts of each kind for directions": n}
+    return study, {**counts, **_described(evaluator)}
 
 
-def _alpha(run: Run, settings: StudySettings) -> Study:
+def _alpha(run: Run, settings: StudySettings) -> _Measured:
     from abliterator.study import study_alpha
 
-    prompts = _texts(prompt_sets(run))
-    with _evaluator(run, settings, prompts, edits=len(settings.alphas)) as evaluator:
+    selected, sets = selected_layers(run), prompt_sets(run)
+    with _evaluator(run, settings, sets, edits=len(settings.alphas)) as evaluator:
         study = study_alpha(evaluator, extracted_subspace(run).basis, settings.alphas)
-    about = {
-        "layers": selected_layers(run).layers,
-        "k": selected_layers(run).k,
-        **_measured(evaluator),
-    }
-    return study.model_copy(update={"about": about})
+    return study, {"layers": selected.layers, "k": selected.k, **_described(evaluator)}
 
 
-def _confirmation(run: Run, settings: StudySettings) -> Study:
+def _confirmation(run: Run, settings: StudySettings) -> _Measured:
     from abliterator.study import confirmation_edits, study_confirmation
 
-    places = _places(run)
-    prompts = _texts(prompt_sets(run))
-    with _evaluator(run, settings, prompts, edits=confirmation_edits(len(places))) as evaluator:
+    places, sets = ranked_places(run, selection_of(run)), prompt_sets(run)
+    with _evaluator(run, settings, sets, edits=confirmation_edits(len(places))) as evaluator:
         study = study_confirmation(evaluator, fitted(run), places)
-    return study.model_copy(update={"about": _measured(evaluator)})
+    return study, _described(evaluator)
 
 
-def _controls(run: Run, settings: StudySettings) -> Study:
+def _controls(run: Run, settings: StudySettings) -> _Measured:
     from abliterator.study import study_controls
 
     selected = selected_layers(run)
     basis = (tuned_subspace(run, selected.layers) or extracted_subspace(run)).basis
     draws, shuffled = run.recipe.selection.controls, _shuffled(run)
-    prompts = _texts(prompt_sets(run))
-    edits = 1 + draws + len(shuffled)
-    with _evaluator(run, settings, prompts, edits=edits, plan=planned_edits(run)) as evaluator:
+    edits, sets = 1 + draws + len(shuffled), prompt_sets(run)
+    with _evaluator(run, settings, sets, edits=edits, plan=planned_edits(run)) as evaluator:
         study = study_controls(evaluator, basis, shuffled, draws=draws)
-    about = {"layers": selected.layers, "k": basis.shape[-1], **_measured(evaluator)}
-    return study.model_copy(update={"about": about})
+    return study, {"layers": selected.layers, "k": basis.shape[-1], **_described(evaluator)}
 
 
 def _shuffled(run: Run) -> list[Tensor]:
@@ -262,39 +256,24 @@ def _shuffled(run: Run) -> list[Tensor]:
 def _evaluator(
     run: Run,
     settings: StudySettings,
-    prompts: Mapping[str, Sequence[str]],
+    sets: PromptSets,
     *,
     edits: int,
     plan: EditPlan | None = None,
 ) -> Iterator[EditEvaluator]:
-    """The evaluator of a study, with its bar; `prompts` are those of the evaluation."""
-    from abliterator.evaluation import EditEvaluator
-
-    scratch = run.workspace.work / "studies" / "base_logits.bin"
-    scratch.parent.mkdir(parents=True, exist_ok=True)
-    context = _context(run, settings, prompts, plan or run.plan.edits)
-    with (
-        run.progress.bar("edits measured", 1 + edits) as advance,
-        EditEvaluator(context, scratch, lambda name: advance(1, status=name)) as evaluator,
-    ):
-        yield evaluator
-
-
-def _context(
-    run: Run, settings: StudySettings, prompts: Mapping[str, Sequence[str]], plan: EditPlan
-) -> EvaluationContext:
-    from abliterator.evaluation import EvaluationContext
+    """The evaluator of a study on the evaluation prompts, with its bar."""
+    from abliterator.evaluation import EditEvaluator, EvaluationContext
 
     recipe, engine = run.recipe, run.engine(run.plan.source.folder)
-    limit = settings.limit or recipe.rollouts.limit
     length = settings.tokens or recipe.rollouts.max_new_tokens
 
     def rendered(name: str, tokens: int) -> RenderedPrompts:
-        return run.render(engine, prompts[name][:limit], name=name, max_new_tokens=tokens)
+        prompts = sets.evaluation[name].prompts[: settings.limit or recipe.rollouts.limit]
+        return run.render(engine, prompts, name=name, max_new_tokens=tokens)
 
-    return EvaluationContext(
+    context = EvaluationContext(
         engine=engine,
-        plan=plan,
+        plan=plan or run.plan.edits,
         target=rendered("target", length),
         neutral=rendered("neutral", recipe.divergence.tokens),
         judge=choosing_judge(run),
@@ -304,6 +283,13 @@ def _context(
         max_batch_tokens=recipe.capture.max_batch_tokens,
         seed=recipe.seed,
     )
+    scratch = run.workspace.work / "studies" / "base_logits.bin"
+    scratch.parent.mkdir(parents=True, exist_ok=True)
+    with (
+        run.progress.bar("edits measured", 1 + edits) as advance,
+        EditEvaluator(context, scratch, lambda name: advance(1, status=name)) as evaluator,
+    ):
+        yield evaluator
 
 
 def _directions(
@@ -317,7 +303,7 @@ def _directions(
         capture(
             engine,
             run.render(engine, prompts, name=name).token_ids,
-            position=_position(run),
+            position=position_of(run),
             padding=settings.padding,
             max_batch_tokens=settings.max_batch_tokens,
         )
@@ -326,32 +312,7 @@ def _directions(
     return fit_directions(*moments)
 
 
-def _places(run: Run) -> list[Place]:
-    """Layers and positions in order of preference: the selection's, or those of the recipe."""
-    from abliterator.directions import Place
-
-    selection = selection_of(run)
-    if selection is not None:
-        return list(map(Place, selection.layers, selection.positions))
-    return [Place(layer, _position(run)) for layer in run.plan.layers]
-
-
-def _position(run: Run) -> int:
-    """The recipe's position; where it is swept, the last token."""
-    position = run.recipe.directions.position
-    return -1 if position == "sweep" else position
-
-
-def _texts(sets: PromptSets) -> dict[str, Sequence[str]]:
-    """The prompts of each evaluation set."""
-    return {name: prompts.prompts for name, prompts in sets.evaluation.items()}
-
-
-def _counted(prompts: Mapping[str, Sequence[str]]) -> dict[str, int]:
-    return {f"{name} prompts": len(texts) for name, texts in prompts.items()}
-
-
-def _measured(evaluator: EditEvaluator) -> dict[str, str | int]:
+def _described(evaluator: EditEvaluator) -> dict[str, str | int]:
     context = evaluator.context
     return {
         "judge": context.judge.identity.model or context.judge.identity.kind,

@@ -13,10 +13,9 @@ read through `artefact` or `digest`, which compare it with its marker first.
 from __future__ import annotations
 
 import errno
-import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -161,24 +160,21 @@ class Workspace:
                 f"{self.out} exists and was not made by abliterator; nothing in it was touched. "
                 f"Choose another --out."
             )
+        try:
+            claimed = self._claim().recipe_digest
+            if claimed == recipe.digest:
+                return self.recipe() if self._recipe_path.is_file() else None
+        except OutputError:
+            if force:  # what is damaged is resolved again
+                return None
+            raise
         if force:
-            with suppress(OutputError):  # what is damaged is resolved again
-                return self._resolved(recipe)
             return None
-        claimed = self._claim().recipe_digest
-        if claimed == recipe.digest:
-            return self._resolved(recipe)
         raise OutputError(
             f"{self.out} was made from another recipe (digest {claimed[:12]}, this one is "
             f"{recipe.digest[:12]}). Choose another --out, or go on here with --force: stages "
             f"whose inputs did not change are kept."
         )
-
-    def _resolved(self, recipe: Recipe) -> Recipe | None:
-        """What an earlier run resolved `recipe` to; None where it ended before that."""
-        if self._claim().recipe_digest != recipe.digest or not self._recipe_path.is_file():
-            return None
-        return self.recipe()
 
     def _is_empty(self) -> bool:
         """Whether the folder holds no file but those of a run that was killed at its first step."""
@@ -213,8 +209,7 @@ class Workspace:
 
         Wherever this is killed, no claim is left with the resolved form of another recipe.
         """
-        plain = resolved.model_dump(mode="json")
-        text = to_yaml(plain)
+        text = to_yaml(resolved.model_dump(mode="json"))
         digest = sha256_of_bytes(text.encode())
         claim = Claim(tool="abliterator", recipe_digest=requested.digest, resolved_sha256=digest)
         with suppress(OutputError, FileError):
@@ -233,10 +228,6 @@ class Workspace:
                 "made from. Choose another --out, or go on here with --force: stages whose inputs "
                 "did not change are kept."
             ) from error
-
-    def remove(self) -> None:
-        """Deletes the whole folder, after a run that failed before its first results."""
-        shutil.rmtree(self.out)
 
     def marker(self, stage: str) -> Marker | None:
         """The marker of a stage, or None."""
@@ -290,27 +281,16 @@ class Workspace:
 
     def _changed(self, marker: Marker) -> list[str]:
         """Paths of the artefacts whose size or hash is not the marker's."""
-        changed = [
-            path
-            for path, state in marker.artefacts.items()
-            if self._state(self.out / path) != state
-        ]
+        states = marker.artefacts.items()
+        changed = [path for path, state in states if self._state(self.out / path) != state]
         self._hashes.save()
         return changed
 
-    def finish(
-        self,
-        stage: str,
-        key: str,
-        artefacts: Iterable[Path],
-        *,
-        seconds: float,
-        parts: Mapping[str, str],
-    ) -> None:
-        """Writes the marker of a finished stage."""
+    def finish(self, stage: str, key: str, artefacts: Iterable[Path], **details: Any) -> None:
+        """Writes the marker of a finished stage; `details` are its seconds and parts."""
         states = {self._name(path): self._state(path) for path in sorted(artefacts)}
-        marker = {"key": key, "artefacts": states, "seconds": seconds, "parts": dict(parts)}
-        write_text_atomic(self._marker_path(stage), json.dumps(marker, indent=1) + "\n")
+        marker = Marker.model_validate({"key": key, "artefacts": states, **details})
+        write_text_atomic(self._marker_path(stage), marker.model_dump_json(indent=1) + "\n")
 
     def _marker_path(self, stage: str) -> Path:
         return self.work / "stages" / f"{stage}.json"

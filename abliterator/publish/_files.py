@@ -8,7 +8,6 @@ times in the file system, which a later change alters.
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TypeAlias
@@ -69,7 +68,7 @@ def stamp_of(path: Path) -> Stamp:
 def stamps_of(folder: Path) -> dict[str, Stamp]:
     """The stamps of all files of a folder, by path in it."""
     with readable(folder):
-        paths = [Path(parent) / name for parent, _, names in os.walk(folder) for name in names]
+        paths = [path for path in folder.rglob("*") if not path.is_dir()]
     return {path.relative_to(folder).as_posix(): stamp_of(path) for path in paths}
 
 

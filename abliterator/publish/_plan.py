@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -133,7 +132,6 @@ def plan_publish(
     target: Target,
     *,
     subspace: Path | None = None,
-    on_bytes: Callable[[int], None] | None = None,
 ) -> PublishPlan:
     """Verifies a checkpoint and plans its upload; nothing is sent.
 
@@ -142,7 +140,6 @@ def plan_publish(
         checkpoint: OUT/checkpoint.
         target: where to.
         subspace: the removed subspace, for measuring the leak again.
-        on_bytes: called with the size of each weight file when it is verified.
 
     Raises:
         PublishError: if the checkpoint does not verify, is incomplete, or may not go by that name.
@@ -151,7 +148,7 @@ def plan_publish(
     before = stamps_of(checkpoint)
     record = _read_record(checkpoint)
     _check_license(record, target)
-    verification = verify(base, checkpoint, subspace=subspace, on_bytes=on_bytes)
+    verification = verify(base, checkpoint, subspace=subspace)
     _require_sound(checkpoint, verification)
     files = verified_files(checkpoint, verification.sha256, before)
     if target.license is not None:
@@ -202,7 +199,8 @@ def plan_adapter(checkpoint: PublishPlan, adapter: Path, target: Target) -> Publ
     verified_files(folders.checkpoint, checkpoint.verification.sha256, compared)
     if target.license is not None:
         adapter_files = [_with_license(file, target.license) for file in adapter_files]
-    checkpoint_files = [file for file in checkpoint.files if _goes_with_adapter(file.path)]
+    ours = {*OURS, *PICTURES} - {CARD}
+    checkpoint_files = [f for f in checkpoint.files if f.path in ours or is_legal(f.path)]
     return replace(
         checkpoint,
         what="adapter",
@@ -211,10 +209,6 @@ def plan_adapter(checkpoint: PublishPlan, adapter: Path, target: Target) -> Publ
         left_out=verification.foreign,
         verification=verification,
     )
-
-
-def _goes_with_adapter(path: str) -> bool:
-    return path in {*OURS, *PICTURES} - {CARD} or is_legal(path)
 
 
 def _require_sound(folder: Path, verification: Verification | AdapterVerification) -> None:
@@ -251,9 +245,11 @@ def _read_record(checkpoint: Path) -> RunRecord:
         )
     try:
         return RunRecord.model_validate_json(read_text(checkpoint / RECORD))
-    except ValueError:
-        problem = f"{checkpoint / RECORD} is not a record that this version of abliterator reads."
-    raise PublishError(f"{problem} Run `abliterator card` again.")
+    except ValueError as error:
+        raise PublishError(
+            f"{checkpoint / RECORD} is not a record that this version of abliterator reads. Run "
+            "`abliterator card` again."
+        ) from error
 
 
 def _check_license(record: RunRecord, target: Target) -> None:
@@ -264,11 +260,8 @@ def _check_license(record: RunRecord, target: Target) -> None:
             "whoever passes the model on. Read it, and give its Hub name: --license apache-2.0, "
             "for example."
         )
-    if base_license is not None and target.license not in (
-        None,
-        base_license,
-        base_license.lower(),
-    ):
+    allowed = {None, base_license, base_license and base_license.lower()}
+    if base_license is not None and target.license not in allowed:
         raise PublishError(
             f"The base's licence is {base_license!r}; an edited model cannot be given another one "
             f"({target.license!r}). Leave --license out."

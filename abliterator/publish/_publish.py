@@ -74,7 +74,11 @@ class _Publication:
             self.repo.id = f"{user['name']}/{self.repo.id}"
         gated = self._wanted_gating()
         info = self._open(gated)
-        self._make_branch()
+        if (branch := self.target.revision) != "main":
+            self.repo.ask(
+                "create the branch",
+                lambda: self.api.create_branch(self.repo.id, branch=branch, exist_ok=True),
+            )
         uploaded = upload(self.repo, self.plan, self.mark)
         commit = self._read_back(uploaded.commit)
         if self.target.tag is not None:
@@ -136,14 +140,6 @@ class _Publication:
         if (info.gated or False) != gated and (gated or self.target.gated == "no"):
             self.repo.ask("set who gets access", self._update_settings(gated=gated))
         return info
-
-    def _make_branch(self) -> None:
-        branch = self.target.revision
-        if branch != "main":
-            self.repo.ask(
-                "create the branch",
-                lambda: self.api.create_branch(self.repo.id, branch=branch, exist_ok=True),
-            )
 
     def _read_back(self, commit: str) -> str:
         """Proves that the commit has exactly the planned contents; returns the proven commit."""

@@ -5,10 +5,9 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cache
-from importlib.resources import files
 from typing import Any, NamedTuple
 
-import yaml
+from abliterator.files import package_yaml
 
 
 class Mark(NamedTuple):
@@ -61,8 +60,7 @@ class Formats(NamedTuple):
 @cache
 def formats() -> Formats:
     """The table of this package."""
-    raw = files("abliterator.thinking").joinpath("formats.yaml").read_text(encoding="utf-8")
-    data = yaml.safe_load(raw)
+    data = package_yaml("abliterator.thinking", "formats.yaml")
     cased = dict(_in_brackets(data["brackets"], data["tags"]))
     exact = dict(_blocks(data["blocks"]))
     literals = {**cased, **exact}

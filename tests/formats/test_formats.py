@@ -4,12 +4,13 @@ import torch
 from abliterator.errors import CheckpointError, UnsupportedModel
 from abliterator.formats import (
     FORMATS,
-    MEASURED,
+    Measured,
     format_of,
     measured,
     preferred,
     storage_of,
 )
+from abliterator.formats._measured import figures
 from abliterator.formats._numbers import F8_E4M3
 
 
@@ -24,12 +25,13 @@ def test_a_view_is_of_the_bytes_themselves(name):
 
 def test_auto_keeps_what_keeps_the_edit():
     """By the constants that were measured: no format's leak or noise asks for more bytes."""
-    for kind, ways in MEASURED.items():
+    assert len(figures()) == 4
+    for kind, ways in figures().items():
         assert preferred(kind) == "keep"
-        for k, kept in ways["keep"].items():
-            assert kept.leak > ways["dequantize"][k].leak
-            assert kept.noise > ways["dequantize"][k].noise
-    assert measured("MXFP4", "keep", 2) == (3, MEASURED["MXFP4"]["keep"][3])
+        for k, (leak, noise) in ways["keep"].items():
+            assert leak > ways["dequantize"][k][0]
+            assert noise > ways["dequantize"][k][1]
+    assert measured("MXFP4", "keep", 2) == (3, Measured(*figures()["MXFP4"]["keep"][3]))
     assert measured("MXFP4", "keep", 0)[0] == 1
     assert measured("MXFP4", "keep", 99)[0] == 16
 

@@ -18,7 +18,7 @@ from abliterator.recipe import Recipe
 from abliterator.record import Side
 
 if TYPE_CHECKING:
-    from abliterator.benchmarks import RunSettings, Task, TaskScores
+    from abliterator.benchmarks import Task, TaskScores
 
 
 def benchmark_tasks(recipe: Recipe, device: str) -> Sequence[Task]:
@@ -63,25 +63,20 @@ def _side_digest(run: Run, side: Side) -> str:
     return digest_of([run.base_digest(), run.digest("bake") if side == "edited" else None])
 
 
-def _settings(run: Run) -> RunSettings:
-    from abliterator.benchmarks import RunSettings
+def _run(run: Run) -> list[Path]:
+    if not run.tasks:
+        return []
+    from abliterator.benchmarks import RunSettings, ScoredCheckpoint, measure_sides
 
-    return RunSettings(
+    run.free()
+    _note_plain_http(run)
+    settings = RunSettings(
         section=run.recipe.benchmarks,
         chat=run.recipe.chat,
         device=run.device,
         dtype=run.dtype,
         trust_remote_code=run.recipe.trust_remote_code,
     )
-
-
-def _run(run: Run) -> list[Path]:
-    if not run.tasks:
-        return []
-    from abliterator.benchmarks import ScoredCheckpoint, measure_sides
-
-    run.free()
-    _note_plain_http(run)
     with run.progress.bar("benchmark tasks, both sides", len(SIDES) * len(run.tasks)) as advance:
         measure_sides(
             {
@@ -89,7 +84,7 @@ def _run(run: Run) -> list[Path]:
                 for side in SIDES
             },
             run.tasks,
-            _settings(run),
+            settings,
             out=run.workspace.work / "benchmarks",
             on_task=lambda side, task: advance(1),
             secrets=_key_names(run.recipe.published()),

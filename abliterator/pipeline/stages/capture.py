@@ -6,11 +6,11 @@ The stage writes work/moments.safetensors, from which `fitted` makes directions.
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from abliterator.errors import DirectionError
+from abliterator.files import write_bytes_atomic
 from abliterator.pipeline._run import Run
 from abliterator.pipeline._stage import Artefact, Stage
 from abliterator.pipeline.stages.prompts import prompt_sets
@@ -42,6 +42,12 @@ def _key(run: Run) -> Any:
     ]
 
 
+def position_of(run: Run) -> int:
+    """The recipe's position; where it is swept, the last token."""
+    position = run.recipe.directions.position
+    return -1 if position == "sweep" else position
+
+
 def _captured(run: Run) -> dict[str, PromptSet]:
     """The prompt sets whose moments directions are fitted to."""
     sets = prompt_sets(run).extraction
@@ -59,6 +65,8 @@ def _shuffles(run: Run) -> int:
 
 
 def _run(run: Run) -> list[Path]:
+    from safetensors.torch import save
+
     from abliterator.capture import save_moments
 
     engine = run.engine(run.plan.source.folder)
@@ -66,13 +74,16 @@ def _run(run: Run) -> list[Path]:
     moments: dict[str, MomentSet] = {}
     vectors: dict[str, Tensor] = {}
     for name, prompts in _captured(run).items():
-        captured = _capture_set(run, engine, name, prompts, positions)
-        moments |= captured.moments
-        vectors |= {name: captured.vectors} if captured.vectors is not None else {}
+        moments_of_set, vectors_of_set = _capture_set(run, engine, name, prompts, positions)
+        moments |= moments_of_set
+        vectors |= {name: vectors_of_set} if vectors_of_set is not None else {}
     save_moments(MOMENTS.path(run), moments)
     if not vectors:
         return [MOMENTS.path(run)]
-    _save_differences(run, vectors, positions)
+    target, contrast = (list(side) for side in zip(*prompt_sets(run).pairs, strict=True))
+    pairs = vectors["target"][target] - vectors["contrast"][contrast]
+    tensors = {str(p): pairs[:, i].contiguous() for i, p in enumerate(positions)}
+    write_bytes_atomic(DIFFERENCES.path(run), save(tensors))
     return [MOMENTS.path(run), DIFFERENCES.path(run)]
 
 
@@ -100,17 +111,10 @@ def _positions(run: Run, engine: Engine) -> tuple[int, ...]:
     return (position,)
 
 
-class _Captured(NamedTuple):
-    """Moments by name, and the vectors [N, P, L, H] themselves where pairs are compared."""
-
-    moments: dict[str, MomentSet]
-    vectors: Tensor | None
-
-
 def _capture_set(
     run: Run, engine: Engine, name: str, prompts: PromptSet, positions: tuple[int, ...]
-) -> _Captured:
-    """Moments of one prompt set, and of a random half of it for each shuffle."""
+) -> tuple[dict[str, MomentSet], Tensor | None]:
+    """Moments of a set, and of a random half of it for each shuffle; for pairs all vectors too."""
     import torch
 
     from abliterator.subspace import Moments
@@ -142,26 +146,10 @@ def _capture_set(
                 vectors[batch] = residuals.float().cpu()
             advance(len(batch))
     frozen = {
-        _moments_name(part, position, positions): accumulated.freeze()
+        part if len(positions) == 1 else f"{part}@{position}": accumulated.freeze()
         for (part, position), accumulated in moments.items()
     }
-    return _Captured(frozen, vectors)
-
-
-def _moments_name(part: str, position: int, positions: tuple[int, ...]) -> str:
-    return part if len(positions) == 1 else f"{part}@{position}"
-
-
-def _save_differences(run: Run, vectors: Mapping[str, Tensor], positions: tuple[int, ...]) -> None:
-    """Target - contrast of every pair, [pairs, L, H] float32 by position."""
-    from safetensors.torch import save
-
-    from abliterator.files import write_bytes_atomic
-
-    target, contrast = (list(side) for side in zip(*prompt_sets(run).pairs, strict=True))
-    paired_differences = vectors["target"][target] - vectors["contrast"][contrast]
-    tensors = {str(p): paired_differences[:, i].contiguous() for i, p in enumerate(positions)}
-    write_bytes_atomic(DIFFERENCES.path(run), save(tensors))
+    return frozen, vectors
 
 
 def differences(run: Run) -> dict[int, Tensor]:
@@ -178,11 +166,10 @@ def _moments(run: Run) -> dict[int, dict[str, MomentSet]]:
     """Moments by position and part; -1 first."""
     from abliterator.capture import load_moments
 
-    setting = run.recipe.directions.position
     by_position: dict[int, dict[str, MomentSet]] = {}
     for name, moments in load_moments(MOMENTS.checked(run)).items():
         part, _, position = name.partition("@")
-        index = int(position) if position else -1 if setting == "sweep" else setting
+        index = int(position) if position else position_of(run)
         by_position.setdefault(index, {})[part] = moments
     return {position: by_position[position] for position in sorted(by_position, reverse=True)}
 

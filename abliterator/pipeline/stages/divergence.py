@@ -14,13 +14,12 @@ from abliterator.pipeline._run import Run
 from abliterator.pipeline._stage import Artefact, Stage
 from abliterator.pipeline.stages.prompts import prompt_sets
 from abliterator.pipeline.stages.rollouts import folder_of
-from abliterator.record import Divergence
 
 if TYPE_CHECKING:
     from abliterator.engines import AnswerPath, Engine
 
 
-RESULT = Artefact("divergence", "work/divergence.json")
+DIVERGENCE_JSON = Artefact("divergence", "work/divergence.json")
 PATHS = Artefact("divergence", "work/divergence_paths.json")  # the base's greedy answers
 
 
@@ -61,12 +60,7 @@ def _run(run: Run) -> list[Path]:
         seed=run.recipe.seed,
         bar=run.progress.bar,
     )
-    return [RESULT.write(run, divergence), PATHS.path(run)]
-
-
-def divergence_of(run: Run) -> Divergence:
-    """The divergence of the two sides' distributions."""
-    return RESULT.read_as(run, Divergence)
+    return [DIVERGENCE_JSON.write(run, divergence), PATHS.path(run)]
 
 
 def _rendered(run: Run, engine: Engine) -> list[list[int]]:

@@ -13,11 +13,11 @@ from abliterator.pipeline._judges import evaluation_judge, note_plain_http
 from abliterator.pipeline._progress import Progress
 from abliterator.pipeline._run import Run
 from abliterator.pipeline._stage import Artefact, Stage
-from abliterator.pipeline.stages.rollouts import completions
+from abliterator.pipeline.stages.rollouts import ANSWERS
 from abliterator.record import Completion, JudgeIdentity, Verdict
 
-VERDICTS = Artefact("judge", "work/verdicts.jsonl")
-IDENTITY = Artefact("judge", "work/judge.json")
+VERDICTS = Artefact("judge", "work/verdicts.jsonl")  # base and edited
+IDENTITY = Artefact("judge", "work/judge.json")  # the judge, its calibration and usage
 
 
 def _key(run: Run) -> Any:
@@ -31,7 +31,7 @@ def _key(run: Run) -> Any:
 def _run(run: Run) -> list[Path]:
     from abliterator.judge import judge_completions
 
-    answers = completions(run)
+    answers = ANSWERS.read_lines(run, Completion)
     note_plain_http(run.recipe.judge, run.progress)
     with run.progress.bar("verdicts", len(answers)) as advance:
         judge = evaluation_judge(run, lambda tally: advance(1, status=str(tally)))
@@ -71,16 +71,6 @@ def _note_quality(progress: Progress, identity: JudgeIdentity, verdicts: Sequenc
     if identity.usage:
         spent = ", ".join(f"{value:g} {name}" for name, value in identity.usage.items())
         progress.note(f"The judge's calls of this folder: {spent}.")
-
-
-def verdicts_of(run: Run) -> list[Verdict]:
-    """All verdicts, base and edited."""
-    return VERDICTS.read_lines(run, Verdict)
-
-
-def judge_identity(run: Run) -> JudgeIdentity:
-    """The judge that gave the verdicts, with its calibration, disagreement and usage."""
-    return IDENTITY.read_as(run, JudgeIdentity)
 
 
 JUDGE = Stage("judge", 4, _key, _run)

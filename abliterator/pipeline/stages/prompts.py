@@ -126,31 +126,30 @@ def load_sets(recipe: Prompts, *, seed: int, neutral_too: bool) -> PromptSets:
     Raises:
         PromptError: for a set that cannot be read, and for sets that share prompts.
     """
-    target, neutral = load_prompts("target", recipe.target), load_prompts("neutral", recipe.neutral)
-    check_distinct(target, neutral)
+    sets = {
+        name: load_prompts(name, source)
+        for name in Prompts.model_fields
+        if isinstance(source := getattr(recipe, name), Source)
+    }
+    check_distinct(sets["target"], sets["neutral"])
+
+    def divided(name: str, evaluation: str) -> tuple[PromptSet, PromptSet]:
+        """A set and its evaluation set, which is held out of it where there is none."""
+        if evaluation in sets:
+            return sets[name], sets[evaluation]
+        return hold_out(sets[name], fraction=recipe.holdout, seed=seed)
+
     extraction, evaluation = {}, {}
-    if recipe.evaluation is None:
-        extraction["target"], evaluation["target"] = hold_out(
-            target, fraction=recipe.holdout, seed=seed
-        )
+    extraction["target"], evaluation["target"] = divided("target", "evaluation")
+    if "contrast" in sets:
+        extraction["contrast"] = sets["contrast"]
+    if "contrast" not in sets or neutral_too:
+        role = "neutral" if "contrast" in sets else "contrast"
+        extraction[role], evaluation["neutral"] = divided("neutral", "neutral_evaluation")
     else:
-        extraction["target"], evaluation["target"] = (
-            target,
-            load_prompts("evaluation", recipe.evaluation),
-        )
-    roles = ["contrast"] if recipe.contrast is None else ["neutral"] if neutral_too else []
-    if recipe.contrast is not None:
-        extraction["contrast"] = load_prompts("contrast", recipe.contrast)
-    for role in roles:
-        if recipe.neutral_evaluation is None:
-            extraction[role], neutral = hold_out(neutral, fraction=recipe.holdout, seed=seed)
-        else:
-            extraction[role] = neutral
-    if recipe.neutral_evaluation is not None:
-        neutral = load_prompts("neutral_evaluation", recipe.neutral_evaluation)
-    evaluation["neutral"] = neutral
-    if recipe.over_refusal is not None:
-        evaluation["over_refusal"] = load_prompts("over_refusal", recipe.over_refusal)
+        evaluation["neutral"] = sets.get("neutral_evaluation", sets["neutral"])
+    if "over_refusal" in sets:
+        evaluation["over_refusal"] = sets["over_refusal"]
     for measured in evaluation.values():
         extraction = {name: drop_overlap(s, measured) for name, s in extraction.items()}
     check_distinct(extraction["target"], extraction["contrast"])

@@ -25,8 +25,8 @@ from abliterator.pipeline.stages.bake import tensor_edits
 from abliterator.pipeline.stages.benchmarks import task_scores
 from abliterator.pipeline.stages.capture import MOMENTS
 from abliterator.pipeline.stages.directions import SUBSPACE
-from abliterator.pipeline.stages.divergence import divergence_of
-from abliterator.pipeline.stages.judge import judge_identity, verdicts_of
+from abliterator.pipeline.stages.divergence import DIVERGENCE_JSON
+from abliterator.pipeline.stages.judge import IDENTITY, VERDICTS
 from abliterator.pipeline.stages.prompts import prompt_sets, uses
 from abliterator.pipeline.stages.selection import selected_layers, selection_of
 from abliterator.pipeline.stages.tuning import planned_edits, tuning_record
@@ -35,13 +35,16 @@ from abliterator.recipe import ranges_of
 from abliterator.record import (
     Behaviour,
     BenchmarkResult,
+    Divergence,
     EditSummary,
+    JudgeIdentity,
     ModelIdentity,
     PromptOrigin,
     Provenance,
     RunRecord,
     TensorEdit,
     Tool,
+    Verdict,
 )
 from abliterator.verification import BASE_CARD, CARD, PICTURES, RECIPE, recipe_text
 from abliterator.verification import RECORD as RECORD_FILE
@@ -122,9 +125,9 @@ def assemble(run: Run, timing: dict[str, float], pictures: dict[str, str]) -> Ru
         model=_model(run),
         edit=_edit(run),
         behaviour=_behaviour(run),
-        divergence=divergence_of(run),
+        divergence=DIVERGENCE_JSON.read_as(run, Divergence),
         benchmarks=_benchmarks(run),
-        judge=judge_identity(run),
+        judge=IDENTITY.read_as(run, JudgeIdentity),
         selection=selection_of(run),
         tuning=tuning_record(run),
         timing=timing,
@@ -203,7 +206,7 @@ def _strengths(run: Run, edits: Sequence[TensorEdit]) -> dict[str, float | dict[
 def _behaviour(run: Run) -> dict[str, Behaviour | None]:
     from abliterator.judge import summarise
 
-    verdicts = verdicts_of(run)
+    verdicts = VERDICTS.read_lines(run, Verdict)
     summaries: dict[str, Behaviour | None] = {"target": None, "neutral": None, "over_refusal": None}
     for name in prompt_sets(run).evaluation:
         base, edited = (

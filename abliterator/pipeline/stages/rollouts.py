@@ -45,7 +45,8 @@ def _side_key(run: Run, side: Side) -> str:
 
 def _run(run: Run) -> list[Path]:
     kept_sides = ROLLOUTS.kept(run)
-    answers = {side: [c for c in completions(run) if c.side == side] for side in kept_sides}
+    kept = ANSWERS.read_lines(run, Completion) if kept_sides else []
+    answers = {side: [c for c in kept if c.side == side] for side in kept_sides}
     for side in [side for side in SIDES if side not in kept_sides]:
         # No name for the model here: it would keep the base in memory while the edited is loaded.
         answers[side] = _answers(run, run.engine(folder_of(run, side)), side)
@@ -80,11 +81,6 @@ def _answers(run: Run, engine: Engine, side: Side) -> list[Completion]:
         batch_size=run.batch_size,
         bar=run.progress.bar,
     )
-
-
-def completions(run: Run) -> list[Completion]:
-    """All answers, base and edited."""
-    return ANSWERS.read_lines(run, Completion)
 
 
 ROLLOUTS = Stage("rollouts", VERSION, _side_keys, _run, parts=_side_keys, asks_model=True)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from abliterator.pipeline._judges import choosing_judge
 from abliterator.pipeline._run import Run
 from abliterator.pipeline._stage import Artefact, Stage
-from abliterator.pipeline.stages.capture import differences, fitted, shuffled
+from abliterator.pipeline.stages.capture import differences, fitted, position_of, shuffled
 from abliterator.pipeline.stages.prompts import prompt_sets
 from abliterator.record import Selection
 
@@ -60,19 +60,18 @@ def selected_layers(run: Run) -> SelectedLayers:
 
 
 def _selected(run: Run, selection: Selection | None) -> SelectedLayers:
+    places, k = ranked_places(run, selection), selection.k if selection else run.plan.k
+    n = {"within_layer": 1, "per_layer": len(places)}.get(run.recipe.directions.stack, k)
+    return SelectedLayers(tuple(places[:n]), k)
+
+
+def ranked_places(run: Run, selection: Selection | None) -> list[Place]:
+    """All layers and positions in order of preference: the selection's, or the recipe's."""
     from abliterator.directions import Place
 
-    position = run.recipe.directions.position
     if selection is not None:
-        k, layers, positions = selection.k, selection.layers, selection.positions
-    else:
-        k, layers, positions = (
-            run.plan.k,
-            run.plan.layers,
-            (-1 if position == "sweep" else position,) * len(run.plan.layers),
-        )
-    n = {"within_layer": 1, "per_layer": len(layers)}.get(run.recipe.directions.stack, k)
-    return SelectedLayers(tuple(map(Place, layers[:n], positions[:n])), k)
+        return list(map(Place, selection.layers, selection.positions))
+    return [Place(layer, position_of(run)) for layer in run.plan.layers]
 
 
 def pool_of(run: Run) -> Pool:
@@ -117,8 +116,11 @@ def _run(run: Run) -> list[Path]:
     from abliterator.selection import choose
 
     recipe, settings = run.recipe, run.recipe.selection
-    context, scoring = context_of(run)
-    with run.progress.bar("selection", steps(run)) as advance:
+    context, scoring = selection_context(run)
+    cost = run.plan.selection or {}
+    swept = 1 + len(settings.rungs) + 1 if recipe.sweeps else 0
+    steps = 1 + swept + cost.get("stacks", 0)  # approximate: it ends where a stack is no better
+    with run.progress.bar("selection", steps) as advance:
         selection = choose(
             context,
             scoring,
@@ -137,46 +139,52 @@ def _run(run: Run) -> list[Path]:
     return [SWEEP.write(run, selection), *_pictures(run, selection, selected)]
 
 
-def steps(run: Run) -> int:
-    """Approximate steps of a selection: it ends early where a stack is no better."""
-    cost = run.plan.selection or {}
-    swept = 1 + len(run.recipe.selection.rungs) + 1 if run.recipe.sweeps else 0
-    return 1 + swept + cost.get("stacks", 0)
-
-
-def context_of(run: Run) -> tuple[EvaluationContext, ScoringPrompts]:
+def selection_context(run: Run) -> tuple[EvaluationContext, ScoringPrompts]:
     """The base with the prompts on which candidates are judged, and those by which they are scored.
 
     Held-out prompts are judged; directions may have been taken from the others.
     """
-    from abliterator.evaluation import EvaluationContext
     from abliterator.selection import KL_TOKENS, ScoringPrompts
 
-    recipe, sets = run.recipe, prompt_sets(run)
-    engine, length = run.engine(run.plan.source.folder), recipe.selection.tokens
+    settings = run.recipe.selection
+    context = held_out_context(run, kl_tokens=KL_TOKENS, batch_size=settings.batch_size)
+    scoring = (
+        rendered(run, sampled(run, name, settings.scored), name=name)
+        for name in ("target", "contrast")
+    )
+    return context, ScoringPrompts(*scoring)
 
-    def rendered(prompts: Sequence[str], name: str) -> RenderedPrompts:
-        return run.render(engine, prompts, name=name, max_new_tokens=length)
 
-    def sampled(name: str) -> RenderedPrompts:
-        prompts = sets.extraction[name]
-        n = min(recipe.selection.scored, len(prompts.prompts))
-        sample = random.Random(recipe.seed).sample(prompts.prompts, n)
-        return rendered(sample, prompts.name)
+def held_out_context(run: Run, *, kl_tokens: int, batch_size: int) -> EvaluationContext:
+    """The base with the prompts of `selection`, on which choices are judged."""
+    from abliterator.evaluation import EvaluationContext
 
-    context = EvaluationContext(
-        engine=engine,
+    recipe, sets = run.recipe, prompt_sets(run).selection
+    return EvaluationContext(
+        engine=run.engine(run.plan.source.folder),
         plan=run.plan.edits,
-        target=rendered(sets.selection["target"].prompts, "selection target"),
-        neutral=rendered(sets.selection["neutral"].prompts, "selection neutral"),
+        target=rendered(run, sets["target"].prompts, name="selection target"),
+        neutral=rendered(run, sets["neutral"].prompts, name="selection neutral"),
         judge=choosing_judge(run),
-        max_new_tokens=length,
-        kl_tokens=KL_TOKENS,
-        batch_size=recipe.selection.batch_size,
+        max_new_tokens=recipe.selection.tokens,
+        kl_tokens=kl_tokens,
+        batch_size=batch_size,
         max_batch_tokens=recipe.capture.max_batch_tokens,
         seed=recipe.seed,
     )
-    return context, ScoringPrompts(sampled("target"), sampled("contrast"))
+
+
+def rendered(run: Run, prompts: Sequence[str], *, name: str) -> RenderedPrompts:
+    """Prompts of a choice, with room for an answer of `selection.tokens`."""
+    engine, tokens = run.engine(run.plan.source.folder), run.recipe.selection.tokens
+    return run.render(engine, prompts, name=name, max_new_tokens=tokens)
+
+
+def sampled(run: Run, name: str, n: int) -> list[str]:
+    """At most `n` prompts of an extraction set, drawn by the recipe's seed; none if it has none."""
+    sets = prompt_sets(run).extraction
+    prompts = sets[name].prompts if name in sets else ()
+    return random.Random(run.recipe.seed).sample(prompts, min(n, len(prompts)))
 
 
 def _pictures(run: Run, selection: Selection, selected: SelectedLayers) -> list[Path]:

@@ -6,8 +6,6 @@ preferences select the one that is baked when they are read (`planned_edits`, `t
 
 from __future__ import annotations
 
-import random
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,12 +15,17 @@ from abliterator.pipeline._judges import choosing_judge
 from abliterator.pipeline._run import Run
 from abliterator.pipeline._stage import Artefact, Stage
 from abliterator.pipeline.stages.prompts import prompt_sets
-from abliterator.pipeline.stages.selection import extracted_subspace, selected_layers
+from abliterator.pipeline.stages.selection import (
+    extracted_subspace,
+    held_out_context,
+    rendered,
+    sampled,
+    selected_layers,
+)
 from abliterator.record import Tuning
 
 if TYPE_CHECKING:
     from abliterator.directions import Subspace
-    from abliterator.evaluation import RenderedPrompts
     from abliterator.tuning import TuningContext
 
 
@@ -74,39 +77,19 @@ def _run(run: Run) -> list[Path]:
 
 
 def _context(run: Run) -> TuningContext:
-    from abliterator.evaluation import EvaluationContext
     from abliterator.tuning import TuningContext
 
-    recipe, sets = run.recipe, prompt_sets(run)
-    engine = run.engine(run.plan.source.folder)
-
-    def rendered(prompts: Sequence[str], name: str) -> RenderedPrompts:
-        return run.render(engine, prompts, name=name, max_new_tokens=recipe.selection.tokens)
-
-    def sampled(name: str) -> list[str]:
-        prompts = sets.extraction[name].prompts if name in sets.extraction else ()
-        n = min(recipe.tuning.prompts, len(prompts))
-        return random.Random(recipe.seed).sample(prompts, n)
-
-    evaluation = EvaluationContext(
-        engine=engine,
-        plan=run.plan.edits,
-        target=rendered(sets.selection["target"].prompts, "selection target"),
-        neutral=rendered(sets.selection["neutral"].prompts, "selection neutral"),
-        judge=choosing_judge(run),
-        max_new_tokens=recipe.selection.tokens,
-        kl_tokens=recipe.tuning.tokens,
-        batch_size=run.batch_size,
-        max_batch_tokens=recipe.capture.max_batch_tokens,
-        seed=recipe.seed,
+    recipe, config = run.recipe, run.recipe.tuning
+    target, neutral, contrast = (
+        sampled(run, name, config.prompts) for name in ("target", "neutral", "contrast")
     )
     return TuningContext(
-        evaluation=evaluation,
+        evaluation=held_out_context(run, kl_tokens=config.tokens, batch_size=run.batch_size),
         loaded=run.loaded(run.plan.source.folder),
-        target=rendered(sampled("target"), "target"),
+        target=rendered(run, target, name="target"),
         # the contrast must stay as it was too: it is as like target as can be
-        neutral=rendered(sampled("neutral") + sampled("contrast"), "neutral and contrast"),
-        config=recipe.tuning,
+        neutral=rendered(run, neutral + contrast, name="neutral and contrast"),
+        config=config,
         strengths=recipe.edit.strength == "auto",
         directions=recipe.directions.estimator == "tuned",
     )
