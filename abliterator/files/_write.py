@@ -6,6 +6,7 @@ import errno
 import hashlib
 import os
 import shutil
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -73,6 +74,26 @@ def copy_file(source: Path, destination: Path) -> int:
     with open_regular(source) as base, replacing(destination, base.size) as out:
         copy_range(base, out, 0, base.size, 0)
     return base.size
+
+
+def link_file(source: Path, destination: Path) -> None:
+    """Makes `destination` a file with the bytes of `source`, without a copy where possible.
+
+    A symbolic link; where the system makes none, as Windows without its developer mode, a hard
+    link; and on another disk than the source, a copy. `destination` is only to be read, and does
+    not exist yet.
+
+    Raises:
+        FileError: the source cannot be read or the destination cannot be written.
+    """
+    with suppress(OSError, NotImplementedError):
+        destination.symlink_to(source.resolve())
+        return
+    if sys.platform == "win32":  # elsewhere a new hard link changes the times of the source
+        with suppress(OSError):
+            destination.hardlink_to(source.resolve())
+            return
+    copy_file(source, destination)
 
 
 def write_bytes_atomic(path: Path, data: bytes) -> None:
@@ -160,11 +181,13 @@ def _kernel_copy(source: OpenFile, out: OpenFile, at: int, to: int, count: int) 
     if not hasattr(os, "copy_file_range"):
         return 0
     try:
-        return os.copy_file_range(source.stream.fileno(), out.stream.fileno(), count, at, to)
+        descriptors = source.stream.fileno(), out.stream.fileno()
+        copied: int = os.copy_file_range(*descriptors, count, at, to)
     except OSError as error:
         if error.errno in _NOT_HERE:
             return 0
         raise
+    return copied
 
 
 def _sync_folder(folder: Path) -> None:
