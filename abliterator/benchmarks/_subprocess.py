@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
-import subprocess
 import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
@@ -21,7 +19,13 @@ from abliterator.benchmarks._settings import RunSettings
 from abliterator.benchmarks._tasks import Task
 from abliterator.errors import AbliteratorError, BenchmarkError, FileError
 from abliterator.files import digest_of, read_text, write_text_atomic
-from abliterator.processes import HUB_TOKENS, child_environment, python_command
+from abliterator.processes import (
+    HUB_TOKENS,
+    KILLED,
+    child_environment,
+    child_process,
+    python_command,
+)
 from abliterator.record import Side
 
 OUT_OF_MEMORY, NAMED_ERROR = 75, 76  # exit codes of the child
@@ -215,29 +219,18 @@ def _run_child(job: Mapping[str, Any], *, log: Path, on_task: Callable[[str], No
     log.parent.mkdir(parents=True, exist_ok=True)
     job_file = log.with_suffix(".job.json")
     write_text_atomic(job_file, json.dumps(job, default=str))  # YAML has dates
+    command = python_command("-m", "abliterator.benchmarks", str(job_file))
+    message = ""
     with (
         log.open("w", encoding="utf-8") as errors,
-        subprocess.Popen(
-            python_command("-m", "abliterator.benchmarks", str(job_file)),
-            stdout=subprocess.PIPE,
-            stderr=errors,
-            encoding="utf-8",
-            errors="replace",
-            env=_environment(job),
-        ) as child,
+        child_process(command, env=_environment(job), stderr=errors) as child,
     ):
-        try:
-            message = ""
-            for line in child.stdout or ():
-                message = line.strip()
-                if message.startswith("done "):
-                    on_task(message.removeprefix("done "))
-        except BaseException:
-            child.kill()
-            raise
+        for line in child.stdout or ():
+            message = line.strip()
+            if message.startswith("done "):
+                on_task(message.removeprefix("done "))
     job_file.unlink()
-    # the kernel ends a process that takes the last memory with SIGKILL
-    if child.returncode in (OUT_OF_MEMORY, -signal.SIGKILL):
+    if child.returncode in (OUT_OF_MEMORY, KILLED):
         raise _OutOfMemory
     if child.returncode == NAMED_ERROR:
         raise BenchmarkError(json.loads(message.removeprefix("error ")))
