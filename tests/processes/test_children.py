@@ -138,13 +138,17 @@ def test_a_child_reads_nothing_from_its_stdin():
 
 def test_without_process_groups_descendants_are_looked_for(monkeypatch):
     """As on Windows."""
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.delattr(os, "killpg")
+    monkeypatch.delattr(os, "killpg")
+    below = []
+
+    def interrupted():
         command = python_command("-c", CHILD.format(then=WAIT))
         with child_process(command, env=child_environment(), stderr=sys.__stderr__) as child:
             assert child.stdout is not None
-            below = [int(pid) for pid in child.stdout.readline().split()]
+            below.extend(int(pid) for pid in child.stdout.readline().split())
             raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
     require_ended(below)
-    monkeypatch.delattr(os, "killpg")
     _kill_group(below[0])  # nothing is left: no error

@@ -1,0 +1,150 @@
+"""Whole commands under Windows' rules, and with files as its editors and git leave them."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner
+from safetensors.torch import save_file
+
+from abliterator import pipeline
+from abliterator.cli import main
+from abliterator.errors import OutputError
+from abliterator.pipeline import Options
+from abliterator.recipe import load_recipe
+from tests.helpers.windows_rules import windows_rules
+
+DEMO = Path(__file__).parents[1] / "recipes" / "demo.yaml"
+FAST = Options(device="cpu", dtype="float32")
+THINGS = ("river", "bridge", "wall", "market", "square", "port", "gate")
+
+
+@pytest.fixture
+def folder(tmp_path, tiny_folder) -> Path:
+    """A folder with a model in shards and a recipe; Windows' rules do not hold yet."""
+    folder = tmp_path / "p"
+    base = shutil.copytree(tiny_folder("llama", shard_size="50KB"), folder / "base")
+    (base / "README.md").write_text("---\nlicense: apache-2.0\n---\n")
+    for name, question in (("t", "Tell me about"), ("n", "Name")):
+        (folder / f"{name}.txt").write_text("\n".join(f"{question} the {x}." for x in THINGS))
+    (folder / "r.yaml").write_text(
+        f"model: {base}\nlayers: [2]\nk: 1\nedit: {{output: both}}\n"
+        "rollouts: {max_new_tokens: 3}\ndivergence: {limit: 2, tokens: 2}\n"
+        "prompts: {target: {path: t.txt}, neutral: {path: n.txt}}\n"
+    )
+    basis = torch.linalg.qr(torch.randn(32, 1)).Q.contiguous()
+    save_file({"subspace": basis}, folder / "q.safetensors")
+    return folder
+
+
+@pytest.fixture
+def windows(folder) -> Iterator[Path]:
+    """The same folder, under the rules."""
+    with windows_rules(folder):
+        yield folder
+
+
+def run(*arguments: object) -> str:
+    done = CliRunner().invoke(main, [str(a) for a in arguments], catch_exceptions=False)
+    assert done.exit_code == 0, done.stderr
+    return done.stdout
+
+
+def build(folder: Path, *overrides: str) -> Path:
+    recipe = load_recipe(folder / "r.yaml", overrides=overrides)
+    pipeline.build(recipe, folder / "out", options=FAST)
+    return folder / "out"
+
+
+def files_of(out: Path) -> dict[str, bytes]:
+    """The files that may be published, without those that hold times."""
+    return {
+        path.relative_to(out).as_posix(): path.read_bytes()
+        for path in out.rglob("*")
+        if path.is_file() and path.name not in ("README.md", "record.json")
+        if (out / "work") not in path.parents
+    }
+
+
+def test_a_build_is_repeated_verified_published_and_compared(windows):
+    recipe, out = windows / "r.yaml", windows / "out"
+    arguments = ("--out", out, "--device", "cpu", "--dtype", "float32")
+    run("build", recipe, *arguments)
+    first = files_of(out)
+    run("build", out)
+    run("build", recipe, *arguments, "--force", "--set", "k=2", "--set", "layers=[2,1]")
+    assert files_of(out).keys() == first.keys()
+    assert files_of(out) != first
+    run("build", recipe, *arguments, "--force")
+    assert files_of(out) == first
+    run("verify", out)
+    assert '"repo_id": "somebody/a"' in run(
+        *("publish", out, "--repo-id", "somebody/a", "--dry-run", "--json")
+    )
+    run(
+        *("bake", "--model", windows / "base", "--subspace", windows / "q.safetensors"),
+        *("--out", windows / "baked"),
+    )
+    run("verify", windows / "baked", "--base", windows / "base")
+    template = out / "checkpoint" / "chat_template.jinja"
+    template.write_text(template.read_text() + " ")  # so that it is compared with the base's too
+    prompts = ("--target", windows / "t.txt", "--neutral", windows / "n.txt")
+    run("compare", windows / "base", out, *prompts, "--max-new-tokens", "2", "--device", "cpu")
+
+
+def test_a_sweep(windows):
+    """Of the demo, which refuses."""
+    settings = ("k=auto", "layers=sweep", "selection.prompts=8", "rollouts.max_new_tokens=8")
+    options = [option for setting in settings for option in ("--set", setting)]
+    run("sweep", DEMO, "--out", windows / "out", *options, "--device", "cpu")
+    assert (windows / "out" / "work" / "sweep.json").is_file()
+
+
+@pytest.mark.parametrize("command", ["build", "bake"])
+def test_an_interrupted_run_goes_on(windows, monkeypatch, command):
+    """At several of its writes, the last ones included."""
+
+    def work() -> None:
+        if command == "build":
+            build(windows)
+        else:
+            pipeline.bake_subspace(
+                str(windows / "base"), windows / "q.safetensors", windows / "baked"
+            )
+
+    fsync, writes = os.fsync, []
+
+    def counted(descriptor, stop_at=None):
+        writes.append(descriptor)
+        if len(writes) == stop_at:
+            raise KeyboardInterrupt
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", counted)
+    work()
+    folder = windows / ("out" if command == "build" else "baked")
+    expected = files_of(folder)
+    n = len(writes)
+    for stop_at in {1, n // 3, n // 2, n - 1}:
+        shutil.rmtree(folder)
+        writes.clear()
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "fsync", lambda number, at=stop_at: counted(number, at))
+            with pytest.raises(KeyboardInterrupt):
+                work()
+        work()
+        assert files_of(folder) == expected != {}
+
+
+def test_a_run_that_fails_early_removes_its_folder(windows):
+    """Its lock is a file that is open, which Windows does not delete."""
+    (windows / "n.txt").write_text("\n".join(f"Tell me about the {x}." for x in THINGS))
+    with pytest.raises(Exception, match="prompt") as caught:
+        build(windows)
+    assert not isinstance(caught.value, OutputError)
+    assert not (windows / "out").exists()
