@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import os
 import shutil
+import subprocess
+import tarfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,7 +22,8 @@ from abliterator.pipeline import Options
 from abliterator.recipe import load_recipe
 from tests.helpers.windows_rules import windows_rules
 
-DEMO = Path(__file__).parents[1] / "recipes" / "demo.yaml"
+ROOT = Path(__file__).parents[1]
+DEMO = ROOT / "recipes" / "demo.yaml"
 FAST = Options(device="cpu", dtype="float32")
 THINGS = ("river", "bridge", "wall", "market", "square", "port", "gate")
 
@@ -148,3 +152,42 @@ def test_a_run_that_fails_early_removes_its_folder(windows):
         build(windows)
     assert not isinstance(caught.value, OutputError)
     assert not (windows / "out").exists()
+
+
+def test_line_ends_change_nothing_of_a_build(folder):
+    """Of recipe, prompts and the base's chat template: as git's core.autocrlf leaves them."""
+    (folder / "n.txt").rename(folder / "n.jsonl")
+    (folder / "n.jsonl").write_text("".join(f'{{"prompt": "Name the {x}."}}\n' for x in THINGS))
+    recipe = folder / "r.yaml"
+    recipe.write_text(
+        recipe.read_text().replace("n.txt", "n.jsonl")
+        + "chat:\n  system: |\n    Be kind.\n    Do.\n"
+    )
+    out = build(folder)
+    first, record = files_of(out), pipeline.read_record(out)
+    for name in ("r.yaml", "t.txt", "n.jsonl", "base/chat_template.jinja"):
+        text = (folder / name).read_bytes()
+        assert text.count(b"\n") > 1
+        (folder / name).write_bytes(text.replace(b"\n", b"\r\n"))
+    shutil.rmtree(out)
+    second, again = files_of(build(folder)), pipeline.read_record(out)
+    assert {name for name in first if first[name] != second[name]} == {
+        "checkpoint/chat_template.jinja"  # the base's own bytes
+    }
+    assert again.recipe_digest == record.recipe_digest
+    assert again.provenance.prompts == record.provenance.prompts
+    assert again.behaviour == record.behaviour
+    run("verify", out, "--base", folder / "base")
+
+
+def test_git_leaves_the_packages_files_as_they_are():
+    """Digests of phrases, prompts and demo are part of records."""
+    if not (ROOT / ".git").exists():
+        pytest.skip("no clone")
+    path = "abliterator/judge/phrases.yaml"
+    command = ["git", "-c", "core.autocrlf=true", "archive", "--format=tar", "HEAD", path]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, check=True)
+    with tarfile.open(fileobj=io.BytesIO(done.stdout)) as archive:
+        file = archive.extractfile(path)
+        assert file is not None
+        assert b"\r\n" not in file.read()

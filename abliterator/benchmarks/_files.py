@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import yaml
 
 from abliterator.errors import BenchmarkError, FileError
-from abliterator.files import read_text, sha256_of_file
+from abliterator.files import read_text, sha256_of_file, sha256_of_lines
 
 # `datasets` reads these from files; any other dataset_path is the id of a dataset on the Hub.
 FILE_FORMATS = frozenset({"arrow", "csv", "json", "parquet", "text"})
@@ -20,7 +20,10 @@ _OUTWARD_SETTINGS = ("include", "group", "use_prompt")
 
 
 class LocalTask(NamedTuple):
-    """A task file: its name, its settings, and the SHA-256 of it and of each of its data files."""
+    """A task file: its name, its settings, and the SHA-256 of it and of each of its data files.
+
+    The SHA-256 of YAML and JSON is that of the file with LF as line ends.
+    """
 
     name: str
     settings: dict[str, Any]
@@ -42,9 +45,11 @@ def local_task(path: Path) -> LocalTask:
             "under `task: NAME`; write all its settings out in the file."
         )
     _refuse_foreign_metrics(path, settings)
-    hashes = [sha256_of_file(path)]
+    hashes = [sha256_of_lines(path)]
     if settings.get("dataset_path") in FILE_FORMATS:
-        hashes += [sha256_of_file(file) for file in _anchor_data_files(path, settings)]
+        # in JSON alone, line ends are never part of a document
+        sha256 = sha256_of_lines if settings["dataset_path"] == "json" else sha256_of_file
+        hashes += map(sha256, _anchor_data_files(path, settings))
     return LocalTask(settings["task"], settings, hashes)
 
 

@@ -8,7 +8,13 @@ flushed and renamed: afterwards it is complete, or unchanged. Contents are not i
     lines = read_lines(path)
 """
 
-from abliterator.files._digest import digest_of, sha256_of_bytes, sha256_of_file, sha256_of_range
+from abliterator.files._digest import (
+    digest_of,
+    sha256_of_bytes,
+    sha256_of_file,
+    sha256_of_lines,
+    sha256_of_range,
+)
 from abliterator.files._folder import is_closed, require_plain_folder, require_regular_files
 from abliterator.files._hashes import FileHashes
 from abliterator.files._read import (
@@ -60,6 +66,7 @@ __all__ = [
     "require_utf8_name",
     "sha256_of_bytes",
     "sha256_of_file",
+    "sha256_of_lines",
     "sha256_of_range",
     "shown",
     "too_large",

@@ -22,6 +22,7 @@ from abliterator.files import (
     read_text,
     sha256_of_bytes,
     sha256_of_file,
+    sha256_of_lines,
     sha256_of_range,
     write_text_atomic,
 )
@@ -81,6 +82,16 @@ def test_digests(tmp_path):
     assert sha256_of_file(tmp_path / "data") == hashlib.sha256(data).hexdigest()
     assert digest_of({"b": 1, "a": ["é"]}) == digest_of(json.loads('{"a": ["\\u00e9"], "b": 1}'))
     assert digest_of([1]) != digest_of([1.0])
+
+
+@pytest.mark.parametrize("text", [b"", b"a", b"a\n", b"a\n\nb\n", b"a\rb\n", b"\n" * 9])
+def test_a_digest_of_lines_is_that_of_the_file_with_line_feeds(tmp_path, text):
+    (tmp_path / "lf").write_bytes(text)
+    (tmp_path / "crlf").write_bytes(text.replace(b"\n", b"\r\n"))
+    assert sha256_of_lines(tmp_path / "lf") == hashlib.sha256(text).hexdigest()
+    assert sha256_of_lines(tmp_path / "crlf") == hashlib.sha256(text).hexdigest()
+    (tmp_path / "lf").write_bytes(text + b"\r")
+    assert sha256_of_lines(tmp_path / "lf") == hashlib.sha256(text + b"\r").hexdigest()
 
 
 CHUNK = 256 << 10  # bytes hashed at once
