@@ -18,7 +18,7 @@ from abliterator.benchmarks._scores import TaskScores
 from abliterator.benchmarks._settings import RunSettings
 from abliterator.benchmarks._tasks import Task
 from abliterator.errors import AbliteratorError, BenchmarkError, FileError
-from abliterator.files import digest_of, read_text, write_text_atomic
+from abliterator.files import digest_of, portable_name, read_text, write_text_atomic
 from abliterator.processes import (
     HUB_TOKENS,
     KILLED,
@@ -78,7 +78,7 @@ def measure_sides(
     mismatched = _mismatched_tasks(scores)
     for name in mismatched:
         for side in sides:
-            (out / side / f"{name}.json").unlink()
+            (out / side / portable_name(name, ".json")).unlink()
     return measured() if mismatched else scores
 
 
@@ -201,7 +201,7 @@ def _key(checkpoint: ScoredCheckpoint, task: Task, settings: RunSettings, side: 
 def _read(folder: Path, task: str, key: str) -> TaskScores | None:
     """Scores stored under the key; None where there are none, or their digest does not match."""
     try:
-        plain = json.loads(read_text(folder / f"{task}.json"))
+        plain = json.loads(read_text(folder / portable_name(task, ".json")))
         if plain != _sealed(key, plain["scores"]):
             return None
         return TaskScores.model_validate(plain["scores"])
@@ -261,7 +261,9 @@ def main(job_file: Path) -> int:
 
     def keep(scores: TaskScores) -> None:
         plain = _sealed(job["keys"][scores.task], scores.model_dump(mode="json"))
-        write_text_atomic(out / f"{scores.task}.json", json.dumps(plain, indent=1) + "\n")
+        write_text_atomic(
+            out / portable_name(scores.task, ".json"), json.dumps(plain, indent=1) + "\n"
+        )
         print(f"done {scores.task}", file=to_parent, flush=True)
 
     try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
+import re
 import shutil
 import sys
 from collections.abc import Iterator
@@ -15,6 +16,10 @@ from abliterator.errors import FileError
 from abliterator.files._read import OpenFile, damaged, open_regular, readable
 
 _NAME_BYTES = 255  # of a file's name, at most, on most file systems
+# What no file name may hold on one of the systems, with the sign that stands for it.
+_NOT_IN_NAMES = re.compile(r'[%<>:"/\\|?*\x00-\x1f]')
+# Names of devices on Windows, whatever follows a dot.
+_DEVICE = re.compile(r"(con|prn|aux|nul|conin\$|conout\$|(com|lpt)[1-9¹²³])(?= *(\.|$))", re.I)
 _CHUNK = 8 << 20  # bytes per read and write where the kernel cannot copy by itself
 _NOT_HERE = {
     errno.EXDEV,  # between two file systems, on kernels before 5.3
@@ -62,6 +67,17 @@ def partial_of(destination: Path) -> Path:
         digest = hashlib.sha256(os.fsencode(destination.name)).hexdigest()
         name = f".{digest}.partial"
     return destination.with_name(name)
+
+
+def portable_name(text: str, suffix: str) -> str:
+    """A file name for a text that every system allows; different for different texts.
+
+    What a system does not allow is written as in addresses: "a:b" becomes "a%3Ab".
+    """
+    name = _NOT_IN_NAMES.sub(lambda match: f"%{ord(match[0]):02X}", text)
+    if _DEVICE.match(name):
+        name = f"%{ord(name[0]):02X}{name[1:]}"
+    return name + suffix
 
 
 def copy_file(source: Path, destination: Path) -> int:

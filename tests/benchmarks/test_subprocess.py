@@ -206,3 +206,21 @@ def test_benchmark_scores_that_were_changed_are_not_kept(tmp_path):
     for text in ("", "[]", "{}", '{"key": "key"}', "\x00"):
         (tmp_path / "facts.json").write_text(text)
         assert _subprocess._read(tmp_path, "facts", "key") is None
+
+
+def test_scores_of_any_task_name_are_kept_where_windows_allows(tmp_path, monkeypatch):
+    name = "toy: is it 1/2?"
+
+    def run_tasks(*_, on_task, **options):
+        on_task(scored([1.0], task=name))
+
+    monkeypatch.setattr(_subprocess, "run_tasks", run_tasks)
+    settings = run_settings().model_dump(mode="json")
+    job = {"folder": "f", "tasks": [], "settings": settings, "side": "base"}
+    job |= {"keys": {name: "key"}, "out": str(tmp_path / "out")}
+    (tmp_path / "job.json").write_text(json.dumps(job))
+    with windows_rules(tmp_path), (tmp_path / "stdout").open("w") as stdout:
+        monkeypatch.setattr(sys, "stdout", stdout)
+        assert _subprocess.main(tmp_path / "job.json") == 0
+    assert _subprocess._read(tmp_path / "out", name, "key") == scored([1.0], task=name)
+    assert [path.parent for path in tmp_path.rglob("*%3A*")] == [tmp_path / "out"]

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from abliterator.errors import FileError
@@ -18,6 +18,7 @@ from abliterator.files import (
     as_lines,
     digest_of,
     open_regular,
+    portable_name,
     read_lines,
     read_text,
     sha256_of_bytes,
@@ -26,6 +27,7 @@ from abliterator.files import (
     sha256_of_range,
     write_text_atomic,
 )
+from tests.helpers.windows_rules import fault_of_name
 
 ANY = st.text(st.characters(exclude_categories=["Cs"]))
 
@@ -135,3 +137,18 @@ def test_a_locale_changes_nothing(encoding, tmp_path):
         check=True,
     )
     assert done.stdout.decode() == "café – 日本"
+
+
+@given(st.text(min_size=1, max_size=20), st.text(min_size=1, max_size=20))
+@example("con", "con.").via("devices")
+@example("a%3Ab", "a:b").via("already encoded")
+@example("NUL .txt", "../..").via("devices, folders")
+def test_names_of_files_are_legal_everywhere_and_differ_as_their_texts_do(one, other):
+    names = [portable_name(text, ".json") for text in (one, other)]
+    assert not any(fault_of_name(name) for name in names)
+    assert (names[0] == names[1]) == (one == other)
+
+
+@pytest.mark.parametrize("name", ["mmlu_pro", "toy-1.5", "ein Wert (ü)", "context", "nullable"])
+def test_plain_names_stay_as_they_are(name):
+    assert portable_name(name, ".json") == f"{name}.json"
