@@ -22,8 +22,9 @@ import pkgutil
 import shutil
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -185,22 +186,21 @@ def _error(winerror: int, number: int, text: str, path: object) -> OSError:
     return error
 
 
-def _rename(source: Any, target: Any, **options: Any) -> None:
+def _rename(real: Callable[..., None], source: Any, target: Any, **options: Any) -> None:
     if _RULES.inside(target) and os.path.lexists(target):
         raise _error(183, errno.EEXIST, "The file is there already", target)
-    _os_rename(source, target, **options)
+    real(source, target, **options)
 
 
-def _fsync(descriptor: Any) -> None:
+def _fsync(real: Callable[[Any], None], descriptor: Any) -> None:
     import fcntl
 
     number = descriptor if isinstance(descriptor, int) else descriptor.fileno()
     if fcntl.fcntl(number, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY:
         raise _error(6, errno.EBADF, "It is not open for writing", number)
-    _os_fsync(descriptor)
+    real(descriptor)
 
 
-_os_rename, _os_fsync = os.rename, os.fsync
 _RULES = _Rules()
 
 
@@ -221,8 +221,8 @@ def windows_rules(folder: Path) -> Iterator[None]:
                 if vars(module).get(name) is value:
                     patch.setattr(module, name, _Module(value))
         patch.setattr(shutil, "_use_fd_functions", False)  # as on Windows: by path
-        patch.setattr(os, "rename", _rename)
-        patch.setattr(os, "fsync", _fsync)
+        patch.setattr(os, "rename", partial(_rename, os.rename))
+        patch.setattr(os, "fsync", partial(_fsync, os.fsync))
         _RULES.install()
         patch.setattr(_RULES, "folder", folder.resolve())
         yield
