@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import tarfile
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -47,10 +48,14 @@ def folder(tmp_path, tiny_folder) -> Path:
 
 
 @pytest.fixture
-def windows(folder) -> Iterator[Path]:
-    """The same folder, under the rules."""
+def windows(folder, monkeypatch) -> Iterator[Path]:
+    """The same folder, under the rules; scratch folders are made in it, and are removed."""
+    scratch = folder / "temp"
+    scratch.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(scratch))
     with windows_rules(folder):
         yield folder
+    assert list(scratch.iterdir()) == []
 
 
 def run(*arguments: object) -> str:

@@ -100,7 +100,7 @@ def link_file(source: Path, destination: Path) -> None:
     not exist yet.
 
     Raises:
-        FileError: the source cannot be read or the destination cannot be written.
+        FileError: it has to be a copy, and the source cannot be read or the copy be written.
     """
     with suppress(OSError, NotImplementedError):
         destination.symlink_to(source.resolve())

@@ -17,6 +17,7 @@ from abliterator.errors import FileError
 from abliterator.files import (
     as_lines,
     digest_of,
+    link_file,
     open_regular,
     portable_name,
     read_lines,
@@ -27,7 +28,7 @@ from abliterator.files import (
     sha256_of_range,
     write_text_atomic,
 )
-from tests.helpers.windows_rules import fault_of_name
+from tests.helpers.windows_rules import fault_of_name, windows_rules
 
 ANY = st.text(st.characters(exclude_categories=["Cs"]))
 
@@ -152,3 +153,23 @@ def test_names_of_files_are_legal_everywhere_and_differ_as_their_texts_do(one, o
 @pytest.mark.parametrize("name", ["mmlu_pro", "toy-1.5", "ein Wert (ü)", "context", "nullable"])
 def test_plain_names_stay_as_they_are(name):
     assert portable_name(name, ".json") == f"{name}.json"
+
+
+def test_a_file_is_linked_or_copied(tmp_path, monkeypatch):
+    """By the first that the system lets be made: a symbolic link, a hard link, a copy."""
+    source = tmp_path / "source"
+    source.write_text("content")
+    link_file(source, tmp_path / "symbolic")
+    assert (tmp_path / "symbolic").readlink() == source
+    (tmp_path / "rules").mkdir()
+    with windows_rules(tmp_path / "rules"):
+        link_file(tmp_path / "symbolic", tmp_path / "rules" / "hard")
+        monkeypatch.setattr(os, "link", refuse)  # as to another disk, and on FAT
+        link_file(source, tmp_path / "rules" / "copy")
+    assert source.stat().st_nlink == 2
+    assert (tmp_path / "rules" / "hard").samefile(source)
+    assert (tmp_path / "rules" / "copy").read_text() == "content"
+
+
+def refuse(*_):
+    raise OSError("not on this disk")
