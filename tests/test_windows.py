@@ -115,39 +115,42 @@ def test_a_sweep(windows):
 
 
 @pytest.mark.parametrize("command", ["build", "bake"])
-def test_an_interrupted_run_goes_on(windows, monkeypatch, command):
+def test_an_interrupted_run_goes_on(windows, command):
     """At several of its writes, the last ones included."""
+
+    out = windows / ("out" if command == "build" else "baked")
 
     def work() -> None:
         if command == "build":
             build(windows)
         else:
-            pipeline.bake_subspace(
-                str(windows / "base"), windows / "q.safetensors", windows / "baked"
-            )
+            pipeline.bake_subspace(str(windows / "base"), windows / "q.safetensors", out)
 
-    fsync, writes = os.fsync, []
+    def writes(stop_at: int | None) -> int:
+        """How many files `work` writes; it is interrupted at one of them."""
+        done, fsync = 0, os.fsync
 
-    def counted(descriptor, stop_at=None):
-        writes.append(descriptor)
-        if len(writes) == stop_at:
-            raise KeyboardInterrupt
-        fsync(descriptor)
+        def counted(descriptor: int) -> None:
+            nonlocal done
+            done += 1
+            if done == stop_at:
+                raise KeyboardInterrupt
+            fsync(descriptor)
 
-    monkeypatch.setattr(os, "fsync", counted)
-    work()
-    folder = windows / ("out" if command == "build" else "baked")
-    expected = files_of(folder)
-    n = len(writes)
-    for stop_at in {1, n // 3, n // 2, n - 1}:
-        shutil.rmtree(folder)
-        writes.clear()
-        with monkeypatch.context() as patch:
-            patch.setattr(os, "fsync", lambda number, at=stop_at: counted(number, at))
-            with pytest.raises(KeyboardInterrupt):
-                work()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(os, "fsync", counted)
+            work()
+        return done
+
+    n = writes(None)
+    expected = files_of(out)
+    assert len(expected) > 5
+    for stop_at in {1, n // 2, n - 1}:
+        shutil.rmtree(out)
+        with pytest.raises(KeyboardInterrupt):
+            writes(stop_at)
         work()
-        assert files_of(folder) == expected != {}
+        assert files_of(out) == expected
 
 
 def test_a_run_that_fails_early_removes_its_folder(windows):

@@ -26,7 +26,8 @@ CHILD = """
 import os, subprocess, sys, time
 from abliterator.processes import end_with_parent
 end_with_parent()
-worker = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(100)"])
+sleep = [sys.executable, "-c", "import time; time.sleep(100)"]
+worker = subprocess.Popen(sleep, stdout=subprocess.DEVNULL)
 print(os.getpid(), worker.pid, flush=True)
 {then}
 """

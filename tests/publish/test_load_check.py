@@ -6,21 +6,16 @@ import subprocess
 import tempfile
 from pathlib import Path
 
-import pytest
-
 from abliterator.processes import python_command
-from abliterator.publish import Target, _files, _load_check, plan_adapter, plan_publish
+from abliterator.publish import Target, _files, _load_check, plan_publish
 from tests.helpers.windows_rules import windows_rules
 
 
-@pytest.mark.parametrize("what", ["checkpoint", "adapter"])
-def test_plans_load_on_windows(built, out, tmp_path, monkeypatch, what):
+def test_a_plan_loads_on_windows(built, out, tmp_path, monkeypatch):
     """Without its developer mode, it makes no symbolic links; on the same disk, hard links."""
     monkeypatch.setattr(_files, "HELD_BYTES", 1000)
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     plan = plan_publish(built[0], out / "checkpoint", Target("somebody/a"))
-    if what == "adapter":
-        plan = plan_adapter(plan, out / "adapter", Target("somebody/b"))
     assert any(isinstance(file.content, Path) for file in plan.files)
     with windows_rules(tmp_path):
         _load_check.check_loads(plan)
