@@ -12,6 +12,7 @@ import os
 import sys
 import threading
 import warnings
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -93,7 +94,8 @@ def _end_with_parent() -> None:
         os.dup2(nothing.fileno(), 0)
 
     def wait() -> None:
-        os.read(lifeline, 1)
+        with suppress(OSError):
+            os.read(lifeline, 1)
         os._exit(1)
 
     threading.Thread(target=wait, daemon=True).start()
