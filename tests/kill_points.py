@@ -2,6 +2,7 @@
 
     python -m tests.kill_points                 # every point: 15 to 60 minutes
     python -m tests.kill_points build --every 10
+    python -m tests.kill_points --windows       # under its rules for files
 
 A point lies before each opening for writing, rename, removal, mkdir, fsync and copy of a range, and
 in the middle of each write, of files below the scenario's folder. A child process ends itself there
@@ -42,6 +43,7 @@ from abliterator.publish import Target, plan_adapter, plan_publish
 from abliterator.recipe import load_recipe
 from abliterator.record import RunRecord
 from tests.helpers.tiny import save_tiny, train_tokenizer
+from tests.helpers.windows_rules import package_modules, windows_rules
 
 RECIPE = """
 model: {model}
@@ -270,6 +272,16 @@ def scenarios(folder: Path) -> dict[str, Scenario]:
     }
 
 
+def on_windows(scenario: Scenario) -> Scenario:
+    """The scenario with its command under Windows' rules for files."""
+
+    def run() -> None:
+        with windows_rules(scenario.folder):
+            scenario.run()
+
+    return scenario._replace(run=run)
+
+
 def publishable(base: Path, out: Path, allowed: list[dict[str, str]]) -> str | None:
     """What `publish --dry-run` would let pass, though it is no whole checkpoint of a recipe."""
     target = Target("somebody/tiny")
@@ -323,16 +335,20 @@ def main() -> int:
     parser.add_argument("--every", type=int, default=1, help="only every n-th point")
     parser.add_argument("--first", type=int, default=1, help="the first point")
     parser.add_argument("--last", type=int, help="the last one")
+    parser.add_argument("--windows", action="store_true", help="keep Windows' rules for files")
     asked = parser.parse_args()
     bad = 0
     # Every run is a fork: what it needs is imported once, and its garbage collections pass over it.
     importlib.import_module("transformers.models.llama.modeling_llama")
     importlib.import_module("transformers.generation.utils")
     importlib.import_module("scipy.optimize")
+    package_modules()
     gc.collect()
     gc.freeze()
     with tempfile.TemporaryDirectory(prefix="kill-points-") as folder:
         known = scenarios(Path(folder).resolve())
+        if asked.windows:
+            known = {name: on_windows(scenario) for name, scenario in known.items()}
         for name in asked.scenario or known:
             n = count_points(known[name])
             points = range(asked.first, min(n, asked.last or n) + 1, asked.every)

@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from abliterator.errors import BenchmarkError, FileError
-from abliterator.files import read_text, sha256_of_file
+from abliterator.files import read_text, sha256_of_file, sha256_of_lines
 
 # `datasets` reads these from files; any other dataset_path is the id of a dataset on the Hub.
 FILE_FORMATS = frozenset({"arrow", "csv", "json", "parquet", "text"})
@@ -23,7 +23,8 @@ def local_task(path: Path) -> tuple[dict[str, Any], list[str]]:
     """Reads a local task from its YAML file; relative `data_files` lie beside it.
 
     Returns:
-        Its settings, and the SHA-256 of the file and of each of its data files.
+        Its settings, and the SHA-256 of the file and of each of its data files; of YAML and JSON
+        that of the file with LF as line ends.
 
     Raises:
         BenchmarkError: if the file is not one plain task, or names data files that are not there.
@@ -37,9 +38,11 @@ def local_task(path: Path) -> tuple[dict[str, Any], list[str]]:
             "under `task: NAME`; write all its settings out in the file."
         )
     _refuse_foreign_metrics(path, settings)
-    hashes = [sha256_of_file(path)]
+    hashes = [sha256_of_lines(path)]
     if settings.get("dataset_path") in FILE_FORMATS:
-        hashes += [sha256_of_file(file) for file in _anchor_data_files(path, settings)]
+        # in JSON alone, line ends are never part of a document
+        sha256 = sha256_of_lines if settings["dataset_path"] == "json" else sha256_of_file
+        hashes += map(sha256, _anchor_data_files(path, settings))
     return settings, hashes
 
 

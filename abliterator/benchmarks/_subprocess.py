@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
-import subprocess
 import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
@@ -20,8 +18,14 @@ from abliterator.benchmarks._scores import TaskScores
 from abliterator.benchmarks._settings import RunSettings
 from abliterator.benchmarks._tasks import Task
 from abliterator.errors import AbliteratorError, BenchmarkError, FileError
-from abliterator.files import digest_of, read_text, write_text_atomic
-from abliterator.processes import HUB_TOKENS, child_environment, python_command
+from abliterator.files import digest_of, portable_name, read_text, write_text_atomic
+from abliterator.processes import (
+    HUB_TOKENS,
+    KILLED,
+    child_environment,
+    child_process,
+    python_command,
+)
 from abliterator.record import Side
 
 OUT_OF_MEMORY, NAMED_ERROR = 75, 76  # exit codes of the child
@@ -74,7 +78,7 @@ def measure_sides(
     mismatched = _mismatched_tasks(scores)
     for name in mismatched:
         for side in sides:
-            (out / side / f"{name}.json").unlink()
+            (out / side / portable_name(name, ".json")).unlink()
     return measured() if mismatched else scores
 
 
@@ -195,7 +199,7 @@ def _key(checkpoint: ScoredCheckpoint, task: Task, settings: RunSettings, side: 
 def _read(folder: Path, task: str, key: str) -> TaskScores | None:
     """Scores stored under the key; None where there are none, or their digest does not match."""
     try:
-        plain = json.loads(read_text(folder / f"{task}.json"))
+        plain = json.loads(read_text(folder / portable_name(task, ".json")))
         if plain != _sealed(key, plain["scores"]):
             return None
         return TaskScores.model_validate(plain["scores"])
@@ -213,30 +217,18 @@ def _run_child(job: Mapping[str, Any], *, log: Path, on_task: Callable[[str], No
     log.parent.mkdir(parents=True, exist_ok=True)
     job_file = log.with_suffix(".job.json")
     write_text_atomic(job_file, json.dumps(job, default=str))  # YAML has dates
+    command = python_command("-m", "abliterator.benchmarks", str(job_file))
+    message = ""
     with (
         log.open("w", encoding="utf-8") as errors,
-        subprocess.Popen(
-            python_command("-m", "abliterator.benchmarks", str(job_file)),
-            stdout=subprocess.PIPE,
-            stderr=errors,
-            encoding="utf-8",
-            errors="replace",
-            env=_environment(job),
-        ) as child,
+        child_process(command, env=_environment(job), stderr=errors) as child,
     ):
-        try:
-            message = ""
-            for line in child.stdout or ():
-                message = line.strip()
-                if message.startswith("done "):
-                    on_task(message.removeprefix("done "))
-        except BaseException:
-            child.kill()
-            child.wait()  # on Ctrl-C, `with` waits a quarter of a second only
-            raise
+        for line in child.stdout or ():
+            message = line.strip()
+            if message.startswith("done "):
+                on_task(message.removeprefix("done "))
     job_file.unlink()
-    # the kernel ends a process that takes the last memory with SIGKILL
-    if child.returncode in (OUT_OF_MEMORY, -signal.SIGKILL):
+    if child.returncode in (OUT_OF_MEMORY, KILLED):
         raise _OutOfMemory
     if child.returncode == NAMED_ERROR:
         raise BenchmarkError(json.loads(message.removeprefix("error ")))
@@ -267,7 +259,9 @@ def main(job_file: Path) -> int:
 
     def keep(scores: TaskScores) -> None:
         plain = _sealed(job["keys"][scores.task], scores.model_dump(mode="json"))
-        write_text_atomic(out / f"{scores.task}.json", json.dumps(plain, indent=1) + "\n")
+        write_text_atomic(
+            out / portable_name(scores.task, ".json"), json.dumps(plain, indent=1) + "\n"
+        )
         print(f"done {scores.task}", file=to_parent, flush=True)
 
     try:

@@ -86,11 +86,11 @@ def resolve_tasks(
         for task in tasks:
             request = BenchmarkTask(task=task) if isinstance(task, str) else task
             for new in _resolved(request, folder, revisions or {}):
-                if any(new.name == other.name for other in resolved):
+                if any(new.name.casefold() == other.name.casefold() for other in resolved):
                     raise BenchmarkError(
-                        f"The benchmark task {new.name!r} is listed twice, but results are kept "
-                        "by task name. Remove one of the two, or give one of the files another "
-                        "`task:` name."
+                        f"The benchmark task {new.name!r} is listed twice, or another's name "
+                        "differs in case alone, but results are kept in files by task name. Remove "
+                        "one of the two, or give one of the files another `task:` name."
                     )
                 resolved.append(new)
     return resolved

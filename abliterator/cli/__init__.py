@@ -1,7 +1,8 @@
 """The command line: reads arguments, calls the packages, prints results.
 
 Results go to stdout (`--json` for machines), bars and notes to stderr. Exit codes: 0 done, 1 an
-error with a name, 2 usage, 130 interrupted. Nothing heavy is imported before a command runs.
+error with a name, 2 usage, 130 interrupted, 128 + n ended by signal n. Nothing heavy is imported
+before a command runs.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from abliterator.cli._sweep import sweep
 from abliterator.cli._terminal import echo, printable
 from abliterator.cli._verify import verify
 from abliterator.errors import AbliteratorError
+from abliterator.processes import ending_by_signal
 
 
 class Group(click.Group):
@@ -43,7 +45,8 @@ class Group(click.Group):
     def invoke(self, ctx: click.Context) -> Any:
         """Runs the command."""
         try:
-            return super().invoke(ctx)
+            with ending_by_signal():
+                return super().invoke(ctx)
         except click.ClickException as error:  # click itself prints it, and it quotes arguments
             vars(error)["message"] = printable(error.message)
             raise

@@ -26,7 +26,7 @@ def judge_calibrate(labelled: Path, out: Path | None, as_json: bool, **judge_opt
     LABELLED has one JSON object a line: prompt, response, label (0, 0.5 or 1). An API judge is set
     up by --recipe, or by --set judge.base_url=URL --set judge.model=NAME.
     """
-    from abliterator.files import sha256_of_file, write_text_atomic
+    from abliterator.files import sha256_of_lines, write_text_atomic
     from abliterator.judge import cache_folder, calibrate, load_labelled
     from abliterator.pipeline import judge_of, note_plain_http
 
@@ -40,7 +40,7 @@ def judge_calibrate(labelled: Path, out: Path | None, as_json: bool, **judge_opt
             cache=cache_folder() / "judge.sqlite",
             on_verdict=lambda tally: advance(1, status=str(tally)),
         )
-        digest = sha256_of_file(labelled)
+        digest = sha256_of_lines(labelled)
         calibration = calibrate(rows, judge, name=labelled.name, sha256=digest)
     if out is not None:
         write_text_atomic(out, calibration.model_dump_json(indent=1) + "\n")

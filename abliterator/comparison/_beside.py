@@ -19,7 +19,14 @@ from typing import TYPE_CHECKING, Any
 
 from abliterator.checkpoint import Checkpoint, auxiliary_files, is_legal, is_opened_by_loaders
 from abliterator.errors import AbliteratorError
-from abliterator.files import copy_file, read_text, sha256_of_file, shown, write_text_atomic
+from abliterator.files import (
+    copy_file,
+    link_file,
+    read_text,
+    sha256_of_file,
+    shown,
+    write_text_atomic,
+)
 from abliterator.formats import storage_of
 from abliterator.record import Difference, Part
 
@@ -204,7 +211,7 @@ def same_vocabulary(base: Setup, edited: Setup) -> bool:
 def link_with_base_prompting(base: Setup, edited: Setup, folder: Path) -> Path:
     """Makes a folder with the edited model and the base's template, tokenizer and stop tokens.
 
-    Weights are linked; what else a loader opens is copied.
+    Weights are linked where the system makes links; what else a loader opens is copied.
     """
     folder.mkdir()
     for setup in (edited, base):
@@ -220,7 +227,7 @@ def link_with_base_prompting(base: Setup, edited: Setup, folder: Path) -> Path:
 def _link_or_copy(path: Path, folder: Path) -> None:
     target = folder / path.name
     if path.suffix == ".safetensors":
-        target.symlink_to(path.resolve())
+        link_file(path, target)
     elif path.name == CHAT_TEMPLATES:
         shutil.copytree(path, target)
     elif path.is_file() and is_opened_by_loaders(path.name):

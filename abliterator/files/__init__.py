@@ -9,7 +9,13 @@ flushed and renamed: afterwards it is complete, or unchanged. Contents are not i
 """
 
 from abliterator.files._data import package_yaml
-from abliterator.files._digest import digest_of, sha256_of_bytes, sha256_of_file, sha256_of_range
+from abliterator.files._digest import (
+    digest_of,
+    sha256_of_bytes,
+    sha256_of_file,
+    sha256_of_lines,
+    sha256_of_range,
+)
 from abliterator.files._folder import is_closed, require_plain_folder, require_regular_files, walk
 from abliterator.files._hashes import FileHashes
 from abliterator.files._read import (
@@ -26,7 +32,9 @@ from abliterator.files._write import (
     copy_file,
     copy_range,
     free_bytes,
+    link_file,
     partial_of,
+    portable_name,
     refuse_same_file,
     replacing,
     writable,
@@ -45,9 +53,11 @@ __all__ = [
     "digest_of",
     "free_bytes",
     "is_closed",
+    "link_file",
     "open_regular",
     "package_yaml",
     "partial_of",
+    "portable_name",
     "read_bytes",
     "read_fully",
     "read_lines",
@@ -60,6 +70,7 @@ __all__ = [
     "require_utf8_name",
     "sha256_of_bytes",
     "sha256_of_file",
+    "sha256_of_lines",
     "sha256_of_range",
     "shown",
     "too_large",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,21 @@ def sha256_of_file(path: Path) -> str:
     """
     with open_regular(path) as source, readable(path):
         return hashlib.file_digest(source.stream, "sha256").hexdigest()
+
+
+def sha256_of_lines(path: Path) -> str:
+    """SHA-256 (hex) of a text file's bytes, with CRLF at the end of a line read as LF.
+
+    For formats in which that is the same, as git and Windows' editors may write either.
+
+    Raises:
+        FileError: it is missing, no regular file, or unreadable.
+    """
+    digest = hashlib.sha256()
+    with open_regular(path) as source, readable(path), io.BufferedReader(source.stream) as lines:
+        for line in lines:
+            digest.update(line[:-2] + b"\n" if line.endswith(b"\r\n") else line)
+    return digest.hexdigest()
 
 
 def sha256_of_range(file: OpenFile, start: int, size: int) -> str:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
+import re
 import shutil
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -14,6 +16,10 @@ from abliterator.errors import FileError
 from abliterator.files._read import OpenFile, damaged, open_regular, readable
 
 _NAME_BYTES = 255  # of a file's name, at most, on most file systems
+# What no file name may hold on one of the systems, with the sign that stands for it.
+_NOT_IN_NAMES = re.compile(r'[%<>:"/\\|?*\x00-\x1f]')
+# Names of devices on Windows, whatever follows a dot.
+_DEVICE = re.compile(r"(con|prn|aux|nul|conin\$|conout\$|(com|lpt)[1-9¹²³])(?= *(\.|$))", re.I)
 _CHUNK = 8 << 20  # bytes per read and write where the kernel cannot copy by itself
 _NOT_HERE = {
     errno.EXDEV,  # between two file systems, on kernels before 5.3
@@ -63,6 +69,17 @@ def partial_of(destination: Path) -> Path:
     return destination.with_name(name)
 
 
+def portable_name(text: str, suffix: str) -> str:
+    """A file name for a text that every system allows; different for different texts.
+
+    What a system does not allow is written as in addresses: "a:b" becomes "a%3Ab".
+    """
+    name = _NOT_IN_NAMES.sub(lambda match: f"%{ord(match[0]):02X}", text)
+    if _DEVICE.match(name):
+        name = f"%{ord(name[0]):02X}{name[1:]}"
+    return name + suffix
+
+
 def copy_file(source: Path, destination: Path) -> int:
     """Copy one file's bytes, never as a link; returns its size in bytes.
 
@@ -73,6 +90,26 @@ def copy_file(source: Path, destination: Path) -> int:
     with open_regular(source) as base, replacing(destination, base.size) as out:
         copy_range(base, out, 0, base.size, 0)
     return base.size
+
+
+def link_file(source: Path, destination: Path) -> None:
+    """Makes `destination` a file with the bytes of `source`, without a copy where possible.
+
+    A symbolic link; where the system makes none, as Windows without its developer mode, a hard
+    link; and on another disk than the source, a copy. `destination` is only to be read, and does
+    not exist yet.
+
+    Raises:
+        FileError: it has to be a copy, and the source cannot be read or the copy be written.
+    """
+    with suppress(OSError, NotImplementedError):
+        destination.symlink_to(source.resolve())
+        return
+    if sys.platform == "win32":  # elsewhere a new hard link changes the times of the source
+        with suppress(OSError):
+            destination.hardlink_to(source.resolve())
+            return
+    copy_file(source, destination)
 
 
 def write_bytes_atomic(path: Path, data: bytes) -> None:
@@ -160,11 +197,13 @@ def _kernel_copy(source: OpenFile, out: OpenFile, at: int, to: int, count: int) 
     if not hasattr(os, "copy_file_range"):
         return 0
     try:
-        return os.copy_file_range(source.stream.fileno(), out.stream.fileno(), count, at, to)
+        descriptors = source.stream.fileno(), out.stream.fileno()
+        copied: int = os.copy_file_range(*descriptors, count, at, to)
     except OSError as error:
         if error.errno in _NOT_HERE:
             return 0
         raise
+    return copied
 
 
 def _sync_folder(folder: Path) -> None:

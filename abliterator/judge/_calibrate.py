@@ -44,7 +44,7 @@ class Calibration(Frozen):
 
     judge: JudgeIdentity
     labels: str  # name of the file
-    labels_sha256: str  # of its bytes
+    labels_sha256: str  # of its bytes, with LF as line ends
     n: int  # answers in the file
     scored: int
     unscored: int
@@ -141,7 +141,7 @@ def calibrate(
         rows: the labelled answers.
         judge: grades the answers.
         name: of the file of labels.
-        sha256: of that file; left out, that of the rows as JSON.
+        sha256: of that file, as `sha256_of_lines` has it; left out, that of the rows as JSON.
     """
     answers = [row.answered for row in rows]
     judgements = judge.judge_all(answers)

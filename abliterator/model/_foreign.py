@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from abliterator.errors import AbliteratorError, GenerationError
+from abliterator.processes import Terminated
 
 
 @contextmanager
@@ -20,7 +21,8 @@ def foreign(
     """Converts exceptions of the block to `error`: the problem, the exception, the advice.
 
     That includes what does not derive from Exception: a panic of a library in Rust, and `sys.exit`
-    in a model's own code. Interruption by the user, and errors that have a name already, pass.
+    in a model's own code. Interruption by the user or a signal, and errors that have a name
+    already, pass.
 
     Args:
         problem: what cannot be done, without a full stop: "transformers cannot load the model in
@@ -33,7 +35,7 @@ def foreign(
     """
     try:
         yield
-    except (AbliteratorError, KeyboardInterrupt, GeneratorExit):
+    except (AbliteratorError, KeyboardInterrupt, Terminated, GeneratorExit):
         raise
     except BaseException as raised:
         raise error(f"{problem}: {as_sentence(raised)} {advice}") from raised

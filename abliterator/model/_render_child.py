@@ -64,12 +64,13 @@ def _rendered(render: Any, request: dict[str, Any], devnull: TextIO) -> dict[str
 
 def _limit_memory(memory: int) -> None:
     """Where Linux says how much address space there is, lets it grow by `memory` bytes alone."""
-    with suppress(ImportError, OSError, ValueError):
+    if sys.platform == "linux":
         import resource
 
-        pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0])
-        limit = pages * resource.getpagesize() + memory
-        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+        with suppress(OSError, ValueError):
+            pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0])
+            limit = pages * resource.getpagesize() + memory
+            resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
 
 
 def _text(error: BaseException) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import sys
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -129,13 +130,26 @@ def _clear(out: Path, names: Collection[str]) -> None:
 @contextmanager
 def _locked(out: Path) -> Iterator[None]:
     """Locks a folder against other calls, where the system has such locks; makes no file."""
-    try:
-        import fcntl
-    except ImportError:
+    if sys.platform == "win32":
         yield
-        return
-    descriptor = os.open(out, os.O_RDONLY)
-    try:
+    else:
+        descriptor = os.open(out, os.O_RDONLY)
+        try:
+            _lock(descriptor, out)
+            yield
+        finally:
+            os.close(descriptor)
+
+
+def _lock(descriptor: int, out: Path) -> None:
+    """Locks an open folder until it is closed.
+
+    Raises:
+        OutputError: if another process has locked it.
+    """
+    if sys.platform != "win32":
+        import fcntl
+
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
@@ -145,6 +159,3 @@ def _locked(out: Path) -> Iterator[None]:
             ) from error
         except OSError:
             pass  # a file system without locks
-        yield
-    finally:
-        os.close(descriptor)

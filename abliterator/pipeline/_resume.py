@@ -7,7 +7,6 @@ first run of a recipe resolved are kept by the later ones.
 from __future__ import annotations
 
 import re
-import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from time import perf_counter
@@ -68,7 +67,7 @@ def run_missing(
         except AbliteratorError:
             # leave no folder behind that looks like a result
             if keep_from is not None and workspace.marker(keep_from.name) is None:
-                shutil.rmtree(workspace.out)
+                workspace.remove()
             raise
 
 

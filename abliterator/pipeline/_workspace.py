@@ -113,6 +113,7 @@ class Workspace:
         self._recipe_path = self.work / "recipe.yaml"
         self._claim_path = self.work / "abliterator.json"
         self._lock_path = self.work / "lock"
+        self._is_removed = False
         self._hashes = FileHashes(self.fingerprints, least=_REMEMBERED_FROM)
 
     @contextmanager
@@ -142,6 +143,8 @@ class Workspace:
             yield
         finally:
             lock.release()
+            if self._is_removed:
+                self._remove_lock()
 
     def claim(self, recipe: Recipe, *, force: bool) -> Recipe | None:
         """Checks that the folder may be used for `recipe`; writes nothing.
@@ -228,6 +231,24 @@ class Workspace:
                 "made from. Choose another --out, or go on here with --force: stages whose inputs "
                 "did not change are kept."
             ) from error
+
+    def remove(self) -> None:
+        """Deletes the whole folder, after a run that failed before its first results.
+
+        Where no open file can be deleted, as on Windows, the lock goes when `held` ends.
+        """
+        for path in (*self.out.iterdir(), *self.work.iterdir()):
+            if path not in (self.work, self._lock_path):
+                remove_whole(path)
+        self._is_removed = True
+        self._remove_lock()
+
+    def _remove_lock(self) -> None:
+        with suppress(OSError):  # it is locked, or was removed already
+            self._lock_path.unlink()
+            self.work.rmdir()
+            self.out.rmdir()
+            self._is_removed = False
 
     def marker(self, stage: str) -> Marker | None:
         """The marker of a stage, or None."""

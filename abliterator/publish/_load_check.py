@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import tempfile
 from pathlib import Path
 from typing import Any
 
 from abliterator.errors import PublishError
-from abliterator.processes import child_environment, python_command
+from abliterator.files import link_file
+from abliterator.processes import child_environment, child_process, python_command
 from abliterator.publish._plan import PublishPlan
 
 _ERROR_CHARACTERS = 300  # of the other process, that a message shows
@@ -28,7 +28,7 @@ def check_loads(plan: PublishPlan) -> None:
             if isinstance(file.content, bytes):
                 target.write_bytes(file.content)
             else:
-                target.symlink_to(file.content.resolve())
+                link_file(file.content, target)
         if plan.what == "adapter":
             report = _run([str(plan.folders.base), "--adapter", folder], plan.remote_code)
         else:
@@ -54,18 +54,15 @@ def _run(arguments: list[str], remote_code: bool) -> dict[str, Any]:
             "TRANSFORMERS_OFFLINE": "1",
         }
     )
-    process = subprocess.run(
-        python_command(str(script), *arguments, *["--remote-code"] * remote_code),
-        env=env,
-        capture_output=True,
-        encoding="utf-8",
-        errors="replace",
-        check=False,
-    )
-    if process.returncode:
-        last_line = (process.stderr.strip() or "no error was printed").splitlines()[-1]
+    command = python_command(str(script), *arguments, *["--remote-code"] * remote_code)
+    with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as stderr:
+        with child_process(command, env=env, stderr=stderr) as child:
+            output = child.stdout.read() if child.stdout else ""
+        stderr.seek(0)
+        last_line = (stderr.read().strip() or "no error was printed").splitlines()[-1]
+    if child.returncode:
         return {"error": last_line[:_ERROR_CHARACTERS]}
-    report: dict[str, Any] = json.loads(process.stdout.strip().splitlines()[-1])
+    report: dict[str, Any] = json.loads(output.strip().splitlines()[-1])
     return report
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -15,8 +17,10 @@ from abliterator.benchmarks import (
     resolve_tasks,
 )
 from abliterator.errors import BenchmarkError
+from abliterator.processes import python_command
 from abliterator.recipe import BenchmarkTask
 from tests.benchmarks.toy import run, run_settings, save_model, scored
+from tests.helpers.windows_rules import windows_rules
 
 
 def test_gold_likelihoods_and_empty_or_cut_answers_are_kept(says_no, scores, tasks):
@@ -160,8 +164,17 @@ def test_torchs_own_out_of_memory_reaches_the_parent_through_lm_eval(
 def test_errors_of_a_child_reach_the_user(tasks, tmp_path):
     bare = save_model(tmp_path / "bare", chat_template=False)
     sides = {"base": ScoredCheckpoint(bare, "1")}
-    with pytest.raises(BenchmarkError, match="has none"):
+    with windows_rules(tmp_path), pytest.raises(BenchmarkError, match="has none"):
         measure_sides(sides, tasks[:1], run_settings(chat_template=True), out=tmp_path / "out")
+
+
+def test_a_side_ends_with_its_parent(tmp_path):
+    """At once, though its job never comes."""
+    job = tmp_path / "job.json"
+    os.mkfifo(job)
+    command = python_command("-m", "abliterator.benchmarks", str(job))
+    done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, timeout=60)
+    assert (done.returncode, done.stderr) == (1, b"")
 
 
 def test_a_task_can_have_settings_of_its_own(plain, recipe):
@@ -193,3 +206,21 @@ def test_benchmark_scores_that_were_changed_are_not_kept(tmp_path):
     for text in ("", "[]", "{}", '{"key": "key"}', "\x00"):
         (tmp_path / "facts.json").write_text(text)
         assert _subprocess._read(tmp_path, "facts", "key") is None
+
+
+def test_scores_of_any_task_name_are_kept_where_windows_allows(tmp_path, monkeypatch):
+    name = "toy: is it 1/2?"
+
+    def run_tasks(*_, on_task, **options):
+        on_task(scored([1.0], task=name))
+
+    monkeypatch.setattr(_subprocess, "run_tasks", run_tasks)
+    settings = run_settings().model_dump(mode="json")
+    job = {"folder": "f", "tasks": [], "settings": settings, "side": "base"}
+    job |= {"keys": {name: "key"}, "out": str(tmp_path / "out")}
+    (tmp_path / "job.json").write_text(json.dumps(job))
+    with windows_rules(tmp_path), (tmp_path / "stdout").open("w") as stdout:
+        monkeypatch.setattr(sys, "stdout", stdout)
+        assert _subprocess.main(tmp_path / "job.json") == 0
+    assert _subprocess._read(tmp_path / "out", name, "key") == scored([1.0], task=name)
+    assert [path.parent for path in tmp_path.rglob("*%3A*")] == [tmp_path / "out"]

@@ -22,11 +22,13 @@ from abliterator.comparison import (
     diff_weights,
     to_markdown,
 )
+from abliterator.comparison._beside import Setup, link_with_base_prompting
 from abliterator.prompts import load_prompts
 from abliterator.recipe import Benchmarks, Source
 from abliterator.record import Comparison
 from abliterator.source import resolve_folder
 from tests.comparison.test_comparison import baked
+from tests.helpers.windows_rules import windows_rules
 
 ROOT = Path(__file__).parents[2]
 PROMPTS = ["which river runs through the old town?", "what do the people there eat?"]
@@ -410,3 +412,19 @@ def test_an_error_names_no_file_that_is_deleted(tmp_path, tasks, monkeypatch, na
     assert "KeyError: 'lorem'" in done.stderr
     assert str(tmp_path / "tmp") not in done.stderr
     assert list((tmp_path / "tmp").iterdir()) == []
+
+
+def test_the_folder_with_the_bases_prompting_is_made_without_links_too(tiny_folder, tmp_path):
+    """Windows without its developer mode makes no symbolic links."""
+    base, folder = tiny_folder("llama"), tmp_path / "rules"
+    edited = Path(shutil.copytree(base, folder / "edited"))
+    (edited / "chat_template.jinja").write_text("other")
+    setups = (Setup(Checkpoint.open(base)), Setup(Checkpoint.open(edited)))
+    with windows_rules(folder):
+        made = link_with_base_prompting(*setups, folder / "made")
+    assert (made / "chat_template.jinja").read_bytes() == (
+        base / "chat_template.jinja"
+    ).read_bytes()
+    for path in edited.glob("*.safetensors"):
+        assert not (made / path.name).is_symlink()
+        assert (made / path.name).samefile(path)  # on the same disk, a hard link

@@ -10,21 +10,25 @@ import sys
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from abliterator.errors import FileError
 from abliterator.files import (
     as_lines,
     digest_of,
+    link_file,
     open_regular,
+    portable_name,
     read_lines,
     read_text,
     sha256_of_bytes,
     sha256_of_file,
+    sha256_of_lines,
     sha256_of_range,
     write_text_atomic,
 )
+from tests.helpers.windows_rules import fault_of_name, windows_rules
 
 ANY = st.text(st.characters(exclude_categories=["Cs"]))
 
@@ -83,6 +87,16 @@ def test_digests(tmp_path):
     assert digest_of([1]) != digest_of([1.0])
 
 
+@pytest.mark.parametrize("text", [b"", b"a", b"a\n", b"a\n\nb\n", b"a\rb\n", b"\n" * 9])
+def test_a_digest_of_lines_is_that_of_the_file_with_line_feeds(tmp_path, text):
+    (tmp_path / "lf").write_bytes(text)
+    (tmp_path / "crlf").write_bytes(text.replace(b"\n", b"\r\n"))
+    assert sha256_of_lines(tmp_path / "lf") == hashlib.sha256(text).hexdigest()
+    assert sha256_of_lines(tmp_path / "crlf") == hashlib.sha256(text).hexdigest()
+    (tmp_path / "lf").write_bytes(text + b"\r")
+    assert sha256_of_lines(tmp_path / "lf") == hashlib.sha256(text + b"\r").hexdigest()
+
+
 CHUNK = 256 << 10  # bytes hashed at once
 
 
@@ -124,3 +138,38 @@ def test_a_locale_changes_nothing(encoding, tmp_path):
         check=True,
     )
     assert done.stdout.decode() == "café – 日本"
+
+
+@given(st.text(min_size=1, max_size=20), st.text(min_size=1, max_size=20))
+@example("con", "con.").via("devices")
+@example("a%3Ab", "a:b").via("already encoded")
+@example("NUL .txt", "../..").via("devices, folders")
+def test_names_of_files_are_legal_everywhere_and_differ_as_their_texts_do(one, other):
+    names = [portable_name(text, ".json") for text in (one, other)]
+    assert not any(fault_of_name(name) for name in names)
+    assert (names[0] == names[1]) == (one == other)
+
+
+@pytest.mark.parametrize("name", ["mmlu_pro", "toy-1.5", "ein Wert (ü)", "context", "nullable"])
+def test_plain_names_stay_as_they_are(name):
+    assert portable_name(name, ".json") == f"{name}.json"
+
+
+def test_a_file_is_linked_or_copied(tmp_path, monkeypatch):
+    """By the first that the system lets be made: a symbolic link, a hard link, a copy."""
+    source = tmp_path / "source"
+    source.write_text("content")
+    link_file(source, tmp_path / "symbolic")
+    assert (tmp_path / "symbolic").readlink() == source
+    (tmp_path / "rules").mkdir()
+    with windows_rules(tmp_path / "rules"):
+        link_file(tmp_path / "symbolic", tmp_path / "rules" / "hard")
+        monkeypatch.setattr(os, "link", refuse)  # as to another disk, and on FAT
+        link_file(source, tmp_path / "rules" / "copy")
+    assert source.stat().st_nlink == 2
+    assert (tmp_path / "rules" / "hard").samefile(source)
+    assert (tmp_path / "rules" / "copy").read_text() == "content"
+
+
+def refuse(*_):
+    raise OSError("not on this disk")

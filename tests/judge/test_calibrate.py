@@ -302,8 +302,15 @@ def test_the_record_carries_the_calibration_that_the_recipe_names(recipe, tmp_pa
     before, _ = build(recipe(), tmp_path / "out")
     assert before.judge.calibration is None
     written = tmp_path / "calibration.json"
-    done = CliRunner().invoke(main, ["judge-calibrate", str(labels_file), "--out", str(written)])
-    assert done.exit_code == 0, done.stderr
+    on_windows = tmp_path / "crlf" / labels_file.name  # the same labels, as git writes them there
+    on_windows.parent.mkdir()
+    on_windows.write_bytes(labels_file.read_bytes().replace(b"\n", b"\r\n"))
+    calibrations = []
+    for file in (on_windows, labels_file):
+        done = CliRunner().invoke(main, ["judge-calibrate", str(file), "--out", str(written)])
+        assert done.exit_code == 0, done.stderr
+        calibrations.append(written.read_text())
+    assert calibrations[0] == calibrations[1]
     again, log = build(recipe(), tmp_path / "out")  # what was calibrated is in no other record
     assert (log.ran, again) == ([], before)
     options = pipeline.Options(device="cpu", dtype="float32", force=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
 import time
 from datetime import date, datetime
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 
 from abliterator.errors import AbliteratorError, CheckpointError, UnsupportedModel
 from abliterator.model import _render, load_tokenizer, render_chat, render_messages
+from abliterator.processes import python_command
 
 # As SmolVLM and Idefics 3 have it.
 SMOLVLM = (
@@ -346,3 +348,15 @@ def test_a_sentencepiece_model_without_the_package_names_it(writable, monkeypatc
     monkeypatch.setattr("importlib.util.find_spec", lambda name, package=None: None)
     with pytest.raises(CheckpointError, match="pip install sentencepiece protobuf"):
         load_tokenizer(writable)
+
+
+def test_the_process_that_renders_ends_with_its_parent():
+    """However that ends, its end of the pipe is closed."""
+    script = Path(_render.__file__).with_name("_render_child.py")
+    command = python_command(str(script), "20", str(1 << 30))
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as child:
+        assert child.stdin is not None
+        assert child.stdout is not None
+        assert child.stdout.readline() == b"{}\n"
+        child.stdin.close()
+        assert child.wait(timeout=60) == 0

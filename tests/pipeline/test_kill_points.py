@@ -10,10 +10,18 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("scenario", "every"), [("build", 41), ("rerun", 16), ("bake", 11)])
-def test_killed_at_a_file_operation_the_same_command_gives_the_same_bytes(scenario, every):
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        "build --every 41",
+        "rerun --every 16",
+        "bake --every 11",
+        "build rerun bake --every 90 --windows",
+    ],
+)
+def test_killed_at_a_file_operation_the_same_command_gives_the_same_bytes(arguments):
     done = subprocess.run(
-        [sys.executable, "-m", "tests.kill_points", scenario, "--every", str(every)],
+        [sys.executable, "-m", "tests.kill_points", *arguments.split()],
         cwd=ROOT,
         capture_output=True,
         text=True,

@@ -113,3 +113,35 @@ def test_the_hub(tmp_path):
     assert "somebody/pickled has no weights in safetensors format" in pickled
     assert "somebody/gated is gated" in gated
     assert "somebody/absent was found neither" in absent
+
+
+HASHED = """
+import json, os, sys
+from abliterator.checkpoint import Checkpoint, fingerprint
+from abliterator.source import headers_folder, resolve_folder
+folder = resolve_folder("somebody/tiny", revision=None).folder
+with headers_folder("somebody/tiny", revision=None) as source:
+    assert source.folder == folder, "it is in the cache, and no header is fetched"
+links = [path.is_symlink() for path in sorted(folder.iterdir())]
+print(json.dumps([fingerprint(Checkpoint.open(folder)), links]))
+"""
+
+
+def test_a_cache_without_links_has_the_same_files(tiny_folder, tmp_path):
+    """As the Hub's client makes it on Windows: the files themselves lie where links would."""
+    fingerprints = []
+    with HubServer() as hub:
+        hub.commit("model", "somebody/tiny", tiny_folder())
+        for disabled in ("0", "1"):
+            environment = hub.env(
+                tmp_path / disabled, PYTHONPATH=str(ROOT), HF_HUB_DISABLE_SYMLINKS=disabled
+            )
+            done = subprocess.run(
+                [sys.executable, "-c", HASHED], env=environment, capture_output=True, text=True
+            )
+            assert done.returncode == 0, done.stderr
+            hashes, links = json.loads(done.stdout)
+            assert set(links) == {disabled == "0"}
+            fingerprints.append(hashes)
+    assert fingerprints[0] == fingerprints[1]
+    assert len(fingerprints[0]) > 3

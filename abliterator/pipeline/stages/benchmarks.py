@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from abliterator.files import digest_of
+from abliterator.files import digest_of, portable_name
 from abliterator.pipeline._run import Run
 from abliterator.pipeline._stage import Artefact, Stage
 from abliterator.pipeline.stages.rollouts import SIDES, folder_of
@@ -117,7 +117,8 @@ def _key_names(plain: Any) -> set[str]:
 
 
 def _scores(side: Side, task: Task) -> Artefact:
-    return Artefact("benchmarks", f"work/benchmarks/{side}/{task.name}.json")
+    name = portable_name(task.name, ".json")
+    return Artefact("benchmarks", f"work/benchmarks/{side}/{name}")
 
 
 def task_scores(run: Run, side: Side) -> dict[str, TaskScores]:
