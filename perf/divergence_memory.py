@@ -15,9 +15,10 @@ import sys
 import tempfile
 from pathlib import Path
 
+from abliterator.devices import release_memory
 from abliterator.engines import Engine, TransformersEngine
 from abliterator.evaluation import DivergenceSettings, measure_divergence, neutral_text
-from abliterator.model import load_model, release_memory, render_chat
+from abliterator.model import load_model, render_chat
 
 
 def sentences(count: int) -> list[str]:

@@ -259,7 +259,7 @@ def main(job_file: Path) -> int:
 
     Prints a line for each task that is done, and returns the exit code.
     """
-    from abliterator.model import is_out_of_memory
+    from abliterator.devices import is_out_of_memory
 
     job = json.loads(job_file.read_text(encoding="utf-8"))
     out = Path(job["out"])

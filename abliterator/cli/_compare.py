@@ -58,7 +58,7 @@ def compare(
     compared; --target and --neutral let both answer, --neutral measures divergence, --tasks runs
     lm-eval. An API judge: --recipe, or --set judge.base_url=URL --set judge.model=NAME.
     """
-    from abliterator.benchmarks import RunSettings
+    from abliterator.benchmarks import RunSettings, require_engine
     from abliterator.checkpoint import Checkpoint
     from abliterator.comparison import CompareSettings, to_markdown
     from abliterator.comparison import compare as compare_checkpoints
@@ -85,6 +85,8 @@ def compare(
             dtype=dtype_of_computation,
         ),
     )
+    if settings.tasks:
+        require_engine(settings.benchmarks.section.engine, settings.benchmarks.device)
     bars = Bars()
     judge = _judge(bars, **judge_options)
     with tempfile.TemporaryDirectory(prefix="abliterator-") as scratch:

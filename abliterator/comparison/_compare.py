@@ -202,7 +202,7 @@ class _SingleModelLoader:
     def free(self) -> None:
         if self._loaded is None:
             return
-        from abliterator.model import release_memory
+        from abliterator.devices import release_memory
 
         self._loaded = None
         release_memory()

@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from abliterator.anatomy import require_countable
+from abliterator.devices import is_out_of_memory
 from abliterator.errors import CheckpointError, GenerationError, RecipeError
 from abliterator.files import read_text, require_plain_folder, shown
 from abliterator.model._finite import require_first_pass
 from abliterator.model._foreign import as_sentence, foreign
-from abliterator.model._run import is_out_of_memory
 from abliterator.model._tokenizer import load_tokenizer
 
 if TYPE_CHECKING:
@@ -67,7 +67,7 @@ def load_model(
 
     Args:
         folder: a checkpoint in safetensors format.
-        device: as torch names it: "cpu", "cuda", "cuda:1", "mps".
+        device: as torch names it: "cpu", "cuda", "cuda:1", "mps", "xpu".
         dtype: "float32", "bfloat16" or "float16"; None is the dtype that config.json says.
         trust_remote_code: whether Python files in `folder` may run.
 

@@ -93,12 +93,13 @@ def prepare(
         AbliteratorError: if recipe, model and folder do not fit together.
     """
     options, workspace = options or Options(), Workspace(out)
+    device = options.compute_device
     resolved = workspace.claim(recipe, force=options.force)
     pinned_recipe = recipe if resolved is None else pinned(recipe, resolved)
     require_pinned_code(pinned_recipe)
     source = resolve_folder(pinned_recipe.model, revision=pinned_recipe.revision)
     plan = plan_source(source, pinned_recipe, out)
-    tasks = benchmark_tasks(pinned_recipe)
+    tasks = benchmark_tasks(pinned_recipe, device)
     judge_of(pinned_recipe.judge, cache=workspace.work)  # its calibration is read, no model asked
     if resolved is None:
         pinned_recipe = pin_tasks(resolve(recipe, plan.source.revision), tasks)

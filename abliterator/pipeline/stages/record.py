@@ -15,6 +15,7 @@ from pathlib import Path
 from statistics import mean, median
 from typing import Any
 
+from abliterator.devices import device_name
 from abliterator.errors import OutputError
 from abliterator.files import copy_file, read_text, sha256_of_file, write_text_atomic
 from abliterator.pipeline._quantization import quantized_edits
@@ -221,7 +222,7 @@ def _provenance(run: Run) -> Provenance:
         packages={name: number for name in PACKAGES if (number := _installed(name))},
         device=run.device,
         dtype=run.dtype or "as stored",
-        hardware=_hardware(run.device),
+        hardware=device_name(run.device),
         digests=_digests(run),
         git_commit=_tool_commit(),
         prompts=tuple(prompt_origin(name, prompts) for name, prompts in uses(sets)),
@@ -235,16 +236,6 @@ def prompt_origin(name: str, prompts: PromptSet) -> PromptOrigin:
     names = PromptOrigin.model_fields.keys() - {"name", "n"}
     fields = {field: getattr(prompts, field) for field in names}
     return PromptOrigin(name=name, n=len(prompts.prompts), **fields)
-
-
-def _hardware(device: str) -> str:
-    import torch
-
-    if device.startswith("cuda"):
-        return torch.cuda.get_device_name(device)
-    if device == "cpu":
-        return f"{torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
-    return device
 
 
 def _digests(run: Run) -> dict[str, str]:
