@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from abliterator.cli._options import JSON, SET
-from abliterator.cli._terminal import echo
+from abliterator.cli._terminal import byte_size, echo
 
 if TYPE_CHECKING:
     from abliterator.pipeline import Plan
@@ -40,8 +40,8 @@ def plan(recipe_or_model: str, out: Path, overrides: tuple[str, ...], as_json: b
 def plan_text(plan: Plan) -> str:
     """A plan in a few lines."""
     summary = plan.summary()
-    size = {name: _size(count) for name, count in summary["bytes"].items()}
-    memory = {name: _size(summary[f"{name}_memory"]) for name in ("bake", "model")}
+    size = {name: byte_size(count) for name, count in summary["bytes"].items()}
+    memory = {name: byte_size(summary[f"{name}_memory"]) for name in ("bake", "model")}
     edited = ", ".join(f"{n} {component}" for component, n in summary["edited_tensors"].items())
     lines = [
         f"model        {summary['model']} ({summary['model_type']}, {summary['n_layers']} layers, "
@@ -64,14 +64,6 @@ def plan_text(plan: Plan) -> str:
         *(f"note         {note}" for note in plan.notes),
     ]
     return "\n".join(lines)
-
-
-def _size(count: int) -> str:
-    """Bytes as people read them, to three digits or more."""
-    for unit, name in ((10**9, "GB"), (10**6, "MB"), (10**3, "kB")):
-        if count >= unit:
-            return f"{count / unit:.{3 if unit > 10**6 else 1}f} {name}"
-    return f"{count} bytes"
 
 
 def _writers_text(component: str, counts: Mapping[str, int], summary: Mapping[str, Any]) -> str:
@@ -99,7 +91,7 @@ def _storage_lines(summary: Mapping[str, Any]) -> list[str]:
 
 
 def _storage_cost(way: str, cost: Mapping[str, Any]) -> str:
-    size = _size(cost["bytes"])
+    size = byte_size(cost["bytes"])
     if cost["leak"] is None:
         return f"             {way}: {size} of weights; leak and noise not measured before"
     return (

@@ -34,6 +34,14 @@ def echo(text: object = "", *, err: bool = False, nl: bool = True) -> None:
     click.echo(printable(str(text)), err=err, nl=nl)
 
 
+def byte_size(count: int) -> str:
+    """A number of bytes as text, to three digits or more."""
+    for unit, name in ((10**9, "GB"), (10**6, "MB"), (10**3, "kB")):
+        if count >= unit:
+            return f"{count / unit:.{3 if unit > 10**6 else 1}f} {name}"
+    return f"{count} bytes"
+
+
 def show(result: T, as_text: Callable[[T], str], *, as_json: bool) -> None:
     """Prints a result on stdout, as text for people or as JSON.
 
