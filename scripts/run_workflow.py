@@ -1,7 +1,8 @@
 """Runs the steps of one job of a GitHub workflow on this machine, in a new virtual environment.
 
 Only `run` steps are run; what an action does (`uses`) is named and left to the machine: a checkout
-is the working folder, and Python is the one that runs this script. Secrets do not exist.
+is the working folder, and Python is the one that runs this script. A variable of this process
+stands for a step's own of that name, such as another index of packages; an empty one removes it.
 
     python scripts/run_workflow.py .github/workflows/ci.yml tests --set os=ubuntu-latest \
         --set python=3.11 --set resolution=highest --skip Test
@@ -71,8 +72,10 @@ def run_step(
         return 0
     print(f"== {name}", flush=True)
     own = {key: evaluated(value, values) for key, value in step.get("env", {}).items()}
-    # a variable of this process wins: another index for packages, say
     variables = {**own, **environment}
+    for key in own:
+        if not variables[key]:
+            del variables[key]
     script = evaluated(step["run"], values)
     command = ["bash", "--noprofile", "--norc", "-eo", "pipefail", "-c", script]
     return subprocess.run(command, cwd=folder, env=variables, check=False).returncode

@@ -77,8 +77,8 @@ jobs:
       - name: Python
         run: |
           python -c "import sys; assert sys.prefix != sys.base_prefix; print('in', sys.prefix)"
-          echo "${{ matrix.system }} $VALUE $OWN"
-        env: {VALUE: "of ${{ matrix.system }}", OWN: step}
+          echo "${{ matrix.system }} $VALUE $OWN ${EMPTY-unset}"
+        env: {VALUE: "of ${{ matrix.system }}", OWN: step, EMPTY: step}
       - name: Tagged
         if: github.ref_type == 'tag'
         run: exit 9
@@ -95,6 +95,7 @@ jobs:
 def test_steps_of_a_job_run_in_an_empty_environment(tmp_path, monkeypatch):
     (tmp_path / "w.yml").write_text(STEPS)
     monkeypatch.setenv("OWN", "machine")
+    monkeypatch.setenv("EMPTY", "")
     done = subprocess.run(
         [sys.executable, SCRIPT, "w.yml", "first", "--set", "system=linux", "--skip", "Long"],
         cwd=tmp_path,
@@ -102,7 +103,7 @@ def test_steps_of_a_job_run_in_an_empty_environment(tmp_path, monkeypatch):
         text=True,
     )
     assert done.returncode == 1
-    assert "linux of linux machine" in done.stdout
+    assert "linux of linux machine unset" in done.stdout
     assert "== left to the machine: actions/checkout@v1" in done.stdout
     assert "== skipped: Tagged" in done.stdout
     assert "== skipped: Long" in done.stdout
