@@ -62,9 +62,8 @@ def host() -> Host:
 
 
 def _usable_cores() -> int | None:
-    if hasattr(os, "sched_getaffinity"):  # on Linux alone
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count()
+    affinity = getattr(os, "sched_getaffinity", None)  # on Linux alone
+    return len(affinity(0)) if affinity else os.cpu_count()
 
 
 def disk(folder: Path, use: str) -> Disk:
