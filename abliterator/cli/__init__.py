@@ -18,6 +18,7 @@ from abliterator.cli._bake import bake
 from abliterator.cli._build import build
 from abliterator.cli._chat import chat
 from abliterator.cli._compare import compare
+from abliterator.cli._doctor import doctor
 from abliterator.cli._init import init
 from abliterator.cli._judge_calibrate import judge_calibrate
 from abliterator.cli._pairs import pairs
@@ -72,6 +73,7 @@ COMMANDS = (
     build,
     chat,
     compare,
+    doctor,
     init,
     judge_calibrate,
     pairs,
