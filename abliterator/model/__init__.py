@@ -42,6 +42,7 @@ from abliterator.model._run import (
     masked_positions,
     positions_from,
     run_batches,
+    stored_parameter,
 )
 from abliterator.model._tokenizer import load_tokenizer
 
@@ -77,5 +78,6 @@ __all__ = [
     "run_prefix",
     "shared_tokens",
     "stored_limits",
+    "stored_parameter",
     "template_tail",
 ]

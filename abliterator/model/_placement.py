@@ -1,0 +1,135 @@
+"""Where the parts of a model lie: on one device, on several, in host memory, on disk."""
+
+from __future__ import annotations
+
+import math
+import shutil
+import tempfile
+import weakref
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from abliterator.devices import AUTO, CPU, available_devices, choose_device, device_memory
+from abliterator.errors import RecipeError
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+    from transformers import PreTrainedModel
+
+BALANCED = "balanced"
+DISK = "disk"
+
+# Share of a device's free memory that weights may take; the rest is for keys and values,
+# activations and logits.
+WEIGHTS_SHARE = 0.85
+
+
+@dataclass(frozen=True)
+class WeightLimit:
+    """Where weights may lie, and how many bytes of them.
+
+    Attributes:
+        device: "auto" (the first accelerator if the model fits there, else all accelerators, then
+            host memory, then disk), "balanced" (all accelerators, evenly), or one device.
+        max_memory: bytes of weights on each accelerator and in host memory at most; None is
+            `WEIGHTS_SHARE` of what is free.
+    """
+
+    device: str
+    max_memory: int | None = None
+
+    def room(self) -> dict[str, int]:
+        """Bytes of weights that each device may hold, in the order in which they are filled."""
+        free = {d: int(WEIGHTS_SHARE * device_memory(d).free) for d in available_devices()}
+        return {d: min(room, self.max_memory or room) for d, room in free.items()}
+
+    def holds(self, size: int) -> bool:
+        """Whether the first device may hold `size` bytes."""
+        return size <= next(iter(self.room().values()))
+
+
+def device_map(model: PreTrainedModel, limit: WeightLimit, dtype: torch.dtype) -> dict[str, str]:
+    """The device of every module, as accelerate reads it; one device alone where the model fits.
+
+    Args:
+        model: on the meta device, of the shapes that will be loaded.
+        limit: where the weights may lie.
+        dtype: in which they will be held.
+
+    Returns:
+        Module path to device; the path "" is the whole model.
+    """
+    from accelerate import infer_auto_device_map
+    from accelerate.utils import compute_module_sizes
+
+    room, sizes = limit.room(), compute_module_sizes(model, dtype=dtype)
+    spread = limit.device == BALANCED and len(room) > 2
+    if limit.holds(sizes[""]) and not spread:
+        return {"": choose_device(AUTO)}
+    unsplit = set(model._no_split_modules or ())
+    if spread:
+        room = _even(room, sizes[""], _largest(model, unsplit, sizes))
+    modules = infer_auto_device_map(
+        model, max_memory=room, no_split_module_classes=list(unsplit), dtype=dtype
+    )
+    return {path: str(place) for path, place in modules.items()}
+
+
+def main_device(modules: Mapping[str, str]) -> str:
+    """The device that inputs go to, and that computes what lies in host memory or on disk."""
+    return next((place for place in modules.values() if place not in (CPU, DISK)), CPU)
+
+
+def offload_options(modules: Mapping[str, str]) -> tuple[dict[str, Any], Path | None]:
+    """Arguments of `from_pretrained` for a device map, and the folder of weights on disk."""
+    if set(modules) == {""}:
+        return {}, None
+    folder = None
+    if DISK in modules.values():
+        folder = Path(tempfile.mkdtemp(prefix="abliterator-weights-"))
+    return {"device_map": dict(modules), "offload_folder": folder and str(folder)}, folder
+
+
+def remove_with(model: nn.Module, folder: Path | None) -> None:
+    """Removes the folder of offloaded weights when the model is no longer used."""
+    if folder is not None:
+        weakref.finalize(model, shutil.rmtree, folder, ignore_errors=True)
+
+
+def read_size(text: str) -> int:
+    """Bytes of a size such as "20GiB" or "800MB".
+
+    Raises:
+        RecipeError: for another form.
+    """
+    from accelerate.utils import convert_file_size_to_int
+
+    try:
+        size = int(convert_file_size_to_int(text))
+    except ValueError:
+        size = 0
+    if size <= 0:
+        raise RecipeError(
+            f"`--max-memory` is {text!r}, expected a size with its unit, such as 20GiB or 800MB."
+        )
+    return size
+
+
+def _even(room: Mapping[str, int], total: int, largest: int) -> dict[str, int]:
+    """Room for an even share on each accelerator, and a block more, since blocks are not split."""
+    accelerators = [name for name in room if name != CPU]
+    share = math.ceil(total / max(1, len(accelerators))) + largest
+    even = {name: min(room[name], share) for name in accelerators[:-1]}
+    return {**room, **even}
+
+
+def _largest(model: nn.Module, unsplit: set[str], sizes: Mapping[str, int]) -> int:
+    """Bytes of the largest module that stays whole: a block, or one with weights of its own."""
+    return max(
+        sizes[path]
+        for path, module in model.named_modules()
+        if type(module).__name__ in unsplit or not any(module.children())
+    )
