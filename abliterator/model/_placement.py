@@ -72,10 +72,15 @@ def device_map(model: PreTrainedModel, limit: WeightLimit, dtype: torch.dtype) -
     unsplit = set(model._no_split_modules or ())
     if spread:
         room = _even(room, sizes[""], _largest(model, unsplit, sizes))
+    # accelerate names accelerators by their index, and an Apple GPU, of which there is one, "mps"
+    keys = {"mps" if d == "mps:0" else d if d == CPU else i: d for i, d in enumerate(room)}
     modules = infer_auto_device_map(
-        model, max_memory=room, no_split_module_classes=list(unsplit), dtype=dtype
+        model,
+        max_memory={key: room[device] for key, device in keys.items()},
+        no_split_module_classes=list(unsplit),
+        dtype=dtype,
     )
-    return {path: str(place) for path, place in modules.items()}
+    return {path: keys.get(place, DISK) for path, place in modules.items()}
 
 
 def main_device(modules: Mapping[str, str]) -> str:

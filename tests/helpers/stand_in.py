@@ -154,7 +154,9 @@ class OnDevice(torch.Tensor):
     __torch_function__ = torch._C._disabled_torch_function_impl
 
     @staticmethod
-    def __new__(cls, inner: torch.Tensor, index: int) -> OnDevice:
+    def __new__(cls, inner: torch.Tensor, index: int = -1, requires_grad: bool = False) -> Any:
+        if index < 0:  # accelerate makes parameters of the class that the one before had
+            return torch.nn.Parameter(inner, requires_grad)
         held = _present().hold(inner, index)
         wrapper: OnDevice = torch.Tensor._make_wrapper_subclass(
             cls,
@@ -174,6 +176,10 @@ class OnDevice(torch.Tensor):
 
     def __repr__(self, *, tensor_contents: object = None) -> str:
         return f"{self.inner!r} on {self.device}"
+
+    def data_ptr(self) -> int:
+        """The address, by which accelerate knows tied parameters."""
+        return self.inner.data_ptr()
 
     def tolist(self) -> Any:
         """The numbers."""
@@ -265,6 +271,8 @@ def _wrap(result: Any, target: int, wrapped: list[OnDevice]) -> Any:
         same = known.get(id(value))
         if same is None:
             return OnDevice(value, target)
+        if same.device.index != target:  # in inference mode `to` is one operation, and may do nothing
+            return OnDevice(value.clone(), target)
         if same.shape != value.shape or same.stride() != value.stride():
             raise NotImplementedError("the stand-in changes no shapes in place")
         return same
