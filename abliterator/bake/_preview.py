@@ -238,7 +238,9 @@ def _subtraction(
             "`edit.biases: false` has no run-time form for experts with biases; bake the edit "
             "instead."
         )
-    kept_bias = None if plan.settings.biases else stored_parameter(module, "bias")
+    kept_bias = None
+    if not plan.settings.biases and getattr(module, "bias", None) is not None:
+        kept_bias = stored_parameter(module, "bias")
     wide = _wide(loaded)
 
     def subtract(hidden: Tensor, share: Tensor | None = None) -> Tensor:

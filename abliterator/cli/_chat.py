@@ -32,6 +32,7 @@ def chat(
     max_new_tokens: int | None,
     device: str,
     dtype: str,
+    max_memory: int | None,
 ) -> None:
     """Talk to MODEL: the folder of a build, a checkpoint, or a Hub id.
 
@@ -47,7 +48,7 @@ def chat(
     sides: tuple[Side, ...] = (
         ("base", "edited") if compare else ("base" if only_base else "edited",)
     )
-    options = pipeline.Options(device=device, dtype=dtype)
+    options = pipeline.Options(device, dtype, max_memory)
     session = pipeline.open_chat(model, sides=sides, max_new_tokens=max_new_tokens, options=options)
     for note in session.notes:
         echo(note, err=True)

@@ -180,7 +180,10 @@ class _SingleModelLoader:
                 self.load("base")
             self.free()
             loaded = load_model(
-                self._folders[side], device=self._settings.device, dtype=self._settings.dtype
+                self._folders[side],
+                device=self._settings.device,
+                dtype=self._settings.dtype,
+                max_memory=self._settings.max_memory,
             )
             if side == "edited" and self.prompting == "as_base" and self._base_tokens is not None:
                 loaded = replace(loaded, tokenizer=self._base_tokens[0])

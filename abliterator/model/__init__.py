@@ -24,12 +24,14 @@ from abliterator.model._load import (
     LoadedModel,
     ask_for_plain_numbers,
     load_model,
+    placement_of,
 )
 from abliterator.model._padding import (
     cache_is_continued,
     padding_is_neutral,
     right_padding_is_neutral,
 )
+from abliterator.model._placement import main_device
 from abliterator.model._prefix import ByRow, Prefix, run_prefix, shared_tokens
 from abliterator.model._run import (
     CallHook,
@@ -65,8 +67,10 @@ __all__ = [
     "limits_of",
     "load_model",
     "load_tokenizer",
+    "main_device",
     "masked_positions",
     "padding_is_neutral",
+    "placement_of",
     "positions_from",
     "render_chat",
     "render_messages",

@@ -15,19 +15,19 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from abliterator.anatomy import require_countable
-from abliterator.devices import AUTO, choose_device, is_out_of_memory
+from abliterator.devices import AUTO, BALANCED, choose_device, is_out_of_memory
 from abliterator.errors import CheckpointError, GenerationError, RecipeError
 from abliterator.files import read_text, require_plain_folder, shown
 from abliterator.model._finite import require_first_pass
 from abliterator.model._foreign import as_sentence, foreign
 from abliterator.model._placement import (
-    BALANCED,
     WeightLimit,
     device_map,
     main_device,
     offload_options,
     remove_with,
 )
+from abliterator.model._run import stored_parameter
 from abliterator.model._tokenizer import load_tokenizer
 
 if TYPE_CHECKING:
@@ -178,6 +178,29 @@ def _load_weights(
     return model, placement
 
 
+def placement_of(
+    folder: Path,
+    *,
+    device: str,
+    dtype: str | None,
+    max_memory: int | None = None,
+    trust_remote_code: bool = False,
+) -> dict[str, str]:
+    """The device of every module with which `load_model` would load the model in `folder`.
+
+    Args and errors are those of `load_model`; no weights are read.
+
+    Returns:
+        Module path to device: one entry, with the path "", where all weights lie on one device.
+    """
+    with _loading(folder):
+        config = read_config(folder, trust_remote_code)
+        limit = WeightLimit(device, max_memory)
+        return _placement(
+            config, folder, limit, _DTYPES[dtype] if dtype else None, trust_remote_code
+        )
+
+
 def _placement(
     config: PreTrainedConfig,
     folder: Path,
@@ -326,11 +349,12 @@ def _require_stored_weights(model: PreTrainedModel, folder: Path) -> None:
     """
     from safetensors import safe_open
 
-    parameters = dict(model.named_parameters())
+    parameters = {name for name, _ in model.named_parameters()}
     for file in sorted(folder.glob("*.safetensors")):
         with safe_open(file, "pt") as stored:
-            for name in stored.keys() & parameters.keys():
-                value = parameters[name].cpu()
+            for name in stored.keys() & parameters:
+                module, _, parameter = name.rpartition(".")
+                value = stored_parameter(model.get_submodule(module), parameter).cpu()
                 if not torch.equal(value, stored.get_tensor(name).to(value.dtype)):
                     raise GenerationError(
                         f"The model's own Python code changed {name} after it was loaded: it was "

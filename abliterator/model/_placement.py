@@ -11,15 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from abliterator.devices import AUTO, CPU, available_devices, choose_device, device_memory
-from abliterator.errors import RecipeError
+from abliterator.devices import AUTO, BALANCED, CPU, available_devices, choose_device, device_memory
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
     from transformers import PreTrainedModel
 
-BALANCED = "balanced"
 DISK = "disk"
 
 # Share of a device's free memory that weights may take; the rest is for keys and values,
@@ -102,25 +100,6 @@ def remove_with(model: nn.Module, folder: Path | None) -> None:
     """Removes the folder of offloaded weights when the model is no longer used."""
     if folder is not None:
         weakref.finalize(model, shutil.rmtree, folder, ignore_errors=True)
-
-
-def read_size(text: str) -> int:
-    """Bytes of a size such as "20GiB" or "800MB".
-
-    Raises:
-        RecipeError: for another form.
-    """
-    from accelerate.utils import convert_file_size_to_int
-
-    try:
-        size = int(convert_file_size_to_int(text))
-    except ValueError:
-        size = 0
-    if size <= 0:
-        raise RecipeError(
-            f"`--max-memory` is {text!r}, expected a size with its unit, such as 20GiB or 800MB."
-        )
-    return size
 
 
 def _even(room: Mapping[str, int], total: int, largest: int) -> dict[str, int]:

@@ -138,13 +138,12 @@ def head_at(head: nn.Module, rows: Tensor, positions: Tensor) -> Iterator[None]:
         handle.remove()
 
 
-def stored_parameter(module: nn.Module, name: str) -> Tensor | None:
-    """A parameter of a module, also of one whose weights lie in host memory or on disk."""
+def stored_parameter(module: nn.Module, name: str) -> Tensor:
+    """A copy of a parameter of a module, also where its weights lie in host memory or on disk."""
     from accelerate.utils import align_module_device
 
     with align_module_device(module):
-        value = getattr(module, name, None)
-        return None if value is None else value.detach().clone()
+        return module.get_parameter(name).detach().clone()
 
 
 def positions_from(model: nn.Module, start: int, ids: Tensor) -> dict[str, Tensor]:

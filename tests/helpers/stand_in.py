@@ -177,6 +177,10 @@ class OnDevice(torch.Tensor):
     def __repr__(self, *, tensor_contents: object = None) -> str:
         return f"{self.inner!r} on {self.device}"
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        copied = memo[id(self)] = self.clone()
+        return copied
+
     def data_ptr(self) -> int:
         """The address, by which accelerate knows tied parameters."""
         return self.inner.data_ptr()
@@ -271,7 +275,9 @@ def _wrap(result: Any, target: int, wrapped: list[OnDevice]) -> Any:
         same = known.get(id(value))
         if same is None:
             return OnDevice(value, target)
-        if same.device.index != target:  # in inference mode `to` is one operation, and may do nothing
+        if (
+            same.device.index != target
+        ):  # in inference mode `to` is one operation, and may do nothing
             return OnDevice(value.clone(), target)
         if same.shape != value.shape or same.stride() != value.stride():
             raise NotImplementedError("the stand-in changes no shapes in place")

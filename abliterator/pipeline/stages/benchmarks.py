@@ -69,7 +69,7 @@ def _settings(run: Run) -> RunSettings:
     return RunSettings(
         section=run.recipe.benchmarks,
         chat=run.recipe.chat,
-        device=run.device,
+        **run.options.weights,
         dtype=run.dtype,
         trust_remote_code=run.recipe.trust_remote_code,
     )
