@@ -352,7 +352,7 @@ def _require_stored_weights(model: PreTrainedModel, folder: Path) -> None:
     parameters = {name for name, _ in model.named_parameters()}
     for file in sorted(folder.glob("*.safetensors")):
         with safe_open(file, "pt") as stored:
-            for name in stored.keys() & parameters:
+            for name in parameters.intersection(stored.keys()):
                 module, _, parameter = name.rpartition(".")
                 value = stored_parameter(model.get_submodule(module), parameter).cpu()
                 if not torch.equal(value, stored.get_tensor(name).to(value.dtype)):
