@@ -5,9 +5,11 @@
         machine.used[0]  # bytes
 
 What a real device refuses is refused: tensors of different devices in one operation, `numpy()`,
-float64 (as on Apple's GPUs) unless allowed, a device index beyond `devices`, a generator of the
-host, and memory beyond `limit` (`torch.OutOfMemoryError`). `torch.accelerator` and
-`torch.get_device_module("fake")` answer for it. Results are the CPU's bit for bit with eager
+float64 unless allowed (as on Apple's GPUs, where `to("cpu", torch.float64)` of another dtype is
+refused too: it converts before it copies), QR, SVD and eigenvectors (which not every kind of device
+has in every torch), a device index beyond `devices`, a generator of the host, and memory beyond
+`limit` (`torch.OutOfMemoryError`). `torch.accelerator` and `torch.get_device_module("fake")` answer
+for it. Results are the CPU's bit for bit with eager
 attention; scaled dot product attention takes another of the CPU's kernels unless
 `torch.nn.attention.sdpa_kernel(SDPBackend.MATH)` fixes one. It shows nothing of speed, streams or a
 real device's rounding.
@@ -22,8 +24,9 @@ which checks the rules, computes on the wrapped tensors and wraps the results.
   which round otherwise than the CPU's kernels.
 - `Module.to` sets the data of a parameter, which a wrapper cannot give to a tensor of the host, and
   tied parameters made anew would be two: they are swapped instead.
-- The autograd engine counts devices when it is first used, so this module registers its kind of
-  device on import; and a backend in Python counts as one: gradients are computed on "fake:0" alone.
+- The autograd engine has a thread for each device, which it counts when it is first used, and of a
+  backend in Python it sees one. So gradients are computed in the calling thread. What Python raises
+  there ends the process (in the destructor of a guard): it is raised after the pass.
 - Torch lets a backend in Python not take part in `torch.accelerator.synchronize`, `empty_cache` and
   the memory figures: their bindings are replaced while the devices exist.
 """
@@ -43,13 +46,14 @@ import torch
 import torch.utils.backend_registration
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map
 
 NAME = "fake"
 UNLIMITED = 1 << 40
 """The memory of a device without a limit, in bytes, for those who ask."""
 
 aten = torch.ops.aten
+# Of whole numbers, which the CPU does not count; models ask accelerators for it.
+_COUNTS = {aten.histc.default}
 _MOVES = {aten._to_copy.default, aten.copy_.default, aten._copy_from.default}
 _INDEXES = {
     aten.index.Tensor,
@@ -65,6 +69,13 @@ _TAKES_NUMBERS = {
     aten.masked_fill_.Tensor,
     aten.index_fill.int_Tensor,
     aten.index_fill_.int_Tensor,
+}
+_NOT_EVERYWHERE = {
+    aten.linalg_qr.default,
+    aten.linalg_pinv.atol_rtol_tensor,
+    aten._linalg_svd.default,
+    aten._linalg_eigh.default,
+    aten._linalg_eigvals.default,
 }
 _NOT_ON_DEVICE = (torch.float64, torch.complex128)
 
@@ -84,6 +95,7 @@ class Machine:
         current: the index of the current device.
         freed: how often `empty_cache` was called.
         synchronised: how often `synchronize` was called.
+        refused: errors of the backward pass that is running.
     """
 
     devices: int = 1
@@ -94,6 +106,7 @@ class Machine:
     current: int = 0
     freed: int = 0
     synchronised: int = 0
+    refused: list[Exception] = field(default_factory=list)
     _storages: WeakValueDictionary[tuple[int, int], _Storage] = field(
         default_factory=WeakValueDictionary
     )
@@ -103,18 +116,41 @@ class Machine:
         """Bytes of each device."""
         return UNLIMITED if self.limit is None else self.limit
 
+    def require(self, dtype: torch.dtype) -> None:
+        """Raises TypeError for a dtype that the devices do not have."""
+        if dtype in _NOT_ON_DEVICE and not self.float64:
+            _refuse(TypeError(f"Cannot convert a {NAME} tensor to {dtype}: no float64 there"))
+
     def hold(self, tensor: torch.Tensor, index: int) -> _Storage:
         """The storage of a tensor, counted once for as long as anything on the device holds it."""
         if index >= self.devices:
-            raise RuntimeError(f"invalid device ordinal: {NAME}:{index} of {self.devices} devices")
-        if tensor.dtype in _NOT_ON_DEVICE and not self.float64:
-            raise TypeError(f"Cannot convert a {NAME} tensor to {tensor.dtype}: no float64 there")
+            _refuse(RuntimeError(f"invalid device ordinal: {NAME}:{index} of {self.devices}"))
+        self.require(tensor.dtype)
         storage = tensor.untyped_storage()
         key = (storage.data_ptr(), index)
         held = self._storages.get(key)
         if held is None:
             held = self._storages[key] = _Storage(self, index, storage.nbytes())
         return held
+
+
+def _refuse(error: Exception) -> None:
+    """Raises; within a backward pass, after it."""
+    if torch._C._current_graph_task_id() == -1:
+        raise error
+    _present().refused.append(error)
+
+
+_run_backward = torch.autograd.graph._engine_run_backward
+
+
+def _run_backward_refusing(*args: Any, **kwargs: Any) -> Any:
+    gradients, refused = _run_backward(*args, **kwargs), _present().refused
+    if refused:
+        error = refused[0]
+        refused.clear()
+        raise error
+    return gradients
 
 
 class _Storage:
@@ -124,10 +160,8 @@ class _Storage:
         self.machine, self.index, self.size = machine, index, 0
         free = machine.total - machine.used[index]
         if size > free:
-            raise torch.OutOfMemoryError(
-                f"{NAME} out of memory. Tried to allocate {size} bytes; {NAME}:{index} has "
-                f"{machine.total}, of which {free} are free."
-            )
+            text = f"Tried to allocate {size} bytes; {NAME}:{index} has {machine.total}, of which"
+            _refuse(torch.OutOfMemoryError(f"{NAME} out of memory. {text} {free} are free."))
         self.size = size
         machine.used[index] += size
         machine.peak[index] = max(machine.peak[index], machine.used[index])
@@ -149,6 +183,7 @@ class OnDevice(torch.Tensor):
     """A tensor of a device; `inner` is the CPU's tensor that it stands for."""
 
     inner: torch.Tensor
+    index: int
     storage_held: _Storage
 
     __torch_function__ = torch._C._disabled_torch_function_impl
@@ -157,6 +192,8 @@ class OnDevice(torch.Tensor):
     def __new__(cls, inner: torch.Tensor, index: int = -1, requires_grad: bool = False) -> Any:
         if index < 0:  # accelerate makes parameters of the class that the one before had
             return torch.nn.Parameter(inner, requires_grad)
+        if inner.is_conj() or inner.is_neg():  # bits that a wrapper does not have
+            inner = inner.resolve_conj().resolve_neg()
         held = _present().hold(inner, index)
         wrapper: OnDevice = torch.Tensor._make_wrapper_subclass(
             cls,
@@ -167,7 +204,7 @@ class OnDevice(torch.Tensor):
             layout=inner.layout,
             device=torch.device(NAME, index),
         )
-        wrapper.inner, wrapper.storage_held = inner, held
+        wrapper.inner, wrapper.index, wrapper.storage_held = inner, index, held
         return wrapper
 
     @classmethod
@@ -198,6 +235,24 @@ class OnDevice(torch.Tensor):
         )
 
 
+def _leaves(value: Any) -> Iterator[Any]:
+    """The tensors and generators in arguments; torch's own functions take ten times as long."""
+    if isinstance(value, (torch.Tensor, torch.Generator)):
+        yield value
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from _leaves(item)
+
+
+def _mapped(change: Callable[[Any], Any], value: Any) -> Any:
+    """Arguments or results with `change` applied to each tensor."""
+    if isinstance(value, torch.Tensor):
+        return change(value)
+    if type(value) in (list, tuple):
+        return type(value)(_mapped(change, item) for item in value)
+    return value
+
+
 def _index(device: object) -> int | None:
     """The index that a device argument names; None for a device of another kind."""
     if device is None:
@@ -217,34 +272,40 @@ def _place(value: object) -> str:
 def _require_one_device(func: Any, args: Any, leaves: list[Any]) -> None:
     """Raises RuntimeError where tensors of different devices meet in an operation."""
     tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
+    if len({t.index if isinstance(t, OnDevice) else None for t in tensors}) == 1:
+        return
     if func in _INDEXES:  # host tensors may index one of the device; a host tensor is not indexed
-        indices = {id(t) for t in tree_leaves(args[1]) if not isinstance(t, OnDevice)}
+        indices = {id(t) for t in _leaves(args[1]) if not isinstance(t, OnDevice)}
         tensors = [t for t in tensors if id(t) not in indices]
     if func in _TAKES_NUMBERS or func in _INDEXES or torch.Tag.pointwise in func.tags:
         tensors = [t for t in tensors if t.dim() or isinstance(t, OnDevice)]
     places = sorted({_place(tensor) for tensor in tensors})
     if len(places) > 1:
-        raise RuntimeError(
-            "Expected all tensors to be on the same device, but found at least two devices, "
-            f"{' and '.join(places)}! ({func})"
-        )
+        text = "Expected all tensors to be on the same device, but found at least two devices, "
+        _refuse(RuntimeError(f"{text}{' and '.join(places)}! ({func})"))
 
 
 def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     """One operation, on whatever devices."""
-    leaves = tree_leaves((args, kwargs))
+    leaves = [*_leaves(args), *_leaves(tuple(kwargs.values()))]
     wrapped = [leaf for leaf in leaves if isinstance(leaf, OnDevice)]
     target = _index(kwargs.get("device"))
     if not wrapped and target is None:
         return func(*args, **kwargs)
     if kwargs.get("device") is None and wrapped:
-        target = wrapped[0].device.index
-    if wrapped and func not in _MOVES:
+        target = wrapped[0].index
+    if wrapped and func in _NOT_EVERYWHERE:
+        _refuse(NotImplementedError(f"{func} is not implemented for the device {NAME}"))
+    if wrapped and func in _MOVES:
+        _require_dtype_of_copy(func, args, kwargs)
+    elif wrapped:
         _require_one_device(func, args, leaves)
     if target is not None:
         _require_no_generator(leaves)
         kwargs = dict(kwargs, device=torch.device("cpu")) if kwargs.get("device") else kwargs
-    result = func(*tree_map(_inner, args), **tree_map(_inner, kwargs))
+    args_inside = _mapped(_inner, args)
+    kwargs = {key: _mapped(_inner, value) for key, value in kwargs.items()}
+    result = _compute(func, args_inside, kwargs)
     if func is aten.copy_.default:
         return args[0]
     if target is None:
@@ -253,12 +314,32 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     if of_others and torch.is_inference_mode_enabled():
         with torch.inference_mode(False):  # a view is what its tensor is, as on any device
             return _wrap(result, target, wrapped)
+    if any(
+        result is leaf for leaf in leaves
+    ):  # in inference mode `to` is one operation, and copies
+        result = result.clone()  # nothing from the host to the host
     return _wrap(result, target, wrapped)
+
+
+def _compute(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+    if func in _COUNTS and not args[0].is_floating_point():
+        return func(args[0].float(), *args[1:], **kwargs).to(args[0].dtype)
+    return func(*args, **kwargs)
+
+
+def _require_dtype_of_copy(func: Any, args: Any, kwargs: dict[str, Any]) -> None:
+    """Raises TypeError where the device would convert to float64 before it copies."""
+    source, target = args[0], kwargs.get("dtype")
+    if func is not aten._to_copy.default:
+        to, source = args[:2] if func is aten.copy_.default else args[1::-1]
+        target = to.dtype
+    if isinstance(source, OnDevice) and target is not None and target != source.dtype:
+        _present().require(target)
 
 
 def _require_no_generator(leaves: list[Any]) -> None:
     if any(isinstance(leaf, torch.Generator) for leaf in leaves):
-        raise RuntimeError(f"Expected a '{NAME}' device type for generator but found 'cpu'")
+        _refuse(RuntimeError(f"Expected a '{NAME}' device type for generator but found 'cpu'"))
 
 
 def _inner(value: Any) -> Any:
@@ -283,7 +364,7 @@ def _wrap(result: Any, target: int, wrapped: list[OnDevice]) -> Any:
             raise NotImplementedError("the stand-in changes no shapes in place")
         return same
 
-    return tree_map(place, result)
+    return _mapped(place, result)
 
 
 class _Dispatch(TorchDispatchMode):
@@ -306,7 +387,8 @@ class _Functions(TorchFunctionMode):
             placed = func(*args, **kwargs).to(device)
             return placed.requires_grad_() if learned else placed
         if func == _set_data and all(isinstance(tensor, OnDevice) for tensor in args):
-            args[0].inner, args[0].storage_held = args[1].inner, args[1].storage_held
+            for attribute in ("inner", "index", "storage_held"):
+                setattr(args[0], attribute, getattr(args[1], attribute))
         return func(*args, **kwargs)
 
 
@@ -480,6 +562,10 @@ def accelerator(
         for name, function in _bindings(_MODULE).items():
             if hasattr(torch._C, name):
                 stack.enter_context(patch.object(torch._C, name, function))
+        stack.enter_context(torch.autograd.set_multithreading_enabled(False))
+        stack.enter_context(
+            patch.object(torch.autograd, "_engine_run_backward", _run_backward_refusing)
+        )
         stack.enter_context(_Functions())
         stack.enter_context(_Dispatch())
         yield _machine

@@ -82,11 +82,16 @@ def test_float64_is_refused_unless_allowed(on_device):
         lambda: torch.zeros(2, dtype=torch.float64, device="fake"),
         lambda: torch.tensor([0.5], dtype=torch.float64, device="fake"),
         lambda: on_device.sum(dtype=torch.float64),
+        lambda: on_device.to("cpu", torch.float64),
+        lambda: torch.ones(3, 4, dtype=torch.float64).copy_(on_device),
     ]
     for attempt in attempts:
         with pytest.raises(TypeError, match="no float64"):
             attempt()
+    assert on_device.cpu().double().dtype == torch.float64
+    assert torch.ones(2, dtype=torch.float64).to("fake", torch.float32).dtype == torch.float32
     with accelerator(float64=True):
+        assert torch.ones(2).to("fake").to("cpu", torch.float64).dtype == torch.float64
         assert torch.ones(2).to("fake").double().dtype == torch.float64
 
 
@@ -103,6 +108,12 @@ def test_a_device_that_is_not_there_is_refused(machine):
         torch.ones(1).to("fake:2")
     with pytest.raises(RuntimeError, match="invalid device ordinal"):
         torch.ones(1, device="fake:2")
+
+
+@pytest.mark.parametrize("name", ["qr", "svd", "eigh", "pinv"])
+def test_what_not_every_device_has_is_refused(name, machine):
+    with pytest.raises(NotImplementedError):
+        getattr(torch.linalg, name)(torch.eye(3, device="fake"))
 
 
 def test_a_generator_of_the_host_is_refused(machine):
@@ -138,6 +149,23 @@ def test_memory_that_autograd_keeps_is_counted():
         assert weight.grad.device.type == "fake"
         del loss
         assert machine.used[0] == 800  # the weight and its gradient
+
+
+def test_gradients_on_any_device_and_without_memory():
+    with accelerator(devices=2, limit=4000) as machine:
+        weight = torch.ones(300, device="fake:1", requires_grad=True)
+        loss = (weight * 2).sum()
+        machine.limit = 2000
+        with pytest.raises(torch.OutOfMemoryError):
+            loss.backward()
+        machine.limit = 4000
+        (weight * 2).sum().backward()
+        assert weight.grad.device == torch.device("fake:1")
+
+
+def test_whole_numbers_are_counted(machine):
+    counts = torch.histc(torch.tensor([0, 1, 1, 3], device="fake").int(), bins=4, min=0, max=3)
+    assert (counts.dtype, counts.tolist()) == (torch.int32, [1, 2, 0, 1])
 
 
 def test_torch_speaks_of_it():
@@ -187,16 +215,22 @@ def test_data_of_a_parameter_is_set_and_copied(machine):
         layer.weight.t_()
 
 
-@pytest.mark.parametrize("name", ["silu", "mish", "gelu", "softmax", "logsigmoid", "rms_norm"])
+@pytest.mark.parametrize(
+    "name", ["silu", "mish", "gelu", "softmax", "logsigmoid", "rms_norm", "complex"]
+)
 def test_gradients_are_the_cpus_bit_for_bit(name):
     def gradient(values):
         values.requires_grad_()
+        if name == "complex":
+            turned = torch.view_as_complex(values) * torch.view_as_complex(values.sin()).conj()
+            torch.view_as_real(turned).sin().sum().backward()
+            return values.grad.cpu()
         settings = {"dim": -1} if name == "softmax" else {}
         arguments = [values.shape[-1:]] if name == "rms_norm" else []
         getattr(nn.functional, name)(values, *arguments, **settings).sin().sum().backward()
         return values.grad.cpu()
 
-    values = torch.randn(16, 33)
+    values = torch.randn(16, 33, 2)
     expected = gradient(values.clone())
     with accelerator():
         assert torch.equal(gradient(values.to("fake")), expected)
