@@ -314,10 +314,8 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     if of_others and torch.is_inference_mode_enabled():
         with torch.inference_mode(False):  # a view is what its tensor is, as on any device
             return _wrap(result, target, wrapped)
-    if any(
-        result is leaf for leaf in leaves
-    ):  # in inference mode `to` is one operation, and copies
-        result = result.clone()  # nothing from the host to the host
+    if any(result is leaf for leaf in leaves):  # in inference mode `to` is one operation
+        result = result.clone()
     return _wrap(result, target, wrapped)
 
 

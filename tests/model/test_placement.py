@@ -63,7 +63,7 @@ def random_basis():
 def measured(loaded):
     """Hidden states, answers, and logits along them: plain, and under an edit of every kind."""
     engine = TransformersEngine(loaded)
-    tensors = [states.cpu() for _, states in engine.hidden_states(PROMPTS)]
+    exact = [states.cpu() for _, states in engine.hidden_states(PROMPTS)]
     answers = engine.answers(
         PROMPTS, max_new_tokens=LENGTH, batch_size=4, stop_ids=(), share_prefix=True
     )
@@ -79,18 +79,22 @@ def measured(loaded):
     for edit in (None, writer_edits[0], StreamEdit(basis, 0.5), steerings[0]):
         with nullcontext() if edit is None else engine.edited(edit):
             logits = engine.logits(paths, max_batch_tokens=64, share_prefix=True)
-            tensors += [table.cpu() for _, table in sorted(logits, key=lambda pair: pair[0])]
+            exact += [table.cpu() for _, table in sorted(logits, key=lambda pair: pair[0])]
+    close = []
     for edits in (writer_edits, steerings):
         with engine.edited_side_by_side(edits, max_batch_tokens=64) as side_by_side:
-            tensors.append(side_by_side.log_likelihoods(PROMPTS, [(5, 6), (7,)]).cpu())
-    return tensors, [answer.token_ids for answer in answers]
+            close.append(side_by_side.log_likelihoods(PROMPTS, [(5, 6), (7,)]).cpu())
+    return [answer.token_ids for answer in answers], exact, close
 
 
 def assert_equal(one, other):
-    assert one[1] == other[1]
-    assert len(one[0]) == len(other[0])
-    differences = [float((a - b).abs().max()) for a, b in zip(one[0], other[0], strict=True)]
-    assert differences == [0.0] * len(differences)
+    assert one[0] == other[0]
+    assert [float((a - b).abs().max()) for a, b in zip(one[1], other[1], strict=True)] == [
+        0.0
+    ] * len(one[1])
+    # the head reads a part of a row, or what came from another device as rows of their own: one of
+    # the CPU's kernels or another
+    torch.testing.assert_close(one[2], other[2], atol=2e-6, rtol=0)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
