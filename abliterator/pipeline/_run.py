@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from abliterator.checkpoint import Checkpoint, fingerprint
-from abliterator.devices import AUTO, BALANCED, CPU, choose_device, device_memory, release_memory
+from abliterator.devices import (
+    AUTO,
+    BALANCED,
+    CPU,
+    available_devices,
+    choose_device,
+    device_memory,
+    device_name,
+    release_memory,
+)
 from abliterator.errors import OutputError
 from abliterator.files import digest_of
 from abliterator.pipeline._plan import Plan
@@ -58,6 +68,15 @@ class Options:
         """Where weights may lie, as arguments of `load_model`."""
         device = self.device if self.device in (AUTO, BALANCED) else self.compute_device
         return {"device": device, "max_memory": self.max_memory}
+
+    @property
+    def hardware(self) -> str:
+        """Names of the devices that compute, for the record."""
+        devices = [self.compute_device]
+        if self.device == BALANCED:
+            devices = available_devices()[:-1] or devices
+        counts = Counter(map(device_name, devices))
+        return ", ".join(f"{n} x {name}" if n > 1 else name for name, n in counts.items())
 
     def batch_size(self, size: int | Literal["auto"]) -> int:
         """Prompts that are answered together: `size`, or a number by device for "auto"."""

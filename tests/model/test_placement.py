@@ -8,10 +8,12 @@ import accelerate.utils.offload
 import pytest
 import safetensors
 import torch
+from click.testing import CliRunner
 
 from abliterator.anatomy import anatomy_of
 from abliterator.bake import EditSettings, plan_edits
 from abliterator.checkpoint import Checkpoint
+from abliterator.cli import main
 from abliterator.engines import AnswerPath, Steering, StreamEdit, TransformersEngine, WriterEdit
 from abliterator.errors import RecipeError
 from abliterator.model import load_model, placement_of
@@ -89,9 +91,8 @@ def measured(loaded):
 
 def assert_equal(one, other):
     assert one[0] == other[0]
-    assert [float((a - b).abs().max()) for a, b in zip(one[1], other[1], strict=True)] == [
-        0.0
-    ] * len(one[1])
+    differences = [float((a - b).abs().max()) for a, b in zip(one[1], other[1], strict=True)]
+    assert differences == [0.0] * len(differences)
     # the head reads a part of a row, or what came from another device as rows of their own: one of
     # the CPU's kernels or another
     torch.testing.assert_close(one[2], other[2], atol=2e-6, rtol=0)
@@ -116,6 +117,31 @@ def test_two_devices_host_memory_and_disk_change_no_bit(family, tiny_folder, two
     too_large = load(folder, device="auto", max_memory=weights_of(folder) * 4 // 10)
     assert {"cpu", "disk"} & {*too_large.placement.values()}
     assert_equal(measured(too_large), expected)
+
+
+def test_a_build_with_weights_on_disk_is_the_same_build(tiny_folder, tmp_path):
+    """Bytes, answers and divergence; the command's option goes all the way."""
+    texts = {name: [f"{name} {i}: where is it?" for i in range(6)] for name in ("t", "n")}
+    for name, lines in texts.items():
+        (tmp_path / f"{name}.txt").write_text("\n".join(lines), encoding="utf-8")
+    folder = tiny_folder("llama")
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text(
+        f"model: {folder}\nlayers: [2]\nk: 1\nrollouts: {{max_new_tokens: 4}}\n"
+        "prompts: {target: {path: t.txt}, neutral: {path: n.txt}}\n",
+        encoding="utf-8",
+    )
+    results = []
+    for name, memory in (("whole", []), ("spread", ["--max-memory", "60KB"])):
+        arguments = ["build", str(recipe), "--out", str(tmp_path / name), "--device", "auto"]
+        done = CliRunner().invoke(main, [*arguments, *memory])
+        assert done.exit_code == 0, done.stderr
+        work = tmp_path / name / "work"
+        files = [tmp_path / name / "checkpoint" / "model.safetensors"]
+        files += [work / "rollouts.jsonl", work / "divergence.json"]
+        results.append([file.read_bytes() for file in files])
+    assert results[0] == results[1]
+    assert placement_of(folder, device="auto", dtype=None, max_memory=60_000) != {"": "cpu"}
 
 
 def test_one_device_is_taken_where_the_model_fits(tiny_folder):
