@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from inspect import signature
+from inspect import Parameter, signature
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +55,10 @@ def open_transformers(
     return model
 
 
+# Options of lm-eval's loading that `load_model` takes too, or that say where weights lie.
+_HONOURED = {"dtype", "gpus", "parallelize", "quantization_config", "trust_remote_code"}
+
+
 class _Model(HFLM):  # type: ignore[misc]  # lm-eval has no types
     """HFLM, but `load_model` loads a model that lies on several devices."""
 
@@ -70,7 +74,13 @@ class _Model(HFLM):  # type: ignore[misc]  # lm-eval has no types
         if self._weights is None:
             super()._create_model(pretrained, **options)
             return
-        unknown = sorted(options.keys() - signature(HFLM._create_model).parameters.keys())
+        defaults = signature(HFLM._create_model).parameters
+        unknown = sorted(
+            name
+            for name, value in options.items()
+            if name not in _HONOURED
+            and not (name in defaults and value in _left_out(defaults[name]))
+        )
         if unknown:
             raise BenchmarkError(
                 f"`benchmarks.engine.options` says {', '.join(unknown)}, which is not possible for "
@@ -82,6 +92,11 @@ class _Model(HFLM):  # type: ignore[misc]  # lm-eval has no types
             dtype=_dtype(options),
             trust_remote_code=bool(options.get("trust_remote_code")),
         ).model
+
+
+def _left_out(parameter: Parameter) -> tuple[Any, ...]:
+    """Values with which lm-eval says that an option is not given."""
+    return (parameter.default, None, False, "")
 
 
 def _dtype(options: dict[str, Any]) -> str | None:
