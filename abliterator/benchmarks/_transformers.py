@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from inspect import Parameter, signature
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -92,11 +92,6 @@ class _Model(HFLM):  # type: ignore[misc]  # lm-eval has no types
             dtype=_dtype(options),
             trust_remote_code=bool(options.get("trust_remote_code")),
         ).model
-
-
-def _left_out(parameter: Parameter) -> tuple[Any, ...]:
-    """Values with which lm-eval says that an option is not given."""
-    return (parameter.default, None, False, "")
 
 
 def _dtype(options: dict[str, Any]) -> str | None:

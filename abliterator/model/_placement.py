@@ -77,8 +77,13 @@ def device_map(model: PreTrainedModel, limit: WeightLimit, dtype: torch.dtype) -
         max_memory={key: room[device] for key, device in keys.items()},
         no_split_module_classes=list(unsplit),
         dtype=dtype,
+        clean_result=False,
     )
-    return {path: keys.get(place, DISK) for path, place in modules.items()}
+    places = {path: keys.get(place, DISK) for path, place in modules.items()}
+    if set(places.values()) == {DISK}:
+        # accelerate wants a second device beside the disk
+        places[min(places, key=lambda path: sizes.get(path, 0))] = CPU
+    return places if len(set(places.values())) > 1 else {"": next(iter(places.values()))}
 
 
 def main_device(modules: Mapping[str, str]) -> str:

@@ -157,6 +157,11 @@ def test_one_device_is_taken_where_the_model_fits(tiny_folder):
         assert placement_of(folder, device="balanced", dtype=None) == {"": "fake"}
 
 
+def test_a_model_of_which_nothing_fits_is_read_from_disk(tiny_folder):
+    folder = tiny_folder("llama")
+    assert "disk" in load(folder, device="auto", max_memory=1).placement.values()
+
+
 def test_a_device_that_is_too_small_is_filled_up_to_its_limit(tiny_folder):
     folder = tiny_folder("llama")
     size = weights_of(folder)
