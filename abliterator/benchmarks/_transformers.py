@@ -79,7 +79,7 @@ class _Model(HFLM):  # type: ignore[misc]  # lm-eval has no types
             name
             for name, value in options.items()
             if name not in _HONOURED
-            and not (name in defaults and value in _left_out(defaults[name]))
+            and not (name in defaults and value in (defaults[name].default, None, False, ""))
         )
         if unknown:
             raise BenchmarkError(
