@@ -16,7 +16,8 @@ from typing import NamedTuple
 
 from abliterator.errors import GenerationError, RecipeError
 
-AUTO, CPU = "auto", "cpu"
+AUTO, BALANCED = "auto", "balanced"  # devices to be chosen
+CPU = "cpu"
 
 # Parts of messages, in lower case, by which a lack of memory is known where it has no error type:
 # drivers and libraries of CUDA, HIP, MPS and XPU, and the CPU's allocator on each system.

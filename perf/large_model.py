@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 
 from abliterator import pipeline
+from abliterator.devices import AUTO, choose_device, release_memory
 from abliterator.recipe import load_recipe
 
 ROOT = Path(__file__).parents[1]
@@ -41,7 +42,7 @@ def make_model(folder: Path, tokenizer: Path, layers: int, d_model: int) -> floa
         dtype="bfloat16",
     )
     torch.manual_seed(0)
-    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+    with torch.device(choose_device(AUTO)):
         model = LlamaForCausalLM(config).bfloat16()
     model.save_pretrained(folder, max_shard_size="5GB")
     words.save_pretrained(folder)
@@ -68,7 +69,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=arguments.out) as folder:
         base = Path(folder) / "base"
         size = make_model(base, arguments.tokenizer, arguments.layers, arguments.d_model)
-        torch.cuda.empty_cache()
+        release_memory()
         copy = copied(base, Path(folder) / "copy")
         overrides = [f"model={base}", f"layers=[{arguments.layers // 2}]", "k=1"]
         overrides += ["edit.strength=1", "benchmarks.tasks=[]", "rollouts.max_new_tokens=32"]

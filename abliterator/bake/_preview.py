@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
+from functools import cache, partial
 from inspect import BoundArguments, signature
 from typing import TYPE_CHECKING
 
@@ -58,7 +58,8 @@ def preview_edit(
     require_fit(basis, plan)
 
     def remover(edit: PlannedEdit, checkpoint: Checkpoint) -> Remove:
-        return removal_of(edit.writer, checkpoint, basis).to(_wide(loaded), loaded.device).removed
+        removal_on = _on_devices(removal_of(edit.writer, checkpoint, basis), _wide(loaded))
+        return lambda written: removal_on(written.device).removed(written)
 
     with _previewed(loaded, plan, remover, strengths or {}):
         yield
@@ -88,7 +89,7 @@ def preview_edits(loaded: LoadedModel, plan: EditPlan, bases: Sequence[Tensor]) 
     from abliterator.subspace import Removal
 
     chosen: list[Tensor] = []
-    removals_by_key: dict[object, Removal] = {}
+    removals_by_key: dict[object, Callable[[torch.device], Removal]] = {}
 
     def choose(edits: Sequence[int]) -> None:
         chosen[:] = [torch.tensor(edits, device=loaded.device)]
@@ -99,11 +100,11 @@ def preview_edits(loaded: LoadedModel, plan: EditPlan, bases: Sequence[Tensor]) 
         key = (edit.writer.gains, edit.writer.layer) if has_own_removal else None
         if key not in removals_by_key:
             removals = [removal_of(edit.writer, checkpoint, basis) for basis in bases]
-            removals_by_key[key] = _stacked(removals).to(_wide(loaded), loaded.device)
-        removal = removals_by_key[key]
+            removals_by_key[key] = _on_devices(_stacked(removals), _wide(loaded))
+        removal_on = removals_by_key[key]
 
         def remove(written: Tensor) -> Tensor:
-            rows = chosen[0]
+            removal, rows = removal_on(written.device), chosen[0].to(written.device)
             # experts write [rows x tokens, H], one row's tokens together
             by_row = written.view(len(rows), -1, written.shape[-1])
             by_edit = Removal(removal.take[rows], removal.read[rows])
@@ -113,6 +114,11 @@ def preview_edits(loaded: LoadedModel, plan: EditPlan, bases: Sequence[Tensor]) 
 
     with _previewed(loaded, plan, remover, {}):
         yield choose
+
+
+def _on_devices(removal: Removal, dtype: torch.dtype) -> Callable[[torch.device], Removal]:
+    """The removal on a device, copied there once: the blocks of a model may lie on several."""
+    return cache(lambda device: removal.to(dtype, device))
 
 
 def _stacked(removals: Sequence[Removal]) -> Removal:
@@ -222,19 +228,26 @@ def _subtraction(
     loaded: LoadedModel, edit: PlannedEdit, plan: EditPlan, remove: Remove, strength: float | Tensor
 ) -> Subtract:
     """The edit of a writer's output, rounded once, as the baked weights are."""
+    import torch
+
+    from abliterator.model import stored_parameter
+
     module = loaded.model.get_submodule(edit.writer.module)
     if not plan.settings.biases and getattr(module, "down_proj_bias", None) is not None:
         raise RecipeError(
             "`edit.biases: false` has no run-time form for experts with biases; bake the edit "
             "instead."
         )
-    kept_bias = None if plan.settings.biases else getattr(module, "bias", None)
+    kept_bias = None
+    if not plan.settings.biases and getattr(module, "bias", None) is not None:
+        kept_bias = stored_parameter(module, "bias")
     wide = _wide(loaded)
 
     def subtract(hidden: Tensor, share: Tensor | None = None) -> Tensor:
         written = (hidden if share is None else share).to(wide)
-        removable = written if kept_bias is None else written - kept_bias.to(wide)
-        removed = strength * remove(removable)
+        removable = written if kept_bias is None else written - kept_bias.to(written)
+        scale = strength.to(written.device) if isinstance(strength, torch.Tensor) else strength
+        removed = scale * remove(removable)
         return (hidden.to(removed.dtype) - removed).to(hidden.dtype)
 
     return subtract

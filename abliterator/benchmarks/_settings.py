@@ -24,7 +24,8 @@ class RunSettings(Frozen):
             its tasks and revisions are not read here. What the engine's options say of the chat
             template (`chat_template_args`, `enable_thinking`) goes before `chat`.
         chat: the recipe's `chat`; for tasks rendered by the chat template.
-        device: for example "cpu" or "cuda:0".
+        device: as `load_model` takes it: "cpu", "cuda:0", "auto", "balanced".
+        max_memory: bytes of weights on each accelerator and in host memory at most.
         dtype: dtype of the weights; None for the stored one.
         trust_remote_code: whether Python files of the checkpoint may run.
     """
@@ -32,6 +33,7 @@ class RunSettings(Frozen):
     section: Benchmarks = Benchmarks(preset=None, limit=None)
     chat: Chat = Chat()
     device: str = "cpu"
+    max_memory: int | None = None
     dtype: str | None = None
     trust_remote_code: bool = False
 
@@ -100,4 +102,6 @@ def open_model(folder: Path, settings: RunSettings, *, side: Side = "base") -> A
         return get_model("vllm")(pretrained=str(folder), **common)
     from abliterator.benchmarks._transformers import open_transformers
 
-    return open_transformers(folder, device=settings.device, options=common)
+    return open_transformers(
+        folder, device=settings.device, max_memory=settings.max_memory, options=common
+    )

@@ -43,6 +43,7 @@ def compare(
     max_new_tokens: int,
     device: str,
     dtype: str,
+    max_memory: int | None,
     as_json: bool,
     **judge_options: Any,
 ) -> None:
@@ -61,7 +62,7 @@ def compare(
     from abliterator.recipe import Benchmarks, Source
 
     sets = {"target": target, "neutral": neutral}
-    folder, options = _folder(base), Options(device=device, dtype=dtype)
+    folder, options = _folder(base), Options(device, dtype, max_memory)
     dtype_of_computation = options.compute_dtype(Checkpoint.open(folder))
     settings = CompareSettings(
         prompts={
@@ -74,12 +75,12 @@ def compare(
         batch_size=options.batch_size("auto"),
         benchmarks=RunSettings(
             section=Benchmarks(preset=None, limit=task_limit),
-            device=options.compute_device,
+            **options.weights,
             dtype=dtype_of_computation,
         ),
     )
     if settings.tasks:
-        require_engine(settings.benchmarks.section.engine, settings.benchmarks.device)
+        require_engine(settings.benchmarks.section.engine, options.compute_device)
     bars = Bars()
     judge = _judge(bars, **judge_options)
     with tempfile.TemporaryDirectory(prefix="abliterator-") as scratch:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -42,9 +43,35 @@ SET = click.option(
 )
 JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 
+
+class MemorySize(click.ParamType):  # type: ignore[type-arg]  # generic from click 8.4 on
+    """A size such as 20GiB, as bytes."""
+
+    name = "size"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        """The bytes of a size with its unit."""
+        match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT])(i?)B", str(value), re.IGNORECASE)
+        if match is None or not float(match[1]):
+            self.fail(f"{value!r} is no size with a unit, such as 20GiB or 800MB.", param, ctx)
+        base = 1024 if match[3] else 1000
+        return int(float(match[1]) * base ** (1 + "KMGT".index(match[2].upper())))
+
+
 computing_arguments = together(
     click.option(
-        "--device", default="auto", show_default=True, help="cpu, cuda, cuda:1, mps, xpu."
+        "--device",
+        default="auto",
+        show_default=True,
+        help="cpu, cuda, cuda:1, mps, xpu; auto: one accelerator, and others, host memory and disk "
+        "where the model needs them; balanced: all accelerators.",
+    ),
+    click.option(
+        "--max-memory",
+        type=MemorySize(),
+        metavar="SIZE",
+        help="Weights on each accelerator and in host memory at most: 20GiB.  [default: 85 % of "
+        "what is free]",
     ),
     click.option(
         "--dtype",
@@ -90,7 +117,7 @@ def read_judge(
 
 
 def recipe_arguments(*, required: bool = True) -> Decorator:
-    """Adds RECIPE, --out, --set, --device, --dtype and --force to a command."""
+    """Adds RECIPE, --out, --set, --device, --max-memory, --dtype and --force to a command."""
     path = click.Path(path_type=Path)
     return together(
         click.argument("recipe", required=required, type=click.Path(exists=True, path_type=Path)),
@@ -110,13 +137,14 @@ def read_recipe(
     overrides: tuple[str, ...],
     device: str,
     dtype: str,
+    max_memory: int | None,
     force: bool,
 ) -> tuple[Recipe, Path, Options]:
     """The recipe (from a file, or the folder of an earlier run), the output folder, options."""
     from abliterator.pipeline import Options, recipe_of
     from abliterator.recipe import load_recipe
 
-    options = Options(device=device, dtype=dtype, force=force)
+    options = Options(device, dtype, max_memory, force)
     if recipe.is_dir():
         if overrides or out:
             raise click.UsageError("The folder of an earlier run takes neither --set nor --out.")

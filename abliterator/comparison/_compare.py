@@ -184,7 +184,10 @@ class _SingleModelLoader:
             changes = {"tokenizer": self._base_tokens[0]} if as_base else {}
             self.free()
             loaded = load_model(
-                self._folders[side], device=self._settings.device, dtype=self._settings.dtype
+                self._folders[side],
+                device=self._settings.device,
+                dtype=self._settings.dtype,
+                max_memory=self._settings.max_memory,
             )
             self._loaded = (side, TransformersEngine(replace(loaded, **changes)))
         return self._loaded[1]

@@ -67,7 +67,7 @@ def _hidden_states(
 
     def keep(path: str, hidden: Tensor) -> None:
         # A copy, which a list of positions makes: a view would keep all positions alive.
-        by_block[path] = hidden[:, list(positions)]
+        by_block[path] = hidden[:, list(positions)].to(loaded.device)
 
     rows = [token_ids[i] for i in batch]
     inputs = (

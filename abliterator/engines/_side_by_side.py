@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -135,8 +136,11 @@ def _steered(
 
     def adder(layer: int) -> Callable[[Tensor], Tensor]:
         at_layer = [s.direction if s.layer == layer else s.direction * 0 for s in steerings]
-        table = torch.stack(at_layer).to(loaded.device, loaded.model.dtype)
-        return lambda hidden: hidden + table[edit_of_rows[0]][:, None]
+        table = torch.stack(at_layer).to(loaded.model.dtype)
+        table_on = cache(table.to)
+        return lambda hidden: (
+            hidden + table_on(hidden.device)[edit_of_rows[0].to(hidden.device)][:, None]
+        )
 
     layers = sorted({steering.layer for steering in steerings})
     with hooked(loaded.model, {blocks[layer - 1]: adder(layer) for layer in layers}):

@@ -1,11 +1,11 @@
-"""The in-process engine: a loaded transformers model on one device."""
+"""The in-process engine: a loaded transformers model, on one device or several."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from typing import TYPE_CHECKING
 
 import torch
@@ -156,9 +156,9 @@ class TransformersEngine:
         if isinstance(edit, StreamEdit):
             remove = self._stream_removal(edit)
             return hooked(self.loaded.model, dict.fromkeys(self.blocks, remove))
-        direction = edit.direction.to(self.loaded.device, self.loaded.model.dtype)
+        direction_on = cache(edit.direction.to(self.loaded.model.dtype).to)
         block = self.blocks[edit.layer - 1]
-        return hooked(self.loaded.model, {block: lambda hidden: hidden + direction})
+        return hooked(self.loaded.model, {block: lambda h: h + direction_on(h.device)})
 
     def edited_side_by_side(
         self, edits: Sequence[Edit], *, max_batch_tokens: int
@@ -169,10 +169,12 @@ class TransformersEngine:
     def _stream_removal(self, edit: StreamEdit) -> Callable[[Tensor], Tensor]:
         """The function h - alpha Q Qᵀ h, computed in float32 at least and rounded once."""
         wide = torch.promote_types(self.loaded.model.dtype, torch.float32)
-        removal = removal_of_basis(edit.basis).to(wide, self.loaded.device)
+        removal = removal_of_basis(edit.basis)
+        removal_on = cache(lambda device: removal.to(wide, device))
 
         def remove(hidden: Tensor) -> Tensor:
             stream = hidden.to(wide)
-            return (stream - edit.alpha * removal.removed(stream)).to(hidden.dtype)
+            removed = removal_on(hidden.device).removed(stream)
+            return (stream - edit.alpha * removed).to(hidden.dtype)
 
         return remove

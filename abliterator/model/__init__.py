@@ -20,12 +20,13 @@ from abliterator.model._limits import (
     require_fit,
     stored_limits,
 )
-from abliterator.model._load import LoadedModel, ask_for_plain_numbers, load_model
+from abliterator.model._load import LoadedModel, ask_for_plain_numbers, load_model, placement_of
 from abliterator.model._padding import (
     cache_is_continued,
     padding_is_neutral,
     right_padding_is_neutral,
 )
+from abliterator.model._placement import main_device
 from abliterator.model._prefix import ByRow, Prefix, run_prefix, shared_tokens
 from abliterator.model._run import (
     CallHook,
@@ -38,6 +39,7 @@ from abliterator.model._run import (
     masked_positions,
     positions_from,
     run_batches,
+    stored_parameter,
 )
 from abliterator.model._tokenizer import load_tokenizer
 
@@ -60,8 +62,10 @@ __all__ = [
     "limits_of",
     "load_model",
     "load_tokenizer",
+    "main_device",
     "masked_positions",
     "padding_is_neutral",
+    "placement_of",
     "positions_from",
     "render_chat",
     "render_messages",
@@ -73,5 +77,6 @@ __all__ = [
     "run_prefix",
     "shared_tokens",
     "stored_limits",
+    "stored_parameter",
     "template_tail",
 ]

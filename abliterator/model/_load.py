@@ -6,20 +6,34 @@ import copy
 import inspect
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from abliterator.anatomy import require_countable
-from abliterator.devices import enough_memory, is_out_of_memory
+from abliterator.devices import (
+    AUTO,
+    BALANCED,
+    choose_device,
+    enough_memory,
+    is_out_of_memory,
+)
 from abliterator.errors import CheckpointError, GenerationError, RecipeError
 from abliterator.files import read_text, require_plain_folder, shown
 from abliterator.model._finite import require_first_pass
 from abliterator.model._foreign import as_sentence, foreign
+from abliterator.model._placement import (
+    WeightLimit,
+    device_map,
+    main_device,
+    offload_options,
+    remove_with,
+)
+from abliterator.model._run import stored_parameter
 from abliterator.model._tokenizer import load_tokenizer
 
 if TYPE_CHECKING:
@@ -39,6 +53,9 @@ _WHOLE = ("emu3", "mllama")
 # Numbers that quantisers pack into one element at most: of 2 bits, in 64.
 _PACKED = 32
 
+# How many times its stored size a model has in memory at most: 4-bit numbers decoded to float32.
+_DECODED_SIZE = 8
+
 # Formats, as `quant_method` names them, whose weights transformers leaves packed beside a GPU.
 _DECODED = ("fp8", "mxfp4")
 
@@ -51,24 +68,35 @@ class LoadedModel:
         model: the causal LM, without gradients.
         tokenizer: its tokenizer; padding is never left to it.
         folder: where both were loaded from.
-        device: where the weights are.
+        device: where its inputs go; the device of all weights, unless they lie on several.
+        placement: device of every module by path, where the weights lie on several.
     """
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     folder: Path
     device: str
+    placement: Mapping[str, str] = field(default_factory=dict)
 
 
 def load_model(
-    folder: Path, *, device: str, dtype: str | None, trust_remote_code: bool = False
+    folder: Path,
+    *,
+    device: str,
+    dtype: str | None,
+    max_memory: int | None = None,
+    trust_remote_code: bool = False,
 ) -> LoadedModel:
     """Loads the causal LM and the tokenizer in `folder`, from local files only.
 
     Args:
         folder: a checkpoint in safetensors format.
-        device: as torch names it: "cpu", "cuda", "cuda:1", "mps", "xpu".
+        device: as torch names it ("cpu", "cuda", "cuda:1", "mps", "xpu"); "auto", which is the
+            first accelerator if the model fits there, else all accelerators, host memory and disk
+            in this order; or "balanced", all accelerators evenly.
         dtype: "float32", "bfloat16" or "float16"; None is the dtype that config.json says.
+        max_memory: bytes of weights on each accelerator and in host memory at most, where the
+            model is spread; None is a share of what is free.
         trust_remote_code: whether Python files in `folder` may run.
 
     Raises:
@@ -81,19 +109,25 @@ def load_model(
     require_plain_folder(folder)
     with _loading(folder):
         require_countable(json.loads(read_text(folder / "config.json")))
-    model = _load_weights(folder, _DTYPES[dtype] if dtype else "auto", trust_remote_code)
+    limit = WeightLimit(device, max_memory)
+    model, placement = _load_weights(
+        folder, limit, _DTYPES[dtype] if dtype else None, trust_remote_code
+    )
+    device = main_device(placement)
     tokenizer = load_tokenizer(folder, trust_remote_code=trust_remote_code)
     problem = f"The model in {folder} cannot be put on device {device!r}"
     with (
         foreign(problem, "Use a device that this machine has; `cpu` always works."),
         enough_memory(f"On device {device!r}, the model in {folder}"),
     ):
-        model = model.to(device).eval().requires_grad_(False)
+        if len(placement) == 1:
+            model = model.to(device)
+        model = model.eval().requires_grad_(False)
     if trust_remote_code:
         _require_stored_weights(model, folder)
         _accept_cache(model)
     _require_stop_tokens(model, tokenizer, folder)
-    loaded = LoadedModel(model, tokenizer, folder, device)
+    loaded = LoadedModel(model, tokenizer, folder, device, placement)
     _require_that_it_runs(loaded, trust_remote_code)
     return loaded
 
@@ -120,31 +154,76 @@ def _accept_cache(model: PreTrainedModel) -> None:
 
 
 def _load_weights(
-    folder: Path, dtype: torch.dtype | str, trust_remote_code: bool
-) -> PreTrainedModel:
+    folder: Path, limit: WeightLimit, dtype: torch.dtype | None, trust_remote_code: bool
+) -> tuple[PreTrainedModel, dict[str, str]]:
+    """The model with its weights, and the device of every module."""
     # Attention is left to transformers' default (sdpa where the model has it): remote code may have
     # eager only.
     with _without_progress_bar(), _loading(folder):
         config = read_config(folder, trust_remote_code)
         if not trust_remote_code:
             _require_weights_enough(config, folder)
+        placement = _placement(config, folder, limit, dtype, trust_remote_code)
+        options, offloaded = offload_options(placement)
         model, report = _factory(config).from_pretrained(
             folder,
             config=config,
-            dtype=dtype,
+            dtype=dtype or "auto",
             local_files_only=True,
             use_safetensors=True,
             trust_remote_code=trust_remote_code,
             output_loading_info=True,
+            **options,
         )
+        remove_with(model, offloaded)
     if report["missing_keys"]:
         missing = sorted(report["missing_keys"])
         raise CheckpointError(
             f"The weights in {folder} lack {len(missing)} tensors that the model needs, such as "
             f"{missing[0]}: they would be random numbers. Download the model again."
         )
-    loaded: PreTrainedModel = model
-    return loaded
+    return model, placement
+
+
+def placement_of(
+    folder: Path,
+    *,
+    device: str,
+    dtype: str | None,
+    max_memory: int | None = None,
+    trust_remote_code: bool = False,
+) -> dict[str, str]:
+    """The device of every module with which `load_model` would load the model in `folder`.
+
+    Args and errors are those of `load_model`; no weights are read.
+
+    Returns:
+        Module path to device: one entry, with the path "", where all weights lie on one device.
+    """
+    with _loading(folder):
+        config = read_config(folder, trust_remote_code)
+        limit = WeightLimit(device, max_memory)
+        return _placement(
+            config, folder, limit, _DTYPES[dtype] if dtype else None, trust_remote_code
+        )
+
+
+def _placement(
+    config: PreTrainedConfig,
+    folder: Path,
+    limit: WeightLimit,
+    dtype: torch.dtype | None,
+    own_code: bool,
+) -> dict[str, str]:
+    """The device of every module of the model in `folder`."""
+    if limit.device not in (AUTO, BALANCED):
+        return {"": choose_device(limit.device)}
+    stored = sum(file.stat().st_size for file in folder.rglob("*.safetensors"))
+    if limit.device == AUTO and limit.holds(_DECODED_SIZE * stored):
+        return {"": choose_device(AUTO)}
+    with torch.device("meta"):
+        shapes = _factory(config).from_config(copy.deepcopy(config), trust_remote_code=own_code)
+    return device_map(shapes, limit, dtype or config.dtype or torch.float32)
 
 
 @contextmanager
@@ -278,11 +357,12 @@ def _require_stored_weights(model: PreTrainedModel, folder: Path) -> None:
     """
     from safetensors import safe_open
 
-    parameters = dict(model.named_parameters())
+    parameters = {name for name, _ in model.named_parameters()}
     for file in sorted(folder.glob("*.safetensors")):
         with safe_open(file, "pt") as stored:
-            for name in stored.keys() & parameters.keys():
-                value = parameters[name].cpu()
+            for name in parameters.intersection(stored.keys()):
+                module, _, parameter = name.rpartition(".")
+                value = stored_parameter(model.get_submodule(module), parameter).cpu()
                 if not torch.equal(value, stored.get_tensor(name).to(value.dtype)):
                     raise GenerationError(
                         f"The model's own Python code changed {name} after it was loaded: it was "
@@ -332,7 +412,7 @@ def _require_that_it_runs(loaded: LoadedModel, trust_remote_code: bool) -> None:
         "that transformers has.",
     ):
         try:
-            first = torch.tensor([ids], device=loaded.model.device)
+            first = torch.tensor([ids], device=loaded.device)
             require_first_pass(loaded, first)
             _generate_two(loaded.model, first[:, :2])
         except (MemoryError, RuntimeError) as error:

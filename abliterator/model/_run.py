@@ -138,6 +138,14 @@ def head_at(head: nn.Module, rows: Tensor, positions: Tensor) -> Iterator[None]:
         handle.remove()
 
 
+def stored_parameter(module: nn.Module, name: str) -> Tensor:
+    """A copy of a parameter of a module, also where its weights lie in host memory or on disk."""
+    from accelerate.utils import align_module_device
+
+    with align_module_device(module):
+        return module.get_parameter(name).detach().clone()
+
+
 def positions_from(model: nn.Module, start: int, ids: Tensor) -> dict[str, Tensor]:
     """Positions [N, T] of tokens that continue `start` others, for a forward pass that takes them.
 

@@ -152,16 +152,16 @@ def _models_of_build(run: Run, sides: Sequence[Side]) -> dict[Side, ModelOfSide]
         return {side: (engine, edited if side == "edited" else nullcontext) for side in sides}
     trusted = run.recipe.trust_remote_code
     return {
-        side: (_engine(folder_of(run, side), run.device, run.dtype, trusted), nullcontext)
+        side: (_engine(folder_of(run, side), run.options, run.dtype, trusted), nullcontext)
         for side in sides
     }
 
 
-def _engine(folder: Path, device: str, dtype: str | None, trusted: bool) -> TransformersEngine:
+def _engine(folder: Path, options: Options, dtype: str | None, trusted: bool) -> TransformersEngine:
     from abliterator.engines import TransformersEngine
     from abliterator.model import load_model
 
-    loaded = load_model(folder, device=device, dtype=dtype, trust_remote_code=trusted)
+    loaded = load_model(folder, **options.weights, dtype=dtype, trust_remote_code=trusted)
     return TransformersEngine(loaded)
 
 
@@ -176,7 +176,7 @@ def _load(folder: Path, side: Side, recipe: Recipe | None, options: Options) -> 
         folder = resolve_folder(recipe.model, revision=recipe.revision).folder
     return _engine(
         folder,
-        options.compute_device,
+        options,
         options.compute_dtype(Checkpoint.open(folder)),
         recipe is not None and recipe.trust_remote_code,
     )

@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from abliterator.checkpoint import Checkpoint, fingerprint
-from abliterator.devices import AUTO, CPU, choose_device, device_memory, release_memory
+from abliterator.devices import (
+    AUTO,
+    BALANCED,
+    CPU,
+    available_devices,
+    choose_device,
+    device_memory,
+    device_name,
+    release_memory,
+)
 from abliterator.errors import OutputError
 from abliterator.files import digest_of
 from abliterator.pipeline._plan import Plan
@@ -29,25 +39,44 @@ class Options:
     """Device, dtype and folder of a run; none of them is part of the recipe.
 
     Attributes:
-        device: a torch device, or "auto".
+        device: a torch device; "auto", one accelerator or what the model needs beside it; or
+            "balanced", all accelerators.
         dtype: dtype of computation ("float32", "bfloat16", "float16"), or "auto": as stored on an
             accelerator; on a CPU float32 where it fits in half the memory, because CPUs are faster
             at it.
+        max_memory: bytes of weights on each accelerator and in host memory at most; None is a
+            share of what is free.
         force: go on in a folder that another recipe made.
     """
 
     device: str = AUTO
     dtype: str = "auto"
+    max_memory: int | None = None
     force: bool = False
 
     @property
     def compute_device(self) -> str:
-        """The device, as torch names it.
+        """The first device that computes, as torch names it.
 
         Raises:
             RecipeError: if this machine has no such device.
         """
-        return choose_device(self.device)
+        return choose_device(AUTO if self.device == BALANCED else self.device)
+
+    @property
+    def weights(self) -> dict[str, Any]:
+        """Where weights may lie, as arguments of `load_model`."""
+        device = self.device if self.device in (AUTO, BALANCED) else self.compute_device
+        return {"device": device, "max_memory": self.max_memory}
+
+    @property
+    def hardware(self) -> str:
+        """Names of the devices that compute, for the record."""
+        devices = [self.compute_device]
+        if self.device == BALANCED:
+            devices = available_devices()[:-1] or devices
+        counts = Counter(map(device_name, devices))
+        return ", ".join(f"{n} x {name}" if n > 1 else name for name, n in counts.items())
 
     def batch_size(self, size: int | Literal["auto"]) -> int:
         """Prompts that are answered together: `size`, or a number by device for "auto"."""
@@ -133,7 +162,7 @@ class Run:
             self.free()
             self._loaded = load_model(
                 folder,
-                device=self.device,
+                **self.options.weights,
                 dtype=self.dtype,
                 trust_remote_code=self.recipe.trust_remote_code,
             )

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from abliterator.benchmarks import RunSettings, require_engine
 from abliterator.benchmarks._server import require_server, served_model
 from abliterator.benchmarks._settings import open_model
 from abliterator.errors import BenchmarkError
-from abliterator.recipe import BenchmarkEngine
+from abliterator.recipe import BenchmarkEngine, Benchmarks
 from tests.benchmarks.toy import run, server_engine
 from tests.helpers.completions_server import CompletionsServer
 from tests.helpers.judge_server import JudgeServer
+from tests.helpers.stand_in import accelerator
 
 
 @pytest.mark.parametrize(
@@ -27,10 +29,24 @@ def test_an_engine_that_is_not_installed_says_what_to_install(engine, message, m
         require_engine(engine)
 
 
-@pytest.mark.parametrize("device", ["xpu", "hpu:0"])
-def test_scores_of_another_device_than_the_one_asked_for_are_refused(plain, device):
-    with pytest.raises(BenchmarkError, match=f"computes on cpu, though {device} is asked for"):
-        open_model(plain, RunSettings(device=device))
+def test_scores_of_another_device_than_the_one_asked_for_are_refused(plain):
+    with (
+        accelerator(),
+        pytest.raises(BenchmarkError, match="computes on cpu, though fake is asked for"),
+    ):
+        open_model(plain, RunSettings(device="fake"))
+
+
+def test_lm_eval_scores_a_model_that_is_spread(tiny_folder):
+    folder = tiny_folder("llama")
+    spread = open_model(folder, RunSettings(device="auto", max_memory=60_000))
+    whole = open_model(folder, RunSettings(device="cpu"))
+    ids = torch.tensor([[0, *range(4, 16)]])
+    assert torch.equal(spread._model_call(ids), whole._model_call(ids))
+    engine = BenchmarkEngine(options={"attn_implementation": "eager"})
+    settings = RunSettings(device="auto", max_memory=60_000, section=Benchmarks(engine=engine))
+    with pytest.raises(BenchmarkError, match="says attn_implementation, which is not possible"):
+        open_model(folder, settings)
 
 
 def test_a_server_that_is_not_there_says_what_to_start(monkeypatch):

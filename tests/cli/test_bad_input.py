@@ -48,6 +48,13 @@ def refused(says: str, *arguments: str) -> None:
     assert {path for path in Path().rglob("*")} == before
 
 
+@pytest.mark.parametrize("size", ["20", "0GiB", "many", "5 parsecs", "-1GB"])
+def test_a_size_without_a_unit_is_bad_usage(project, size):
+    done = CliRunner().invoke(main, ["build", "r.yaml", f"--max-memory={size}"])
+    assert done.exit_code == 2
+    assert "no size with a unit, such as 20GiB" in done.stderr
+
+
 @pytest.mark.parametrize(
     ("change", "says"),
     [

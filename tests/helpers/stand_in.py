@@ -189,7 +189,9 @@ class OnDevice(torch.Tensor):
     __torch_function__ = torch._C._disabled_torch_function_impl
 
     @staticmethod
-    def __new__(cls, inner: torch.Tensor, index: int) -> OnDevice:
+    def __new__(cls, inner: torch.Tensor, index: int = -1, requires_grad: bool = False) -> Any:
+        if index < 0:  # accelerate makes parameters of the class that the one before had
+            return torch.nn.Parameter(inner, requires_grad)
         if inner.is_conj() or inner.is_neg():  # bits that a wrapper does not have
             inner = inner.resolve_conj().resolve_neg()
         held = _present().hold(inner, index)
@@ -211,6 +213,14 @@ class OnDevice(torch.Tensor):
 
     def __repr__(self, *, tensor_contents: object = None) -> str:
         return f"{self.inner!r} on {self.device}"
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        copied = memo[id(self)] = self.clone()
+        return copied
+
+    def data_ptr(self) -> int:
+        """The address, by which accelerate knows tied parameters."""
+        return self.inner.data_ptr()
 
     def tolist(self) -> Any:
         """The numbers."""
@@ -304,6 +314,8 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     if of_others and torch.is_inference_mode_enabled():
         with torch.inference_mode(False):  # a view is what its tensor is, as on any device
             return _wrap(result, target, wrapped)
+    if any(result is leaf for leaf in leaves):  # in inference mode `to` is one operation
+        result = result.clone()
     return _wrap(result, target, wrapped)
 
 
@@ -342,6 +354,10 @@ def _wrap(result: Any, target: int, wrapped: list[OnDevice]) -> Any:
         same = known.get(id(value))
         if same is None:
             return OnDevice(value, target)
+        if (
+            same.device.index != target
+        ):  # in inference mode `to` is one operation, and may do nothing
+            return OnDevice(value.clone(), target)
         if same.shape != value.shape or same.stride() != value.stride():
             raise NotImplementedError("the stand-in changes no shapes in place")
         return same

@@ -73,7 +73,7 @@ def _run(run: Run) -> list[Path]:
     settings = RunSettings(
         section=run.recipe.benchmarks,
         chat=run.recipe.chat,
-        device=run.device,
+        **run.options.weights,
         dtype=run.dtype,
         trust_remote_code=run.recipe.trust_remote_code,
     )

@@ -15,7 +15,6 @@ from pathlib import Path
 from statistics import mean, median
 from typing import Any
 
-from abliterator.devices import device_name
 from abliterator.errors import OutputError
 from abliterator.files import copy_file, read_text, sha256_of_file, write_text_atomic
 from abliterator.pipeline._quantization import quantized_edits
@@ -233,7 +232,7 @@ def _provenance(run: Run) -> Provenance:
         packages={name: number for name in PACKAGES if (number := _installed(name))},
         device=run.device,
         dtype=run.dtype or "as stored",
-        hardware=device_name(run.device),
+        hardware=run.options.hardware,
         digests=_digests(run),
         git_commit=_tool_commit(),
         prompts=tuple(prompt_origin(name, prompts) for name, prompts in uses(sets)),
