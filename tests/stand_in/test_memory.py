@@ -24,7 +24,8 @@ pytestmark = pytest.mark.skipif(not stand_in.available(), reason="torch has no b
 
 ROOT = Path(__file__).parents[2]
 DEMO = ROOT / "abliterator" / "data" / "demo" / "model"
-WEIGHTS = 5_700_000  # bytes of the demo model in float32, a little less
+NEUTRAL = ROOT / "recipes" / "demo" / "neutral.jsonl"
+WEIGHTS = 5_600_000  # bytes: those of the demo model in float32 are a little more
 SMALL = [f"prompts.{name}.limit=4" for name in ("target", "contrast", "neutral", "evaluation")]
 SMALL += ["rollouts.max_new_tokens=4", "divergence.tokens=4", "benchmarks.tasks=[]"]
 SWEEP = ["layers=sweep", "k=auto", "selection.skip_last=0"]
@@ -106,6 +107,25 @@ def test_a_study_that_lacks_memory_keeps_the_stages_before_it(tmp_path):
     assert "The stage `tuning` does not fit in memory" in result.output
     assert "smaller batches (`rollouts.batch_size`, `tuning.batch`)" in result.output
     assert {"prompts", "capture"} <= stages(tmp_path / "out").keys()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["chat", DEMO], "The conversation does not fit in memory"),
+        (["compare", DEMO, DEMO, "--neutral", NEUTRAL, "--limit", "2"], "does not fit in"),
+    ],
+    ids=["chat", "compare"],
+)
+def test_a_command_that_lacks_memory_says_what_to_choose(arguments, says):
+    arguments = [*map(str, arguments), "--device", "fake", "--dtype", "float32"]
+    with accelerator(limit=5_740_000):
+        result = CliRunner().invoke(main, [*arguments, "--max-new-tokens", "4"], input="Hello.\n")
+    assert isinstance(result.exception, SystemExit), result.exception
+    assert "GenerationError" in result.output
+    assert says in result.output
+    assert "`--dtype bfloat16`" in result.output
+    assert "`--device cpu`" in result.output
 
 
 def test_weights_that_do_not_fit():
