@@ -85,7 +85,7 @@ class ChatSession:
         )
         context = engine.limits.context
         tokens_left = self.max_new_tokens if context is None else context - len(ids)
-        with edit(), enough_memory("The conversation", smaller="a shorter one"):
+        with edit(), enough_memory("The conversation", smaller="a shorter conversation"):
             engine.stream(
                 ids,
                 max_new_tokens=min(self.max_new_tokens, tokens_left),

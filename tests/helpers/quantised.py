@@ -98,7 +98,13 @@ FORMATS = {
 
 
 def save_quantised(
-    name: str, folder: Path, *, shard_size: str = "1GB", d_model: int = D_MODEL, n_layers: int = 2
+    name: str,
+    folder: Path,
+    *,
+    shard_size: str = "1GB",
+    d_model: int = D_MODEL,
+    n_layers: int = 2,
+    vocabulary: int = 64,
 ) -> Path:
     """Saves a tiny random model in a format.
 
@@ -109,13 +115,14 @@ def save_quantised(
         shard_size: as transformers takes it.
         d_model: width of the stream.
         n_layers: blocks.
+        vocabulary: rows of the embedding.
     """
     if name == "mxfp4":
-        return save_mxfp4(folder, shard_size, d_model, n_layers)
+        return save_mxfp4(folder, shard_size, d_model, n_layers, vocabulary)
     name, _, experts = name.partition(" ")
     torch.manual_seed(0)
     sizes = {
-        "vocab_size": 64,
+        "vocab_size": vocabulary,
         "hidden_size": d_model,
         "intermediate_size": 384,
         "head_dim": 64,
@@ -141,10 +148,12 @@ def save_quantised(
     return rewrite(folder, quantise, fmt.settings)
 
 
-def save_mxfp4(folder: Path, shard_size: str, d_model: int, n_layers: int) -> Path:
+def save_mxfp4(
+    folder: Path, shard_size: str, d_model: int, n_layers: int, vocabulary: int = 64
+) -> Path:
     torch.manual_seed(0)
     config = GptOssConfig(
-        vocab_size=64,
+        vocab_size=vocabulary,
         hidden_size=d_model,
         intermediate_size=D_MODEL,
         num_hidden_layers=n_layers,

@@ -9,10 +9,9 @@ float64 unless allowed (as on Apple's GPUs, where `to("cpu", torch.float64)` of 
 refused too: it converts before it copies), QR, SVD and eigenvectors (which not every kind of device
 has in every torch), a device index beyond `devices`, a generator of the host, and memory beyond
 `limit` (`torch.OutOfMemoryError`). `torch.accelerator` and `torch.get_device_module("fake")` answer
-for it. Results are the CPU's bit for bit with eager
-attention; scaled dot product attention takes another of the CPU's kernels unless
-`torch.nn.attention.sdpa_kernel(SDPBackend.MATH)` fixes one. It shows nothing of speed, streams or a
-real device's rounding.
+for it. Results are the CPU's bit for bit with eager attention; scaled dot product attention takes
+another of the CPU's kernels unless `torch.nn.attention.sdpa_kernel(SDPBackend.MATH)` fixes one. It
+shows nothing of speed, streams or a real device's rounding.
 
 A tensor of the device is a wrapper around one of the CPU. Operations reach `__torch_dispatch__`,
 which checks the rules, computes on the wrapped tensors and wraps the results.
@@ -292,6 +291,8 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     target = _index(kwargs.get("device"))
     if not wrapped and target is None:
         return func(*args, **kwargs)
+    if func is aten._has_compatible_shallow_copy_type.default:
+        return len(wrapped) == 2
     if kwargs.get("device") is None and wrapped:
         target = wrapped[0].index
     if wrapped and func in _NOT_EVERYWHERE:
@@ -481,7 +482,8 @@ def available() -> bool:
     if not hasattr(registration, "_setup_privateuseone_for_python_backend"):
         return False
     present = torch._C._accelerator_getAccelerator()
-    return present is None or present.type == NAME
+    # a torch that was built for CUDA names it on machines without, too
+    return present is None or present.type == NAME or not torch.accelerator.is_available()
 
 
 def _register() -> _Module:

@@ -193,10 +193,12 @@ def test_torch_speaks_of_it():
         torch.ones(2).to("fake")
 
 
-def test_tied_parameters_stay_tied(machine):
+@pytest.mark.parametrize("inference", [False, True])
+def test_tied_parameters_stay_tied(inference, machine):
     one, other = nn.Linear(8, 8, bias=False), nn.Linear(8, 8, bias=False)
     other.weight = one.weight
-    both = nn.Sequential(one, other).to("fake")
+    with torch.inference_mode(inference):
+        both = nn.Sequential(one, other).to("fake")
     assert both[0].weight is both[1].weight
     assert machine.used == {0: 256}
 
