@@ -33,7 +33,9 @@ print(os.getpid(), worker.pid, flush=True)
 """
 WAIT = "time.sleep(100)"
 PARENT = """
-import sys, tempfile
+import signal, sys, tempfile
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in a shell's background
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # and below `nohup`
 from abliterator.cli import main
 from abliterator.processes import child_environment, child_process, python_command
 
@@ -91,10 +93,13 @@ def start_parent(scratch: Path) -> tuple[subprocess.Popen[str], list[int]]:
 )
 def test_a_command_that_is_ended_leaves_no_process_and_no_scratch(tmp_path, number, status, leaves):
     parent, below = start_parent(tmp_path)
-    assert len(below) == 2
-    assert all(map(is_running, below))
-    parent.send_signal(number)
-    parent.communicate(timeout=30)
+    try:
+        assert len(below) == 2
+        assert all(map(is_running, below))
+        parent.send_signal(number)
+        parent.communicate(timeout=30)
+    finally:
+        parent.kill()
     require_ended(below)
     assert parent.returncode == status
     assert len(list(tmp_path.iterdir())) == len(leaves)
