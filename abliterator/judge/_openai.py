@@ -15,13 +15,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median_low
-from typing import TYPE_CHECKING
 
 from abliterator.errors import JudgeError
 from abliterator.files import digest_of
 from abliterator.judge._parse import SCHEMA, parse
 from abliterator.judge._prompt import judge_prompt, messages
 from abliterator.judge._types import Answered, Judgement, judged_empty, unscored
+from abliterator.recipe import JudgeSettings
 from abliterator.record import Estimate, JudgeIdentity
 from abliterator.server import (
     Request,
@@ -32,9 +32,6 @@ from abliterator.server import (
     outside_a_loop,
 )
 from abliterator.statistics import rate_interval
-
-if TYPE_CHECKING:
-    from abliterator.recipe import JudgeSettings
 
 Item = tuple[str, str]  # prompt and answer: all that a judge is shown
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
+from abliterator.recipe import PairsSpec
 from abliterator.server import (
     InvalidReply,
     Prompt,
@@ -16,9 +17,6 @@ from abliterator.server import (
     objects,
     without_thinking,
 )
-
-if TYPE_CHECKING:
-    from abliterator.recipe import PairsSpec
 
 Side = Literal["target", "contrast"]
 SIDES: tuple[Side, Side] = ("target", "contrast")

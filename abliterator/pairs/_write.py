@@ -5,16 +5,14 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from abliterator.errors import FileError, OutputError
 from abliterator.files import as_lines, read_lines, write_text_atomic
 from abliterator.pairs._filter import Length
 from abliterator.pairs._make import Made
 from abliterator.pairs._questions import SIDES, pairs_prompt
-
-if TYPE_CHECKING:
-    from abliterator.recipe import PairsSpec
+from abliterator.recipe import PairsSpec
 
 
 def rows(made: Made, spec: PairsSpec, length: Length) -> Iterator[dict[str, Any]]:

@@ -12,12 +12,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from time import monotonic
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from abliterator.recipe import ServerSettings
-    from abliterator.server._cache import Reply
-    from abliterator.server._request import Request
+from abliterator.recipe import ServerSettings
+from abliterator.server._cache import Reply
+from abliterator.server._request import Request
 
 MILLION = 1_000_000
 BYTES_PER_TOKEN = 3  # of English text there are four; a limit is better reached early than late

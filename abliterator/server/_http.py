@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any, Self
 from urllib.parse import urljoin
 
 from abliterator.errors import ServerError
+from abliterator.recipe import ServerSettings
 from abliterator.server._budget import Budget
 from abliterator.server._cache import Reply
 from abliterator.server._read import without_surrogates
@@ -34,8 +35,6 @@ from abliterator.server._secrets import origin, redacted
 
 if TYPE_CHECKING:
     from openai import APIStatusError, AsyncOpenAI
-
-    from abliterator.recipe import ServerSettings
 
 TRIES = 8  # of one call, before its item is given up as unscored
 REFUSED_FIRST = 8  # calls refused with a status of their own, and none answered yet: the set-up

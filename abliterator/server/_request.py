@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from abliterator.files import digest_of
-
-if TYPE_CHECKING:
-    from abliterator.recipe import ServerSettings
+from abliterator.recipe import ServerSettings
 
 
 class Request(NamedTuple):

@@ -7,11 +7,9 @@ import ipaddress
 import os
 from collections.abc import Iterator
 from itertools import groupby
-from typing import TYPE_CHECKING
 from urllib.parse import quote, urlsplit
 
-if TYPE_CHECKING:
-    from abliterator.recipe import ServerSettings
+from abliterator.recipe import ServerSettings
 
 MASK = "[key]"
 SHARED = 12  # consecutive characters of a key, or of an encoding of it, that are masked
