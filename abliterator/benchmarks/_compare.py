@@ -176,23 +176,21 @@ def _significance(before: Sequence[float], after: Sequence[float], *, seed: int)
     """`p_value`, and the documents that changed where each is right or wrong."""
     if not _right_or_wrong([*before, *after]):
         return {"p_value": statistics.sign_flip_test(before, after, seed=seed)}
-    right_before, right_after = [bool(value) for value in before], [bool(value) for value in after]
+    changes = [e - b for b, e in zip(before, after, strict=True)]
     return {
-        "p_value": statistics.mcnemar_exact(right_before, right_after),
-        "gained": sum(not b and e for b, e in zip(right_before, right_after, strict=True)),
-        "lost": sum(b and not e for b, e in zip(right_before, right_after, strict=True)),
+        "p_value": statistics.mcnemar_exact([*map(bool, before)], [*map(bool, after)]),
+        "gained": changes.count(1.0),
+        "lost": changes.count(-1.0),
     }
 
 
 def _gold_shift(pairs: Sequence[Pair], *, seed: int) -> Estimate | None:
     """Shift of the gold answer's log-likelihood, which changes before any choice flips."""
-    before, after = [], []
-    for base, edited in pairs:
-        if base.gold_loglik is None or edited.gold_loglik is None:
-            return None
-        before.append(base.gold_loglik)
-        after.append(edited.gold_loglik)
-    return _as_estimate(statistics.paired_delta(before, after, seed=seed))
+    golds = [score.gold_loglik for pair in pairs for score in pair]
+    known = [gold for gold in golds if gold is not None]
+    if len(known) < len(golds):
+        return None
+    return _as_estimate(statistics.paired_delta(known[::2], known[1::2], seed=seed))
 
 
 def _answer_rates(pairs: Sequence[Pair]) -> dict[str, Estimate]:
