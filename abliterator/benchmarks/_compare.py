@@ -82,8 +82,10 @@ def _compare_aggregate(
         tasks = [_pairs(base, edited, name) for base, edited in sides if name in _filters(base)]
         if not aggregate.by_size:
             tasks = [_equally_weighted(task, tasks) for task in tasks]
+        first, *others = (base.settings for base, _ in sides)
+        shared = {k: v for k, v in first.items() if all(other.get(k) == v for other in others)}
         settings = {
-            **_shared_settings([base.settings for base, _ in sides]),
+            **shared,
             "filter": name,
             "tasks": len(tasks),
             "mean_over": "documents" if aggregate.by_size else "tasks",
@@ -105,11 +107,6 @@ def _equally_weighted(task: Sequence[Pair], tasks: Sequence[Sequence[Pair]]) -> 
 
 def _filters(scores: TaskScores) -> list[str]:
     return list(dict.fromkeys(score.filter for score in scores.scores))
-
-
-def _shared_settings(all_settings: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    first, *others = all_settings
-    return {k: v for k, v in first.items() if all(other.get(k) == v for other in others)}
 
 
 def _require_alike(base: TaskScores, edited: TaskScores) -> None:

@@ -43,7 +43,6 @@ from abliterator.record import (
     BehaviourSide,
     Comparison,
     Completion,
-    Difference,
     Divergence,
     Measurement,
     OwnScores,
@@ -109,7 +108,9 @@ def compare(
     beside = differences(*setups)
     for difference in beside:
         note(f"beside the weights: {difference_line(difference)}")
-    prompting = _prompting(*setups, beside)
+    prompting: Asking = "alike"
+    if _PROMPTING_PARTS & {difference.part for difference in beside}:
+        prompting = "as_base" if same_vocabulary(*setups) else "apart"
     judge = judge or RuleJudge()
     weights = diff_weights(setups[0].checkpoint, setups[1].checkpoint)
     models = _SingleModelLoader({"base": base, "edited": edited}, settings.benchmarks, prompting)
@@ -138,12 +139,6 @@ def compare(
 
 
 _PROMPTING_PARTS = {"chat_template", "tokenizer", "stop_tokens", "generation_config"}
-
-
-def _prompting(base: Setup, edited: Setup, beside: Sequence[Difference]) -> Asking:
-    if not _PROMPTING_PARTS & {difference.part for difference in beside}:
-        return "alike"
-    return "as_base" if same_vocabulary(base, edited) else "apart"
 
 
 def _withheld(

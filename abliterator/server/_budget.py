@@ -37,14 +37,9 @@ class Budget:
         self.calls = calls
         self.cost = cost
 
-    @property
-    def seconds_left(self) -> float:
-        """Seconds until the run's time limit."""
-        return self._deadline - monotonic()
-
     def require_time(self, seconds: float, *, to: str) -> None:
         """Raises OutOfBudget if the run has no such time left."""
-        if seconds >= self.seconds_left:
+        if seconds >= self._deadline - monotonic():
             limit = self._settings.time_limit
             raise OutOfBudget(
                 f"{self._key_name('time_limit')} of {limit:g} s leaves no time to {to}"

@@ -275,7 +275,7 @@ def _reply(completion: Any, response_format: str) -> Reply:
     return Reply(
         text=_content(content),
         finish_reason="refusal" if refusal else _text(getattr(choice, "finish_reason", None)),
-        model=_without_folder(_text(getattr(completion, "model", None))),
+        model=without_folder(_text(getattr(completion, "model", None))),
         fingerprint=_text(getattr(completion, "system_fingerprint", None)),
         response_format=response_format,
         input_tokens=_count(usage.get("prompt_tokens")),
@@ -300,8 +300,8 @@ def _content(value: object) -> str:
     )
 
 
-def _without_folder(model: str | None) -> str | None:
-    """A model's name; of a path, as local servers report it, the last part: records are public."""
+def without_folder(model: str | None) -> str | None:
+    """A model's name for publication; of a local path, the last part."""
     is_path = model is not None and (model.startswith(("/", "~", "./")) or "\\" in model)
     return re.split(r"[/\\]", model.rstrip("/\\"))[-1] if model and is_path else model
 
