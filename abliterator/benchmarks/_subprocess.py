@@ -105,9 +105,7 @@ def _measure_alike(
 class StoppedChild(BenchmarkError):
     """A process of lm-eval that ended early, with no error of ours.
 
-    Attributes:
-        problem: what happened, with the last lines of the log and without the log's name: for
-            callers that do not keep the log.
+    `problem` says so without the log's name, for callers that do not keep the log.
     """
 
     def __init__(self, folder: str, log: Path) -> None:

@@ -57,21 +57,14 @@ SIDES: tuple[Side, Side] = ("base", "edited")
 
 @dataclass(frozen=True)
 class CompareSettings:
-    """Prompt sets, tasks and settings of a comparison.
+    """Prompt sets, tasks and settings of a comparison."""
 
-    Attributes:
-        prompts: sets that both sides answer, by name ("target", "neutral"); divergence is measured
-            on "neutral".
-        tasks: benchmarks, from `resolve_tasks`.
-        max_new_tokens: tokens of an answer.
-        divergence: how divergence is measured.
-        benchmarks: how benchmarks are run; device and dtype are those of all measurements.
-    """
-
+    # sets that both sides answer, by name; divergence is measured on "neutral"
     prompts: Mapping[str, Sequence[str]] = field(default_factory=dict)
-    tasks: Sequence[Task] = ()
-    max_new_tokens: int = 256
+    tasks: Sequence[Task] = ()  # benchmarks, from `resolve_tasks`
+    max_new_tokens: int = 256  # of an answer
     divergence: DivergenceSettings = field(default_factory=DivergenceSettings)
+    # how benchmarks are run; device and dtype are those of all measurements
     benchmarks: RunSettings = field(default_factory=RunSettings)
 
 

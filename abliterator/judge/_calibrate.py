@@ -76,12 +76,7 @@ class Calibration(Frozen):
 
 @dataclass(frozen=True)
 class Calibrated:
-    """A judge whose identity carries the summary of its calibration.
-
-    Attributes:
-        judge: the judge.
-        summary: of its calibration.
-    """
+    """A judge whose identity carries the summary of its calibration."""
 
     judge: Judge
     summary: Mapping[str, Any]

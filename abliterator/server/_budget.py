@@ -14,8 +14,7 @@ from contextlib import contextmanager
 from time import monotonic
 
 from abliterator.recipe import ServerSettings
-from abliterator.server._cache import Reply
-from abliterator.server._request import Request
+from abliterator.server._cache import Reply, Request
 
 MILLION = 1_000_000
 BYTES_PER_TOKEN = 3  # of English text there are four; a limit is better reached early than late

@@ -28,9 +28,8 @@ from urllib.parse import urljoin
 from abliterator.errors import ServerError
 from abliterator.recipe import ServerSettings
 from abliterator.server._budget import Budget
-from abliterator.server._cache import Reply
+from abliterator.server._cache import Reply, Request
 from abliterator.server._read import without_surrogates
-from abliterator.server._request import Request
 from abliterator.server._secrets import origin, redacted
 
 if TYPE_CHECKING:

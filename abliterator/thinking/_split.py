@@ -13,31 +13,19 @@ _UNFINISHED_TAG = re.compile(r"\s*[<\[◁][^\s>\]▷]*\Z")
 
 
 class Split(NamedTuple):
-    """The thinking and the answer of a reply.
+    """The thinking and the answer of a reply."""
 
-    Attributes:
-        thinking: the text before the answer, with its marks; "" without thinking.
-        answer: the text for the user; "" where the reply ends before it.
-        is_known: whether the end of the thinking is known; if not, `answer` is "".
-    """
-
-    thinking: str
-    answer: str
-    is_known: bool = True
+    thinking: str  # the text before the answer, with its marks; "" without thinking
+    answer: str  # the text for the user; "" where the reply ends before it
+    is_known: bool = True  # whether the end of the thinking is known; if not, `answer` is ""
 
 
 class Opened(NamedTuple):
-    """The state of the prompt's last block or message where a reply begins.
+    """The state of the prompt's last block or message where a reply begins."""
 
-    Attributes:
-        block: the thinking block that the prompt opened, or None.
-        channel: the channel of the message that the prompt began, or None.
-        is_closed: whether the prompt opened thinking and closed it.
-    """
-
-    block: str | None = None
-    channel: str | None = None
-    is_closed: bool = False
+    block: str | None = None  # the thinking block that the prompt opened
+    channel: str | None = None  # the channel of the message that the prompt began
+    is_closed: bool = False  # whether the prompt opened thinking and closed it
 
 
 def split_text(
