@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from itertools import chain
+from itertools import accumulate, chain
 from typing import Any, NamedTuple
 
 from abliterator import statistics
@@ -205,14 +205,10 @@ def _answer_rates(pairs: Sequence[Pair]) -> dict[str, Estimate]:
 
 def _holm_adjusted(results: Mapping[str, BenchmarkResult]) -> dict[str, BenchmarkResult]:
     """Holm's step-down p-values over all results (Holm 1979): 5 % family-wise error."""
-    ordered = sorted(
-        (result.p_value, name) for name, result in results.items() if result.p_value is not None
-    )
-    adjusted: dict[str, float] = {}
-    highest = 0.0
-    for rank, (p, name) in enumerate(ordered):
-        highest = max(highest, min(1.0, (len(ordered) - rank) * p))
-        adjusted[name] = highest
+    tested = sorted((r.p_value, name) for name, r in results.items() if r.p_value is not None)
+    scaled = (min(1.0, (len(tested) - rank) * p) for rank, (p, _) in enumerate(tested))
+    names = (name for _, name in tested)
+    adjusted = dict(zip(names, accumulate(scaled, max), strict=True))
     return {
         name: result.model_copy(update={"p_holm": adjusted.get(name)})
         for name, result in results.items()

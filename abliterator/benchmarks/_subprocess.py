@@ -232,6 +232,7 @@ def _run_child(job: Mapping[str, Any], *, log: Path, on_task: Callable[[str], No
                     on_task(message.removeprefix("done "))
         except BaseException:
             child.kill()
+            child.wait()  # on Ctrl-C, `with` waits a quarter of a second only
             raise
     job_file.unlink()
     # the kernel ends a process that takes the last memory with SIGKILL

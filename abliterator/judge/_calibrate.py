@@ -62,11 +62,10 @@ class Calibration(Frozen):
 
     def summary(self) -> dict[str, Any]:
         """What a record carries: the figures, and hashes in place of texts."""
-        figures = ("n", "unscored", "agreement", "kappa", "kappa_binary")
-        kept = {name: getattr(self, name) for name in figures}
+        names = ("n", "unscored", "agreement", "kappa", "kappa_binary", "labels", "labels_sha256")
+        kept = {name: getattr(self, name) for name in names}
         rounded = {k: round(v, 4) if isinstance(v, float) else v for k, v in kept.items()}
-        labels = {"labels": self.labels, "labels_sha256": self.labels_sha256}
-        return {**rounded, **labels, "sha256": self.sha256}
+        return {**rounded, "sha256": self.sha256}
 
     @property
     def sha256(self) -> str:
