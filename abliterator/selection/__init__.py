@@ -21,7 +21,7 @@ from abliterator import recipe
 from abliterator.evaluation import EvaluationContext
 from abliterator.record import Candidate, Selection, Stack
 from abliterator.selection._grow import grow_stack, largest_better
-from abliterator.selection._openings import learn_openings, log_odds
+from abliterator.selection._openings import FARTHEST, learn_openings, log_odds
 from abliterator.selection._pool import Pool
 from abliterator.selection._race import Step, place_of
 from abliterator.selection._scores import judge_edits, measure_base
@@ -30,6 +30,7 @@ from abliterator.selection._sweep import require_enough, sweep_places
 from abliterator.selection._types import KL_TOKENS, ScoringPrompts
 
 __all__ = [
+    "FARTHEST",
     "KL_TOKENS",
     "Pool",
     "ScoringPrompts",

@@ -30,7 +30,7 @@ from abliterator.files import (
     write_fully,
     write_text_atomic,
 )
-from tests.helpers.seams import copy_in_chunks
+from tests.files.seams import copy_in_chunks
 
 SHAPES = {
     "embed": ("BF16", [7, 4]),

@@ -10,20 +10,18 @@ import torch
 
 from abliterator.engines import AnswerPath, TransformersEngine
 from abliterator.model import LoadedModel, _padding, run_prefix
-from abliterator.selection import log_odds
-from abliterator.selection._openings import FARTHEST
-from abliterator.tuning._rows import answer_logprobs
-from abliterator.tuning._types import Row
+from abliterator.selection import FARTHEST, log_odds
 from tests.anatomy.test_architectures import NAMES, vanilla
 from tests.helpers import architectures
+from tests.tuning.seams import tuned_logprobs
 
 SYSTEM = [7, 8, 9, 10, 11, 12]
 _GENERATOR = torch.Generator().manual_seed(4)
 PROMPTS = [
     [*SYSTEM, *torch.randint(4, 90, (n,), generator=_GENERATOR).tolist()]
-    for n in (1, 30, 2, 17, 9, 25)
+    for n in (1, 30, 2, 17, 9, 4, 25, 7)
 ]
-LENGTH = 4
+LENGTH = 6
 
 # Tiny models of these cannot answer at all, one by one neither: xLSTM's kernels want larger heads,
 # and the configs that transformers makes of Omni's text half lack a token of images.
@@ -96,8 +94,7 @@ def test_given_answers_are_read_as_one_by_one(name, loaded, alone):
             for p, f in zip(PROMPTS, forced, strict=True)
         ]
         expected = [logits.log_softmax(-1) for logits in whole]
-        rows = [Row(tuple(p), f) for p, f in zip(PROMPTS, forced, strict=True)]
-        tuned = answer_logprobs(loaded, rows)
+        tuned = tuned_logprobs(loaded, PROMPTS, forced)
     paths = [AnswerPath((*p, *f), len(f) + 1) for p, f in zip(PROMPTS, forced, strict=True)]
     engine = TransformersEngine(loaded)
     for share in (True, False):

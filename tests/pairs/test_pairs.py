@@ -33,7 +33,7 @@ from abliterator.prompts import load_prompts, normalised
 from abliterator.recipe import PairsSpec, ServerSettings, Source, load_pairs, load_recipe
 from abliterator.server import InvalidReply
 from tests.helpers.judge_server import JudgeServer
-from tests.helpers.seams import shorten_waits
+from tests.server.seams import shorten_waits
 
 ROOT = Path(__file__).parents[2]
 KEY = "sk-Quite0Secret9TestKey"

@@ -23,6 +23,7 @@ from abliterator.pipeline._workspace import Workspace
 from abliterator.recipe import load_recipe
 from abliterator.server import Reply, ReplyCache
 from abliterator.verification import verify
+from tests.evaluation.seams import fill_disk_under_logits
 
 FAST = Options(device="cpu", dtype="float32")
 
@@ -316,28 +317,7 @@ def test_a_full_disk_is_named_and_the_run_goes_on(project, tmp_path, monkeypatch
 
 
 def test_a_full_disk_under_the_bases_logits(project, tmp_path, monkeypatch):
-    import errno
-
-    from abliterator.evaluation import _paths
-
-    class Full:
-        def __init__(self, stream):
-            self.stream, self.written = stream, 0
-
-        def write(self, data):
-            self.written += len(data)
-            if self.written > 1 << 12:
-                raise OSError(errno.ENOSPC, "No space left on device")
-            return self.stream.write(data)
-
-    real = _paths.write_fully
-    made = {}
-
-    def write(out, data):
-        full = made.setdefault(out.path, Full(out.stream))
-        real(out._replace(stream=full), data)
-
-    monkeypatch.setattr(_paths, "write_fully", write)
+    fill_disk_under_logits(monkeypatch, 1 << 12)
     with pytest.raises(Exception, match=r"no room for .*base_logits\.bin") as error:
         build(project(), tmp_path / "out")
     assert type(error.value).__name__ == "FileError"

@@ -32,7 +32,7 @@ from abliterator.tuning._parameters import STRONGEST, EditParameters
 from abliterator.tuning._rows import answer_logprobs, token_logprobs
 from abliterator.tuning._trials import trial_of, with_front
 from abliterator.tuning._types import PreferencePair, PreferencePairs, Row
-from tests.helpers.seams import share_prefixes_from
+from tests.model.seams import share_prefixes_from
 
 DEMO = Path(__file__).parents[2] / "recipes" / "demo"
 ROWS = (Row((4, 9, 17, 30), (11, 12, 13)), Row((5, 9), (20,)), Row((4, 8, 60, 61, 7), (9, 9)))
