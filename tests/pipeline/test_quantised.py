@@ -61,9 +61,8 @@ def basis(k):
 
 def planned(folder, **settings):
     checkpoint = Checkpoint.open(folder)
-    return checkpoint, plan_edits(
-        checkpoint, anatomy_of(checkpoint.config), EditSettings(**settings)
-    )
+    settings = EditSettings(**settings)
+    return checkpoint, plan_edits(checkpoint, anatomy_of(checkpoint.config), settings)
 
 
 def baked(folder, out, *, k=1, **settings) -> tuple[TensorEdit, ...]:
@@ -378,13 +377,9 @@ def test_the_plan_tells_what_each_way_costs_and_bake_writes_so_much(way, base, t
     edits = bake_subspace(str(base("mxfp4")), subspace, out, edit=Edit(quantized=way))
     written = Checkpoint.open(out).total_bytes
     assert written == pytest.approx(told[way]["bytes"], abs=1000)  # the header's text may differ
-    assert plan.edits.edited_bytes == sum(
-        info.nbytes
-        for info in Checkpoint.open(out).tensors.values()
-        if info.name.endswith(
-            ("down_proj", "down_proj_blocks", "down_proj_bias", "o_proj.weight", "o_proj.bias")
-        )
-    )
+    edited = ("down_proj", "down_proj_blocks", "down_proj_bias", "o_proj.weight", "o_proj.bias")
+    tensors = Checkpoint.open(out).tensors.values()
+    assert plan.edits.edited_bytes == sum(t.nbytes for t in tensors if t.name.endswith(edited))
     (summed,) = quantized_edits(edits)
     assert summed.dequantized == (way == "dequantize")
     assert summed.max_leak == max(edit.leak for edit in edits if edit.storage)
