@@ -12,6 +12,8 @@ import threading
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+# Workers share the cores: threads of a test's processes would wait for each other, spinning.
+os.environ["OMP_NUM_THREADS"] = "1"
 # Tests' servers are on this machine: no proxy stands before them, here or in a subprocess.
 os.environ["NO_PROXY"] = os.environ["no_proxy"] = "127.0.0.1,localhost"
 # Calibrations of judges, which records carry: none of the machine's own.
@@ -35,7 +37,7 @@ from abliterator.model import LoadedModel, load_model
 from tests.helpers.tiny import save_tiny, train_tokenizer
 
 torch.set_num_threads(1)
-# Tests wait for no disk; commands in processes of their own do, and those that kill_points.py kills.
+# No test waits for the disk; commands in processes of their own do, and what kill_points.py kills.
 os.fsync = lambda descriptor: None
 # No test may fail because the machine is busy; and where CI is set, none by chance: it has the same
 # examples each time. New ones are tried wherever a person runs the tests.

@@ -31,14 +31,13 @@ pytestmark = [
 def recipe(smollm2_folder):
     return load_recipe(
         RECIPE,
-        overrides=[f"model={smollm2_folder}", "rollouts.max_new_tokens=64", "rollouts.limit=64"],
+        overrides=[f"model={smollm2_folder}", "rollouts.max_new_tokens=32", "rollouts.limit=64"],
     )
 
 
 @pytest.fixture(scope="module")
 def built(recipe, tmp_path_factory):
     out = tmp_path_factory.mktemp("built") / "out"
-    torch.set_num_threads(2)
     pipeline.build(recipe, out, options=Options(device="cpu", dtype="float32"))
     return out
 
