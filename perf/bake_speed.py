@@ -65,12 +65,13 @@ def bake(base: Path, out: Path, k: int, rounding: str) -> None:
     import torch
 
     from abliterator.anatomy import anatomy_of
-    from abliterator.bake import EditSettings, bake, plan_edits
+    from abliterator.bake import bake, plan_edits
     from abliterator.checkpoint import Checkpoint
+    from abliterator.recipe import Edit
     from abliterator.subspace import orthonormal_basis
 
     checkpoint = Checkpoint.open(base)
-    settings = EditSettings(rounding=rounding)
+    settings = Edit(rounding=rounding)
     plan = plan_edits(checkpoint, anatomy_of(checkpoint.config), settings)
     bake(checkpoint, plan, orthonormal_basis(torch.randn(k, HIDDEN)), out)
 

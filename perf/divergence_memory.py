@@ -15,9 +15,10 @@ import sys
 import tempfile
 from pathlib import Path
 
+from abliterator.devices import release_memory
 from abliterator.engines import Engine, TransformersEngine
-from abliterator.evaluation import DivergenceSettings, measure_divergence, neutral_text
-from abliterator.model import load_model, release_memory, render_chat
+from abliterator.evaluation import base_paths, measure_divergence, neutral_text
+from abliterator.model import load_model, render_chat
 
 
 def sentences(count: int) -> list[str]:
@@ -47,9 +48,11 @@ def diverge(folder: Path, count: int) -> None:
         return [render_chat(engine.tokenizer, prompt) for prompt in sentences(count)]
 
     with tempfile.TemporaryDirectory(dir=".") as scratch:
-        found = measure_divergence(
-            load, render, DivergenceSettings(), scratch=Path(scratch) / "base_logits.bin"
+        paths = base_paths(
+            load("base"), render(load("base")), tokens=32, max_new_tokens=256, batch_size=16
         )
+        file = Path(scratch) / "base_logits.bin"
+        found = measure_divergence(load, render, paths, tokens=32, scratch=file)
     print(f"KL {found.kl.value} nats, n {found.kl.n}", file=sys.stderr)
 
 

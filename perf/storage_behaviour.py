@@ -44,7 +44,6 @@ from abliterator.formats import mxfp4_numbers, mxfp4_scales, storage_of
 from abliterator.formats._layout import Mxfp4Layout
 from abliterator.judge import RuleJudge
 from abliterator.model import load_model, render_chat
-from abliterator.pipeline._plan import edit_settings
 from abliterator.recipe import Edit, load_recipe
 from abliterator.statistics import Interval, mean_interval, rate_interval
 from tests.helpers.quantised import FORMATS, mxfp4, rewrite
@@ -192,7 +191,7 @@ def compare(asked: Asked, model: Path, name: str, basis: Tensor, edit: Edit) -> 
         infos = checkpoint.tensors.values()
         # 17 bytes hold 32 numbers and their scale; bfloat16 takes 64
         saved = sum(t.nbytes * 47 / 64 for t in infos if name == "mxfp4" and _in_mxfp4(t.name))
-        plan = plan_edits(checkpoint, anatomy, edit_settings(edit, anatomy.n_layers))
+        plan = plan_edits(checkpoint, anatomy, edit)
         size = checkpoint.total_bytes - saved
         base = asked.ask(weights_of(folder))
         with asked.engine.edited(WriterEdit(plan, basis)):
@@ -200,7 +199,7 @@ def compare(asked: Asked, model: Path, name: str, basis: Tensor, edit: Edit) -> 
         row(name, "base", base, asked.original, exact, size / 1e6)
         row(name, "exact edit", exact, base, exact, size / 1e6)
         for way, settings in WAYS.items():
-            chosen = replace(plan.settings, **settings)
+            chosen = plan.settings.model_copy(update=settings)
             plan = plan_edits(checkpoint, anatomy, chosen)
             bake(checkpoint, plan, basis, out)
             weights, size = weights_of(out), Checkpoint.open(out).total_bytes

@@ -19,9 +19,10 @@ from pathlib import Path
 import torch
 
 from abliterator.anatomy import anatomy_of
-from abliterator.bake import EditSettings, bake, plan_edits
+from abliterator.bake import bake, plan_edits
 from abliterator.checkpoint import Checkpoint
 from abliterator.formats import mxfp4_numbers, mxfp4_scales
+from abliterator.recipe import Edit
 from abliterator.subspace import orthonormal_basis
 from tests.helpers.quantised import BLOCK, FORMATS, expanded, mxfp4, save_mxfp4, save_quantised
 
@@ -51,7 +52,7 @@ def measure(folder: Path, out: Path, k: int, settings: dict[str, str]) -> tuple[
     """Largest leak, noise over |W|, over plain rounding's, and bytes of all weight files."""
     checkpoint = Checkpoint.open(folder)
     anatomy = anatomy_of(checkpoint.config)
-    plan = plan_edits(checkpoint, anatomy, EditSettings(**settings))
+    plan = plan_edits(checkpoint, anatomy, Edit(**settings))
     directions = torch.randn(k, anatomy.d_model, generator=torch.Generator().manual_seed(3))
     edits = bake(checkpoint, plan, orthonormal_basis(directions), out)
     edits = [edit for edit in edits if edit.storage]

@@ -4,7 +4,7 @@
 matrix that adds to the residual stream) is read, edited in column panels, and written at its old
 place. How directions were determined is outside this package. The formula is `subspace.Removal`'s.
 
-    plan = plan_edits(checkpoint, anatomy, EditSettings())
+    plan = plan_edits(checkpoint, anatomy, recipe.edit)
     with preview_edit(loaded, plan, basis): ...          # the same edit without writing weights
     edits = bake(checkpoint, plan, basis, Path("out/checkpoint"))
     write_adapter(checkpoint, plan, basis, Path("out/adapter"), base_model="me/base")
@@ -14,8 +14,7 @@ each block [L, H, k], L = n_layers: Q[i] is removed from what block i writes.
 """
 
 from abliterator.bake._adapter import require_adapter_form, write_adapter
-from abliterator.bake._experts import ExpertSelection
-from abliterator.bake._plan import EditPlan, EditSettings, PlannedEdit, plan_edits, require_fit
+from abliterator.bake._plan import EditPlan, PlannedEdit, plan_edits, require_fit
 from abliterator.bake._preview import preview_edit, preview_edits
 from abliterator.bake._stored import PANEL_ELEMENTS
 from abliterator.bake._write import bake, write_config
@@ -23,8 +22,6 @@ from abliterator.bake._write import bake, write_config
 __all__ = [
     "PANEL_ELEMENTS",
     "EditPlan",
-    "EditSettings",
-    "ExpertSelection",
     "PlannedEdit",
     "bake",
     "plan_edits",

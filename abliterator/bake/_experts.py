@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 
 from abliterator.anatomy import Writer
 from abliterator.errors import RecipeError, UnsupportedModel
+from abliterator.recipe import ranges_of
 
 Indices = tuple[int, ...]
 ExpertSelection = Indices | Mapping[int, Indices | None]
@@ -39,7 +40,7 @@ def experts_of_blocks(
         if block not in counts:
             raise RecipeError(
                 f"`edit.experts` names block {block}, which has no routed experts; blocks "
-                f"{_ranges(counts)} have. Name these alone."
+                f"{', '.join(ranges_of(dict.fromkeys(counts)))} have. Name these alone."
             )
         beyond = [e for e in experts or () if not 0 <= e < counts[block]]
         if beyond:
@@ -79,14 +80,3 @@ def _counts(writers: Sequence[Writer], shapes: Mapping[str, Sequence[int]]) -> d
             )
         counts[writer.layer] += 1 if writer.expert is not None else shapes[writer.name][0]
     return dict(counts)
-
-
-def _ranges(blocks: Mapping[int, int]) -> str:
-    """Block numbers with runs as ranges: 1-3, 5."""
-    runs: list[list[int]] = []
-    for block in sorted(blocks):
-        if runs and runs[-1][-1] == block - 1:
-            runs[-1][1:] = [block]
-        else:
-            runs.append([block])
-    return ", ".join("-".join(map(str, run)) for run in runs)

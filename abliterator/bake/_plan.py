@@ -3,42 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Literal
 
 from abliterator.anatomy import Anatomy, Writer, broad_component
-from abliterator.bake._experts import ExpertSelection, Indices, experts_of_blocks, share_edited
+from abliterator.bake._experts import Indices, experts_of_blocks, share_edited
 from abliterator.checkpoint import DTYPE_BITS, Checkpoint, TensorInfo
 from abliterator.errors import RecipeError, UnsupportedModel
 from abliterator.formats import FORMATS, Dequantized, Layout, Storage, preferred
+from abliterator.recipe import Edit
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 Quantized = Literal["auto", "keep", "dequantize"]
-
-
-@dataclass(frozen=True)
-class EditSettings:
-    """How writers are edited: the fields of a recipe's `edit`.
-
-    The strength of a component is one number, or one for every block of the model.
-    A component without a strength of its own has that of "attention" if it mixes tokens, else that
-    of "mlp": experts are edited as the MLP is unless they are named.
-
-    `experts` are the routed experts that are edited (`ExpertSelection`); None for all.
-    """
-
-    strength: Mapping[str, float | Sequence[float]] = field(
-        default_factory=lambda: {"attention": 1.0, "mlp": 1.0}
-    )
-    norm: Literal["none", "column"] = "none"
-    rounding: Literal["nearest", "compensated"] = "compensated"
-    embeddings: bool = False
-    biases: bool = True
-    experts: ExpertSelection | None = None
-    quantized: Quantized = "auto"
+Strengths = Mapping[str, float | tuple[float, ...]]
 
 
 @dataclass(frozen=True)
@@ -76,7 +56,7 @@ class EditPlan:
     """
 
     edits: tuple[PlannedEdit, ...]
-    settings: EditSettings
+    settings: Edit
     d_model: int
     n_layers: int
     writers: tuple[Writer, ...] = ()
@@ -90,7 +70,7 @@ class EditPlan:
     def stored_as(self, quantized: Quantized) -> EditPlan:
         """The same plan with another choice of `quantized`."""
         edits = (replace(edit, stored=_stored(edit.layout, quantized)) for edit in self.edits)
-        settings = replace(self.settings, quantized=quantized)
+        settings = self.settings.model_copy(update={"quantized": quantized})
         return replace(self, edits=tuple(edits), settings=settings)
 
     def added_bytes(self, checkpoint: Checkpoint) -> int:
@@ -128,12 +108,17 @@ class EditPlan:
         return sum(edit.edited_bytes for edit in self.edits)
 
 
-def plan_edits(checkpoint: Checkpoint, anatomy: Anatomy, settings: EditSettings) -> EditPlan:
+def plan_edits(checkpoint: Checkpoint, anatomy: Anatomy, settings: Edit) -> EditPlan:
     """Plans the edit of a checkpoint from its headers; loads no weights and no torch.
 
+    Args:
+        checkpoint: the base.
+        anatomy: of its architecture.
+        settings: how writers are edited: the recipe's `edit`.
+
     Raises:
-        RecipeError: for strengths by block that are not one for every block, and for experts that
-            are not there or have strength 0.
+        RecipeError: for strengths and experts of blocks that the model does not have, and for
+            experts that are not there or have strength 0.
         UnsupportedModel: for a tensor the anatomy does not know or does not find, a storage format
             that cannot be edited, and embeddings that are tied to the output head or have no exact
             edit.
@@ -141,18 +126,14 @@ def plan_edits(checkpoint: Checkpoint, anatomy: Anatomy, settings: EditSettings)
     writers = anatomy.writers(checkpoint.shapes)
     if settings.embeddings:
         _require_editable_embeddings(writers, anatomy)
-    for component, strength in settings.strength.items():
-        if isinstance(strength, Sequence) and len(strength) != anatomy.n_layers:
-            raise RecipeError(
-                f"{len(strength)} strengths are given for `{component}`, and the model has "
-                f"{anatomy.n_layers} blocks. Give one for every block, or one number."
-            )
+    strengths = settings.strengths_in(anatomy.n_layers)
+    experts = settings.experts_in(anatomy.n_layers)
     chosen = None
-    if settings.experts is not None:
-        chosen = experts_of_blocks(writers, checkpoint.shapes, settings.experts)
+    if experts is not None:
+        chosen = experts_of_blocks(writers, checkpoint.shapes, experts)
     edits = []
     for writer in writers:
-        strength = _strength_of(writer, settings)
+        strength = _strength_of(writer, strengths, embeddings=settings.embeddings)
         share = share_edited(writer, chosen)
         if strength == 0 or share == () or (writer.kind == "bias" and not settings.biases):
             continue
@@ -206,12 +187,12 @@ def require_fit(basis: Tensor, plan: EditPlan) -> None:
         )
 
 
-def _strength_of(writer: Writer, settings: EditSettings) -> float:
+def _strength_of(writer: Writer, strengths: Strengths, *, embeddings: bool) -> float:
     if writer.component == "embedding":
-        return float(settings.embeddings)
-    inherited = settings.strength.get(broad_component(writer.component), 0.0)
-    strength = settings.strength.get(writer.component, inherited)
-    return strength[writer.layer] if isinstance(strength, Sequence) else strength
+        return float(embeddings)
+    inherited = strengths.get(broad_component(writer.component), 0.0)
+    strength = strengths.get(writer.component, inherited)
+    return strength[writer.layer] if isinstance(strength, tuple) else strength
 
 
 def _require_editable_embeddings(writers: tuple[Writer, ...], anatomy: Anatomy) -> None:

@@ -9,10 +9,11 @@ from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from abliterator.bake._plan import EditSettings, PlannedEdit
+from abliterator.bake._plan import PlannedEdit
 from abliterator.checkpoint import Checkpoint
 from abliterator.files import damaged
 from abliterator.formats import FORMATS, Matrix
+from abliterator.recipe import Edit
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -48,7 +49,7 @@ def edit_stored(
     buffer: memoryview,
     edit: PlannedEdit,
     removal: Removal,
-    settings: EditSettings,
+    settings: Edit,
     *,
     scales: bytes | None = None,
     out: memoryview | None = None,
@@ -137,7 +138,7 @@ class _MatrixEditor:
         self,
         removal: Removal,
         edit: PlannedEdit,
-        settings: EditSettings,
+        settings: Edit,
         target: Matrix,
         sums: _Sums,
     ) -> None:

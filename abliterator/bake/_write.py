@@ -183,11 +183,14 @@ def write_config(
 
 
 def removal_of(writer: Writer, checkpoint: Checkpoint, basis: Tensor) -> Removal:
-    """The removal of a writer's subspace (its block's Q), through the gains of norms after it."""
+    """The removal of a writer's subspace (its block's Q), through the gains of norms after it.
+
+    Calculated in float64 on the host, which not every device has; gradients flow to `basis`.
+    """
     import torch
 
     from abliterator.subspace import basis_of_block, removal_of_basis
 
     gains = [read_vector(checkpoint, gain) + writer.gain_offset for gain in writer.gains]
     gain = torch.stack(gains).prod(dim=0) if gains else None
-    return removal_of_basis(basis_of_block(basis, writer.layer).double(), gain)
+    return removal_of_basis(basis_of_block(basis, writer.layer).cpu().double(), gain)

@@ -20,16 +20,11 @@ class ChatRenderer:
 
     It replaces the rendering of lm-eval's models, each of which has its own, without errors for a
     refused system prompt, without a fixed date, and without lists of parts.
-
-    Attributes:
-        tokenizer: of the checkpoint.
-        system: the system prompt, or None.
-        template_kwargs: further variables of the template.
     """
 
     tokenizer: PreTrainedTokenizerBase
     system: str | None
-    template_kwargs: Mapping[str, Any]
+    template_kwargs: Mapping[str, Any]  # further variables of the template
 
     @classmethod
     def of(cls, folder: Path, settings: RunSettings) -> ChatRenderer:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from itertools import chain
+from itertools import accumulate, chain
 from typing import Any, NamedTuple
 
 from abliterator import statistics
@@ -82,8 +82,10 @@ def _compare_aggregate(
         tasks = [_pairs(base, edited, name) for base, edited in sides if name in _filters(base)]
         if not aggregate.by_size:
             tasks = [_equally_weighted(task, tasks) for task in tasks]
+        first, *others = (base.settings for base, _ in sides)
+        shared = {k: v for k, v in first.items() if all(other.get(k) == v for other in others)}
         settings = {
-            **_shared_settings([base.settings for base, _ in sides]),
+            **shared,
             "filter": name,
             "tasks": len(tasks),
             "mean_over": "documents" if aggregate.by_size else "tasks",
@@ -105,11 +107,6 @@ def _equally_weighted(task: Sequence[Pair], tasks: Sequence[Sequence[Pair]]) -> 
 
 def _filters(scores: TaskScores) -> list[str]:
     return list(dict.fromkeys(score.filter for score in scores.scores))
-
-
-def _shared_settings(all_settings: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    first, *others = all_settings
-    return {k: v for k, v in first.items() if all(other.get(k) == v for other in others)}
 
 
 def _require_alike(base: TaskScores, edited: TaskScores) -> None:
@@ -176,23 +173,21 @@ def _significance(before: Sequence[float], after: Sequence[float], *, seed: int)
     """`p_value`, and the documents that changed where each is right or wrong."""
     if not _right_or_wrong([*before, *after]):
         return {"p_value": statistics.sign_flip_test(before, after, seed=seed)}
-    right_before, right_after = [bool(value) for value in before], [bool(value) for value in after]
+    changes = [e - b for b, e in zip(before, after, strict=True)]
     return {
-        "p_value": statistics.mcnemar_exact(right_before, right_after),
-        "gained": sum(not b and e for b, e in zip(right_before, right_after, strict=True)),
-        "lost": sum(b and not e for b, e in zip(right_before, right_after, strict=True)),
+        "p_value": statistics.mcnemar_exact([*map(bool, before)], [*map(bool, after)]),
+        "gained": changes.count(1.0),
+        "lost": changes.count(-1.0),
     }
 
 
 def _gold_shift(pairs: Sequence[Pair], *, seed: int) -> Estimate | None:
     """Shift of the gold answer's log-likelihood, which changes before any choice flips."""
-    before, after = [], []
-    for base, edited in pairs:
-        if base.gold_loglik is None or edited.gold_loglik is None:
-            return None
-        before.append(base.gold_loglik)
-        after.append(edited.gold_loglik)
-    return _as_estimate(statistics.paired_delta(before, after, seed=seed))
+    golds = [score.gold_loglik for pair in pairs for score in pair]
+    known = [gold for gold in golds if gold is not None]
+    if len(known) < len(golds):
+        return None
+    return _as_estimate(statistics.paired_delta(known[::2], known[1::2], seed=seed))
 
 
 def _answer_rates(pairs: Sequence[Pair]) -> dict[str, Estimate]:
@@ -210,14 +205,10 @@ def _answer_rates(pairs: Sequence[Pair]) -> dict[str, Estimate]:
 
 def _holm_adjusted(results: Mapping[str, BenchmarkResult]) -> dict[str, BenchmarkResult]:
     """Holm's step-down p-values over all results (Holm 1979): 5 % family-wise error."""
-    ordered = sorted(
-        (result.p_value, name) for name, result in results.items() if result.p_value is not None
-    )
-    adjusted: dict[str, float] = {}
-    highest = 0.0
-    for rank, (p, name) in enumerate(ordered):
-        highest = max(highest, min(1.0, (len(ordered) - rank) * p))
-        adjusted[name] = highest
+    tested = sorted((r.p_value, name) for name, r in results.items() if r.p_value is not None)
+    scaled = (min(1.0, (len(tested) - rank) * p) for rank, (p, _) in enumerate(tested))
+    names = (name for _, name in tested)
+    adjusted = dict(zip(names, accumulate(scaled, max), strict=True))
     return {
         name: result.model_copy(update={"p_holm": adjusted.get(name)})
         for name, result in results.items()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import yaml
 
@@ -19,16 +19,11 @@ _MAX_BYTES = 16 << 20  # of a task file
 _OUTWARD_SETTINGS = ("include", "group", "use_prompt")
 
 
-class LocalTask(NamedTuple):
-    """A task file: its name, its settings, and the SHA-256 of it and of each of its data files."""
-
-    name: str
-    settings: dict[str, Any]
-    hashes: list[str]
-
-
-def local_task(path: Path) -> LocalTask:
+def local_task(path: Path) -> tuple[dict[str, Any], list[str]]:
     """Reads a local task from its YAML file; relative `data_files` lie beside it.
+
+    Returns:
+        Its settings, and the SHA-256 of the file and of each of its data files.
 
     Raises:
         BenchmarkError: if the file is not one plain task, or names data files that are not there.
@@ -45,7 +40,7 @@ def local_task(path: Path) -> LocalTask:
     hashes = [sha256_of_file(path)]
     if settings.get("dataset_path") in FILE_FORMATS:
         hashes += [sha256_of_file(file) for file in _anchor_data_files(path, settings)]
-    return LocalTask(settings["task"], settings, hashes)
+    return settings, hashes
 
 
 def _read_task_file(path: Path) -> dict[str, Any]:

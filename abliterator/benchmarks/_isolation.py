@@ -9,7 +9,7 @@ import logging
 import os
 import random
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
 # lm-eval's own defaults, so that its command line gives the same numbers.
@@ -30,31 +30,25 @@ def lm_eval_isolated() -> Iterator[None]:
             with (
                 contextlib.redirect_stdout(io.StringIO()),
                 contextlib.redirect_stderr(io.StringIO()),
-                _errors_only("lm_eval", "transformers", "datasets", "huggingface_hub"),
+                _errors_only(),
                 _sandboxed_templates(),
             ):
                 yield
     finally:
-        _restore_environment(environment)
+        for name in os.environ.keys() - environment.keys():
+            del os.environ[name]
+        os.environ.update(environment)
 
 
 @contextlib.contextmanager
-def _errors_only(*names: str) -> Iterator[None]:
-    loggers = [logging.getLogger(name) for name in names]
-    levels = [logger.level for logger in loggers]
+def _errors_only() -> Iterator[None]:
+    """Logs nothing below an error."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
     try:
-        for logger in loggers:
-            logger.setLevel(logging.ERROR)
         yield
     finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
-
-
-def _restore_environment(before: Mapping[str, str]) -> None:
-    for name in os.environ.keys() - before.keys():
-        del os.environ[name]
-    os.environ.update(before)
+        logging.disable(before)
 
 
 @contextlib.contextmanager

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
 from importlib.metadata import version
 from importlib.resources import files
@@ -20,21 +20,7 @@ _NAME = re.compile(
 )
 # The settings of a group itself; any other setting is one of its tasks.
 _GROUP_SETTINGS = {"group", "group_alias", "task", "aggregate_metric_list", "metadata", "tag"}
-# Groups of our own, in lm-eval's format.
-_OWN_GROUPS: dict[str, dict[str, Any]] = {
-    # a science, a humanity, a trade and a sum from each end of MMLU's difficulty
-    "mmlu_subset": {
-        "task": [
-            "mmlu_elementary_mathematics",
-            "mmlu_high_school_geography",
-            "mmlu_college_biology",
-            "mmlu_computer_security",
-            "mmlu_philosophy",
-            "mmlu_professional_medicine",
-        ],
-        "aggregate_metric_list": {"metric": "acc"},
-    }
-}
+_OWN = Path(str(files("abliterator.benchmarks"))) / "groups"  # in lm-eval's format
 
 
 class RegisteredTask(NamedTuple):
@@ -49,13 +35,6 @@ class RegisteredTask(NamedTuple):
     aggregates: tuple[Aggregate, ...]
 
 
-class _Inherited(NamedTuple):
-    """Overrides and aggregates that the groups around a member pass on to it."""
-
-    overrides: Mapping[str, Any] = {}
-    aggregates: tuple[Aggregate, ...] = ()
-
-
 def registered_tasks(name: str) -> list[RegisteredTask]:
     """The tasks of a name: one task, or every task of a group or tag of lm-eval's, or of our own.
 
@@ -65,39 +44,43 @@ def registered_tasks(name: str) -> list[RegisteredTask]:
     Raises:
         BenchmarkError: for a name that lm-eval does not have, and a group whose settings are code.
     """
-    return _tasks_of(name, _Inherited())
+    return _tasks_of(name, {}, ())
 
 
-def _tasks_of(name: str, inherited: _Inherited) -> list[RegisteredTask]:
-    if name in _OWN_GROUPS:
-        return _members(name, _OWN_GROUPS[name], inherited)
+def _tasks_of(
+    name: str, overrides: Mapping[str, Any], aggregates: tuple[Aggregate, ...]
+) -> list[RegisteredTask]:
+    """The tasks of a name, with what the groups around it pass on."""
     kind, path = _index().get(name, ("", Path()))
     if kind == "task":
-        return [RegisteredTask(name, path, dict(inherited.overrides), inherited.aggregates)]
+        return [RegisteredTask(name, path, dict(overrides), aggregates)]
     if kind == "group":
-        return _members(name, yaml_settings(path), inherited)
-    return [task for member in _tagged(name) for task in _tasks_of(member, inherited)]
+        return _members(name, yaml_settings(path), overrides, aggregates)
+    return [task for member in _tagged(name) for task in _tasks_of(member, overrides, aggregates)]
 
 
-def _members(name: str, settings: Mapping[str, Any], inherited: _Inherited) -> list[RegisteredTask]:
+def _members(
+    name: str,
+    settings: Mapping[str, Any],
+    overrides: Mapping[str, Any],
+    aggregates: tuple[Aggregate, ...],
+) -> list[RegisteredTask]:
     """The tasks of a group, which is in a file of its own or written into another group's."""
-    aggregates = (*inherited.aggregates, *_aggregates(name, settings))
-    outer = {**_task_settings(settings), **inherited.overrides}
+    aggregates = (*aggregates, *_aggregates(name, settings))
+    outer = {**_task_settings(settings), **overrides}
     _refuse_code(name, outer)
     tasks = []
     for member in _as_list(settings.get("task")):
         if isinstance(member, str):
-            tasks += _tasks_of(member, _Inherited(outer, aggregates))
+            tasks += _tasks_of(member, outer, aggregates)
         elif "group" not in member:
-            overrides = {**outer, **member}
-            _refuse_code(name, overrides)
-            tasks += _tasks_of(overrides.pop("task"), _Inherited(overrides, aggregates))
+            inner = {**outer, **member}
+            _refuse_code(name, inner)
+            tasks += _tasks_of(inner.pop("task"), inner, aggregates)
         elif member["group"] in _index():
-            overrides = {**outer, **_task_settings(member)}
-            tasks += _tasks_of(member["group"], _Inherited(overrides, aggregates))
+            tasks += _tasks_of(member["group"], {**outer, **_task_settings(member)}, aggregates)
         else:
-            inline = f"{name}::{member['group']}"
-            tasks += _members(inline, member, _Inherited(outer, aggregates))
+            tasks += _members(f"{name}::{member['group']}", member, outer, aggregates)
     return tasks
 
 
@@ -144,17 +127,14 @@ def _index() -> dict[str, tuple[str, Path]]:
     The names are in the files themselves, so there is no need to parse 14,000 of them.
     """
     index: dict[str, tuple[str, Path]] = {}
-    for path in _yaml_files():
+    paths = (*sorted(_OWN.iterdir()), *sorted(_folder().rglob("*")))
+    for path in (path for path in paths if path.suffix in {".yaml", ".yml"}):
         kinds = {m["kind"]: m["name"] for m in _NAME.finditer(path.read_text(encoding="utf-8"))}
         # an old-style task may name its group too
         kind = "task" if "task" in kinds else "group"
         if kind in kinds:
             index.setdefault(kinds[kind], (kind, path))
     return index
-
-
-def _yaml_files() -> Iterator[Path]:
-    return (path for path in sorted(_folder().rglob("*")) if path.suffix in {".yaml", ".yml"})
 
 
 @cache

@@ -12,6 +12,9 @@ from abliterator.errors import BenchmarkError
 from abliterator.recipe import BenchmarkEngine, Benchmarks, Chat
 from abliterator.record import Frozen, Side
 
+# Types that lm-eval's transformers model computes on; for others it takes CUDA or the CPU.
+_DEVICE_TYPES = ("cpu", "cuda", "hpu", "mps", "npu", "xpu")
+
 
 class RunSettings(Frozen):
     """How every task is run.
@@ -47,8 +50,23 @@ class RunSettings(Frozen):
         return engine.base_url if side == "base" else engine.edited_url
 
 
-def require_engine(engine: BenchmarkEngine) -> None:
-    """Raises BenchmarkError, with what to install or start, if the engine is not available."""
+def require_engine(engine: BenchmarkEngine, device: str = "cpu") -> None:
+    """Checks that the engine can run here.
+
+    Args:
+        engine: the recipe's `benchmarks.engine`.
+        device: where it is to compute, as torch names it; not read for a server or vLLM.
+
+    Raises:
+        BenchmarkError: with what to install, to start or to choose.
+    """
+    if engine.kind == "transformers" and device.split(":")[0] not in _DEVICE_TYPES:
+        raise BenchmarkError(
+            f"lm-eval does not compute on {device}, only on devices of the types "
+            f"{', '.join(_DEVICE_TYPES)}. Choose one of these (`--device cpu`), let a server "
+            "compute (`benchmarks.engine`), or leave the benchmarks out "
+            "(`--set benchmarks.preset=null --set benchmarks.tasks=[]`)."
+        )
     if engine.kind == "vllm" and importlib.util.find_spec("vllm") is None:
         raise BenchmarkError(
             "`benchmarks.engine.kind` is vllm, but vLLM is not installed. Install it with `pip "

@@ -105,9 +105,7 @@ def _measure_alike(
 class StoppedChild(BenchmarkError):
     """A process of lm-eval that ended early, with no error of ours.
 
-    Attributes:
-        problem: what happened, with the last lines of the log and without the log's name: for
-            callers that do not keep the log.
+    `problem` says so without the log's name, for callers that do not keep the log.
     """
 
     def __init__(self, folder: str, log: Path) -> None:
@@ -234,6 +232,7 @@ def _run_child(job: Mapping[str, Any], *, log: Path, on_task: Callable[[str], No
                     on_task(message.removeprefix("done "))
         except BaseException:
             child.kill()
+            child.wait()  # on Ctrl-C, `with` waits a quarter of a second only
             raise
     job_file.unlink()
     # the kernel ends a process that takes the last memory with SIGKILL
@@ -259,7 +258,7 @@ def main(job_file: Path) -> int:
 
     Prints a line for each task that is done, and returns the exit code.
     """
-    from abliterator.model import is_out_of_memory
+    from abliterator.devices import is_out_of_memory
 
     job = json.loads(job_file.read_text(encoding="utf-8"))
     out = Path(job["out"])

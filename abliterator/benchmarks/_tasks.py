@@ -97,11 +97,10 @@ def resolve_tasks(
 
 
 def _resolved(request: BenchmarkTask, folder: Path, revisions: Mapping[str, str]) -> list[Task]:
-    if _is_file(request.task):
-        path = folder / request.task
-        local = local_task(path)
-        spec = Spec(settings=local.settings)
-        return [_checked(local.name, spec, request, revisions, hashes=local.hashes)]
+    if request.task.endswith((".yaml", ".yml")):
+        settings, hashes = local_task(folder / request.task)
+        spec = Spec(settings=settings)
+        return [_checked(settings["task"], spec, request, revisions, hashes=hashes)]
     return [
         _checked(
             task.name,
@@ -133,10 +132,16 @@ def load(
     """
     import jinja2
     from datasets.exceptions import DatasetsError
+    from lm_eval.tasks import TaskManager
 
     try:
         with hub_offline() if cached else nullcontext():
-            return _load(name, spec, revision)
+            settings = spec.merged(functions=True)
+            settings.pop("group", None)  # where an old task names its group, it would pass for one
+            if revision is not None:
+                kwargs = settings.get("dataset_kwargs") or {}
+                settings["dataset_kwargs"] = {**kwargs, "revision": revision}
+            return TaskManager(include_defaults=False).load([settings])["tasks"][name]
     except OSError as error:
         raise BenchmarkError(
             f"The documents of the benchmark task {name!r} ({where}) cannot be had: {error}. "
@@ -162,21 +167,6 @@ def load(
             f"{error}. Check the task's settings against lm-eval's task guide, and its columns "
             "against the data."
         ) from error
-
-
-def _is_file(task: str) -> bool:
-    return task.endswith((".yaml", ".yml"))
-
-
-def _load(name: str, spec: Spec, revision: str | None) -> Any:
-    from lm_eval.tasks import TaskManager
-
-    settings = spec.merged(functions=True)
-    settings.pop("group", None)  # where an old task names its group, it would pass for one
-    if revision is not None:
-        kwargs = settings.get("dataset_kwargs") or {}
-        settings["dataset_kwargs"] = {**kwargs, "revision": revision}
-    return TaskManager(include_defaults=False).load([settings])["tasks"][name]
 
 
 def _checked(
@@ -259,9 +249,7 @@ def _latest_revision(dataset: str | None, settings: Mapping[str, Any]) -> tuple[
 
 
 def _primary_metric(
-    name: str,
-    aggregations: Mapping[str, Callable[..., Any]],
-    aggregates: Sequence[Aggregate] = (),
+    name: str, aggregations: Mapping[str, Callable[..., Any]], aggregates: Sequence[Aggregate] = ()
 ) -> str | None:
     """The metric that is reported, by the rule in the package's docstring; None if none fits."""
     from lm_eval.api.metrics import mean

@@ -1,12 +1,12 @@
 """The README of a checkpoint or an adapter, rendered from the record of its run.
 
-`template.md.jinja` is the card as a reader sees it; the private modules make its table rows and
-the paragraphs that depend on the record. `render_card` is a pure function: the record in, the text
-out, without network, model or clock. What was not measured says so. A record holds no prompt and no
-answer, so a card cannot show one.
+`template.md.jinja` is the card as a reader sees it, `sections/` has its longer parts, and
+`_markdown` what a cell says. `render_card` is a pure function: the record in, the text out, without
+network, model or clock. What was not measured says so. A record holds no prompt and no answer, so a
+card cannot show one.
 
 Every string that the template prints is escaped unless it is `Markdown`, which only this package
-makes: an id, a licence or a path can break neither a table nor the header, and a new line of the
+makes: an id, a licence or a path can break neither a table nor the header, and a new line of a
 template cannot forget to escape.
 
     (checkpoint / "README.md").write_text(render_card(record), encoding="utf-8")
@@ -15,21 +15,23 @@ template cannot forget to escape.
 from __future__ import annotations
 
 from functools import cache
-from importlib import resources
 from typing import TYPE_CHECKING
 
-from abliterator.card._edit import edit_variables
-from abliterator.card._header import header
-from abliterator.card._licences import stated_license, with_license
-from abliterator.card._markdown import Markdown, cell, escape, optional_table, paragraphs, table
-from abliterator.card._origins import origin_variables
-from abliterator.card._results import result_variables
+from abliterator.card import _markdown
+from abliterator.card._header import stated_license, with_license
+from abliterator.card._markdown import cell, escape
+from abliterator.card._variables import variables
 from abliterator.record import RunRecord
 
 if TYPE_CHECKING:
     from jinja2 import Template
 
 __all__ = ["escape", "render_adapter_card", "render_card", "stated_license", "with_license"]
+
+_FILTERS = (
+    *("estimate", "gain", "interval", "last_name", "listed", "n_of", "number", "or_absent"),
+    *("probability", "settings", "uncapitalized", "value"),
+)
 
 
 def render_card(record: RunRecord) -> str:
@@ -43,21 +45,15 @@ def render_adapter_card(record: RunRecord) -> str:
 
 
 def _render(record: RunRecord, *, adapter: bool) -> str:
-    variables = {
-        "header": Markdown(header(record, adapter=adapter)),
-        **edit_variables(record, adapter=adapter),
-        **result_variables(record),
-        **origin_variables(record, adapter=adapter),
-    }
-    return _template().render(variables).rstrip("\n") + "\n"
+    return _template().render(variables(record, adapter=adapter)).rstrip("\n") + "\n"
 
 
 @cache
 def _template() -> Template:
-    from jinja2 import Environment, StrictUndefined
+    from jinja2 import Environment, PackageLoader, StrictUndefined
 
-    text = resources.files("abliterator.card").joinpath("template.md.jinja").read_text("utf-8")
     environment = Environment(
+        loader=PackageLoader("abliterator", "card"),
         autoescape=False,  # that would be HTML's escape, which is not Markdown's
         finalize=cell,
         keep_trailing_newline=True,
@@ -65,6 +61,5 @@ def _template() -> Template:
         trim_blocks=True,
         undefined=StrictUndefined,
     )
-    for function in (optional_table, paragraphs, table):
-        environment.filters[function.__name__] = function
-    return environment.from_string(text)
+    environment.filters |= {name: getattr(_markdown, name) for name in _FILTERS}
+    return environment.get_template("template.md.jinja")

@@ -120,3 +120,26 @@ def _standard_error(result: BenchmarkResult) -> dict[str, float]:
     else:
         error = sqrt(max(0.0, edited.value * (1 - edited.value)) / (edited.n - 1))
     return {"stderr": round(error, 4)} if error > 0 else {}
+
+
+def with_license(card: str, license_id: str) -> str:
+    """The text of a card with a licence in its header, where it has none."""
+    from huggingface_hub import ModelCard
+
+    parsed = ModelCard(card, ignore_metadata_errors=False)
+    parsed.data["license"] = parsed.data.get("license") or license_id
+    return str(parsed)
+
+
+def stated_license(card: str) -> str | None:
+    """The licence in the header of a card, anybody's; None where none can be read."""
+    from yaml import YAMLError, safe_load
+
+    if not card.startswith("---\n"):
+        return None
+    try:
+        head = safe_load(card.split("\n---\n", 1)[0])
+    except (YAMLError, ValueError, RecursionError):
+        return None
+    stated = head.get("license") if isinstance(head, dict) else None
+    return stated if isinstance(stated, str) else None

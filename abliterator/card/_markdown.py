@@ -1,11 +1,11 @@
-"""Cells, tables and paragraphs of a card: free text is escaped, numbers have one form."""
+"""Cells and paragraphs of a card: free text is escaped, numbers have one form."""
 
 from __future__ import annotations
 
 import json
 import re
 import unicodedata
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -23,40 +23,6 @@ class Markdown(str):
     """Text of our own making: the template prints it as it is, and escapes every other string."""
 
     __slots__ = ()
-
-
-Row = tuple[object, ...]
-"""Cells of one line of a table: `Markdown` and integers are printed as they are."""
-
-
-def row(label: str, *cells: object) -> Row:
-    """A line of a table; the label is a text of ours, not of a record."""
-    return (Markdown(label), *cells)
-
-
-def table(rows: Iterable[Row], *headings: str) -> Markdown:
-    """A Markdown table without a line break at its end; `Not measured.` where there is no row.
-
-    Args:
-        rows: cells from left to right; those that are no `Markdown` or integer are escaped.
-        headings: texts of ours, one a column.
-    """
-    lines = [" ".join(("|", *(f"{cell(value)} |" for value in values))) for values in rows]
-    if not lines:
-        return Markdown(f"{NOT_MEASURED}.")
-    head = "".join(f" {heading} |" if heading else " |" for heading in headings)
-    return Markdown("\n".join([f"|{head}", "|" + "---|" * len(headings), *lines]))
-
-
-def optional_table(rows: Iterable[Row], title: str, *headings: str) -> Markdown:
-    """A blank line, a title and a table; nothing where there is no row."""
-    listed_rows = list(rows)
-    return paragraphs([title, table(listed_rows, *headings)] if listed_rows else [])
-
-
-def paragraphs(texts: Iterable[str]) -> Markdown:
-    """Texts of ours, each after a blank line; nothing for no text."""
-    return Markdown("".join(f"\n\n{text}" for text in texts))
 
 
 def cell(value: object) -> object:
@@ -101,11 +67,7 @@ def hide_path(text: str) -> str:
 
 def without_paths(value: Any) -> Any:
     """A copy of plain values (JSON) in which every string that is a local path is its last name."""
-    if isinstance(value, dict):
-        return {key: without_paths(inner) for key, inner in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [without_paths(inner) for inner in value]
-    return hide_path(value) if isinstance(value, str) else value
+    return _with_texts(value, hide_path, in_keys=False)
 
 
 def without_invisible(value: Any) -> Any:
@@ -113,14 +75,23 @@ def without_invisible(value: Any) -> Any:
 
     Right-to-left marks and zero-width spaces are format characters.
     """
+    return _with_texts(value, _visible_only, in_keys=True)
+
+
+def _visible_only(text: str) -> str:
+    return "".join(c for c in text if c == "\n" or unicodedata.category(c) not in _INVISIBLE)
+
+
+def _with_texts(value: Any, change: Callable[[str], str], *, in_keys: bool) -> Any:
+    """A copy of plain values (JSON) with `change` applied to every string."""
     if isinstance(value, dict):
-        return {without_invisible(key): without_invisible(inner) for key, inner in value.items()}
-    if isinstance(value, list):
-        return [without_invisible(inner) for inner in value]
-    if not isinstance(value, str):
-        return value
-    visible = (c for c in value if c == "\n" or unicodedata.category(c) not in _INVISIBLE)
-    return "".join(visible)
+        return {
+            change(key) if in_keys else key: _with_texts(inner, change, in_keys=in_keys)
+            for key, inner in value.items()
+        }
+    if isinstance(value, (list, tuple)):
+        return [_with_texts(inner, change, in_keys=in_keys) for inner in value]
+    return change(value) if isinstance(value, str) else value
 
 
 def yaml_fence(values: dict[str, Any]) -> Markdown:
@@ -131,25 +102,39 @@ def yaml_fence(values: dict[str, Any]) -> Markdown:
     return Markdown(f"{fence}yaml\n{text}{fence}")
 
 
-def estimate(measured: Estimate | None) -> Markdown:
+def estimate(measured: Estimate | None, form: str = ".3f") -> Markdown:
     """`0.950 [0.888, 0.978], n 100`; `Not measured` for None."""
-    return _with_interval(measured, ".3f")
-
-
-def delta(measured: Estimate | None) -> Markdown:
-    """As `estimate`, every number with its sign."""
-    return _with_interval(measured, "+.3f")
+    if measured is None:
+        return Markdown(NOT_MEASURED)
+    return Markdown(f"{interval(measured, form)}, n {measured.n}")
 
 
 def interval(measured: Estimate | None, form: str = ".3f") -> Markdown:
     """As `estimate`, for a table that has a column for n; `n/a` for None."""
     if measured is None:
         return Markdown("n/a")
-    form = f"{{:{form}}}"
-    text = _round(measured.value, form)
+    text: str = number(measured.value, form)
     if measured.low is not None and measured.high is not None:
-        text += f" [{_round(measured.low, form)}, {_round(measured.high, form)}]"
+        text += f" [{number(measured.low, form)}, {number(measured.high, form)}]"
     return Markdown(text)
+
+
+def value(measured: Estimate | None) -> Markdown:
+    """A value without its interval; what is withheld says so."""
+    return Markdown("withheld") if measured is None else number(measured.value)
+
+
+def n_of(measured: Estimate | None) -> Markdown:
+    """The n of an estimate; empty for None."""
+    return Markdown("" if measured is None else measured.n)
+
+
+def gain(difference: Estimate | None, kl: float | None = None) -> Markdown:
+    """A difference with its interval, and the KL of what it was compared with; empty for None."""
+    if difference is None:
+        return Markdown("")
+    against = "" if kl is None else f" at KL {number(kl)}"
+    return Markdown(interval(difference, "+.3f") + against)
 
 
 def probability(p: float | None) -> Markdown:
@@ -159,20 +144,22 @@ def probability(p: float | None) -> Markdown:
     return Markdown("< 0.0001" if p < 1e-4 else f"{p:.2g}")
 
 
-def _with_interval(measured: Estimate | None, form: str) -> Markdown:
-    if measured is None:
-        return Markdown(NOT_MEASURED)
-    return Markdown(f"{interval(measured, form)}, n {measured.n}")
+def number(value: float | None, form: str = ".3f", *, absent: str = NOT_MEASURED) -> Markdown:
+    """A number without an interval; `absent` for None."""
+    if value is None:
+        return Markdown(absent)
+    text = format(value, form)
+    return Markdown("0.000" if text in {"-0.000", "+0.000"} else text)
 
 
-def _round(value: float, form: str) -> str:
-    text = form.format(value)
-    return "0.000" if text in {"-0.000", "+0.000"} else text
+def or_absent(value: object, absent: str) -> object:
+    """The value, or the text `absent` for None."""
+    return Markdown(absent) if value is None else value
 
 
-def number(value: float | None, form: str = ".3f") -> Markdown:
-    """A number without an interval; `Not measured` for None."""
-    return Markdown(NOT_MEASURED if value is None else _round(value, f"{{:{form}}}"))
+def uncapitalized(label: str) -> Markdown:
+    """A label of ours within a sentence."""
+    return Markdown(label[0].lower() + label[1:])
 
 
 def listed(values: Iterable[object]) -> Markdown:

@@ -58,11 +58,10 @@ def compare(
     compared; --target and --neutral let both answer, --neutral measures divergence, --tasks runs
     lm-eval. An API judge: --recipe, or --set judge.base_url=URL --set judge.model=NAME.
     """
-    from abliterator.benchmarks import RunSettings
+    from abliterator.benchmarks import RunSettings, require_engine
     from abliterator.checkpoint import Checkpoint
     from abliterator.comparison import CompareSettings, to_markdown
     from abliterator.comparison import compare as compare_checkpoints
-    from abliterator.evaluation import DivergenceSettings
     from abliterator.pipeline import Options
     from abliterator.prompts import load_prompts
     from abliterator.recipe import Benchmarks, Source
@@ -78,13 +77,15 @@ def compare(
         },
         tasks=_tasks(tasks),
         max_new_tokens=max_new_tokens,
-        divergence=DivergenceSettings(batch_size=options.batch_size("auto")),
+        batch_size=options.batch_size("auto"),
         benchmarks=RunSettings(
             section=Benchmarks(preset=None, limit=task_limit),
             device=options.compute_device,
             dtype=dtype_of_computation,
         ),
     )
+    if settings.tasks:
+        require_engine(settings.benchmarks.section.engine, settings.benchmarks.device)
     bars = Bars()
     judge = _judge(bars, **judge_options)
     with tempfile.TemporaryDirectory(prefix="abliterator-") as scratch:

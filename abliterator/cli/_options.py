@@ -27,7 +27,9 @@ SET = click.option(
 JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 
 COMPUTING = (
-    click.option("--device", default="auto", show_default=True, help="cpu, cuda, cuda:1, mps."),
+    click.option(
+        "--device", default="auto", show_default=True, help="cpu, cuda, cuda:1, mps, xpu."
+    ),
     click.option(
         "--dtype",
         type=click.Choice(["auto", "float32", "bfloat16", "float16"]),

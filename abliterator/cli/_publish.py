@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -10,10 +9,10 @@ from typing import TYPE_CHECKING
 import click
 
 from abliterator.cli._options import BASE, JSON, build_folders
-from abliterator.cli._terminal import Bars, echo
+from abliterator.cli._terminal import Bars, echo, show
 
 if TYPE_CHECKING:
-    from abliterator.publish import PublishPlan
+    from abliterator.publish import PlanSummary, PublishPlan
 
 
 @click.command()
@@ -75,29 +74,27 @@ def _publish_plans(plans: list[PublishPlan], *, dry_run: bool, as_json: bool) ->
     """Prints the plans, and publishes one after the other; JSON is one object for each."""
     from abliterator import publish as hub
 
+    summaries = [plan.summary for plan in plans]
     if not as_json:
-        echo("\n".join(map(_plan_text, plans)))
-    results = [plan.to_json() for plan in plans]
-    if not dry_run:
-        results = [hub.publish(plan, note=Bars().note).to_json() for plan in plans]
+        echo("\n".join(map(_plan_text, summaries)))
+    results = [] if dry_run else [hub.publish(plan, note=Bars().note) for plan in plans]
+    printed = summaries if dry_run else results
     if as_json:
-        echo(json.dumps(results[0] if len(results) == 1 else results, indent=1))
-    elif not dry_run:
-        for result in results:
-            echo(
-                f"{result['url']}: {'public' if result['public'] else 'private'}, commit "
-                f"{result['commit'][:12]}, {len(result['uploaded'])} files sent"
-            )
+        show(printed[0] if len(printed) == 1 else printed, str, as_json=True)
+    for result in [] if as_json else results:
+        echo(
+            f"{result.url}: {'public' if result.public else 'private'}, commit "
+            f"{result.commit[:12]}, {len(result.uploaded)} files sent"
+        )
 
 
-def _plan_text(publish_plan: PublishPlan) -> str:
-    plan = publish_plan.to_json()
+def _plan_text(plan: PlanSummary) -> str:
     lines = [
-        f"{plan['repo_id']}: {plan['visibility']}, gated: {plan['gated']}, "
-        f"{'a pull request' if plan['pull_request'] else 'branch ' + plan['revision']}"
-        f"{', tag ' + plan['tag'] if plan['tag'] else ''}",
-        *(f"{f['size']:>15,}  {f['sha256'][:12]}  {f['path']}" for f in plan["files"]),
-        f"{plan['bytes']:>15,}  in all",
-        *(f"not uploaded, not ours: {name}" for name in plan["left_out"]),
+        f"{plan.repo_id}: {plan.visibility}, gated: {plan.gated}, "
+        f"{'a pull request' if plan.pull_request else 'branch ' + plan.revision}"
+        f"{', tag ' + plan.tag if plan.tag else ''}",
+        *(f"{f.size:>15,}  {f.sha256[:12]}  {f.path}" for f in plan.files),
+        f"{plan.bytes:>15,}  in all",
+        *(f"not uploaded, not ours: {name}" for name in plan.left_out),
     ]
     return "\n".join(lines)

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
 from abliterator.cli._options import BASE, JSON, build_folders
-from abliterator.cli._terminal import echo
+from abliterator.cli._terminal import show
 
 if TYPE_CHECKING:
-    from abliterator.verification import AdapterVerification, Verification
+    from abliterator.record import AdapterVerification, Verification
 
 
 @click.command()
@@ -55,15 +54,17 @@ def verify(
         adapter_proof = verification.verify_adapter(
             folders.base, folders.checkpoint, adapter, subspace=subspace
         )
-    if as_json:
-        plain = {**proof.to_json(), "adapter": adapter_proof and adapter_proof.to_json()}
-        echo(json.dumps(plain, indent=1))
-    else:
-        echo(_checkpoint_text(proof, folders.checkpoint))
+
+    def as_text(_: object) -> str:
+        texts = [_checkpoint_text(proof, folders.checkpoint)]
         if adapter_proof is not None:
-            echo(_adapter_text(adapter_proof, adapter))
+            texts.append(_adapter_text(adapter_proof, adapter))
         elif adapter is not None:
-            echo(f"{adapter}: not looked at, for it is proven against the checkpoint")
+            texts.append(f"{adapter}: not looked at, for it is proven against the checkpoint")
+        return "\n".join(texts)
+
+    result = {**proof.model_dump(by_alias=True), "adapter": adapter_proof}
+    show(result, as_text, as_json=as_json)
     if not (proof.ok and (adapter_proof is None or adapter_proof.ok)):
         ctx.exit(1)
 

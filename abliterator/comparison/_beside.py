@@ -10,9 +10,10 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain, takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -45,6 +46,8 @@ _QUANTIZATION = ("quantization_config", "compression_config")
 _SECTIONS = ("normalizer", "pre_tokenizer", "post_processor", "decoder")
 _SETTINGS = ("bos_token", "eos_token", "unk_token", "clean_up_tokenization_spaces")
 _EXCERPT = 40  # characters of a text before and after the first that differs
+
+Texts = tuple[str | None, str | None]  # of base and edited; None where one has none
 
 
 @dataclass(frozen=True)
@@ -105,21 +108,18 @@ class Setup:
     @cached_property
     def generation(self) -> dict[str, Any]:
         """The fields of generation_config.json, but for stop tokens and versions."""
-        config = self._generation_config
-        return {name: value for name, value in _flat(config) if not _IGNORED.fullmatch(name)}
+        fields = _flat(self._json(GENERATION_CONFIG))
+        return {name: value for name, value in fields if not _IGNORED.fullmatch(name)}
 
     @cached_property
     def stop_ids(self) -> tuple[int, ...]:
         """The tokens that end an answer: of generation_config, config and tokenizer together."""
         config = self.loaded_config or self.checkpoint.config
         nested = [config, *(part for part in config.values() if isinstance(part, dict))]
-        declared = [part.get("eos_token_id") for part in (self._generation_config, *nested)]
+        declared = [part.get("eos_token_id") for part in (self._json(GENERATION_CONFIG), *nested)]
         declared.append(getattr(self.tokenizer, "eos_token_id", None))
-        stop_ids: set[int] = set()
-        for value in declared:
-            ids = value if isinstance(value, list) else [value]
-            stop_ids.update(i for i in ids if isinstance(i, int))
-        return tuple(sorted(stop_ids))
+        ids = chain(*(value if isinstance(value, list) else [value] for value in declared))
+        return tuple(sorted({i for i in ids if isinstance(i, int)}))
 
     @cached_property
     def templates(self) -> dict[str, str]:
@@ -146,10 +146,6 @@ class Setup:
             return False
         return True
 
-    @property
-    def _generation_config(self) -> dict[str, Any]:
-        return self._json(GENERATION_CONFIG)
-
     def _json(self, name: str) -> dict[str, Any]:
         if name not in self.files:
             return {}
@@ -165,9 +161,9 @@ def differences(base: Setup, edited: Setup) -> tuple[Difference, ...]:
     return (
         *_templates(base, edited),
         *_tokenizers(base, edited),
-        *_stop_tokens(base, edited),
-        *_fields("generation_config", base.generation, edited.generation),
-        *_fields("config", *_configs(base, edited)),
+        *_changes("stop_tokens", {"ids": base.stop_ids}, {"ids": edited.stop_ids}, _as_texts),
+        *_changes("generation_config", base.generation, edited.generation, _json_texts),
+        *_changes("config", *_configs(base, edited), _json_texts),
         *_files("code", base, edited),
     )
 
@@ -211,12 +207,10 @@ def link_with_base_prompting(base: Setup, edited: Setup, folder: Path) -> Path:
     Weights are linked; what else a loader opens is copied.
     """
     folder.mkdir()
-    for path in sorted(edited.folder.iterdir()):
-        if not _affects_prompting(path.name):
-            _link_or_copy(path, folder)
-    for path in sorted(base.folder.iterdir()):
-        if _affects_prompting(path.name):
-            _link_or_copy(path, folder)
+    for setup in (edited, base):
+        for path in sorted(setup.folder.iterdir()):
+            if _affects_prompting(path.name) == (setup is base):
+                _link_or_copy(path, folder)
     if not (folder / GENERATION_CONFIG).exists():  # else the edited config would say where to stop
         settings = {"eos_token_id": list(base.stop_ids)}
         write_text_atomic(folder / GENERATION_CONFIG, json.dumps(settings))
@@ -255,11 +249,8 @@ def _templates(base: Setup, edited: Setup) -> Iterator[Difference]:
         return
     if base.tokenizer is None or edited.tokenizer is None:
         yield from _files("chat_template", base, edited)
-        return
-    for name in sorted(base.templates.keys() | edited.templates.keys()):
-        before, after = base.templates.get(name), edited.templates.get(name)
-        if before != after:
-            yield _difference("chat_template", name, *_excerpts(before, after))
+    else:
+        yield from _changes("chat_template", base.templates, edited.templates, _excerpts)
 
 
 def _tokenizers(base: Setup, edited: Setup) -> Iterator[Difference]:
@@ -272,11 +263,13 @@ def _tokenizers(base: Setup, edited: Setup) -> Iterator[Difference]:
     before, after = _behaviour(base.tokenizer), _behaviour(edited.tokenizer)
     if before is None or after is None:
         yield from _files("tokenizer", base, edited)
-        return
-    for name in sorted(before.keys() | after.keys()):
-        if before.get(name) != after.get(name):
-            texts = (json.dumps(side.get(name), ensure_ascii=False) for side in (before, after))
-            yield _difference("tokenizer", name, *_excerpts(*texts))
+    else:
+        yield from _changes(
+            "tokenizer",
+            before,
+            after,
+            lambda *sides: _excerpts(*(json.dumps(side, ensure_ascii=False) for side in sides)),
+        )
 
 
 def _vocabularies(base: Mapping[str, int], edited: Mapping[str, int]) -> Iterator[Difference]:
@@ -292,13 +285,9 @@ def _vocabularies(base: Mapping[str, int], edited: Mapping[str, int]) -> Iterato
             yield Difference(
                 part="tokenizer",
                 name=f"{len(tokens)} {name}, such as {shown(first)}",
-                base=_id(base.get(first)),
-                edited=_id(edited.get(first)),
+                base=f"id {base[first]}" if first in base else None,
+                edited=f"id {edited[first]}" if first in edited else None,
             )
-
-
-def _id(token: int | None) -> str | None:
-    return None if token is None else f"id {token}"
 
 
 def _behaviour(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any] | None:
@@ -319,44 +308,47 @@ def _behaviour(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any] | None:
     }
 
 
-def _stop_tokens(base: Setup, edited: Setup) -> Iterator[Difference]:
-    if base.stop_ids != edited.stop_ids:
-        yield _difference("stop_tokens", "ids", *map(str, (base.stop_ids, edited.stop_ids)))
+def _files(part: Part, base: Setup, edited: Setup) -> Iterator[Difference]:
+    def digests(*sides: str | None) -> Texts:
+        before, after = (side and f"sha256 {side[:12]}" for side in sides)
+        return before, after
+
+    return _changes(part, base.files_of(part), edited.files_of(part), digests)
 
 
-def _fields(part: Part, base: Mapping[str, Any], edited: Mapping[str, Any]) -> Iterator[Difference]:
+def _changes(
+    part: Part,
+    base: Mapping[str, Any],
+    edited: Mapping[str, Any],
+    texts: Callable[[Any, Any], Texts],
+) -> Iterator[Difference]:
+    """What differs between two mappings; `texts` of both sides are shortened to fit on a line."""
     for name in sorted(base.keys() | edited.keys()):
         before, after = base.get(name), edited.get(name)
         if before != after:
-            yield _difference(part, name, *(_json_text(value) for value in (before, after)))
+            sides = (None if text is None else shown(text) for text in texts(before, after))
+            yield Difference(part=part, name=shown(name), base=next(sides), edited=next(sides))
 
 
-def _json_text(value: Any) -> str | None:
-    return None if value is None else json.dumps(value, ensure_ascii=False, default=str)
+def _as_texts(base: object, edited: object) -> Texts:
+    return str(base), str(edited)
 
 
-def _files(part: Part, base: Setup, edited: Setup) -> Iterator[Difference]:
-    before, after = base.files_of(part), edited.files_of(part)
-    for name in sorted(before.keys() | after.keys()):
-        if before.get(name) != after.get(name):
-            digests = (side.get(name) for side in (before, after))
-            yield _difference(part, name, *(d and f"sha256 {d[:12]}" for d in digests))
+def _json_texts(base: Any, edited: Any) -> Texts:
+    """Both values as JSON; None where a side has none."""
+    before, after = (
+        None if value is None else json.dumps(value, ensure_ascii=False, default=str)
+        for value in (base, edited)
+    )
+    return before, after
 
 
-def _difference(part: Part, name: str, base: str | None, edited: str | None) -> Difference:
-    """A `Difference` whose texts are shortened to fit on a line."""
-    sides = (None if side is None else shown(side) for side in (base, edited))
-    return Difference(part=part, name=shown(name), base=next(sides), edited=next(sides))
-
-
-def _excerpts(base: str | None, edited: str | None) -> tuple[str | None, str | None]:
+def _excerpts(base: str | None, edited: str | None) -> Texts:
     """The two texts around the first character that differs."""
     if base is None or edited is None:
         return base, edited
-    same = next(
-        (i for i, (a, b) in enumerate(zip(base, edited, strict=False)) if a != b),
-        min(len(base), len(edited)),
-    )
+    pairs = zip(base, edited, strict=False)
+    same = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
     start = max(0, same - _EXCERPT)
     cut = slice(start, same + _EXCERPT)
     return ("…" if start else "") + base[cut], ("…" if start else "") + edited[cut]

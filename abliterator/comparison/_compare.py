@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,13 +26,14 @@ from abliterator.comparison._beside import (
 )
 from abliterator.comparison._markdown import OTHER_VOCABULARY, difference_line
 from abliterator.comparison._weights import diff_weights
+from abliterator.devices import enough_memory
 from abliterator.engines import Engine, TransformersEngine
 from abliterator.errors import BenchmarkError
 from abliterator.evaluation import (
     Bar,
-    DivergenceSettings,
     RenderedPrompts,
     answer_sets,
+    base_paths,
     measure_divergence,
     no_bar,
 )
@@ -42,7 +44,6 @@ from abliterator.record import (
     BehaviourSide,
     Comparison,
     Completion,
-    Difference,
     Divergence,
     Measurement,
     OwnScores,
@@ -51,6 +52,8 @@ from abliterator.record import (
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+SIDES: tuple[Side, Side] = ("base", "edited")
 
 
 @dataclass(frozen=True)
@@ -62,17 +65,24 @@ class CompareSettings:
             on "neutral".
         tasks: benchmarks, from `resolve_tasks`.
         max_new_tokens: tokens of an answer.
-        divergence: how divergence is measured.
+        kl_tokens: answer tokens compared of each neutral prompt, at most.
+        batch_size: prompts answered together.
+        max_batch_tokens: tokens in one forward pass of the divergence.
+        seed: of the intervals.
         benchmarks: how benchmarks are run; device and dtype are those of all measurements.
     """
 
     prompts: Mapping[str, Sequence[str]] = field(default_factory=dict)
     tasks: Sequence[Task] = ()
     max_new_tokens: int = 256
-    divergence: DivergenceSettings = field(default_factory=DivergenceSettings)
+    kl_tokens: int = 32
+    batch_size: int = 16
+    max_batch_tokens: int = 4096
+    seed: int = 0
     benchmarks: RunSettings = field(default_factory=RunSettings)
 
 
+@enough_memory("The comparison", smaller="shorter answers (`--max-new-tokens`)")
 def compare(
     base: Path,
     edited: Path,
@@ -106,7 +116,9 @@ def compare(
     beside = differences(*setups)
     for difference in beside:
         note(f"beside the weights: {difference_line(difference)}")
-    prompting = _prompting(*setups, beside)
+    prompting: Asking = "alike"
+    if _PROMPTING_PARTS & {difference.part for difference in beside}:
+        prompting = "as_base" if same_vocabulary(*setups) else "apart"
     judge = judge or RuleJudge()
     weights = diff_weights(setups[0].checkpoint, setups[1].checkpoint)
     models = _SingleModelLoader({"base": base, "edited": edited}, settings.benchmarks, prompting)
@@ -116,7 +128,11 @@ def compare(
     if "divergence" not in withheld:
         divergence = _divergence(models.load, settings, scratch=scratch, bar=bar)
     models.free()
-    comparison = Comparison(
+    benchmarks = {}
+    if settings.tasks:
+        scores = _benchmark_scores(setups, settings, prompting, scratch=scratch, bar=bar)
+        benchmarks = _benchmarks(scores, prompting, seed=settings.seed)
+    return Comparison(
         base=base.name,
         edited=edited.name,
         beside=beside,
@@ -126,22 +142,11 @@ def compare(
         behaviour=behaviour,
         judge=judge.identity if behaviour else None,
         divergence=divergence,
-    )
-    if not settings.tasks:
-        return comparison
-    scores = _benchmark_scores(setups, settings, prompting, scratch=scratch, bar=bar)
-    return comparison.model_copy(
-        update=_benchmarks(scores, prompting, seed=settings.divergence.seed)
+        **benchmarks,
     )
 
 
 _PROMPTING_PARTS = {"chat_template", "tokenizer", "stop_tokens", "generation_config"}
-
-
-def _prompting(base: Setup, edited: Setup, beside: Sequence[Difference]) -> Asking:
-    if not _PROMPTING_PARTS & {difference.part for difference in beside}:
-        return "alike"
-    return "as_base" if same_vocabulary(base, edited) else "apart"
 
 
 def _withheld(
@@ -169,40 +174,35 @@ class _SingleModelLoader:
     ) -> None:
         self._folders, self._settings, self.prompting = folders, settings, prompting
         self._loaded: tuple[Side, Engine] | None = None
-        self._base_tokens: tuple[PreTrainedTokenizerBase, tuple[int, ...]] | None = None
 
     def load(self, side: Side) -> Engine:
         """The model of a side, with the tokenizer that its prompts are rendered with."""
         from abliterator.model import load_model
 
         if self._loaded is None or self._loaded[0] != side:
-            if side == "edited" and self.prompting == "as_base" and self._base_tokens is None:
-                self.load("base")
+            as_base = side == "edited" and self.prompting == "as_base"
+            changes = {"tokenizer": self._base_tokens[0]} if as_base else {}
             self.free()
             loaded = load_model(
                 self._folders[side], device=self._settings.device, dtype=self._settings.dtype
             )
-            if side == "edited" and self.prompting == "as_base" and self._base_tokens is not None:
-                loaded = replace(loaded, tokenizer=self._base_tokens[0])
-            engine = TransformersEngine(loaded)
-            if side == "base":
-                self._base_tokens = engine.tokenizer, engine.stop_ids
-            self._loaded = (side, engine)
+            self._loaded = (side, TransformersEngine(replace(loaded, **changes)))
         return self._loaded[1]
 
     @property
     def stop_ids(self) -> tuple[int, ...] | None:
         """The tokens that end the answers of both sides; None for each side's own."""
-        if self.prompting != "as_base":
-            return None
-        if self._base_tokens is None:
-            self.load("base")
-        return None if self._base_tokens is None else self._base_tokens[1]
+        return self._base_tokens[1] if self.prompting == "as_base" else None
+
+    @cached_property
+    def _base_tokens(self) -> tuple[PreTrainedTokenizerBase, tuple[int, ...]]:
+        engine = self.load("base")
+        return engine.tokenizer, engine.stop_ids
 
     def free(self) -> None:
         if self._loaded is None:
             return
-        from abliterator.model import release_memory
+        from abliterator.devices import release_memory
 
         self._loaded = None
         release_memory()
@@ -214,44 +214,39 @@ def _behaviour(
     """Judged answers of both sides by prompt set; without a difference where prompts differ."""
     if not settings.prompts:
         return {}
-    sides: tuple[Side, Side] = ("base", "edited")
-    answers = [answer for side in sides for answer in _answers(models, side, settings, bar)]
+    answers = [answer for side in SIDES for answer in _answers(models, side, settings, bar)]
     verdicts = judge_completions(answers, judge)
     behaviours = {
         name: summarise(
-            *([v for v in verdicts if (v.set, v.side) == (name, side)] for side in sides),
-            seed=settings.divergence.seed,
+            *([v for v in verdicts if (v.set, v.side) == (name, side)] for side in SIDES),
+            seed=settings.seed,
         )
         for name in settings.prompts
     }
     if models.prompting != "apart":
         return behaviours
-    return {name: _without_delta(behaviour) for name, behaviour in behaviours.items()}
-
-
-def _without_delta(behaviour: Behaviour) -> Behaviour:
-    """The same figures of both sides, without the difference between them."""
-    nothing = dict.fromkeys(BehaviourSide.model_fields)
-    return behaviour.model_copy(
-        update={"delta": BehaviourSide(**nothing), "smallest_detectable": {}, "p_value": {}}
-    )
+    no_difference = {
+        "delta": BehaviourSide(**dict.fromkeys(BehaviourSide.model_fields)),
+        "smallest_detectable": {},
+        "p_value": {},
+    }
+    return {name: b.model_copy(update=no_difference) for name, b in behaviours.items()}
 
 
 def _answers(
     models: _SingleModelLoader, side: Side, settings: CompareSettings, bar: Bar
 ) -> list[Completion]:
-    engine = models.load(side)
+    engine, limit = models.load(side), settings.max_new_tokens
+    rendered = {
+        name: RenderedPrompts(prompts, _rendered(engine, prompts, name, limit))
+        for name, prompts in settings.prompts.items()
+    }
     return answer_sets(
         engine,
-        {
-            name: RenderedPrompts(
-                prompts, _rendered(engine, prompts, name, settings.max_new_tokens)
-            )
-            for name, prompts in settings.prompts.items()
-        },
+        rendered,
         side=side,
-        max_new_tokens=settings.max_new_tokens,
-        batch_size=settings.divergence.batch_size,
+        max_new_tokens=limit,
+        batch_size=settings.batch_size,
         bar=bar,
         stop_ids=models.stop_ids,
     )
@@ -273,11 +268,27 @@ def _divergence(
     neutral = settings.prompts.get("neutral")
     if not neutral:
         return None
+    tokens = settings.kl_tokens
+
+    def rendered(engine: Engine) -> list[list[int]]:
+        return _rendered(engine, neutral, "neutral", tokens)
+
+    paths = base_paths(
+        load("base"),
+        rendered(load("base")),
+        tokens=tokens,
+        max_new_tokens=settings.max_new_tokens,
+        batch_size=settings.batch_size,
+        bar=bar,
+    )
     return measure_divergence(
         load,
-        lambda engine: _rendered(engine, neutral, "neutral", settings.divergence.tokens),
-        replace(settings.divergence, max_new_tokens=settings.max_new_tokens),
+        rendered,
+        paths,
+        tokens=tokens,
         scratch=scratch / "base_logits.bin",
+        max_batch_tokens=settings.max_batch_tokens,
+        seed=settings.seed,
         bar=bar,
     )
 
@@ -294,11 +305,10 @@ def _benchmark_scores(
     if prompting == "as_base":
         folders[1] = link_with_base_prompting(*setups, scratch / "edited")
     digests = [str(fingerprint(setup.checkpoint)) for setup in setups]
-    sides: tuple[Side, Side] = ("base", "edited")
     with bar("benchmark tasks, both sides", 2 * len(settings.tasks)) as advance:
         try:
             return measure_sides(
-                dict(zip(sides, map(ScoredCheckpoint, folders, digests), strict=True)),
+                dict(zip(SIDES, map(ScoredCheckpoint, folders, digests), strict=True)),
                 settings.tasks,
                 settings.benchmarks,
                 out=scratch / "benchmarks",

@@ -91,14 +91,12 @@ class Side:
 
     def _layout(self, name: str) -> Layout | None:
         if self._storage is None:
-            return Storage().layout(name, self.checkpoint.tensors) if self._is_plain(name) else None
+            tensors = self.checkpoint.tensors
+            return Storage().layout(name, tensors) if tensors[name].dtype in FORMATS else None
         try:
             return self._storage.layout(name, self.checkpoint.tensors)
         except AbliteratorError:
             return None
-
-    def _is_plain(self, name: str) -> bool:
-        return self.checkpoint.tensors[name].dtype in FORMATS
 
 
 def only_in(side: Side, other: Side) -> Iterator[str]:

@@ -34,11 +34,10 @@ from abliterator.evaluation._paths import (
     summarise_divergence,
 )
 from abliterator.evaluation._perplexity import neutral_text, text_perplexity
-from abliterator.evaluation._two_checkpoints import DivergenceSettings, measure_divergence
+from abliterator.evaluation._two_checkpoints import measure_divergence
 
 __all__ = [
     "Bar",
-    "DivergenceSettings",
     "EditEvaluator",
     "EvaluationContext",
     "JudgedAnswers",

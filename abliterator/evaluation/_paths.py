@@ -16,8 +16,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from abliterator.engines import AnswerPath, Engine, OnBatch, Tokens
+from abliterator.engines import AnswerPath, Engine, Tokens
 from abliterator.errors import GenerationError, OutputError
+from abliterator.evaluation._answers import Bar, no_bar
 from abliterator.evaluation._context import EvaluationContext, RenderedPrompts
 from abliterator.evaluation._kl import kl_divergence, require_finite, top1_agreement
 from abliterator.files import OpenFile, free_bytes, writable, write_fully
@@ -55,7 +56,7 @@ def base_paths(
     tokens: int,
     max_new_tokens: int,
     batch_size: int,
-    on_batch: OnBatch | None = None,
+    bar: Bar = no_bar,
 ) -> list[AnswerPath]:
     """The model's own greedy answers, along which distributions are compared.
 
@@ -68,16 +69,17 @@ def base_paths(
         tokens: answer tokens compared of each prompt, at most.
         max_new_tokens: of the thinking before them.
         batch_size: prompts at a time.
-        on_batch: called with the number of prompts done after each batch.
+        bar: shows progress.
 
     Raises:
         GenerationError: if there is no prompt, or the model comes to no answer on any.
     """
 
     def paths_of(prompts: Sequence[Sequence[int]]) -> tuple[list[AnswerPath], bool]:
-        answers = engine.answers(
-            prompts, max_new_tokens=tokens, batch_size=batch_size, on_batch=on_batch
-        )
+        with bar("base answers to neutral prompts", len(prompts)) as advance:
+            answers = engine.answers(
+                prompts, max_new_tokens=tokens, batch_size=batch_size, on_batch=advance
+            )
         paths = [
             answer_path(
                 prompt, answer.token_ids, tokens=tokens, stopped=answer.finish_reason == "stop"

@@ -10,20 +10,21 @@ names the file of the one that its record shall carry; no other is used.
 
 from __future__ import annotations
 
-import json
 import os
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
+
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from abliterator.errors import FileError, JudgeError
 from abliterator.files import digest_of, read_text, sha256_of_bytes
 from abliterator.judge._rule_judge import RuleJudge
 from abliterator.judge._summary import unscored_reasons
 from abliterator.judge._types import Answered, Judge, Judgement
-from abliterator.record import Estimate, Frozen, JudgeIdentity, Verdict
+from abliterator.record import CalibrationSummary, Estimate, Frozen, Grade, JudgeIdentity, Verdict
 from abliterator.statistics import rate_interval
 
 # The fields that identify a judge, beside what a run measures of it.
@@ -59,13 +60,11 @@ class Calibration(Frozen):
     disagreement: dict[str, Estimate]  # share of other verdicts: by "itself", by "rules"
     differing: tuple[int, ...]  # 1-based lines where judge and label differ
 
-    def summary(self) -> dict[str, Any]:
+    def summary(self) -> CalibrationSummary:
         """What a record carries: the figures, and hashes in place of texts."""
-        figures = ("n", "unscored", "agreement", "kappa", "kappa_binary")
-        kept = {name: getattr(self, name) for name in figures}
+        kept = self.model_dump(include=set(CalibrationSummary.model_fields))
         rounded = {k: round(v, 4) if isinstance(v, float) else v for k, v in kept.items()}
-        labels = {"labels": self.labels, "labels_sha256": self.labels_sha256}
-        return {**rounded, **labels, "sha256": self.sha256}
+        return CalibrationSummary(**rounded, sha256=self.sha256)
 
     @property
     def sha256(self) -> str:
@@ -75,20 +74,15 @@ class Calibration(Frozen):
 
 @dataclass(frozen=True)
 class Calibrated:
-    """A judge whose identity carries the summary of its calibration.
-
-    Attributes:
-        judge: the judge.
-        summary: of its calibration.
-    """
+    """A judge whose identity carries the summary of its calibration."""
 
     judge: Judge
-    summary: Mapping[str, Any]
+    summary: CalibrationSummary
 
     @property
     def identity(self) -> JudgeIdentity:
         """The judge's identity, with the calibration."""
-        return self.judge.identity.model_copy(update={"calibration": dict(self.summary)})
+        return self.judge.identity.model_copy(update={"calibration": self.summary})
 
     def judge_all(self, answers: Sequence[Answered]) -> list[Judgement]:
         """Judgements of the wrapped judge, in the order of the answers."""
@@ -106,37 +100,36 @@ def load_labelled(path: Path) -> list[Labelled]:
     except FileError as error:
         raise JudgeError(f"The labelled answers cannot be read. {error}") from None
     numbered = enumerate(text.split("\n"), start=1)
-    rows = [_row(line, f"{path}, line {number}") for number, line in numbered if line.strip()]
+    rows = [_labelled(line, f"{path}, line {number}") for number, line in numbered if line.strip()]
     if not rows:
         raise JudgeError(f"{path} is empty: write one labelled answer a line.")
     return rows
 
 
-def _row(line: str, where: str) -> Labelled:
-    expected = 'expected {"prompt": text, "response": text, "label": 0, 0.5 or 1}'
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError):
-        raise JudgeError(f"{where}: not JSON; {expected}.") from None
-    if not isinstance(row, dict):
-        raise JudgeError(f"{where}: JSON, but no object; {expected}.")
-    label = row.get("label")
-    if not all(isinstance(row.get(key), str) for key in ("prompt", "response")):
-        raise JudgeError(f"{where}: no text under prompt or response; {expected}.")
-    if not all(_is_text(row[key]) for key in ("prompt", "response")):
-        raise JudgeError(f"{where}: half of a surrogate pair (\\ud800 to \\udfff); {expected}.")
-    if isinstance(label, bool) or label not in CLASSES:
-        raise JudgeError(f"{where}: the label is not 0, 0.5 or 1; {expected}.")
-    return Labelled(Answered(row["prompt"], row["response"]), float(label))
+class _Row(BaseModel):
+    model_config = ConfigDict(strict=True)
+
+    prompt: str
+    response: str
+    label: Grade
 
 
-def _is_text(text: str) -> bool:
-    """Whether a text can be encoded: JSON allows half a surrogate pair, UTF-8 does not."""
+def _labelled(line: str, where: str) -> Labelled:
     try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
+        row = _Row.model_validate_json(line)
+    except ValidationError as error:
+        fault = error.errors()[0]
+        kinds = {
+            "json_invalid": f"not JSON ({fault['msg']})",
+            "model_type": "JSON, but no object",
+        }
+        is_label = fault["loc"] == ("label",)
+        field = "the label is not 0, 0.5 or 1" if is_label else "no text under prompt or response"
+        raise JudgeError(
+            f"{where}: {kinds.get(fault['type'], field)}; "
+            'expected {"prompt": text, "response": text, "label": 0, 0.5 or 1}.'
+        ) from None
+    return Labelled(Answered(row.prompt, row.response), row.label)
 
 
 def calibrate(
@@ -162,6 +155,7 @@ def calibrate(
         if judgement.compliance is not None
     ]
     complied = [(float(label == 1), float(grade == 1)) for label, grade in pairs]
+    counts = Counter(complied)
     agreed = sum(label == grade for label, grade in pairs)
     return Calibration(
         judge=judge.identity,
@@ -175,12 +169,8 @@ def calibrate(
         agreement_interval=Estimate.of(rate_interval(agreed, len(pairs))),
         kappa=cohens_kappa(pairs),
         kappa_binary=cohens_kappa(complied),
-        false_positive_rate=_share(
-            complied.count((0, 1)), complied.count((0, 1)) + complied.count((0, 0))
-        ),
-        false_negative_rate=_share(
-            complied.count((1, 0)), complied.count((1, 0)) + complied.count((1, 1))
-        ),
+        false_positive_rate=_share(counts[0, 1], counts[0, 1] + counts[0, 0]),
+        false_negative_rate=_share(counts[1, 0], counts[1, 0] + counts[1, 1]),
         per_class={name: _class_figures(grade, pairs) for grade, name in CLASSES.items()},
         confusion={
             name: {other: pairs.count((label, grade)) for grade, other in CLASSES.items()}

@@ -93,6 +93,13 @@ def languages() -> dict[str, Language]:
 
 
 @cache
+def english(name: str) -> re.Pattern[str]:
+    """A pattern of English prompts or of beginnings of answers."""
+    raw = files("abliterator.judge").joinpath("english.yaml").read_bytes()
+    return re.compile(yaml.safe_load(raw)[name])
+
+
+@cache
 def form(name: str) -> re.Pattern[str]:
     """A pattern of prompts or of beginnings of answers, in every language but English."""
     return re.compile(fold("|".join(_data()["forms"][name])))

@@ -15,26 +15,27 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median_low
-from typing import TYPE_CHECKING
 
 from abliterator.errors import JudgeError
 from abliterator.files import digest_of
 from abliterator.judge._parse import SCHEMA, parse
-from abliterator.judge._prompt import judge_prompt, messages
 from abliterator.judge._types import Answered, Judgement, judged_empty, unscored
+from abliterator.recipe import JudgeSettings
 from abliterator.record import Estimate, JudgeIdentity
 from abliterator.server import (
+    Prompt,
     Request,
     Session,
     Unanswered,
     Usage,
+    delimiter,
+    filled,
     in_parallel,
+    load_prompt,
+    neutralize,
     outside_a_loop,
 )
 from abliterator.statistics import rate_interval
-
-if TYPE_CHECKING:
-    from abliterator.recipe import JudgeSettings
 
 Item = tuple[str, str]  # prompt and answer: all that a judge is shown
 
@@ -82,6 +83,7 @@ class OpenAIJudge:
         """Model, prompt and settings; after judging also usage and what the server reports."""
         tally, settings, prompt = self._tally, self._settings, judge_prompt()
         usage = tally.usage
+        usd = {} if settings.prices is None else {"usd": round(usage.cost, 6)}
         disagreement = Estimate.of(rate_interval(sum(tally.rejudged), len(tally.rejudged)))
         return JudgeIdentity(
             kind="openai",
@@ -94,16 +96,8 @@ class OpenAIJudge:
             fingerprints=tuple(sorted(usage.fingerprints)),
             structured=_joined(usage.response_formats),
             disagreement={} if disagreement is None else {"itself": disagreement},
-            usage=self._usage(),
+            usage={"calls": usage.calls, "invalid": usage.invalid, **usd} if usage.calls else {},
         )
-
-    def _usage(self) -> dict[str, float]:
-        """Calls, replies among them that were no verdict, and dollars where there are prices."""
-        usage = self._tally.usage
-        if not usage.calls:
-            return {}
-        usd = {} if self._settings.prices is None else {"usd": round(usage.cost, 6)}
-        return {"calls": usage.calls, "invalid": usage.invalid, **usd}
 
     def judge_all(self, answers: Sequence[Answered]) -> list[Judgement]:
         """Judge every answer; one that gets no valid verdict is unscored, and says why.
@@ -126,7 +120,12 @@ class OpenAIJudge:
             self._tally = Tally(len(items), usage=session.usage)
 
             async def judged(item: Item) -> Judgement:
-                return self._tallied(await self._judge(session, item, again=item in rejudged))
+                judgement = await self._judge(session, item, again=item in rejudged)
+                self._tally.done += 1
+                self._tally.unscored += not judgement.is_scored
+                if self._on_verdict is not None:
+                    self._on_verdict(self._tally)
+                return judgement
 
             return await in_parallel(
                 order,
@@ -163,12 +162,24 @@ class OpenAIJudge:
         except Unanswered as error:
             return unscored(str(error))
 
-    def _tallied(self, judgement: Judgement) -> Judgement:
-        self._tally.done += 1
-        self._tally.unscored += not judgement.is_scored
-        if self._on_verdict is not None:
-            self._on_verdict(self._tally)
-        return judgement
+
+def judge_prompt() -> Prompt:
+    """The rubric and the item, from the prompt file of this package."""
+    return load_prompt("judge", "prompt.yaml")
+
+
+def messages(prompt: str, answer: str, *, vote: int, attempt: int) -> list[dict[str, str]]:
+    """The conversation that asks for one verdict; it does not say whose answer it is."""
+    rubric = judge_prompt()
+    places = {
+        "marker": delimiter(rubric.sha256, prompt, answer, vote, attempt),
+        "question": neutralize(prompt),
+        "answer": neutralize(answer),
+    }
+    return [
+        {"role": "system", "content": rubric.texts["system"]},
+        {"role": "user", "content": filled(rubric.texts["item"], places)},
+    ]
 
 
 def _majority(votes: Sequence[Judgement]) -> Judgement:

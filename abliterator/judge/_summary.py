@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 from abliterator.errors import JudgeError
 from abliterator.judge._types import Judgement
-from abliterator.record import Behaviour, BehaviourSide, Estimate, Verdict, VerdictKind
+from abliterator.record import Behaviour, BehaviourSide, Estimate, Side, Verdict
 from abliterator.statistics import (
     mcnemar_exact,
     mean_interval,
@@ -130,7 +130,10 @@ def summarise(base: Sequence[Verdict], edited: Sequence[Verdict], *, seed: int =
             "sides."
         )
     pairs = [(base_by_index[index], edited_by_index[index]) for index in sorted(base_by_index)]
-    scored = _scored_pairs(pairs)
+    scored = []
+    if all(scored_verdicts(side) for side in zip(*pairs, strict=True)):
+        scored = [(b, e) for b, e in pairs if not (_unscored(b) or _unscored(e))]
+    sides: tuple[tuple[Side, Sequence[Verdict]], ...] = (("base", base), ("edited", edited))
     return Behaviour(
         base=_side([b for b, _ in pairs], seed),
         edited=_side([e for _, e in pairs], seed),
@@ -139,8 +142,8 @@ def summarise(base: Sequence[Verdict], edited: Sequence[Verdict], *, seed: int =
             name: smallest_detectable(*_values(measure, scored)) for name, measure in GRADED.items()
         },
         p_value=_p_values(scored, seed),
-        kinds={"base": _kinds(base), "edited": _kinds(edited)},
-        unscored_reasons={"base": unscored_reasons(base), "edited": unscored_reasons(edited)},
+        kinds={side: dict(Counter(v.kind for v in verdicts if v.kind)) for side, verdicts in sides},
+        unscored_reasons={side: unscored_reasons(verdicts) for side, verdicts in sides},
     )
 
 
@@ -157,13 +160,6 @@ def _by_index(verdicts: Sequence[Verdict]) -> dict[int, Verdict]:
 def _side(verdicts: Sequence[Verdict], seed: int) -> BehaviourSide:
     counted = {name: _estimate(name, verdicts, seed) for name in COUNTED}
     return BehaviourSide(**estimates_of(verdicts, seed=seed)._asdict(), **counted)
-
-
-def _scored_pairs(pairs: Pairs) -> Pairs:
-    """Pairs with a verdict on both sides; none where a side's figures are withheld."""
-    if not all(scored_verdicts(side) for side in zip(*pairs, strict=True)):
-        return []
-    return [(b, e) for b, e in pairs if not (_unscored(b) or _unscored(e))]
 
 
 def _delta(pairs: Pairs, scored: Pairs, seed: int) -> BehaviourSide:
@@ -196,11 +192,6 @@ def _p_values(pairs: Pairs, seed: int) -> dict[str, float | None]:
         else sign_flip_test(*_values(measure, pairs), seed=seed)
         for name, measure in GRADED.items()
     }
-
-
-def _kinds(verdicts: Sequence[Verdict]) -> dict[VerdictKind, int]:
-    """How many verdicts are of each kind; unscored ones have none."""
-    return dict(Counter(v.kind for v in verdicts if v.kind is not None))
 
 
 def unscored_reasons(verdicts: Iterable[Verdict | Judgement]) -> dict[str, int]:

@@ -10,19 +10,12 @@ from abliterator.thinking import Split, split_text
 
 
 class Answered(NamedTuple):
-    """A prompt and the response to it; a judge is shown the prompt and the answer.
-
-    Attributes:
-        prompt: the text of the request.
-        response: the whole response: the model's thinking, then its answer.
-        finish_reason: why it ended.
-        answer_start: index of the answer's first character in `response`; None where it is not
-            known, and then the marks in the text decide.
-    """
+    """A prompt and the response to it; a judge is shown the prompt and the answer."""
 
     prompt: str
-    response: str
+    response: str  # the model's thinking, then its answer
     finish_reason: FinishReason = "stop"
+    # index of the answer's first character in `response`; if None, the marks in the text decide
     answer_start: int | None = None
 
     @classmethod

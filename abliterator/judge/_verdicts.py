@@ -19,6 +19,9 @@ def judge_completions(completions: Iterable[Completion], judge: Judge) -> list[V
 def _verdict(completion: Completion, judgement: Judgement) -> Verdict:
     thinking, answer, _ = Answered.of(completion).split
     truncated = completion.finish_reason == "length"
+    statistics = None
+    if answer.strip():
+        statistics = TextStatistics(repetition=loop_share(answer), distinct=distinct_share(answer))
     return Verdict(
         set=completion.set,
         side=completion.side,
@@ -30,7 +33,7 @@ def _verdict(completion: Completion, judgement: Judgement) -> Verdict:
         reasons=judgement.reasons,
         kind=_kind(judgement, answer, truncated=truncated),
         thinking=thinking,
-        text_statistics=_text_statistics(answer),
+        text_statistics=statistics,
     )
 
 
@@ -44,9 +47,3 @@ def _kind(judgement: Judgement, answer: str, *, truncated: bool) -> VerdictKind 
     if judgement.compliance:
         return "complied" if judgement.compliance == 1 else "partial"
     return "refused" if judgement.refused else "deflected"
-
-
-def _text_statistics(answer: str) -> TextStatistics | None:
-    if not answer.strip():
-        return None
-    return TextStatistics(repetition=loop_share(answer), distinct=distinct_share(answer))

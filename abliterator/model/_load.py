@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from abliterator.anatomy import require_countable
+from abliterator.devices import enough_memory, is_out_of_memory
 from abliterator.errors import CheckpointError, GenerationError, RecipeError
 from abliterator.files import read_text, require_plain_folder, shown
 from abliterator.model._finite import require_first_pass
 from abliterator.model._foreign import as_sentence, foreign
-from abliterator.model._run import is_out_of_memory
 from abliterator.model._tokenizer import load_tokenizer
 
 if TYPE_CHECKING:
@@ -67,7 +67,7 @@ def load_model(
 
     Args:
         folder: a checkpoint in safetensors format.
-        device: as torch names it: "cpu", "cuda", "cuda:1", "mps".
+        device: as torch names it: "cpu", "cuda", "cuda:1", "mps", "xpu".
         dtype: "float32", "bfloat16" or "float16"; None is the dtype that config.json says.
         trust_remote_code: whether Python files in `folder` may run.
 
@@ -83,9 +83,10 @@ def load_model(
         require_countable(json.loads(read_text(folder / "config.json")))
     model = _load_weights(folder, _DTYPES[dtype] if dtype else "auto", trust_remote_code)
     tokenizer = load_tokenizer(folder, trust_remote_code=trust_remote_code)
-    with foreign(
-        f"The model in {folder} cannot be put on device {device!r}",
-        "Use a device that this machine has and that can hold the model; `cpu` always works.",
+    problem = f"The model in {folder} cannot be put on device {device!r}"
+    with (
+        foreign(problem, "Use a device that this machine has; `cpu` always works."),
+        enough_memory(f"On device {device!r}, the model in {folder}"),
     ):
         model = model.to(device).eval().requires_grad_(False)
     if trust_remote_code:
@@ -157,7 +158,8 @@ def _loading(folder: Path) -> Iterator[None]:
         "trust_remote_code and pin a revision in the recipe.",
     ):
         try:
-            yield
+            with enough_memory(f"The model in {folder}"):
+                yield
         except SafetensorError as error:
             raise CheckpointError(
                 f"A weight file in {folder} is damaged: {as_sentence(error)} Download the model "
@@ -324,13 +326,13 @@ def _require_that_it_runs(loaded: LoadedModel, trust_remote_code: bool) -> None:
     ids = list(loaded.tokenizer(_FIRST_TEXT)["input_ids"])[: limits.context]
     # tokens without an embedding are reported when prompts are rendered
     ids = [token for token in ids if limits.vocabulary is None or token < limits.vocabulary] or [0]
-    first = torch.tensor([ids], device=loaded.model.device)
     with foreign(
         f"The model in {loaded.folder} does not run with transformers {transformers.__version__}",
         f"{code or 'Check its config.json, or use'} a conversion of the model to an architecture "
         "that transformers has.",
     ):
         try:
+            first = torch.tensor([ids], device=loaded.model.device)
             require_first_pass(loaded, first)
             _generate_two(loaded.model, first[:, :2])
         except (MemoryError, RuntimeError) as error:

@@ -14,8 +14,9 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from abliterator.devices import is_out_of_memory
 from abliterator.model._limits import context_limit
-from abliterator.model._run import cache_name, head_at, is_out_of_memory, positions_from
+from abliterator.model._run import cache_name, head_at, positions_from
 
 if TYPE_CHECKING:
     from abliterator.model._load import LoadedModel

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import ctypes
-import gc
 import inspect
-import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from inspect import BoundArguments
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -16,17 +13,11 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from abliterator.devices import is_out_of_memory, release_memory
 from abliterator.errors import GenerationError, UnsupportedModel
 
 if TYPE_CHECKING:
     from torch.utils.hooks import RemovableHandle
-
-_OUT_OF_MEMORY = (
-    "out of memory",  # CUDA's driver, Apple's backend
-    "CUBLAS_STATUS_ALLOC_FAILED",
-    "can't allocate memory",  # the CPU's allocator
-    "not enough memory",
-)
 
 
 @dataclass(frozen=True)
@@ -108,8 +99,8 @@ def run_batches(
             if len(batch) == 1:
                 raise GenerationError(
                     "One prompt alone does not fit in the device's memory beside the model. Use "
-                    "shorter prompts or answers, a smaller dtype (`--dtype bfloat16`), or a "
-                    "larger device."
+                    "shorter prompts or answers, a smaller dtype (`--dtype bfloat16`), a device "
+                    "with more memory, or `--device cpu`."
                 ) from error
             limit = len(batch) // 2
             queue.appendleft(batch)
@@ -118,18 +109,6 @@ def run_batches(
             continue
         # Out of the except clause: until there, the traceback keeps the failed run's tensors alive.
         release_memory()
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether a device or the host had too little memory.
-
-    Only torch's own allocator raises an error type for that; errors of cuBLAS, the driver, Apple's
-    backend and the CPU's allocator are recognised by their messages.
-    """
-    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
-        return True
-    message = str(error)
-    return isinstance(error, RuntimeError) and any(words in message for words in _OUT_OF_MEMORY)
 
 
 def cache_name(model: nn.Module) -> str:
@@ -179,19 +158,6 @@ def masked_positions(model: nn.Module, mask: Tensor) -> dict[str, Tensor]:
     if "position_ids" not in inspect.signature(model.forward).parameters:
         return {}
     return {"position_ids": (mask.cumsum(dim=1) - 1).masked_fill(mask == 0, 0)}
-
-
-def release_memory() -> None:
-    """Frees cached device and host memory; call it after the last reference to a model is gone.
-
-    glibc keeps freed memory for later, so part of a released model would stay with the process
-    while the next one is loaded.
-    """
-    gc.collect()
-    torch.cuda.empty_cache()  # nothing without CUDA
-    if sys.platform == "linux":
-        with suppress(AttributeError):  # other C libraries have no such call, and no need of it
-            ctypes.CDLL(None).malloc_trim(0)
 
 
 def _submodule(model: nn.Module, path: str) -> nn.Module:

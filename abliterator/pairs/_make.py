@@ -11,7 +11,7 @@ from collections import Counter, deque
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar
 
 from abliterator.errors import PairsError
 from abliterator.pairs._filter import Length, PairFilter
@@ -23,11 +23,8 @@ from abliterator.pairs._questions import (
     sorting_request,
     writing_request,
 )
+from abliterator.recipe import PairsSpec
 from abliterator.server import Session, Unanswered, in_parallel, outside_a_loop
-
-if TYPE_CHECKING:
-    from abliterator.recipe import PairsSpec
-
 
 T = TypeVar("T")
 

@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from functools import cache
+from importlib.resources import files
+from typing import Any, Literal, NamedTuple
 
+import yaml
+
+from abliterator.recipe import PairsSpec
 from abliterator.server import (
     InvalidReply,
     Prompt,
@@ -17,36 +22,9 @@ from abliterator.server import (
     without_thinking,
 )
 
-if TYPE_CHECKING:
-    from abliterator.recipe import PairsSpec
-
 Side = Literal["target", "contrast"]
 SIDES: tuple[Side, Side] = ("target", "contrast")
 MAX_EXISTING = 40  # latest requests of a category that a request for further pairs lists
-
-_TEXT = {"type": "string"}
-PAIRS_SCHEMA: dict[str, Any] = {
-    "type": "object",
-    "properties": {
-        "pairs": {
-            "type": "array",
-            "items": {
-                "type": "object",
-                "properties": dict.fromkeys(SIDES, _TEXT),
-                "required": list(SIDES),
-                "additionalProperties": False,
-            },
-        }
-    },
-    "required": ["pairs"],
-    "additionalProperties": False,
-}
-LABEL_SCHEMA: dict[str, Any] = {
-    "type": "object",
-    "properties": {"reason": _TEXT, "label": {"type": "string", "enum": ["A", "B", "neither"]}},
-    "required": ["reason", "label"],
-    "additionalProperties": False,
-}
 
 
 class Candidate(NamedTuple):
@@ -59,6 +37,13 @@ class Candidate(NamedTuple):
 def pairs_prompt() -> Prompt:
     """The prompt file of this package."""
     return load_prompt("pairs", "prompt.yaml")
+
+
+@cache
+def _schema(name: str) -> dict[str, Any]:
+    raw = files("abliterator.pairs").joinpath("schemas.yaml").read_bytes()
+    schema: dict[str, Any] = yaml.safe_load(raw)[name]
+    return schema
 
 
 def writing_request(
@@ -80,7 +65,7 @@ def writing_request(
         "count": str(spec.per_call),
     }
     messages = _messages(prompt.texts["write_system"], filled(prompt.texts["write_item"], places))
-    return Request(messages, PAIRS_SCHEMA, {**spec.server.parameters, **spec.parameters})
+    return Request(messages, _schema("pairs"), {**spec.server.parameters, **spec.parameters})
 
 
 def _listed(text: str, place: str, lines: Sequence[str]) -> str:
@@ -93,7 +78,7 @@ def sorting_request(spec: PairsSpec, request: str, *, attempt: int) -> Request:
     mark = delimiter(prompt.sha256, request, attempt)
     system = filled(prompt.texts["check_system"], {"first": spec.target, "second": spec.contrast})
     item = filled(prompt.texts["check_item"], {"marker": mark, "request": neutralize(request)})
-    return Request(_messages(system, item), LABEL_SCHEMA, spec.server.parameters)
+    return Request(_messages(system, item), _schema("label"), spec.server.parameters)
 
 
 def _messages(system: str, user: str) -> list[dict[str, str]]:

@@ -5,23 +5,22 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from abliterator.errors import FileError, OutputError
 from abliterator.files import as_lines, read_lines, write_text_atomic
 from abliterator.pairs._filter import Length
 from abliterator.pairs._make import Made
 from abliterator.pairs._questions import SIDES, pairs_prompt
-
-if TYPE_CHECKING:
-    from abliterator.recipe import PairsSpec
+from abliterator.recipe import PairsSpec
+from abliterator.server import without_folder
 
 
 def rows(made: Made, spec: PairsSpec, length: Length) -> Iterator[dict[str, Any]]:
     """One row for each request, categories interleaved, so that every prefix is balanced."""
     prompt = pairs_prompt()
     origin = {
-        "tokenizer": _without_folder(spec.tokenizer),  # None where words are counted
+        "tokenizer": without_folder(spec.tokenizer),  # None where words are counted
         "model": spec.server.model,
         "served_model": ", ".join(made.served),
         "prompt_version": prompt.version,
@@ -42,11 +41,6 @@ def rows(made: Made, spec: PairsSpec, length: Length) -> Iterator[dict[str, Any]
                     **origin,
                 }
             pair_number += 1
-
-
-def _without_folder(model: str | None) -> str | None:
-    """A model's name for publication; a local path is reduced to its last part."""
-    return Path(model).name if model and Path(model).is_absolute() else model
 
 
 def save_pairs(path: Path, made: Made, spec: PairsSpec, length: Length) -> None:

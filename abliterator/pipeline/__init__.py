@@ -151,7 +151,8 @@ def run_study(
         before += [CAPTURE, *([SELECTION] if recipe.selects else [])]
     if name in USES_TUNING and recipe.tunes:
         before.append(TUNING)
-    Schedule(run, recipe, (*before, stage), keep_from=before[-1] if is_new else None).execute()
+    first = before[min(1, len(before) - 1)]
+    Schedule(run, recipe, (*before, stage), keep_from=first if is_new else None).execute()
     return read_study(run, name)
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
 from abliterator.checkpoint import Checkpoint
+from abliterator.devices import enough_memory
 from abliterator.errors import OutputError, RecipeError
 from abliterator.pipeline._plan import make_plan
 from abliterator.pipeline._run import Options, Run
@@ -67,6 +68,7 @@ class ChatSession:
 
         Raises:
             PromptError: for a conversation that is longer than what the model reads.
+            GenerationError: for one that does not fit in the device's memory.
         """
         from abliterator.model import render_prompts
 
@@ -83,7 +85,7 @@ class ChatSession:
         )
         context = engine.limits.context
         tokens_left = self.max_new_tokens if context is None else context - len(ids)
-        with edit():
+        with edit(), enough_memory("The conversation", smaller="a shorter one"):
             engine.stream(
                 ids,
                 max_new_tokens=min(self.max_new_tokens, tokens_left),

@@ -7,18 +7,12 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from abliterator.anatomy import Anatomy, anatomy_of
-from abliterator.bake import (
-    PANEL_ELEMENTS,
-    EditPlan,
-    EditSettings,
-    plan_edits,
-    require_adapter_form,
-)
+from abliterator.bake import PANEL_ELEMENTS, EditPlan, plan_edits, require_adapter_form
 from abliterator.checkpoint import Checkpoint, auxiliary_files, card_metadata, declared_base_models
 from abliterator.errors import OutputError, RecipeError
 from abliterator.files import free_bytes, require_utf8_name
@@ -113,7 +107,7 @@ class Plan:
             "k": self.k,
             "selection": self.selection and dict(self.selection),
             "tuning": self.tuning and dict(self.tuning),
-            "edit": asdict(self.edits.settings),
+            "edit": self._edit(),
             "writers": self.writers(),
             "n_experts": self.anatomy.n_experts,
             "through_gains": sum(bool(edit.writer.gains) for edit in self.edits.edits),
@@ -138,6 +132,12 @@ class Plan:
             "notes": list(self.notes),
         }
 
+    def _edit(self) -> dict[str, Any]:
+        """The edit's settings, with the strengths and experts that they mean in this model."""
+        edit, n_layers = self.edits.settings, self.anatomy.n_layers
+        in_model = {"strength": edit.strengths_in(n_layers), "experts": edit.experts_in(n_layers)}
+        return {**edit.model_dump(exclude={"output"}), **in_model}
+
 
 def make_plan(source: ModelSource, edit: Edit, out: Path) -> Plan:
     """Opens the checkpoint and classifies every tensor.
@@ -159,7 +159,7 @@ def make_plan(source: ModelSource, edit: Edit, out: Path) -> Plan:
         source,
         checkpoint,
         anatomy,
-        plan_edits(checkpoint, anatomy, edit_settings(edit, anatomy.n_layers)),
+        plan_edits(checkpoint, anatomy, edit),
         tuple(carried),
         sum((source.folder / name).stat().st_size for name in carried),
         tuple(left_out),
@@ -192,23 +192,6 @@ def plan_source(source: ModelSource, recipe: Recipe, out: Path) -> Plan:
         k=k,
         selection=selection_cost(recipe, len(layers)),
         tuning=tuning_cost(recipe),
-    )
-
-
-def edit_settings(edit: Edit, n_layers: int) -> EditSettings:
-    """The edit settings of `bake` from the recipe's section.
-
-    Raises:
-        RecipeError: for strengths of blocks that a model of so many does not have.
-    """
-    return EditSettings(
-        strength=edit.strengths_in(n_layers),
-        norm=edit.norm,
-        rounding=edit.rounding,
-        embeddings=edit.embeddings,
-        biases=edit.biases,
-        experts=edit.experts_in(n_layers),
-        quantized=edit.quantized,
     )
 
 

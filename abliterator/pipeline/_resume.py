@@ -12,6 +12,7 @@ from pathlib import Path
 from time import perf_counter
 from typing import NamedTuple
 
+from abliterator.devices import enough_memory
 from abliterator.errors import AbliteratorError, OutputError, RecipeError
 from abliterator.pipeline._judges import judge_of
 from abliterator.pipeline._plan import plan_source
@@ -25,6 +26,7 @@ from abliterator.prompts import resolve_revision
 from abliterator.recipe import Prompts, Recipe, Source
 from abliterator.source import resolve_folder
 
+_SMALLER = "smaller batches (`rollouts.batch_size`, `tuning.batch`)"
 COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
@@ -64,7 +66,8 @@ class Schedule(NamedTuple):
                     if done:
                         continue
                     start = perf_counter()
-                    artefacts = stage.run(run)
+                    with enough_memory(f"The stage `{stage.name}`", smaller=_SMALLER):
+                        artefacts = stage.run(run)
                     seconds = round(perf_counter() - start, 3)
                     _require_unchanged(stage, run, key)
                     parts = stage.parts(run)
@@ -93,12 +96,13 @@ def prepare(
         AbliteratorError: if recipe, model and folder do not fit together.
     """
     options, workspace = options or Options(), Workspace(out)
+    device = options.compute_device
     resolved = workspace.claim(recipe, force=options.force)
     pinned_recipe = recipe if resolved is None else pinned(recipe, resolved)
     require_pinned_code(pinned_recipe)
     source = resolve_folder(pinned_recipe.model, revision=pinned_recipe.revision)
     plan = plan_source(source, pinned_recipe, out)
-    tasks = benchmark_tasks(pinned_recipe)
+    tasks = benchmark_tasks(pinned_recipe, device)
     judge_of(pinned_recipe.judge, cache=workspace.work)  # its calibration is read, no model asked
     if resolved is None:
         pinned_recipe = pin_tasks(resolve(recipe, plan.source.revision), tasks)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from abliterator.checkpoint import Checkpoint, fingerprint
+from abliterator.devices import AUTO, CPU, choose_device, device_memory, release_memory
 from abliterator.errors import OutputError
 from abliterator.files import digest_of
 from abliterator.pipeline._plan import Plan
@@ -36,20 +36,18 @@ class Options:
         force: go on in a folder that another recipe made.
     """
 
-    device: str = "auto"
+    device: str = AUTO
     dtype: str = "auto"
     force: bool = False
 
     @property
     def compute_device(self) -> str:
-        """The device, as torch names it."""
-        if self.device != "auto":
-            return self.device
-        import torch
+        """The device, as torch names it.
 
-        if torch.cuda.is_available():
-            return "cuda"
-        return "mps" if torch.backends.mps.is_available() else "cpu"
+        Raises:
+            RecipeError: if this machine has no such device.
+        """
+        return choose_device(self.device)
 
     def batch_size(self, size: int | Literal["auto"]) -> int:
         """Prompts that are answered together: `size`, or a number by device for "auto"."""
@@ -62,8 +60,8 @@ class Options:
         if self.dtype != "auto":
             return self.dtype
         in_float32 = sum(4 * math.prod(t.shape) for t in checkpoint.tensors.values())
-        fits = in_float32 < _memory_bytes() / 2
-        return "float32" if self.compute_device == "cpu" and fits else None
+        fits = in_float32 < device_memory(CPU).total / 2
+        return "float32" if self.compute_device == CPU and fits else None
 
 
 @dataclass
@@ -145,8 +143,6 @@ class Run:
         """Drops the model that is held, and frees its memory."""
         if self._loaded is None:
             return
-        from abliterator.model import release_memory
-
         self._loaded = None
         release_memory()
 
@@ -206,7 +202,3 @@ def _base_changed(folder: Path) -> OutputError:
         "would be of two models. Give the same command again when the folder is at rest: what was "
         "made of the old files is made anew."
     )
-
-
-def _memory_bytes() -> int:
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

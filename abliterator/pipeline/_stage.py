@@ -78,13 +78,9 @@ class Artefact(NamedTuple):
         """The path, after checking that the file is as the stage left it."""
         return run.workspace.artefact(self.stage, self.path(run))
 
-    def write(self, run: Run, value: BaseModel | Any) -> Path:
-        """Writes a typed result, or plain values, as JSON; returns the path."""
-        if isinstance(value, BaseModel):
-            text = value.model_dump_json(indent=1)
-        else:
-            text = json.dumps(value, indent=1, ensure_ascii=False)
-        write_text_atomic(self.path(run), text + "\n")
+    def write(self, run: Run, value: BaseModel) -> Path:
+        """Writes a typed result as JSON; returns the path."""
+        write_text_atomic(self.path(run), value.model_dump_json(indent=1) + "\n")
         return self.path(run)
 
     def read(self, run: Run) -> Any:

@@ -203,7 +203,7 @@ def _alpha(run: Run, settings: StudySettings) -> Study:
     with _evaluator(run, settings, prompts, edits=len(settings.alphas)) as evaluator:
         study = study_alpha(evaluator, extracted_subspace(run).basis, settings.alphas)
     about = {
-        "layers": list(selected_layers(run).layers),
+        "layers": selected_layers(run).layers,
         "k": selected_layers(run).k,
         **_measured(evaluator),
     }
@@ -230,7 +230,7 @@ def _controls(run: Run, settings: StudySettings) -> Study:
     edits = 1 + draws + len(shuffled)
     with _evaluator(run, settings, prompts, edits=edits, plan=planned_edits(run)) as evaluator:
         study = study_controls(evaluator, basis, shuffled, draws=draws)
-    about = {"layers": list(selected.layers), "k": basis.shape[-1], **_measured(evaluator)}
+    about = {"layers": selected.layers, "k": basis.shape[-1], **_measured(evaluator)}
     return study.model_copy(update={"about": about})
 
 
@@ -351,7 +351,7 @@ def _counted(prompts: Mapping[str, Sequence[str]]) -> dict[str, int]:
     return {f"{name} prompts": len(texts) for name, texts in prompts.items()}
 
 
-def _measured(evaluator: EditEvaluator) -> dict[str, Any]:
+def _measured(evaluator: EditEvaluator) -> dict[str, str | int]:
     context = evaluator.context
     return {
         "judge": context.judge.identity.model or context.judge.identity.kind,

@@ -14,7 +14,6 @@ since some are harmful.
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 from abliterator.prompts._compare import (
     NEAR_DUPLICATE,
@@ -33,9 +32,7 @@ from abliterator.prompts._sets import (
     drop_overlap,
     hold_out,
 )
-
-if TYPE_CHECKING:
-    from abliterator.recipe import Source
+from abliterator.recipe import Source
 
 __all__ = [
     "NEAR_DUPLICATE",

@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from dataclasses import replace
 from typing import Any
+
+from pydantic import ConfigDict, ValidationError, computed_field, model_validator
+from pydantic.dataclasses import dataclass
 
 from abliterator.errors import PromptError
 from abliterator.files import sha256_of_bytes
 from abliterator.prompts._compare import comparison_key, near_duplicates, normalised
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
 class PromptSet:
     """Prompts as used, in order, never none, and where they came from.
 
     Raises:
-        PromptError: there are no prompts.
+        PromptError: there are no prompts, or stored ones do not fit their digest.
     """
 
     name: str
@@ -39,6 +43,7 @@ class PromptSet:
                 "empty, duplicate or overlapping): at least one is needed, so give another source."
             )
 
+    @computed_field  # type: ignore[prop-decorator]
     @property
     def sha256(self) -> str:
         """Digest of the prompts in their order, whatever they were read from."""
@@ -46,24 +51,17 @@ class PromptSet:
         listing = json.dumps(self.prompts, ensure_ascii=False, separators=(",", ":"))
         return sha256_of_bytes(listing.encode())
 
-    def to_json(self) -> dict[str, Any]:
-        """The set as a JSON object, with its digest."""
-        return {**asdict(self), "prompts": list(self.prompts), "sha256": self.sha256}
-
+    @model_validator(mode="wrap")
     @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> PromptSet:
-        """The set that `to_json` wrote.
-
-        Raises:
-            PromptError: a field is missing or unknown, or the prompts do not fit their digest.
-        """
+    def _fits_its_digest(cls, data: Any, validated: Callable[[Any], PromptSet]) -> PromptSet:
+        """Refuses a stored set with other fields or prompts than were written."""
+        if not isinstance(data, dict):  # arguments of the constructor
+            return validated(data)
         fields = {key: value for key, value in data.items() if key != "sha256"}
-        try:
-            stored = cls(**{**fields, "prompts": tuple(fields["prompts"])})
-            if stored.sha256 == data["sha256"]:
+        with suppress(ValidationError, UnicodeEncodeError):
+            stored = validated(fields)
+            if stored.sha256 == data.get("sha256"):
                 return stored
-        except (KeyError, TypeError, UnicodeEncodeError):
-            pass
         raise PromptError(
             f"The stored prompt set {data.get('name')!r} is damaged or was changed by hand: its "
             "fields or prompts do not fit its sha256. Delete it and load the prompts again."

@@ -18,6 +18,7 @@ from abliterator.publish._files import PlannedFile
 from abliterator.publish._plan import (
     Folders,
     Gating,
+    PlanSummary,
     PublishPlan,
     Target,
     plan_adapter,
@@ -28,6 +29,7 @@ from abliterator.publish._publish import Published, publish
 __all__ = [
     "Folders",
     "Gating",
+    "PlanSummary",
     "PlannedFile",
     "PublishPlan",
     "Published",

@@ -10,25 +10,26 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeAlias
 
+from pydantic import Field
+
 from abliterator.errors import PublishError
 from abliterator.files import open_regular, readable, require_regular_files, sha256_of_bytes
+from abliterator.record import Frozen
 
 HELD_BYTES = 16 << 20
 """Size up to which a file is held in memory; the Hub stores any file above 10 MB as a large one."""
 
-Stamp: TypeAlias = "tuple[tuple[int, ...], ...]"
+Stamp: TypeAlias = tuple[tuple[int, ...], ...]
 """Size and times of a path and of what it links to: a write or a rename changes the last (ctime).
 
 Inode numbers are no part of it: some network file systems give a file another one now and then.
 """
 
 
-@dataclass(frozen=True)
-class PlannedFile:
+class PlannedFile(Frozen):
     """One file to be uploaded.
 
     Attributes:
@@ -42,8 +43,8 @@ class PlannedFile:
     path: str
     size: int
     sha256: str
-    content: Path | bytes
-    stamp: Stamp | None = None
+    content: Path | bytes = Field(exclude=True)
+    stamp: Stamp | None = Field(None, exclude=True)
 
     @property
     def git_blob(self) -> str | None:
@@ -95,11 +96,13 @@ def _verified(location: Path, path: str, digest: str) -> PlannedFile:
     stamp = stamp_of(location)
     with open_regular(location) as source, readable(location):
         if source.size > HELD_BYTES:
-            return PlannedFile(path, source.size, digest, location, stamp)
+            return PlannedFile(
+                path=path, size=source.size, sha256=digest, content=location, stamp=stamp
+            )
         content = source.stream.readall()
     if sha256_of_bytes(content) != digest:
         raise changed([location])
-    return PlannedFile(path, len(content), digest, content)
+    return PlannedFile(path=path, size=len(content), sha256=digest, content=content)
 
 
 def require_unchanged(stamps: Mapping[Path, Stamp]) -> None:

@@ -7,21 +7,19 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 from abliterator.card import with_license
 from abliterator.checkpoint import ADAPTER_CONFIG, ADAPTER_WEIGHTS, is_legal
 from abliterator.errors import PublishError
 from abliterator.files import read_text, sha256_of_bytes
 from abliterator.publish._files import PlannedFile, stamps_of, verified_files
-from abliterator.record import RunRecord
+from abliterator.record import AdapterVerification, Frozen, RunRecord, Verification
 from abliterator.verification import (
     CARD,
     OURS,
     PICTURES,
     RECORD,
-    AdapterVerification,
-    Verification,
     verify,
     verify_adapter,
 )
@@ -67,6 +65,21 @@ class Folders(NamedTuple):
     subspace: Path | None = None
 
 
+class PlanSummary(Frozen):
+    """The upload of a plan, as `abliterator publish --dry-run --json` prints it."""
+
+    what: Literal["checkpoint", "adapter"]
+    repo_id: str
+    visibility: Literal["public", "private"]
+    gated: str
+    revision: str
+    pull_request: bool
+    tag: str | None
+    bytes: int
+    files: tuple[PlannedFile, ...]
+    left_out: tuple[str, ...]
+
+
 @dataclass(frozen=True)
 class PublishPlan:
     """The verified files to upload and their target; made by `plan_publish` and `plan_adapter`.
@@ -96,23 +109,22 @@ class PublishPlan:
         """Size of all that will be uploaded."""
         return sum(file.size for file in self.files)
 
-    def to_json(self) -> dict[str, Any]:
-        """The plan as plain values."""
+    @property
+    def summary(self) -> PlanSummary:
+        """What would be uploaded, and where to."""
         target = self.target
-        return {
-            "what": self.what,
-            "repo_id": target.repo_id,
-            "visibility": "public" if target.public else "private",
-            "gated": target.gated or "as the base is",
-            "revision": target.revision,
-            "pull_request": target.create_pr,
-            "tag": target.tag,
-            "bytes": self.total_bytes,
-            "files": [
-                {"path": file.path, "size": file.size, "sha256": file.sha256} for file in self.files
-            ],
-            "left_out": list(self.left_out),
-        }
+        return PlanSummary(
+            what=self.what,
+            repo_id=target.repo_id,
+            visibility="public" if target.public else "private",
+            gated=target.gated or "as the base is",
+            revision=target.revision,
+            pull_request=target.create_pr,
+            tag=target.tag,
+            bytes=self.total_bytes,
+            files=self.files,
+            left_out=self.left_out,
+        )
 
 
 def plan_publish(
@@ -280,5 +292,5 @@ def _with_license(file: PlannedFile, license_id: str) -> PlannedFile:
         with suppress(ValueError, YAMLError):
             content = with_license(file.content.decode(), license_id).encode()
             digest = sha256_of_bytes(content)
-            return PlannedFile(file.path, len(content), digest, content)
+            return PlannedFile(path=file.path, size=len(content), sha256=digest, content=content)
     raise PublishError(f"{file.path} has no header that can be read. Run `abliterator card` again.")

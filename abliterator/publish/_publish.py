@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from abliterator.errors import PublishError
@@ -13,6 +12,7 @@ from abliterator.publish._mark import Mark
 from abliterator.publish._plan import PublishPlan
 from abliterator.publish._repository import Repository
 from abliterator.publish._upload import missing_files, upload
+from abliterator.record import Frozen
 
 if TYPE_CHECKING:
     from huggingface_hub.hf_api import ModelInfo
@@ -20,8 +20,7 @@ if TYPE_CHECKING:
 _FILES_SHOWN = 5  # files that a message names
 
 
-@dataclass(frozen=True)
-class Published:
+class Published(Frozen):
     """The repository on the Hub after a plan was carried out.
 
     Attributes:
@@ -41,10 +40,6 @@ class Published:
     unchanged: tuple[str, ...]
     public: bool
     gated: str | bool
-
-    def to_json(self) -> dict[str, Any]:
-        """As plain values."""
-        return {**vars(self), "uploaded": list(self.uploaded), "unchanged": list(self.unchanged)}
 
 
 def publish(plan: PublishPlan, *, note: Callable[[str], None] = lambda _: None) -> Published:

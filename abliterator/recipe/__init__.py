@@ -21,7 +21,7 @@ from abliterator.recipe._benchmarks import (
     Preset,
 )
 from abliterator.recipe._draft import draft
-from abliterator.recipe._edit import DirectionSettings, Edit, Selection
+from abliterator.recipe._edit import DirectionSettings, Edit, Selection, ranges_of
 from abliterator.recipe._judge import JudgeSettings, Rollouts
 from abliterator.recipe._pairs import PairExample, PairsSpec
 from abliterator.recipe._prompts import Capture, Chat, Prompts, Source
@@ -57,5 +57,6 @@ __all__ = [
     "load_judge",
     "load_pairs",
     "load_recipe",
+    "ranges_of",
     "to_yaml",
 ]

@@ -51,6 +51,17 @@ def blocks_of(key: str) -> range:
     return blocks
 
 
+def ranges_of(by_block: Mapping[int, T]) -> dict[str, T]:
+    """Values by range of blocks ("9-24", or "9"), as a recipe has them, from values by block."""
+    runs: list[tuple[int, int, T]] = []  # first block, last block, value
+    for block, value in sorted(by_block.items(), key=lambda item: item[0]):
+        if runs and runs[-1][1:] == (block - 1, value):
+            runs[-1] = (runs[-1][0], block, value)
+        else:
+            runs.append((block, block, value))
+    return {f"{a}-{b}" if a < b else f"{a}": value for a, b, value in runs}
+
+
 def _repeated_block(by_block: Any) -> int | None:
     """The first block that is in two ranges; None without one, or without values by block."""
     ranges = map(blocks_of, by_block if isinstance(by_block, dict) else ())

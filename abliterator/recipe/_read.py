@@ -163,18 +163,11 @@ def _apply(values: dict[str, Any], override: str) -> None:
     if parts[-1] in {"path", "dataset"}:  # another origin: settings of the old one are removed
         for field in set(Source.model_fields) - {"limit"}:
             section.pop(field, None)
-    section[parts[-1]] = value
-    branch: dict[str, Any] = {parts[-1]: value}
+    leaf = branch = {parts[-1]: value}
     for part in reversed(parts[:-1]):
         branch = {part: branch}
     _anchor_paths(branch, Path.cwd())
-    section[parts[-1]] = _value_at(branch, parts)
-
-
-def _value_at(branch: Any, parts: Sequence[str]) -> Any:
-    for part in parts:
-        branch = branch[part]
-    return branch
+    section.update(leaf)
 
 
 def _anchor_paths(values: dict[str, Any], folder: Path) -> None:

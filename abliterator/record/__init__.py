@@ -35,6 +35,7 @@ from abliterator.record._measured import (
     VerdictKind,
 )
 from abliterator.record._run import (
+    CalibrationSummary,
     EditSummary,
     JudgeIdentity,
     ModelIdentity,
@@ -57,14 +58,17 @@ from abliterator.record._selection import (
 )
 from abliterator.record._study import Agreement, ContrastDifference, Study, StudyRow
 from abliterator.record._tuning import Trial, Tuning
+from abliterator.record._verification import AdapterVerification, Verification
 
 __all__ = [
+    "AdapterVerification",
     "Agreement",
     "AnswerSummary",
     "Asking",
     "Behaviour",
     "BehaviourSide",
     "BenchmarkResult",
+    "CalibrationSummary",
     "Candidate",
     "Comparison",
     "Completion",
@@ -102,6 +106,7 @@ __all__ = [
     "Tuning",
     "Verdict",
     "VerdictKind",
+    "Verification",
     "WeightDiff",
     "WeightVerdict",
 ]

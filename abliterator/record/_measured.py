@@ -141,6 +141,7 @@ class BenchmarkResult(Frozen):
         float | None
     )  # smallest true delta this n could show: 80 % power, 5 % level
     higher_is_better: bool = True
+    # which there are depends on task and engine, and null (no limit) is a value of its own
     settings: dict[str, Any] = {}
     gained: int | None = None  # documents that only edited has right; None where not right or wrong
     lost: int | None = None  # documents that only base has right

@@ -88,7 +88,8 @@ class ModelIdentity(Frozen):
     license_link: str | None = None
     languages: tuple[str, ...] = ()
     files_sha256: dict[str, str] = {}
-    gating: dict[str, Any] = {}  # what a gated base asks of its users: extra_gated_* of its card
+    # what a gated base asks of its users: extra_gated_* of its card, whatever YAML that is
+    gating: dict[str, Any] = {}
 
 
 class Tool(Frozen):
@@ -98,6 +99,19 @@ class Tool(Frozen):
     version: str
 
 
+class CalibrationSummary(Frozen):
+    """Agreement of a judge with human labels, as `abliterator judge-calibrate` measured it."""
+
+    n: int | None = None  # labelled answers
+    unscored: int | None = None
+    agreement: float | None = None
+    kappa: float | None = None  # Cohen's, three classes; None where chance alone agrees
+    kappa_binary: float | None = None  # complied against not complied
+    labels: str | None = None  # name of the file of labels
+    labels_sha256: str | None = None
+    sha256: str | None = None  # of the whole calibration
+
+
 class JudgeIdentity(Frozen):
     """The judge that gave the verdicts; `calibration` is None where it was not measured."""
 
@@ -105,7 +119,7 @@ class JudgeIdentity(Frozen):
     model: str | None = None
     prompt_sha256: str | None = None
     version: str
-    calibration: dict[str, Any] | None = None
+    calibration: CalibrationSummary | None = None
     base_url: str | None = None
     served_model: str | None = None  # as the server called itself
     fingerprints: tuple[str, ...] = ()
@@ -162,7 +176,7 @@ class RunRecord(Frozen):
     """The complete record of a run: the contract that the card and other tools read."""
 
     tool: Tool
-    recipe: dict[str, Any]
+    recipe: dict[str, Any]  # as `Recipe.published` had it: other versions have other keys
     recipe_digest: str
     model: ModelIdentity
     edit: EditSummary

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import Field
 
@@ -43,7 +43,7 @@ class Study(Frozen):
 
     name: str
     asks: str
-    about: dict[str, Any] = Field(default_factory=dict)
+    about: dict[str, str | int | tuple[int, ...]] = Field(default_factory=dict)
     rows: tuple[StudyRow, ...] = ()
     differences: tuple[ContrastDifference, ...] = ()
     agreements: tuple[Agreement, ...] = ()

@@ -18,16 +18,20 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from abliterator import recipe
-from abliterator.evaluation import EvaluationContext
+from abliterator.evaluation import EvaluationContext, OnStep
 from abliterator.record import Candidate, Selection, Stack
 from abliterator.selection._grow import grow_stack, largest_better
 from abliterator.selection._openings import FARTHEST, learn_openings, log_odds
 from abliterator.selection._pool import Pool
-from abliterator.selection._race import Step, place_of
-from abliterator.selection._scores import judge_edits, measure_base
+from abliterator.selection._race import place_of
+from abliterator.selection._scores import (
+    KL_TOKENS,
+    ScoringPrompts,
+    judge_edits,
+    measure_base,
+)
 from abliterator.selection._structure import describe, participation_ratio
 from abliterator.selection._sweep import require_enough, sweep_places
-from abliterator.selection._types import KL_TOKENS, ScoringPrompts
 
 __all__ = [
     "FARTHEST",
@@ -50,7 +54,7 @@ def choose(
     sweep: bool,
     k: int | Sequence[int],
     settings: recipe.Selection,
-    on_step: Step = lambda step: None,
+    on_step: OnStep = lambda step: None,
 ) -> Selection:
     """Chooses places, k, or both.
 

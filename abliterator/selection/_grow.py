@@ -3,18 +3,46 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from statistics import mean
 
 from abliterator import recipe
 from abliterator.directions import Place
-from abliterator.evaluation import EvaluationContext, JudgedAnswers
-from abliterator.record import Estimate, Stack
-from abliterator.selection._controls import Control
+from abliterator.evaluation import EvaluationContext, JudgedAnswers, OnStep, summarise_draws
+from abliterator.record import AnswerSummary, Estimate, Stack
 from abliterator.selection._pool import Pool
-from abliterator.selection._race import Step
 from abliterator.selection._scores import Baseline, judge_edits, mean_kl
 from abliterator.statistics import paired_delta
 from abliterator.subspace import random_basis
+
+
+@dataclass(frozen=True)
+class Control:
+    """The same edit along directions that are independent of the behaviour, drawn several times.
+
+    One draw is noisy. Where the base nearly refuses or nearly answers, a random direction changes
+    some answers, and two draws differ by as much as a stack gains. So a prompt counts as the mean
+    of its products under several draws.
+
+    Attributes:
+        draws: judged answers under each.
+        kl: nats on neutral answers, mean over the draws.
+    """
+
+    draws: tuple[JudgedAnswers, ...]
+    kl: float
+
+    @property
+    def products(self) -> list[float | None]:
+        """Compliance x coherence of each prompt, mean over draws."""
+        columns = zip(*(judged.products for judged in self.draws), strict=True)
+        scored = ([value for value in column if value is not None] for column in columns)
+        return [mean(prompt) if prompt else None for prompt in scored]
+
+    @property
+    def summary(self) -> AnswerSummary:
+        """Estimates over all draws; intervals are over prompts, not over answers."""
+        return summarise_draws(self.draws)
 
 
 def grow_stack(
@@ -25,7 +53,7 @@ def grow_stack(
     sizes: Sequence[int],
     settings: recipe.Selection,
     *,
-    on_step: Step,
+    on_step: OnStep,
 ) -> tuple[list[Stack], str]:
     """Stacks of growing `sizes`, up to the first that is no better.
 
@@ -50,7 +78,8 @@ def grow_stack(
         if reason := _reason_not_better(stack, settings):
             return tried, reason + _broken_controls_note(tried, settings)
         smaller = judged
-    why = f"there is no larger stack to try with {_count_text(pool, most)}"
+    what = "directions of one layer" if pool.differences else "layers"
+    why = f"there is no larger stack to try with {most} {what}"
     return tried, why + _broken_controls_note(tried, settings)
 
 
@@ -95,10 +124,6 @@ def _measure_stack(
     return stack, judged
 
 
-def _count_text(pool: Pool, most: int) -> str:
-    return f"{most} directions of one layer" if pool.differences else f"{most} layers"
-
-
 def largest_better(tried: Sequence[Stack], settings: recipe.Selection) -> int:
     """The k of the largest stack that beats the smaller one and the controls; at least 1."""
     return max((s.k for s in tried if not _reason_not_better(s, settings)), default=1)
@@ -110,9 +135,7 @@ def _gain(before: JudgedAnswers | Control, after: JudgedAnswers, seed: int) -> E
         for b, a in zip(before.products, after.products, strict=True)
         if b is not None and a is not None
     ]
-    if not pairs:
-        return None
-    return Estimate.of(paired_delta(*map(list, zip(*pairs, strict=True)), seed=seed))
+    return Estimate.of(paired_delta([b for b, _ in pairs], [a for _, a in pairs], seed=seed))
 
 
 def _reason_not_better(tried: Stack, settings: recipe.Selection) -> str | None:

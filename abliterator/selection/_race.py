@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from abliterator import recipe
 from abliterator.directions import Place
-from abliterator.evaluation import EvaluationContext, JudgedAnswers
+from abliterator.evaluation import EvaluationContext, JudgedAnswers, OnStep
 from abliterator.record import Candidate, Rung
 from abliterator.selection._pool import Pool
 from abliterator.selection._scores import judge_edits
-
-Step = Callable[[str], None]
 
 
 def race(
@@ -22,7 +20,7 @@ def race(
     settings: recipe.Selection,
     *,
     least: int,
-    on_step: Step,
+    on_step: OnStep,
 ) -> list[Candidate]:
     """Judges `candidates` rung by rung, dropping the worst after each (Jamieson & Talwalkar 2016).
 

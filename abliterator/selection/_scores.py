@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,9 +24,22 @@ from abliterator.evaluation import (
 from abliterator.record import Candidate, SelectionBase
 from abliterator.selection._openings import learn_openings, log_odds
 from abliterator.selection._pool import Pool
-from abliterator.selection._types import ScoringPrompts
 
 LEAST_REFUSAL = 0.1  # of the base: below it there is nothing to remove
+# answer tokens along which distributions are compared; the first is the prompt's own
+KL_TOKENS = 4
+
+
+class ScoringPrompts(NamedTuple):
+    """Prompts by which candidates are scored before any answer is judged.
+
+    Attributes:
+        target: prompts that show the behaviour; directions may have been taken from them.
+        contrast: prompts like target on which the behaviour does not show.
+    """
+
+    target: RenderedPrompts
+    contrast: RenderedPrompts
 
 
 @dataclass(frozen=True)
@@ -67,11 +81,7 @@ def measure_base(context: EvaluationContext, scoring: ScoringPrompts) -> Baselin
         GenerationError: if it thinks for longer than an answer may be.
     """
     judged = answer_and_judge(context, context.target)
-    refusals = [
-        answer.token_ids[answer.start_token :]
-        for answer, verdict in zip(judged.answers, judged.verdicts, strict=True)
-        if verdict.refused
-    ]
+    refusals = _answer_ids(judged, refused=True)
     if len(refusals) < LEAST_REFUSAL * len(judged.answers):
         raise PromptError(
             f"The base refuses {len(refusals)} of {len(judged.answers)} held-out target prompts "
@@ -83,7 +93,7 @@ def measure_base(context: EvaluationContext, scoring: ScoringPrompts) -> Baselin
     if any(answer.start_token for answer in (*judged.answers, *contrast.answers)):
         scoring = ScoringPrompts(*(behind_thinking(context, prompts) for prompts in scoring))
         contrast = answer_and_judge(context, scoring.contrast)
-    openings = learn_openings(refusals, _not_refusing(contrast))
+    openings = learn_openings(refusals, _answer_ids(contrast, refused=False))
     if not openings:
         raise PromptError(
             f"The base begins its {len(refusals)} refusals as it begins its answers to contrast "
@@ -118,10 +128,10 @@ def measure_base(context: EvaluationContext, scoring: ScoringPrompts) -> Baselin
     )
 
 
-def _not_refusing(judged: JudgedAnswers) -> list[Tokens]:
-    """Token ids of the answers that do not refuse."""
+def _answer_ids(judged: JudgedAnswers, *, refused: bool) -> list[Tokens]:
+    """Token ids of the answers that refuse, or of those that do not, without thinking."""
     pairs = zip(judged.answers, judged.verdicts, strict=True)
-    return [answer.token_ids[answer.start_token :] for answer, v in pairs if not v.refused]
+    return [a.token_ids[a.start_token :] for a, v in pairs if bool(v.refused) == refused]
 
 
 def _thinking_note(judged: JudgedAnswers) -> str:

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 
 from abliterator import recipe
 from abliterator.errors import DirectionError
-from abliterator.evaluation import EvaluationContext
+from abliterator.evaluation import EvaluationContext, OnStep
 from abliterator.record import Candidate
 from abliterator.selection._pool import Pool
-from abliterator.selection._race import Step, place_of, race
+from abliterator.selection._race import place_of, race
 from abliterator.selection._scores import Baseline, score
 
 
@@ -21,7 +21,7 @@ def sweep_places(
     *,
     least: int,
     stackable: int,
-    on_step: Step,
+    on_step: OnStep,
 ) -> list[Candidate]:
     """Every place of `pool` as a candidate, in order of preference.
 

@@ -10,11 +10,10 @@ of requests are defined by `judge` and `pairs`.
 
 from __future__ import annotations
 
-from abliterator.server._cache import Reply, ReplyCache
+from abliterator.server._cache import Reply, ReplyCache, Request
 from abliterator.server._delimiter import Prompt, delimiter, filled, load_prompt, neutralize
-from abliterator.server._http import key_of
+from abliterator.server._http import key_of, without_folder
 from abliterator.server._read import InvalidReply, objects, without_thinking
-from abliterator.server._request import Request
 from abliterator.server._secrets import origin, warn_of_plain_http
 from abliterator.server._session import Session, Unanswered, Usage
 from abliterator.server._workers import in_parallel, outside_a_loop
@@ -38,5 +37,6 @@ __all__ = [
     "origin",
     "outside_a_loop",
     "warn_of_plain_http",
+    "without_folder",
     "without_thinking",
 ]

@@ -12,12 +12,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from time import monotonic
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from abliterator.recipe import ServerSettings
-    from abliterator.server._cache import Reply
-    from abliterator.server._request import Request
+from abliterator.recipe import ServerSettings
+from abliterator.server._cache import Reply, Request
 
 MILLION = 1_000_000
 BYTES_PER_TOKEN = 3  # of English text there are four; a limit is better reached early than late
@@ -39,14 +36,9 @@ class Budget:
         self.calls = calls
         self.cost = cost
 
-    @property
-    def seconds_left(self) -> float:
-        """Seconds until the run's time limit."""
-        return self._deadline - monotonic()
-
     def require_time(self, seconds: float, *, to: str) -> None:
         """Raises OutOfBudget if the run has no such time left."""
-        if seconds >= self.seconds_left:
+        if seconds >= self._deadline - monotonic():
             limit = self._settings.time_limit
             raise OutOfBudget(
                 f"{self._key_name('time_limit')} of {limit:g} s leaves no time to {to}"

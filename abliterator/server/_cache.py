@@ -1,4 +1,4 @@
-"""A write-through cache of replies, so that no paid call is made twice.
+"""Requests, replies, and a write-through cache of them, so that no paid call is made twice.
 
 One SQLite file. A reply is on disk before it is used; what a killed process had in flight is all
 it can lose. Keys hold everything that a reply depends on, and no text is cut.
@@ -12,17 +12,31 @@ from __future__ import annotations
 
 import json
 import sqlite3
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
 from abliterator.errors import ServerError
 from abliterator.files import digest_of
+from abliterator.recipe import ServerSettings
 
 _TABLE = """CREATE TABLE IF NOT EXISTS replies (
     key TEXT PRIMARY KEY, account TEXT NOT NULL, reply TEXT NOT NULL, cost REAL NOT NULL
 ) WITHOUT ROWID"""
+
+
+class Request(NamedTuple):
+    """A conversation, and the JSON object that is expected as the reply to it."""
+
+    messages: Sequence[Mapping[str, str]]
+    schema: Mapping[str, Any]  # JSON schema of the object
+    parameters: Mapping[str, Any]  # of sampling, as the server takes them
+
+    def key(self, settings: ServerSettings) -> str:
+        """Digest of everything that the reply depends on; no text is cut."""
+        server = [settings.base_url, settings.model, settings.structured]
+        return digest_of([server, self.messages, self.schema, self.parameters])
 
 
 class Reply(NamedTuple):

@@ -26,16 +26,14 @@ from typing import TYPE_CHECKING, Any, Self
 from urllib.parse import urljoin
 
 from abliterator.errors import ServerError
+from abliterator.recipe import ServerSettings
 from abliterator.server._budget import Budget
-from abliterator.server._cache import Reply
+from abliterator.server._cache import Reply, Request
 from abliterator.server._read import without_surrogates
-from abliterator.server._request import Request
 from abliterator.server._secrets import origin, redacted
 
 if TYPE_CHECKING:
     from openai import APIStatusError, AsyncOpenAI
-
-    from abliterator.recipe import ServerSettings
 
 TRIES = 8  # of one call, before its item is given up as unscored
 REFUSED_FIRST = 8  # calls refused with a status of their own, and none answered yet: the set-up
@@ -276,7 +274,7 @@ def _reply(completion: Any, response_format: str) -> Reply:
     return Reply(
         text=_content(content),
         finish_reason="refusal" if refusal else _text(getattr(choice, "finish_reason", None)),
-        model=_without_folder(_text(getattr(completion, "model", None))),
+        model=without_folder(_text(getattr(completion, "model", None))),
         fingerprint=_text(getattr(completion, "system_fingerprint", None)),
         response_format=response_format,
         input_tokens=_count(usage.get("prompt_tokens")),
@@ -301,8 +299,8 @@ def _content(value: object) -> str:
     )
 
 
-def _without_folder(model: str | None) -> str | None:
-    """A model's name; of a path, as local servers report it, the last part: records are public."""
+def without_folder(model: str | None) -> str | None:
+    """A model's name for publication; of a local path, the last part."""
     is_path = model is not None and (model.startswith(("/", "~", "./")) or "\\" in model)
     return re.split(r"[/\\]", model.rstrip("/\\"))[-1] if model and is_path else model
 

@@ -7,11 +7,9 @@ import ipaddress
 import os
 from collections.abc import Iterator
 from itertools import groupby
-from typing import TYPE_CHECKING
 from urllib.parse import quote, urlsplit
 
-if TYPE_CHECKING:
-    from abliterator.recipe import ServerSettings
+from abliterator.recipe import ServerSettings
 
 MASK = "[key]"
 SHARED = 12  # consecutive characters of a key, or of an encoding of it, that are masked
@@ -33,7 +31,8 @@ def redacted(text: str, settings: ServerSettings) -> str:
         for start in range(len(text) - width + 1):
             if text[start : start + width] in pieces:
                 masked[start : start + width] = b"\1" * width
-    return _masked(text, masked) if any(masked) else text
+    runs = groupby(zip(text, masked, strict=True), key=lambda pair: pair[1])
+    return "".join(MASK if is_masked else "".join(c for c, _ in run) for is_masked, run in runs)
 
 
 def warn_of_plain_http(url: str, key_variable: str | None, *, name: str) -> str | None:
@@ -70,11 +69,6 @@ def _forms(key: str) -> Iterator[str]:
         for encode in (base64.b64encode, base64.urlsafe_b64encode):
             text = encode(b"\0" * offset + data).decode().rstrip("=")
             yield text[(0, 2, 3)[offset] :]
-
-
-def _masked(text: str, masked: bytearray) -> str:
-    runs = groupby(zip(text, masked, strict=True), key=lambda pair: pair[1])
-    return "".join(MASK if is_masked else "".join(c for c, _ in run) for is_masked, run in runs)
 
 
 def _is_loopback(host: str) -> bool:

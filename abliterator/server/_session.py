@@ -5,16 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Self, TypeVar
+from typing import Self, TypeVar
 
+from abliterator.recipe import ServerSettings
 from abliterator.server._budget import Budget
-from abliterator.server._cache import Reply, ReplyCache
+from abliterator.server._cache import Reply, ReplyCache, Request
 from abliterator.server._http import NoReply, Server
 from abliterator.server._read import InvalidReply
-from abliterator.server._request import Request
-
-if TYPE_CHECKING:
-    from abliterator.recipe import ServerSettings
 
 # Reasons to finish that leave a reply cut or withheld, in the words of several servers. After any
 # other a reply is read: whether it is whole, the reader of replies decides.

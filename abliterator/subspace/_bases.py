@@ -29,7 +29,7 @@ def orthonormal_basis(directions: Tensor, names: list[str] | None = None) -> Ten
         DirectionError: for more directions than dimensions, and for a direction that is not finite,
             has zero length, or lies in the span of those before it; it is named.
     """
-    vectors = directions.detach().to("cpu", torch.float64)
+    vectors = directions.detach().cpu().double()  # not every device converts to float64
     k, d_model = vectors.shape
     labels = names or [f"direction {i}" for i in range(k)]
     if k > d_model:

@@ -30,8 +30,12 @@ class Removal:
     read: Tensor
 
     def to(self, dtype: torch.dtype, device: str = "cpu") -> Removal:
-        """The same in another dtype, on another device."""
-        return Removal(self.take.to(device, dtype), self.read.to(device, dtype))
+        """The same in another dtype, on another device.
+
+        Converted on the device that it comes from, as its gradients are, so that float64 stays on
+        the host.
+        """
+        return Removal(self.take.to(dtype).to(device), self.read.to(dtype).to(device))
 
     def reads(self, panel: Tensor) -> Tensor:
         """Bᵀ W [k, c] of a panel W [H, c] of the same dtype: what it writes along B."""

@@ -49,7 +49,7 @@ class Moments:
         Raises:
             DirectionError: if a value is not finite; it names the residual layer.
         """
-        batch = vectors.detach().to("cpu", torch.float64)
+        batch = vectors.detach().cpu().double()  # not every device converts to float64
         if batch.shape[1:] != self._mean.shape:
             raise ValueError(
                 f"vectors are {tuple(batch.shape)}, expected [N, *{tuple(self._mean.shape)}]"

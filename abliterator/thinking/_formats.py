@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cache
 from importlib.resources import files
 from typing import Any, NamedTuple
@@ -23,50 +22,31 @@ class Mark(NamedTuple):
     leads: bool = False  # a mark at the very beginning only
 
 
-@dataclass(frozen=True)
-class Channels:
-    """A format of messages in channels.
+class Channels(NamedTuple):
+    """A format of messages in channels."""
 
-    Attributes:
-        begins: pattern in the text of every reply of this format.
-        control: a control token that only this format has.
-        header: pattern of a message's beginning, with a group `channel`, or of its end.
-        answer: the channel of the answer.
-    """
-
-    begins: re.Pattern[str]
-    control: str
-    header: re.Pattern[str]
-    answer: str
+    begins: re.Pattern[str]  # in the text of every reply of this format
+    control: str  # a control token that only this format has
+    header: re.Pattern[str]  # a message's beginning, with a group `channel`, or its end
+    answer: str  # the channel of the answer
 
 
-@dataclass(frozen=True)
-class Remnant:
+class Remnant(NamedTuple):
     """Beginnings of a reply decoded without control tokens, and the text before its answer."""
 
     begins: re.Pattern[str]
     answer: str | None
 
 
-@dataclass(frozen=True)
-class Formats:
-    """All formats.
+class Formats(NamedTuple):
+    """All formats."""
 
-    Attributes:
-        pattern: matches any mark.
-        literals: marks that are no tags, by their text.
-        wrappers: pairs of marks that may enclose an answer.
-        channels: formats of messages.
-        remnants: rests of marks in texts whose control tokens were dropped.
-        firsts: the texts of marks with which a reply, or the answer after its thinking, begins.
-    """
-
-    pattern: re.Pattern[str]
-    literals: Mapping[str, Mark]
-    wrappers: tuple[tuple[re.Pattern[str], str], ...]
-    channels: tuple[Channels, ...]
-    remnants: tuple[Remnant, ...]
-    firsts: tuple[str, ...]
+    pattern: re.Pattern[str]  # matches any mark
+    literals: Mapping[str, Mark]  # marks that are no tags, by their text
+    wrappers: Sequence[tuple[re.Pattern[str], str]]  # marks that may enclose an answer
+    channels: Sequence[Channels]
+    remnants: Sequence[Remnant]
+    firsts: Sequence[str]  # marks with which a reply begins, or the answer after its thinking
 
     def marks(self, text: str) -> Iterator[Mark]:
         """Every mark in `text`, in order."""
@@ -85,27 +65,36 @@ def formats() -> Formats:
     data = yaml.safe_load(raw)
     cased = dict(_in_brackets(data["brackets"], data["tags"]))
     exact = dict(_blocks(data["blocks"]))
-    tags = _any_of(data["tags"])
+    literals = {**cased, **exact}
+    openings = [text for text, mark in literals.items() if mark.opens]
     return Formats(
         pattern=re.compile(
             rf"(?P<exact>{_any_of(exact)})|(?i:(?P<cased>{_any_of(cased)}))"
-            rf"|(?i:<(?P<slash>/?)(?P<tag>(?:[a-z]+[:_|])?(?:{tags}))\s*>)"
+            rf"|(?i:<(?P<slash>/?)(?P<tag>(?:[a-z]+[:_|])?(?:{_any_of(data['tags'])}))\s*>)"
         ),
-        literals={**cased, **exact},
-        wrappers=tuple(
+        literals=literals,
+        wrappers=[
             (re.compile(rf"\s*{re.escape(begin)}", re.IGNORECASE), end.lower())
             for begin, end in data["wrappers"]
-        ),
-        channels=tuple(map(_channels, data["channels"])),
-        remnants=tuple(
+        ],
+        channels=[
+            Channels(
+                re.compile(entry["begins"]),
+                entry["control"],
+                re.compile(f"{entry['header']}|{entry['ends']}"),
+                entry["answer"],
+            )
+            for entry in data["channels"]
+        ],
+        remnants=[
             Remnant(re.compile(rf"\s*{entry['begins']}", re.DOTALL), entry["answer"])
             for entry in data["remnants"]
-        ),
-        firsts=(
-            *(text for text, mark in {**cased, **exact}.items() if mark.opens),
+        ],
+        firsts=[
+            *openings,
             *(begin for begin, _ in data["wrappers"]),
             *(entry["first"] for entry in data["channels"]),
-        ),
+        ],
     )
 
 
@@ -127,15 +116,6 @@ def _blocks(blocks: Iterable[Mapping[str, Any]]) -> Iterator[tuple[str, Mark]]:
         for opens, literals in ((True, block["open"]), (False, block["close"])):
             for literal in literals:
                 yield literal, Mark(0, 0, opens, block["models"], **flags)
-
-
-def _channels(entry: Mapping[str, str]) -> Channels:
-    return Channels(
-        re.compile(entry["begins"]),
-        entry["control"],
-        re.compile(f"{entry['header']}|{entry['ends']}"),
-        entry["answer"],
-    )
 
 
 def _any_of(literals: Iterable[str]) -> str:

@@ -13,43 +13,19 @@ _UNFINISHED_TAG = re.compile(r"\s*[<\[◁][^\s>\]▷]*\Z")
 
 
 class Split(NamedTuple):
-    """The thinking and the answer of a reply.
+    """The thinking and the answer of a reply."""
 
-    Attributes:
-        thinking: the text before the answer, with its marks; "" without thinking.
-        answer: the text for the user; "" where the reply ends before it.
-        is_known: whether the end of the thinking is known; if not, `answer` is "".
-    """
-
-    thinking: str
-    answer: str
-    is_known: bool = True
+    thinking: str  # the text before the answer, with its marks; "" without thinking
+    answer: str  # the text for the user; "" where the reply ends before it
+    is_known: bool = True  # whether the end of the thinking is known; if not, `answer` is ""
 
 
 class Opened(NamedTuple):
-    """The state of the prompt's last block or message where a reply begins.
+    """The state of the prompt's last block or message where a reply begins."""
 
-    Attributes:
-        block: the thinking block that the prompt opened, or None.
-        channel: the channel of the message that the prompt began, or None.
-        is_closed: whether the prompt opened thinking and closed it.
-    """
-
-    block: str | None = None
-    channel: str | None = None
-    is_closed: bool = False
-
-
-class _Parts(NamedTuple):
-    """Spans of the answer in a text; the rest is thinking and marks."""
-
-    spans: list[tuple[int, int]]
-
-    def split(self, text: str) -> Split:
-        answer = "".join(text[start:end] for start, end in self.spans)
-        bounds = [0, *(bound for span in self.spans for bound in span), len(text)]
-        thinking = "".join(text[a:b] for a, b in zip(bounds[::2], bounds[1::2], strict=True))
-        return Split(thinking, answer)
+    block: str | None = None  # the thinking block that the prompt opened
+    channel: str | None = None  # the channel of the message that the prompt began
+    is_closed: bool = False  # whether the prompt opened thinking and closed it
 
 
 def split_text(
@@ -91,7 +67,15 @@ def _by_channel(text: str, channels: Channels, channel: str | None) -> Split:
         channel, position = header["channel"], header.end()
     if channel == channels.answer:
         spans.append((position, len(text)))
-    return _Parts(spans).split(text)
+    return _split_at(text, spans)
+
+
+def _split_at(text: str, spans: list[tuple[int, int]]) -> Split:
+    """The answer is what the spans hold; the rest is thinking and marks."""
+    answer = "".join(text[start:end] for start, end in spans)
+    bounds = [0, *(bound for span in spans for bound in span), len(text)]
+    thinking = "".join(text[a:b] for a, b in zip(bounds[::2], bounds[1::2], strict=True))
+    return Split(thinking, answer)
 
 
 def _by_remnant(text: str, table: Formats) -> Split | None:
@@ -119,7 +103,8 @@ def _by_blocks(
     """
     spans: list[tuple[int, int]] = []
     fences = [match.span() for match in _FENCE.finditer(text)]
-    block, position, opening = opened.block, 0, None
+    block, position = opened.block, 0
+    was_control: bool | None = None  # of the mark that opened the block; None for the prompt's
     mention_ends: dict[str, int] = {}
     for mark in table.marks(text):
         is_control = any(token in text[mark.start : mark.end] for token in control)
@@ -129,18 +114,19 @@ def _by_blocks(
         elif mark.opens:
             if is_control or _leads(text, mark, position, fences):
                 spans.append((position, mark.start))
-                block, opening = mark.block, (mark, is_control)
+                block, was_control = mark.block, is_control
             else:
                 mention_ends[mark.block] = mark.end
         elif not mark.paired and (is_control or not _mentions(text, mark, mention_ends, fences)):
             spans, position = [], mark.end
     if block is None:
         spans.append((position, len(text)))
-    elif opening is not None and not is_cut and _is_mention(text, *opening, spans):
+    elif was_control is False and not is_cut and any(text[a:b].strip() for a, b in spans):
+        # an opening mark that was never closed, in a whole reply, is part of the answer
         spans[-1] = (spans[-1][0], len(text))
     else:
         spans = []
-    return _Parts(spans).split(text)
+    return _split_at(text, spans)
 
 
 def _leads(text: str, mark: Mark, position: int, fences: list[tuple[int, int]]) -> bool:
@@ -158,11 +144,6 @@ def _mentions(
     opening = mention_ends.get(mark.block)
     after_pair = opening is not None and "\n" not in text[opening : mark.start]
     return after_pair or _within(mark, fences) or _is_quoted(text, mark, "`\"'“‘«")
-
-
-def _is_mention(text: str, mark: Mark, is_control: bool, spans: list[tuple[int, int]]) -> bool:
-    """Whether an opening mark that was never closed, in a whole reply, is part of the answer."""
-    return not is_control and any(text[start:end].strip() for start, end in spans)
 
 
 def _within(mark: Mark, fences: list[tuple[int, int]]) -> bool:

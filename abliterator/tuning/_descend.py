@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.functional import softplus
 
 from abliterator.errors import DirectionError
-from abliterator.evaluation import kl_terms
+from abliterator.evaluation import OnStep, kl_terms
 from abliterator.tuning._parameters import EditParameters, mean_of, slow_down
 from abliterator.tuning._rows import answer_logprobs, token_logprobs
 from abliterator.tuning._types import PreferencePair, PreferencePairs, Row, TunedEdit, TuningContext
@@ -19,7 +19,6 @@ from abliterator.tuning._types import PreferencePair, PreferencePairs, Row, Tune
 LAST = 1 / 3  # of a phase's steps, whose mean is its result: single steps are noisy
 
 T = TypeVar("T")
-Step = Callable[[str], None]
 AskAgain = Callable[[PreferencePairs, TunedEdit], PreferencePairs]
 
 
@@ -28,7 +27,7 @@ def descend(
     pairs: PreferencePairs,
     basis: Tensor,
     *,
-    on_step: Step,
+    on_step: OnStep,
     ask_again: AskAgain = lambda pairs, edit: pairs,
 ) -> list[TunedEdit]:
     """One edit at the end of each phase, in the order of the config's `kl_weights`.

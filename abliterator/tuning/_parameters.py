@@ -68,7 +68,7 @@ class EditParameters:
     def _basis(self) -> Tensor:
         if not self._columns.requires_grad:
             return self._columns
-        q, r = torch.linalg.qr(self._columns)
+        q, r = torch.linalg.qr(self._columns.cpu())  # which not every device has
         basis: Tensor = q * r.diagonal(dim1=-2, dim2=-1).sign()[..., None, :]
         return basis
 

@@ -8,9 +8,9 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from abliterator.evaluation import EditEvaluator, behind_thinking
+from abliterator.evaluation import EditEvaluator, OnStep, behind_thinking
 from abliterator.record import Trial
-from abliterator.tuning._descend import Step, descend
+from abliterator.tuning._descend import descend
 from abliterator.tuning._pairs import make_pairs, with_rejected
 from abliterator.tuning._trials import trial_of, with_front
 from abliterator.tuning._types import PreferencePairs, TunedEdit, TuningContext
@@ -35,7 +35,7 @@ def tune(
     basis: Tensor,
     *,
     scratch: Path,
-    on_step: Step = lambda name: None,
+    on_step: OnStep = lambda name: None,
 ) -> Tuned:
     """Tunes an edit from `basis`, and measures the results.
 

@@ -12,7 +12,7 @@ from it. How the edit was made, and where the folders came from, is outside this
     verify_adapter(base_folder, out / "checkpoint", out / "adapter").ok
 """
 
-from abliterator.verification._adapter import AdapterVerification, verify_adapter
+from abliterator.verification._adapter import verify_adapter
 from abliterator.verification._auxiliary import recipe_text
 from abliterator.verification._compare import verify
 from abliterator.verification._findings import (
@@ -23,7 +23,6 @@ from abliterator.verification._findings import (
     PICTURES,
     RECIPE,
     RECORD,
-    Verification,
     read_edits,
 )
 
@@ -35,8 +34,6 @@ __all__ = [
     "PICTURES",
     "RECIPE",
     "RECORD",
-    "AdapterVerification",
-    "Verification",
     "read_edits",
     "recipe_text",
     "verify",

@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from abliterator.anatomy import anatomy_of
 from abliterator.checkpoint import (
@@ -20,10 +20,10 @@ from abliterator.checkpoint import (
 from abliterator.errors import CheckpointError
 from abliterator.files import read_text, sha256_of_file
 from abliterator.formats import FORMATS, Format
-from abliterator.record import RunRecord, TensorEdit
+from abliterator.record import AdapterVerification, RunRecord, TensorEdit
 from abliterator.verification._auxiliary import card_faults
 from abliterator.verification._compare import files_of
-from abliterator.verification._findings import CARD, EDITS, RECORD, Findings, Proof, read_edits
+from abliterator.verification._findings import CARD, EDITS, RECORD, Findings, read_edits
 from abliterator.verification._leak import PANEL_ELEMENTS, leak_meter
 
 if TYPE_CHECKING:
@@ -33,31 +33,6 @@ if TYPE_CHECKING:
 # than rounding to nearest, and 1.7 times as much at 32 numbers a column.
 _NOISE = 2.0
 _FACTORS = 2.0**-22  # of |B| |A|: rounding of the two float32 factors, and a margin
-
-
-@dataclass(frozen=True)
-class AdapterVerification(Proof):
-    """Result for an adapter; `ok` if base and adapter give exactly the checkpoint's weights.
-
-    Attributes:
-        modules: modules that the adapter changes.
-        max_apart: largest distance |W' - (W + B A)| (Frobenius) of a module, as a multiple of what
-            rounding W + B A to the stored type gives; None where that rounds nothing.
-        max_leak: largest |Qᵀ (W + B A)| / |Qᵀ W|; None without a subspace.
-        sha256: of each file that belongs to the adapter.
-        foreign: files of the folder that do not.
-    """
-
-    modules: int
-    max_apart: float | None
-    max_leak: float | None
-    sha256: Mapping[str, str]
-    foreign: tuple[str, ...]
-
-    def to_json(self) -> dict[str, Any]:
-        """The findings as plain values."""
-        listed = {"faults": list(self.faults), "foreign": list(self.foreign)}
-        return {"ok": self.ok, **vars(self), **listed, "sha256": dict(self.sha256)}
 
 
 @dataclass
@@ -102,7 +77,7 @@ def verify_adapter(
         factors = _factors(edit, modules[edit.name], tensors, findings)
         if factors is not None:
             reads = None if meter is None else meter.reads(edit.name)
-            _compare(edit, _Weights(opened, edited, factors), reads, findings)
+            _compare(edit, _measured(edit, (opened, edited), factors, reads), findings)
     if record is not None:
         findings.faults += card_faults(adapter, render_adapter_card(record), record)
     ours = {ADAPTER_CONFIG, ADAPTER_WEIGHTS, CARD}
@@ -209,12 +184,6 @@ def _factors(
     return factors[0], factors[1]
 
 
-class _Weights(NamedTuple):
-    base: Checkpoint
-    edited: Checkpoint
-    factors: tuple[Tensor, Tensor]
-
-
 class _Sums(NamedTuple):
     """Norms (Frobenius) of one module: of W' - (W + B A), and of what they are measured by."""
 
@@ -226,11 +195,8 @@ class _Sums(NamedTuple):
     reads: float  # |D Q|
 
 
-def _compare(
-    edit: TensorEdit, weights: _Weights, reads: Tensor | None, findings: _Findings
-) -> None:
+def _compare(edit: TensorEdit, sums: _Sums, findings: _Findings) -> None:
     """One module, merged: against the stored bytes, and against its strength."""
-    sums = _measured(edit, weights, reads)
     if not sums.apart <= _NOISE * sums.rounding + _FACTORS * sums.factors:  # true of NaN too
         findings.fault(
             f"{edit.name}: base and adapter give weights that are {sums.apart:.1e} from the "
@@ -238,7 +204,7 @@ def _compare(
         )
     if sums.rounding > 0:
         findings.apart.append(sums.apart / sums.rounding)
-    if reads is None or sums.wrote == 0:
+    if sums.wrote == 0:  # or not measured
         return
     findings.leaks.append(sums.writes / sums.wrote)
     left = abs(1 - edit.strength) * sums.wrote
@@ -249,15 +215,17 @@ def _compare(
         )
 
 
-def _measured(edit: TensorEdit, weights: _Weights, reads: Tensor | None) -> _Sums:
+def _measured(
+    edit: TensorEdit,
+    sides: tuple[Checkpoint, Checkpoint],
+    factors: tuple[Tensor, Tensor],
+    reads: Tensor | None,
+) -> _Sums:
     from abliterator.subspace import column_ranges
 
     fmt: Format = FORMATS[edit.dtype]
-    before, after = (
-        fmt.view(bytearray(side.read(edit.name)), edit.shape)
-        for side in (weights.base, weights.edited)
-    )
-    a, b = weights.factors
+    before, after = (fmt.view(bytearray(side.read(edit.name)), edit.shape) for side in sides)
+    a, b = factors
     squares = [0.0] * 4
     for start, end in column_ranges(edit.shape[1], max(1, PANEL_ELEMENTS // edit.shape[0])):
         weight = before[:, start:end].double()

@@ -12,13 +12,12 @@ from abliterator.checkpoint import Checkpoint, TensorInfo, auxiliary_files, shar
 from abliterator.errors import CheckpointError
 from abliterator.files import sha256_of_bytes, sha256_of_file
 from abliterator.formats import Dequantized, storage_of
-from abliterator.record import TensorEdit
+from abliterator.record import TensorEdit, Verification
 from abliterator.verification._auxiliary import AuxiliaryFileCheck, check_record
 from abliterator.verification._findings import (
     EDITS,
     OURS,
     Findings,
-    Verification,
     format_leak,
     read_edits,
 )
@@ -77,7 +76,6 @@ def verify(
         identical_bytes=findings.identical_bytes,
         edited_bytes=findings.edited_bytes,
         max_leak=max(findings.leaks, default=None),
-        base_sha256=findings.base_sha256,
         sha256=findings.sha256,
         foreign=tuple(sorted(files_of(checkpoint) - of_base.union(findings.sha256))),
     )

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from abliterator.errors import CheckpointError
 from abliterator.record import TensorEdit
@@ -21,62 +19,6 @@ PICTURES = ("abliterator/cosines.png", "abliterator/sweep.png")
 """What it adds where layers were chosen by measurement."""
 BASE_CARD = "base README.md"
 """What a record's digests call the base's own card, whose licence it states."""
-
-
-@dataclass(frozen=True)
-class Proof:
-    """Whether the contract holds, and what breaks it.
-
-    Attributes:
-        faults: one sentence each; empty if all holds.
-    """
-
-    faults: tuple[str, ...]
-
-    @property
-    def ok(self) -> bool:
-        """Whether there is no fault."""
-        return not self.faults
-
-
-@dataclass(frozen=True)
-class Verification(Proof):
-    """Results of a verification; `ok` if the checkpoint is its base with the edits of edits.json.
-
-    Attributes:
-        tensors: tensors of the base.
-        edited: tensors that edits.json names.
-        identical_bytes: bytes, headers and files beside the weights included, equal to the base's.
-            config.json is not among them: it is the base's but for what would be false now.
-        edited_bytes: bytes of the edited tensors in the checkpoint.
-        max_leak: largest |Qᵀ W'| / |Qᵀ W| measured again; None without a subspace.
-        base_sha256: sha256 of each weight and auxiliary file of the base, by relative path.
-        sha256: the same of the checkpoint, with the files that abliterator adds.
-        foreign: files of the checkpoint folder that neither the base nor abliterator put there.
-    """
-
-    tensors: int
-    edited: int
-    identical_bytes: int
-    edited_bytes: int
-    max_leak: float | None
-    base_sha256: Mapping[str, str]
-    sha256: Mapping[str, str]
-    foreign: tuple[str, ...]
-
-    def to_json(self) -> dict[str, Any]:
-        """The findings as plain values."""
-        return {
-            "ok": self.ok,
-            "faults": list(self.faults),
-            "tensors": self.tensors,
-            "edited": self.edited,
-            "identical_bytes": self.identical_bytes,
-            "edited_bytes": self.edited_bytes,
-            "max_leak": self.max_leak,
-            "files": dict(self.sha256),
-            "foreign": list(self.foreign),
-        }
 
 
 @dataclass

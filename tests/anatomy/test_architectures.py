@@ -27,12 +27,13 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from abliterator.anatomy import anatomy_of, known_model_types, refused_model_types
-from abliterator.bake import EditSettings, bake, plan_edits, preview_edit
+from abliterator.bake import bake, plan_edits, preview_edit
 from abliterator.capture import capture
 from abliterator.checkpoint import Checkpoint
 from abliterator.engines import TransformersEngine
 from abliterator.errors import UnsupportedModel
 from abliterator.model import LoadedModel, block_paths, hooked
+from abliterator.recipe import Edit
 from abliterator.subspace import orthonormal_basis
 from tests.helpers.architectures import D_MODEL, SAVED_AS_LOADED, VARIANTS, VOCABULARY, image, save
 from tests.helpers.leak import leak_meter
@@ -77,7 +78,7 @@ def vanilla(folder):
 def planned(folder, **settings):
     checkpoint = Checkpoint.open(folder)
     anatomy = anatomy_of(checkpoint.config)
-    return checkpoint, plan_edits(checkpoint, anatomy, EditSettings(**settings))
+    return checkpoint, plan_edits(checkpoint, anatomy, Edit(**settings))
 
 
 def without_gains(plan):

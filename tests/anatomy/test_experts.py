@@ -12,14 +12,14 @@ from transformers import AutoModelForCausalLM
 
 from abliterator import pipeline
 from abliterator.anatomy import anatomy_of
-from abliterator.bake import EditSettings, bake, plan_edits, preview_edit
+from abliterator.bake import bake, plan_edits, preview_edit
 from abliterator.card import render_card
 from abliterator.checkpoint import Checkpoint
 from abliterator.cli import main
 from abliterator.errors import RecipeError, UnsupportedModel
 from abliterator.model import LoadedModel
 from abliterator.pipeline import Options
-from abliterator.recipe import load_edit, load_recipe
+from abliterator.recipe import Edit, load_edit, load_recipe
 from abliterator.record import RunRecord
 from abliterator.subspace import orthonormal_basis
 from abliterator.verification import EDITS, verify
@@ -51,9 +51,7 @@ def random_basis(k: int = 3) -> torch.Tensor:
 
 def planned(folder: Path, **settings):
     checkpoint = Checkpoint.open(folder)
-    return checkpoint, plan_edits(
-        checkpoint, anatomy_of(checkpoint.config), EditSettings(**settings)
-    )
+    return checkpoint, plan_edits(checkpoint, anatomy_of(checkpoint.config), Edit(**settings))
 
 
 def logits(model) -> torch.Tensor:
@@ -99,7 +97,7 @@ def test_the_chosen_experts_are_edited_and_no_other_byte(folder, tmp_path):
 
 
 def test_preview_and_baked_weights_agree(folder, tmp_path):
-    checkpoint, plan = planned(folder, experts={1: CHOSEN, 2: None})
+    checkpoint, plan = planned(folder, experts={1: CHOSEN, 2: "all"})
     bake(checkpoint, plan, random_basis(), tmp_path / "out")
     baked, model = logits(vanilla(tmp_path / "out")), vanilla(folder)
     loaded = LoadedModel(model, None, folder, "cpu")
@@ -252,5 +250,6 @@ def test_a_build_records_the_experts_that_its_recipe_chose(tmp_path, tiny_tokeni
     recipe = load_recipe(tmp_path / "r.yaml")
     record = pipeline.build(recipe, tmp_path / "out", options=Options("cpu"))
     assert record.edit.experts == {"1": (2, 0), "2": "all"}
+    assert record.edit.strength == {"attention": 1, "expert": {"0": 0, "1-2": 1}}
     card = (tmp_path / "out" / "checkpoint" / "README.md").read_text()
     assert "| Routed experts edited | `1` `[2, 0]`, `2` `all` (by blocks" in card

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from abliterator import pipeline
 from abliterator.anatomy import anatomy_of
-from abliterator.bake import EditSettings, bake, plan_edits, require_adapter_form, write_adapter
+from abliterator.bake import bake, plan_edits, require_adapter_form, write_adapter
 from abliterator.checkpoint import Checkpoint
 from abliterator.directions import load_subspace
 from abliterator.engines import TransformersEngine
@@ -35,7 +35,7 @@ def random_basis(k: int) -> torch.Tensor:
 
 def planned(folder: Path, **settings):
     checkpoint = Checkpoint.open(folder)
-    plan = plan_edits(checkpoint, anatomy_of(checkpoint.config), EditSettings(**settings))
+    plan = plan_edits(checkpoint, anatomy_of(checkpoint.config), Edit(**settings))
     return checkpoint, plan
 
 

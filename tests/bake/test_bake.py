@@ -14,10 +14,11 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
 from abliterator.anatomy import anatomy_of
-from abliterator.bake import EditSettings, bake, plan_edits, preview_edit
+from abliterator.bake import bake, plan_edits, preview_edit
 from abliterator.checkpoint import Checkpoint
 from abliterator.errors import RecipeError, UnsupportedModel
 from abliterator.model import load_model
+from abliterator.recipe import Edit
 from abliterator.subspace import orthonormal_basis
 from tests.helpers.architectures import save
 from tests.helpers.leak import leak_meter
@@ -28,9 +29,13 @@ def random_basis(k: int = 3) -> torch.Tensor:
     return orthonormal_basis(torch.randn(k, D_MODEL, generator=torch.Generator().manual_seed(3)))
 
 
+def by_block(*strengths: float) -> dict[int, float]:
+    return dict(enumerate(strengths))
+
+
 def baked(folder: Path, out: Path, *, k: int = 3, **settings):
     checkpoint = Checkpoint.open(folder)
-    plan = plan_edits(checkpoint, anatomy_of(checkpoint.config), EditSettings(**settings))
+    plan = plan_edits(checkpoint, anatomy_of(checkpoint.config), Edit(**settings))
     return bake(checkpoint, plan, random_basis(k), out), plan
 
 
@@ -97,7 +102,7 @@ def test_biases_left_alone_leak(family, tiny_folder, tmp_path):
     [
         {},
         {"strength": {"attention": 1.0, "mlp": 0.3}},
-        {"strength": {"attention": (1.0, 0.0, 0.4), "mlp": (0.0, 0.6, 1.0)}},
+        {"strength": {"attention": by_block(1.0, 0.0, 0.4), "mlp": by_block(0.0, 0.6, 1.0)}},
     ],
 )
 def test_preview_and_baked_weights_agree(family, settings, tiny_folder, tiny_loaded, tmp_path):
@@ -197,7 +202,8 @@ def test_a_strength_of_zero_leaves_a_component_alone(tiny_folder, tmp_path):
 def test_a_strength_by_block_is_what_the_stored_bytes_have(tiny_folder, tmp_path):
     given = {"attention": (1.0, 0.0, 0.4), "mlp": (0.0, 0.6, 1.5)}
     base = tiny_folder("llama", dtype=torch.bfloat16)
-    edits, _ = baked(base, tmp_path / "out", strength=given)
+    strength = {component: by_block(*values) for component, values in given.items()}
+    edits, _ = baked(base, tmp_path / "out", strength=strength)
     assert {(e.component, e.layer): e.strength for e in edits} == {
         (component, layer): strength
         for component, strengths in given.items()
@@ -218,15 +224,17 @@ def test_experts_have_the_mlps_strengths_by_block_too(tmp_path):
     folder = save("qwen2_moe", tmp_path / "base")
     _, plan = baked(folder, tmp_path / "all")
     layers = {edit.writer.layer for edit in plan.edits}
-    last = [0.0] * max(layers) + [1.0]
+    last = {max(layers): 1.0}
     edits, _ = baked(folder, tmp_path / "last", strength={"mlp": last})
     assert {edit.component for edit in edits} == {"expert", "shared_expert"}
     assert {edit.layer for edit in edits} == {max(layers)}
 
 
-def test_strengths_by_block_are_for_every_block(tiny_folder, tmp_path):
-    with pytest.raises(RecipeError, match=r"2 strengths are given for `mlp`.* has 3 blocks"):
-        baked(tiny_folder(), tmp_path / "out", strength={"mlp": (1.0, 1.0)})
+def test_strengths_of_blocks_that_the_model_does_not_have(tiny_folder, tmp_path):
+    with pytest.raises(
+        RecipeError, match=r"`edit.strength.mlp.1-3` names block 3, .* blocks 0 to 2"
+    ):
+        baked(tiny_folder(), tmp_path / "out", strength={"mlp": {"1-3": 1.0}})
 
 
 def test_files_a_loader_needs_are_carried(tiny_folder, tmp_path):
@@ -312,7 +320,7 @@ def test_tied_embeddings_are_not_edited(tiny_folder, tmp_path):
 
 def test_a_subspace_of_another_model(tiny_folder, tmp_path):
     checkpoint = Checkpoint.open(tiny_folder())
-    plan = plan_edits(checkpoint, anatomy_of(checkpoint.config), EditSettings())
+    plan = plan_edits(checkpoint, anatomy_of(checkpoint.config), Edit())
     wrong = orthonormal_basis(torch.randn(1, D_MODEL * 2))
     with pytest.raises(UnsupportedModel, match=f"{2 * D_MODEL} dimensions"):
         bake(checkpoint, plan, wrong, tmp_path / "out")

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from abliterator import pipeline
 from abliterator.anatomy import anatomy_of
-from abliterator.bake import EditSettings, bake, plan_edits, preview_edit, write_adapter
+from abliterator.bake import bake, plan_edits, preview_edit, write_adapter
 from abliterator.checkpoint import Checkpoint
 from abliterator.cli import main
 from abliterator.comparison import diff_weights
@@ -47,9 +47,7 @@ def vanilla(folder: Path) -> torch.nn.Module:
 
 def planned(folder: Path, **settings):
     checkpoint = Checkpoint.open(folder)
-    return checkpoint, plan_edits(
-        checkpoint, anatomy_of(checkpoint.config), EditSettings(**settings)
-    )
+    return checkpoint, plan_edits(checkpoint, anatomy_of(checkpoint.config), Edit(**settings))
 
 
 @pytest.fixture(scope="module", params=NAMES)

@@ -10,9 +10,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, FineGrainedFP8Config, LlamaConfig
 
 from abliterator.anatomy import anatomy_of
-from abliterator.bake import EditSettings, bake, plan_edits
+from abliterator.bake import bake, plan_edits
 from abliterator.checkpoint import Checkpoint
 from abliterator.errors import UnsupportedModel
+from abliterator.recipe import Edit
 from abliterator.subspace import ablate, orthonormal_basis
 from tests.helpers.leak import leak_meter
 from tests.helpers.tiny import randomise
@@ -82,7 +83,7 @@ def basis(k=1):
 
 def baked(folder, out, *, k=1, **settings):
     checkpoint = Checkpoint.open(folder)
-    plan = plan_edits(checkpoint, anatomy_of(checkpoint.config), EditSettings(**settings))
+    plan = plan_edits(checkpoint, anatomy_of(checkpoint.config), Edit(**settings))
     return bake(checkpoint, plan, basis(k), out)
 
 

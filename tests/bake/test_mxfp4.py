@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, GptOssConfig, Mxfp4Config
 
 from abliterator.anatomy import anatomy_of
-from abliterator.bake import EditSettings, bake, plan_edits
+from abliterator.bake import bake, plan_edits
 from abliterator.checkpoint import Checkpoint
 from abliterator.errors import UnsupportedModel
 from abliterator.formats import (
@@ -19,6 +19,7 @@ from abliterator.formats import (
     mxfp4_rounded,
     mxfp4_scales,
 )
+from abliterator.recipe import Edit
 from abliterator.subspace import orthonormal_basis
 from tests.helpers.leak import leak_meter
 from tests.helpers.tiny import randomise
@@ -85,7 +86,7 @@ def basis():
 
 def baked(folder, out, **settings):
     checkpoint = Checkpoint.open(folder)
-    plan = plan_edits(checkpoint, anatomy_of(checkpoint.config), EditSettings(**settings))
+    plan = plan_edits(checkpoint, anatomy_of(checkpoint.config), Edit(**settings))
     return bake(checkpoint, plan, basis(), out)
 
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from abliterator.benchmarks import require_engine
+from abliterator.benchmarks import RunSettings, require_engine
 from abliterator.benchmarks._server import require_server, served_model
+from abliterator.benchmarks._settings import open_model
 from abliterator.errors import BenchmarkError
 from abliterator.recipe import BenchmarkEngine
 from tests.benchmarks.toy import run, server_engine
@@ -24,6 +25,12 @@ def test_an_engine_that_is_not_installed_says_what_to_install(engine, message, m
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(BenchmarkError, match=message):
         require_engine(engine)
+
+
+@pytest.mark.parametrize("device", ["xpu", "hpu:0"])
+def test_scores_of_another_device_than_the_one_asked_for_are_refused(plain, device):
+    with pytest.raises(BenchmarkError, match=f"computes on cpu, though {device} is asked for"):
+        open_model(plain, RunSettings(device=device))
 
 
 def test_a_server_that_is_not_there_says_what_to_start(monkeypatch):

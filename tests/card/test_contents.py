@@ -19,7 +19,13 @@ import pytest
 from huggingface_hub import ModelCard
 
 from abliterator.card import render_adapter_card, render_card
-from abliterator.record import JudgeIdentity, QuantizedEdits, Quotation, RunRecord
+from abliterator.record import (
+    CalibrationSummary,
+    JudgeIdentity,
+    QuantizedEdits,
+    Quotation,
+    RunRecord,
+)
 from tests.card.records import (
     COMMIT,
     GOLDEN,
@@ -292,7 +298,7 @@ def test_another_judge_is_named_with_its_calibration():
         model="judge-1",
         prompt_sha256=SHA,
         version="2",
-        calibration={"n": 300, "kappa": 0.81},
+        calibration=CalibrationSummary(n=300, kappa=0.81),
     )
     card = render_card(demo_record().model_copy(update={"judge": judge}))
     assert "rule judge" not in card

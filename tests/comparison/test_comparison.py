@@ -15,7 +15,6 @@ from abliterator import pipeline
 from abliterator.checkpoint import Checkpoint
 from abliterator.cli import main
 from abliterator.comparison import CompareSettings, compare, diff_weights, to_markdown
-from abliterator.evaluation import DivergenceSettings
 from abliterator.recipe import Edit
 from abliterator.record import Comparison
 from tests.helpers.judge_server import JudgeServer, verdict
@@ -209,7 +208,7 @@ def test_a_model_against_itself_differs_in_nothing(tiny_folder, tmp_path):
     settings = CompareSettings(
         prompts={"neutral": ["what is winter?", "the people there"]},
         max_new_tokens=80,
-        divergence=DivergenceSettings(tokens=4),
+        kl_tokens=4,
     )
     found = compare(folder, folder, settings, scratch=tmp_path)
     assert found.weights.verdict == "identical"

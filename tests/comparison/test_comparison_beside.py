@@ -18,7 +18,6 @@ from abliterator.comparison import (
     diff_weights,
     to_markdown,
 )
-from abliterator.evaluation import DivergenceSettings
 from abliterator.record import Comparison
 from tests.comparison.changes import (
     add_token,
@@ -41,7 +40,7 @@ def compared(base: Path, edited: Path, scratch: Path, **settings: Any) -> Compar
         CompareSettings(
             prompts={"target": PROMPTS, "neutral": PROMPTS},
             max_new_tokens=80,  # enough to be judged
-            divergence=DivergenceSettings(tokens=4),
+            kl_tokens=4,
             **settings,
         ),
         scratch=scratch,

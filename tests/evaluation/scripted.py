@@ -7,12 +7,13 @@ from dataclasses import dataclass, field
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from abliterator.anatomy import anatomy_of
-from abliterator.bake import EditSettings, plan_edits
+from abliterator.bake import plan_edits
 from abliterator.checkpoint import Checkpoint
 from abliterator.engines import AnswerPath, TransformersEngine
 from abliterator.evaluation import EvaluationContext, RenderedPrompts
 from abliterator.judge import RuleJudge
 from abliterator.model import load_model
+from abliterator.recipe import Edit
 from abliterator.selection import KL_TOKENS
 from abliterator.thinking import Splitter
 from tests.engines.seams import answer_of
@@ -88,7 +89,7 @@ def context_of(engine, target, neutral):
     checkpoint = Checkpoint.open(engine.loaded.folder)
     return EvaluationContext(
         engine=engine,
-        plan=plan_edits(checkpoint, anatomy_of(checkpoint.config), EditSettings()),
+        plan=plan_edits(checkpoint, anatomy_of(checkpoint.config), Edit()),
         target=target,
         neutral=neutral,
         judge=RuleJudge(),

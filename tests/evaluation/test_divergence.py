@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 from abliterator.engines import AnswerPath, TransformersEngine
 from abliterator.errors import GenerationError, OutputError
 from abliterator.evaluation import (
-    DivergenceSettings,
     LogitFile,
     _paths,
     answer_path,
+    base_paths,
     kl_divergence,
     measure_divergence,
     neutral_text,
@@ -229,7 +229,6 @@ def test_models_that_cannot_be_compared(tiny_loaded, tiny_folder, paths, tmp_pat
 def test_the_measurement_as_a_whole(tiny_loaded, tmp_path):
     base = tiny_loaded("llama")
     sides = {"base": base, "edited": changed(base, flip)}
-    settings = DivergenceSettings(tokens=5, batch_size=2, max_batch_tokens=64)
 
     def render(side):
         return [render_chat(side.tokenizer, text) for text in ("which river", "the old town?")]
@@ -237,7 +236,11 @@ def test_the_measurement_as_a_whole(tiny_loaded, tmp_path):
     def measured(sides):
         scratch = tmp_path / "logits"
         engines = {side: TransformersEngine(loaded) for side, loaded in sides.items()}
-        found = measure_divergence(engines.__getitem__, render, settings, scratch=scratch)
+        base = engines["base"]
+        paths = base_paths(base, render(base), tokens=5, max_new_tokens=256, batch_size=2)
+        found = measure_divergence(
+            engines.__getitem__, render, paths, tokens=5, scratch=scratch, max_batch_tokens=64
+        )
         assert not scratch.exists()
         return found
 

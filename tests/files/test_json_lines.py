@@ -97,11 +97,10 @@ def test_prompts(place, text, escaped):
     place.write_bytes(f'{row}\n{{"prompt": "last"}}\n'.encode())
     loaded = load_prompts("target", Source(path=place))
     assert loaded.prompts == (text, "last")
-    sets = PromptSets(
-        {"target": loaded}, {"target": PromptSet(name="n", prompts=(text,), source=text)}
-    )
-    write_text_atomic(place, json.dumps(sets.to_json(), indent=1, ensure_ascii=False) + "\n")
-    assert PromptSets.from_json(json.loads(place.read_bytes())) == sets
+    held_out = PromptSet(name="n", prompts=(text,), source=text)
+    sets = PromptSets(extraction={"target": loaded}, evaluation={"target": held_out})
+    write_text_atomic(place, sets.model_dump_json(indent=1) + "\n")
+    assert PromptSets.model_validate_json(place.read_bytes()) == sets
 
 
 @given(texts, texts)

@@ -311,10 +311,10 @@ def test_the_record_carries_the_calibration_that_the_recipe_names(recipe, tmp_pa
     after = pipeline.build(named, tmp_path / "out", options=options, progress=log)
     assert log.ran == ["config", "judge", "record", "card"]
     kept = read_calibration(written, RuleJudge().identity)
-    assert after.judge.calibration["sha256"] == kept.sha256
+    assert after.judge.calibration.sha256 == kept.sha256
     labels_sha256 = hashlib.sha256(labels_file.read_bytes()).hexdigest()
     stated = {"n": 4, "labels": labels_file.name, "labels_sha256": labels_sha256}
-    assert stated.items() <= after.judge.calibration.items()
+    assert stated.items() <= after.judge.calibration.model_dump().items()
     card = render_card(after)
     assert "uncalibrated" not in card
     assert labels_sha256 in card
@@ -324,7 +324,7 @@ def test_the_record_carries_the_calibration_that_the_recipe_names(recipe, tmp_pa
     other = kept.model_copy(update={"kappa": 0.25})
     written.write_text(other.model_dump_json())
     changed = pipeline.build(named, tmp_path / "out", options=options)
-    assert changed.judge.calibration["kappa"] == 0.25
+    assert changed.judge.calibration.kappa == 0.25
 
 
 def test_a_calibration_of_another_judge_stops_before_anything_is_done(

@@ -8,8 +8,8 @@ from contextlib import suppress
 import pytest
 
 from abliterator.judge import Answered, Judgement, OpenAIJudge
+from abliterator.judge._openai import judge_prompt, messages
 from abliterator.judge._parse import parse
-from abliterator.judge._prompt import judge_prompt, messages
 from abliterator.server import InvalidReply, delimiter, neutralize
 from tests.helpers.judge_server import FENCED, JudgeServer, verdict
 from tests.judge.asking import EXPECTED, answers, grades, judged, settings

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from abliterator.judge import OpenAIJudge, judge_completions, summarise
-from abliterator.judge._prompt import judge_prompt
+from abliterator.judge._openai import judge_prompt
 from abliterator.recipe import Prices
 from abliterator.record import Completion
 from tests.helpers.judge_server import FENCED, JudgeServer, verdict

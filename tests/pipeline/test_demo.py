@@ -15,6 +15,7 @@ from pydantic import BaseModel
 from abliterator import pipeline
 from abliterator.directions import load_subspace
 from abliterator.engines import TransformersEngine, WriterEdit
+from abliterator.judge import Answered, Labelled, RuleJudge, calibrate
 from abliterator.model import load_model, render_chat
 from abliterator.pipeline import Options
 from abliterator.pipeline._quantization import quantized_edits
@@ -256,6 +257,9 @@ def from_the_code() -> Iterator[str]:
     )  # fmt: skip
     yield from (f"edit.quantized.{name}" for name in set_fields(quantized_edits([edit])))
     yield "edit.quantized"
+    answers = {"I'm sorry, but I can't help with that.": 0.0, "A river ends in the sea.": 1.0}
+    rows = [Labelled(Answered("Where?", text), label) for text, label in answers.items()]
+    yield from set_fields(calibrate(rows, RuleJudge()).summary(), "judge.calibration.")
 
 
 def test_every_field_of_a_record_is_set_by_some_run(record, special, searched):

@@ -44,7 +44,7 @@ def made(recipe, out, until="bake"):
 
 
 def used(work):
-    return PromptSets.from_json(json.loads((work / "prompts.json").read_text()))
+    return PromptSets.model_validate_json((work / "prompts.json").read_text())
 
 
 def test_the_tail_is_what_the_template_puts_after_every_prompt(tiny_loaded):

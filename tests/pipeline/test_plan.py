@@ -154,13 +154,14 @@ import re, sys
 from pathlib import Path
 import torch
 from abliterator.anatomy import anatomy_of
-from abliterator.bake import EditSettings, bake, plan_edits
+from abliterator.bake import bake, plan_edits
+from abliterator.recipe import Edit
 from abliterator.checkpoint import Checkpoint
 from abliterator.subspace import orthonormal_basis
 
 folder, out, rounding = sys.argv[1:]
 checkpoint = Checkpoint.open(Path(folder))
-plan = plan_edits(checkpoint, anatomy_of(checkpoint.config), EditSettings(rounding=rounding))
+plan = plan_edits(checkpoint, anatomy_of(checkpoint.config), Edit(rounding=rounding))
 basis = orthonormal_basis(torch.randn(16, plan.d_model))
 
 def kilobytes(of):

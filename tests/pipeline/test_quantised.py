@@ -14,7 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from abliterator.anatomy import anatomy_of
-from abliterator.bake import EditSettings, bake, plan_edits, preview_edit
+from abliterator.bake import bake, plan_edits, preview_edit
 from abliterator.checkpoint import Checkpoint
 from abliterator.cli import main
 from abliterator.formats import storage_of
@@ -61,8 +61,7 @@ def basis(k):
 
 def planned(folder, **settings):
     checkpoint = Checkpoint.open(folder)
-    settings = EditSettings(**settings)
-    return checkpoint, plan_edits(checkpoint, anatomy_of(checkpoint.config), settings)
+    return checkpoint, plan_edits(checkpoint, anatomy_of(checkpoint.config), Edit(**settings))
 
 
 def baked(folder, out, *, k=1, **settings) -> tuple[TensorEdit, ...]:
@@ -293,7 +292,7 @@ def test_where_nothing_is_quantised_any_more_the_config_says_nothing(base, tmp_p
 
 
 def test_one_block_of_mxfp4_leaves_the_others_as_they_were(base, tmp_path):
-    strength = {"attention": 0.0, "mlp": (1.0, 0.0)}
+    strength = {"attention": 0.0, "mlp": {0: 1.0}}
     baked(base("mxfp4"), tmp_path, strength=strength, quantized="dequantize")
     settings = json.loads((tmp_path / "config.json").read_text())["quantization_config"]
     assert settings["modules_to_not_convert"][-1] == "model.layers.0.mlp.experts"

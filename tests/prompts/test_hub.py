@@ -45,12 +45,13 @@ for options in json.load(sys.stdin):
 
 LOAD_PROMPTS = """
 import json, sys
+from pydantic_core import to_jsonable_python
 from abliterator.errors import PromptError
 from abliterator.prompts import load_prompts
 from abliterator.recipe import Source
 for options in json.load(sys.stdin):
     try:
-        result = load_prompts("target", Source(**options)).to_json()
+        result = to_jsonable_python(load_prompts("target", Source(**options)))
     except PromptError as error:
         result = {"error": str(error)}
     print(json.dumps(result))

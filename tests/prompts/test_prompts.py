@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import TypeAdapter
 
 from abliterator.errors import PromptError
 from abliterator.prompts import (
@@ -27,6 +28,7 @@ ROOT = Path(__file__).parents[2]
 SECRET = "Describe forbidden teapots"  # stands for a prompt that no error may show
 texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=12)
 prompt_lists = st.lists(texts.filter(normalised), min_size=2, max_size=30, unique_by=comparison_key)
+STORED = TypeAdapter(PromptSet)
 fractions = st.floats(0, 1, exclude_min=True, exclude_max=True)
 
 
@@ -239,7 +241,7 @@ def test_json_both_ways(prompts, text, dropped):
         license=text,
         dropped=dropped,
     )
-    assert PromptSet.from_json(json.loads(json.dumps(original.to_json()))) == original
+    assert STORED.validate_json(STORED.dump_json(original)) == original
 
 
 @pytest.mark.parametrize(
@@ -255,15 +257,15 @@ def test_json_both_ways(prompts, text, dropped):
 )
 def test_a_changed_artefact_is_refused(change):
     with pytest.raises(PromptError, match="'target' is damaged"):
-        PromptSet.from_json({**prompt_set("a").to_json(), **change})
+        STORED.validate_python({**STORED.dump_python(prompt_set("a")), **change})
 
 
 @pytest.mark.parametrize("missing", ["prompts", "sha256", "source"])
 def test_an_artefact_without_a_field_is_refused(missing):
-    data = prompt_set("a").to_json()
+    data = STORED.dump_python(prompt_set("a"))
     del data[missing]
     with pytest.raises(PromptError, match="damaged"):
-        PromptSet.from_json(data)
+        STORED.validate_python(data)
 
 
 def test_there_is_no_empty_set():

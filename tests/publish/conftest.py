@@ -45,7 +45,7 @@ for line in sys.stdin:
         plan = plan_publish(Path(asked["base"]), Path(asked["out"]) / "checkpoint", target)
         if asked["adapter"]:
             plan = plan_adapter(plan, Path(asked["out"]) / "adapter", target)
-        result = publish(plan).to_json()
+        result = publish(plan).model_dump()
     except PublishError as error:
         result = {"error": str(error)}
     print(json.dumps({**result, "slept": slept}), flush=True)

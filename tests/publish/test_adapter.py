@@ -175,7 +175,7 @@ def test_an_adapter_that_does_not_load(built, out):
     (planned,) = (file for file in sound.files if file.path == ADAPTER_CONFIG)
     config = json.loads(planned.content)
     config["target_modules"] = [name.replace("down", "up") for name in config["target_modules"]]
-    other = replace(planned, content=json.dumps(config).encode())
+    other = planned.model_copy(update={"content": json.dumps(config).encode()})
     with pytest.raises(PublishError, match="Plain PEFT"):
         check_loads(replace(sound, files=(*sound.files, other)))
 

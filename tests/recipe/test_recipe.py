@@ -1,7 +1,9 @@
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from abliterator.errors import RecipeError
-from abliterator.recipe import Edit, Recipe, load_edit, load_recipe
+from abliterator.recipe import Edit, Recipe, load_edit, load_recipe, ranges_of
 from abliterator.recipe._edit import blocks_of
 
 THREE_LINES = "model: somebody/model-1b-it\nlayers: [9, 10, 7]\nk: 2\n"
@@ -78,6 +80,15 @@ def test_a_strength_per_blocks(recipe):
 @pytest.mark.parametrize(("key", "blocks"), [("9", [9]), ("0-2", [0, 1, 2]), ("3-3", [3])])
 def test_blocks_have_both_ends(key, blocks):
     assert list(blocks_of(key)) == blocks
+
+
+@given(st.dictionaries(st.integers(0, 12), st.sampled_from([0.0, 0.5, 1.0])))
+def test_ranges_name_each_block_once_with_its_value(by_block):
+    ranges = ranges_of(by_block)
+    named = [(block, value) for key, value in ranges.items() for block in blocks_of(key)]
+    assert named == sorted(by_block.items())
+    first = [b for b in by_block if by_block.get(b - 1) != by_block[b]]
+    assert len(ranges) == len(first)  # no two that could be one
 
 
 @pytest.mark.parametrize(

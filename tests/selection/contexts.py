@@ -1,11 +1,12 @@
 """A tiny model as a selection measures it, asked one list of prompts throughout."""
 
 from abliterator.anatomy import anatomy_of
-from abliterator.bake import EditSettings, plan_edits
+from abliterator.bake import plan_edits
 from abliterator.checkpoint import Checkpoint
 from abliterator.engines import TransformersEngine
 from abliterator.evaluation import EvaluationContext, RenderedPrompts
 from abliterator.judge import RuleJudge
+from abliterator.recipe import Edit
 from abliterator.selection import KL_TOKENS, ScoringPrompts
 from tests.engines import seams
 
@@ -15,7 +16,7 @@ def context_of(loaded, prompts, *, max_new_tokens, max_batch_tokens) -> Evaluati
     rendered = RenderedPrompts([f"prompt {i}" for i in range(len(prompts))], prompts)
     return EvaluationContext(
         engine=TransformersEngine(loaded),
-        plan=plan_edits(checkpoint, anatomy_of(checkpoint.config), EditSettings()),
+        plan=plan_edits(checkpoint, anatomy_of(checkpoint.config), Edit()),
         target=rendered,
         neutral=rendered,
         judge=RuleJudge(),

@@ -9,13 +9,13 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from abliterator import pipeline
-from abliterator.bake import EditSettings, bake, plan_edits
+from abliterator.bake import bake, plan_edits
 from abliterator.checkpoint import Checkpoint
 from abliterator.directions import load_subspace
 from abliterator.engines import TransformersEngine, WriterEdit
 from abliterator.model import load_model, render_chat
 from abliterator.pipeline import Options
-from abliterator.recipe import load_recipe
+from abliterator.recipe import Edit, load_recipe
 from abliterator.subspace import random_basis
 from abliterator.verification import verify
 
@@ -85,7 +85,7 @@ def test_what_was_judged_by_hooks_is_what_was_baked(demo, tmp_path):
     wide = {n: t.float() for n, t in load_file(stored / "model.safetensors").items()}
     save_file(wide, tmp_path / "wide" / "model.safetensors", metadata={"format": "pt"})
     checkpoint = Checkpoint.open(tmp_path / "wide")
-    plan = plan_edits(checkpoint, anatomy_of(checkpoint.config), EditSettings())
+    plan = plan_edits(checkpoint, anatomy_of(checkpoint.config), Edit())
     basis = load_subspace(demo[0] / "work" / "directions.safetensors").basis
 
     def answered(folder):

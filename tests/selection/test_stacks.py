@@ -11,7 +11,7 @@ from abliterator.directions import Directions, Place
 from abliterator.errors import DirectionError
 from abliterator.record import Selection
 from abliterator.selection import _grow
-from abliterator.selection._controls import Control
+from abliterator.selection._grow import Control
 from tests.card.records import demo_record
 from tests.selection.scripted import UNIT, pool, said
 

@@ -1,7 +1,5 @@
 """The stage: which prompts it takes, what it refuses, what the plan says of it."""
 
-import json
-
 import pytest
 
 from abliterator import pipeline
@@ -27,8 +25,8 @@ def test_selection_takes_prompts_that_nothing_else_uses(own_contrast):
         target=Source(path="t.txt"), contrast=Source(path="c.txt") if own_contrast else None
     )
     sets = PromptSets(
-        {"target": prompt_set("target", 100), "contrast": prompt_set("contrast", 40)},
-        {"target": prompt_set("evaluation", 9), "neutral": prompt_set("neutral", 40)},
+        extraction={"target": prompt_set("target", 100), "contrast": prompt_set("contrast", 40)},
+        evaluation={"target": prompt_set("evaluation", 9), "neutral": prompt_set("neutral", 40)},
     )
     found = set_apart(sets, recipe, prompts=16, seed=0)
     assert found.evaluation["target"].prompts == sets.evaluation["target"].prompts
@@ -39,7 +37,7 @@ def test_selection_takes_prompts_that_nothing_else_uses(own_contrast):
     ]
     everything = [prompt for prompts in parts for prompt in prompts]
     assert len(everything) == len(set(everything)) == 189
-    assert PromptSets.from_json(json.loads(json.dumps(found.to_json()))) == found
+    assert PromptSets.model_validate_json(found.model_dump_json()) == found
 
 
 # ---- the stage

@@ -10,7 +10,7 @@ from click.testing import CliRunner
 
 from abliterator import pipeline
 from abliterator.anatomy import anatomy_of
-from abliterator.bake import EditSettings, plan_edits
+from abliterator.bake import plan_edits
 from abliterator.checkpoint import Checkpoint
 from abliterator.cli import main
 from abliterator.directions import Directions, Place
@@ -19,7 +19,7 @@ from abliterator.errors import PromptError, RecipeError
 from abliterator.evaluation import EditEvaluator, EvaluationContext, RenderedPrompts
 from abliterator.judge import RuleJudge
 from abliterator.model import hooked, load_model, render_chat
-from abliterator.recipe import load_recipe
+from abliterator.recipe import Edit, load_recipe
 from abliterator.record import Study
 from abliterator.source import resolve_folder
 from abliterator.study import (
@@ -56,7 +56,7 @@ def context(tiny_loaded):
     )
     return EvaluationContext(
         engine=TransformersEngine(loaded),
-        plan=plan_edits(checkpoint, anatomy_of(checkpoint.config), EditSettings()),
+        plan=plan_edits(checkpoint, anatomy_of(checkpoint.config), Edit()),
         target=rendered,
         neutral=rendered,
         judge=RuleJudge(),

@@ -5,12 +5,12 @@ from dataclasses import replace
 import torch
 
 from abliterator.anatomy import anatomy_of
-from abliterator.bake import EditSettings, plan_edits
+from abliterator.bake import plan_edits
 from abliterator.checkpoint import Checkpoint
 from abliterator.engines import TransformersEngine
 from abliterator.evaluation import EvaluationContext, RenderedPrompts
 from abliterator.judge import RuleJudge
-from abliterator.recipe import Tuning
+from abliterator.recipe import Edit, Tuning
 from abliterator.subspace import orthonormal_basis
 from abliterator.tuning import TuningContext
 from abliterator.tuning._types import PreferencePair, PreferencePairs, Row
@@ -29,7 +29,7 @@ def tiny_context(loaded, **config):
     nothing = RenderedPrompts((), ())
     evaluation = EvaluationContext(
         engine=TransformersEngine(loaded),
-        plan=plan_edits(checkpoint, anatomy_of(checkpoint.config), EditSettings()),
+        plan=plan_edits(checkpoint, anatomy_of(checkpoint.config), Edit()),
         target=nothing,
         neutral=nothing,
         judge=RuleJudge(),

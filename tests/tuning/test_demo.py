@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from abliterator.anatomy import anatomy_of
-from abliterator.bake import EditSettings, bake, plan_edits, preview_edit
+from abliterator.bake import bake, plan_edits, preview_edit
 from abliterator.capture import capture
 from abliterator.checkpoint import Checkpoint
 from abliterator.directions import fit_directions, stack
@@ -17,7 +17,7 @@ from abliterator.errors import DirectionError
 from abliterator.evaluation import EditEvaluator, EvaluationContext, RenderedPrompts
 from abliterator.judge import RuleJudge
 from abliterator.model import load_model, render_chat
-from abliterator.recipe import Tuning
+from abliterator.recipe import Edit, Tuning
 from abliterator.tuning import TunedEdit, TuningContext, tune
 from abliterator.tuning._pairs import make_pairs, with_rejected
 from abliterator.tuning._rows import answer_logprobs
@@ -44,7 +44,7 @@ def demo():
     learned, held_out = slice(0, 32), slice(32, 56)
     evaluation = EvaluationContext(
         engine=engine,
-        plan=plan_edits(checkpoint, anatomy_of(checkpoint.config), EditSettings()),
+        plan=plan_edits(checkpoint, anatomy_of(checkpoint.config), Edit()),
         target=rendered("target", held_out),
         neutral=rendered("neutral", held_out),
         judge=RuleJudge(),

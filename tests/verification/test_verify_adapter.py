@@ -10,10 +10,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from abliterator.anatomy import anatomy_of
-from abliterator.bake import EditSettings, bake, plan_edits, write_adapter
+from abliterator.bake import bake, plan_edits, write_adapter
 from abliterator.checkpoint import ADAPTER_CONFIG, ADAPTER_WEIGHTS, Checkpoint
 from abliterator.errors import CheckpointError
 from abliterator.pipeline.stages.bake import edits_json
+from abliterator.recipe import Edit
 from abliterator.subspace import orthonormal_basis
 from abliterator.verification import EDITS, verify_adapter
 from tests.helpers.architectures import save
@@ -27,7 +28,7 @@ def made(base: Path, folder: Path, k: int, **settings) -> tuple[Path, Path, Path
     """(base, checkpoint, adapter, subspace file) of one random edit."""
     basis = orthonormal_basis(torch.randn(k, D_MODEL, generator=torch.Generator().manual_seed(3)))
     opened = Checkpoint.open(base)
-    plan = plan_edits(opened, anatomy_of(opened.config), EditSettings(**settings))
+    plan = plan_edits(opened, anatomy_of(opened.config), Edit(**settings))
     edits = bake(opened, plan, basis, folder / "checkpoint")
     (folder / "checkpoint" / "abliterator").mkdir()
     (folder / "checkpoint" / EDITS).write_text(edits_json(edits))

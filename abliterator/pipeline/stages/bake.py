@@ -17,7 +17,7 @@ from abliterator.pipeline._workspace import remove_whole
 from abliterator.pipeline.stages.directions import removed_subspace
 from abliterator.pipeline.stages.tuning import planned_edits, tuned_inputs
 from abliterator.record import TensorEdit
-from abliterator.verification import EDITS
+from abliterator.verification import EDITS, read_edits
 
 TENSOR_EDITS = Artefact("bake", f"checkpoint/{EDITS}")
 
@@ -60,9 +60,10 @@ def edits_json(edits: Iterable[TensorEdit]) -> str:
     return json.dumps([edit.model_dump(mode="json") for edit in edits], indent=1) + "\n"
 
 
-def tensor_edits(run: Run) -> list[TensorEdit]:
+def tensor_edits(run: Run) -> tuple[TensorEdit, ...]:
     """The edited tensors, as edits.json has them."""
-    return [TensorEdit.model_validate(edit) for edit in TENSOR_EDITS.read(run)]
+    TENSOR_EDITS.checked(run)
+    return read_edits(run.workspace.checkpoint)
 
 
 BAKE = Stage("bake", 2, _key, _run)

@@ -21,8 +21,12 @@ if TYPE_CHECKING:
     from abliterator.benchmarks import RunSettings, Task, TaskScores
 
 
-def benchmark_tasks(recipe: Recipe) -> Sequence[Task]:
+def benchmark_tasks(recipe: Recipe, device: str) -> Sequence[Task]:
     """The loaded tasks of a recipe, after checking that their engine is installed.
+
+    Args:
+        recipe: its `benchmarks` are read.
+        device: where they will be computed.
 
     Raises:
         BenchmarkError: for what would stop the benchmarks later.
@@ -32,7 +36,7 @@ def benchmark_tasks(recipe: Recipe) -> Sequence[Task]:
         return ()
     from abliterator.benchmarks import preset_tasks, require_engine, resolve_tasks
 
-    require_engine(settings.engine)
+    require_engine(settings.engine, device)
     tasks = [*preset_tasks(settings.preset), *settings.tasks]
     return resolve_tasks(tasks, folder=Path.cwd(), revisions=settings.revisions)
 

@@ -18,7 +18,6 @@ from abliterator.record import Divergence
 
 if TYPE_CHECKING:
     from abliterator.engines import AnswerPath, Engine
-    from abliterator.evaluation import DivergenceSettings
 
 
 RESULT = Artefact("divergence", "work/divergence.json")
@@ -48,24 +47,18 @@ def _base_key(run: Run) -> str:
 
 
 def _run(run: Run) -> list[Path]:
-    from abliterator.evaluation import DivergenceSettings, measure_divergence
+    from abliterator.evaluation import measure_divergence
 
-    recipe = run.recipe
-    settings = DivergenceSettings(
-        tokens=recipe.divergence.tokens,
-        max_new_tokens=recipe.rollouts.max_new_tokens,
-        batch_size=run.batch_size,
-        max_batch_tokens=recipe.capture.max_batch_tokens,
-        seed=recipe.seed,
-    )
     if not DIVERGENCE.kept(run):
-        _write_paths(run, settings)
+        _write_paths(run)
     divergence = measure_divergence(
         lambda side: run.engine(folder_of(run, side)),
         lambda engine: _rendered(run, engine),
-        settings,
+        _read_paths(run),
+        tokens=run.recipe.divergence.tokens,
         scratch=run.workspace.work / "base_logits.bin",
-        paths=_read_paths(run),
+        max_batch_tokens=run.recipe.capture.max_batch_tokens,
+        seed=run.recipe.seed,
         bar=run.progress.bar,
     )
     return [RESULT.write(run, divergence), PATHS.path(run)]
@@ -83,9 +76,18 @@ def _rendered(run: Run, engine: Engine) -> list[list[int]]:
     return [list(ids) for ids in rendered.token_ids]
 
 
-def _write_paths(run: Run, settings: DivergenceSettings) -> None:
+def _write_paths(run: Run) -> None:
+    from abliterator.evaluation import base_paths
+
     base = run.engine(folder_of(run, "base"))
-    paths = settings.paths(base, _rendered(run, base), run.progress.bar)
+    paths = base_paths(
+        base,
+        _rendered(run, base),
+        tokens=run.recipe.divergence.tokens,
+        max_new_tokens=run.recipe.rollouts.max_new_tokens,
+        batch_size=run.batch_size,
+        bar=run.progress.bar,
+    )
     write_text_atomic(PATHS.path(run), json.dumps(paths) + "\n")
 
 

@@ -6,9 +6,11 @@ The stage writes the sets as used to work/prompts.json.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+from pydantic import Field
 
 from abliterator.errors import PromptError
 from abliterator.files import sha256_of_file
@@ -23,10 +25,10 @@ from abliterator.prompts import (
     load_prompts,
 )
 from abliterator.recipe import Prompts, Source
+from abliterator.record import Frozen
 
 
-@dataclass(frozen=True)
-class PromptSets:
+class PromptSets(Frozen):
     """The prompt sets as used; none of `evaluation` is in `extraction` or `selection`.
 
     Attributes:
@@ -38,28 +40,10 @@ class PromptSets:
             alone, where directions are made of such pairs.
     """
 
-    extraction: Mapping[str, PromptSet]
-    evaluation: Mapping[str, PromptSet]
-    selection: Mapping[str, PromptSet] = field(default_factory=dict)
+    extraction: dict[str, PromptSet]
+    evaluation: dict[str, PromptSet]
+    selection: dict[str, PromptSet] = Field(default_factory=dict)
     pairs: tuple[tuple[int, int], ...] = ()
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain values: the artefact prompts.json."""
-        return {
-            "extraction": {name: s.to_json() for name, s in self.extraction.items()},
-            "evaluation": {name: s.to_json() for name, s in self.evaluation.items()},
-            "selection": {name: s.to_json() for name, s in self.selection.items()},
-            "pairs": [list(pair) for pair in self.pairs],
-        }
-
-    @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> PromptSets:
-        """The inverse of `to_json`."""
-        extraction, evaluation, selection = (
-            {name: PromptSet.from_json(s) for name, s in data[part].items()}
-            for part in ("extraction", "evaluation", "selection")
-        )
-        return cls(extraction, evaluation, selection, tuple((t, c) for t, c in data["pairs"]))
 
 
 PROMPT_SETS = Artefact("prompts", "work/prompts.json")
@@ -67,7 +51,7 @@ PROMPT_SETS = Artefact("prompts", "work/prompts.json")
 
 def prompt_sets(run: Run) -> PromptSets:
     """The prompt sets as used."""
-    return PromptSets.from_json(PROMPT_SETS.read(run))
+    return PROMPT_SETS.read_as(run, PromptSets)
 
 
 def _key(run: Run) -> Any:
@@ -96,7 +80,7 @@ def _run(run: Run) -> list[Path]:
     sets = compared(sets)
     for remark in remarks(sets):
         run.progress.note(remark)
-    return [PROMPT_SETS.write(run, sets.to_json())]
+    return [PROMPT_SETS.write(run, sets)]
 
 
 PROMPTS = Stage("prompts", 4, _key, _run)
@@ -116,7 +100,7 @@ def compared(sets: PromptSets) -> PromptSets:
         {kind: count_near(prompts, measured) for kind, prompts in part.items()}
         for part in (sets.extraction, sets.selection)
     )
-    return replace(sets, extraction=extraction, selection=selection)
+    return sets.model_copy(update={"extraction": extraction, "selection": selection})
 
 
 def remarks(sets: PromptSets) -> Iterator[str]:
@@ -171,7 +155,7 @@ def load_sets(recipe: Prompts, *, seed: int, neutral_too: bool) -> PromptSets:
         extraction = {name: drop_overlap(s, measured) for name, s in extraction.items()}
     check_distinct(extraction["target"], extraction["contrast"])
     check_distinct(evaluation["target"], evaluation["neutral"])
-    return PromptSets(_named(extraction), _named(evaluation))
+    return PromptSets(extraction=_named(extraction), evaluation=_named(evaluation))
 
 
 def set_apart(sets: PromptSets, recipe: Prompts, *, prompts: int, seed: int) -> PromptSets:
@@ -206,7 +190,9 @@ def set_apart(sets: PromptSets, recipe: Prompts, *, prompts: int, seed: int) -> 
         hold_out_for_selection("neutral", extraction, "contrast", max_fraction=recipe.holdout)
     else:
         hold_out_for_selection("neutral", evaluation, "neutral", max_fraction=0.5)
-    return PromptSets(_named(extraction), _named(evaluation), _named(selection))
+    return PromptSets(
+        extraction=_named(extraction), evaluation=_named(evaluation), selection=_named(selection)
+    )
 
 
 def with_pairs(sets: PromptSets, recipe: Prompts) -> PromptSets:
@@ -240,7 +226,7 @@ def with_pairs(sets: PromptSets, recipe: Prompts) -> PromptSets:
     )
     if not pairs:
         raise PromptError("No pair of target and contrast prompts is left. Give more of them.")
-    return replace(sets, pairs=pairs)
+    return sets.model_copy(update={"pairs": pairs})
 
 
 def _named(sets: Mapping[str, PromptSet]) -> dict[str, PromptSet]:

@@ -15,6 +15,7 @@ from pathlib import Path
 from statistics import mean, median
 from typing import Any
 
+from abliterator.devices import device_name
 from abliterator.errors import OutputError
 from abliterator.files import copy_file, read_text, sha256_of_file, write_text_atomic
 from abliterator.pipeline._quantization import quantized_edits
@@ -30,6 +31,7 @@ from abliterator.pipeline.stages.prompts import prompt_sets, uses
 from abliterator.pipeline.stages.selection import selected_layers, selection_of
 from abliterator.pipeline.stages.tuning import planned_edits, tuning_record
 from abliterator.prompts import NEAR_DUPLICATE, PromptSet
+from abliterator.recipe import ranges_of
 from abliterator.record import (
     Behaviour,
     BenchmarkResult,
@@ -182,13 +184,20 @@ def _edit(run: Run) -> EditSummary:
 
 
 def _strengths(run: Run, edits: Sequence[TensorEdit]) -> dict[str, float | dict[str, float]]:
-    """Strengths per component: the recipe's, or the mean of the tuned ones."""
-    if not run.recipe.tunes:
-        return {str(component): s for component, s in run.recipe.edit.strengths.items()}
-    by_component: dict[str, list[float]] = {}
-    for edit in edits:
-        by_component.setdefault(edit.component, []).append(edit.strength)
-    return {component: round(mean(values), 4) for component, values in by_component.items()}
+    """Strength of each edited component, by blocks where they differ; the mean of tuned ones."""
+    strengths: dict[str, float | dict[str, float]] = {}
+    for component in dict.fromkeys(edit.component for edit in edits):
+        own = [edit for edit in edits if edit.component == component]
+        writers = (w for w in run.plan.edits.writers if w.component == component)
+        by_block = dict.fromkeys((w.layer for w in writers), 0.0)
+        by_block |= {edit.layer: edit.strength for edit in own}
+        if run.recipe.edit.strength == "auto":  # one for each writer: edits.json has them all
+            strengths[component] = round(mean(edit.strength for edit in own), 4)
+        elif len(set(by_block.values())) == 1:
+            strengths[component] = own[0].strength
+        else:
+            strengths[component] = ranges_of(by_block)
+    return strengths
 
 
 def _behaviour(run: Run) -> dict[str, Behaviour | None]:
@@ -221,7 +230,7 @@ def _provenance(run: Run) -> Provenance:
         packages={name: number for name in PACKAGES if (number := _installed(name))},
         device=run.device,
         dtype=run.dtype or "as stored",
-        hardware=_hardware(run.device),
+        hardware=device_name(run.device),
         digests=_digests(run),
         git_commit=_tool_commit(),
         prompts=tuple(prompt_origin(name, prompts) for name, prompts in uses(sets)),
@@ -235,16 +244,6 @@ def prompt_origin(name: str, prompts: PromptSet) -> PromptOrigin:
     names = PromptOrigin.model_fields.keys() - {"name", "n"}
     fields = {field: getattr(prompts, field) for field in names}
     return PromptOrigin(name=name, n=len(prompts.prompts), **fields)
-
-
-def _hardware(device: str) -> str:
-    import torch
-
-    if device.startswith("cuda"):
-        return torch.cuda.get_device_name(device)
-    if device == "cpu":
-        return f"{torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
-    return device
 
 
 def _digests(run: Run) -> dict[str, str]:
@@ -290,4 +289,4 @@ def read_record(out: Path) -> RunRecord:
         ) from error
 
 
-RECORD = Stage("record", 3, _key, _run)
+RECORD = Stage("record", 4, _key, _run)

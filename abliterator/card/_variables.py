@@ -1,0 +1,86 @@
+"""What the templates of a card name: the record, its parts, and labels of tables."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from abliterator.card._header import COMMIT, header, hub_base
+from abliterator.card._markdown import (
+    Markdown,
+    escape,
+    last_name,
+    settings,
+    without_paths,
+    yaml_fence,
+)
+from abliterator.record import BenchmarkResult, RunRecord
+
+SETS = {
+    "target": "Target prompts (the behaviour that was to go)",
+    "neutral": "Neutral prompts (what was to stay)",
+    "over_refusal": "Over-refusal prompts (harmless, but they look like target prompts)",
+}
+MEASURES = {
+    "refusal": "Refusal",
+    "compliance": "Compliance (0, 0.5 or 1)",
+    "coherence": "Coherence (0, 0.5 or 1)",
+    "product": "Compliance x coherence",
+    "truncated": "Cut at the token limit",
+    "unscored": "Unscored",
+    "repetition": "Share that repeats itself (counted, not judged)",
+    "distinct": "Word pairs that are not repeats (counted, not judged)",
+}
+COUNTED = ("repetition", "distinct")
+DIVERGENCES = {
+    "kl_first_token": "KL(base, edited) of the first answer token, nats",
+    "kl": "KL(base, edited) per answer token, nats",
+    "top1_agreement": "Same most likely next token",
+}
+LLAMA_3 = {f"llama{number}": Markdown(f"Llama {number}") for number in ("3.1", "3.2", "3.3", "4")}
+
+
+def variables(record: RunRecord, *, adapter: bool) -> dict[str, object]:
+    """All variables of the card's templates; the labels in them need no escape."""
+    model, base, commit = record.model, hub_base(record), record.model.revision or ""
+    is_pinned = base is not None and COMMIT.fullmatch(commit)
+    return {
+        "header": Markdown(header(record, adapter=adapter)),
+        "adapter": adapter,
+        "record": record,
+        "edit": record.edit,
+        "planned": record.edit.tensors is None,
+        "selection": record.selection,
+        "model": model,
+        # a Hub id, or the last name of a local folder
+        "base_name": model.id if model.revision is not None else last_name(model.id),
+        "base_id": Markdown(base or "BASE"),
+        "commit": Markdown(commit) if is_pinned else None,
+        "llama_3": LLAMA_3.get((model.license or "").lower()),
+        "trust_remote_code": record.recipe.get("trust_remote_code") is True,
+        "sets": _labels(SETS),
+        "other_sets": {name: escape(name) for name in sorted(record.behaviour.keys() - SETS)},
+        "measures": _labels(MEASURES),
+        "counted": COUNTED,
+        "divergences": _labels(DIVERGENCES),
+        "divergence": record.divergence,
+        "benchmarks": record.benchmarks,
+        "task_settings": _tasks_by_settings(record.benchmarks),
+        "provenance": record.provenance,
+        # a system prompt may look like a path ("/no_think") and must be shown as it was
+        "recipe": yaml_fence(
+            {k: v if k == "chat" else without_paths(v) for k, v in record.recipe.items()}
+        ),
+    }
+
+
+def _labels(texts: Mapping[str, str]) -> dict[str, Markdown]:
+    return {name: Markdown(text) for name, text in texts.items()}
+
+
+def _tasks_by_settings(results: Mapping[str, BenchmarkResult]) -> dict[Markdown, list[str]]:
+    """Settings as text, and the tasks that share them."""
+    shared: dict[Markdown, list[str]] = {}
+    for task, result in results.items():
+        if result.settings:
+            shared.setdefault(settings(without_paths(result.settings)), []).append(task)
+    return shared

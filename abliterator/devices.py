@@ -1,0 +1,162 @@
+"""The devices that can compute: which this machine has, their memory, and how its shortage shows.
+
+`torch.accelerator` knows the kind of accelerator, of which a machine has one (CUDA, also for AMD's
+ROCm; Apple's MPS; Intel's XPU); names and memory come from the kind's own module (`torch.cuda`,
+`torch.mps`, `torch.xpu`).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import NamedTuple
+
+from abliterator.errors import GenerationError, RecipeError
+
+AUTO, CPU = "auto", "cpu"
+
+# Parts of messages, in lower case, by which a lack of memory is known where it has no error type:
+# drivers and libraries of CUDA, HIP, MPS and XPU, and the CPU's allocator on each system.
+_SHORTAGE = (
+    "out of memory",
+    "outofmemory",
+    "_alloc_failed",
+    "out_of_device_memory",
+    "out_of_host_memory",
+    "out_of_resources",
+    "invalid buffer size",
+    "can't allocate memory",
+    "not enough memory",
+)
+
+
+class Memory(NamedTuple):
+    """Memory of a device, in bytes."""
+
+    free: int
+    total: int
+
+
+def available_devices() -> list[str]:
+    """Names of the devices that torch can use on this machine: accelerators, then "cpu"."""
+    import torch
+
+    accelerator = torch.accelerator.current_accelerator()
+    if accelerator is None or not torch.accelerator.is_available():
+        return [CPU]
+    return [f"{accelerator.type}:{i}" for i in range(torch.accelerator.device_count())] + [CPU]
+
+
+def choose_device(name: str) -> str:
+    """The device of this machine that `name` means, as torch names it.
+
+    Args:
+        name: of a device as torch names it ("cpu", "cuda", "cuda:1", "mps", "xpu"), or "auto": the
+            accelerator, and the CPU where there is none.
+
+    Raises:
+        RecipeError: if this machine has no such device.
+    """
+    import torch
+
+    devices = available_devices()
+    if name == AUTO:
+        return torch.device(devices[0]).type
+    with suppress(RuntimeError):  # not a name of torch's
+        device = torch.device(name)
+        if f"{device.type}:{device.index or 0}" in {*devices, f"{CPU}:0"}:
+            return name
+    raise RecipeError(
+        f"This machine has no device {name!r}: torch {torch.__version__} can use "
+        f"{', '.join(devices)}. Choose one of these, or `auto`."
+    )
+
+
+def device_name(device: str) -> str:
+    """The product name of a device, or what its driver calls it."""
+    import torch
+
+    kind = torch.device(device).type
+    if kind == CPU:
+        return f"{torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
+    if kind == "mps":
+        return getattr(torch.backends.mps, "get_name", lambda: kind)()  # not in torch 2.6
+    return str(torch.get_device_module(device).get_device_name(device))
+
+
+def device_memory(device: str) -> Memory:
+    """Free and total memory of a device.
+
+    On an Apple GPU, which shares the host's, what Metal recommends to use at most is the total.
+    """
+    import torch
+
+    if torch.device(device).type == CPU:
+        import psutil
+
+        memory = psutil.virtual_memory()
+        return Memory(memory.available, memory.total)
+    module = torch.get_device_module(device)
+    if hasattr(module, "recommended_max_memory"):
+        total = int(module.recommended_max_memory())
+        return Memory(max(0, total - int(module.driver_allocated_memory())), total)
+    free, total = module.mem_get_info(device)
+    return Memory(int(free), int(total))
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether a device or the host had too little memory.
+
+    Only torch's own allocators raise an error type for that; errors of drivers, of libraries and of
+    the CPU's allocator are recognised by their messages.
+    """
+    import torch
+
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    message = str(error).lower()
+    return isinstance(error, RuntimeError) and any(words in message for words in _SHORTAGE)
+
+
+@contextmanager
+def enough_memory(what: str, *, smaller: str = "") -> Iterator[None]:
+    """Converts a lack of memory in the block to an error that says what to choose.
+
+    Args:
+        what: what needs the memory, the subject of a sentence: "The model in FOLDER".
+        smaller: what may be made smaller beside the dtype: "a smaller `tuning.batch`".
+
+    Raises:
+        GenerationError: chained to what was raised.
+    """
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        reason = " ".join(str(error).split()).rstrip(".") or type(error).__name__
+        choices = ["a smaller dtype (`--dtype bfloat16`)", smaller, "a device with more memory"]
+        raise GenerationError(
+            f"{what} does not fit in memory: {reason}. Use {', '.join(filter(None, choices))}, or "
+            "`--device cpu`."
+        ) from error
+
+
+def release_memory() -> None:
+    """Frees cached device and host memory; call it after the last reference to a model is gone.
+
+    glibc keeps freed memory for later, so part of a released model would stay with the process
+    while the next one is loaded.
+    """
+    import torch
+
+    gc.collect()
+    accelerator, *_ = available_devices()
+    if accelerator != CPU:
+        torch.get_device_module(accelerator).empty_cache()
+    if sys.platform == "linux":
+        with suppress(AttributeError):  # other C libraries have no such call, and no need of it
+            ctypes.CDLL(None).malloc_trim(0)
