@@ -31,7 +31,7 @@ pytestmark = [
 def recipe(smollm2_folder):
     return load_recipe(
         RECIPE,
-        overrides=[f"model={smollm2_folder}", "rollouts.max_new_tokens=32", "rollouts.limit=64"],
+        overrides=[f"model={smollm2_folder}", "rollouts.max_new_tokens=64", "rollouts.limit=64"],
     )
 
 
