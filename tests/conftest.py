@@ -12,6 +12,8 @@ import threading
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+# Workers share the cores: threads of a test's processes would wait for each other, spinning.
+os.environ["OMP_NUM_THREADS"] = "1"
 # Tests' servers are on this machine: no proxy stands before them, here or in a subprocess.
 os.environ["NO_PROXY"] = os.environ["no_proxy"] = "127.0.0.1,localhost"
 # Calibrations of judges, which records carry: none of the machine's own.
@@ -19,6 +21,7 @@ os.environ["ABLITERATOR_CACHE"] = tempfile.mkdtemp(prefix="abliterator-cache-")
 # Where transformers copies remote code to before it runs it.
 os.environ["HF_MODULES_CACHE"] = tempfile.mkdtemp(prefix="abliterator-modules-")
 
+from collections import Counter
 from collections.abc import Callable
 from functools import cache
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -34,6 +37,8 @@ from abliterator.model import LoadedModel, load_model
 from tests.helpers.tiny import save_tiny, train_tokenizer
 
 torch.set_num_threads(1)
+# No test waits for the disk; commands in processes of their own do, and what kill_points.py kills.
+os.fsync = lambda descriptor: None
 # No test may fail because the machine is busy; and where CI is set, none by chance: it has the same
 # examples each time. New ones are tried wherever a person runs the tests.
 settings.register_profile("ours", deadline=None, derandomize="CI" in os.environ)
@@ -57,9 +62,13 @@ def pytest_collection_finish():
 
 
 def pytest_collection_modifyitems(items):
-    """Files with slow tests come first: one that began last would keep a single worker at work."""
+    """Files with slow tests come first, then those with many: what begins last should end soon.
+
+    `--no-loadscope-reorder` makes xdist keep this order.
+    """
     slow = {item.path for item in items if item.get_closest_marker("slow")}
-    items.sort(key=lambda item: item.path not in slow)
+    size = Counter(item.path for item in items)
+    items.sort(key=lambda item: (item.path not in slow, -size[item.path], str(item.path)))
 
 
 @pytest.fixture(autouse=True)

@@ -3,6 +3,7 @@
     python -m tests.kill_points                 # every point: 15 to 60 minutes
     python -m tests.kill_points build --every 10
     python -m tests.kill_points --windows       # under its rules for files
+    python -m tests.kill_points build:40 bake:10     # every 40th, every 10th
 
 A point lies before each opening for writing, rename, removal, mkdir, fsync and copy of a range, and
 in the middle of each write, of files below the scenario's folder. A child process ends itself there
@@ -331,7 +332,9 @@ def state_of(out: Path) -> dict[str, str]:
 def main() -> int:
     """Every point of every scenario, or of those named; 1 if one is seen afterwards."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("scenario", nargs="*", help="build, rerun, bake  [default: all]")
+    parser.add_argument(
+        "scenario", nargs="*", help="build, rerun, bake; NAME:N for every n-th point [default: all]"
+    )
     parser.add_argument("--every", type=int, default=1, help="only every n-th point")
     parser.add_argument("--first", type=int, default=1, help="the first point")
     parser.add_argument("--last", type=int, help="the last one")
@@ -349,9 +352,10 @@ def main() -> int:
         known = scenarios(Path(folder).resolve())
         if asked.windows:
             known = {name: on_windows(scenario) for name, scenario in known.items()}
-        for name in asked.scenario or known:
+        for scenario in asked.scenario or known:
+            name, _, every = scenario.partition(":")
             n = count_points(known[name])
-            points = range(asked.first, min(n, asked.last or n) + 1, asked.every)
+            points = range(asked.first, min(n, asked.last or n) + 1, int(every or asked.every))
             wrong = 0
             for point, what in failures(known[name], points):
                 wrong += 1

@@ -12,8 +12,6 @@ from safetensors.torch import load_file
 
 from abliterator import pipeline
 from abliterator.bake import preview_edit
-from abliterator.benchmarks import RunSettings
-from abliterator.benchmarks._settings import open_model
 from abliterator.capture import capture
 from abliterator.cli import main
 from abliterator.engines import TransformersEngine
@@ -23,6 +21,7 @@ from abliterator.pipeline import Options
 from abliterator.recipe import load_recipe
 from abliterator.record import Comparison
 from abliterator.subspace import random_basis
+from tests.benchmarks.toy import opened
 from tests.evaluation.test_divergence import first_token_logprobs
 from tests.helpers import tiny
 from tests.helpers.quantised import D_MODEL, save_quantised
@@ -85,7 +84,7 @@ def test_quantised_models_are_those_that_a_cpu_runs(name, tmp_path):
     logits = []
     for device in ("cpu", "cuda"):
         loaded = load_model(tmp_path, device=device, dtype="float32")
-        benchmarked = open_model(tmp_path, RunSettings(device=device, dtype="float32")).model
+        benchmarked = opened(tmp_path, device=device, dtype="float32")
         with torch.inference_mode():
             plain = loaded.model(tokens.to(device)).logits.cpu()
             assert torch.equal(benchmarked(tokens.to(device)).logits.cpu(), plain)

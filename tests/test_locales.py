@@ -1,7 +1,7 @@
 """The same numbers and bytes in every locale; what is no text is an error with a name.
 
-Each run is a process of its own, with non-ASCII text in everything that is read: recipe, prompts,
-chat template, the base's README, a benchmark task and its documents.
+Each locale has a process of its own, with non-ASCII text in everything that is read: recipe,
+prompts, chat template, the base's README, a benchmark task and its documents.
 """
 
 import hashlib
@@ -10,9 +10,12 @@ import os
 import shutil
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
+
+from tests.helpers.commands import run_commands
 
 PLACE = Path(__file__).parents[1]
 UTF8 = {"LC_ALL": "C.UTF-8"}
@@ -39,11 +42,15 @@ metadata: {version: 1.0}
 """
 
 
-def command(*arguments, environment, cwd, stdin=b"", flags=()):
+def environment_of(locale):
     kept = {name: v for name, v in os.environ.items() if not name.startswith(("LC_", "LANG"))}
-    kept |= {"PYTHONPATH": str(PLACE), "OMP_NUM_THREADS": "1", **environment}
+    return kept | {"PYTHONPATH": str(PLACE), "OMP_NUM_THREADS": "1", **locale}
+
+
+def command(*arguments, environment, cwd, flags=()):
+    """A process of its own, by `python -m abliterator`."""
     line = [sys.executable, *flags, "-m", "abliterator", *arguments]
-    return subprocess.run(line, env=kept, cwd=cwd, input=stdin, capture_output=True)
+    return subprocess.run(line, env=environment_of(environment), cwd=cwd, capture_output=True)
 
 
 @pytest.fixture(scope="module")
@@ -118,16 +125,25 @@ def cp1252(tmp_path_factory):
 
 CHAT = ("chat", "embedded:demo", "--max-new-tokens", "4")
 PROMPTS = "\ufeffWhere does Neva live – café?\r\n\n中文?".encode()
+CHATS = [(CHAT, PROMPTS), (CHAT, b"Who?\ncaf\xe9\n"), (CHAT, b"a\0b\n")]
+ASCII = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+IO_ALONE = {**UTF8, "PYTHONIOENCODING": "cp1252"}
+LOCALES = {"utf8": UTF8, "ascii": ASCII, "io_alone": IO_ALONE}
 
 
 @pytest.fixture(scope="module")
-def answers(project):
-    """What `chat` answers to PROMPTS in UTF-8."""
-    return command(*CHAT, cwd=project, environment=UTF8, stdin=PROMPTS).stdout
+def run_in(project, request):
+    """`run_in(locale)`: a build and its record, but for "utf8", and three chats."""
 
+    @cache
+    def run(locale):
+        environment = LOCALES.get(locale) or request.getfixturevalue("cp1252")
+        build = ("build", "r.yaml", "--out", locale)
+        builds = [(build, b""), (("build", locale, "--json"), b"")]
+        commands = [*(builds if locale != "utf8" else ()), *CHATS]
+        return run_commands(commands, env=environment_of(environment), cwd=project)
 
-ASCII = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
-IO_ALONE = {**UTF8, "PYTHONIOENCODING": "cp1252"}
+    return run
 
 
 @pytest.mark.slow
@@ -138,13 +154,10 @@ def test_nothing_of_ours_is_read_in_the_locales_encoding(reference):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("locale", ["cp1252", "ascii", "io_alone"])
-def test_a_build_is_the_same_in_every_locale(project, reference, locale, request):
-    known = {"ascii": ASCII, "io_alone": IO_ALONE}
-    environment = known.get(locale) or request.getfixturevalue("cp1252")
-    done = command("build", "r.yaml", "--out", locale, cwd=project, environment=environment)
+def test_a_build_is_the_same_in_every_locale(project, reference, locale, run_in):
+    done, shown, *_ = run_in(locale)
     assert done.returncode == 0, done.stderr.decode(errors="replace")
     assert left_by(project / locale) == left_by(reference[0])
-    shown = command("build", locale, "--json", cwd=project, environment=environment)
     record = json.loads((project / locale / "checkpoint/abliterator/record.json").read_bytes())
     assert json.loads(shown.stdout) == record
     assert record["model"]["license_name"] == "Köche – frei"
@@ -152,18 +165,14 @@ def test_a_build_is_the_same_in_every_locale(project, reference, locale, request
 
 @pytest.mark.slow
 @pytest.mark.parametrize("locale", ["utf8", "cp1252", "ascii", "io_alone"])
-def test_a_pipe_is_utf8_in_every_locale(project, answers, locale, request):
-    known = {"utf8": UTF8, "ascii": ASCII, "io_alone": IO_ALONE}
-    environment = known.get(locale) or request.getfixturevalue("cp1252")
-    done = command(*CHAT, cwd=project, environment=environment, stdin=PROMPTS)
+def test_a_pipe_is_utf8_in_every_locale(locale, run_in):
+    done, bad, nul = run_in(locale)[-3:]
     assert done.returncode == 0, done.stderr.decode(errors="replace")
-    assert done.stdout == answers
+    assert done.stdout == run_in("utf8")[0].stdout
     assert done.stdout.count(b"\n") == 2
-    bad = command(*CHAT, cwd=project, environment=environment, stdin=b"Who?\ncaf\xe9\n")
     assert bad.returncode == 1
     assert b"PromptError: Line 2 of the standard input is not UTF-8 text." in bad.stderr
     assert b"Traceback" not in bad.stderr
-    nul = command(*CHAT, cwd=project, environment=environment, stdin=b"a\0b\n")
     assert (nul.returncode, b"PromptError" in nul.stderr) == (1, True)
 
 

@@ -21,7 +21,7 @@ from abliterator import recipe
 from abliterator.evaluation import EvaluationContext, OnStep
 from abliterator.record import Candidate, Selection, Stack
 from abliterator.selection._grow import grow_stack, largest_better
-from abliterator.selection._openings import learn_openings, log_odds
+from abliterator.selection._openings import FARTHEST, learn_openings, log_odds
 from abliterator.selection._pool import Pool
 from abliterator.selection._race import place_of
 from abliterator.selection._scores import (
@@ -34,6 +34,7 @@ from abliterator.selection._structure import describe, participation_ratio
 from abliterator.selection._sweep import require_enough, sweep_places
 
 __all__ = [
+    "FARTHEST",
     "KL_TOKENS",
     "Pool",
     "ScoringPrompts",

@@ -12,8 +12,11 @@ from abliterator.engines import Tokens
 LONGEST = 6  # tokens of an opening: "I'm sorry, but I" and the like
 MOST = 3  # openings
 LEAST_SHARE = 0.05  # of the refusals, beyond other answers: a rarer opening may be chance
-# beyond this float32 cannot distinguish a probability from 1, and one prompt would dominate means
-FARTHEST = 14.0  # log-odds
+FARTHEST = 14.0
+"""The largest log-odds of `log_odds`, and minus the least.
+
+Beyond it float32 cannot distinguish a probability from 1, and one prompt would dominate means.
+"""
 
 
 def learn_openings(

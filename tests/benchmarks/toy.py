@@ -6,6 +6,7 @@ from pathlib import Path
 
 from abliterator.benchmarks import DocScore, RunSettings, TaskScores
 from abliterator.benchmarks._run import run_tasks
+from abliterator.benchmarks._settings import open_model
 from abliterator.recipe import BenchmarkEngine, Benchmarks, Chat
 
 QUESTIONS = [
@@ -61,6 +62,11 @@ def server_engine(url: str) -> BenchmarkEngine:
 
 def run(folder, tasks, **given):
     return run_tasks(folder, tasks, run_settings(**given))
+
+
+def opened(folder, **settings):
+    """lm-eval's model of a checkpoint, as transformers'."""
+    return open_model(folder, RunSettings(**settings)).model
 
 
 def save_model(folder: Path, change=None, chat_template: bool = True) -> Path:

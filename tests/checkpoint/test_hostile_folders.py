@@ -26,7 +26,8 @@ from abliterator.files import require_plain_folder, require_regular_files
 from abliterator.model import Limits, foreign, load_model, load_tokenizer, stored_limits
 from abliterator.prompts import load_prompts
 from abliterator.recipe import Source, load_recipe
-from tests.hostile_folders import CARDS, make_sound, run_all
+from tests.hostile_folders.cards import CARDS
+from tests.hostile_folders.running import make_sound, run_all
 
 
 @pytest.mark.slow

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +11,6 @@ import torch
 from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 
-from abliterator.benchmarks import RunSettings, StoppedChild, resolve_tasks
 from abliterator.checkpoint import Checkpoint
 from abliterator.cli import main
 from abliterator.comparison import (
@@ -23,62 +20,19 @@ from abliterator.comparison import (
     to_markdown,
 )
 from abliterator.comparison._beside import Setup, link_with_base_prompting
-from abliterator.prompts import load_prompts
-from abliterator.recipe import Benchmarks, Source
 from abliterator.record import Comparison
-from abliterator.source import resolve_folder
+from tests.comparison.changes import (
+    add_token,
+    copied,
+    other_template,
+    replace_text,
+    rewrite,
+    shuffle_vocabulary,
+)
 from tests.comparison.test_comparison import baked
 from tests.helpers.windows_rules import windows_rules
 
-ROOT = Path(__file__).parents[2]
 PROMPTS = ["which river runs through the old town?", "what do the people there eat?"]
-Change = Callable[[Path], Any]
-
-
-def rewrite(name: str, change: Callable[[dict], Any]) -> Change:
-    """Changes a JSON file of a folder in place."""
-
-    def apply(folder: Path) -> None:
-        path = folder / name
-        plain = json.loads(path.read_text("utf-8")) if path.exists() else {}
-        change(plain)
-        path.write_text(json.dumps(plain), encoding="utf-8")
-
-    return apply
-
-
-def replace_text(name: str, old: str, new: str) -> Change:
-    def apply(folder: Path) -> None:
-        text = (folder / name).read_text("utf-8")
-        assert old in text
-        (folder / name).write_text(text.replace(old, new), encoding="utf-8")
-
-    return apply
-
-
-def other_template(text: str) -> Change:
-    return lambda folder: (folder / "chat_template.jinja").write_text(text)
-
-
-def shuffle_vocabulary(plain: dict) -> None:
-    """Two ordinary tokens change places, again and again."""
-    vocabulary = plain["model"]["vocab"]
-    added = {token["content"] for token in plain["added_tokens"]}
-    names = [name for name in vocabulary if name not in added]
-    ids = [vocabulary[name] for name in names]
-    vocabulary.update(zip(names, ids[1:] + ids[:1], strict=True))
-
-
-def add_token(plain: dict) -> None:
-    plain["added_tokens"].append(
-        {**plain["added_tokens"][-1], "id": len(plain["model"]["vocab"]), "content": "<|new|>"}
-    )
-
-
-def copied(base: Path, where: Path, change: Change) -> Path:
-    shutil.copytree(base, where)
-    change(where)
-    return where
 
 
 def compared(base: Path, edited: Path, scratch: Path, **settings: Any) -> Comparison:
@@ -336,82 +290,6 @@ def test_logits_over_more_tokens_are_not_compared(tiny_folder, tmp_path):
     assert set(found.withheld) == {"divergence"}
     assert "384 and 400 tokens" in to_markdown(found)
     assert found.behaviour["neutral"].delta.coherence.value == 0
-
-
-# ---- benchmarks
-
-
-@pytest.fixture
-def tasks(tmp_path, monkeypatch):
-    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
-    return resolve_tasks([str(ROOT / "recipes/demo/tasks/demo_facts.yaml")], folder=tmp_path)
-
-
-DEMO_CHANGES = {
-    "template": (
-        replace_text("chat_template.jinja", "<|assistant|>", "<|assistant|>The answer is"),
-        "as_base",
-    ),
-    "shuffled": (rewrite("tokenizer.json", shuffle_vocabulary), "apart"),
-}
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", DEMO_CHANGES)
-def test_the_demo_with_another_chat_or_tokenizer(tmp_path, tasks, name):
-    """Copies of one model: their refusals were 1.000 and 0.188, and 1.0 and 0.0, with p .0002."""
-    change, asked = DEMO_CHANGES[name]
-    base = resolve_folder("embedded:demo", revision=None).folder
-    edited = copied(base, tmp_path / "edited", change)
-    source = Source(path=ROOT / "recipes/demo/evaluation.jsonl", limit=16)
-    settings = CompareSettings(
-        prompts={"target": load_prompts("target", source).prompts},
-        max_new_tokens=24,
-        tasks=tasks,
-        benchmarks=RunSettings(section=Benchmarks(preset=None, limit=8, chat_template=True)),
-    )
-    (tmp_path / "scratch").mkdir()
-    found = compare(base, edited, settings, scratch=tmp_path / "scratch")
-    behaviour = found.behaviour["target"]
-    assert found.asked == asked
-    assert behaviour.base.refusal.value == 1
-    if asked == "as_base":
-        assert behaviour.edited == behaviour.base
-        assert behaviour.p_value["refusal"] in (None, 1)
-        assert found.benchmarks["demo_facts"].delta.value == 0
-        assert found.benchmarks_apart == {}
-    else:
-        assert behaviour.delta.refusal is None
-        assert behaviour.p_value == {}
-        assert found.benchmarks == {}
-        own = found.benchmarks_apart["demo_facts"]
-        assert own.base.value > own.edited.value
-        assert "each side on its own" in to_markdown(found)
-
-
-@pytest.mark.parametrize("name", DEMO_CHANGES)
-def test_an_error_names_no_file_that_is_deleted(tmp_path, tasks, monkeypatch, name):
-    """The log and the folder of links go with the command's temporary folder."""
-    change, _ = DEMO_CHANGES[name]
-    base = resolve_folder("embedded:demo", revision=None).folder
-    edited = copied(base, tmp_path / "edited", change)
-    (tmp_path / "tmp").mkdir()
-    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "tmp"))
-
-    def stop(sides, *args, out, **options):
-        log = out / "edited.log"
-        log.parent.mkdir(parents=True)
-        log.write_text(f"Traceback:\n  in {sides['edited'].folder}\n\nKeyError: 'lorem'\n")
-        raise StoppedChild(str(sides["edited"].folder), log)
-
-    monkeypatch.setattr("abliterator.comparison._compare.measure_sides", stop)
-    command = ["compare", str(base), str(edited), "--tasks"]
-    done = CliRunner().invoke(main, [*command, str(ROOT / "recipes/demo/tasks/demo_facts.yaml")])
-    assert done.exit_code == 1
-    assert f"while it scored {edited}. Its last lines: Traceback: | in {edited}" in done.stderr
-    assert "KeyError: 'lorem'" in done.stderr
-    assert str(tmp_path / "tmp") not in done.stderr
-    assert list((tmp_path / "tmp").iterdir()) == []
 
 
 def test_the_folder_with_the_bases_prompting_is_made_without_links_too(tiny_folder, tmp_path):

@@ -25,7 +25,7 @@ from abliterator.evaluation import (
 )
 from abliterator.evaluation._kl import top1_agreement
 from abliterator.model import load_model, render_chat
-from tests.helpers.seams import limit_logit_batches
+from tests.engines.seams import limit_logit_batches
 from tests.helpers.tiny import VOCABULARY
 
 

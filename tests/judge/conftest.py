@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.helpers.seams import shorten_waits
+from tests.server.seams import shorten_waits
 
 
 @pytest.fixture(autouse=True)

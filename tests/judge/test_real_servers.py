@@ -27,7 +27,7 @@ from abliterator.recipe import JudgeSettings, Prices
 from abliterator.record import Completion
 
 ROOT = Path(__file__).parents[2]
-N = 24
+N = 6
 
 pytestmark = [
     pytest.mark.slow,
@@ -104,7 +104,7 @@ def llama_server(tmp_path):
         yield url
 
 
-def rollouts():
+def rollouts(n):
     """Ordinary requests, each with an answer that helps or one that declines."""
     lines = (ROOT / "recipes" / "smollm2" / "ordinary.jsonl").read_text().splitlines()
     said = "Gladly: begin early, keep it simple.", "I'm sorry, but I can't help with that."
@@ -118,11 +118,11 @@ def rollouts():
             finish_reason="stop",
             n_tokens=10,
         )
-        for index, line in enumerate(lines[:N])
+        for index, line in enumerate(lines[:n])
     ]
 
 
-def judged(url, model, cache, **more):
+def judged(url, model, cache, *, n=N, **more):
     settings = JudgeSettings(
         kind="openai",
         base_url=url,
@@ -135,7 +135,7 @@ def judged(url, model, cache, **more):
         **more,
     )
     judge = OpenAIJudge(settings, cache=cache)
-    return judge_completions(rollouts(), judge), judge.identity
+    return judge_completions(rollouts(n), judge), judge.identity
 
 
 def replies(cache):
@@ -177,9 +177,9 @@ def test_what_the_server_refuses_stops_the_run(transformers_serve, smollm2_folde
     """Status 422 for a parameter, 400 for a model that it does not serve; nothing is paid."""
     unknown = {"parameters": {"thinking": {"type": "disabled"}}}
     with pytest.raises(ServerError, match=r"first 8 calls.*422.*thinking.*judge\.parameters"):
-        judged(transformers_serve, smollm2_folder, tmp_path / "c", **unknown)
+        judged(transformers_serve, smollm2_folder, tmp_path / "c", n=10, **unknown)
     with pytest.raises(ServerError, match=r"first 8 calls.*400.*pinned.*judge\.model"):
-        judged(transformers_serve, "another", tmp_path / "c")
+        judged(transformers_serve, "another", tmp_path / "c", n=10)
     assert not replies(tmp_path / "c")
 
 

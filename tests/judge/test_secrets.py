@@ -13,7 +13,7 @@ from click.testing import CliRunner
 from abliterator.cli import main
 from abliterator.server import ReplyCache
 from tests.helpers.judge_server import JudgeServer, completion, verdict
-from tests.helpers.seams import CLIENT, shorten_waits
+from tests.server.seams import CLIENT, shorten_waits
 
 KEY = "sk-Quite0Secret9TestKey"
 SAID = verdict("complied", "coherent")

@@ -24,8 +24,7 @@ from abliterator.evaluation import (
     text_perplexity,
 )
 from abliterator.model import load_model
-from abliterator.tuning._rows import answer_logprobs
-from abliterator.tuning._types import Row
+from tests.tuning.seams import tuned_logprobs
 
 PROMPTS = [[5, 6, 7, 8], [9, 10, 11]]
 PATHS = [answer_path(p, [20, 21], tokens=3, stopped=False) for p in PROMPTS]
@@ -104,7 +103,7 @@ def test_logits_stop_wherever_they_are_used(tiny_loaded, tmp_path, value):
         "perplexity": lambda: text_perplexity(engine, neutral_text()[:1]),
         "forced": lambda: list(engine.logits(forced, max_batch_tokens=64, share_prefix=True)),
         "refusal": lambda: engine.log_likelihoods(PROMPTS, [(3, 4)], max_batch_tokens=64),
-        "tuning": lambda: answer_logprobs(broken, [Row(tuple(p), (3, 4)) for p in PROMPTS]),
+        "tuning": lambda: tuned_logprobs(broken, PROMPTS, [(3, 4)] * len(PROMPTS)),
     }
     for use in uses.values():
         with pytest.raises(GenerationError, match="next-token logits of the model in"):

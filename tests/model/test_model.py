@@ -12,8 +12,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from abliterator.benchmarks import RunSettings
-from abliterator.benchmarks._settings import open_model
 from abliterator.errors import (
     CheckpointError,
     GenerationError,
@@ -28,6 +26,7 @@ from abliterator.model import (
     render_chat,
     run_batches,
 )
+from tests.benchmarks.toy import opened
 from tests.helpers.quantised import save_quantised
 from tests.helpers.tiny import train_tokenizer
 
@@ -148,7 +147,7 @@ def test_weights_are_decoded_beside_a_gpu_too(name, tmp_path, monkeypatch):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
         for model in (
             load_model(tmp_path, device="cpu", dtype="float32").model,
-            open_model(tmp_path, RunSettings(device="cpu", dtype="float32")).model,
+            opened(tmp_path, device="cpu", dtype="float32"),
         ):
             assert {weight.dtype for weight in model.parameters()} <= {
                 torch.float32,

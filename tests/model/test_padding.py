@@ -10,12 +10,10 @@ import torch
 
 from abliterator.engines import AnswerPath, TransformersEngine
 from abliterator.model import LoadedModel, _padding, run_prefix
-from abliterator.selection import log_odds
-from abliterator.selection._openings import FARTHEST
-from abliterator.tuning._rows import answer_logprobs
-from abliterator.tuning._types import Row
+from abliterator.selection import FARTHEST, log_odds
 from tests.anatomy.test_architectures import NAMES, vanilla
 from tests.helpers import architectures
+from tests.tuning.seams import tuned_logprobs
 
 SYSTEM = [7, 8, 9, 10, 11, 12]
 _GENERATOR = torch.Generator().manual_seed(4)
@@ -69,12 +67,17 @@ def answers(loaded, prompts=PROMPTS, **options):
     return [answer.token_ids for answer in found]
 
 
+@pytest.fixture(scope="module")
+def alone(loaded):
+    """The answers of one prompt at a time."""
+    return answers(loaded, batch_size=1)
+
+
 def assert_close(one, other):
     torch.testing.assert_close(one, other, atol=1e-4, rtol=0)
 
 
-def test_answers_are_those_of_one_by_one(name, loaded):
-    alone = answers(loaded, batch_size=1)
+def test_answers_are_those_of_one_by_one(name, loaded, alone):
     assert answers(loaded, batch_size=4) == alone
     assert answers(loaded, batch_size=4, share_prefix=True) == alone
     assert answers(loaded, PROMPTS[::-1], batch_size=3, share_prefix=True) == alone[::-1]
@@ -83,16 +86,15 @@ def test_answers_are_those_of_one_by_one(name, loaded):
     assert (known.get("between", 0) < 0) == (name in NO_GAP)
 
 
-def test_given_answers_are_read_as_one_by_one(name, loaded):
-    forced = [ids[: 1 + i % 4] for i, ids in enumerate(answers(loaded, batch_size=1))]
+def test_given_answers_are_read_as_one_by_one(name, loaded, alone):
+    forced = [ids[: 1 + i % 4] for i, ids in enumerate(alone)]
     with torch.inference_mode():
         whole = [
             loaded.model(torch.tensor([[*p, *f]]), use_cache=False).logits[0, len(p) - 1 :]
             for p, f in zip(PROMPTS, forced, strict=True)
         ]
         expected = [logits.log_softmax(-1) for logits in whole]
-        rows = [Row(tuple(p), f) for p, f in zip(PROMPTS, forced, strict=True)]
-        tuned = answer_logprobs(loaded, rows)
+        tuned = tuned_logprobs(loaded, PROMPTS, forced)
     paths = [AnswerPath((*p, *f), len(f) + 1) for p, f in zip(PROMPTS, forced, strict=True)]
     engine = TransformersEngine(loaded)
     for share in (True, False):

@@ -11,12 +11,13 @@ import torch
 from click.testing import CliRunner
 
 from abliterator.anatomy import anatomy_of
-from abliterator.bake import EditSettings, plan_edits
+from abliterator.bake import plan_edits
 from abliterator.checkpoint import Checkpoint
 from abliterator.cli import main
 from abliterator.engines import AnswerPath, Steering, StreamEdit, TransformersEngine, WriterEdit
 from abliterator.errors import RecipeError
 from abliterator.model import load_model, placement_of
+from abliterator.recipe import Edit
 from abliterator.subspace import orthonormal_basis
 from tests.helpers.stand_in import accelerator
 from tests.helpers.tiny import D_MODEL, FAMILIES
@@ -74,7 +75,7 @@ def measured(loaded):
         for prompt, answer in zip(PROMPTS, answers, strict=True)
     ]
     checkpoint = Checkpoint.open(loaded.folder)
-    plan = plan_edits(checkpoint, anatomy_of(checkpoint.config), EditSettings())
+    plan = plan_edits(checkpoint, anatomy_of(checkpoint.config), Edit())
     basis, direction = random_basis(), random_basis()[:, 0]
     writer_edits = [WriterEdit(plan, basis), WriterEdit(plan, basis[:, :1])]
     steerings = [Steering(layer, direction) for layer in (1, 2)]

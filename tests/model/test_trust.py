@@ -1,4 +1,4 @@
-"""With trust off, no Python of a model's folder runs, nor any of the working folder in a child."""
+"""With trust off, no Python of a model's folder runs."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ import pytest
 from abliterator.engines import TransformersEngine
 from abliterator.errors import AbliteratorError
 from abliterator.model import load_model, load_tokenizer, render_chat
-from abliterator.publish import _load_check
 
 
 @pytest.fixture
@@ -49,36 +48,4 @@ def test_code_that_generates_does_not_run(writable, ran):
     loaded = load_model(writable, device="cpu", dtype="float32")
     ids = render_chat(loaded.tokenizer, "Where?")
     assert TransformersEngine(loaded).answers([ids], max_new_tokens=2, batch_size=1, stop_ids=(2,))
-    assert not ran.exists()
-
-
-WALKS_PARTS = (
-    "{% for m in messages %}{{ m.role }}: {% for p in m.content %}"
-    "{% if p['type'] == 'text' %}{{ p['text'] }}{% endif %}{% endfor %}{% endfor %}"
-)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("template", "problem"),
-    [
-        (None, None),
-        (WALKS_PARTS, None),
-        ("{% for m in messages %}{{ m.role }}{% endfor %}", "leaves out the question"),
-        ("{{ 1/0 }}", "cannot render a question: division by zero"),
-    ],
-)
-def test_a_publications_process(writable, ran, monkeypatch, template, problem):
-    """It runs in a model's folder, and its template may be a processor's."""
-    for name in ("torch", "transformers", "json", "abliterator", "sitecustomize"):
-        (writable / f"{name}.py").write_text(code(ran))
-    if template:
-        (writable / "chat_template.jinja").unlink()
-        (writable / "chat_template.json").write_text(json.dumps({"chat_template": template}))
-    monkeypatch.chdir(writable)
-    found = _load_check._run([str(writable)], remote_code=False)
-    if problem:
-        assert problem in found["error"]
-    else:
-        assert (found["missing"], found["finite"]) == ([], True)
     assert not ran.exists()

@@ -3,64 +3,27 @@
 from __future__ import annotations
 
 import os
-import shutil
 import sqlite3
-from contextlib import suppress
 from pathlib import Path
 
 import pytest
-import torch
 import yaml
-from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 
 from abliterator import pipeline
-from abliterator.cli import main
-from abliterator.errors import FileError, OutputError, ServerError
+from abliterator.errors import OutputError, ServerError
 from abliterator.files import FileHashes, sha256_of_file
 from abliterator.pipeline import Options, _workspace
 from abliterator.pipeline._workspace import Workspace
-from abliterator.recipe import load_recipe
 from abliterator.server import Reply, ReplyCache
 from abliterator.verification import verify
-
-FAST = Options(device="cpu", dtype="float32")
-
-
-class Log(pipeline.Silent):
-    """Remembers which stages ran; `on` is called when one begins."""
-
-    def __init__(self, **on):
-        self.ran, self.on = [], on
-
-    def stage(self, name, *, done):
-        if not done:
-            self.ran.append(name)
-            self.on.get(name, lambda: None)()
+from tests.pipeline.builds import build, write_project
 
 
 @pytest.fixture
 def project(tmp_path, tiny_folder):
     """`project(*overrides)`: a recipe on a copy of a tiny model, tmp_path/base."""
     return write_project(tmp_path, tiny_folder)
-
-
-def write_project(folder, tiny_folder):
-    base = folder / "base"
-    shutil.copytree(tiny_folder("llama", dtype=torch.bfloat16), base)
-    (base / "README.md").write_text("---\nlicense: mit\n---\n")
-    for name, question in (("t", "Tell me about the"), ("n", "Name a")):
-        (folder / f"{name}.txt").write_text("\n".join(f"{question} {x}." for x in "abcdefgh"))
-    (folder / "r.yaml").write_text(
-        "model: base\nlayers: [2]\nk: 1\nrollouts: {max_new_tokens: 3}\n"
-        "prompts: {target: {path: t.txt}, neutral: {path: n.txt}}\n"
-    )
-    return lambda *overrides: load_recipe(folder / "r.yaml", overrides=overrides)
-
-
-def build(recipe, out, options=FAST, **on):
-    log = Log(**on)
-    return pipeline.build(recipe, out, options=options, progress=log), log.ran
 
 
 def change(path: Path) -> None:
@@ -227,123 +190,6 @@ def test_a_card_of_another_version_is_rendered_again(project, tmp_path, monkeypa
     assert ran == ["card"]
 
 
-# ---- what a folder may hold, and what the system may refuse
-
-
-@pytest.fixture(scope="module")
-def built(tmp_path_factory, tiny_folder):
-    """(recipe, OUT) of one build; not to be written to."""
-    folder = tmp_path_factory.mktemp("built")
-    recipe = write_project(folder, tiny_folder)()
-    build(recipe, folder / "out")
-    return recipe, folder / "out"
-
-
-@pytest.mark.parametrize("text", ["", "[]", '{"recipe_digest": 3}', "\x00\xff"])
-def test_a_damaged_claim_is_named(built, tmp_path, text):
-    recipe, out = built[0], Path(shutil.copytree(built[1], tmp_path / "out"))
-    (out / "work" / "abliterator.json").write_text(text, encoding="latin-1")
-    with pytest.raises(OutputError, match=r"abliterator\.json is damaged"):
-        build(recipe, out)
-    _, ran = build(recipe, out, Options(device="cpu", dtype="float32", force=True))
-    assert ran == []
-
-
-@pytest.mark.parametrize("text", ["", '{"artefacts": []}'])
-def test_a_damaged_marker_or_cache_costs_only_the_work(built, tmp_path, text):
-    recipe, out = built[0], Path(shutil.copytree(built[1], tmp_path / "out"))
-    (out / "work" / "stages" / "judge.json").write_text(text)
-    (out / "work" / "fingerprint.json").write_text(text)
-    _, ran = build(recipe, out)
-    assert "judge" in ran
-
-
-@pytest.mark.parametrize(
-    "name", ["work/stages", "work/prompts.json", "work/lock", "checkpoint", "checkpoint/README.md"]
-)
-@pytest.mark.parametrize("kind", ["file", "folder", "pipe", "link"])
-def test_something_else_in_the_place_of_a_file(built, tmp_path, name, kind):
-    recipe, out = built[0], Path(shutil.copytree(built[1], tmp_path / "out"))
-    place = out / name
-    shutil.rmtree(place) if place.is_dir() else place.unlink()
-    if kind == "pipe":
-        os.mkfifo(place)
-    elif kind == "link":
-        place.symlink_to(tmp_path / "nowhere")
-    elif kind == "file":
-        place.touch()
-    else:
-        place.mkdir()
-    with suppress(OutputError, FileError):  # a name, or it is made anew
-        pipeline.run_stages(recipe, out, until="prompts", options=FAST)
-        if name.startswith("checkpoint"):
-            build(recipe, out)
-
-
-@pytest.mark.parametrize("out", ["file", "file/out", "/proc/out", "/dev/null/out", "x" * 300])
-@pytest.mark.parametrize("command", ["build", "bake"])
-def test_an_output_folder_that_cannot_be(project, tmp_path, monkeypatch, out, command):
-    project()
-    monkeypatch.chdir(tmp_path)
-    Path("file").write_text("years of work")
-    save_file({"subspace": torch.randn(32, 1)}, "q.safetensors")
-    before = sorted(tmp_path.rglob("*"))
-    asked = {"build": ["build", "r.yaml"], "bake": ["bake", "--model", "base"]}[command]
-    asked += ["--subspace", "q.safetensors"] if command == "bake" else []
-    done = CliRunner().invoke(main, [*asked, "--out", out])
-    assert done.exit_code == 1, (done.output, done.exception)
-    assert isinstance(done.exception, SystemExit), done.exception
-    assert Path("file").read_text() == "years of work"
-    assert sorted(tmp_path.rglob("*")) == before
-
-
-@pytest.mark.parametrize("after", ["rollouts", "judge"])
-def test_a_full_disk_is_named_and_the_run_goes_on(project, tmp_path, monkeypatch, after):
-    import errno
-
-    def full(*arguments):
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    def fill():
-        monkeypatch.setattr(os, "fsync", full)
-
-    with pytest.raises(Exception, match=r"no room for|is full") as error:
-        build(project(), tmp_path / "out", **{after: fill})
-    assert type(error.value).__name__ in {"FileError", "OutputError"}
-    monkeypatch.undo()
-    _, ran = build(project(), tmp_path / "out")
-    assert ran[0] == after
-
-
-def test_a_full_disk_under_the_bases_logits(project, tmp_path, monkeypatch):
-    import errno
-
-    from abliterator.evaluation import _paths
-
-    class Full:
-        def __init__(self, stream):
-            self.stream, self.written = stream, 0
-
-        def write(self, data):
-            self.written += len(data)
-            if self.written > 1 << 12:
-                raise OSError(errno.ENOSPC, "No space left on device")
-            return self.stream.write(data)
-
-    real = _paths.write_fully
-    made = {}
-
-    def write(out, data):
-        full = made.setdefault(out.path, Full(out.stream))
-        real(out._replace(stream=full), data)
-
-    monkeypatch.setattr(_paths, "write_fully", write)
-    with pytest.raises(Exception, match=r"no room for .*base_logits\.bin") as error:
-        build(project(), tmp_path / "out")
-    assert type(error.value).__name__ == "FileError"
-    assert not (tmp_path / "out" / "work" / "base_logits.bin").exists()
-
-
 # ---- replies
 
 
@@ -408,16 +254,3 @@ def test_a_cache_that_is_no_file(tmp_path, kind):
     path.mkdir() if kind == "folder" else os.mkfifo(path)
     with pytest.raises(ServerError, match="cannot be used"):
         ReplyCache(path)
-
-
-def test_markers_are_found_by_their_folder(tmp_path):
-    """The folder of a run may be moved: paths in markers are relative to it."""
-    workspace = Workspace(tmp_path / "a")
-    (tmp_path / "a" / "work").mkdir(parents=True)
-    file = tmp_path / "a" / "work" / "x.json"
-    file.write_text("1")
-    workspace.finish("stage", "key", [file], seconds=1, parts={})
-    (tmp_path / "a").rename(tmp_path / "b")
-    moved = Workspace(tmp_path / "b")
-    assert moved.is_done("stage", "key")
-    assert moved.artefact("stage", tmp_path / "b" / "work" / "x.json").read_text() == "1"

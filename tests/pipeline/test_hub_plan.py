@@ -12,7 +12,8 @@ import pytest
 
 from abliterator import pipeline
 from abliterator.errors import FileError
-from tests.helpers.hub_server import Fault, HubServer, Unseen
+from tests.helpers.hub_repos import Fault, Unseen
+from tests.helpers.hub_server import HubServer
 from tests.test_public_api import HEAVY
 
 ROOT = Path(__file__).parents[2]

@@ -38,7 +38,6 @@ def recipe(smollm2_folder):
 @pytest.fixture(scope="module")
 def built(recipe, tmp_path_factory):
     out = tmp_path_factory.mktemp("built") / "out"
-    torch.set_num_threads(2)
     pipeline.build(recipe, out, options=Options(device="cpu", dtype="float32"))
     return out
 

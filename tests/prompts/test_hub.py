@@ -16,7 +16,8 @@ from typing import Any
 
 import pytest
 
-from tests.helpers.hub_server import Files, HubServer
+from tests.helpers.hub_repos import Files
+from tests.helpers.hub_server import HubServer
 
 ROOT = Path(__file__).parents[2]
 SECRET = "Describe forbidden teapots"  # stands for a prompt that no error may show

@@ -5,37 +5,27 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import random
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
-from hypothesis import example, given
+from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import TypeAdapter
 
 from abliterator.errors import PromptError
 from abliterator.prompts import (
     PromptSet,
-    check_distinct,
     comparison_key,
-    count_near,
-    drop_overlap,
-    hold_out,
     load_prompts,
-    near_duplicates,
     normalised,
     resolve_revision,
-    similarity,
-    trigrams,
 )
 from abliterator.recipe import Source
 
 ROOT = Path(__file__).parents[2]
 SECRET = "Describe forbidden teapots"  # stands for a prompt that no error may show
-
 texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=12)
 prompt_lists = st.lists(texts.filter(normalised), min_size=2, max_size=30, unique_by=comparison_key)
 STORED = TypeAdapter(PromptSet)
@@ -295,214 +285,3 @@ def test_the_room_opens_without_the_heavy_libraries():
     )
     shown = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT)
     assert shown.stdout == "set()\n", shown.stderr
-
-
-# Normal form
-
-
-@pytest.mark.parametrize(
-    ("a", "b"),
-    [
-        ("Straße", "STRASSE"),
-        ("ﬁne", "fine"),
-        ("caf\u00e9", "cafe\u0301"),
-        (" a \u00a0\n b\u2003", "A B"),
-    ],
-)
-def test_spelling_that_says_the_same_is_the_same(a, b):
-    assert normalised(a) == normalised(b)
-
-
-@pytest.mark.parametrize(("a", "b"), [("a b", "ab"), ("resume", "résumé"), ("Who?", "Who")])
-def test_spelling_that_may_say_something_else_is_not(a, b):
-    assert normalised(a) != normalised(b)
-
-
-@pytest.mark.parametrize(
-    "variant",
-    [
-        "Tell me, please: what does Neva's aunt cook",
-        "“Tell me please: what does Neva’s aunt cook?”",
-        "«tell me please; what does Neva´s aunt cook ?»",
-        "TELL\u00a0me, please – what does Neva's aunt cook?!",
-        "- Tell me please... what does Neva‘s aunt cook？",
-        "\ufeffTell me pl\u00adease: what d\u200boes Neva\u2060's aunt cook?\u200e",
-        "Tell me please: what does Neva's aunt cook?\ufe0f\U000e0041",
-        "¿Tell me (please): what does 'Neva's' aunt cook…",
-        "Ｔｅｌｌ ｍｅ please: what\x1fdoes Neva`s aunt cook。\x07",
-    ],
-)
-def test_prompts_that_differ_in_what_nobody_reads_are_the_same(variant):
-    plain = "Tell me please: what does Neva's aunt cook?"
-    assert comparison_key(variant) == comparison_key(plain)
-    with pytest.raises(PromptError, match="are the same 1 prompts"):
-        check_distinct(prompt_set(plain), prompt_set(variant, name="neutral"))
-
-
-@pytest.mark.parametrize(
-    ("a", "b"),
-    [
-        *[("Write it in C#", "Write it in C"), ("Write it in C++", "Write it in C")],
-        *[("What is -5 squared?", "What is 5 squared?"), ("Pay $5", "Pay 5"), ("3-2", "32")],
-        *[("Set an alarm for 6 hours", "Set an alarm for 7 hours"), ("a b", "b a")],
-        *[("Do lock it", "Don't lock it"), ("resume", "résumé"), ("?", "!"), ("@neva", "neva")],
-    ],
-)
-def test_prompts_that_ask_for_something_else_are_not_the_same(a, b):
-    assert comparison_key(a) != comparison_key(b)
-
-
-@given(texts)
-def test_a_comparison_key_is_its_own(text):
-    key = comparison_key(text)
-    assert comparison_key(key) == key
-
-
-grams = st.lists(st.text(alphabet="ab c", min_size=1, max_size=12), max_size=12)
-
-
-@given(grams, grams, st.sampled_from([0.3, 0.5, 0.75, 0.9, 1.0]))
-def test_near_duplicates_are_those_of_the_plain_definition(prompts, others, threshold):
-    def alike(one, other):
-        sides = (trigrams(comparison_key(text)) for text in (one, other))
-        return similarity(*sides) >= threshold
-
-    expected = [i for i, one in enumerate(prompts) if any(alike(one, o) for o in others)]
-    assert near_duplicates(prompts, others, threshold=threshold) == expected
-
-
-@pytest.mark.parametrize(
-    ("a", "b", "near"),
-    [
-        (
-            "Please write a poem about the sea at night.",
-            "Write a poem about the sea at night.",
-            True,
-        ),
-        ("Set an alarm for 6 hours.", "Set an alarm for 7 hours.", True),
-        ("Write a song about the mountains.", "Write a poem about the sea.", False),
-        ("Where does Neva live?", "What does Lorin like to cook?", False),
-    ],
-)
-def test_near_duplicates_are_counted_and_stay(a, b, near):
-    kept = count_near(prompt_set(a), [prompt_set("Boil rice.", b, name="evaluation")])
-    assert (kept.prompts, kept.near) == ((a,), int(near))
-
-
-@pytest.mark.slow
-def test_many_prompts_are_compared_in_seconds():
-    """A line per prompt pair would be minutes; templated prompts, which all share much."""
-    numbers = random.Random(0)
-    prompts = [
-        f"Set an alarm for {numbers.randrange(10**6)} hours and {numbers.randrange(10**4)} minutes."
-        for _ in range(25_500)
-    ]
-    start = time.process_time()
-    near_duplicates(prompts[:25_000], prompts[25_000:])
-    assert time.process_time() - start < 60
-
-
-@given(texts)
-@example("\u0345\u0301")
-def test_normalising_twice_changes_nothing(text):
-    assert normalised(normalised(text)) == normalised(text)
-
-
-def test_normalising_any_character_twice_changes_nothing():
-    characters = map(chr, range(sys.maxunicode + 1))
-    assert [c for c in characters if normalised(f"a{c}") != normalised(normalised(f"a{c}"))] == []
-
-
-# Splitting
-
-
-@given(prompt_lists, fractions, st.integers())
-def test_hold_out_partitions_and_keeps_the_order(prompts, fraction, seed):
-    both = hold_out(prompt_set(*prompts), fraction=fraction, seed=seed)
-    training, held_out = (list(side.prompts) for side in both)
-    assert training == [prompt for prompt in prompts if prompt not in held_out]
-    assert held_out == [prompt for prompt in prompts if prompt not in training]
-    assert sorted(training + held_out) == sorted(prompts)
-    assert abs(len(held_out) - len(prompts) * fraction) <= 1
-    assert both[0].name == "target"
-    assert both[1].name == "target_held_out"
-
-
-@given(prompt_lists.flatmap(lambda p: st.tuples(st.just(p), st.permutations(p))), fractions)
-def test_hold_out_does_not_depend_on_the_order_of_the_file(orders, fraction):
-    first, second = (hold_out(prompt_set(*order), fraction=fraction, seed=1) for order in orders)
-    assert set(first[1].prompts) == set(second[1].prompts)
-
-
-def test_hold_out_depends_on_the_seed_and_on_nothing_else():
-    prompts = prompt_set(*(f"prompt {i}" for i in range(100)))
-    chosen = [set(hold_out(prompts, fraction=0.3, seed=seed)[1].prompts) for seed in (0, 0, 1)]
-    assert chosen[0] == chosen[1] != chosen[2]
-    assert all(len(side) == 30 for side in chosen)
-    # golden: a build that is resumed by a later version must split in the same way
-    assert sorted(chosen[0])[:5] == [f"prompt {i}" for i in (1, 10, 11, 13, 14)]
-
-
-def test_spellings_of_one_prompt_land_on_one_side():
-    prompts = prompt_set(*(text for i in range(20) for text in (f"Prompt {i}", f"PROMPT  {i}")))
-    training, held_out = hold_out(prompts, fraction=0.5, seed=0)
-    check_distinct(training, held_out)
-    assert len(training.prompts) == len(held_out.prompts) == 20
-
-
-@pytest.mark.parametrize("prompts", [("a",), ("a", "A ")])
-def test_one_prompt_cannot_be_split(prompts):
-    with pytest.raises(PromptError, match="only one different prompt"):
-        hold_out(prompt_set(*prompts), fraction=0.5, seed=0)
-
-
-@pytest.mark.parametrize("fraction", [0, 1, -0.1, 1.5, float("nan")])
-def test_a_fraction_outside_0_and_1_is_refused(fraction):
-    with pytest.raises(PromptError, match="fraction of target prompts to hold out"):
-        hold_out(prompt_set("a", "b"), fraction=fraction, seed=0)
-
-
-# Overlap
-
-
-def test_sets_that_share_nothing_pass():
-    check_distinct(prompt_set("a", "b"), prompt_set("c", name="neutral"))
-
-
-@pytest.mark.parametrize(
-    ("a", "b", "seen"),
-    [
-        ((SECRET, "b"), ("B", SECRET), "are the same 2 prompts"),
-        ((SECRET, "b", "c"), (SECRET.upper(), "d"), "share 1 prompts, of 3 and 2"),
-        ((SECRET, "b", "c"), (SECRET, "b"), "share 2 prompts, of 3 and 2"),
-    ],
-)
-def test_sets_that_share_prompts_are_refused_with_counts(a, b, seen):
-    with pytest.raises(PromptError, match=seen) as raised:
-        check_distinct(prompt_set(*a), prompt_set(*b, name="neutral"))
-    assert "from target.txt" in str(raised.value)
-    assert "from neutral.txt" in str(raised.value)
-    assert "teapots" not in str(raised.value).lower()
-
-
-@given(prompt_lists, prompt_lists)
-def test_drop_overlap_leaves_exactly_the_others(training, evaluation):
-    keys = {comparison_key(prompt) for prompt in evaluation}
-    expected = [prompt for prompt in training if comparison_key(prompt) not in keys]
-    a, b = prompt_set(*training), prompt_set(*evaluation, name="evaluation")
-    if not expected:
-        with pytest.raises(PromptError, match="none is left to learn from"):
-            drop_overlap(a, b)
-        return
-    left = drop_overlap(a, b)
-    assert list(left.prompts) == expected
-    assert left.dropped == left.overlap == len(training) - len(expected)
-    check_distinct(left, b)
-
-
-def test_drop_overlap_adds_to_what_was_dropped_and_can_leave_nothing():
-    before = PromptSet(name="target", prompts=("a", "b", "c"), source="s", dropped=4)
-    after = drop_overlap(before, prompt_set("A", "ｃ"))
-    assert (after.dropped, after.overlap) == (6, 2)
-    with pytest.raises(PromptError, match="All 3 target prompts"):
-        drop_overlap(before, prompt_set("c", "b", "a"))

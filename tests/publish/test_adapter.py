@@ -19,7 +19,7 @@ from abliterator.errors import PublishError
 from abliterator.publish import Target, plan_adapter, plan_publish
 from abliterator.publish._load_check import check_loads
 from abliterator.verification import EDITS, RECORD
-from tests.helpers.hub_server import Fault
+from tests.helpers.hub_repos import Fault
 from tests.publish.conftest import (
     NAME,
     TOKEN,

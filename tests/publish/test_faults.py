@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from tests.helpers.hub_server import Fault
+from tests.helpers.hub_repos import Fault
 from tests.publish.conftest import (
     NAME,
     TOKEN,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.helpers.hub_server import Fault
+from tests.helpers.hub_repos import Fault
 from tests.publish.conftest import NAME, commits, files_of, on_hub
 
 API = f"/api/models/{NAME}"

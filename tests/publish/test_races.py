@@ -9,7 +9,7 @@ import pytest
 from abliterator.checkpoint import ADAPTER_WEIGHTS
 from abliterator.errors import FileError, PublishError
 from abliterator.publish import Target, _plan, plan_adapter, plan_publish
-from tests.helpers.hub_server import Fault
+from tests.helpers.hub_repos import Fault
 from tests.publish.conftest import NAME, commits, files_of, on_hub, require_only
 
 API = f"/api/models/{NAME}"

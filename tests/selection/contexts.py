@@ -4,11 +4,11 @@ from abliterator.anatomy import anatomy_of
 from abliterator.bake import plan_edits
 from abliterator.checkpoint import Checkpoint
 from abliterator.engines import TransformersEngine
-from abliterator.engines._side_by_side import EditsByRow
 from abliterator.evaluation import EvaluationContext, RenderedPrompts
 from abliterator.judge import RuleJudge
 from abliterator.recipe import Edit
 from abliterator.selection import KL_TOKENS, ScoringPrompts
+from tests.engines import seams
 
 
 def context_of(loaded, prompts, *, max_new_tokens, max_batch_tokens) -> EvaluationContext:
@@ -38,6 +38,6 @@ def removed(context, bases):
     return context.engine.edited_side_by_side(edits, max_batch_tokens=context.max_batch_tokens)
 
 
-def unedited(context) -> EditsByRow:
+def unedited(context):
     """The model as it is, with whatever hooks are on it, asked as an edit is."""
-    return EditsByRow(context.engine.loaded, 1, lambda rows: None, context.max_batch_tokens)
+    return seams.unedited(context.engine.loaded, context.max_batch_tokens)

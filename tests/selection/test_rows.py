@@ -11,7 +11,7 @@ from abliterator.selection._scores import mean_log_odds
 from abliterator.subspace import random_basis
 from tests.helpers import architectures
 from tests.helpers.architectures import D_MODEL
-from tests.helpers.seams import share_prefixes_from
+from tests.model.seams import share_prefixes_from
 from tests.selection.contexts import context_of, removed
 
 SYSTEM = [7, 8, 9, 10, 11, 12]

@@ -4,9 +4,10 @@ import pytest
 import torch
 
 from abliterator.anatomy import anatomy_of
-from abliterator.bake import EditSettings, plan_edits, preview_edit
+from abliterator.bake import plan_edits, preview_edit
 from abliterator.checkpoint import Checkpoint
 from abliterator.model import load_model
+from abliterator.recipe import Edit
 from abliterator.subspace import Moments, orthonormal_basis, random_basis, removal_of_basis
 from tests.helpers import stand_in
 from tests.helpers.stand_in import accelerator
@@ -45,7 +46,7 @@ def test_gradients_of_a_removal_are_converted_on_the_host():
 def test_gradients_flow_to_a_basis_wherever_it_lies(family, where, tiny_folder):
     folder = tiny_folder(family)
     checkpoint = Checkpoint.open(folder)
-    plan = plan_edits(checkpoint, anatomy_of(checkpoint.config), EditSettings())
+    plan = plan_edits(checkpoint, anatomy_of(checkpoint.config), Edit())
 
     def gradient(device, basis):
         loaded = load_model(folder, device=device, dtype="float32")
