@@ -123,7 +123,10 @@ def test_a_sweep(tmp_path):
 
 @pytest.mark.parametrize("name", ["extraction", "pairs", "alpha", "confirmation", "controls"])
 def test_a_study(name, tmp_path):
-    cpu, fake = on_both(tmp_path, "study", name, settings=["selection.controls=1"])
+    settings = ["selection.controls=1"]
+    if name == "extraction":  # an interval takes more prompts
+        settings += [f"prompts.{part}.limit=8" for part in SETS]
+    cpu, fake = on_both(tmp_path, "study", name, settings=settings)
     results = [read(next((out / "work" / "studies").glob("*.json"))) for out in (cpu, fake)]
     assert results[0] == results[1]
 
