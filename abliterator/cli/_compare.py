@@ -61,13 +61,11 @@ def compare(
     from abliterator.prompts import load_prompts
     from abliterator.recipe import Benchmarks, Source
 
-    sets = {"target": target, "neutral": neutral}
     folder, options = _folder(base), Options(device, dtype, max_memory)
-    dtype_of_computation = options.compute_dtype(Checkpoint.open(folder))
     settings = CompareSettings(
         prompts={
             name: load_prompts(name, Source(path=path, limit=limit)).prompts
-            for name, path in sets.items()
+            for name, path in (("target", target), ("neutral", neutral))
             if path is not None
         },
         tasks=_tasks(tasks),
@@ -75,8 +73,8 @@ def compare(
         batch_size=options.batch_size("auto"),
         benchmarks=RunSettings(
             section=Benchmarks(preset=None, limit=task_limit),
+            dtype=options.compute_dtype(Checkpoint.open(folder)),
             **options.weights,
-            dtype=dtype_of_computation,
         ),
     )
     if settings.tasks:

@@ -44,6 +44,7 @@ from abliterator.record import (
     BehaviourSide,
     Comparison,
     Completion,
+    Difference,
     Divergence,
     Measurement,
     OwnScores,
@@ -116,9 +117,7 @@ def compare(
     beside = differences(*setups)
     for difference in beside:
         note(f"beside the weights: {difference_line(difference)}")
-    prompting: Asking = "alike"
-    if _PROMPTING_PARTS & {difference.part for difference in beside}:
-        prompting = "as_base" if same_vocabulary(*setups) else "apart"
+    prompting = _prompting(setups, beside)
     judge = judge or RuleJudge()
     weights = diff_weights(setups[0].checkpoint, setups[1].checkpoint)
     models = _SingleModelLoader({"base": base, "edited": edited}, settings.benchmarks, prompting)
@@ -147,6 +146,13 @@ def compare(
 
 
 _PROMPTING_PARTS = {"chat_template", "tokenizer", "stop_tokens", "generation_config"}
+
+
+def _prompting(setups: tuple[Setup, Setup], beside: Sequence[Difference]) -> Asking:
+    """How both sides are prompted, which what differs beside the weights decides."""
+    if not _PROMPTING_PARTS & {difference.part for difference in beside}:
+        return "alike"
+    return "as_base" if same_vocabulary(*setups) else "apart"
 
 
 def _withheld(

@@ -10,6 +10,7 @@ prompts never contain today's date. What hooks compute, and on which modules, is
 """
 
 from abliterator.model._chat import render_chat, render_messages, template_tail
+from abliterator.model._config import ask_for_plain_numbers
 from abliterator.model._finite import require_numbers
 from abliterator.model._foreign import foreign
 from abliterator.model._limits import (
@@ -20,7 +21,7 @@ from abliterator.model._limits import (
     require_fit,
     stored_limits,
 )
-from abliterator.model._load import LoadedModel, ask_for_plain_numbers, load_model, placement_of
+from abliterator.model._load import LoadedModel, load_model, placement_of
 from abliterator.model._padding import (
     cache_is_continued,
     padding_is_neutral,

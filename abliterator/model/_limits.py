@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from abliterator.errors import CheckpointError, PromptError
 from abliterator.model._chat import render_chat
-from abliterator.model._load import LoadedModel, read_config
+from abliterator.model._config import read_config
+from abliterator.model._load import LoadedModel
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedTokenizerBase
