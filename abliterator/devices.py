@@ -139,7 +139,12 @@ def enough_memory(what: str, *, smaller: str = "") -> Iterator[None]:
         if not is_out_of_memory(error):
             raise
         reason = " ".join(str(error).split()).rstrip(".") or type(error).__name__
-        choices = ["a smaller dtype (`--dtype bfloat16`)", smaller, "a device with more memory"]
+        choices = [
+            "a smaller dtype (`--dtype bfloat16`)",
+            smaller,
+            "a device with more memory",
+            "less of it for weights (`--device auto --max-memory SIZE` spreads the model)",
+        ]
         raise GenerationError(
             f"{what} does not fit in memory: {reason}. Use {', '.join(filter(None, choices))}, or "
             "`--device cpu`."

@@ -58,7 +58,7 @@ def test_hooks_before_a_commit_run_the_checks_of_ci():
     script = (ROOT / ".ci" / "run").read_text().splitlines()
     config = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())
     entries = [hook["entry"] for repo in config["repos"] for hook in repo["hooks"]]
-    checks = script[script.index("pip install '.[dev]' && pytest") + 1 :]
+    checks = script[script.index('pip install ".[dev]" && pytest') + 1 :]
     assert [line for line in checks if line] == [entry for entry in entries if entry != "pytest"]
     assert {repo["repo"] for repo in config["repos"]} == {"local"}
 

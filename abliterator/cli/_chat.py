@@ -31,9 +31,9 @@ def chat(
     """Talk to MODEL: the folder of a build, a checkpoint, or a Hub id.
 
     Template, system prompt, stop tokens and length are the recipe's, and answers are greedy, as
-    those that were measured. Ctrl-C stops an answer, Ctrl-D ends, an empty line begins a new
-    conversation. Without a terminal, every line of stdin is a conversation of one prompt, in UTF-8.
-    Nothing is kept.
+    those that were measured. Ctrl-C stops an answer, Ctrl-D (on Windows Ctrl-Z and Enter) ends, an
+    empty line begins a new conversation. Without a terminal, every line of stdin is a conversation
+    of one prompt, in UTF-8. Nothing is kept.
     """
     from abliterator import pipeline
 

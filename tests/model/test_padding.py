@@ -132,7 +132,8 @@ def test_openings_are_scored_as_one_by_one(name, loaded):
         expected.append(odds.clamp(-FARTHEST, FARTHEST))
     torch.testing.assert_close(found, torch.stack(expected), atol=1e-3, rtol=0)
     if name in NOT_CONTINUED:  # others may be left whole for their rounding alone
-        assert _padding._neutral_widths[loaded.model]["continued"] < 0
+        # not measured where transformers returns no cache of the model at all
+        assert _padding._neutral_widths[loaded.model].get("continued", -1) < 0
 
 
 def test_windows_by_index_are_seen_though_answers_begin_alike(tmp_path):
