@@ -10,14 +10,16 @@ names the file of the one that its record shall carry; no other is used.
 
 from __future__ import annotations
 
+import json
 import os
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
+from pydantic_core import ErrorDetails
 
 from abliterator.errors import FileError, JudgeError
 from abliterator.files import digest_of, read_text, sha256_of_bytes
@@ -106,30 +108,41 @@ def load_labelled(path: Path) -> list[Labelled]:
     return rows
 
 
+def _encodable(text: str) -> str:
+    text.encode()  # JSON allows half of a surrogate pair, UTF-8 does not
+    return text
+
+
 class _Row(BaseModel):
     model_config = ConfigDict(strict=True)
 
-    prompt: str
-    response: str
+    prompt: Annotated[str, AfterValidator(_encodable)]
+    response: Annotated[str, AfterValidator(_encodable)]
     label: Grade
 
 
 def _labelled(line: str, where: str) -> Labelled:
     try:
-        row = _Row.model_validate_json(line)
+        row = _Row.model_validate(json.loads(line))
     except ValidationError as error:
-        fault = error.errors()[0]
-        kinds = {
-            "json_invalid": f"not JSON ({fault['msg']})",
-            "model_type": "JSON, but no object",
-        }
-        is_label = fault["loc"] == ("label",)
-        field = "the label is not 0, 0.5 or 1" if is_label else "no text under prompt or response"
-        raise JudgeError(
-            f"{where}: {kinds.get(fault['type'], field)}; "
-            'expected {"prompt": text, "response": text, "label": 0, 0.5 or 1}.'
-        ) from None
-    return Labelled(Answered(row.prompt, row.response), row.label)
+        problem = _problem(error.errors()[0])
+    except (ValueError, RecursionError):
+        problem = "not JSON"
+    else:
+        return Labelled(Answered(row.prompt, row.response), row.label)
+    raise JudgeError(
+        f'{where}: {problem}; expected {{"prompt": text, "response": text, "label": 0, 0.5 or 1}}.'
+    )
+
+
+def _problem(fault: ErrorDetails) -> str:
+    if fault["type"] == "model_type":
+        return "JSON, but no object"
+    if fault["loc"] == ("label",):
+        return "the label is not 0, 0.5 or 1"
+    if fault["type"] == "value_error":
+        return "half of a surrogate pair (\\ud800 to \\udfff)"
+    return "no text under prompt or response"
 
 
 def calibrate(

@@ -14,6 +14,7 @@ since some are harmful.
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from abliterator.prompts._compare import (
     NEAR_DUPLICATE,
@@ -32,7 +33,9 @@ from abliterator.prompts._sets import (
     drop_overlap,
     hold_out,
 )
-from abliterator.recipe import Source
+
+if TYPE_CHECKING:
+    from abliterator.recipe import Source
 
 __all__ = [
     "NEAR_DUPLICATE",

@@ -8,11 +8,14 @@ import stat
 from codecs import BOM_UTF8
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from abliterator.errors import FileError, PromptError
 from abliterator.files import read_bytes
 from abliterator.prompts._sets import PromptSet
-from abliterator.recipe import Source
+
+if TYPE_CHECKING:
+    from abliterator.recipe import Source
 
 _MAX_BYTES = 256 << 20  # of a prompt file: a million prompts of a page each are less
 

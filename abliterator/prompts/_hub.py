@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING
 from abliterator.errors import PromptError
 from abliterator.prompts._file import as_prompt, equals_strictly, shown
 from abliterator.prompts._sets import PromptSet
-from abliterator.recipe import Source
 
 if TYPE_CHECKING:
     from datasets import Dataset
+
+    from abliterator.recipe import Source
 
 COMMIT = re.compile(r"[0-9a-f]{40}")
 # "text" comes last: instruction data often has a "text" with question and answer in one.

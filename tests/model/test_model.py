@@ -62,7 +62,7 @@ def test_an_unknown_dtype(tiny_folder):
 
 @pytest.mark.parametrize("device", ["cuda:99", "abacus"])
 def test_a_device_that_is_not_there(tiny_folder, device):
-    with pytest.raises(GenerationError, match=device):
+    with pytest.raises(RecipeError, match=f"no device '{device}'"):
         load_model(tiny_folder("llama"), device=device, dtype=None)
 
 

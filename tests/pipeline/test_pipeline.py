@@ -110,7 +110,11 @@ def test_a_recipe_becomes_a_measured_checkpoint(project, tmp_path):
     ("device", "asked", "expected"),
     [("cpu", "auto", 16), ("cuda:1", "auto", 64), ("mps", "auto", 16), ("cuda", 3, 3)],
 )
-def test_how_many_prompts_are_answered_together(device, asked, expected, project, tmp_path):
+def test_how_many_prompts_are_answered_together(
+    device, asked, expected, project, tmp_path, monkeypatch
+):
+    devices = ["cuda:0", "cuda:1", "mps:0", "cpu"]
+    monkeypatch.setattr("abliterator.devices.available_devices", lambda: devices)
     recipe = project(f"rollouts.batch_size={asked}")
     out = tmp_path / "out"
     plan, options = pipeline.plan_recipe(recipe, out), Options(device=device)
