@@ -44,7 +44,7 @@ SET = click.option(
 JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 
 
-class MemorySize(click.ParamType):  # type: ignore[type-arg]  # generic from click 8.4 on
+class MemorySize(click.ParamType[int]):
     """A size such as 20GiB, as bytes."""
 
     name = "size"
