@@ -52,8 +52,8 @@ def diverge(folder: Path, count: int) -> None:
             load("base"), render(load("base")), tokens=32, max_new_tokens=256, batch_size=16
         )
         file = Path(scratch) / "base_logits.bin"
-        found = measure_divergence(load, render, paths, tokens=32, scratch=file)
-    print(f"KL {found.kl.value} nats, n {found.kl.n}", file=sys.stderr)
+        divergence = measure_divergence(load, render, paths, tokens=32, scratch=file)
+    print(f"divergence: {divergence.kl}", file=sys.stderr)
 
 
 def peak(*arguments: str) -> float:
