@@ -29,6 +29,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import xdist.plugin
 from filelock import FileLock
 from hypothesis import settings
 from transformers.utils import logging as transformers_logging
@@ -59,6 +60,11 @@ def pytest_collection_finish():
     """
     gc.collect()
     gc.freeze()
+
+
+def pytest_xdist_auto_num_workers(config):
+    """One worker more than pytest-xdist takes: many tests wait for a child part of their time."""
+    return xdist.plugin.pytest_xdist_auto_num_workers(config) + 1
 
 
 def pytest_collection_modifyitems(items):

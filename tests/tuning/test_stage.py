@@ -43,6 +43,12 @@ def test_a_build_bakes_the_trial_it_selected(tmp_path):
     hashes = [e["sha256_after"] for e in edits]
     other = json.loads((tmp_path / "again/checkpoint/abliterator/edits.json").read_text())
     assert [e["sha256_after"] for e in other] == hashes
+    # gradients flow through weights that are read from disk, too
+    spread = Options(device="auto", dtype="float32", max_memory=3_000_000)
+    on_disk = pipeline.build(recipe_with(), tmp_path / "on_disk", options=spread)
+    assert on_disk.tuning == record.tuning
+    other = json.loads((tmp_path / "on_disk/checkpoint/abliterator/edits.json").read_text())
+    assert [e["sha256_after"] for e in other] == hashes
 
 
 def test_the_plan_tells_what_tuning_costs(tmp_path):
