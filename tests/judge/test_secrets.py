@@ -58,11 +58,21 @@ def everything(monkeypatch, caplog):
     return caplog
 
 
-def judge(answered, url, *more):
-    """Exit code, and all that a run of the command leaves behind for anybody to read."""
+def judge(answered, url, *more, model="m"):
+    """Exit code, and all that a run of the command leaves behind for anybody to read.
+
+    A server may get the port of an earlier one, whose replies are in the cache: where every answer
+    is to be asked for, `model` has a name of its own.
+    """
     recipe, out = answered
     command = ["judge", str(recipe), "--out", str(out), "--force", "--device", "cpu"]
-    chosen = ["kind=openai", f"base_url={url}", "model=m", "api_key_env=JUDGE_KEY", "retries=1"]
+    chosen = [
+        "kind=openai",
+        f"base_url={url}",
+        f"model={model}",
+        "api_key_env=JUDGE_KEY",
+        "retries=1",
+    ]
     for value in [f"judge.{setting}" for setting in chosen] + list(more):
         command += ["--set", value]
     done = CliRunner().invoke(main, command)
@@ -93,7 +103,7 @@ def test_after_a_refused_key(answered, everything):
 @pytest.mark.parametrize("limit", LIMITS)
 def test_after_a_limit(limit, answered, everything):
     with JudgeServer(key=KEY, reply=SAID) as server:
-        code, seen = judge(answered, server.url, *LIMITS[limit])
+        code, seen = judge(answered, server.url, *LIMITS[limit], model=limit)
     assert code == 1
     assert KEY not in seen + everything.text
 
