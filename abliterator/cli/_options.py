@@ -45,7 +45,7 @@ JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 
 
 class MemorySize(click.ParamType[int]):
-    """A size such as 20GiB, as bytes."""
+    """A size such as 20GiB, as bytes; accelerate reads such too, but takes seconds to import."""
 
     name = "size"
 
