@@ -4,20 +4,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from transformers import AutoModelForCausalLM, LlamaConfig
-
 from abliterator.anatomy import anatomy_of
 from abliterator.bake import plan_edits
 from abliterator.checkpoint import Checkpoint
 from abliterator.engines import AnswerPath, TransformersEngine
 from abliterator.evaluation import EvaluationContext, RenderedPrompts
 from abliterator.judge import RuleJudge
-from abliterator.model import load_model
 from abliterator.recipe import Edit
 from abliterator.selection import KL_TOKENS
 from abliterator.thinking import Splitter
 from tests.engines.seams import answer_of
-from tests.thinking.replies import OPENED, REPLIES, THOUGHT, ids, prompt_ids, tokenizer_of
+from tests.thinking.replies import OPENED, REPLIES, THOUGHT, ids, load_tiny, prompt_ids
 
 LIMIT = 150  # tokens of an answer; a whole reply has fewer, a long thought more
 LONG = THOUGHT * 12
@@ -53,20 +50,7 @@ class Scripted(TransformersEngine):
 
 def scripted(folder, name):
     """A tiny Llama with the tokenizer of a format, and nothing to say yet."""
-    tokenizer = tokenizer_of(REPLIES[name])
-    tokenizer.save_pretrained(folder)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=16,
-        intermediate_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        max_position_embeddings=1024,
-        bos_token_id=0,
-        eos_token_id=2,
-    )
-    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
-    return Scripted(load_model(folder, device="cpu", dtype="float32"))
+    return Scripted(load_tiny(folder, name))
 
 
 def told(engine, name, replies, *, by_prompt=False):

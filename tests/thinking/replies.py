@@ -6,7 +6,9 @@ import copy
 from typing import NamedTuple
 
 from tokenizers import AddedToken
+from transformers import AutoModelForCausalLM, LlamaConfig
 
+from abliterator.model import load_model
 from tests.helpers.tiny import SPECIAL, train_tokenizer
 
 # No beginning of the thought is one of the answer, nor the other way round.
@@ -124,6 +126,24 @@ def tokenizer_of(reply):
     tokenizer.add_tokens([AddedToken(t, special=False) for t in reply.added])
     assert not set(SPECIAL) & {*reply.special, *reply.added}
     return tokenizer
+
+
+def load_tiny(folder, name):
+    """A tiny random Llama with the tokenizer of a format, saved and loaded."""
+    tokenizer = tokenizer_of(REPLIES[name])
+    tokenizer.save_pretrained(folder)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        max_position_embeddings=1024,
+        bos_token_id=0,
+        eos_token_id=2,
+    )
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    return load_model(folder, device="cpu", dtype="float32")
 
 
 def ids(tokenizer, text):

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig
 
 from abliterator.engines import TransformersEngine
 from abliterator.evaluation import RenderedPrompts, answer_sets, as_completions
 from abliterator.judge import RuleJudge, judge_completions
-from abliterator.model import load_model
 from abliterator.record import Completion
 from abliterator.thinking import Splitter
 from tests.thinking.replies import (
@@ -18,6 +16,7 @@ from tests.thinking.replies import (
     REPLIES,
     THOUGHT,
     ids,
+    load_tiny,
     prompt_ids,
     tokenizer_of,
 )
@@ -238,25 +237,7 @@ def test_a_template_that_does_not_work_leaves_the_table(template):
 @pytest.fixture(scope="module")
 def loaded(tmp_path_factory):
     """`loaded(name)`: a tiny Llama with the tokenizer of a format."""
-
-    def load(name):
-        folder = tmp_path_factory.mktemp("thinks")
-        tokenizer = tokenizer_of(REPLIES[name])
-        tokenizer.save_pretrained(folder)
-        config = LlamaConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=16,
-            intermediate_size=16,
-            num_hidden_layers=1,
-            num_attention_heads=2,
-            max_position_embeddings=512,
-            bos_token_id=0,
-            eos_token_id=2,
-        )
-        AutoModelForCausalLM.from_config(config).save_pretrained(folder)
-        return load_model(folder, device="cpu", dtype="float32")
-
-    return load
+    return lambda name: load_tiny(tmp_path_factory.mktemp("thinks"), name)
 
 
 def script(model, tokens):
