@@ -13,7 +13,7 @@ from abliterator.recipe import BenchmarkEngine, Benchmarks
 from tests.benchmarks.toy import run, server_engine
 from tests.helpers.completions_server import CompletionsServer
 from tests.helpers.judge_server import JudgeServer
-from tests.helpers.stand_in import accelerator
+from tests.helpers.stand_in import accelerator, available
 
 
 @pytest.mark.parametrize(
@@ -29,6 +29,7 @@ def test_an_engine_that_is_not_installed_says_what_to_install(engine, message, m
         require_engine(engine)
 
 
+@pytest.mark.skipif(not available(), reason="torch has no backend in Python")
 def test_scores_of_another_device_than_the_one_asked_for_are_refused(plain):
     with (
         accelerator(),
@@ -37,7 +38,8 @@ def test_scores_of_another_device_than_the_one_asked_for_are_refused(plain):
         open_model(plain, RunSettings(device="fake"))
 
 
-def test_lm_eval_scores_a_model_that_is_spread(tiny_folder):
+def test_lm_eval_scores_a_model_that_is_spread(tiny_folder, monkeypatch):
+    monkeypatch.setattr("torch.accelerator.is_available", lambda: False)
     folder = tiny_folder("llama")
     spread = open_model(folder, RunSettings(device="auto", max_memory=60_000))
     whole = open_model(folder, RunSettings(device="cpu"))

@@ -19,11 +19,16 @@ from abliterator.errors import RecipeError
 from abliterator.model import load_model, placement_of
 from abliterator.recipe import Edit
 from abliterator.subspace import orthonormal_basis
+from tests.helpers import stand_in
 from tests.helpers.stand_in import accelerator
 from tests.helpers.tiny import D_MODEL, FAMILIES
 
 PROMPTS = [[0, *range(4, 4 + n)] for n in (5, 12, 3, 12)]
 LENGTH = 5
+
+needs_stand_in = pytest.mark.skipif(
+    not stand_in.available(), reason="torch has no backend in Python, or another accelerator"
+)
 
 
 class OpenedOnDevice:
@@ -40,6 +45,12 @@ class OpenedOnDevice:
 
     def get_tensor(self, name):
         return self._file.get_tensor(name).clone().to(self._device)  # aligned, as devices have it
+
+
+@pytest.fixture
+def cpu_alone(monkeypatch):
+    """No accelerator, whatever the machine has."""
+    monkeypatch.setattr("torch.accelerator.is_available", lambda: False)
 
 
 @pytest.fixture
@@ -100,13 +111,14 @@ def assert_equal(one, other):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_weights_on_disk_change_no_bit(family, tiny_folder):
+def test_weights_on_disk_change_no_bit(family, tiny_folder, cpu_alone):
     folder = tiny_folder(family)
     spread = load(folder, device="auto", max_memory=weights_of(folder) * 6 // 10)
     assert set(spread.placement.values()) == {"cpu", "disk"}
     assert_equal(measured(spread), measured(load(folder, device="cpu")))
 
 
+@needs_stand_in
 @pytest.mark.slow
 @pytest.mark.parametrize("family", sorted({*FAMILIES} - {"qwen"}))  # its code holds a CPU tensor
 def test_two_devices_host_memory_and_disk_change_no_bit(family, tiny_folder, two_devices):
@@ -120,7 +132,7 @@ def test_two_devices_host_memory_and_disk_change_no_bit(family, tiny_folder, two
     assert_equal(measured(too_large), expected)
 
 
-def test_a_build_with_weights_on_disk_is_the_same_build(tiny_folder, tmp_path):
+def test_a_build_with_weights_on_disk_is_the_same_build(tiny_folder, tmp_path, cpu_alone):
     """Bytes, answers and divergence; the command's option goes all the way."""
     texts = {name: [f"{name} {i}: where is it?" for i in range(6)] for name in ("t", "n")}
     for name, lines in texts.items():
@@ -145,6 +157,7 @@ def test_a_build_with_weights_on_disk_is_the_same_build(tiny_folder, tmp_path):
     assert placement_of(folder, device="auto", dtype=None, max_memory=60_000) != {"": "cpu"}
 
 
+@needs_stand_in
 def test_one_device_is_taken_where_the_model_fits(tiny_folder):
     folder = tiny_folder("llama")
     with accelerator(devices=2):
@@ -158,11 +171,12 @@ def test_one_device_is_taken_where_the_model_fits(tiny_folder):
         assert placement_of(folder, device="balanced", dtype=None) == {"": "fake"}
 
 
-def test_a_model_of_which_nothing_fits_is_read_from_disk(tiny_folder):
+def test_a_model_of_which_nothing_fits_is_read_from_disk(tiny_folder, cpu_alone):
     folder = tiny_folder("llama")
     assert "disk" in load(folder, device="auto", max_memory=1).placement.values()
 
 
+@needs_stand_in
 def test_a_device_that_is_too_small_is_filled_up_to_its_limit(tiny_folder):
     folder = tiny_folder("llama")
     size = weights_of(folder)

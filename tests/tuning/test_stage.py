@@ -22,7 +22,7 @@ def recipe_with(*overrides):
 
 
 @pytest.mark.slow
-def test_a_build_bakes_the_trial_it_selected(tmp_path):
+def test_a_build_bakes_the_trial_it_selected(tmp_path, monkeypatch):
     record = pipeline.build(recipe_with(), tmp_path / "out", options=FAST)
     tuning = json.loads((tmp_path / "out" / "work" / "tuning.json").read_text())
     selected = record.tuning.selected
@@ -44,6 +44,7 @@ def test_a_build_bakes_the_trial_it_selected(tmp_path):
     other = json.loads((tmp_path / "again/checkpoint/abliterator/edits.json").read_text())
     assert [e["sha256_after"] for e in other] == hashes
     # gradients flow through weights that are read from disk, too
+    monkeypatch.setattr("torch.accelerator.is_available", lambda: False)
     spread = Options(device="auto", dtype="float32", max_memory=3_000_000)
     on_disk = pipeline.build(recipe_with(), tmp_path / "on_disk", options=spread)
     assert on_disk.tuning == record.tuning
