@@ -1,4 +1,4 @@
-"""Tests mirror the packages: what is private to a package is imported by its own tests alone."""
+"""Tests import what is private to their own package alone; no file is too long."""
 
 from __future__ import annotations
 
@@ -46,3 +46,10 @@ def test_only_the_tests_of_a_package_import_what_is_private_to_it():
 )
 def test_a_private_import_is_seen(line, is_private):
     assert bool(private_imports(line, own="judge")) is is_private
+
+
+def test_no_file_is_longer_than_a_package_should_be():
+    """docs/architecture.md's rule: past 400 lines a file becomes a package."""
+    files = [*TESTS.rglob("*.py"), *(TESTS.parent / "abliterator").rglob("*.py")]
+    lengths = {path: len(path.read_text(encoding="utf-8").splitlines()) for path in files}
+    assert {str(path): n for path, n in lengths.items() if n > 400} == {}

@@ -56,3 +56,12 @@ def says_yes(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def scores(plain, tasks) -> dict[str, TaskScores]:
     return run(plain, tasks, batch_size=7)
+
+
+@pytest.fixture
+def offline(monkeypatch):
+    import datasets
+    import huggingface_hub
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)

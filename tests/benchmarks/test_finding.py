@@ -13,11 +13,9 @@ import yaml
 
 from abliterator import pipeline
 from abliterator.benchmarks import (
-    PRESETS,
     Aggregate,
     _registry,
     _tasks,
-    preset_tasks,
     resolve_tasks,
 )
 from abliterator.errors import BenchmarkError, PromptError
@@ -102,15 +100,6 @@ def test_a_missing_task_file_and_a_task_listed_twice_are_refused(recipe):
         resolve_tasks(["tasks/none.yaml"], folder=recipe)
     with pytest.raises(BenchmarkError, match="'toy_choice' is listed twice"):
         resolve_tasks(["tasks/toy_choice.yaml"] * 2, folder=recipe)
-
-
-@pytest.fixture
-def offline(monkeypatch):
-    import datasets
-    import huggingface_hub
-
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
 
 
 def test_a_named_task_fails_in_preflight_with_its_dataset_and_what_to_do(tmp_path, offline):
@@ -248,77 +237,6 @@ def test_what_a_group_changes_reaches_the_task_and_its_digest(recipe, monkeypatc
     assert (plain.metric, changed.metric, changed.aggregates) == ("acc", "acc_norm", (aggregate,))
     loaded = _tasks.load(changed.name, changed.spec, where="")
     assert loaded.get_config("num_fewshot") == 3
-
-
-MMLU_SUBSET = [
-    "mmlu_elementary_mathematics", "mmlu_high_school_geography", "mmlu_college_biology",
-    "mmlu_computer_security", "mmlu_philosophy", "mmlu_professional_medicine",
-]  # fmt: skip
-
-
-def test_presets_name_tasks_that_lm_eval_has():
-    for preset in PRESETS:
-        for request in preset_tasks(preset):
-            if request.task.endswith(".yaml"):
-                assert Path(request.task).is_file()
-            else:
-                named = [task.name for task in _registry.registered_tasks(request.task)]
-                expected = MMLU_SUBSET if request.task == "mmlu_subset" else [request.task]
-                assert named == expected
-
-
-def test_every_task_of_the_damage_preset_is_what_it_is_taken_for():
-    """By lm-eval's YAML alone: its data is on the Hub."""
-    expected = {
-        "lambada_openai": ("EleutherAI/lambada_openai", "loglikelihood", "acc"),
-        "truthfulqa_mc2": ("truthfulqa/truthful_qa", "multiple_choice", "acc"),
-        "piqa": ("baber/piqa", "multiple_choice", "acc_norm"),
-        "gsm8k": ("openai/gsm8k", "generate_until", "exact_match"),
-        "ifeval": ("google/IFEval", "generate_until", "prompt_level_strict_acc"),
-    }
-    generated = set()
-    registered = [
-        (request, task)
-        for request in preset_tasks("damage")
-        for task in _registry.registered_tasks(request.task)
-    ]
-    for request, found in registered:
-        settings = _registry.yaml_settings(found.path)
-        metrics = {entry["metric"]: entry.get("aggregation") for entry in settings["metric_list"]}
-        if request.task == "mmlu_subset":
-            assert found.name in MMLU_SUBSET
-            wanted = ("cais/mmlu", "multiple_choice", "acc")
-            assert [score.group for score in found.aggregates] == ["mmlu_subset"]
-        else:
-            assert found.name == request.task
-            wanted = expected.pop(request.task)
-        assert (settings["dataset_path"], settings["output_type"]) == wanted[:2]
-        assert metrics[wanted[2]] == "mean"
-        assert _tasks._primary_metric(found.name, _means(metrics)) == wanted[2]
-        if settings["output_type"] == "generate_until":
-            generated.add(found.name)
-            assert request.chat_template
-    assert (expected, generated) == ({}, {"gsm8k", "ifeval"})
-
-
-def _means(metrics):
-    from lm_eval.api.metrics import mean
-
-    return {name: mean if how == "mean" else None for name, how in metrics.items()}
-
-
-def test_the_replication_preset_has_the_replications_tasks():
-    assert [r.task for r in preset_tasks("replication")] == [
-        "arc_easy", "arc_challenge", "hellaswag", "piqa", "winogrande"
-    ]  # fmt: skip
-
-
-def test_the_demo_preset_needs_no_hub(offline, tmp_path):
-    found = resolve_tasks(preset_tasks("demo"), folder=tmp_path)
-    assert [(task.name, task.documents) for task in found] == [
-        ("everyday_choice", 60),
-        ("sums_generation", 60),
-    ]
 
 
 def test_a_pinned_revision_reaches_the_dataset(monkeypatch, tmp_path):
