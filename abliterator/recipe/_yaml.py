@@ -18,6 +18,7 @@ from pydantic import BaseModel, ValidationError
 
 Where = tuple[str | int, ...]
 
+_WHITE = " \t\r\n"  # to yaml; a no-break space is a character like any other
 _NULL = re.compile("~|null|Null|NULL|")
 _BOOL = re.compile("true|True|TRUE|false|False|FALSE")
 _INT = re.compile("[-+]?(?:0|[1-9][0-9]*)|0o[0-7]+|0x[0-9a-fA-F]+")
@@ -91,7 +92,7 @@ def parse_typed(text: str) -> Any:
     Raises:
         YamlError: for yaml that says more than its value, such as a comment, or no value at all.
     """
-    plain = text.strip()
+    plain = text.strip(_WHITE)
     if not plain:
         raise YamlError("there is no value; write '' in quotes for an empty text, null for none")
     if plain[0] not in "[{\"'":

@@ -5,7 +5,7 @@ import math
 import pytest
 import yaml
 from click.testing import CliRunner
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from abliterator.cli import main
@@ -80,18 +80,22 @@ def test_a_text_is_what_was_typed(recipe, text):
 
 
 @given(st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), min_size=1))
+@example("\xa0'0")
+@example("\xa0~")
+@example("\u2003")
 def test_any_text_is_what_was_typed_or_an_error(tmp_path_factory, text):
+    bare = text.strip(" \t\r\n")
     path = tmp_path_factory.mktemp("recipes") / "r.yaml"
     path.write_text(LINES)
     try:
         found = load_recipe(path, overrides=[f"chat.system={text}"]).chat.system
     except RecipeError:
-        assert not text.strip() or text.strip()[0] in "[{\"'"
+        assert not bare or bare[0] in "[{\"'"
         return
-    if text.strip() in {"~", "null", "Null", "NULL"}:
+    if bare in {"~", "null", "Null", "NULL"}:
         assert found is None
-    elif text.strip()[0] in "\"'":  # a yaml text in quotes, all of it
-        assert text.strip()[0] == text.strip()[-1]
+    elif bare[0] in "\"'":  # a yaml text in quotes, all of it
+        assert bare[0] == bare[-1]
     else:
         assert found == text
 
