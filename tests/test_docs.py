@@ -2,6 +2,7 @@
 
 import importlib
 import re
+import runpy
 import tomllib
 from importlib.metadata import version
 from pathlib import Path
@@ -10,16 +11,18 @@ import pytest
 import yaml
 
 from abliterator.cli import main
-from abliterator.recipe import load_recipe
+from abliterator.recipe import Recipe, load_recipe
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text("utf-8")
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+REFERENCE = runpy.run_path(str(ROOT / "scripts" / "reference.py"))["PAGES"]
 FOLDERS = "abliterator|docs|model_cards|perf|recipes|scripts|tests"
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+def blocks(language: str, page: Path = ROOT / "README.md") -> list[str]:
+    """The code blocks of a page in a language."""
+    return re.findall(rf"```{language}\n(.*?)```", page.read_text("utf-8"), flags=re.DOTALL)
 
 
 def named_in_pages(pattern: str) -> list[str]:
@@ -69,10 +72,26 @@ def test_the_citation_is_of_this_version():
     assert citation["license"] == "Apache-2.0"
 
 
-def test_every_command_is_documented_and_every_documented_command_exists():
-    documented = set(re.findall(r"`abliterator ([a-z-]+)", README))
-    hidden_aliases = {"push"}
-    assert documented - hidden_aliases == set(main.commands) - hidden_aliases
+@pytest.mark.parametrize("name", REFERENCE)
+def test_the_reference_is_up_to_date(name):
+    """`python scripts/reference.py` writes it."""
+    assert (ROOT / "docs" / name).read_text("utf-8") == REFERENCE[name]()
+
+
+def test_every_command_and_key_is_in_the_reference():
+    commands = (ROOT / "docs" / "commands.md").read_text("utf-8")
+    named = set(re.findall(r"^## `abliterator ([a-z-]+)", commands, flags=re.MULTILINE))
+    assert named == {name for name, command in main.commands.items() if not command.hidden}
+    keys = (ROOT / "docs" / "recipe_keys.md").read_text("utf-8")
+    for name in Recipe.model_fields:
+        assert f"| `{name}` |" in keys or f"## `{name}`" in keys
+
+
+def test_pages_are_in_the_navigation():
+    settings = yaml.safe_load((ROOT / "mkdocs.yml").read_text("utf-8"))
+    (index, *groups) = settings["nav"]
+    listed = [index, *(page for group in groups for pages in group.values() for page in pages)]
+    assert sorted(listed) == sorted(page.name for page in (ROOT / "docs").glob("*.md"))
 
 
 def test_every_command_that_the_docs_name_exists():
@@ -81,8 +100,9 @@ def test_every_command_that_the_docs_name_exists():
         assert set(named) <= set(main.commands), page.name
 
 
-def test_the_recipe_in_the_readme_is_valid(tmp_path):
-    example, *sections = blocks("yaml")
+@pytest.mark.parametrize("page", ["README.md", "docs/recipes.md"])
+def test_recipes_on_pages_are_valid(tmp_path, page):
+    example, *sections = blocks("yaml", ROOT / page)
     assert set(yaml.safe_load(example)) >= {"model", "layers", "k"}
     for more in ("", *sections):
         (tmp_path / "r.yaml").write_text(example + more)
