@@ -119,6 +119,13 @@ _OWN: dict[str, dict[str, Any]] = {
     },
     "cohere_compass_text": {"rope_parameters": {"full_attention": _MROPE}},
     "deepseek_v2": _LATENT,
+    "deepseek_ocr2_text": {"mlp_layer_types": ["dense", "sparse", "sparse"]},
+    "dots3_note_text": {
+        **_INDEXED,
+        "head_dim": 16,
+        "layer_types": ["sliding_attention", "indexed_attention", "sliding_attention"],
+        "mlp_layer_types": ["dense", "sparse", "sparse"],
+    },
     "deepseek_v32": _INDEXED,
     "deepseek_v3": _LATENT,
     "falcon": {"head_dim": None},
@@ -193,6 +200,7 @@ _OWN: dict[str, dict[str, Any]] = {
             "nemo_conv_channels": 16,
         },
     },
+    "ernie4_5_vl_moe_text": {"moe_intermediate_size": [24, 16]},
     "starcoder2": {"use_bias": True},
     "youtu": _LATENT,
 }
@@ -244,10 +252,38 @@ _VISION = {
     "num_res_blocks": 1,
 }
 
+_SAM = {
+    "hidden_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "output_channels": 16,
+    "image_size": 64,
+    "mlp_dim": 16,
+    "global_attn_indexes": [0],
+}
+
 # What a wrapper's own config must say for its parts to fit together.
 _AROUND: dict[str, dict[str, Any]] = {
     "apertus1p5": {"image_token_offset": 60, "audio_token_offset": 68},
     "cohere_compass": {"vision_config": {**_VISION, "deepstack_visual_indexes": [0]}},
+    "deepseek_ocr2": {
+        "vision_config": {
+            "sam_config": {**_SAM, "downsample_channels": [16, 16]},
+            "encoder_config": {**_VISION, "num_key_value_heads": 2, "vocab_size": 8},
+        },
+    },
+    "dots3_note": {
+        "audio_config": {**_VISION, "adapter_input_size": 16, "adapter_output_size": D_MODEL},
+        "vision_config": {
+            "embed_dim": 16,
+            "num_heads": 2,
+            "intermediate_size": 16,
+            "num_hidden_layers": 1,
+            "mlp_layer_types": ["dense"],
+            "adapter_in_dim": 16,
+            "adapter_out_dim": D_MODEL,
+        },
+    },
     "emu3": {"vocabulary_map": {"<image>": 90, "<|extra_200|>": 91, "<|visual token 000000|>": 92}},
     "granite4_vision": {
         "vision_config": {**_VISION, "model_type": "siglip_vision_model", "hidden_size": 64},
@@ -255,6 +291,7 @@ _AROUND: dict[str, dict[str, Any]] = {
         "spatial_target_layers": [0, 1, 2, 0],
         "downsample_rate": "1/2",
     },
+    "nemotron_h_omni": {"vision_config": {**_VISION, "video_temporal_patch_size": 2}},
     "molmo2": {
         "vision_config": {
             "hidden_size": 16,
