@@ -21,6 +21,7 @@ from abliterator.cli._compare import compare
 from abliterator.cli._doctor import doctor
 from abliterator.cli._init import init
 from abliterator.cli._judge_calibrate import judge_calibrate
+from abliterator.cli._leak import leak
 from abliterator.cli._pairs import pairs
 from abliterator.cli._plan import plan
 from abliterator.cli._publish import publish
@@ -76,6 +77,7 @@ COMMANDS = (
     doctor,
     init,
     judge_calibrate,
+    leak,
     pairs,
     plan,
     publish,

@@ -8,7 +8,14 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from abliterator.cli._options import FILE, JSON, computing_arguments, judge_arguments, read_judge
+from abliterator.cli._options import (
+    FILE,
+    JSON,
+    checkpoint_folder,
+    computing_arguments,
+    judge_arguments,
+    read_judge,
+)
 from abliterator.cli._terminal import Bars, show
 
 if TYPE_CHECKING:
@@ -61,7 +68,7 @@ def compare(
     from abliterator.prompts import load_prompts
     from abliterator.recipe import Benchmarks, Source
 
-    folder, options = _folder(base), Options(device, dtype, max_memory)
+    folder, options = checkpoint_folder(base), Options(device, dtype, max_memory)
     settings = CompareSettings(
         prompts={
             name: load_prompts(name, Source(path=path, limit=limit)).prompts
@@ -84,7 +91,7 @@ def compare(
     with tempfile.TemporaryDirectory(prefix="abliterator-") as scratch:
         comparison = compare_checkpoints(
             folder,
-            _folder(edited),
+            checkpoint_folder(edited),
             settings,
             judge,
             scratch=Path(scratch),
@@ -103,15 +110,6 @@ def _judge(bars: Bars, **arguments: Any) -> Judge:
     require_key(settings)
     note_plain_http(settings, bars)
     return judge_of(settings, cache=cache_folder() / "judge.sqlite")
-
-
-def _folder(model: str) -> Path:
-    """The checkpoint of a Hub id, a folder, or the folder of an earlier run."""
-    from abliterator.source import resolve_folder
-
-    if (Path(model) / "checkpoint" / "config.json").is_file():
-        return Path(model) / "checkpoint"
-    return resolve_folder(model, revision=None).folder
 
 
 def _tasks(names: str) -> list[Task]:

@@ -161,6 +161,15 @@ class BuildFolders(NamedTuple):
     adapter: Path | None  # where it is, or would be; None beside a checkpoint alone
 
 
+def checkpoint_folder(model: str) -> Path:
+    """The checkpoint of a Hub id, a folder, or the folder of an earlier run."""
+    from abliterator.source import resolve_folder
+
+    if (Path(model) / "checkpoint" / "config.json").is_file():
+        return Path(model) / "checkpoint"
+    return resolve_folder(model, revision=None).folder
+
+
 def build_folders(out: Path, base: str | None) -> BuildFolders:
     """The folders of a build, or of a checkpoint alone and its base."""
     from abliterator import pipeline

@@ -58,7 +58,7 @@ from abliterator.record._selection import (
 )
 from abliterator.record._study import Agreement, ContrastDifference, Study, StudyRow
 from abliterator.record._tuning import Trial, Tuning
-from abliterator.record._verification import AdapterVerification, Verification
+from abliterator.record._verification import AdapterVerification, EffectiveStrength, Verification
 
 __all__ = [
     "AdapterVerification",
@@ -76,6 +76,7 @@ __all__ = [
     "Difference",
     "Divergence",
     "EditSummary",
+    "EffectiveStrength",
     "Estimate",
     "FinishReason",
     "Frozen",

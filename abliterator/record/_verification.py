@@ -60,3 +60,21 @@ class AdapterVerification(Proof):
     max_leak: float | None
     sha256: dict[str, str]
     foreign: tuple[str, ...]
+
+
+class EffectiveStrength(Frozen):
+    """How strongly a subspace was removed from what one component of one block writes.
+
+    Attributes:
+        component: kind of the writers; "block" for all that a block writes, measured by a pass.
+        layer: index of the block, from 0; -1 for embeddings.
+        strength: 1 removed, 0 left, above 1 inverted; None where nothing was written.
+        leak: |Qᵀ w'| / |Qᵀ w|, what is still written of what was; None where nothing was.
+        change_within: share of |w' - w|² that lies in the subspace; None where nothing changed.
+    """
+
+    component: str
+    layer: int
+    strength: float | None
+    leak: float | None
+    change_within: float | None

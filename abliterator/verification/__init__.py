@@ -10,6 +10,9 @@ from it. How the edit was made, and where the folders came from, is outside this
     findings = verify(base_folder, out / "checkpoint", subspace=out / "work/directions.safetensors")
     findings.ok, findings.faults, findings.max_leak
     verify_adapter(base_folder, out / "checkpoint", out / "adapter").ok
+
+Of a checkpoint that anybody edited, `stored_strengths` and `measured_strengths` say how strongly a
+subspace was removed.
 """
 
 from abliterator.verification._adapter import verify_adapter
@@ -25,6 +28,8 @@ from abliterator.verification._findings import (
     RECORD,
     read_edits,
 )
+from abliterator.verification._forward import measured_strengths
+from abliterator.verification._strength import stored_strengths
 
 __all__ = [
     "BASE_CARD",
@@ -34,8 +39,10 @@ __all__ = [
     "PICTURES",
     "RECIPE",
     "RECORD",
+    "measured_strengths",
     "read_edits",
     "recipe_text",
+    "stored_strengths",
     "verify",
     "verify_adapter",
 ]

@@ -10,7 +10,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from abliterator.anatomy import Writer, anatomy_of
+from abliterator.anatomy import Anatomy, Writer, anatomy_of
 from abliterator.checkpoint import Checkpoint, TensorInfo
 from abliterator.errors import CheckpointError
 from abliterator.formats import Layout, format_of
@@ -30,6 +30,27 @@ def leak_meter(base: Checkpoint, subspace: Path | None) -> LeakMeter | None:
     return LeakMeter(base, load_subspace(subspace).basis)
 
 
+def require_blocks(basis: Tensor, anatomy: Anatomy) -> None:
+    """Raises CheckpointError for a subspace a block, of a model with another number of them."""
+    if basis.ndim == 3 and len(basis) != anatomy.n_layers:
+        raise CheckpointError(
+            f"There is a subspace for each of {len(basis)} blocks, and the model has "
+            f"{anatomy.n_layers}: it was made for another model. Give the subspace of this run."
+        )
+
+
+def gain_of(checkpoint: Checkpoint, writer: Writer) -> Tensor:
+    """D as a column [H, 1], or [1, 1] where there are none: the gains that follow, in float64."""
+    import torch
+
+    gain = torch.ones(1, 1, dtype=torch.float64)
+    for norm in writer.gains:
+        info, data = checkpoint.tensors[norm], bytearray(checkpoint.read(norm))
+        stored = format_of(info.dtype, norm).view(data, info.shape).double()
+        gain = gain * (stored[:, None] + writer.gain_offset)
+    return gain
+
+
 class LeakMeter:
     """Measures the writers of one base model against Q [H, k], or [L, H, k]: one a block.
 
@@ -39,11 +60,7 @@ class LeakMeter:
 
     def __init__(self, base: Checkpoint, basis: Tensor) -> None:
         anatomy = anatomy_of(base.config)
-        if basis.ndim == 3 and len(basis) != anatomy.n_layers:
-            raise CheckpointError(
-                f"There is a subspace for each of {len(basis)} blocks, and the model has "
-                f"{anatomy.n_layers}: it was made for another model. Give the subspace of this run."
-            )
+        require_blocks(basis, anatomy)
         self._base = base
         self._basis = basis.double()
         self._storage = anatomy.storage
@@ -86,15 +103,8 @@ class LeakMeter:
             CheckpointError: if the tensor does not write the residual stream, or belongs to no
                 block, where each has a subspace of its own.
         """
-        import torch
-
         writer = self._writer(name)
-        gain = torch.ones(self._basis.shape[-2], 1, dtype=torch.float64)
-        for norm in writer.gains:
-            info, data = self._base.tensors[norm], bytearray(self._base.read(norm))
-            stored = format_of(info.dtype, norm).view(data, info.shape).double()
-            gain = gain * (stored[:, None] + writer.gain_offset)
-        return self._basis_of(writer) * gain
+        return self._basis_of(writer) * gain_of(self._base, writer)
 
     def _writer(self, name: str) -> Writer:
         if name not in self._writers:
