@@ -156,15 +156,16 @@ class Anatomy:
             part
             for layer, parts in enumerate(blocks)
             for part in parts
-            if any(name in table_names for name in self._names(part.bias, layer))
+            if any(name in table_names for name in self._names(part, part.bias, layer))
         }
         kind: Kind
         for layer, parts in enumerate(blocks):
             for part in parts:
-                biases = self._names(part.bias, layer) if part in biased else []
+                biases = self._names(part, part.bias, layer) if part in biased else []
                 gains = self._gains(part, layer, table_names)
-                for kind, names in (("weight", self._names(part.tensor, layer)), ("bias", biases)):
-                    for i, name in enumerate(names):
+                weights = self._names(part, part.tensor, layer)
+                for kind, names in (("weight", weights), ("bias", biases)):
+                    for i, name in zip(self._indices(part), names, strict=False):
                         writer = self._writer(part, name, layer, kind, gains)
                         yield replace(writer, expert=i if part.per_expert else None)
 
@@ -191,13 +192,20 @@ class Anatomy:
         return chosen
 
     def _has(self, part: Part, layer: int, table_names: Collection[str]) -> bool:
-        return any(name in table_names for name in self._names(part.tensor, layer))
+        return any(name in table_names for name in self._names(part, part.tensor, layer))
 
-    def _names(self, pattern: str, layer: int) -> list[str]:
+    def _names(self, part: Part, pattern: str, layer: int) -> list[str]:
         name = pattern.replace("{layer}", str(layer))
         if "{expert}" not in name:
             return [name]
-        return [name.replace("{expert}", str(expert)) for expert in range(self.n_experts)]
+        return [name.replace("{expert}", str(expert)) for expert in self._indices(part)]
+
+    def _indices(self, part: Part) -> range:
+        """Indices of a part's experts on disk; one index for what is no expert's own."""
+        if not part.per_expert:
+            return range(1)
+        first = part.experts_after * self.n_experts
+        return range(first, first + self.n_experts)
 
     def _gains(self, part: Part, layer: int, table_names: Collection[str]) -> tuple[str, ...]:
         """Names of the gains: of several names the one that is there; with a "?", perhaps none."""

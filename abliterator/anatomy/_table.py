@@ -44,6 +44,7 @@ class Part:
     fused: bool = False
     packed: bool = False
     either_order: bool = False
+    experts_after: int = 0
 
     @property
     def per_expert(self) -> bool:

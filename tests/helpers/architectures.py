@@ -200,7 +200,12 @@ _OWN: dict[str, dict[str, Any]] = {
             "nemo_conv_channels": 16,
         },
     },
-    "ernie4_5_vl_moe_text": {"moe_intermediate_size": [24, 16]},
+    "ernie4_5_vl_moe_text": {
+        "moe_intermediate_size": [24, 16],
+        "mlp_layer_types": ["dense", "sparse", "sparse"],
+        "moe_num_shared_experts": 1,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]},
+    },
     "starcoder2": {"use_bias": True},
     "youtu": _LATENT,
 }
@@ -333,6 +338,8 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
 
 def image(name: str, rows: int) -> dict[str, torch.Tensor]:
     """A further input for so many rows of tokens: an image, where blocks run only with one."""
+    if name == "ernie4_5_vl_moe":  # every second token is an image's, which has experts of its own
+        return {"moe_mm_token_type_ids": (torch.arange(9) % 2).expand(rows, 9)}
     if name != "mllama":
         return {}
     states = torch.randn(rows, 5, D_MODEL, generator=torch.Generator().manual_seed(7))
