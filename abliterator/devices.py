@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -106,6 +107,12 @@ def device_memory(device: str) -> Memory:
         return Memory(max(0, total - int(module.driver_allocated_memory())), total)
     free, total = module.mem_get_info(device)
     return Memory(int(free), int(total))
+
+
+def usable_cores() -> int | None:
+    """Number of processor cores that this process may use; None if the system does not say."""
+    affinity = getattr(os, "sched_getaffinity", None)  # on Linux alone
+    return len(affinity(0)) if affinity else os.cpu_count()
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -24,6 +24,7 @@ import shutil
 import signal
 import sys
 import tempfile
+import threading
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -43,6 +44,7 @@ from abliterator.pipeline import Options
 from abliterator.publish import Target, plan_adapter, plan_publish
 from abliterator.recipe import load_recipe
 from abliterator.record import RunRecord
+from tests.bake.seams import bake_in_threads
 from tests.helpers.tiny import save_tiny, train_tokenizer
 from tests.helpers.windows_rules import package_modules, windows_rules
 
@@ -66,12 +68,15 @@ class Points:
 
     def __init__(self, folder: Path, kill_at: int | None) -> None:
         self._folder, self._kill_at = str(folder), kill_at
+        self._counting = threading.Lock()
         self.passed = 0
 
     def point(self) -> None:
         """One more."""
-        self.passed += 1
-        if self.passed == self._kill_at:
+        with self._counting:
+            self.passed += 1
+            last = self.passed == self._kill_at
+        if last:
             os.kill(os.getpid(), signal.SIGKILL)
 
     def install(self) -> None:
@@ -208,10 +213,11 @@ def failures(scenario: Scenario, points: Iterator[int] | range) -> Iterator[tupl
 
 def scenarios(folder: Path) -> dict[str, Scenario]:
     """All of them, on a tiny model in `folder`."""
-    base = folder / "base"
+    base, shards = folder / "base", folder / "shards"
 
     def make() -> None:  # in a child: whoever forks has not used torch
         save_tiny("llama", base, train_tokenizer(), dtype=torch.bfloat16)
+        save_tiny("llama", shards, train_tokenizer(), dtype=torch.bfloat16, shard_size="30KB")
         (base / "README.md").write_text("---\nlicense: apache-2.0\n---\n")
         basis = torch.linalg.qr(torch.randn(32, 1)).Q.contiguous()
         save_file({"subspace": basis}, folder / "q.safetensors")
@@ -244,10 +250,14 @@ def scenarios(folder: Path) -> dict[str, Scenario]:
             first[name] = in_child(lambda: (run(), state_of(out))[1]).said
         return first[name]
 
-    def baked() -> None:
+    def baked(model: Path = base) -> None:
         if (out / "config.json").is_file() and not (out / ".partial").exists():
             return  # the kill came after the last step
-        pipeline.bake_subspace(str(base), folder / "q.safetensors", out)
+        pipeline.bake_subspace(str(model), folder / "q.safetensors", out)
+
+    def baked_in_threads() -> None:
+        bake_in_threads(3)
+        baked(shards)
 
     def limited() -> None:
         build("rollouts.limit=1")
@@ -268,6 +278,10 @@ def scenarios(folder: Path) -> dict[str, Scenario]:
             Scenario(
                 *("bake", out.parent, emptied, baked, lambda: state_of(out)),
                 lambda: loadable(base, out),
+            ),
+            Scenario(
+                *("threads", out.parent, emptied, baked_in_threads, lambda: state_of(out)),
+                lambda: loadable(shards, out),
             ),
         )
     }
@@ -333,7 +347,9 @@ def main() -> int:
     """Every point of every scenario, or of those named; 1 if one is seen afterwards."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
-        "scenario", nargs="*", help="build, rerun, bake; NAME:N for every n-th point [default: all]"
+        "scenario",
+        nargs="*",
+        help="build, rerun, bake, threads; NAME:N for every n-th point [default: all]",
     )
     parser.add_argument("--every", type=int, default=1, help="only every n-th point")
     parser.add_argument("--first", type=int, default=1, help="the first point")

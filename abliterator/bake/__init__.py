@@ -17,13 +17,14 @@ from abliterator.bake._adapter import require_adapter_form, write_adapter
 from abliterator.bake._plan import EditPlan, PlannedEdit, plan_edits, require_fit
 from abliterator.bake._preview import preview_edit, preview_edits
 from abliterator.bake._stored import PANEL_ELEMENTS
-from abliterator.bake._write import bake, write_config
+from abliterator.bake._write import bake, bake_file, write_config
 
 __all__ = [
     "PANEL_ELEMENTS",
     "EditPlan",
     "PlannedEdit",
     "bake",
+    "bake_file",
     "plan_edits",
     "preview_edit",
     "preview_edits",

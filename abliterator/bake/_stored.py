@@ -53,6 +53,7 @@ def edit_stored(
     *,
     scales: bytes | None = None,
     out: memoryview | None = None,
+    on_panel: Callable[[], None] = lambda: None,
 ) -> StoredEdit:
     """Edits the stored bytes of one tensor, and measures leak and rounding noise.
 
@@ -63,6 +64,7 @@ def edit_stored(
         settings: how to round, and whether to keep column norms.
         scales: bytes of its scales, for formats that have them.
         out: where the edited bytes go, in the layout `edit.stored`; without it, in place.
+        on_panel: called before each panel of columns; what it raises ends the edit.
 
     Raises:
         FileError: a number of the tensor is not finite, or too large to compute with.
@@ -73,13 +75,14 @@ def edit_stored(
         pairs: Iterator[tuple[Matrix, Matrix]] = ((matrix, matrix) for matrix in sources)
     else:
         if edit.experts is not None and scales is not None:
-            edit.layout.dequantize(buffer, scales, out)  # the other experts
+            edit.layout.dequantize(buffer, scales, out, on_panel)  # the other experts
         targets = edit.stored.matrices(out, edit.layout.dense_axis(axis), experts=edit.experts)
         pairs = zip(sources, targets, strict=True)
     sums = _Sums()
     for source, target in pairs:
         editor = _MatrixEditor(removal.to(source.compute), edit, settings, target, sums)
         for start, stop in source.ranges(PANEL_ELEMENTS):
+            on_panel()
             editor.apply(source, start, stop)
         editor.finish()
     return sums.result(measured=edit.layout.quantized)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,6 +17,7 @@ from abliterator.checkpoint import (
     INDEX_FILE,
     Checkpoint,
     PatchedTensor,
+    PatchThreads,
     TensorInfo,
     auxiliary_files,
     edited_config,
@@ -23,8 +25,8 @@ from abliterator.checkpoint import (
     patch_file,
     shard_layout,
 )
+from abliterator.devices import CPU, device_memory, usable_cores
 from abliterator.files import copy_file, write_text_atomic
-from abliterator.formats import Dequantized
 from abliterator.record import TensorEdit
 
 if TYPE_CHECKING:
@@ -33,11 +35,18 @@ if TYPE_CHECKING:
     from abliterator.subspace import Removal
 
 
+# A smaller checkpoint is written by one thread, before others would have been started.
+_SMALL_BYTES = 32 << 20
+
+# Bytes that the edit of one tensor holds beside it: its panels, and what it calculates of them.
+_PANEL_BYTES = 64 << 20
+
+
 @contextmanager
 def _one_thread() -> Iterator[None]:
-    """Runs torch on one thread: panels are too small to share, and files are hashed on another.
+    """Runs torch on one thread: panels are too small to share, and other tensors run on others.
 
-    With one thread per core, each of thousands of small steps would wait for a core that hashes.
+    With one thread per core, each of thousands of small steps would wait for a core that is busy.
     """
     import torch
 
@@ -58,12 +67,14 @@ def bake(
     *,
     made_from: Mapping[str, str] | None = None,
     on_bytes: Callable[[int], None] | None = None,
+    workers: int | None = None,
 ) -> tuple[TensorEdit, ...]:
     """Writes the edited checkpoint to `out`: weight files, and every other file a loader needs.
 
     All bytes outside the planned tensors are the base's; headers and index too, unless quantised
     tensors are written as plain numbers; config.json is what `write_config` makes of it. Memory is
-    that of the largest edited tensor (and of it as plain numbers) and a few panels.
+    that of the largest edited tensor (and of it as plain numbers) and a few panels, for each
+    worker; their number changes no bit.
 
     Args:
         checkpoint: the base.
@@ -72,26 +83,23 @@ def bake(
         out: a folder; files of the same names in it are replaced, each in one step.
         made_from: for config.json.
         on_bytes: called with the size of each weight file when it is done.
+        workers: how many tensors are edited at once; by default as many as there are cores, while
+            they fit in half of the free memory.
 
     Returns:
         One `TensorEdit` per edited tensor, in the order of the files.
     """
     require_fit(basis, plan)
-    dequantized = plan.dequantized(checkpoint)
-    editor = _ShardEditor(checkpoint, plan, basis, dequantized)
     done: list[TensorEdit] = []
-    for file in checkpoint.weight_files:
-        shard = shard_layout(checkpoint, file, dequantized.dense, dequantized.dropped)
-        patched = patch_file(
-            checkpoint.folder / file,
-            out / file,
-            [info for info in editor.infos if info.file == file],
-            editor,
-            layout=shard if shard.changed else None,
-        )
-        done += [editor.report(t) for t in patched.tensors if t.name in editor.planned]
-        if on_bytes is not None:
-            on_bytes(checkpoint.file_bytes[file])
+    files = checkpoint.weight_files
+    with PatchThreads(workers or _default_workers(checkpoint, plan)) as threads:
+        editor = _ShardEditor(checkpoint, plan, basis, threads)
+        baked = threads.of_files(partial(editor.write, out), files)
+        for file, edits in zip(files, baked, strict=True):
+            done += edits
+            if on_bytes is not None:
+                on_bytes(checkpoint.file_bytes[file])
+    dequantized = editor.dequantized
     index = edited_index(checkpoint, dequantized.dense, dequantized.dropped)
     if index is not None:
         write_text_atomic(out / INDEX_FILE, index)
@@ -102,39 +110,92 @@ def bake(
     return tuple(done)
 
 
+@_one_thread()
+def bake_file(
+    checkpoint: Checkpoint,
+    plan: EditPlan,
+    basis: Tensor,
+    out: Path,
+    file: str,
+    *,
+    workers: int | None = None,
+) -> tuple[TensorEdit, ...]:
+    """Writes one weight file of the edited checkpoint, as `bake` does; returns its edited tensors.
+
+    Its arguments and its result can be pickled, so that files can be written by other processes and
+    machines which have both folders under the same paths.
+
+    Args:
+        checkpoint: see `bake`, as for the other arguments.
+        plan: of the whole edit.
+        basis: of the whole edit.
+        out: folder of the edited checkpoint.
+        file: one of `checkpoint.weight_files`.
+        workers: how many tensors are edited at once.
+    """
+    require_fit(basis, plan)
+    with PatchThreads(workers or _default_workers(checkpoint, plan)) as threads:
+        editor = _ShardEditor(checkpoint, plan, basis, threads)
+        return next(threads.of_files(partial(editor.write, out), [file]))
+
+
+def _default_workers(checkpoint: Checkpoint, plan: EditPlan) -> int:
+    """As many workers as there are cores, while their tensors fit in half of the free memory."""
+    if checkpoint.total_bytes < _SMALL_BYTES:
+        return 1
+    each = plan.largest_bytes(checkpoint) + _PANEL_BYTES
+    return max(1, min(usable_cores() or 1, device_memory(CPU).free // 2 // each))
+
+
 class _ShardEditor:
     """Edits the planned tensors, and dequantizes those that change their format along with them.
 
     Attributes:
         planned: the edit of each tensor, by its name.
+        dequantized: what changes in headers and config.
         infos: all tensors that it changes.
     """
 
     def __init__(
-        self, checkpoint: Checkpoint, plan: EditPlan, basis: Tensor, dequantized: Dequantized
+        self, checkpoint: Checkpoint, plan: EditPlan, basis: Tensor, threads: PatchThreads
     ) -> None:
-        self._checkpoint, self._basis, self._settings = checkpoint, basis, plan.settings
-        self._dequantized = dequantized.layouts
+        self._checkpoint, self._threads, self._settings = checkpoint, threads, plan.settings
+        self._basis = basis.detach()  # other threads record gradients, whatever the caller's does
+        self.dequantized = plan.dequantized(checkpoint)
         self.planned = {edit.info.name: edit for edit in plan.edits}
-        names = dict.fromkeys([*self.planned, *self._dequantized])
+        names = dict.fromkeys([*self.planned, *self.dequantized.layouts])
         self.infos = [checkpoint.tensors[name] for name in names]
         self._measured: dict[str, StoredEdit] = {}
 
+    def write(self, out: Path, file: str) -> tuple[TensorEdit, ...]:
+        """Writes one weight file to the folder `out`; returns its edited tensors in their order."""
+        changes = self.dequantized
+        shard = shard_layout(self._checkpoint, file, changes.dense, changes.dropped)
+        patched = patch_file(
+            self._checkpoint.folder / file,
+            out / file,
+            [info for info in self.infos if info.file == file],
+            self,
+            layout=shard if shard.changed else None,
+            threads=self._threads,
+        )
+        return tuple(self.report(t) for t in patched.tensors if t.name in self.planned)
+
     def __call__(self, info: TensorInfo, buffer: memoryview) -> memoryview | None:
         """Edits the bytes of one tensor in place, or returns it as plain numbers."""
-        edit, dequantized = self.planned.get(info.name), self._dequantized.get(info.name)
+        edit, dequantized = self.planned.get(info.name), self.dequantized.layouts.get(info.name)
         layout = edit.layout if edit is not None else dequantized
-        scales = None
+        scales, check = None, self._threads.check
         if layout is not None and layout.scales is not None:
             scales = self._checkpoint.read(layout.scales)
         out = None if dequantized is None else memoryview(bytearray(nbytes_of(dequantized.dense)))
         if edit is not None:
             removal = removal_of(edit.writer, self._checkpoint, self._basis)
             self._measured[info.name] = edit_stored(
-                buffer, edit, removal, self._settings, scales=scales, out=out
+                buffer, edit, removal, self._settings, scales=scales, out=out, on_panel=check
             )
         elif dequantized is not None and scales is not None and out is not None:
-            dequantized.dequantize(buffer, scales, out)
+            dequantized.dequantize(buffer, scales, out, check)
         else:
             raise ValueError(f"{info.name} is neither edited nor quantised")
         return out

@@ -56,6 +56,10 @@ class Checkpoint:
     tensors: Mapping[str, TensorInfo]
     file_bytes: Mapping[str, int]
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickled as it was read: the read-only mappings of `open` cannot be."""
+        return Checkpoint, (self.folder, self.config, dict(self.tensors), dict(self.file_bytes))
+
     @classmethod
     def open(cls, folder: Path) -> Checkpoint:
         """Open and check a folder that transformers could load; reads headers only.

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import platform
 import tempfile
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from abliterator.devices import usable_cores
 from abliterator.diagnostics._faults import outcome, without_home
 from abliterator.diagnostics._report import Disk, Extra, Host, Python
 from abliterator.files import free_bytes
@@ -58,12 +58,7 @@ def host() -> Host:
     import psutil
 
     memory = psutil.virtual_memory()
-    return Host(cores=_usable_cores(), free=memory.available, total=memory.total)
-
-
-def _usable_cores() -> int | None:
-    affinity = getattr(os, "sched_getaffinity", None)  # on Linux alone
-    return len(affinity(0)) if affinity else os.cpu_count()
+    return Host(cores=usable_cores(), free=memory.available, total=memory.total)
 
 
 def disk(folder: Path, use: str) -> Disk:

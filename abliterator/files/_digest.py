@@ -8,7 +8,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from abliterator.files._read import OpenFile, open_regular, read_fully, readable
+from abliterator.files._read import OpenFile, open_regular, opened_again, read_fully, readable
 
 _CHUNK = 256 << 10  # bytes: a chunk is hashed while it is still in the processor's cache
 
@@ -58,9 +58,8 @@ def sha256_of_range(file: OpenFile, start: int, size: int) -> str:
     """
     digest = hashlib.sha256()
     buffer = memoryview(bytearray(min(_CHUNK, size)))
-    with readable(file.path), Path(file.stream.name).open("rb", buffering=0) as stream:
-        stream.seek(start)
-        reader = file._replace(stream=stream)
+    with opened_again(file) as reader:
+        reader.stream.seek(start)
         for done in range(0, size, _CHUNK):
             part = buffer[: size - done]
             read_fully(reader, part)

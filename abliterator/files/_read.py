@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from io import FileIO
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from abliterator.errors import FileError
 
@@ -34,6 +34,15 @@ def open_regular(path: Path) -> Iterator[OpenFile]:
         stream = path.open("rb", buffering=0)
     with stream:
         yield OpenFile(path, stream, os.fstat(stream.fileno()).st_size)
+
+
+@contextmanager
+def opened_again(file: OpenFile, mode: Literal["rb", "r+b"] = "rb") -> Iterator[OpenFile]:
+    """The same file through a stream of its own, so that threads share no position in it."""
+    with readable(file.path):
+        stream = Path(file.stream.name).open(mode, buffering=0)  # noqa: SIM115
+    with stream:
+        yield file._replace(stream=stream)
 
 
 @contextmanager

@@ -105,12 +105,22 @@ class Layout(ABC):
         """The axis of `dense` that corresponds to `axis`."""
         return axis
 
-    def dequantize(self, buffer: Bytes, scales: bytes, out: Bytes) -> None:
-        """Writes the numbers in the layout `dense` to `out`, each rounded to the nearest."""
+    def dequantize(
+        self,
+        buffer: Bytes,
+        scales: bytes,
+        out: Bytes,
+        on_panel: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Writes the numbers in the layout `dense` to `out`, each rounded to the nearest.
+
+        `on_panel` is called before each of the parts in which that is done.
+        """
         axis = max(0, min(1, len(self.shape) - 2))
         targets = self.dense.matrices(out, self.dense_axis(axis))
         for source, target in zip(self.matrices(buffer, axis, scales), targets, strict=True):
             for start, stop in source.ranges(DEQUANTIZED_ELEMENTS):
+                on_panel()
                 target.put(start, target.rounded(source.decoded(start, stop)))
 
     @abstractmethod

@@ -36,6 +36,14 @@ Headers = Mapping[str, Header]
 Settings = Mapping[str, Any]
 
 
+def _is_plain(name: str, headers: Headers, settings: Settings) -> None:
+    """No tensor is quantised; a function of a name, so that plans can be pickled."""
+
+
+def _always(_: Settings) -> bool:
+    return True
+
+
 @dataclass(frozen=True)
 class Scheme:
     """One quantisation method.
@@ -51,10 +59,10 @@ class Scheme:
     """
 
     companions: Mapping[str, str] = field(default_factory=dict)
-    recognise: Callable[[str, Headers, Settings], Layout | None] = lambda *_: None
+    recognise: Callable[[str, Headers, Settings], Layout | None] = _is_plain
     skips: tuple[str, ...] = ()
     experts: Callable[[str], str] = str
-    fits: Callable[[Settings], bool] = lambda _: True
+    fits: Callable[[Settings], bool] = _always
 
 
 @dataclass(frozen=True)

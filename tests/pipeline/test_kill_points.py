@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-EVERY = {"build": 41, "rerun": 16, "bake": 11}
+EVERY = {"build": 41, "rerun": 16, "bake": 11, "threads": 23}
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,95 @@
+"""A bake on several cores, or in several processes: bit-equal to a bake on one."""
+
+from __future__ import annotations
+
+import multiprocessing
+from concurrent.futures import ProcessPoolExecutor
+
+import pytest
+import torch
+
+from abliterator.anatomy import anatomy_of
+from abliterator.bake import bake, bake_file, plan_edits
+from abliterator.bake._write import _default_workers
+from abliterator.checkpoint import Checkpoint
+from abliterator.errors import FileError
+from abliterator.recipe import Edit
+from abliterator.subspace import random_basis
+from tests.helpers.tiny import D_MODEL, save_tiny
+
+
+def planned(folder, **settings):
+    checkpoint = Checkpoint.open(folder)
+    return checkpoint, plan_edits(checkpoint, anatomy_of(checkpoint.config), Edit(**settings))
+
+
+def files_of(folder):
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
+
+
+@pytest.fixture
+def sharded(tmp_path, tiny_tokenizer):
+    return save_tiny(
+        "llama", tmp_path / "base", tiny_tokenizer, dtype=torch.bfloat16, shard_size="20KB"
+    )
+
+
+@pytest.mark.parametrize("settings", [{}, {"rounding": "nearest", "norm": "column"}])
+def test_any_number_of_workers_gives_the_same_bytes_and_edits(sharded, tmp_path, settings):
+    checkpoint, plan = planned(sharded, **settings)
+    assert len(checkpoint.weight_files) > 3
+    basis, results = random_basis(D_MODEL, 2, seed=1), []
+    for workers in (1, 2, 7):
+        sizes: list[int] = []
+        out = tmp_path / str(workers)
+        edits = bake(checkpoint, plan, basis, out, workers=workers, on_bytes=sizes.append)
+        assert sizes == [checkpoint.file_bytes[file] for file in checkpoint.weight_files]
+        results.append((files_of(out), edits))
+    assert results[0] == results[1] == results[2]
+    assert [edit.file for edit in results[0][1]] == sorted(edit.file for edit in results[0][1])
+    assert torch.get_num_threads() == 1
+
+
+def test_other_processes_write_single_files(sharded, tmp_path):
+    """What a cluster's workers are given, and what they give back."""
+    checkpoint, plan = planned(sharded)
+    basis = random_basis(D_MODEL, 2, seed=1)
+    edits = bake(checkpoint, plan, basis, tmp_path / "whole")
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process:
+        parts = [
+            process.submit(bake_file, checkpoint, plan, basis, tmp_path / "files", file)
+            for file in checkpoint.weight_files
+        ]
+        assert tuple(edit for part in parts for edit in part.result()) == edits
+    whole = files_of(tmp_path / "whole")
+    assert files_of(tmp_path / "files") == {
+        name: data for name, data in whole.items() if name in checkpoint.weight_files
+    }
+
+
+def test_a_damaged_number_is_the_same_error_from_a_thread(sharded, tmp_path):
+    checkpoint, plan = planned(sharded)
+    info = plan.edits[-1].info
+    with (sharded / info.file).open("r+b") as stream:
+        stream.seek(info.start)
+        stream.write(b"\x80\x7f")  # infinity
+    messages = []
+    for workers in (1, 3):
+        with pytest.raises(FileError, match="infinite, NaN") as caught:
+            bake(
+                checkpoint, plan, random_basis(D_MODEL, 2, seed=1), tmp_path / "o", workers=workers
+            )
+        messages.append(str(caught.value))
+    assert messages[0] == messages[1]
+    assert not (tmp_path / "o" / info.file).exists()
+
+
+def test_workers_follow_cores_memory_and_size(sharded, monkeypatch):
+    checkpoint, plan = planned(sharded)
+    assert _default_workers(checkpoint, plan) == 1  # threads would take longer to start
+    monkeypatch.setattr("abliterator.bake._write._SMALL_BYTES", 0)
+    monkeypatch.setattr("abliterator.bake._write.usable_cores", lambda: 5)
+    assert _default_workers(checkpoint, plan) == 5
+    monkeypatch.setattr("abliterator.bake._write._PANEL_BYTES", 1 << 60)
+    assert _default_workers(checkpoint, plan) == 1
