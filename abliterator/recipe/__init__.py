@@ -14,6 +14,7 @@ This package reads only the recipe's file and no model: the plan checks whether 
 """
 
 from abliterator.recipe._benchmarks import (
+    OPENAI_KEY,
     BenchmarkEngine,
     Benchmarks,
     BenchmarkTask,
@@ -22,16 +23,18 @@ from abliterator.recipe._benchmarks import (
 )
 from abliterator.recipe._draft import draft
 from abliterator.recipe._edit import DirectionSettings, Edit, Selection, ranges_of
+from abliterator.recipe._engine import EngineKind, EngineServer, EngineSettings
 from abliterator.recipe._judge import JudgeSettings, Rollouts
 from abliterator.recipe._pairs import PairExample, PairsSpec
 from abliterator.recipe._prompts import Capture, Chat, Prompts, Source
-from abliterator.recipe._read import load_edit, load_judge, load_pairs, load_recipe
+from abliterator.recipe._read import load_edit, load_engine, load_judge, load_pairs, load_recipe
 from abliterator.recipe._recipe import Recipe
 from abliterator.recipe._server import Prices, ServerSettings
 from abliterator.recipe._tuning import Tuning
 from abliterator.recipe._yaml import to_yaml
 
 __all__ = [
+    "OPENAI_KEY",
     "BenchmarkEngine",
     "BenchmarkTask",
     "Benchmarks",
@@ -40,6 +43,9 @@ __all__ = [
     "DirectionSettings",
     "DivergenceSettings",
     "Edit",
+    "EngineKind",
+    "EngineServer",
+    "EngineSettings",
     "JudgeSettings",
     "PairExample",
     "PairsSpec",
@@ -54,6 +60,7 @@ __all__ = [
     "Tuning",
     "draft",
     "load_edit",
+    "load_engine",
     "load_judge",
     "load_pairs",
     "load_recipe",

@@ -37,6 +37,7 @@ from abliterator.record._measured import (
 from abliterator.record._run import (
     CalibrationSummary,
     EditSummary,
+    EngineIdentity,
     JudgeIdentity,
     ModelIdentity,
     PromptOrigin,
@@ -77,6 +78,7 @@ __all__ = [
     "Divergence",
     "EditSummary",
     "EffectiveStrength",
+    "EngineIdentity",
     "Estimate",
     "FinishReason",
     "Frozen",
