@@ -22,10 +22,11 @@ from abliterator.recipe._benchmarks import (
 )
 from abliterator.recipe._draft import draft
 from abliterator.recipe._edit import DirectionSettings, Edit, Selection, ranges_of
+from abliterator.recipe._engine import EngineKind, EngineSettings
 from abliterator.recipe._judge import JudgeSettings, Rollouts
 from abliterator.recipe._pairs import PairExample, PairsSpec
 from abliterator.recipe._prompts import Capture, Chat, Prompts, Source
-from abliterator.recipe._read import load_edit, load_judge, load_pairs, load_recipe
+from abliterator.recipe._read import load_edit, load_engine, load_judge, load_pairs, load_recipe
 from abliterator.recipe._recipe import Recipe
 from abliterator.recipe._server import Prices, ServerSettings
 from abliterator.recipe._tuning import Tuning
@@ -40,6 +41,8 @@ __all__ = [
     "DirectionSettings",
     "DivergenceSettings",
     "Edit",
+    "EngineKind",
+    "EngineSettings",
     "JudgeSettings",
     "PairExample",
     "PairsSpec",
@@ -54,6 +57,7 @@ __all__ = [
     "Tuning",
     "draft",
     "load_edit",
+    "load_engine",
     "load_judge",
     "load_pairs",
     "load_recipe",

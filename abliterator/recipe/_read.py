@@ -14,6 +14,7 @@ from abliterator.errors import FileError, RecipeError
 from abliterator.files import read_text
 from abliterator.recipe._benchmarks import is_task_file
 from abliterator.recipe._edit import Edit
+from abliterator.recipe._engine import EngineSettings
 from abliterator.recipe._judge import JudgeSettings
 from abliterator.recipe._pairs import PairsSpec
 from abliterator.recipe._prompts import Source
@@ -107,6 +108,15 @@ def load_judge(overrides: Sequence[str]) -> JudgeSettings:
     return _load_section(JudgeSettings, "judge", overrides)
 
 
+def load_engine(overrides: Sequence[str]) -> EngineSettings:
+    """The `engine` section alone, from defaults and overrides of the form `engine.key=value`.
+
+    Raises:
+        RecipeError: with every fault.
+    """
+    return _load_section(EngineSettings, "engine", overrides)
+
+
 def _load_section(kind: type[T], name: str, overrides: Sequence[str]) -> T:
     values: dict[str, Any] = {}
     for override in overrides:
@@ -183,6 +193,9 @@ def _anchor_paths(values: dict[str, Any], folder: Path) -> None:
     judge = values.get("judge")
     if isinstance(judge, dict) and isinstance(file := _text_of(judge.get("calibration")), str):
         judge["calibration"] = _anchored(file, folder)
+    engine = values.get("engine")
+    if isinstance(engine, dict) and isinstance(python := _text_of(engine.get("python")), str):
+        engine["python"] = _anchored_command(python, folder)
     benchmarks = values.get("benchmarks")
     tasks = benchmarks.get("tasks") if isinstance(benchmarks, dict) else None
     if isinstance(benchmarks, dict) and isinstance(tasks, list):
@@ -214,6 +227,19 @@ def _anchored(path: str, folder: Path) -> str:
         return str((folder / Path(path).expanduser()).resolve())
     except (OSError, RuntimeError, ValueError):  # a NUL, or an unknown user: refused when read
         return path
+
+
+def _anchored_command(command: str, folder: Path) -> str:
+    """A command's path made absolute; a bare name is left to the search path.
+
+    Links stay: the interpreter of an environment is one, and its target is another environment.
+    """
+    if "/" not in command and "\\" not in command:
+        return command
+    try:
+        return str(folder / Path(command).expanduser())
+    except (RuntimeError, ValueError):
+        return command
 
 
 def _describe(errors: Sequence[Any], lines: dict[Where, int]) -> Iterator[str]:

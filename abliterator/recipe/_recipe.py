@@ -5,11 +5,18 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import (
+    Field,
+    SerializerFunctionWrapHandler,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 
 from abliterator.files import digest_of
 from abliterator.recipe._benchmarks import Benchmarks, DivergenceSettings, without_folder
 from abliterator.recipe._edit import DirectionSettings, Edit, Selection
+from abliterator.recipe._engine import EngineSettings
 from abliterator.recipe._judge import JudgeSettings, Rollouts
 from abliterator.recipe._prompts import Capture, Chat, Prompts
 from abliterator.recipe._section import Layers, Positive, Section
@@ -34,6 +41,7 @@ class Recipe(Section):
     """Run the model's own code; for a Hub model only at a pinned revision."""
     seed: Annotated[int, Field(ge=0)] = 0
     """Random seed of splits and intervals."""
+    engine: EngineSettings = EngineSettings()
     chat: Chat = Chat()
     prompts: Prompts = Prompts()
     capture: Capture = Capture()
@@ -72,6 +80,14 @@ class Recipe(Section):
             raise ValueError(f"k is {self.k}, but only {len(self.layers)} layers are given")
         return self
 
+    @model_serializer(mode="wrap")
+    def _dump_named_engine(self, plain: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Without the default `engine`: recipes of before it was a section keep their digests."""
+        values: dict[str, Any] = plain(self)
+        if values.get("engine") == {"kind": "transformers"}:
+            del values["engine"]
+        return values
+
     def published(self) -> dict[str, Any]:
         """The recipe as plain values in which local paths are reduced to their last part.
 
@@ -85,6 +101,8 @@ class Recipe(Section):
                 source["path"] = Path(source["path"]).name
         if "calibration" in plain["judge"]:
             plain["judge"]["calibration"] = Path(plain["judge"]["calibration"]).name
+        if "engine" in plain:
+            plain["engine"] = self.engine.published()
         tasks = plain["benchmarks"]["tasks"]
         plain["benchmarks"]["tasks"] = [without_folder(task) for task in tasks]
         return plain

@@ -16,6 +16,19 @@ VARIABLE = re.compile(r"[A-Z_][A-Z0-9_]*")
 RESERVED = {"model", "messages", "stream", "response_format"}  # of a request: ours to set
 
 
+def name_of_variable(value: str | None) -> str | None:
+    """The value, if it is the name of an environment variable in capitals, or None.
+
+    Raises:
+        ValueError: if it is none. The error does not quote it: it may be a key.
+    """
+    if value is not None and not VARIABLE.fullmatch(value):
+        raise PydanticCustomError(
+            "secret", "must be the name of an environment variable in capitals, never a key"
+        )
+    return value
+
+
 PlainUrl = Annotated[str, AfterValidator(plain_url)]
 PlainSettings = Annotated[dict[str, Any], AfterValidator(without_secrets)]
 
@@ -64,11 +77,7 @@ class ServerSettings(Section):
     @field_validator("api_key_env")
     @classmethod
     def _name_of_a_variable(cls, value: str | None) -> str | None:
-        if value is not None and not VARIABLE.fullmatch(value):
-            raise PydanticCustomError(
-                "secret", "must be the name of an environment variable in capitals, never a key"
-            )
-        return value
+        return name_of_variable(value)
 
     @model_validator(mode="after")
     def _server_fits_together(self) -> Self:

@@ -1,0 +1,121 @@
+"""Settings of what answers prompts: transformers in this process, vLLM, or a running server."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import (
+    BeforeValidator,
+    Field,
+    SerializerFunctionWrapHandler,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
+
+from abliterator.recipe._section import Positive, Section, as_tuple
+from abliterator.recipe._server import PlainSettings, PlainUrl, name_of_variable
+
+EngineKind = Literal["transformers", "vllm", "server"]
+Name = Annotated[str, Field(min_length=1)]
+
+_SERVER = {"base_url", "edited_url", "base", "edited", "api_key_env"}
+_VLLM = {
+    *("python", "tensor_parallel", "pipeline_parallel", "dtype", "max_model_len", "memory"),
+    *("start_timeout", "arguments"),
+}
+_BOTH = {"concurrency", "timeout", "time_limit", "parameters"}
+_KINDS: dict[EngineKind, set[str]] = {
+    "transformers": set(),
+    "server": _SERVER | _BOTH,
+    "vllm": _VLLM | _BOTH,
+}
+_HOW = {"api_key_env", "concurrency", "timeout", "time_limit", "start_timeout", "python", "memory"}
+# Of a request: set from the recipe's other keys, so that both sides are asked alike.
+_RESERVED = {
+    *("model", "prompt", "max_tokens", "n_predict", "temperature", "stop", "stop_token_ids"),
+    *("stream", "n", "echo", "logprobs", "return_token_ids", "return_tokens"),
+}
+
+
+class EngineSettings(Section):
+    """What answers prompts and scores benchmarks; other passes run in this process."""
+
+    kind: EngineKind = "transformers"
+    """`transformers`: this process. `vllm`: vLLM, which the run starts and ends.
+
+    `server`: a running server with OpenAI's protocol (vLLM, SGLang, llama.cpp, TGI) that serves
+    base and edited model.
+    """
+
+    base_url: PlainUrl | None = None
+    """`server`: its address, with `/v1` if it needs that."""
+    edited_url: PlainUrl | None = None
+    """`server`: address that serves the edited model. Default: `base_url`."""
+    base: Name | None = None
+    """`server`: name under which the base is served. Default: the recipe's `model`."""
+    edited: Name = "edited"
+    """`server`: name under which the edited model is served."""
+    api_key_env: str | None = None
+    """`server`: name of the environment variable that holds the key, if it wants one."""
+
+    python: Name | None = None
+    """`vllm`: interpreter that has vLLM, relative to the recipe. Default: this one."""
+    tensor_parallel: Positive = 1
+    """`vllm`: devices among which each layer is divided."""
+    pipeline_parallel: Positive = 1
+    """`vllm`: groups of devices among which the layers are divided."""
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
+    """`vllm`: dtype of computation; `auto` is the stored one."""
+    max_model_len: Positive | None = None
+    """`vllm`: tokens of a prompt and its answer. Default: the model's context."""
+    memory: Annotated[float, Field(gt=0, le=1)] | None = None
+    """`vllm`: share of each device's memory that it may fill. Default: vLLM's."""
+    start_timeout: Annotated[float, Field(gt=0)] = 1800.0
+    """`vllm`: seconds until it serves, at most."""
+    arguments: Annotated[tuple[str, ...], BeforeValidator(as_tuple)] = ()
+    """`vllm`: further arguments of its command line."""
+
+    concurrency: Annotated[int, Field(ge=1, le=1024)] = 32
+    """Prompts in flight."""
+    timeout: Annotated[float, Field(gt=0, le=86400)] = 600.0
+    """Seconds for one answer."""
+    time_limit: Annotated[float, Field(gt=0)] = 86400.0
+    """Seconds for the answers of one run, waiting included."""
+    parameters: PlainSettings = {}
+    """Further request parameters of the server; decoding is greedy whatever they say."""
+
+    @field_validator("api_key_env")
+    @classmethod
+    def _name_of_a_variable(cls, value: str | None) -> str | None:
+        return name_of_variable(value)
+
+    @model_validator(mode="after")
+    def _only_what_applies(self) -> Self:
+        fields = type(self).model_fields
+        for name in sorted(self.model_fields_set - {"kind"} - _KINDS[self.kind]):
+            if getattr(self, name) != fields[name].default:
+                kinds = [f"`kind: {kind}`" for kind, names in _KINDS.items() if name in names]
+                raise ValueError(f"`{name}` belongs to {' or '.join(kinds)}")
+        if self.kind == "server" and self.base_url is None:
+            raise ValueError("`kind: server` needs `base_url`, the address of the server")
+        reserved = sorted(_RESERVED & set(self.parameters))
+        if reserved:
+            raise ValueError(f"`parameters` cannot hold `{reserved[0]}`")
+        return self
+
+    @model_serializer(mode="wrap")
+    def _dump_applicable(self, plain: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return {k: v for k, v in plain(self).items() if k == "kind" or k in _KINDS[self.kind]}
+
+    def published(self) -> dict[str, Any]:
+        """The section as plain values, without the folder of the interpreter."""
+        values = self.model_dump(mode="json")
+        if self.python is not None and "python" in values:
+            values["python"] = Path(self.python).name
+        return values
+
+    def affecting_answers(self) -> dict[str, Any]:
+        """What answers depend on: all but how the engine is reached, started and awaited."""
+        return {k: v for k, v in self.model_dump(mode="json").items() if k not in _HOW}
