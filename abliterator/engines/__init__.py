@@ -2,14 +2,17 @@
 
 `Engine` is the protocol, and `TransformersEngine` its implementation in this process. It hides
 how the model runs: module paths, stop tokens, device and dtype, padding, caches and hooks. Every
-method also works under an edit, or under several, one for each row of a batch.
+method also works under an edit, or under several, one for each row of a batch. `ServedEngine` has
+its answers from a server, and all else from another engine, which is built when it is needed.
 
     engine = TransformersEngine(load_model(folder, device="cpu", dtype="float32"))
     with engine.edited(WriterEdit(plan, basis)):
         engine.answers(prompts, max_new_tokens=64, batch_size=16)[0].text
 """
 
+from abliterator.engines._completions import CompletionClient, Form
 from abliterator.engines._edits import Edit, Steering, StreamEdit, WriterEdit
+from abliterator.engines._probe import Probed, probe
 from abliterator.engines._protocol import (
     Answer,
     AnswerPath,
@@ -19,19 +22,28 @@ from abliterator.engines._protocol import (
     SideBySide,
     Tokens,
 )
+from abliterator.engines._served import Served, ServedByName, ServedEngine, ServedModel
 from abliterator.engines._transformers import TransformersEngine
 
 __all__ = [
     "Answer",
     "AnswerPath",
+    "CompletionClient",
     "Edit",
     "Engine",
+    "Form",
     "OnBatch",
     "Padding",
+    "Probed",
+    "Served",
+    "ServedByName",
+    "ServedEngine",
+    "ServedModel",
     "SideBySide",
     "Steering",
     "StreamEdit",
     "Tokens",
     "TransformersEngine",
     "WriterEdit",
+    "probe",
 ]

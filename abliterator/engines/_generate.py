@@ -32,7 +32,12 @@ from abliterator.model import (
 from abliterator.thinking import Splitter
 
 if TYPE_CHECKING:
-    from transformers import GenerationConfig, PreTrainedModel
+    from transformers import (
+        GenerationConfig,
+        PreTrainedConfig,
+        PreTrainedModel,
+        PreTrainedTokenizerBase,
+    )
     from transformers.generation.streamers import BaseStreamer
 
 # tokens of an answer on which padding is tested: one from the prompt, then from its cache
@@ -44,13 +49,20 @@ def stop_ids(loaded: LoadedModel) -> tuple[int, ...]:
 
     Take them from the base and give them to both sides.
     """
+    model = loaded.model
+    return declared_stop_ids(model.generation_config, model.config, loaded.tokenizer)
+
+
+def declared_stop_ids(
+    generation_config: GenerationConfig | None,
+    config: PreTrainedConfig,
+    tokenizer: PreTrainedTokenizerBase,
+) -> tuple[int, ...]:
+    """The tokens that end an answer, as the three declare them."""
     ids: set[int] = set()
-    config = loaded.model.config  # in a multimodal model, the language model has a separate one
-    for declared in (
-        loaded.model.generation_config.eos_token_id,
-        *(getattr(part, "eos_token_id", None) for part in (config, config.get_text_config())),
-        loaded.tokenizer.eos_token_id,
-    ):
+    # in a multimodal model, the language model has a separate config
+    parts = (generation_config, config, config.get_text_config(), tokenizer)
+    for declared in (getattr(part, "eos_token_id", None) for part in parts):
         ids.update(
             declared if isinstance(declared, list) else [] if declared is None else [declared]
         )
@@ -94,7 +106,7 @@ def generate(
         batches = _batches(loaded, prompts, batch_size, prefix)
         for batch, rows in run_batches(batches, run):
             for index, row in zip(batch, rows, strict=True):
-                answers[index] = _answer(splitter, prompts[index], row, stop_ids)
+                answers[index] = answer_of(splitter, prompts[index], row, stop_ids)
             if on_batch:
                 on_batch(len(batch))
     return [answers[i] for i in range(len(prompts))]
@@ -138,7 +150,7 @@ def stream(
         with _with_config(loaded.model, _greedy(loaded, max_new_tokens, stop_ids)):
             _continuations(loaded, [prompt], [0], prefix=Prefix(), streamer=streamer)
     finally:
-        on_end(_answer(Splitter(loaded.tokenizer), prompt, tokens, stop_ids))
+        on_end(answer_of(Splitter(loaded.tokenizer), prompt, tokens, stop_ids))
 
 
 def _greedy(loaded: LoadedModel, max_new_tokens: int, stop_ids: Sequence[int]) -> GenerationConfig:
@@ -268,16 +280,23 @@ def _inputs(
     return inputs
 
 
-def _answer(
-    splitter: Splitter, prompt: Sequence[int], row: Sequence[int], stop_ids: Sequence[int]
+def answer_of(
+    splitter: Splitter,
+    prompt: Sequence[int],
+    row: Sequence[int],
+    stop_ids: Sequence[int],
+    *,
+    is_ended: bool = False,
 ) -> Answer:
+    """The answer in generated tokens; `is_ended` if it is whole though no stop token is in them."""
     end = next((i for i, token in enumerate(row) if token in stop_ids), None)
     token_ids = tuple(row[:end])
-    split = splitter.split(prompt, token_ids, is_cut=end is None)
+    is_cut = end is None and not is_ended
+    split = splitter.split(prompt, token_ids, is_cut=is_cut)
     return Answer(
         text=split.thinking + split.answer,
         token_ids=token_ids,
-        finish_reason="length" if end is None else "stop",
+        finish_reason="length" if is_cut else "stop",
         start=len(split.thinking),
         # a blank reply may be the beginning of a thought, and is none
         start_token=splitter.first_token(token_ids, split) if split.thinking.strip() else 0,

@@ -10,7 +10,7 @@ prompts never contain today's date. What hooks compute, and on which modules, is
 """
 
 from abliterator.model._chat import render_chat, render_messages, template_tail
-from abliterator.model._config import ask_for_plain_numbers
+from abliterator.model._config import ask_for_plain_numbers, read_config
 from abliterator.model._finite import require_numbers
 from abliterator.model._foreign import foreign
 from abliterator.model._limits import (
@@ -68,6 +68,7 @@ __all__ = [
     "padding_is_neutral",
     "placement_of",
     "positions_from",
+    "read_config",
     "render_chat",
     "render_messages",
     "render_prompts",

@@ -22,7 +22,7 @@ from abliterator.recipe._benchmarks import (
 )
 from abliterator.recipe._draft import draft
 from abliterator.recipe._edit import DirectionSettings, Edit, Selection, ranges_of
-from abliterator.recipe._engine import EngineKind, EngineSettings
+from abliterator.recipe._engine import EngineKind, EngineServer, EngineSettings
 from abliterator.recipe._judge import JudgeSettings, Rollouts
 from abliterator.recipe._pairs import PairExample, PairsSpec
 from abliterator.recipe._prompts import Capture, Chat, Prompts, Source
@@ -42,6 +42,7 @@ __all__ = [
     "DivergenceSettings",
     "Edit",
     "EngineKind",
+    "EngineServer",
     "EngineSettings",
     "JudgeSettings",
     "PairExample",

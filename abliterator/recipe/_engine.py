@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import (
     BeforeValidator,
@@ -15,7 +15,12 @@ from pydantic import (
 )
 
 from abliterator.recipe._section import Positive, Section, as_tuple
-from abliterator.recipe._server import PlainSettings, PlainUrl, name_of_variable
+from abliterator.recipe._server import (
+    PlainSettings,
+    PlainUrl,
+    ServerSettings,
+    name_of_variable,
+)
 
 EngineKind = Literal["transformers", "vllm", "server"]
 Name = Annotated[str, Field(min_length=1)]
@@ -37,6 +42,25 @@ _RESERVED = {
     *("model", "prompt", "max_tokens", "n_predict", "temperature", "stop", "stop_token_ids"),
     *("stream", "n", "echo", "logprobs", "return_token_ids", "return_tokens"),
 }
+
+
+class EngineServer(ServerSettings):
+    """Address of a server that answers prompts of one side, and how requests are made."""
+
+    section: ClassVar[str] = "engine"
+
+    side: Literal["base", "edited"] = "base"
+    """The side that it answers for."""
+
+    @property
+    def url_key(self) -> str:
+        """Dotted key of the recipe that holds the address."""
+        return "engine.base_url" if self.side == "base" else "engine.edited_url"
+
+    @property
+    def model_key(self) -> str:
+        """Dotted key of the recipe that holds the model's name."""
+        return f"engine.{self.side}"
 
 
 class EngineSettings(Section):
@@ -77,9 +101,9 @@ class EngineSettings(Section):
     arguments: Annotated[tuple[str, ...], BeforeValidator(as_tuple)] = ()
     """`vllm`: further arguments of its command line."""
 
-    concurrency: Annotated[int, Field(ge=1, le=1024)] = 32
+    concurrency: Annotated[int, Field(ge=1, le=256)] = 32
     """Prompts in flight."""
-    timeout: Annotated[float, Field(gt=0, le=86400)] = 600.0
+    timeout: Annotated[float, Field(gt=0, le=3600)] = 600.0
     """Seconds for one answer."""
     time_limit: Annotated[float, Field(gt=0)] = 86400.0
     """Seconds for the answers of one run, waiting included."""
@@ -108,6 +132,29 @@ class EngineSettings(Section):
     @model_serializer(mode="wrap")
     def _dump_applicable(self, plain: SerializerFunctionWrapHandler) -> dict[str, Any]:
         return {k: v for k, v in plain(self).items() if k == "kind" or k in _KINDS[self.kind]}
+
+    def server(
+        self, side: Literal["base", "edited"], *, model: str, base_url: str | None = None
+    ) -> EngineServer:
+        """The server of a side.
+
+        Args:
+            side: base or edited model.
+            model: name of the base where the section gives none.
+            base_url: address instead of the section's, where the run started the server.
+        """
+        own_url = self.edited_url if side == "edited" else None
+        return EngineServer(
+            base_url=base_url or own_url or self.base_url or "",
+            model=self.edited if side == "edited" else self.base or model,
+            side=side,
+            api_key_env=self.api_key_env,
+            structured="none",
+            parameters=self.parameters,
+            concurrency=self.concurrency,
+            timeout=self.timeout,
+            time_limit=self.time_limit,
+        )
 
     def published(self) -> dict[str, Any]:
         """The section as plain values, without the folder of the interpreter."""

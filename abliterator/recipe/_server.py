@@ -74,6 +74,16 @@ class ServerSettings(Section):
     prices: Prices | None = None
     """What the server charges."""
 
+    @property
+    def url_key(self) -> str:
+        """Dotted key of the recipe that holds the address."""
+        return f"{self.section}.base_url"
+
+    @property
+    def model_key(self) -> str:
+        """Dotted key of the recipe that holds the model's name."""
+        return f"{self.section}.model"
+
     @field_validator("api_key_env")
     @classmethod
     def _name_of_a_variable(cls, value: str | None) -> str | None:

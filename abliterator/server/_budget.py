@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from time import monotonic
 
 from abliterator.recipe import ServerSettings
-from abliterator.server._cache import Reply, Request
+from abliterator.server._cache import CompletionRequest, Reply, Request
 
 MILLION = 1_000_000
 BYTES_PER_TOKEN = 3  # of English text there are four; a limit is better reached early than late
@@ -84,10 +84,10 @@ class Budget:
         dollars = fresh * prices.input + reply.cached_tokens * cached
         return (dollars + reply.output_tokens * prices.output) / MILLION
 
-    def expected(self, request: Request) -> float:
+    def expected(self, request: Request | CompletionRequest) -> float:
         """Dollars that a call may cost, estimated high, before it is made."""
         prices = self._settings.prices
-        if prices is None:
+        if prices is None or isinstance(request, CompletionRequest):
             return 0.0
         prompt = sum(len(m["content"].encode()) for m in request.messages) / BYTES_PER_TOKEN
         limits = (request.parameters.get(key) for key in ("max_completion_tokens", "max_tokens"))

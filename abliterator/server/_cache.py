@@ -39,8 +39,26 @@ class Request(NamedTuple):
         return digest_of([server, self.messages, self.schema, self.parameters])
 
 
+class CompletionRequest(NamedTuple):
+    """A prompt to be continued, as the body of /v1/completions without the model's name.
+
+    `identity` says what answers: a digest of files, a version, or what else a reply depends on
+    beside the body. Not the address, since the same model may be served at another the next time.
+    """
+
+    body: Mapping[str, Any]
+    identity: str
+
+    def key(self, settings: ServerSettings) -> str:
+        """Digest of everything that the reply depends on; no text is cut."""
+        return digest_of(["completions", self.identity, settings.model, self.body])
+
+
 class Reply(NamedTuple):
-    """A reply, and the server's metadata of it; token counts are 0 where it reports none."""
+    """A reply, and the server's metadata of it; token counts are 0 where it reports none.
+
+    `token_ids` are those of the text, of a completion whose server gives them.
+    """
 
     text: str
     finish_reason: str | None = None
@@ -50,6 +68,7 @@ class Reply(NamedTuple):
     input_tokens: int = 0
     cached_tokens: int = 0
     output_tokens: int = 0
+    token_ids: Sequence[int] | None = None
 
 
 class ReplyCache:
@@ -121,6 +140,8 @@ class ReplyCache:
 def _stored(reply: Reply) -> dict[str, Any]:
     """The reply as a row has it; the response format has its name in files of older versions."""
     plain = reply._asdict()
+    if reply.token_ids is None:  # no such field in files of older versions
+        del plain["token_ids"]
     return {"rung": plain.pop("response_format"), **plain}
 
 

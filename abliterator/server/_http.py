@@ -28,12 +28,16 @@ from urllib.parse import urljoin
 from abliterator.errors import ServerError
 from abliterator.recipe import ServerSettings
 from abliterator.server._budget import Budget
-from abliterator.server._cache import Reply, Request
+from abliterator.server._cache import CompletionRequest, Reply, Request
+from abliterator.server._completions import completion_reply
 from abliterator.server._read import without_surrogates
 from abliterator.server._secrets import origin, redacted
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from openai import APIStatusError, AsyncOpenAI
+    from openai._types import RequestOptions
 
 TRIES = 8  # of one call, before its item is given up as unscored
 REFUSED_FIRST = 8  # calls refused with a status of their own, and none answered yet: the set-up
@@ -44,11 +48,19 @@ SETUP = {401, 402, 403, 404, 405}  # errors that every other item would meet too
 TEXT_PARTS = {"text", "output_text"}
 RESPONSE_FORMATS = ("json_schema", "json_object", "none")  # the strictest first
 ABOUT_FORMAT = ("response_format", "json_schema", "json_object", "structured", "grammar", "schema")
+PROBE_SECONDS = 30.0  # for one request about the server itself
 EXCERPT_CHARACTERS = 300  # of a server's text, quoted in a message
 
 
 class NoReply(Exception):
-    """A call that got no reply in all its tries, or was refused; the message says why."""
+    """A call that got no reply in all its tries, or was refused; the message says why.
+
+    `refused` is true of a status that a retry would meet again.
+    """
+
+    def __init__(self, message: str, *, refused: bool = False) -> None:
+        super().__init__(message)
+        self.refused = refused
 
 
 class Server:
@@ -81,7 +93,7 @@ class Server:
         if self._client is not None:
             await self._client.close()
 
-    async def ask(self, request: Request) -> Reply:
+    async def ask(self, request: Request | CompletionRequest) -> Reply:
         """The reply to a request.
 
         Raises:
@@ -116,20 +128,41 @@ class Server:
             tries += 1
             await self._wait(tries, failure, retry_after)
 
-    async def _call(self, request: Request, response_format: str) -> Reply:
-        from openai import Omit
+    async def json_of(self, path: str, body: Mapping[str, Any] | None = None) -> Any:
+        """The JSON at a path of the server, once and without retries; a body is posted.
 
+        Args:
+            path: below the address, as "models"; or an absolute URL of the same server.
+            body: of the request.
+
+        Raises:
+            openai.APIError, ValueError: if there is none.
+        """
         assert self._client is not None
-        messages: Any = list(request.messages)
+        async with asyncio.timeout(min(self._settings.timeout, PROBE_SECONDS)):
+            if body is None:
+                return await self._client.get(path, cast_to=object, options=_headers())
+            return await self._client.post(path, cast_to=object, body=body, options=_headers())
+
+    async def _call(self, request: Request | CompletionRequest, response_format: str) -> Reply:
+        assert self._client is not None
+        model = self._settings.model
         async with asyncio.timeout(self._settings.timeout):
-            completion = await self._client.chat.completions.create(
-                model=self._settings.model,
-                messages=messages,
-                extra_body={**request.parameters, **_format(response_format, request)},
-                # the client would send these of the environment to whatever server this is
-                extra_headers={"OpenAI-Organization": Omit(), "OpenAI-Project": Omit()},
-            )
-        reply = _reply(completion, response_format)
+            if isinstance(request, CompletionRequest):
+                body = {"model": model, **request.body}
+                completion = await self._client.post(
+                    "/completions", cast_to=object, body=body, options=_headers()
+                )
+                reply = completion_reply(completion)
+            else:
+                messages: Any = list(request.messages)
+                chat = await self._client.chat.completions.create(
+                    model=model,
+                    messages=messages,
+                    extra_body={**request.parameters, **_format(response_format, request)},
+                    extra_headers=_headers()["headers"],
+                )
+                reply = _reply(chat, response_format)
         for name in ("text", "finish_reason", "model", "fingerprint"):  # free text from the server
             if text := getattr(reply, name):
                 plain: dict[str, Any] = {name: redacted(text, self._settings)}
@@ -143,12 +176,11 @@ class Server:
         base_url = self._settings.base_url
         location = urljoin(str(response.request.url), response.headers["location"])
         if origin(location) != origin(base_url):
-            section = self._settings.section
             other = self._excerpt("{}://{}".format(*origin(location)))
             raise ServerError(
                 f"The server {base_url} sends questions on to another, {other}, which was not "
-                f"asked to see them. Check `{section}.base_url`; if you trust the other one, name "
-                "it there."
+                f"asked to see them. Check `{self._settings.url_key}`; if you trust the other one, "
+                "name it there."
             )
 
     def _drop_format(self, error: APIStatusError, format_index: int) -> bool:
@@ -169,19 +201,21 @@ class Server:
         refusal = f"{status}: {self._excerpt(_message(error))}"
         settings, section = self._settings, self._settings.section
         if status in SETUP:
+            no_key = f"whether it wants a key (`{section}.api_key_env`)."
             raise ServerError(
                 f"The server {settings.base_url} refused with {refusal}. Check "
-                f"`{section}.base_url`, `{section}.model` ({settings.model}) and the key in "
-                f"${settings.api_key_env}."
+                f"`{settings.url_key}`, `{settings.model_key}` ({settings.model}) and "
+                + (f"the key in ${settings.api_key_env}." if settings.api_key_env else no_key)
             ) from None
         self._count_failure(refusal)
         if not self._answered and self._failed_in_a_row >= REFUSED_FIRST:
             raise ServerError(
                 f"The server {settings.base_url} refused each of the first "
-                f"{self._failed_in_a_row} calls, the last with {refusal}. Check `{section}.model` "
-                f"({settings.model}), `{section}.parameters` and `{section}.structured`."
+                f"{self._failed_in_a_row} calls, the last with {refusal}. Check "
+                f"`{settings.model_key}` ({settings.model}), `{section}.parameters` and "
+                f"`{section}.structured`."
             ) from None
-        raise NoReply(f"refused with {refusal}") from None
+        raise NoReply(f"refused with {refusal}", refused=True) from None
 
     async def _wait(self, tries: int, failure: str, retry_after: float | None) -> None:
         """Waits before the next try: a growing back-off, or longer where the server asks for it."""
@@ -207,6 +241,13 @@ class Server:
     def _excerpt(self, text: str) -> str:
         """A server's text on one line, short, and without the key should it echo it."""
         return redacted(" ".join(text.split()), self._settings)[:EXCERPT_CHARACTERS]
+
+
+def _headers() -> RequestOptions:
+    """Options without headers that the client would send of the environment to any server."""
+    from openai import Omit
+
+    return {"headers": {"OpenAI-Organization": Omit(), "OpenAI-Project": Omit()}}
 
 
 def _message(error: APIStatusError) -> str:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Self, TypeVar
+from typing import Any, Self, TypeVar
 
 from abliterator.recipe import ServerSettings
 from abliterator.server._budget import Budget
-from abliterator.server._cache import Reply, ReplyCache, Request
+from abliterator.server._cache import CompletionRequest, Reply, ReplyCache, Request
 from abliterator.server._http import NoReply, Server
 from abliterator.server._read import InvalidReply
 
@@ -93,7 +93,14 @@ class Session:
                 problem = str(error)
         raise Unanswered(f"{1 + self._settings.retries} invalid replies, the last: {problem}")
 
-    async def _text(self, request: Request) -> str:
+    async def reply(self, request: Request | CompletionRequest) -> Reply:
+        """The reply to a request, from the cache where it has one.
+
+        Raises:
+            NoReply: if this request gets none, though others may.
+            OutOfBudget: if a limit would be passed.
+            ServerError: if the server cannot be used at all.
+        """
         key = request.key(self._settings)
         reply = self._cache.get(key)
         if reply is None:
@@ -102,6 +109,18 @@ class Session:
             self._cache.put(key, reply, cost=cost)
             self._budget.spend(cost)
         self._count(reply)
+        return reply
+
+    async def json_of(self, path: str, body: Mapping[str, Any] | None = None) -> Any:
+        """The JSON at a path of the server, as it is now.
+
+        Raises:
+            openai.APIError, ValueError: if there is none.
+        """
+        return await self._server.json_of(path, body)
+
+    async def _text(self, request: Request) -> str:
+        reply = await self.reply(request)
         if (reply.finish_reason or "").strip().lower() in INCOMPLETE:
             raise InvalidReply(f"finished by {reply.finish_reason}")
         return reply.text
