@@ -41,6 +41,18 @@ def require_adapter_form(plan: EditPlan) -> None:
         _require_low_rank(edit)
 
 
+def adapter_obstacle(plan: EditPlan) -> str | None:
+    """What of an edit no adapter expresses: a key of the recipe or a tensor; None if all is."""
+    if plan.settings.norm != "none":
+        return f"`edit.norm: {plan.settings.norm}`"
+    for edit in plan.edits:
+        try:
+            _require_low_rank(edit)
+        except (RecipeError, UnsupportedModel):
+            return edit.writer.name
+    return None
+
+
 def write_adapter(
     checkpoint: Checkpoint,
     plan: EditPlan,

@@ -23,7 +23,7 @@ import re
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from typing import TYPE_CHECKING, Any, Self
-from urllib.parse import urljoin
+from urllib.parse import urljoin, urlsplit
 
 from abliterator.errors import ServerError
 from abliterator.recipe import ServerSettings
@@ -31,7 +31,7 @@ from abliterator.server._budget import Budget
 from abliterator.server._cache import CompletionRequest, Reply, Request
 from abliterator.server._completions import completion_reply
 from abliterator.server._read import without_surrogates
-from abliterator.server._secrets import origin, redacted
+from abliterator.server._secrets import is_loopback, origin, redacted
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -80,12 +80,14 @@ class Server:
         from openai import AsyncOpenAI, DefaultAsyncHttpxClient
 
         hooks = {"response": [self._refuse_other_origin]}
+        is_local = is_loopback(urlsplit(self._settings.base_url).hostname or "")
         self._client = AsyncOpenAI(
             base_url=self._settings.base_url,
             api_key=key_of(self._settings),
             timeout=self._settings.timeout,
             max_retries=0,
-            http_client=DefaultAsyncHttpxClient(event_hooks=hooks),
+            # no proxy of the environment reaches this machine's own ports
+            http_client=DefaultAsyncHttpxClient(event_hooks=hooks, trust_env=not is_local),
         )
         return self
 

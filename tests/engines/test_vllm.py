@@ -38,7 +38,9 @@ def settings(*arguments: str, **values) -> EngineSettings:
 def serve(install, folder, tmp_path, *arguments, **values):
     """A server of the stand-in, with arguments that make it fail."""
     log = tmp_path / "work" / "vllm.log"
-    return vllm_server(install, Served(folder, "float32"), settings(*arguments, **values), log=log)
+    return vllm_server(
+        install, Served(folder, "model", "float32"), settings(*arguments, **values), log=log
+    )
 
 
 def test_an_interpreter_is_asked_what_it_has(tmp_path):
@@ -77,7 +79,7 @@ def test_a_server_answers_who_has_its_key_and_ends(install, tiny_folder, tmp_pat
     pids = tmp_path / "pids"
     with vllm_server(
         install,
-        Served(tiny_folder("llama"), "float32"),
+        Served(tiny_folder("llama"), "model", "float32"),
         settings("--stand-in-worker", str(pids)),
         log=tmp_path / "work" / "vllm.log",
         on_note=notes.append,
@@ -164,7 +166,7 @@ from abliterator.recipe import EngineSettings
 python, folder, pids, log = sys.argv[1:]
 settings = EngineSettings(kind="vllm", arguments=("--stand-in-worker", pids))
 with ending_by_signal():
-    with vllm_server(find_vllm(python), Served(Path(folder)), settings, log=Path(log)):
+    with vllm_server(find_vllm(python), Served(Path(folder), "model"), settings, log=Path(log)):
         print("ready", flush=True)
         sys.stdin.read()
 """
@@ -207,7 +209,7 @@ def is_running(pid: int) -> bool:
 
 def test_the_command_says_what_is_served_and_how(tmp_path):
     install = VllmInstall("/opt/vllm/bin/python", "0.33.0", on_cpu=True)
-    served = Served(tmp_path, "bfloat16", True, AdapterSlots(8, ("down_proj", "o_proj")))
+    served = Served(tmp_path, "base", "bfloat16", True, AdapterSlots(8, ("down_proj", "o_proj")))
     command = server_command(install, served, settings("--swap-space", "1", tensor_parallel=2), 7)
     text = " ".join(command)
     for part in (
@@ -229,7 +231,7 @@ def test_the_command_says_what_is_served_and_how(tmp_path):
 def test_arguments_that_the_run_sets_are_refused(tmp_path, argument):
     install = VllmInstall("python", "0.33.0", on_cpu=False)
     with pytest.raises(RecipeError, match=r"`engine.arguments` cannot hold --"):
-        server_command(install, Served(tmp_path), settings(argument, "1"), 7)
+        server_command(install, Served(tmp_path, "base"), settings(argument, "1"), 7)
 
 
 def test_an_adapter_has_a_slot_of_a_rank_that_vllm_has():

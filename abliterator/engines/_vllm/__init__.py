@@ -2,6 +2,22 @@
 
 The server is a process of another environment, as a rule: nothing here imports vLLM.
 
-    with vllm_server(find_vllm(python), Served(folder), settings, log=log) as server:
-        load_adapter(server.address, "candidate", adapter_folder)
+    served = VllmModel(find_vllm(python), Served(folder, "base"), settings, identity, ...)
+    engine = ServedEngine(folder, tokenizer, served, passes)
 """
+
+from abliterator.engines._vllm._adapters import slots_for
+from abliterator.engines._vllm._command import KEY_VARIABLE, Served, dtype_of, slot_rank
+from abliterator.engines._vllm._install import VllmInstall, find_vllm
+from abliterator.engines._vllm._model import VllmModel
+
+__all__ = [
+    "KEY_VARIABLE",
+    "Served",
+    "VllmInstall",
+    "VllmModel",
+    "dtype_of",
+    "find_vllm",
+    "slot_rank",
+    "slots_for",
+]

@@ -14,10 +14,11 @@ from abliterator.errors import RecipeError
 from abliterator.processes import child_environment
 from abliterator.recipe import EngineSettings
 
-SERVED = "model"
-"""Name under which the checkpoint is served."""
+KEY_VARIABLE = "ABLITERATOR_ENGINE_KEY"
+"""Environment variable of this process that holds the key of the servers it started."""
 MAX_LORAS = 8  # adapters in one batch: each takes a slot on the device
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM has kernels for
+_BESIDE = 0.45  # share of a device's memory where this process computes beside it
 _CACHE_BYTES = 4 << 30  # for keys and values in host memory, at most
 # Set by the run itself: what is served, where, to whom, and how.
 _OURS = {
@@ -46,12 +47,14 @@ class Served:
 
     Attributes:
         folder: the checkpoint.
+        name: under which it is served.
         dtype: of computation; None is the stored one.
         trust_remote_code: run the model's own code.
         slots: for adapters; None serves the checkpoint alone.
     """
 
     folder: Path
+    name: str
     dtype: str | None = None
     trust_remote_code: bool = False
     slots: AdapterSlots | None = None
@@ -61,6 +64,11 @@ def slot_rank(rank: int) -> int | None:
     """The smallest rank of a slot into which an adapter fits, at least 8; None if none does."""
     # of rank 1 there is a slot too, but a sweep goes on to stacks of several directions
     return next((allowed for allowed in RANKS[1:] if allowed >= rank), None)
+
+
+def dtype_of(served: Served, settings: EngineSettings) -> str | None:
+    """The dtype of computation; None is the stored one."""
+    return settings.dtype if settings.dtype != "auto" else served.dtype
 
 
 def server_command(
@@ -74,10 +82,10 @@ def server_command(
     _require_others(settings.arguments)
     options = {
         "--model": str(served.folder),
-        "--served-model-name": SERVED,
+        "--served-model-name": served.name,
         "--host": "127.0.0.1",
         "--port": str(port),
-        "--dtype": settings.dtype if settings.dtype != "auto" else served.dtype or "auto",
+        "--dtype": dtype_of(served, settings) or "auto",
         "--tensor-parallel-size": str(settings.tensor_parallel),
         "--pipeline-parallel-size": str(settings.pipeline_parallel),
         # no sampling, penalties or lengths of generation_config.json: both sides decode alike
@@ -87,6 +95,8 @@ def server_command(
     }
     if settings.memory is not None:
         options["--gpu-memory-utilization"] = str(settings.memory)
+    elif served.slots is not None and not install.on_cpu:
+        options["--gpu-memory-utilization"] = str(_BESIDE)
     flags = ["--trust-remote-code"] if served.trust_remote_code else []
     if install.on_cpu:
         flags.append("--enforce-eager")  # compiling takes longer than it saves

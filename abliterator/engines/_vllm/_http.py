@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.error import HTTPError
@@ -45,6 +46,13 @@ def load_adapter(address: Address, name: str, folder: Path) -> None:
         raise AdapterRefused(
             f"vLLM refused the adapter of a candidate: {text[:_EXCERPT_CHARACTERS]}"
         ) from None
+
+
+def first_token(address: Address, model: str, prompt: Sequence[int]) -> Any:
+    """The log-probabilities of the likeliest first tokens of an answer, as the server has them."""
+    body = {"model": model, "prompt": list(prompt), "max_tokens": 1, "temperature": 0}
+    reply = _ask(address, "completions", {**body, "logprobs": 5}, timeout=_LOAD_SECONDS)
+    return json.loads(reply)["choices"][0]["logprobs"]["top_logprobs"][0]
 
 
 def unload_adapter(address: Address, name: str) -> None:

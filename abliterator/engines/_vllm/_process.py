@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import secrets
 import socket
 import subprocess
@@ -9,11 +10,12 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
 from abliterator.engines._vllm._command import (
-    SERVED,
+    KEY_VARIABLE,
     Served,
     server_command,
     server_environment,
@@ -101,7 +103,7 @@ def vllm_server(
     """
     log.parent.mkdir(parents=True, exist_ok=True)
     for start in range(_STARTS):
-        key, port = secrets.token_urlsafe(24), _free_port()
+        key, port = _key(), _free_port()
         command = server_command(install, served, settings, port)
         with log.open("a", encoding="utf-8") as errors:
             environment = server_environment(install, settings, key=key)
@@ -134,7 +136,7 @@ def _is_ready(server: VllmServer, timeout: float, on_note: OnNote) -> bool:
     on_note(f"vLLM {server.install.version} starts; its log is {server.log}.")
     while server._child.poll() is None:
         now = time.monotonic()
-        if SERVED in served_models(server.address):
+        if server.served.name in served_models(server.address):
             on_note(f"vLLM is ready after {now - begin:.0f} s.")
             return True
         if now - begin > timeout:
@@ -153,6 +155,13 @@ def _end(child: subprocess.Popen[str]) -> None:
     """Asks the server to end, by closing the pipe that keeps it running."""
     if child.stdin is not None:
         child.stdin.close()
+
+
+@cache
+def _key() -> str:
+    """The random key of all servers of this process."""
+    os.environ[KEY_VARIABLE] = secrets.token_urlsafe(24)
+    return os.environ[KEY_VARIABLE]
 
 
 def _free_port() -> int:

@@ -46,7 +46,7 @@ def parsed():
     parser.add_argument("--max-lora-rank", type=int, default=16)
     parser.add_argument("--max-loras", type=int, default=1)
     parser.add_argument("--lora-target-modules", nargs="*")
-    for name in ("error", "worker", "never-ready", "dies-after", "no-lora", "note"):
+    for name in ("error", "worker", "never-ready", "dies-after", "no-lora", "ignores"):
         parser.add_argument(f"--stand-in-{name}")
     return parser.parse_args()
 
@@ -86,6 +86,8 @@ class Server(ThreadingHTTPServer):
         tensors = load_file(folder / "adapter_model.safetensors")
         for a in (key for key in tensors if key.endswith("lora_A.weight")):
             path = a.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
+            if path.split(".")[-1] == self.arguments.stand_in_ignores:
+                continue
             if path.split(".")[-1] not in self.arguments.lora_target_modules:
                 return f"{path} is not among the target modules"
             weight = model.get_submodule(path).weight
@@ -98,7 +100,7 @@ class Server(ThreadingHTTPServer):
         import torch
 
         with self.lock:
-            self.answered += 1
+            self.answered += not asked.get("logprobs")
             limit = self.arguments.stand_in_dies_after
             if limit and self.answered > int(limit):
                 print("torch.OutOfMemoryError: no memory left", file=sys.stderr, flush=True)
@@ -117,10 +119,13 @@ class Server(ThreadingHTTPServer):
                             finish = "stop"
                             break
                 new = ids[len(prompt) :]
+                top = logits.log_softmax(-1).topk(5)
+                likeliest = {str(t): v for t, v in zip(top.indices.tolist(), top.values.tolist(), strict=True)}
                 choices.append({
                     "index": index, "text": "", "finish_reason": finish,
                     "stop_reason": new[-1] if finish == "stop" else None,
                     "token_ids": new, "prompt_token_ids": prompt,
+                    "logprobs": {"top_logprobs": [likeliest]} if "logprobs" in asked else None,
                 })  # fmt: skip
         return {"object": "text_completion", "model": asked["model"], "choices": choices}
 
