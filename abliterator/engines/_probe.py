@@ -36,6 +36,7 @@ class Probed(NamedTuple):
         owner: name of the server's software as it states it, such as "vllm".
         version: of that software.
         dtype: of computation or storage, where it states one.
+        root: what it serves under the name, where it states that: a Hub id, or the folder's path.
         tokens: the first tokens of its answer to the prompt.
     """
 
@@ -43,6 +44,7 @@ class Probed(NamedTuple):
     owner: str | None
     version: str | None
     dtype: str | None
+    root: str | None
     tokens: tuple[int, ...]
 
 
@@ -90,15 +92,19 @@ async def _probe(
             require_same_length(settings, prompt, reply)
             row = tuple(client.row(form, reply))
             _require_same_text(client, settings, row, reply)
-            owner, meta = entry.get("owned_by"), entry.get("meta")
-            dtype = meta.get("ftype") if isinstance(meta, dict) else None
+            meta = entry.get("meta")
             return Probed(
                 form=form,
-                owner=owner if isinstance(owner, str) else None,
+                owner=_text(entry.get("owned_by")),
                 version=await _version(session, settings),
-                dtype=dtype if isinstance(dtype, str) else None,
+                dtype=_text(meta.get("ftype") if isinstance(meta, dict) else None),
+                root=_text(entry.get("root")),
                 tokens=row[:first],
             )
+
+
+def _text(value: object) -> str | None:
+    return value if isinstance(value, str) and value else None
 
 
 async def _served(session: Session, settings: ServerSettings) -> Mapping[str, Any]:

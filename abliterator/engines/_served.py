@@ -2,7 +2,7 @@
 
 So rollouts of a model that a server holds load no weights here.
 
-    engine = ServedEngine(folder, ServedByName(client, "base", digest), passes=load)
+    engine = ServedEngine(folder, tokenizer, ServedByName(client, "base", digest), load)
     engine.answers(prompts, max_new_tokens=64, batch_size=16)  # no weights are loaded
     engine.logits(paths, max_batch_tokens=4096)  # calls `load`
 """
@@ -31,7 +31,7 @@ from abliterator.engines._protocol import (
     SideBySide,
     Tokens,
 )
-from abliterator.model import Limits, load_tokenizer, read_config, require_fit, stored_limits
+from abliterator.model import Limits, read_config, require_fit, stored_limits
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -103,31 +103,24 @@ class ServedEngine:
     """Answers of a server, and passes of another engine, as an `Engine`.
 
     Attributes:
-        folder: the model's files; config and tokenizer are read, weights are not.
+        folder: the model's files; its config is read, its weights are not.
+        tokenizer: of the model, or of the base whose prompts it is given.
         served: what serves the model.
         passes: returns the engine of everything but answers; called when that is first needed,
             and each time, so that who holds the weights may free them between two calls.
         trust_remote_code: whether Python files of the folder may run.
         note: shows a line to the user.
-        base_tokenizer: instead of the folder's.
     """
 
     folder: Path
+    tokenizer: PreTrainedTokenizerBase
     served: Served
     passes: Callable[[], Engine]
     trust_remote_code: bool = False
     note: Callable[[str], None] = lambda line: None
-    base_tokenizer: PreTrainedTokenizerBase | None = None
     _edits: list[_OpenEdit] = field(default_factory=list)
     _probed: dict[str, Probed] = field(default_factory=dict)
     _is_noted: bool = False
-
-    @cached_property
-    def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The model's tokenizer."""
-        if self.base_tokenizer is not None:
-            return self.base_tokenizer
-        return load_tokenizer(self.folder, trust_remote_code=self.trust_remote_code)
 
     @cached_property
     def limits(self) -> Limits:

@@ -21,6 +21,7 @@ from abliterator.pipeline._run import Options, Run
 from abliterator.pipeline._stage import Stage
 from abliterator.pipeline._workspace import Workspace, usable
 from abliterator.pipeline.stages.benchmarks import benchmark_tasks, pin_tasks
+from abliterator.pipeline.stages.rollouts import ROLLOUTS, probe_base
 from abliterator.prompts import resolve_revision
 from abliterator.recipe import Prompts, Recipe, Source
 from abliterator.source import resolve_folder
@@ -53,6 +54,8 @@ def run_missing(
                 done = workspace.is_done(stage.name, key)
                 if not (done or prompts_fit) and stage.asks_model:
                     require_prompts_fit(run)
+                    if ROLLOUTS in stages:
+                        probe_base(run)  # hours before it is needed
                     prompts_fit = True
                 run.progress.stage(stage.name, done=done)
                 if done:

@@ -20,7 +20,7 @@ from abliterator.devices import (
     device_name,
     release_memory,
 )
-from abliterator.errors import OutputError
+from abliterator.errors import OutputError, RecipeError
 from abliterator.files import digest_of
 from abliterator.pipeline._plan import Plan
 from abliterator.pipeline._progress import Progress, Silent
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from abliterator.engines import Engine, TransformersEngine
     from abliterator.evaluation import RenderedPrompts
     from abliterator.model import LoadedModel
+    from abliterator.record import Side
 
 
 @dataclass(frozen=True)
@@ -106,6 +107,7 @@ class Run:
     _loaded: LoadedModel | None = None
     # of the base's files, when they were first needed
     _base_hashes: dict[str, str] | None = None
+    _served: dict[Path, Engine] = field(default_factory=dict)
 
     @property
     def device(self) -> str:
@@ -180,6 +182,45 @@ class Run:
         from abliterator.engines import TransformersEngine
 
         return TransformersEngine(self.loaded(folder))
+
+    def held(self, folder: Path) -> LoadedModel | None:
+        """The model in `folder`, if it is loaded already."""
+        return self._loaded if self._loaded and self._loaded.folder == folder else None
+
+    def answering(self, folder: Path, side: Side = "base", *, candidates: bool = False) -> Engine:
+        """An engine whose answers come from where the recipe's `engine` says.
+
+        Args:
+            folder: the checkpoint of a side.
+            side: base or edited.
+            candidates: whether it will be asked under edits. A running server serves none, and
+                answers that are compared come from one engine: this process.
+
+        Raises:
+            ServerError: if the server's key is not set.
+        """
+        kind = self.recipe.engine.kind
+        if kind == "transformers":
+            return self.engine(folder)
+        if kind == "vllm":
+            raise RecipeError("`engine.kind: vllm` cannot be started yet. Use `kind: server`.")
+        if candidates:
+            self.progress.note(
+                "Candidates are answered by this process: a running server serves no edits of its "
+                "model."
+            )
+            return self.engine(folder)
+        from abliterator.pipeline._engines import served_engine
+
+        if folder not in self._served:
+            self._served[folder] = served_engine(self, folder, side)
+        return self._served[folder]
+
+    def answers_depend_on(self, *, candidates: bool = False) -> list[Any]:
+        """What a stage's key holds of the engine that answers; nothing of transformers."""
+        engine = self.recipe.engine
+        in_process = engine.kind == "transformers" or (candidates and engine.kind == "server")
+        return [] if in_process else [engine.affecting_answers()]
 
     def render(
         self, engine: Engine, prompts: Sequence[str], *, name: str, max_new_tokens: int = 0

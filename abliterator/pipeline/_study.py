@@ -133,6 +133,7 @@ def _key(name: str, settings: StudySettings, run: Run) -> Any:
         [run.section("rollouts"), recipe.divergence.tokens, recipe.seed],
         choosing_judge(run).identity.model_dump(mode="json"),
         run.dtype,
+        *run.answers_depend_on(candidates=True),
     ]
 
 
@@ -264,7 +265,8 @@ def _evaluator(
     """The evaluator of a study on the evaluation prompts, with its bar."""
     from abliterator.evaluation import EditEvaluator, EvaluationContext
 
-    recipe, engine = run.recipe, run.engine(run.plan.source.folder)
+    recipe = run.recipe
+    engine = run.answering(run.plan.source.folder, candidates=True)
     length = settings.tokens or recipe.rollouts.max_new_tokens
 
     def rendered(name: str, tokens: int) -> RenderedPrompts:

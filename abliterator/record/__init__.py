@@ -37,6 +37,7 @@ from abliterator.record._measured import (
 from abliterator.record._run import (
     CalibrationSummary,
     EditSummary,
+    EngineIdentity,
     JudgeIdentity,
     ModelIdentity,
     PromptOrigin,
@@ -76,6 +77,7 @@ __all__ = [
     "Difference",
     "Divergence",
     "EditSummary",
+    "EngineIdentity",
     "Estimate",
     "FinishReason",
     "Frozen",

@@ -129,6 +129,18 @@ class JudgeIdentity(Frozen):
     usage: dict[str, float] = {}  # calls, invalid (replies that were no verdict), usd
 
 
+class EngineIdentity(Frozen):
+    """What answered prompts for one side, where it was not transformers in the run's process."""
+
+    kind: str  # as the recipe's `engine.kind`
+    software: str | None = None  # as the server states it
+    version: str | None = None  # of that software
+    dtype: str | None = None  # None where the server states none
+    model: str | None = None  # name under which it was served
+    base_url: str | None = None
+    requests: str | None = None  # whether token ids went in and came back
+
+
 class PromptOrigin(Frozen):
     """Source of one prompt set, and its size and hash after loading."""
 
@@ -181,6 +193,7 @@ class RunRecord(Frozen):
     model: ModelIdentity
     edit: EditSummary
     behaviour: dict[str, Behaviour | None] = {}
+    engines: dict[str, EngineIdentity] = {}  # by side; empty: transformers, in this process
     divergence: Divergence | None = None
     benchmarks: dict[str, BenchmarkResult] = {}
     judge: JudgeIdentity | None = None

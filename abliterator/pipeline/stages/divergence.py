@@ -41,6 +41,7 @@ def _base_key(run: Run) -> str:
             prompt_sets(run).evaluation["neutral"].sha256,
             run.dtype,
             run.recipe.seed,
+            *run.answers_depend_on(),
         ]
     )
 
@@ -73,7 +74,7 @@ def _rendered(run: Run, engine: Engine) -> list[list[int]]:
 def _write_paths(run: Run) -> None:
     from abliterator.evaluation import base_paths
 
-    base = run.engine(folder_of(run, "base"))
+    base = run.answering(folder_of(run, "base"))
     paths = base_paths(
         base,
         _rendered(run, base),

@@ -27,6 +27,7 @@ from abliterator.pipeline.stages.directions import SUBSPACE
 from abliterator.pipeline.stages.divergence import DIVERGENCE_JSON
 from abliterator.pipeline.stages.judge import IDENTITY, VERDICTS
 from abliterator.pipeline.stages.prompts import prompt_sets, uses
+from abliterator.pipeline.stages.rollouts import engines_of
 from abliterator.pipeline.stages.selection import selected_layers, selection_of
 from abliterator.pipeline.stages.tuning import planned_edits, tuning_record
 from abliterator.prompts import NEAR_DUPLICATE, PromptSet
@@ -124,6 +125,7 @@ def assemble(run: Run, timing: dict[str, float], pictures: dict[str, str]) -> Ru
         model=_model(run),
         edit=_edit(run),
         behaviour=_behaviour(run),
+        engines={str(side): engine for side, engine in engines_of(run).items()},
         divergence=DIVERGENCE_JSON.read_as(run, Divergence),
         benchmarks=_benchmarks(run),
         judge=IDENTITY.read_as(run, JudgeIdentity),

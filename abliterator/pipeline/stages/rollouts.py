@@ -1,18 +1,22 @@
 """The answers of base and edited to the evaluation prompts.
 
-The stage writes work/rollouts.jsonl. The answers of a side are kept while its inputs do not change.
+The stage writes work/rollouts.jsonl and, where not this process answered, work/engines.json. The
+answers of a side are kept while its inputs do not change.
 """
 
 from __future__ import annotations
 
+import json
+from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
-from abliterator.files import digest_of
+from abliterator.files import digest_of, write_text_atomic
+from abliterator.pipeline._engines import probe_engines
 from abliterator.pipeline._run import Run
 from abliterator.pipeline._stage import Artefact, Stage
 from abliterator.pipeline.stages.prompts import prompt_sets
-from abliterator.record import Completion, Side
+from abliterator.record import Completion, EngineIdentity, Side
 
 if TYPE_CHECKING:
     from abliterator.engines import Engine
@@ -23,6 +27,7 @@ VERSION = 3  # of the stage, and of the answers of one side that it may keep
 
 
 ANSWERS = Artefact("rollouts", "work/rollouts.jsonl")
+ENGINES = Artefact("rollouts", "work/engines.json")  # by side, of engines of other processes
 
 
 def _side_keys(run: Run) -> dict[str, str]:
@@ -39,18 +44,52 @@ def _side_key(run: Run, side: Side) -> str:
             run.section("rollouts"),
             {name: s.sha256 for name, s in prompt_sets(run).evaluation.items()},
             run.dtype,
+            *run.answers_depend_on(),
         ]
     )
+
+
+def probe_base(run: Run) -> None:
+    """Checks the recipe's server, if it has to answer for the base.
+
+    Raises:
+        ServerError: if it cannot be used, or serves another model.
+    """
+    marker = run.workspace.marker(ROLLOUTS.name)
+    is_kept = marker is not None and marker.parts.get("base") == _side_key(run, "base")
+    if run.recipe.engine.kind == "server" and not is_kept:
+        probe_engines(run, {"base": run.plan.source.folder})
 
 
 def _run(run: Run) -> list[Path]:
     kept_sides = ROLLOUTS.kept(run)
     kept = ANSWERS.read_lines(run, Completion) if kept_sides else []
     answers = {side: [c for c in kept if c.side == side] for side in kept_sides}
-    for side in [side for side in SIDES if side not in kept_sides]:
+    missing = [side for side in SIDES if side not in kept_sides]
+    engines = engines_of(run, kept_sides)
+    engines |= probe_engines(run, {side: folder_of(run, side) for side in missing})
+    for side in missing:
         # No name for the model here: it would keep the base in memory while the edited is loaded.
-        answers[side] = _answers(run, run.engine(folder_of(run, side)), side)
-    return [ANSWERS.write_lines(run, (c for side in SIDES for c in answers[side]))]
+        answers[side] = _answers(run, run.answering(folder_of(run, side), side), side)
+    written = [ANSWERS.write_lines(run, (c for side in SIDES for c in answers[side]))]
+    if engines:
+        plain = {side: engines[side].model_dump(mode="json") for side in SIDES if side in engines}
+        write_text_atomic(ENGINES.path(run), json.dumps(plain, indent=1) + "\n")
+        written.append(ENGINES.path(run))
+    return written
+
+
+def engines_of(run: Run, sides: Collection[str] = SIDES) -> dict[Side, EngineIdentity]:
+    """What answered for each side, where it was not this process."""
+    marker = run.workspace.marker(ROLLOUTS.name)
+    if marker is None or ENGINES.name not in marker.artefacts:
+        return {}
+    stored = ENGINES.read(run)
+    return {
+        side: EngineIdentity.model_validate(stored[side])
+        for side in SIDES
+        if side in sides and side in stored
+    }
 
 
 def folder_of(run: Run, side: Side) -> Path:

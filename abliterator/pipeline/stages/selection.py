@@ -19,6 +19,7 @@ from abliterator.record import Selection
 
 if TYPE_CHECKING:
     from abliterator.directions import Place, Subspace
+    from abliterator.engines import Engine
     from abliterator.evaluation import EvaluationContext, RenderedPrompts
     from abliterator.selection import Pool, ScoringPrompts
 
@@ -109,6 +110,7 @@ def _key(run: Run) -> Any:
         [recipe.layers, recipe.k, recipe.seed],
         choosing_judge(run).identity.model_dump(mode="json"),
         run.dtype,
+        *run.answers_depend_on(candidates=True),
     ]
 
 
@@ -147,7 +149,12 @@ def selection_context(run: Run) -> tuple[EvaluationContext, ScoringPrompts]:
     from abliterator.selection import KL_TOKENS, ScoringPrompts
 
     settings = run.recipe.selection
-    context = held_out_context(run, kl_tokens=KL_TOKENS, batch_size=settings.batch_size)
+    context = held_out_context(
+        run,
+        kl_tokens=KL_TOKENS,
+        batch_size=settings.batch_size,
+        engine=run.answering(run.plan.source.folder, candidates=True),
+    )
     scoring = (
         rendered(run, sampled(run, name, settings.scored), name=name)
         for name in ("target", "contrast")
@@ -155,13 +162,22 @@ def selection_context(run: Run) -> tuple[EvaluationContext, ScoringPrompts]:
     return context, ScoringPrompts(*scoring)
 
 
-def held_out_context(run: Run, *, kl_tokens: int, batch_size: int) -> EvaluationContext:
-    """The base with the prompts of `selection`, on which choices are judged."""
+def held_out_context(
+    run: Run, *, kl_tokens: int, batch_size: int, engine: Engine | None = None
+) -> EvaluationContext:
+    """The base with the prompts of `selection`, on which choices are judged.
+
+    Args:
+        run: the run.
+        kl_tokens: answer tokens compared of each neutral prompt, at most.
+        batch_size: prompts answered together.
+        engine: of the base; left out, that of this process.
+    """
     from abliterator.evaluation import EvaluationContext
 
     recipe, sets = run.recipe, prompt_sets(run).selection
     return EvaluationContext(
-        engine=run.engine(run.plan.source.folder),
+        engine=engine or run.engine(run.plan.source.folder),
         plan=run.plan.edits,
         target=rendered(run, sets["target"].prompts, name="selection target"),
         neutral=rendered(run, sets["neutral"].prompts, name="selection neutral"),
