@@ -34,7 +34,7 @@ from abliterator.server._read import without_surrogates
 from abliterator.server._secrets import is_loopback, origin, redacted
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
     from openai import APIStatusError, AsyncOpenAI
     from openai._types import RequestOptions
@@ -66,9 +66,12 @@ class NoReply(Exception):
 class Server:
     """A client of one server, used by several workers of one event loop."""
 
-    def __init__(self, settings: ServerSettings, budget: Budget) -> None:
+    def __init__(
+        self, settings: ServerSettings, budget: Budget, *, on_failure: Callable[[], None]
+    ) -> None:
         self._settings = settings
         self._budget = budget
+        self._on_failure = on_failure
         self._failed_in_a_row = 0
         self._answered = False
         self._may_drop = settings.structured == "auto"
@@ -222,6 +225,7 @@ class Server:
     async def _wait(self, tries: int, failure: str, retry_after: float | None) -> None:
         """Waits before the next try: a growing back-off, or longer where the server asks for it."""
         self._count_failure(failure)
+        self._on_failure()
         if tries >= TRIES:
             raise NoReply(f"{failure}, {tries} times")
         first, longest = WAIT

@@ -19,7 +19,7 @@ from abliterator.engines._vllm._http import served_models
 from abliterator.engines._vllm._install import VllmInstall, find_vllm
 from abliterator.engines._vllm._log import reason
 from abliterator.engines._vllm._process import Address, vllm_server
-from abliterator.errors import GenerationError, RecipeError
+from abliterator.errors import GenerationError, RecipeError, ServerError
 from abliterator.recipe import EngineSettings
 from tests.helpers.vllm_interpreter import VERSION, vllm_interpreter
 
@@ -103,7 +103,7 @@ def test_one_that_dies_while_it_starts_is_known_at_once_by_its_reason(
     begin = time.monotonic()
     with (
         pytest.raises(
-            GenerationError, match=r"ended while it started \(status 1\).*ValueError: no room"
+            ServerError, match=r"ended while it started \(status 1\).*ValueError: no room"
         ),
         serve(install, tiny_folder("llama"), tmp_path, "--stand-in-error", "ValueError: no room"),
     ):
@@ -111,7 +111,7 @@ def test_one_that_dies_while_it_starts_is_known_at_once_by_its_reason(
     assert time.monotonic() - begin < 60  # not `start_timeout`
     # a second start appends to the log, and is judged by what it wrote itself
     with (
-        pytest.raises(GenerationError, match="unrecognized arguments: --frobnicate") as error,
+        pytest.raises(ServerError, match="unrecognized arguments: --frobnicate") as error,
         serve(install, tiny_folder("llama"), tmp_path, "--frobnicate"),
     ):
         pass
@@ -122,7 +122,7 @@ def test_one_that_is_not_ready_in_time_is_ended(install, tiny_folder, tmp_path):
     pids = tmp_path / "pids"
     arguments = ("--stand-in-worker", str(pids), "--stand-in-never-ready", "1")
     with (
-        pytest.raises(GenerationError, match=r"not ready after 2 s \(`engine.start_timeout`\)"),
+        pytest.raises(ServerError, match=r"not ready after 2 s \(`engine.start_timeout`\)"),
         serve(install, tiny_folder("llama"), tmp_path, *arguments, start_timeout=2),
     ):
         pass
@@ -150,7 +150,7 @@ def test_one_that_died_since_is_named_with_its_reason(install, tiny_folder, tmp_
         first, _ = pids.read_text().split()
         os.kill(int(first), signal.SIGKILL)
         server._child.wait(20)
-        with pytest.raises(GenerationError, match=r"ended while it served.*status 137"):
+        with pytest.raises(ServerError, match=r"ended while it served.*status 137"):
             server.require_running()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,12 +20,13 @@ from abliterator.engines._vllm import (
     KEY_VARIABLE,
     Served,
     VllmModel,
+    VllmServer,
     _model,
     find_vllm,
     slots_for,
 )
 from abliterator.engines._vllm._adapters import edit_digest, planned, write_missing
-from abliterator.errors import GenerationError
+from abliterator.errors import ServerError
 from abliterator.model import load_model
 from abliterator.recipe import Edit, EngineSettings
 from abliterator.subspace import orthonormal_basis, random_basis
@@ -50,11 +52,14 @@ class Vllm:
         self.notes: list[str] = []
         settings = EngineSettings(kind="vllm", arguments=arguments)
 
-        def client(base_url: str) -> CompletionClient:
+        def client(server: VllmServer) -> CompletionClient:
+            base_url = server.address.base_url
             of_server = settings.server("base", model="base", base_url=base_url)
             of_server = of_server.model_copy(update={"api_key_env": KEY_VARIABLE})
             cache = scratch / "answers.sqlite"
-            return CompletionClient(of_server, self.own.tokenizer, cache=cache)
+            return CompletionClient(
+                of_server, self.own.tokenizer, cache=cache, on_failure=server.require_running
+            )
 
         self.served = VllmModel(
             find_vllm(vllm_interpreter(scratch)),
@@ -99,12 +104,11 @@ def test_a_sweep_runs_on_one_start(vllm):
     edits = [WriterEdit(vllm.plan, vllm.basis(k, seed)) for k, seed in ((1, 0), (1, 1), (4, 2))]
     with vllm.engine.edited_side_by_side(edits, max_batch_tokens=512) as edited:
         answers = edited.answers(prompts, **ASKED)
-        logits = {index for index, *_ in edited.log_likelihoods(prompts, [(5,)]).tolist()}
+        assert edited.log_likelihoods(prompts, [(5,)]).shape == (3, 5, 1)  # of this process
     with vllm.own.edited_side_by_side(edits, max_batch_tokens=512) as own:
         expected = own.answers(prompts, **ASKED)
     assert [tokens(a) for a in answers] == [tokens(a) for a in expected]
     assert any(tokens(a) != tokens(base) for a in answers)
-    assert logits  # of this process
     modules = {edit.writer.module: 0.3 for edit in vllm.plan.edits}
     weak = WriterEdit(vllm.plan, vllm.basis(), modules)
     with vllm.engine.edited(weak), vllm.own.edited(weak):
@@ -167,8 +171,6 @@ def test_an_adapter_that_is_refused_or_left_out_is_said(tiny_folder, tmp_path, a
     with vllm.own.edited(edit):
         assert answers == vllm.own.answers(vllm.ids(), **ASKED)
     vllm.served.close()
-    import re
-
     assert re.search(note, vllm.notes[-2])
     assert "from this process" in vllm.notes[-1]
 
@@ -177,7 +179,7 @@ def test_a_model_that_takes_no_adapters_is_served_without(tiny_folder, tmp_path,
     """As vLLM has it of some architectures, once it started."""
     vllm = Vllm(tiny_folder("llama"), tmp_path)
     start = _model.vllm_server
-    refusal = GenerationError("Its log says: ValueError: Foo does not support LoRA yet.")
+    refusal = ServerError("Its log says: ValueError: Foo does not support LoRA yet.")
 
     def refusing(install, served, *arguments, **options):
         if served.slots is not None:
@@ -194,10 +196,10 @@ def test_one_that_dies_while_it_answers_is_named_and_what_it_answered_is_kept(
     tiny_folder, tmp_path
 ):
     vllm = Vllm(tiny_folder("llama"), tmp_path, "--stand-in-dies-after", "4", slots=False)
-    with pytest.raises(GenerationError, match=r"ended while it served.*OutOfMemoryError.*kept"):
+    with pytest.raises(ServerError, match=r"ended while it served.*OutOfMemoryError.*kept"):
         vllm.engine.answers(vllm.ids(8), **ASKED)
     vllm.served.close()
-    vllm.served.settings = EngineSettings(kind="vllm", arguments=("--stand-in-dies-after", "4"))
+    vllm.served.settings = EngineSettings(kind="vllm", arguments=("--stand-in-dies-after", "7"))
     assert vllm.engine.answers(vllm.ids(8), **ASKED) == vllm.own.answers(vllm.ids(8), **ASKED)
     vllm.served.close()
 

@@ -10,12 +10,14 @@ from abliterator.engines._vllm._adapters import slots_for
 from abliterator.engines._vllm._command import KEY_VARIABLE, Served, dtype_of, slot_rank
 from abliterator.engines._vllm._install import VllmInstall, find_vllm
 from abliterator.engines._vllm._model import VllmModel
+from abliterator.engines._vllm._process import VllmServer
 
 __all__ = [
     "KEY_VARIABLE",
     "Served",
     "VllmInstall",
     "VllmModel",
+    "VllmServer",
     "dtype_of",
     "find_vllm",
     "slot_rank",

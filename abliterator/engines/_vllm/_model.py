@@ -8,12 +8,10 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 from abliterator.checkpoint import Checkpoint
 from abliterator.engines._completions import FORMS, CompletionClient
 from abliterator.engines._edits import Edit, WriterEdit
-from abliterator.engines._protocol import Answer
 from abliterator.engines._served import ServedModel
 from abliterator.engines._vllm._adapters import (
     edit_digest,
@@ -28,27 +26,12 @@ from abliterator.engines._vllm._command import AdapterSlots, Served
 from abliterator.engines._vllm._http import AdapterRefused
 from abliterator.engines._vllm._install import VllmInstall
 from abliterator.engines._vllm._process import VllmServer, vllm_server
-from abliterator.errors import GenerationError, ServerError
+from abliterator.errors import ServerError
 from abliterator.files import digest_of
 from abliterator.recipe import EngineSettings
 
 _PROBE = "One two three four five"
 _NO_ADAPTERS = "does not support LoRA"
-
-
-class _WatchedClient(CompletionClient):
-    """A client whose error is the server's own reason, where the server has ended."""
-
-    def __init__(self, client: CompletionClient, server: VllmServer) -> None:
-        super().__init__(client.settings, client.tokenizer, cache=client.cache)
-        self._server = server
-
-    def answers(self, *args: Any, **options: Any) -> list[Answer]:
-        try:
-            return super().answers(*args, **options)
-        except ServerError:
-            self._server.require_running()
-            raise
 
 
 @dataclass
@@ -60,7 +43,7 @@ class VllmModel:
         served: the checkpoint; its slots are those of the edits to come, if any.
         settings: how it is started.
         identity: digest of the checkpoint's files.
-        client: makes a client of the server at an address.
+        client: makes a client of a server that runs.
         log: what the server writes.
         scratch: a folder of its own, for adapters; removed when it is closed.
         note: shows a line to the user.
@@ -70,7 +53,7 @@ class VllmModel:
     served: Served
     settings: EngineSettings
     identity: str
-    client: Callable[[str], CompletionClient]
+    client: Callable[[VllmServer], CompletionClient]
     log: Path
     scratch: Path
     note: Callable[[str], None] = lambda line: None
@@ -89,7 +72,7 @@ class VllmModel:
         """The model without an edit.
 
         Raises:
-            GenerationError: for a server that does not start, or that has ended.
+            ServerError: for a server that does not start, or that has ended.
         """
         self._started()
         return self._model_as(self.served.name, self.identity)
@@ -111,7 +94,7 @@ class VllmModel:
         """The model under an edit, while the context is open; None where no adapter expresses it.
 
         Raises:
-            GenerationError: as `model`.
+            ServerError: as `model`.
         """
         with ExitStack() as stack:
             try:
@@ -162,7 +145,7 @@ class VllmModel:
         if self._server is None:
             try:
                 self._start()
-            except GenerationError as error:
+            except ServerError as error:
                 if self.served.slots is None or _NO_ADAPTERS not in str(error):
                     raise
                 self._takes_adapters = False
@@ -178,7 +161,7 @@ class VllmModel:
             self.install, self.served, self.settings, log=self.log, on_note=self.note
         )
         self._server = self._running.enter_context(server)
-        self._client = _WatchedClient(self.client(self._server.address.base_url), self._server)
+        self._client = self.client(self._server)
 
     def _stop(self) -> None:
         self._server = None

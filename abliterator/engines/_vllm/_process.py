@@ -23,7 +23,7 @@ from abliterator.engines._vllm._command import (
 from abliterator.engines._vllm._http import served_models
 from abliterator.engines._vllm._install import VllmInstall
 from abliterator.engines._vllm._log import IN_USE, log_since, reason
-from abliterator.errors import GenerationError
+from abliterator.errors import ServerError
 from abliterator.processes import child_process, under_parent
 from abliterator.recipe import EngineSettings
 
@@ -63,10 +63,10 @@ class VllmServer:
         """Checks that the server did not end.
 
         Raises:
-            GenerationError: with the reason in its log.
+            ServerError: with the reason in its log.
         """
         if self._child.poll() is not None:
-            raise GenerationError(
+            raise ServerError(
                 f"vLLM {self.install.version} ended while it served {self.served.folder.name} "
                 f"(status {self._child.returncode}). {self._reason()} Answers that it gave are "
                 f"kept: the same command goes on from there. The whole log is {self.log}."
@@ -98,7 +98,7 @@ def vllm_server(
         on_note: called with news of the start.
 
     Raises:
-        GenerationError: for a server that ends or is not ready in time.
+        ServerError: for a server that ends or is not ready in time.
         RecipeError: for arguments that the run itself sets.
     """
     log.parent.mkdir(parents=True, exist_ok=True)
@@ -115,7 +115,7 @@ def vllm_server(
                 if not _is_ready(server, settings.start_timeout, on_note):
                     if start + 1 < _STARTS and IN_USE in server._reason().lower():
                         continue
-                    raise GenerationError(
+                    raise ServerError(
                         f"vLLM {install.version} ended while it started (status "
                         f"{child.returncode}). {server._reason()} The whole log is {log}."
                     )
@@ -130,7 +130,7 @@ def _is_ready(server: VllmServer, timeout: float, on_note: OnNote) -> bool:
     """Waits until the server answers; whether it does, and did not end before.
 
     Raises:
-        GenerationError: if it is not ready in time.
+        ServerError: if it is not ready in time.
     """
     begin = noted = time.monotonic()
     on_note(f"vLLM {server.install.version} starts; its log is {server.log}.")
@@ -140,7 +140,7 @@ def _is_ready(server: VllmServer, timeout: float, on_note: OnNote) -> bool:
             on_note(f"vLLM is ready after {now - begin:.0f} s.")
             return True
         if now - begin > timeout:
-            raise GenerationError(
+            raise ServerError(
                 f"vLLM {server.install.version} was not ready after {timeout:.0f} s "
                 f"(`engine.start_timeout`). {server._reason()} The whole log is {server.log}."
             )

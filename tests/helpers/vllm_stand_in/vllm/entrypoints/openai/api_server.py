@@ -120,7 +120,10 @@ class Server(ThreadingHTTPServer):
                             break
                 new = ids[len(prompt) :]
                 top = logits.log_softmax(-1).topk(5)
-                likeliest = {str(t): v for t, v in zip(top.indices.tolist(), top.values.tolist(), strict=True)}
+                likeliest = {
+                    str(t): v
+                    for t, v in zip(top.indices.tolist(), top.values.tolist(), strict=True)
+                }
                 choices.append({
                     "index": index, "text": "", "finish_reason": finish,
                     "stop_reason": new[-1] if finish == "stop" else None,
