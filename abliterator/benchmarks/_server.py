@@ -18,21 +18,26 @@ _PROBE_SECONDS = 10
 _PROBE = "One two three four five."
 
 
-def require_server(url: str | None) -> None:
+def require_server(url: str | None, model: str | None = None, *, key: str | None = None) -> None:
     """Checks that a server answers, and that it returns log-probabilities of the prompt.
 
     A server that accepts `echo` and ignores it would give every choice the log-likelihood 0.
 
+    Args:
+        url: its address, up to and with /v1.
+        model: name of the model; left out, the first that it lists.
+        key: sent to it; left out, that in OPENAI_API_KEY.
+
     Raises:
         BenchmarkError: if it does not; the message says what to start.
     """
-    model = served_model(url)
+    model = model or served_model(url, key=key)
     payload = {
         "model": model, "prompt": _PROBE, "max_tokens": 1, "temperature": 0, "echo": True,
         "logprobs": 1,
     }  # fmt: skip
     try:
-        choice = _json_of(url, "completions", payload)["choices"][0]
+        choice = _json_of(url, "completions", payload, key=key)["choices"][0]
         values = choice["logprobs"]["token_logprobs"]
         echoes = len(values) > 2 and all(isinstance(value, float) for value in values[1:-1])
     except (OSError, ValueError, LookupError, TypeError):
@@ -41,18 +46,19 @@ def require_server(url: str | None) -> None:
         raise BenchmarkError(
             f"The server at {url} does not tell log-probabilities of the prompt (`echo` with "
             "`logprobs` on /v1/completions), without which multiple choice cannot be scored. "
-            "`vllm serve` and SGLang do; or set `benchmarks.engine.kind: transformers`."
+            "`vllm serve` and SGLang do; or leave benchmarks to transformers: "
+            "`benchmarks.engine.kind: transformers`, or `engine.benchmarks: false`."
         )
 
 
-def served_model(url: str | None) -> str:
+def served_model(url: str | None, *, key: str | None = None) -> str:
     """The name under which a server serves its model.
 
     Raises:
         BenchmarkError: if no server answers at the url.
     """
     try:
-        return str(_json_of(url, "models")["data"][0]["id"])
+        return str(_json_of(url, "models", key=key)["data"][0]["id"])
     except (URLError, OSError, ValueError, LookupError, TypeError) as error:
         raise BenchmarkError(
             f"No OpenAI-compatible server answers at {url or 'an empty url'} ({error}). Benchmarks "
@@ -63,7 +69,9 @@ def served_model(url: str | None) -> str:
         ) from error
 
 
-def open_server(url: str | None, *, tokenizer: Path, options: Mapping[str, Any]) -> Any:
+def open_server(
+    url: str | None, model: str | None, *, tokenizer: Path, options: Mapping[str, Any]
+) -> Any:
     """lm-eval's client for the server at `url`, with the tokenizer of the checkpoint it serves.
 
     lm-eval's client adds no BOS token, though its own in-process model does where the tokenizer
@@ -77,11 +85,11 @@ def open_server(url: str | None, *, tokenizer: Path, options: Mapping[str, Any])
         "tokenizer_backend": "huggingface",
         **options,
     }
-    model = get_model("local-completions")(model=served_model(url), **settings)
+    client = get_model("local-completions")(model=model or served_model(url), **settings)
     if options.get("add_bos_token") is None:
-        model.add_bos_token = None
-        model.tok_encode = partial(_encode, model.tokenizer)
-    return model
+        client.add_bos_token = None
+        client.tok_encode = partial(_encode, client.tokenizer)
+    return client
 
 
 def _encode(
@@ -102,10 +110,13 @@ def _encode(
     return ids[-left_truncate_len:] if left_truncate_len else ids
 
 
-def _json_of(url: str | None, path: str, payload: Mapping[str, Any] | None = None) -> Any:
-    """The JSON of the server's answer; the key is the one that lm-eval sends."""
+def _json_of(
+    url: str | None, path: str, payload: Mapping[str, Any] | None = None, *, key: str | None
+) -> Any:
+    """The JSON of the server's answer; without a key, that which lm-eval sends."""
+    key = os.environ.get("OPENAI_API_KEY", "") if key is None else key
     headers = {
-        "Authorization": f"Bearer {os.environ.get('OPENAI_API_KEY', '')}",
+        "Authorization": f"Bearer {key}",
         "Content-Type": "application/json",
     }
     data = None if payload is None else json.dumps(payload).encode()

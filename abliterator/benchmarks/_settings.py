@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+import os
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -51,13 +53,24 @@ class RunSettings(Frozen):
         engine = self.section.engine
         return engine.base_url if side == "base" else engine.edited_url
 
+    def served(self, side: Side) -> str | None:
+        """Name of a side's model on its server; None for the first that the server lists."""
+        engine = self.section.engine
+        return engine.base if side == "base" else engine.edited
 
-def require_engine(engine: BenchmarkEngine, device: str = "cpu") -> None:
+
+def require_engine(
+    engine: BenchmarkEngine,
+    device: str = "cpu",
+    *,
+    sides: Collection[Side] = ("base", "edited"),
+) -> None:
     """Checks that the engine can run here.
 
     Args:
-        engine: the recipe's `benchmarks.engine`.
+        engine: what runs the benchmarks.
         device: where it is to compute, as torch names it; not read for a server or vLLM.
+        sides: which are served already; not read for other engines.
 
     Raises:
         BenchmarkError: with what to install, to start or to choose.
@@ -81,8 +94,10 @@ def require_engine(engine: BenchmarkEngine, device: str = "cpu") -> None:
             "`benchmarks.engine.kind` is server, but lm-eval's client for servers is not "
             "installed. Install it with `pip install 'lm-eval[api]'`, or set `kind: transformers`."
         )
-    for url in {engine.base_url, engine.edited_url}:
-        require_server(url)
+    key = os.environ.get(engine.api_key_env or "", "")
+    servers = {"base": (engine.base_url, engine.base), "edited": (engine.edited_url, engine.edited)}
+    for url, model in {servers[side] for side in sides}:
+        require_server(url, model, key=key)
 
 
 def open_model(folder: Path, settings: RunSettings, *, side: Side = "base") -> Any:
@@ -94,7 +109,8 @@ def open_model(folder: Path, settings: RunSettings, *, side: Side = "base") -> A
         **engine.options,
     }
     if engine.kind == "server":
-        return open_server(settings.url(side), tokenizer=folder, options=common)
+        url, model = settings.url(side), settings.served(side)
+        return open_server(url, model, tokenizer=folder, options=common)
     common = {"dtype": settings.dtype or "auto", **common}
     if engine.kind == "vllm":
         from lm_eval.api.registry import get_model

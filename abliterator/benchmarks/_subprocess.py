@@ -26,6 +26,7 @@ from abliterator.processes import (
     child_process,
     python_command,
 )
+from abliterator.recipe import OPENAI_KEY, BenchmarkEngine
 from abliterator.record import Side
 
 OUT_OF_MEMORY, NAMED_ERROR = 75, 76  # exit codes of the child
@@ -65,7 +66,7 @@ def measure_sides(
         on_task: called with side and task when its scores are kept.
         secrets: names of environment variables that the processes must not see. Of those that look
             like tokens or keys they get the Hub's where a task may read a dataset there, and
-            OPENAI_API_KEY where a server is the engine.
+            a server's key where one is the engine.
 
     Raises:
         BenchmarkError: if a process fails, or memory is too small for one request at a time.
@@ -188,7 +189,7 @@ def _key(checkpoint: ScoredCheckpoint, task: Task, settings: RunSettings, side: 
         exclude={
             "section": {
                 **dict.fromkeys(("preset", "tasks", "revisions"), True),  # of other tasks too
-                "engine": {"base_url", "edited_url"},
+                "engine": {"base_url", "edited_url", "api_key_env"},
             },
             **({} if settings.section.chat_template else {"chat": True}),
         },
@@ -239,10 +240,13 @@ def _run_child(job: Mapping[str, Any], *, log: Path, on_task: Callable[[str], No
 def _environment(job: Mapping[str, Any]) -> dict[str, str]:
     """The child's environment: of all secrets those that its tasks and its engine need."""
     from_hub = any(task["dataset"] or task["spec"]["path"] for task in job["tasks"])
-    keep = HUB_TOKENS if from_hub else frozenset()
-    if job["settings"]["section"]["engine"]["kind"] == "server":
-        keep |= {"OPENAI_API_KEY"}
-    return child_environment(keep=keep, drop=job["secrets"])
+    environment = child_environment(
+        keep=HUB_TOKENS if from_hub else frozenset(), drop=job["secrets"]
+    )
+    engine = BenchmarkEngine.model_validate(job["settings"]["section"]["engine"])
+    key = os.environ.get(engine.api_key_env or "")
+    # by this name lm-eval's client reads it
+    return {**environment, OPENAI_KEY: key} if engine.kind == "server" and key else environment
 
 
 def main(job_file: Path) -> int:

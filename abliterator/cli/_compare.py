@@ -10,10 +10,12 @@ import click
 
 from abliterator.cli._options import FILE, JSON, computing_arguments, judge_arguments, read_judge
 from abliterator.cli._terminal import Bars, show
+from abliterator.errors import RecipeError
 
 if TYPE_CHECKING:
     from abliterator.benchmarks import Task
     from abliterator.judge import Judge
+    from abliterator.recipe import Benchmarks, EngineSettings
 
 
 @click.command()
@@ -51,17 +53,21 @@ def compare(
 
     BASE and EDITED are Hub ids or folders. Weights, chat template, tokenizer and config are always
     compared; --target and --neutral let both answer, --neutral measures divergence, --tasks runs
-    lm-eval. An API judge: --recipe, or --set judge.base_url=URL --set judge.model=NAME.
+    lm-eval. An API judge: --recipe, or --set judge.base_url=URL --set judge.model=NAME. A server
+    that answers: --set engine.kind=server --set engine.base_url=URL --set engine.base=NAME --set
+    engine.edited=NAME, and engine.edited_url where that is another server.
     """
     from abliterator.benchmarks import RunSettings, require_engine
     from abliterator.checkpoint import Checkpoint
     from abliterator.comparison import CompareSettings, to_markdown
     from abliterator.comparison import compare as compare_checkpoints
+    from abliterator.judge import cache_folder
     from abliterator.pipeline import Options
     from abliterator.prompts import load_prompts
-    from abliterator.recipe import Benchmarks, Source
+    from abliterator.recipe import Source
 
     folder, options = _folder(base), Options(device, dtype, max_memory)
+    engine, judge_options["overrides"] = _engine(judge_options["overrides"], base)
     settings = CompareSettings(
         prompts={
             name: load_prompts(name, Source(path=path, limit=limit)).prompts
@@ -72,10 +78,12 @@ def compare(
         max_new_tokens=max_new_tokens,
         batch_size=options.batch_size("auto"),
         benchmarks=RunSettings(
-            section=Benchmarks(preset=None, limit=task_limit),
+            section=_benchmarks(engine, limit=task_limit),
             dtype=options.compute_dtype(Checkpoint.open(folder)),
             **options.weights,
         ),
+        engine=engine,
+        answers=cache_folder() / "answers.sqlite",
     )
     if settings.tasks:
         require_engine(settings.benchmarks.section.engine, options.compute_device)
@@ -92,6 +100,30 @@ def compare(
             note=bars.note,
         )
     show(comparison, to_markdown, as_json=as_json)
+
+
+def _engine(overrides: tuple[str, ...], base: str) -> tuple[EngineSettings, tuple[str, ...]]:
+    """The engine that `--set engine.KEY=VALUE` gives, and all other overrides.
+
+    By default a server has the base under the name that the command gives it.
+    """
+    from abliterator.recipe import load_engine
+
+    engine = load_engine([x for x in overrides if x.startswith("engine.")])
+    if engine.kind == "vllm":
+        raise RecipeError(
+            "`engine.kind=vllm` starts vLLM for a build. Start it yourself with both checkpoints, "
+            "and set `engine.kind=server`."
+        )
+    others = tuple(x for x in overrides if not x.startswith("engine."))
+    return engine.model_copy(update={"base": engine.base or base}), others
+
+
+def _benchmarks(engine: EngineSettings, *, limit: int) -> Benchmarks:
+    from abliterator.recipe import BenchmarkEngine, Benchmarks
+
+    served = engine.benchmark_engine(engine.base or "")
+    return Benchmarks(preset=None, limit=limit, engine=served or BenchmarkEngine())
 
 
 def _judge(bars: Bars, **arguments: Any) -> Judge:

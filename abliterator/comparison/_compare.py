@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,9 +25,10 @@ from abliterator.comparison._beside import (
     same_vocabulary,
 )
 from abliterator.comparison._markdown import OTHER_VOCABULARY, difference_line
+from abliterator.comparison._served import ServedSides
 from abliterator.comparison._weights import diff_weights
 from abliterator.devices import enough_memory
-from abliterator.engines import Engine, TransformersEngine
+from abliterator.engines import Engine, ServedEngine, TransformersEngine, require_two_models
 from abliterator.errors import BenchmarkError
 from abliterator.evaluation import (
     Bar,
@@ -38,6 +39,7 @@ from abliterator.evaluation import (
     no_bar,
 )
 from abliterator.judge import Judge, RuleJudge, judge_completions, summarise
+from abliterator.recipe import EngineSettings
 from abliterator.record import (
     Asking,
     Behaviour,
@@ -46,6 +48,7 @@ from abliterator.record import (
     Completion,
     Difference,
     Divergence,
+    EngineIdentity,
     Measurement,
     OwnScores,
     Side,
@@ -71,6 +74,8 @@ class CompareSettings:
         max_batch_tokens: tokens in one forward pass of the divergence.
         seed: of the intervals.
         benchmarks: how benchmarks are run; device and dtype are those of all measurements.
+        engine: what answers: this process, or a server that serves both sides.
+        answers: file that caches the answers of a server; left out, they are kept nowhere.
     """
 
     prompts: Mapping[str, Sequence[str]] = field(default_factory=dict)
@@ -81,6 +86,8 @@ class CompareSettings:
     max_batch_tokens: int = 4096
     seed: int = 0
     benchmarks: RunSettings = field(default_factory=RunSettings)
+    engine: EngineSettings = field(default_factory=EngineSettings)
+    answers: Path | None = None
 
 
 @enough_memory("The comparison", smaller="shorter answers (`--max-new-tokens`)")
@@ -119,13 +126,20 @@ def compare(
         note(f"beside the weights: {difference_line(difference)}")
     prompting = _prompting(setups, beside)
     judge = judge or RuleJudge()
+    served = None
+    if settings.engine.kind == "server" and settings.prompts:
+        cache = settings.answers or scratch / "answers.sqlite"
+        served = ServedSides(setups, settings.engine, cache=cache)
+    models = _SingleModelLoader(
+        {"base": base, "edited": edited}, settings.benchmarks, prompting, served
+    )
+    engines = _probed(models, settings)
     weights = diff_weights(setups[0].checkpoint, setups[1].checkpoint)
-    models = _SingleModelLoader({"base": base, "edited": edited}, settings.benchmarks, prompting)
     withheld = _withheld(setups, settings, prompting)
     behaviour = _behaviour(models, settings, judge, bar)
     divergence = None
     if "divergence" not in withheld:
-        divergence = _divergence(models.load, settings, scratch=scratch, bar=bar)
+        divergence = _divergence(models, settings, scratch=scratch, bar=bar)
     models.free()
     benchmarks = {}
     if settings.tasks:
@@ -139,6 +153,7 @@ def compare(
         withheld=withheld,
         weights=weights,
         behaviour=behaviour,
+        engines=engines,
         judge=judge.identity if behaviour else None,
         divergence=divergence,
         **benchmarks,
@@ -176,9 +191,14 @@ class _SingleModelLoader:
     """Loads the model of one side at a time; the other one is freed first."""
 
     def __init__(
-        self, folders: Mapping[Side, Path], settings: RunSettings, prompting: Asking
+        self,
+        folders: Mapping[Side, Path],
+        settings: RunSettings,
+        prompting: Asking,
+        served: ServedSides | None = None,
     ) -> None:
         self._folders, self._settings, self.prompting = folders, settings, prompting
+        self._served = served
         self._loaded: tuple[Side, Engine] | None = None
 
     def load(self, side: Side) -> Engine:
@@ -198,6 +218,13 @@ class _SingleModelLoader:
             self._loaded = (side, TransformersEngine(replace(loaded, **changes)))
         return self._loaded[1]
 
+    def answering(self, side: Side) -> Engine:
+        """What answers for a side, its prompts rendered as `load` has it."""
+        if self._served is None:
+            return self.load(side)
+        prompts_of: Side = "base" if self.prompting == "as_base" else side
+        return self._served.engine(side, prompts_of=prompts_of, passes=partial(self.load, side))
+
     @property
     def stop_ids(self) -> tuple[int, ...] | None:
         """The tokens that end the answers of both sides; None for each side's own."""
@@ -205,7 +232,7 @@ class _SingleModelLoader:
 
     @cached_property
     def _base_tokens(self) -> tuple[PreTrainedTokenizerBase, tuple[int, ...]]:
-        engine = self.load("base")
+        engine = self.answering("base")
         return engine.tokenizer, engine.stop_ids
 
     def free(self) -> None:
@@ -245,7 +272,7 @@ def _behaviour(
 def _answers(
     models: _SingleModelLoader, side: Side, settings: CompareSettings, bar: Bar
 ) -> list[Completion]:
-    engine, limit = models.load(side), settings.max_new_tokens
+    engine, limit = models.answering(side), settings.max_new_tokens
     rendered = {
         name: RenderedPrompts(prompts, _rendered(engine, prompts, name, limit))
         for name, prompts in settings.prompts.items()
@@ -261,6 +288,23 @@ def _answers(
     )
 
 
+def _probed(models: _SingleModelLoader, settings: CompareSettings) -> dict[str, EngineIdentity]:
+    """What answers for each side, after checking it; nothing where this process does."""
+    probed, limit = {}, settings.max_new_tokens
+    for side in SIDES if settings.engine.kind == "server" and settings.prompts else ():
+        engine = models.answering(side)
+        assert isinstance(engine, ServedEngine)
+        prompts = [
+            ids
+            for name, texts in settings.prompts.items()
+            for ids in _rendered(engine, texts, name, limit)
+        ]
+        probed[side] = engine.probed(max(prompts, key=len), max_new_tokens=limit)
+    if probed:
+        require_two_models(probed["base"], probed["edited"])
+    return {side: said.identity(settings.engine) for side, said in probed.items()}
+
+
 def _rendered(
     engine: Engine, prompts: Sequence[str], name: str, max_new_tokens: int
 ) -> list[list[int]]:
@@ -272,7 +316,7 @@ def _rendered(
 
 
 def _divergence(
-    load: Callable[[Side], Engine], settings: CompareSettings, *, scratch: Path, bar: Bar
+    models: _SingleModelLoader, settings: CompareSettings, *, scratch: Path, bar: Bar
 ) -> Divergence | None:
     neutral = settings.prompts.get("neutral")
     if not neutral:
@@ -283,15 +327,15 @@ def _divergence(
         return _rendered(engine, neutral, "neutral", tokens)
 
     paths = base_paths(
-        load("base"),
-        rendered(load("base")),
+        models.answering("base"),
+        rendered(models.answering("base")),
         tokens=tokens,
         max_new_tokens=settings.max_new_tokens,
         batch_size=settings.batch_size,
         bar=bar,
     )
     return measure_divergence(
-        load,
+        models.load,
         rendered,
         paths,
         tokens=tokens,

@@ -12,7 +12,7 @@ its answers from a server, and all else from another engine, which is built when
 
 from abliterator.engines._completions import CompletionClient, Form
 from abliterator.engines._edits import Edit, Steering, StreamEdit, WriterEdit
-from abliterator.engines._probe import Probed, probe
+from abliterator.engines._probe import Probed, probe, require_two_models
 from abliterator.engines._protocol import (
     Answer,
     AnswerPath,
@@ -46,4 +46,5 @@ __all__ = [
     "TransformersEngine",
     "WriterEdit",
     "probe",
+    "require_two_models",
 ]

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from abliterator.engines._generate import answer_of
 from abliterator.engines._protocol import Answer, OnBatch
-from abliterator.errors import GenerationError, ServerError
+from abliterator.errors import ServerError
 from abliterator.server import (
     CompletionRequest,
     NoReply,
@@ -124,15 +124,9 @@ class CompletionClient:
             on_batch: called with 1 after each answer.
 
         Raises:
-            GenerationError: for an empty prompt.
             ServerError: if the server cannot be used, refuses a prompt, reads other tokens than it
                 was sent, or cuts an answer short. What was answered is kept.
         """
-        for index, prompt in enumerate(prompts):
-            if not len(prompt):
-                raise GenerationError(
-                    f"Prompt {index} has no tokens. Remove it, or check the chat template."
-                )
         settings = self.settings.model_copy(update={"model": model})
         requests = [
             self.request(form, prompt, identity, max_new_tokens=max_new_tokens, stop_ids=stop_ids)

@@ -88,11 +88,7 @@ def generate(
     Arguments, result and errors are those of `Engine.answers`; `by_row` has the edit of each
     prompt, where they run under several.
     """
-    for index, prompt in enumerate(prompts):
-        if not len(prompt):
-            raise GenerationError(
-                f"Prompt {index} has no tokens. Remove it, or check the chat template."
-            )
+    require_tokens(prompts)
     require_fit(limits_of(loaded), prompts, max_new_tokens=max_new_tokens)
     answers: dict[int, Answer] = {}
     if share_prefix and prompts:
@@ -110,6 +106,15 @@ def generate(
             if on_batch:
                 on_batch(len(batch))
     return [answers[i] for i in range(len(prompts))]
+
+
+def require_tokens(prompts: Sequence[Sequence[int]]) -> None:
+    """Raises GenerationError for an empty prompt."""
+    for index, prompt in enumerate(prompts):
+        if not len(prompt):
+            raise GenerationError(
+                f"Prompt {index} has no tokens. Remove it, or check the chat template."
+            )
 
 
 def stream(

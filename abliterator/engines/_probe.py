@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 
 from abliterator.engines._completions import FORMS, CompletionClient, Form, require_same_length
 from abliterator.errors import ServerError
-from abliterator.recipe import ServerSettings
+from abliterator.recipe import EngineSettings, ServerSettings
+from abliterator.record import EngineIdentity
 from abliterator.server import (
     CompletionRequest,
     NoReply,
@@ -32,6 +33,8 @@ class Probed(NamedTuple):
     """What a server says of itself and of one of its models.
 
     Attributes:
+        base_url: its address.
+        model: the name under which it serves the model.
         form: in which it is asked.
         owner: name of the server's software as it states it, such as "vllm".
         version: of that software.
@@ -40,12 +43,28 @@ class Probed(NamedTuple):
         tokens: the first tokens of its answer to the prompt.
     """
 
+    base_url: str
+    model: str
     form: Form
     owner: str | None
     version: str | None
     dtype: str | None
     root: str | None
     tokens: tuple[int, ...]
+
+    def identity(self, settings: EngineSettings) -> EngineIdentity:
+        """The same, for a record, with what the recipe's section adds."""
+        is_vllm = settings.kind == "vllm"
+        stated = settings.dtype if is_vllm and settings.dtype != "auto" else None
+        return EngineIdentity(
+            kind=settings.kind,
+            software=self.owner,
+            version=self.version,
+            dtype=self.dtype or stated,
+            model=without_folder(self.model),
+            base_url=None if is_vllm else self.base_url,  # another port at every start
+            requests=self.form.name,
+        )
 
 
 def probe(
@@ -72,6 +91,17 @@ def probe(
     return outside_a_loop(lambda: asyncio.run(_probe(client, model, prompt, tokens, stop_ids)))
 
 
+def require_two_models(base: Probed, edited: Probed) -> None:
+    """Raises ServerError for a server that serves the same weights under both names."""
+    same_server = base.base_url == edited.base_url
+    if same_server and base.root is not None and base.root == edited.root:
+        raise ServerError(
+            f"The server {base.base_url} serves one model, {base.root}, under the names of both "
+            f"sides, `{base.model}` and `{edited.model}`. Serve the edited checkpoint under "
+            "`engine.edited`, from a second server (`engine.edited_url`) if need be."
+        )
+
+
 async def _probe(
     client: CompletionClient,
     model: str,
@@ -94,6 +124,8 @@ async def _probe(
             _require_same_text(client, settings, row, reply)
             meta = entry.get("meta")
             return Probed(
+                base_url=settings.base_url,
+                model=model,
                 form=form,
                 owner=_text(entry.get("owned_by")),
                 version=await _version(session, settings),
@@ -243,15 +275,16 @@ def _require_same_text(
     """Compares the text of an answer with its tokens, decoded by the base's tokenizer."""
 
     def plain(text: str) -> str:
-        for token in client.tokenizer.all_special_tokens:
-            text = text.replace(token, "")
-        return re.sub(r"\s|�", "", text)
+        return re.sub(r"\s|\ufffd", "", text)
 
-    decoded = plain(client.tokenizer.decode(row))
-    if reply.token_ids is not None and not decoded.startswith(plain(reply.text)):
+    if reply.token_ids is None:
+        return
+    # with special tokens or without, and without the stop token: servers differ
+    texts = [client.tokenizer.decode(row, skip_special_tokens=skipped) for skipped in (True, False)]
+    if not any(plain(text).startswith(plain(reply.text)) for text in texts):
         raise ServerError(
             f"The server {settings.base_url} answers with the tokens {list(row)}, which are the "
-            f"text {client.tokenizer.decode(row)!r} here and {reply.text!r} there. It serves "
+            f"text {texts[0]!r} here and {reply.text!r} there. It serves "
             f"another model or tokenizer under the name `{settings.model}`: check "
             f"`{settings.model_key}`."
         )

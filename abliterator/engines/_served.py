@@ -20,7 +20,7 @@ from abliterator.anatomy import anatomy_of
 from abliterator.checkpoint import Checkpoint
 from abliterator.engines._completions import CompletionClient, Form
 from abliterator.engines._edits import Edit
-from abliterator.engines._generate import declared_stop_ids
+from abliterator.engines._generate import declared_stop_ids, require_tokens
 from abliterator.engines._probe import Probed, probe
 from abliterator.engines._protocol import (
     Answer,
@@ -200,6 +200,7 @@ class ServedEngine:
     ) -> list[Answer]:
         if not prompts:
             return []
+        require_tokens(prompts)
         require_fit(self.limits, prompts, max_new_tokens=max_new_tokens)
         longest = max(prompts, key=len)
         form = model.form or self._probe(model, longest, max_new_tokens).form

@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from abliterator.errors import ServerError
 from abliterator.files import digest_of
 from abliterator.pipeline._run import Run
 from abliterator.pipeline.stages.prompts import prompt_sets
@@ -56,20 +55,19 @@ def probe_engines(run: Run, folders: dict[Side, Path]) -> dict[Side, EngineIdent
     Raises:
         ServerError: if a server cannot be used, or serves another model.
     """
-    from abliterator.engines import ServedEngine
+    from abliterator.engines import ServedEngine, require_two_models
 
-    probed: dict[Side, tuple[EngineIdentity, Probed]] = {}
+    probed: dict[Side, Probed] = {}
     for side, folder in folders.items():
         engine = run.answering(folder, side)
         if not isinstance(engine, ServedEngine):
             return {}
-        tokens = run.recipe.rollouts.max_new_tokens
         prompt = _longest_prompt(run, engine)
-        said = engine.probed(prompt, max_new_tokens=tokens)
-        probed[side] = _identity(run, engine, said), said
-        _note_other_tokens(run, engine, prompt, said.tokens)
-    _require_two_models(probed)
-    return {side: identity for side, (identity, _) in probed.items()}
+        probed[side] = engine.probed(prompt, max_new_tokens=run.recipe.rollouts.max_new_tokens)
+        _note_other_tokens(run, engine, prompt, probed[side].tokens)
+    if "base" in probed and "edited" in probed:
+        require_two_models(probed["base"], probed["edited"])
+    return {side: said.identity(run.recipe.engine) for side, said in probed.items()}
 
 
 def _longest_prompt(run: Run, engine: Engine) -> Sequence[int]:
@@ -87,36 +85,6 @@ def _longest_prompt(run: Run, engine: Engine) -> Sequence[int]:
         ),
         key=len,
     )
-
-
-def _identity(run: Run, engine: ServedEngine, probed: Probed) -> EngineIdentity:
-    from abliterator.server import without_folder
-
-    model, section = engine.served.model(), run.recipe.engine
-    of_vllm = section.dtype if section.kind == "vllm" and section.dtype != "auto" else None
-    return EngineIdentity(
-        kind=section.kind,
-        software=probed.owner,
-        version=probed.version,
-        dtype=probed.dtype or of_vllm,
-        model=without_folder(model.name),
-        base_url=model.client.settings.base_url if section.kind == "server" else None,
-        requests=probed.form.name,
-    )
-
-
-def _require_two_models(probed: dict[Side, tuple[EngineIdentity, Probed]]) -> None:
-    """Raises ServerError for a server that has the same weights under both names."""
-    if len(probed) < 2:
-        return
-    (base, base_probed), (edited, edited_probed) = probed.values()
-    same_address = base.base_url is not None and base.base_url == edited.base_url
-    if same_address and base_probed.root is not None and base_probed.root == edited_probed.root:
-        raise ServerError(
-            f"The server {base.base_url} serves one model, {base_probed.root}, under the names of "
-            f"both sides, `{base.model}` and `{edited.model}`. Serve the edited checkpoint under "
-            "`engine.edited`, from a second server (`engine.edited_url`) if need be."
-        )
 
 
 def _note_other_tokens(

@@ -20,7 +20,12 @@ from abliterator.pipeline._prompt_lengths import require_prompts_fit
 from abliterator.pipeline._run import Options, Run
 from abliterator.pipeline._stage import Stage
 from abliterator.pipeline._workspace import Workspace, usable
-from abliterator.pipeline.stages.benchmarks import benchmark_tasks, pin_tasks
+from abliterator.pipeline.stages.benchmarks import (
+    BENCHMARKS,
+    benchmark_tasks,
+    pin_tasks,
+    probe_benchmarks,
+)
 from abliterator.pipeline.stages.rollouts import ROLLOUTS, probe_base
 from abliterator.prompts import resolve_revision
 from abliterator.recipe import Prompts, Recipe, Source
@@ -56,6 +61,8 @@ def run_missing(
                     require_prompts_fit(run)
                     if ROLLOUTS in stages:
                         probe_base(run)  # hours before it is needed
+                    if BENCHMARKS in stages:
+                        probe_benchmarks(run)
                     prompts_fit = True
                 run.progress.stage(stage.name, done=done)
                 if done:

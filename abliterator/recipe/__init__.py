@@ -14,6 +14,7 @@ This package reads only the recipe's file and no model: the plan checks whether 
 """
 
 from abliterator.recipe._benchmarks import (
+    OPENAI_KEY,
     BenchmarkEngine,
     Benchmarks,
     BenchmarkTask,
@@ -33,6 +34,7 @@ from abliterator.recipe._tuning import Tuning
 from abliterator.recipe._yaml import to_yaml
 
 __all__ = [
+    "OPENAI_KEY",
     "BenchmarkEngine",
     "BenchmarkTask",
     "Benchmarks",

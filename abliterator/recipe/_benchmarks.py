@@ -5,10 +5,17 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import (
+    BeforeValidator,
+    Field,
+    SerializerFunctionWrapHandler,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 
 from abliterator.recipe._section import Positive, Section, as_tuple
-from abliterator.recipe._server import PlainSettings, PlainUrl
+from abliterator.recipe._server import PlainSettings, PlainUrl, name_of_variable
 
 
 class DivergenceSettings(Section):
@@ -36,6 +43,8 @@ class BenchmarkTask(Section):
     """Apply the chat template."""
 
 
+OPENAI_KEY = "OPENAI_API_KEY"
+
 # Set by the run itself: which model is measured, where, and whether its own code may run.
 _SET_BY_THE_RUN = {
     *("delta", "gguf_file", "lora_local_path", "peft", "pretrained", "subfolder"),
@@ -52,11 +61,28 @@ class BenchmarkEngine(Section):
     """Server of the base, up to and with /v1."""
     edited_url: PlainUrl | None = None
     """Server of the edited model."""
+    base: str | None = None
+    """Name under which the base is served. Default: the first that its server lists."""
+    edited: str | None = None
+    """Name under which the edited model is served. Default: the first that its server lists."""
+    api_key_env: str | None = OPENAI_KEY
+    """Name of the environment variable that holds the servers' key, if there is one."""
     options: PlainSettings = {}
     """Further arguments of lm-eval's backend, such as `tensor_parallel_size`.
 
     Those that would name another model, its device or trust are refused.
     """
+
+    @field_validator("api_key_env")
+    @classmethod
+    def _name_of_a_variable(cls, value: str | None) -> str | None:
+        return name_of_variable(value)
+
+    @model_serializer(mode="wrap")
+    def _dump_given(self, plain: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Without defaults of keys that came later: older recipes keep their digests."""
+        later = {"base": None, "edited": None, "api_key_env": OPENAI_KEY}
+        return {k: v for k, v in plain(self).items() if k not in later or v != later[k]}
 
     @model_validator(mode="after")
     def _options_of_the_backend_alone(self) -> Self:
@@ -70,6 +96,8 @@ class BenchmarkEngine(Section):
         are_given = [self.base_url is not None, self.edited_url is not None]
         if are_given != [self.kind == "server"] * 2:
             raise ValueError("`base_url` and `edited_url` belong to `kind: server`, both of them")
+        if self.kind != "server" and (self.base, self.edited) != (None, None):
+            raise ValueError("`base` and `edited` belong to `kind: server`")
         return self
 
 

@@ -14,6 +14,7 @@ from pydantic import (
     model_validator,
 )
 
+from abliterator.recipe._benchmarks import BenchmarkEngine
 from abliterator.recipe._section import Positive, Section, as_tuple
 from abliterator.recipe._server import (
     PlainSettings,
@@ -30,13 +31,16 @@ _VLLM = {
     *("python", "tensor_parallel", "pipeline_parallel", "dtype", "max_model_len", "memory"),
     *("start_timeout", "arguments"),
 }
-_BOTH = {"concurrency", "timeout", "time_limit", "parameters"}
+_BOTH = {"concurrency", "timeout", "time_limit", "parameters", "benchmarks"}
 _KINDS: dict[EngineKind, set[str]] = {
     "transformers": set(),
     "server": _SERVER | _BOTH,
     "vllm": _VLLM | _BOTH,
 }
-_HOW = {"api_key_env", "concurrency", "timeout", "time_limit", "start_timeout", "python", "memory"}
+_HOW = {
+    *("api_key_env", "concurrency", "timeout", "time_limit", "start_timeout", "python", "memory"),
+    "benchmarks",
+}
 # Of a request: set from the recipe's other keys, so that both sides are asked alike.
 _RESERVED = {
     *("model", "prompt", "max_tokens", "n_predict", "temperature", "stop", "stop_token_ids"),
@@ -110,6 +114,9 @@ class EngineSettings(Section):
     parameters: PlainSettings = {}
     """Further request parameters of the server; decoding is greedy whatever they say."""
 
+    benchmarks: bool = True
+    """Benchmarks run on it too; false leaves them to `benchmarks.engine`."""
+
     @field_validator("api_key_env")
     @classmethod
     def _name_of_a_variable(cls, value: str | None) -> str | None:
@@ -154,6 +161,20 @@ class EngineSettings(Section):
             concurrency=self.concurrency,
             timeout=self.timeout,
             time_limit=self.time_limit,
+        )
+
+    def benchmark_engine(self, model: str) -> BenchmarkEngine | None:
+        """What runs benchmarks, if the server does; `model` names the base where nothing does."""
+        if self.kind != "server" or not self.benchmarks:
+            return None
+        base, edited = self.server("base", model=model), self.server("edited", model=model)
+        return BenchmarkEngine(
+            kind="server",
+            base_url=base.base_url,
+            edited_url=edited.base_url,
+            base=base.model,
+            edited=edited.model,
+            api_key_env=self.api_key_env,
         )
 
     def published(self) -> dict[str, Any]:

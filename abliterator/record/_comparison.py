@@ -13,7 +13,7 @@ from abliterator.record._measured import (
     Estimate,
     Frozen,
 )
-from abliterator.record._run import JudgeIdentity
+from abliterator.record._run import EngineIdentity, JudgeIdentity
 
 WeightVerdict = Literal[
     "identical",
@@ -97,6 +97,7 @@ class Comparison(Frozen):
     withheld: dict[Measurement, str] = Field(default_factory=dict)
     weights: WeightDiff
     behaviour: dict[str, Behaviour] = Field(default_factory=dict)
+    engines: dict[str, EngineIdentity] = Field(default_factory=dict)  # by side, of servers
     judge: JudgeIdentity | None = None
     divergence: Divergence | None = None
     benchmarks: dict[str, BenchmarkResult] = Field(default_factory=dict)

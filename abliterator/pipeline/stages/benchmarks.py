@@ -14,7 +14,7 @@ from abliterator.files import digest_of, portable_name
 from abliterator.pipeline._run import Run
 from abliterator.pipeline._stage import Artefact, Stage
 from abliterator.pipeline.stages.rollouts import SIDES, folder_of
-from abliterator.recipe import Recipe
+from abliterator.recipe import BenchmarkEngine, Recipe
 from abliterator.record import Side
 
 if TYPE_CHECKING:
@@ -36,9 +36,33 @@ def benchmark_tasks(recipe: Recipe, device: str) -> Sequence[Task]:
         return ()
     from abliterator.benchmarks import preset_tasks, require_engine, resolve_tasks
 
-    require_engine(settings.engine, device)
+    engine = benchmark_engine(recipe)
+    # the server of `engine` is checked when it has something to score
+    sides: tuple[Side, ...] = SIDES if engine == settings.engine else ()
+    require_engine(engine, device, sides=sides)
     tasks = [*preset_tasks(settings.preset), *settings.tasks]
     return resolve_tasks(tasks, folder=Path.cwd(), revisions=settings.revisions)
+
+
+def benchmark_engine(recipe: Recipe) -> BenchmarkEngine:
+    """What runs the benchmarks: `benchmarks.engine`, or the server of `engine` where it applies."""
+    own = recipe.benchmarks.engine
+    served = recipe.engine.benchmark_engine(recipe.model)
+    return own if served is None or own != BenchmarkEngine() else served
+
+
+def probe_benchmarks(run: Run) -> None:
+    """Checks that the server of the recipe's `engine` can score the base, if it has to.
+
+    Raises:
+        BenchmarkError: if it cannot.
+    """
+    engine = benchmark_engine(run.recipe)
+    is_own = engine == run.recipe.benchmarks.engine
+    if run.tasks and not is_own and run.workspace.marker(BENCHMARKS.name) is None:
+        from abliterator.benchmarks import require_engine
+
+        require_engine(engine, run.device, sides=SIDES[:1])
 
 
 def pin_tasks(recipe: Recipe, tasks: Sequence[Task]) -> Recipe:
@@ -54,9 +78,18 @@ def _key(run: Run) -> Any:
         {side: _side_digest(run, side) for side in SIDES},
         run.recipe.published()["benchmarks"],
         run.recipe.published()["chat"],
+        *_engine_of_the_recipe(run),
         {task.name: task.digest for task in run.tasks},
         run.dtype,
     ]
+
+
+def _engine_of_the_recipe(run: Run) -> list[Any]:
+    """What the key holds of an engine that is not the section's own."""
+    engine = benchmark_engine(run.recipe)
+    if engine == run.recipe.benchmarks.engine:
+        return []
+    return [engine.model_dump(mode="json", exclude={"api_key_env"})]
 
 
 def _side_digest(run: Run, side: Side) -> str:
@@ -66,12 +99,14 @@ def _side_digest(run: Run, side: Side) -> str:
 def _run(run: Run) -> list[Path]:
     if not run.tasks:
         return []
-    from abliterator.benchmarks import RunSettings, ScoredCheckpoint, measure_sides
+    from abliterator.benchmarks import RunSettings, ScoredCheckpoint, measure_sides, require_engine
 
     run.free()
     _note_plain_http(run)
+    engine = benchmark_engine(run.recipe)
+    require_engine(engine, run.device)
     settings = RunSettings(
-        section=run.recipe.benchmarks,
+        section=run.recipe.benchmarks.model_copy(update={"engine": engine}),
         chat=run.recipe.chat,
         **run.options.weights,
         dtype=run.dtype,
@@ -93,14 +128,15 @@ def _run(run: Run) -> list[Path]:
 
 
 def _note_plain_http(run: Run) -> None:
-    """Notes that lm-eval's key, if there is one, would cross a network unencrypted."""
+    """Notes that the servers' key, if there is one, would cross a network unencrypted."""
     from abliterator.server import warn_of_plain_http
 
-    engine = run.recipe.benchmarks.engine
-    variable = "OPENAI_API_KEY" if os.environ.get("OPENAI_API_KEY") else None
+    engine = benchmark_engine(run.recipe)
+    section = "benchmarks.engine" if engine == run.recipe.benchmarks.engine else "engine"
+    variable = engine.api_key_env if os.environ.get(engine.api_key_env or "") else None
     for name in ("base_url", "edited_url"):
         url = getattr(engine, name) or ""
-        if warning := warn_of_plain_http(url, variable, name=f"benchmarks.engine.{name}"):
+        if warning := warn_of_plain_http(url, variable, name=f"{section}.{name}"):
             run.progress.note(warning)
 
 
