@@ -14,9 +14,9 @@ from urllib.request import urlopen
 import psutil
 import pytest
 
+from abliterator.diagnostics import VllmInstall, find_vllm
 from abliterator.engines._vllm._command import AdapterSlots, Served, server_command, slot_rank
 from abliterator.engines._vllm._http import served_models
-from abliterator.engines._vllm._install import VllmInstall, find_vllm
 from abliterator.engines._vllm._log import reason
 from abliterator.engines._vllm._process import Address, vllm_server
 from abliterator.errors import GenerationError, RecipeError, ServerError
@@ -158,7 +158,7 @@ PARENT = """
 import sys
 from pathlib import Path
 from abliterator.engines._vllm._command import Served
-from abliterator.engines._vllm._install import find_vllm
+from abliterator.diagnostics import find_vllm
 from abliterator.engines._vllm._process import vllm_server
 from abliterator.processes import ending_by_signal
 from abliterator.recipe import EngineSettings

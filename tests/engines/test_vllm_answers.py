@@ -15,14 +15,12 @@ from transformers import AutoModelForCausalLM
 from abliterator.anatomy import anatomy_of
 from abliterator.bake import plan_edits
 from abliterator.checkpoint import Checkpoint
+from abliterator.diagnostics import find_vllm
 from abliterator.engines import CompletionClient, ServedEngine, TransformersEngine, WriterEdit
 from abliterator.engines._vllm import (
-    KEY_VARIABLE,
     Served,
     VllmModel,
-    VllmServer,
     _model,
-    find_vllm,
     slots_for,
 )
 from abliterator.engines._vllm._adapters import edit_digest, planned, write_missing
@@ -52,15 +50,10 @@ class Vllm:
         self.notes: list[str] = []
         settings = EngineSettings(kind="vllm", arguments=arguments)
 
-        def client(server: VllmServer) -> CompletionClient:
-            base_url = server.address.base_url
-            of_server = settings.server("base", model="base", base_url=base_url)
-            of_server = of_server.model_copy(update={"api_key_env": KEY_VARIABLE})
-            cache = scratch / "answers.sqlite"
-            return CompletionClient(
-                of_server, self.own.tokenizer, cache=cache, on_failure=server.require_running
-            )
-
+        cache = scratch / "answers.sqlite"
+        client = CompletionClient(
+            settings.server("base", model="base"), self.own.tokenizer, cache=cache
+        )
         self.served = VllmModel(
             find_vllm(vllm_interpreter(scratch)),
             Served(folder, "base", "float32", slots=slots_for(self.plan, 1) if slots else None),

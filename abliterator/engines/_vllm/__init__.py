@@ -7,19 +7,15 @@ The server is a process of another environment, as a rule: nothing here imports 
 """
 
 from abliterator.engines._vllm._adapters import slots_for
-from abliterator.engines._vllm._command import KEY_VARIABLE, Served, dtype_of, slot_rank
-from abliterator.engines._vllm._install import VllmInstall, find_vllm
+from abliterator.engines._vllm._command import Served, dtype_of, slot_rank
 from abliterator.engines._vllm._model import VllmModel
 from abliterator.engines._vllm._process import VllmServer
 
 __all__ = [
-    "KEY_VARIABLE",
     "Served",
-    "VllmInstall",
     "VllmModel",
     "VllmServer",
     "dtype_of",
-    "find_vllm",
     "slot_rank",
     "slots_for",
 ]

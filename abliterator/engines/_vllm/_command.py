@@ -9,13 +9,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 from abliterator.devices import CPU, device_memory
-from abliterator.engines._vllm._install import VllmInstall
+from abliterator.diagnostics import VllmInstall
 from abliterator.errors import RecipeError
 from abliterator.processes import child_environment
 from abliterator.recipe import EngineSettings
 
-KEY_VARIABLE = "ABLITERATOR_ENGINE_KEY"
-"""Environment variable of this process that holds the key of the servers it started."""
 MAX_LORAS = 8  # adapters in one batch: each takes a slot on the device
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM has kernels for
 _BESIDE = 0.45  # share of a device's memory where this process computes beside it

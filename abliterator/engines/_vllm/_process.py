@@ -14,18 +14,17 @@ from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
+from abliterator.diagnostics import VllmInstall
 from abliterator.engines._vllm._command import (
-    KEY_VARIABLE,
     Served,
     server_command,
     server_environment,
 )
 from abliterator.engines._vllm._http import served_models
-from abliterator.engines._vllm._install import VllmInstall
 from abliterator.engines._vllm._log import IN_USE, log_since, reason
 from abliterator.errors import ServerError
 from abliterator.processes import child_process, under_parent
-from abliterator.recipe import EngineSettings
+from abliterator.recipe import STARTED_KEY, EngineSettings
 
 _STARTS = 3  # where another program took the port that was free a moment ago
 _POLL_SECONDS = 0.2
@@ -160,8 +159,8 @@ def _end(child: subprocess.Popen[str]) -> None:
 @cache
 def _key() -> str:
     """The random key of all servers of this process."""
-    os.environ[KEY_VARIABLE] = secrets.token_urlsafe(24)
-    return os.environ[KEY_VARIABLE]
+    os.environ[STARTED_KEY] = secrets.token_urlsafe(24)
+    return os.environ[STARTED_KEY]
 
 
 def _free_port() -> int:
