@@ -16,6 +16,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from typing import IO, Any, NoReturn
@@ -37,6 +38,7 @@ KILLED = -9
 # Signals that ask a process to end, of whichever the system has: `kill`, the closing of the
 # terminal's window on POSIX, and the same with Ctrl-Break on Windows.
 _ENDING = ("SIGTERM", "SIGHUP", "SIGBREAK")
+_SECONDS_TO_END = 10.0  # from the request to end until a program is killed
 
 
 class Terminated(SystemExit):
@@ -119,6 +121,42 @@ def end_with_parent() -> None:
         os._exit(1)
 
     threading.Thread(target=wait, daemon=True).start()
+
+
+def under_parent(command: Sequence[str], *, drop: Collection[str] = ()) -> list[str]:
+    """The command of a program that cannot call `end_with_parent`, such as another interpreter.
+
+    A small Python process starts it, with its stdout at stderr, and returns its status. When stdin
+    is closed, the program is asked to end, and killed with all that it started if it does not.
+
+    Args:
+        command: program and arguments.
+        drop: names of environment variables that it does not get, though Python needs them here.
+    """
+    start = f"from abliterator.processes import run; run({sorted(drop)})"
+    return python_command("-c", start, *command)
+
+
+def run(drop: Collection[str]) -> NoReturn:
+    """The process of `under_parent`: runs the program that the command line names."""
+    lifeline = os.dup(0)
+    environment = {name: value for name, value in os.environ.items() if name not in drop}
+    program = subprocess.Popen(sys.argv[1:], env=environment, stdin=subprocess.DEVNULL, stdout=2)
+    parent_ended = threading.Event()
+
+    def wait() -> None:
+        with suppress(OSError):
+            os.read(lifeline, 1)
+        parent_ended.set()
+        program.terminate()
+        time.sleep(_SECONDS_TO_END)
+        _kill_group(os.getpid())
+
+    threading.Thread(target=wait, daemon=True).start()
+    status = program.wait()
+    if parent_ended.is_set():
+        _kill_group(os.getpid())  # what the program started, and this process
+    sys.exit(status if status >= 0 else 128 - status)
 
 
 def _kill_group(pid: int) -> None:

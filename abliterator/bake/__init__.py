@@ -13,7 +13,12 @@ H = d_model, k rank, Q [H, k] the orthonormal basis; every parameter `basis` als
 each block [L, H, k], L = n_layers: Q[i] is removed from what block i writes.
 """
 
-from abliterator.bake._adapter import require_adapter_form, write_adapter
+from abliterator.bake._adapter import (
+    adapter_obstacle,
+    require_adapter_form,
+    write_adapter,
+    write_adapters,
+)
 from abliterator.bake._plan import EditPlan, PlannedEdit, plan_edits, require_fit
 from abliterator.bake._preview import preview_edit, preview_edits
 from abliterator.bake._stored import PANEL_ELEMENTS
@@ -23,6 +28,7 @@ __all__ = [
     "PANEL_ELEMENTS",
     "EditPlan",
     "PlannedEdit",
+    "adapter_obstacle",
     "bake",
     "bake_file",
     "plan_edits",
@@ -31,5 +37,6 @@ __all__ = [
     "require_adapter_form",
     "require_fit",
     "write_adapter",
+    "write_adapters",
     "write_config",
 ]

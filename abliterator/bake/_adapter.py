@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -40,6 +41,18 @@ def require_adapter_form(plan: EditPlan) -> None:
         _require_low_rank(edit)
 
 
+def adapter_obstacle(plan: EditPlan) -> str | None:
+    """What of an edit no adapter expresses: a key of the recipe or a tensor; None if all is."""
+    if plan.settings.norm != "none":
+        return f"`edit.norm: {plan.settings.norm}`"
+    for edit in plan.edits:
+        try:
+            _require_low_rank(edit)
+        except (RecipeError, UnsupportedModel):
+            return edit.writer.name
+    return None
+
+
 def write_adapter(
     checkpoint: Checkpoint,
     plan: EditPlan,
@@ -66,31 +79,70 @@ def write_adapter(
     Returns:
         Paths of the config and of the weights.
     """
-    from safetensors.torch import save
-
-    require_adapter_form(plan)
-    require_fit(basis, plan)
-    tensors: dict[str, Tensor] = {}
-    for edit in plan.edits:
-        factors = _factors(checkpoint, edit, basis)
-        tensors.update(zip(adapter_tensors(edit.writer.module), factors, strict=True))
-    modules = [edit.writer.module for edit in plan.edits]
-    config = adapter_config(base_model, revision, modules=modules, rank=basis.shape[-1])
-    write_bytes_atomic(out / ADAPTER_WEIGHTS, save(tensors, metadata=ADAPTER_METADATA))
-    write_text_atomic(out / ADAPTER_CONFIG, config)
+    write_adapters(checkpoint, plan, [basis], [out], base_model=base_model, revision=revision)
     return out / ADAPTER_CONFIG, out / ADAPTER_WEIGHTS
 
 
-def _factors(checkpoint: Checkpoint, edit: PlannedEdit, basis: Tensor) -> tuple[Tensor, Tensor]:
-    """Bᵀ W [k, in] and -s A [out, k] of one writer: calculated in float64, returned in float32."""
+def write_adapters(
+    checkpoint: Checkpoint,
+    plan: EditPlan,
+    bases: Sequence[Tensor],
+    folders: Sequence[Path],
+    *,
+    base_model: str,
+    revision: str | None = None,
+) -> None:
+    """Writes the adapters of several subspaces, as `write_adapter`; each tensor is read once.
+
+    Args:
+        checkpoint: the base.
+        plan: which writers are edited, and how strongly; as `require_adapter_form` requires it.
+        bases: Q of each adapter, of any ranks.
+        folders: one for each.
+        base_model: Hub id or name of the base, for PEFT's config.
+        revision: commit of the base.
+    """
+    from safetensors.torch import save
+
+    require_adapter_form(plan)
+    for basis in bases:
+        require_fit(basis, plan)
+    adapters: list[dict[str, Tensor]] = [{} for _ in bases]
+    for edit in plan.edits:
+        factors = _factors(checkpoint, edit, bases)
+        for tensors, pair in zip(adapters, factors, strict=True):
+            tensors.update(zip(adapter_tensors(edit.writer.module), pair, strict=True))
+    modules = [edit.writer.module for edit in plan.edits]
+    for basis, tensors, out in zip(bases, adapters, folders, strict=True):
+        config = adapter_config(base_model, revision, modules=modules, rank=basis.shape[-1])
+        write_bytes_atomic(out / ADAPTER_WEIGHTS, save(tensors, metadata=ADAPTER_METADATA))
+        write_text_atomic(out / ADAPTER_CONFIG, config)
+
+
+def _factors(
+    checkpoint: Checkpoint, edit: PlannedEdit, bases: Sequence[Tensor]
+) -> list[tuple[Tensor, Tensor]]:
+    """Bᵀ W [k, in] and -s A [out, k] of one writer for each subspace, in float32.
+
+    They are calculated in float64.
+    """
     import torch
 
-    removal = removal_of(edit.writer, checkpoint, basis)
+    removals = [removal_of(edit.writer, checkpoint, basis) for basis in bases]
     stored = bytearray(checkpoint.read(edit.info.name))
     (matrix,) = edit.layout.matrices(stored, edit.writer.axis)
-    panels = (matrix.decoded(*columns).double() for columns in matrix.ranges(PANEL_ELEMENTS))
-    reads = torch.cat([removal.reads(panel) for panel in panels], dim=1)
-    return reads.float().contiguous(), (-edit.strength * removal.take).float().contiguous()
+    reads: list[list[Tensor]] = [[] for _ in bases]
+    for columns in matrix.ranges(PANEL_ELEMENTS):
+        panel = matrix.decoded(*columns).double()
+        for of_basis, removal in zip(reads, removals, strict=True):
+            of_basis.append(removal.reads(panel))
+    return [
+        (
+            torch.cat(of_basis, dim=1).float().contiguous(),
+            (-edit.strength * removal.take).float().contiguous(),
+        )
+        for of_basis, removal in zip(reads, removals, strict=True)
+    ]
 
 
 def _require_low_rank(edit: PlannedEdit) -> None:

@@ -53,6 +53,15 @@ class RunSettings(Frozen):
         engine = self.section.engine
         return engine.base_url if side == "base" else engine.edited_url
 
+    def at(self, url: str | None) -> RunSettings:
+        """The same settings with the address of a server; unchanged without one."""
+        if url is None:
+            return self
+        addresses = {"base_url": url, "edited_url": url}
+        engine = self.section.engine.model_copy(update=addresses)
+        section = self.section.model_copy(update={"engine": engine})
+        return self.model_copy(update={"section": section})
+
     def served(self, side: Side) -> str | None:
         """Name of a side's model on its server; None for the first that the server lists."""
         engine = self.section.engine

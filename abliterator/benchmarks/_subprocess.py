@@ -10,6 +10,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,6 +34,7 @@ OUT_OF_MEMORY, NAMED_ERROR = 75, 76  # exit codes of the child
 _LAST_LINES = 5  # of its log, shown in a message
 
 Scores = dict[str, TaskScores]
+Serving = Callable[[Side], AbstractContextManager[str | None]]
 
 
 class ScoredCheckpoint(NamedTuple):
@@ -50,6 +52,7 @@ def measure_sides(
     out: Path,
     on_task: Callable[[Side, str], None] = lambda side, task: None,
     secrets: Collection[str] = (),
+    serving: Serving = lambda side: nullcontext(None),
 ) -> dict[Side, Scores]:
     """Scores of every side on every task, with one batch size for all of them.
 
@@ -67,13 +70,16 @@ def measure_sides(
         secrets: names of environment variables that the processes must not see. Of those that look
             like tokens or keys they get the Hub's where a task may read a dataset there, and
             a server's key where one is the engine.
+        serving: starts the server of a side, if it is to be started; yields its address.
 
     Raises:
         BenchmarkError: if a process fails, or memory is too small for one request at a time.
     """
 
     def measured() -> dict[Side, Scores]:
-        return _measure_alike(sides, tasks, settings, out=out, on_task=on_task, secrets=secrets)
+        return _measure_alike(
+            sides, tasks, settings, out=out, on_task=on_task, secrets=secrets, serving=serving
+        )
 
     scores = measured()
     mismatched = _mismatched_tasks(scores)
@@ -152,6 +158,7 @@ def _measure_side(
     out: Path,
     on_task: Callable[[Side, str], None],
     secrets: Collection[str],
+    serving: Serving,
 ) -> Scores:
     folder = out / side
     keys = {task.name: _key(checkpoint, task, settings, side) for task in tasks}
@@ -160,19 +167,20 @@ def _measure_side(
         on_task(side, name)
     missing = [task for task in tasks if task.name not in kept]
     if missing:
-        _run_child(
-            {
-                "folder": str(checkpoint.folder),
-                "side": side,
-                "tasks": [task.model_dump(mode="json") for task in missing],
-                "settings": settings.model_dump(mode="json"),
-                "keys": keys,
-                "out": str(folder),
-                "secrets": sorted(secrets),
-            },
-            log=out / f"{side}.log",
-            on_task=lambda name: on_task(side, name),
-        )
+        with serving(side) as url:
+            _run_child(
+                {
+                    "folder": str(checkpoint.folder),
+                    "side": side,
+                    "tasks": [task.model_dump(mode="json") for task in missing],
+                    "settings": settings.at(url).model_dump(mode="json"),
+                    "keys": keys,
+                    "out": str(folder),
+                    "secrets": sorted(secrets),
+                },
+                log=out / f"{side}.log",
+                on_task=lambda name: on_task(side, name),
+            )
         for task in missing:
             scores = _read(folder, task.name, keys[task.name])
             if scores is None:

@@ -98,6 +98,11 @@ judge_arguments = together(
 )
 
 
+VLLM_PYTHON = click.option(
+    "--vllm-python",
+    metavar="PYTHON",
+    help="Interpreter that has vLLM, for `engine.kind: vllm`.  [default: the recipe's, else this]",
+)
 BASE = click.option(
     "--base", help="Folder or Hub id of the base.  [default: what OUT was built from]"
 )
@@ -117,7 +122,7 @@ def read_judge(
 
 
 def recipe_arguments(*, required: bool = True) -> Decorator:
-    """Adds RECIPE, --out, --set, --device, --max-memory, --dtype and --force to a command."""
+    """Adds RECIPE, --out, --set, --device and all else that a run needs to a command."""
     path = click.Path(path_type=Path)
     return together(
         click.argument("recipe", required=required, type=click.Path(exists=True, path_type=Path)),
@@ -127,6 +132,7 @@ def recipe_arguments(*, required: bool = True) -> Decorator:
         click.option(
             "--force", is_flag=True, help="Continue in a folder that another recipe made."
         ),
+        VLLM_PYTHON,
     )
 
 
@@ -139,12 +145,13 @@ def read_recipe(
     dtype: str,
     max_memory: int | None,
     force: bool,
+    vllm_python: str | None,
 ) -> tuple[Recipe, Path, Options]:
     """The recipe (from a file, or the folder of an earlier run), the output folder, options."""
     from abliterator.pipeline import Options, recipe_of
     from abliterator.recipe import load_recipe
 
-    options = Options(device, dtype, max_memory, force)
+    options = Options(device, dtype, max_memory, force, vllm_python)
     if recipe.is_dir():
         if overrides or out:
             raise click.UsageError("The folder of an earlier run takes neither --set nor --out.")

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from abliterator.cli._options import JSON, SET
+from abliterator.cli._options import JSON, SET, VLLM_PYTHON
 from abliterator.cli._terminal import render, show
 
 if TYPE_CHECKING:
@@ -18,15 +18,24 @@ if TYPE_CHECKING:
 @click.argument("recipe_or_model")
 @click.option("--out", type=click.Path(path_type=Path), default="out", help="Where it would go.")
 @SET
+@VLLM_PYTHON
 @JSON
-def plan(recipe_or_model: str, out: Path, overrides: tuple[str, ...], as_json: bool) -> None:
+def plan(
+    recipe_or_model: str,
+    out: Path,
+    overrides: tuple[str, ...],
+    vllm_python: str | None,
+    as_json: bool,
+) -> None:
     """Show what a recipe, or the default edit of a model, would do; read headers only."""
     from abliterator import pipeline
     from abliterator.recipe import load_edit, load_recipe
 
     path = Path(recipe_or_model)
     if path.suffix in {".yaml", ".yml"}:
-        planned = pipeline.plan_recipe(load_recipe(path, overrides=overrides), out)
+        planned = pipeline.plan_recipe(
+            load_recipe(path, overrides=overrides), out, vllm_python=vllm_python
+        )
     else:
         planned = pipeline.plan_model(recipe_or_model, out, edit=load_edit(overrides))
     show(planned.summary(), lambda _: plan_text(planned), as_json=as_json)

@@ -10,5 +10,17 @@ never an exception. No token is read into the result, and nothing is sent unless
 
 from abliterator.diagnostics._diagnose import diagnose
 from abliterator.diagnostics._report import Device, Diagnosis, Disk, Extra, Host, Hub, Python
+from abliterator.diagnostics._vllm import VllmInstall, find_vllm
 
-__all__ = ["Device", "Diagnosis", "Disk", "Extra", "Host", "Hub", "Python", "diagnose"]
+__all__ = [
+    "Device",
+    "Diagnosis",
+    "Disk",
+    "Extra",
+    "Host",
+    "Hub",
+    "Python",
+    "VllmInstall",
+    "diagnose",
+    "find_vllm",
+]

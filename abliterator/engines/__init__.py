@@ -24,6 +24,8 @@ from abliterator.engines._protocol import (
 )
 from abliterator.engines._served import Served, ServedByName, ServedEngine, ServedModel
 from abliterator.engines._transformers import TransformersEngine
+from abliterator.engines._vllm import Served as VllmCheckpoint
+from abliterator.engines._vllm import VllmModel, slots_for
 
 __all__ = [
     "Answer",
@@ -44,7 +46,10 @@ __all__ = [
     "StreamEdit",
     "Tokens",
     "TransformersEngine",
+    "VllmCheckpoint",
+    "VllmModel",
     "WriterEdit",
     "probe",
     "require_two_models",
+    "slots_for",
 ]

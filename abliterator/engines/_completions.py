@@ -81,14 +81,21 @@ class CompletionClient:
         settings: the server; its `model` gives way to the name that a method is given.
         tokenizer: of the base; what is sent and read is in its token ids.
         cache: SQLite file of replies; the same file makes a run go on where it stopped.
+        on_failure: called after each failed call, before it is tried again; may raise ServerError.
     """
 
     def __init__(
-        self, settings: ServerSettings, tokenizer: PreTrainedTokenizerBase, *, cache: Path
+        self,
+        settings: ServerSettings,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        cache: Path,
+        on_failure: Callable[[], None] = lambda: None,
     ) -> None:
         self.settings = settings
         self.tokenizer = tokenizer
         self.cache = cache
+        self.on_failure = on_failure
 
     @cached_property
     def _splitter(self) -> Splitter:
@@ -131,7 +138,9 @@ class CompletionClient:
             return self._answer(form, prompts[index], reply, max_new_tokens, stop_ids)
 
         return outside_a_loop(
-            lambda: asyncio.run(_all(settings, self.cache, requests, read, on_batch))
+            lambda: asyncio.run(
+                _all(settings, self.cache, requests, read, on_batch, self.on_failure)
+            )
         )
 
     def request(
@@ -217,8 +226,9 @@ async def _all(
     requests: Sequence[CompletionRequest],
     read: Callable[[int, Reply], Answer],
     on_batch: OnBatch | None,
+    on_failure: Callable[[], None],
 ) -> list[Answer]:
-    async with Session(settings, cache=cache) as session:
+    async with Session(settings, cache=cache, on_failure=on_failure) as session:
 
         async def answered(index: int) -> Answer:
             try:

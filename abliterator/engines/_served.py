@@ -61,6 +61,9 @@ class Served(Protocol):
     def model(self) -> ServedModel:
         """The model without an edit."""
 
+    def expect(self, edits: Sequence[Edit]) -> None:
+        """Prepares edits that are served next, one after another."""
+
     def under(self, edit: Edit) -> AbstractContextManager[ServedModel | None]:
         """The model under an edit, while the context is open; None if no server can serve it."""
 
@@ -76,6 +79,9 @@ class ServedByName:
     def model(self) -> ServedModel:
         """The model without an edit."""
         return ServedModel(self.client, self.name, self.identity)
+
+    def expect(self, edits: Sequence[Edit]) -> None:
+        """Prepares nothing."""
 
     def under(self, edit: Edit) -> AbstractContextManager[ServedModel | None]:
         """None: a server has the weights that it was started with."""
@@ -314,6 +320,7 @@ class _ServedSideBySide:
     ) -> list[list[Answer]]:
         """Greedy answers to `prompts`, for each edit."""
         engine, served = self.engine, []
+        engine.served.expect(self.edits)
         for edit in self.edits:
             with engine.served.under(edit) as model:
                 if model is None:

@@ -11,6 +11,7 @@ parses arguments, and reports what it does to a `Progress`.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from abliterator.pipeline._bake_subspace import bake_subspace
@@ -30,6 +31,7 @@ from abliterator.pipeline._study import (
     figures_of,
     study_stage,
 )
+from abliterator.pipeline._vllm import vllm_note, vllm_of
 from abliterator.pipeline._workspace import Workspace, usable
 from abliterator.pipeline.stages import STAGES, stages_of
 from abliterator.pipeline.stages.capture import CAPTURE
@@ -155,8 +157,10 @@ def recipe_of(out: Path) -> Recipe:
     return Workspace(out).recipe()
 
 
-def plan_recipe(recipe: Recipe, out: Path) -> Plan:
+def plan_recipe(recipe: Recipe, out: Path, *, vllm_python: str | None = None) -> Plan:
     """The plan of a recipe: its model opened, every tensor classified, layers and disk checked.
+
+    `vllm_python` is the interpreter that has vLLM, instead of the recipe's.
 
     Of a model that is on the Hub alone, no weights are downloaded, so none can be read through the
     plan's checkpoint.
@@ -166,4 +170,7 @@ def plan_recipe(recipe: Recipe, out: Path) -> Plan:
     """
     require_pinned_code(recipe)
     with headers_folder(recipe.model, revision=recipe.revision) as source:
-        return plan_source(source, recipe, out)
+        plan = plan_source(source, recipe, out)
+    if vllm := vllm_of(recipe, vllm_python):
+        plan = replace(plan, notes=(*plan.notes, vllm_note(vllm)))
+    return plan

@@ -55,19 +55,26 @@ def probe_engines(run: Run, folders: dict[Side, Path]) -> dict[Side, EngineIdent
     Raises:
         ServerError: if a server cannot be used, or serves another model.
     """
-    from abliterator.engines import ServedEngine, require_two_models
+    from abliterator.engines import ServedEngine, VllmModel, require_two_models
 
     probed: dict[Side, Probed] = {}
+    identities: dict[Side, EngineIdentity] = {}
     for side, folder in folders.items():
         engine = run.answering(folder, side)
         if not isinstance(engine, ServedEngine):
             return {}
+        if isinstance(engine.served, VllmModel):
+            engine.served.start()
         prompt = _longest_prompt(run, engine)
         probed[side] = engine.probed(prompt, max_new_tokens=run.recipe.rollouts.max_new_tokens)
         _note_other_tokens(run, engine, prompt, probed[side].tokens)
+        section = run.recipe.engine
+        if isinstance(engine.served, VllmModel):
+            section = section.model_copy(update={"dtype": engine.served.dtype or "auto"})
+        identities[side] = probed[side].identity(section)
     if "base" in probed and "edited" in probed:
         require_two_models(probed["base"], probed["edited"])
-    return {side: said.identity(run.recipe.engine) for side, said in probed.items()}
+    return identities
 
 
 def _longest_prompt(run: Run, engine: Engine) -> Sequence[int]:

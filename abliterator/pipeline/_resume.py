@@ -19,6 +19,7 @@ from abliterator.pipeline._progress import Progress, Silent
 from abliterator.pipeline._prompt_lengths import require_prompts_fit
 from abliterator.pipeline._run import Options, Run
 from abliterator.pipeline._stage import Stage
+from abliterator.pipeline._vllm import vllm_of
 from abliterator.pipeline._workspace import Workspace, usable
 from abliterator.pipeline.stages.benchmarks import (
     BENCHMARKS,
@@ -75,10 +76,13 @@ def run_missing(
                 parts = stage.parts(run)
                 workspace.finish(stage.name, key, artefacts, seconds=seconds, parts=parts)
         except AbliteratorError:
+            run.end_engine()
             # leave no folder behind that looks like a result
             if keep_from is not None and workspace.marker(keep_from.name) is None:
                 workspace.remove()
             raise
+        finally:
+            run.end_engine()
 
 
 def _require_unchanged(stage: Stage, run: Run, key: str) -> None:
@@ -104,11 +108,12 @@ def prepare(
     require_pinned_code(pinned_recipe)
     source = resolve_folder(pinned_recipe.model, revision=pinned_recipe.revision)
     plan = plan_source(source, pinned_recipe, out)
+    vllm = vllm_of(pinned_recipe, options.vllm_python)
     tasks = benchmark_tasks(pinned_recipe, device)
     judge_of(pinned_recipe.judge, cache=workspace.work)  # its calibration is read, no model asked
     if resolved is None:
         pinned_recipe = pin_tasks(resolve(recipe, plan.source.revision), tasks)
-    return Run(pinned_recipe, plan, workspace, options, progress or Silent(), tasks)
+    return Run(pinned_recipe, plan, workspace, options, progress or Silent(), tasks, vllm)
 
 
 def resolve(recipe: Recipe, revision: str | None) -> Recipe:

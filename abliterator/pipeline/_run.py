@@ -20,7 +20,7 @@ from abliterator.devices import (
     device_name,
     release_memory,
 )
-from abliterator.errors import OutputError, RecipeError
+from abliterator.errors import OutputError
 from abliterator.files import digest_of
 from abliterator.pipeline._plan import Plan
 from abliterator.pipeline._progress import Progress, Silent
@@ -29,7 +29,8 @@ from abliterator.recipe import Recipe
 
 if TYPE_CHECKING:
     from abliterator.benchmarks import Task
-    from abliterator.engines import Engine, TransformersEngine
+    from abliterator.diagnostics import VllmInstall
+    from abliterator.engines import Engine, ServedEngine, TransformersEngine
     from abliterator.evaluation import RenderedPrompts
     from abliterator.model import LoadedModel
     from abliterator.record import Side
@@ -48,12 +49,14 @@ class Options:
         max_memory: bytes of weights on each accelerator and in host memory at most; None is a
             share of what is free.
         force: go on in a folder that another recipe made.
+        vllm_python: the interpreter that has vLLM, instead of the recipe's.
     """
 
     device: str = AUTO
     dtype: str = "auto"
     max_memory: int | None = None
     force: bool = False
+    vllm_python: str | None = None
 
     @property
     def compute_device(self) -> str:
@@ -104,10 +107,13 @@ class Run:
     options: Options
     progress: Progress = field(default_factory=Silent)
     tasks: Sequence[Task] = ()
+    vllm: VllmInstall | None = None
     _loaded: LoadedModel | None = None
     # of the base's files, when they were first needed
     _base_hashes: dict[str, str] | None = None
     _served: dict[Path, Engine] = field(default_factory=dict)
+    # of a checkpoint, with or without candidates
+    _by_vllm: tuple[tuple[Path, bool], ServedEngine] | None = None
 
     @property
     def device(self) -> str:
@@ -162,6 +168,8 @@ class Run:
 
         if self._loaded is None or self._loaded.folder != folder:
             self.free()
+            if self._by_vllm and not self._by_vllm[0][1]:
+                self.end_engine()  # both would not fit on one device
             self._loaded = load_model(
                 folder,
                 **self.options.weights,
@@ -203,7 +211,7 @@ class Run:
         if kind == "transformers":
             return self.engine(folder)
         if kind == "vllm":
-            raise RecipeError("`engine.kind: vllm` cannot be started yet. Use `kind: server`.")
+            return self._answering_by_vllm(folder, side, candidates=candidates)
         if candidates:
             self.progress.note(
                 "Candidates are answered by this process: a running server serves no edits of its "
@@ -215,6 +223,24 @@ class Run:
         if folder not in self._served:
             self._served[folder] = served_engine(self, folder, side)
         return self._served[folder]
+
+    def _answering_by_vllm(self, folder: Path, side: Side, *, candidates: bool) -> Engine:
+        from abliterator.pipeline._vllm import vllm_engine
+
+        if self._by_vllm is None or self._by_vllm[0] != (folder, candidates):
+            self.end_engine()
+            if not candidates:
+                self.free()
+            engine = vllm_engine(self, folder, side, candidates=candidates)
+            self._by_vllm = (folder, candidates), engine
+        return self._by_vllm[1]
+
+    def end_engine(self) -> None:
+        """Ends the vLLM that the run started, if there is one; asking it starts it again."""
+        from abliterator.engines import VllmModel
+
+        if self._by_vllm and isinstance(self._by_vllm[1].served, VllmModel):
+            self._by_vllm[1].served.close()
 
     def answers_depend_on(self, *, candidates: bool = False) -> list[Any]:
         """What a stage's key holds of the engine that answers; nothing of transformers."""

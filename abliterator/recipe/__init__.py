@@ -23,7 +23,7 @@ from abliterator.recipe._benchmarks import (
 )
 from abliterator.recipe._draft import draft
 from abliterator.recipe._edit import DirectionSettings, Edit, Selection, ranges_of
-from abliterator.recipe._engine import EngineKind, EngineServer, EngineSettings
+from abliterator.recipe._engine import STARTED_KEY, EngineKind, EngineServer, EngineSettings
 from abliterator.recipe._judge import JudgeSettings, Rollouts
 from abliterator.recipe._pairs import PairExample, PairsSpec
 from abliterator.recipe._prompts import Capture, Chat, Prompts, Source
@@ -35,6 +35,7 @@ from abliterator.recipe._yaml import to_yaml
 
 __all__ = [
     "OPENAI_KEY",
+    "STARTED_KEY",
     "BenchmarkEngine",
     "BenchmarkTask",
     "Benchmarks",

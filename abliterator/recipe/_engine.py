@@ -26,6 +26,10 @@ from abliterator.recipe._server import (
 EngineKind = Literal["transformers", "vllm", "server"]
 Name = Annotated[str, Field(min_length=1)]
 
+STARTED_KEY = "ABLITERATOR_ENGINE_KEY"
+"""Environment variable of this process that holds the key of the servers that it started."""
+_STARTED = "http://127.0.0.1/v1"  # their address; the port is known when they run
+
 _SERVER = {"base_url", "edited_url", "base", "edited", "api_key_env"}
 _VLLM = {
     *("python", "tensor_parallel", "pipeline_parallel", "dtype", "max_model_len", "memory"),
@@ -95,7 +99,7 @@ class EngineSettings(Section):
     pipeline_parallel: Positive = 1
     """`vllm`: groups of devices among which the layers are divided."""
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
-    """`vllm`: dtype of computation; `auto` is the stored one."""
+    """`vllm`: dtype of computation; `auto` is that of the run (`--dtype`)."""
     max_model_len: Positive | None = None
     """`vllm`: tokens of a prompt and its answer. Default: the model's context."""
     memory: Annotated[float, Field(gt=0, le=1)] | None = None
@@ -151,11 +155,12 @@ class EngineSettings(Section):
             base_url: address instead of the section's, where the run started the server.
         """
         own_url = self.edited_url if side == "edited" else None
+        started = _STARTED if self.kind == "vllm" else ""
         return EngineServer(
-            base_url=base_url or own_url or self.base_url or "",
+            base_url=base_url or own_url or self.base_url or started,
             model=self.edited if side == "edited" else self.base or model,
             side=side,
-            api_key_env=self.api_key_env,
+            api_key_env=STARTED_KEY if self.kind == "vllm" else self.api_key_env,
             structured="none",
             parameters=self.parameters,
             concurrency=self.concurrency,
@@ -165,8 +170,9 @@ class EngineSettings(Section):
 
     def benchmark_engine(self, model: str) -> BenchmarkEngine | None:
         """What runs benchmarks, if the server does; `model` names the base where nothing does."""
-        if self.kind != "server" or not self.benchmarks:
+        if self.kind == "transformers" or not self.benchmarks:
             return None
+        model = "base" if self.kind == "vllm" else model
         base, edited = self.server("base", model=model), self.server("edited", model=model)
         return BenchmarkEngine(
             kind="server",
@@ -174,7 +180,7 @@ class EngineSettings(Section):
             edited_url=edited.base_url,
             base=base.model,
             edited=edited.model,
-            api_key_env=self.api_key_env,
+            api_key_env=base.api_key_env,
         )
 
     def published(self) -> dict[str, Any]:

@@ -23,7 +23,7 @@ import re
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from typing import TYPE_CHECKING, Any, Self
-from urllib.parse import urljoin
+from urllib.parse import urljoin, urlsplit
 
 from abliterator.errors import ServerError
 from abliterator.recipe import ServerSettings
@@ -31,10 +31,10 @@ from abliterator.server._budget import Budget
 from abliterator.server._cache import CompletionRequest, Reply, Request
 from abliterator.server._completions import completion_reply
 from abliterator.server._read import without_surrogates
-from abliterator.server._secrets import origin, redacted
+from abliterator.server._secrets import is_loopback, origin, redacted
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
     from openai import APIStatusError, AsyncOpenAI
     from openai._types import RequestOptions
@@ -66,9 +66,12 @@ class NoReply(Exception):
 class Server:
     """A client of one server, used by several workers of one event loop."""
 
-    def __init__(self, settings: ServerSettings, budget: Budget) -> None:
+    def __init__(
+        self, settings: ServerSettings, budget: Budget, *, on_failure: Callable[[], None]
+    ) -> None:
         self._settings = settings
         self._budget = budget
+        self._on_failure = on_failure
         self._failed_in_a_row = 0
         self._answered = False
         self._may_drop = settings.structured == "auto"
@@ -80,12 +83,14 @@ class Server:
         from openai import AsyncOpenAI, DefaultAsyncHttpxClient
 
         hooks = {"response": [self._refuse_other_origin]}
+        is_local = is_loopback(urlsplit(self._settings.base_url).hostname or "")
         self._client = AsyncOpenAI(
             base_url=self._settings.base_url,
             api_key=key_of(self._settings),
             timeout=self._settings.timeout,
             max_retries=0,
-            http_client=DefaultAsyncHttpxClient(event_hooks=hooks),
+            # no proxy of the environment reaches this machine's own ports
+            http_client=DefaultAsyncHttpxClient(event_hooks=hooks, trust_env=not is_local),
         )
         return self
 
@@ -220,6 +225,7 @@ class Server:
     async def _wait(self, tries: int, failure: str, retry_after: float | None) -> None:
         """Waits before the next try: a growing back-off, or longer where the server asks for it."""
         self._count_failure(failure)
+        self._on_failure()
         if tries >= TRIES:
             raise NoReply(f"{failure}, {tries} times")
         first, longest = WAIT

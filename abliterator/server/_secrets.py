@@ -44,7 +44,7 @@ def warn_of_plain_http(url: str, key_variable: str | None, *, name: str) -> str 
         name: of the recipe's key that holds the address.
     """
     parts = urlsplit(url)
-    if key_variable is None or parts.scheme != "http" or _is_loopback(parts.hostname or ""):
+    if key_variable is None or parts.scheme != "http" or is_loopback(parts.hostname or ""):
         return None
     return (
         f"The key in ${key_variable} and all texts go unencrypted to {parts.hostname}: `{name}` is "
@@ -71,7 +71,7 @@ def _forms(key: str) -> Iterator[str]:
             yield text[(0, 2, 3)[offset] :]
 
 
-def _is_loopback(host: str) -> bool:
+def is_loopback(host: str) -> bool:
     if host == "localhost" or host.endswith(".localhost"):
         return True
     try:

@@ -52,14 +52,22 @@ class Session:
         settings: the server, and what may be spent on it.
         cache: SQLite file of replies; the same file makes a run go on where it stopped.
         account: name under which calls and dollars are counted, where judges share a file.
+        on_failure: called after each failed call, before it is tried again; may raise ServerError.
     """
 
-    def __init__(self, settings: ServerSettings, *, cache: Path, account: str = "") -> None:
+    def __init__(
+        self,
+        settings: ServerSettings,
+        *,
+        cache: Path,
+        account: str = "",
+        on_failure: Callable[[], None] = lambda: None,
+    ) -> None:
         self._settings = settings
         self._cache = ReplyCache(cache, account=account)
         calls, cost = self._cache.totals()
         self._budget = Budget(settings, calls=calls, cost=cost)
-        self._server = Server(settings, self._budget)
+        self._server = Server(settings, self._budget, on_failure=on_failure)
         self.usage = Usage(calls, cost)
 
     async def __aenter__(self) -> Self:

@@ -10,7 +10,13 @@ from transformers import AutoModelForCausalLM
 
 from abliterator import pipeline
 from abliterator.anatomy import anatomy_of
-from abliterator.bake import bake, plan_edits, require_adapter_form, write_adapter
+from abliterator.bake import (
+    bake,
+    plan_edits,
+    require_adapter_form,
+    write_adapter,
+    write_adapters,
+)
 from abliterator.checkpoint import Checkpoint
 from abliterator.directions import load_subspace
 from abliterator.engines import TransformersEngine
@@ -66,6 +72,20 @@ def test_merged_into_the_base_it_is_the_baked_checkpoint(name, k, tmp_path):
         torch.testing.assert_close(state[key], weight, rtol=1e-5, atol=2e-6)
         edited = key.removesuffix(".weight") in modules
         assert torch.equal(before[key], weight) != edited
+
+
+def test_adapters_written_together_are_those_written_alone(tiny_folder, tmp_path):
+    """As the candidates of a sweep are: one pass over the weights, whatever their ranks."""
+    checkpoint, plan = planned(tiny_folder("llama"))
+    bases = [random_basis(1), random_basis(3), random_basis(3).flip(1)]
+    together = [tmp_path / f"together-{i}" for i in range(3)]
+    write_adapters(checkpoint, plan, bases, together, base_model="me/base")
+    for i, basis in enumerate(bases):
+        alone = write_adapter(checkpoint, plan, basis, tmp_path / f"{i}", base_model="me/base")
+        for path in alone:
+            assert (together[i] / path.name).read_bytes() == path.read_bytes()
+    weights = {(folder / "adapter_model.safetensors").read_bytes() for folder in together}
+    assert len(weights) == 3
 
 
 def test_in_bfloat16_they_differ_by_rounding_alone(tiny_folder, tmp_path):

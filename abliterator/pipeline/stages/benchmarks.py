@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from abliterator.files import digest_of, portable_name
 from abliterator.pipeline._run import Run
 from abliterator.pipeline._stage import Artefact, Stage
+from abliterator.pipeline._vllm import depends_on, served_by_vllm
 from abliterator.pipeline.stages.rollouts import SIDES, folder_of
 from abliterator.recipe import BenchmarkEngine, Recipe
 from abliterator.record import Side
@@ -59,7 +61,8 @@ def probe_benchmarks(run: Run) -> None:
     """
     engine = benchmark_engine(run.recipe)
     is_own = engine == run.recipe.benchmarks.engine
-    if run.tasks and not is_own and run.workspace.marker(BENCHMARKS.name) is None:
+    is_running = run.recipe.engine.kind == "server"
+    if run.tasks and not is_own and is_running and run.workspace.marker(BENCHMARKS.name) is None:
         from abliterator.benchmarks import require_engine
 
         require_engine(engine, run.device, sides=SIDES[:1])
@@ -89,11 +92,14 @@ def _engine_of_the_recipe(run: Run) -> list[Any]:
     engine = benchmark_engine(run.recipe)
     if engine == run.recipe.benchmarks.engine:
         return []
-    return [engine.model_dump(mode="json", exclude={"api_key_env"})]
+    plain = engine.model_dump(mode="json", exclude={"api_key_env"})
+    return [plain] if run.vllm is None else [plain, *depends_on(run)]
 
 
 def _side_digest(run: Run, side: Side) -> str:
-    return digest_of([run.base_digest(), run.digest("bake") if side == "edited" else None])
+    by_vllm = _engine_of_the_recipe(run) if run.vllm is not None else []
+    bake = run.digest("bake") if side == "edited" else None
+    return digest_of([run.base_digest(), bake, *by_vllm])
 
 
 def _run(run: Run) -> list[Path]:
@@ -104,7 +110,8 @@ def _run(run: Run) -> list[Path]:
     run.free()
     _note_plain_http(run)
     engine = benchmark_engine(run.recipe)
-    require_engine(engine, run.device)
+    by_vllm = run.vllm is not None and engine != run.recipe.benchmarks.engine
+    require_engine(engine, run.device, sides=() if by_vllm else SIDES)
     settings = RunSettings(
         section=run.recipe.benchmarks.model_copy(update={"engine": engine}),
         chat=run.recipe.chat,
@@ -112,6 +119,10 @@ def _run(run: Run) -> list[Path]:
         dtype=run.dtype,
         trust_remote_code=run.recipe.trust_remote_code,
     )
+
+    def serving(side: Side) -> AbstractContextManager[str]:
+        return served_by_vllm(run, folder_of(run, side), side)
+
     with run.progress.bar("benchmark tasks, both sides", len(SIDES) * len(run.tasks)) as advance:
         measure_sides(
             {
@@ -123,8 +134,14 @@ def _run(run: Run) -> list[Path]:
             out=run.workspace.work / "benchmarks",
             on_task=lambda side, task: advance(1),
             secrets=_key_names(run.recipe.published()),
+            serving=serving if by_vllm else _served_already,
         )
     return [_scores(side, task).path(run) for side in SIDES for task in run.tasks]
+
+
+def _served_already(side: Side) -> AbstractContextManager[None]:
+    """Starts no server: lm-eval runs the model, or the recipe has the address."""
+    return nullcontext()
 
 
 def _note_plain_http(run: Run) -> None:

@@ -67,16 +67,21 @@ def _run(run: Run) -> list[Path]:
     answers = {side: [c for c in kept if c.side == side] for side in kept_sides}
     missing = [side for side in SIDES if side not in kept_sides]
     engines = engines_of(run, kept_sides)
-    engines |= probe_engines(run, {side: folder_of(run, side) for side in missing})
-    for side in missing:
-        # No name for the model here: it would keep the base in memory while the edited is loaded.
-        answers[side] = _answers(run, run.answering(folder_of(run, side), side), side)
+    one_at_a_time = run.recipe.engine.kind == "vllm"  # each side is another server's
+    for sides in [[side] for side in missing] if one_at_a_time else [missing]:
+        engines |= probe_engines(run, {side: folder_of(run, side) for side in sides})
+        answers |= {side: _side_answers(run, side) for side in sides}
     written = [ANSWERS.write_lines(run, (c for side in SIDES for c in answers[side]))]
     if engines:
         plain = {side: engines[side].model_dump(mode="json") for side in SIDES if side in engines}
         write_text_atomic(ENGINES.path(run), json.dumps(plain, indent=1) + "\n")
         written.append(ENGINES.path(run))
     return written
+
+
+def _side_answers(run: Run, side: Side) -> list[Completion]:
+    # No name for the model here: it would keep the base in memory while the edited is loaded.
+    return _answers(run, run.answering(folder_of(run, side), side), side)
 
 
 def engines_of(run: Run, sides: Collection[str] = SIDES) -> dict[Side, EngineIdentity]:
