@@ -36,6 +36,14 @@ Headers = Mapping[str, Header]
 Settings = Mapping[str, Any]
 
 
+def _recognise_none(*_: object) -> None:
+    """No layout: the tensor is not quantised."""
+
+
+def _fits_all(_: Settings) -> bool:
+    return True
+
+
 @dataclass(frozen=True)
 class Scheme:
     """One quantisation method.
@@ -51,10 +59,10 @@ class Scheme:
     """
 
     companions: Mapping[str, str] = field(default_factory=dict)
-    recognise: Callable[[str, Headers, Settings], Layout | None] = lambda *_: None
+    recognise: Callable[[str, Headers, Settings], Layout | None] = _recognise_none
     skips: tuple[str, ...] = ()
     experts: Callable[[str], str] = str
-    fits: Callable[[Settings], bool] = lambda _: True
+    fits: Callable[[Settings], bool] = _fits_all
 
 
 @dataclass(frozen=True)
@@ -298,6 +306,10 @@ def _is_fp8(settings: Settings) -> bool:
     return kinds == {("float", "8")} and stored <= {"float-quantized", "naive-quantized"}
 
 
+def _as_pattern(experts: str) -> str:
+    return f"re:{experts.replace('.', '[.]')}[.].*"
+
+
 SCHEMES: Mapping[str, Scheme] = {
     "fp8": Scheme(
         {"_scale_inv": "", ".activation_scale": ".weight"},
@@ -308,7 +320,7 @@ SCHEMES: Mapping[str, Scheme] = {
         {".weight_scale": ".weight", ".input_scale": ".weight", ".output_scale": ".weight"},
         _compressed_fp8,
         ("ignore",),
-        lambda experts: f"re:{experts.replace('.', '[.]')}[.].*",
+        _as_pattern,
         _is_fp8,
     ),
     "mxfp4": Scheme({"_scales": "_blocks"}, _mxfp4, ("modules_to_not_convert",)),
