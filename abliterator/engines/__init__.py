@@ -1,6 +1,7 @@
 """Engines: hidden states, greedy answers, and log-probabilities along answers of a model.
 
-`Engine` is the protocol, and `TransformersEngine` its implementation in this process. It hides
+`Engine` is the protocol, `TransformersEngine` its implementation in this process, and
+`DistributedEngine` the same on several workers. It hides
 how the model runs: module paths, stop tokens, device and dtype, padding, caches and hooks. Every
 method also works under an edit, or under several, one for each row of a batch.
 
@@ -9,6 +10,7 @@ method also works under an edit, or under several, one for each row of a batch.
         engine.answers(prompts, max_new_tokens=64, batch_size=16)[0].text
 """
 
+from abliterator.engines._distributed import DistributedEngine
 from abliterator.engines._edits import Edit, Steering, StreamEdit, WriterEdit
 from abliterator.engines._protocol import (
     Answer,
@@ -19,15 +21,19 @@ from abliterator.engines._protocol import (
     SideBySide,
     Tokens,
 )
+from abliterator.engines._remote import ModelFolder, SharedFolder
 from abliterator.engines._transformers import TransformersEngine
 
 __all__ = [
     "Answer",
     "AnswerPath",
+    "DistributedEngine",
     "Edit",
     "Engine",
+    "ModelFolder",
     "OnBatch",
     "Padding",
+    "SharedFolder",
     "SideBySide",
     "Steering",
     "StreamEdit",

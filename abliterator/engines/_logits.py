@@ -131,7 +131,7 @@ def _log_likelihoods(
     prefix: Prefix,
     batch: list[int],
 ) -> list[Tensor]:
-    """[C] log-probabilities of each prompt in `batch`, float64; prompts in the batch have one length."""
+    """[C] float64 log-probabilities of each prompt in `batch`, whose prompts have one length."""
     ids = torch.tensor([list(prompts[i]) for i in batch], device=loaded.device)
     start = prefix.length
     first, cache = _last_logprobs(loaded, ids, keep=1, cache=prefix.enter(batch), start=start)
