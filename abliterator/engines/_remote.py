@@ -41,7 +41,8 @@ class PackedTensor(NamedTuple):
 def pack(value: Any) -> Any:
     """The value with all tensors packed: a tensor, a list of them, an edit, or anything else."""
     if isinstance(value, Tensor):
-        order = tuple(sorted(range(value.ndim), key=lambda dim: -value.stride(dim)))
+        strides = value.stride()
+        order = tuple(sorted(range(value.ndim), key=lambda dim: strides[dim], reverse=True))
         stored = value.detach().cpu().permute(order).contiguous()
         data = stored.reshape(-1).view(torch.uint8).numpy()
         return PackedTensor(data, str(value.dtype).removeprefix("torch."), stored.shape, order)

@@ -69,6 +69,8 @@ def run_missing(
             if keep_from is not None and workspace.marker(keep_from.name) is None:
                 workspace.remove()
             raise
+        finally:
+            run.free()
 
 
 def _require_unchanged(stage: Stage, run: Run, key: str) -> None:
@@ -89,6 +91,8 @@ def prepare(
     """
     options, workspace = options or Options(), Workspace(out)
     device = options.compute_device
+    if options.pool is not None:
+        options.pool.require_room()
     resolved = workspace.claim(recipe, force=options.force)
     pinned_recipe = recipe if resolved is None else pinned(recipe, resolved)
     require_pinned_code(pinned_recipe)

@@ -9,7 +9,7 @@ import signal
 import sys
 import tempfile
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -28,7 +28,10 @@ _starting = threading.Lock()
 class LocalWorker:
     """A process of this machine, started when it is first needed, and again when it died."""
 
-    def __init__(self, number: int, device: str, threads: int) -> None:
+    def __init__(
+        self, number: int, device: str, threads: int, secrets: Collection[str] = ()
+    ) -> None:
+        self._secrets = secrets
         self.name = f"worker {number} on this machine"
         self._resident = Resident(device, threads)
         self._process: SpawnProcess | None = None
@@ -70,7 +73,8 @@ class LocalWorker:
             target=_serve, args=(theirs, self._resident, is_quiet), daemon=True
         )
         threads = {"OMP_NUM_THREADS": str(self._resident.threads)}
-        with _starting, _start_conditions(child_environment(threads)), _stderr_to(self._log):
+        environment = child_environment(threads, keep=self._secrets)
+        with _starting, _start_conditions(environment), _stderr_to(self._log):
             process.start()
         theirs.close()
         self._process, self._sent = process, None

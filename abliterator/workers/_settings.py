@@ -5,12 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 from abliterator.devices import AUTO, BALANCED, CPU, available_devices, choose_device
 from abliterator.errors import WorkerError
 from abliterator.workers._local import LocalWorker
 from abliterator.workers._pool import Pool
 from abliterator.workers._types import Worker
+
+if TYPE_CHECKING:
+    from abliterator.workers._ray import Share
 
 
 @dataclass(frozen=True)
@@ -21,6 +25,8 @@ class PoolSettings:
         ray: address of a Ray cluster, or "auto"; None is this machine, without Ray.
         workers: how many; None is one for each GPU, and on CPUs one for each node of the cluster.
         device: that each worker computes on, as torch names it, or "auto".
+        secrets: names of environment variables with secrets that processes of this machine get;
+            those of a cluster have the environment that their node was started with.
 
     Raises:
         WorkerError: for numbers and devices that workers cannot have.
@@ -29,6 +35,7 @@ class PoolSettings:
     ray: str | None = None
     workers: int | None = None
     device: str = AUTO
+    secrets: frozenset[str] = frozenset()
 
     def __post_init__(self) -> None:
         if self.device == BALANCED or ":" in self.device:
@@ -54,6 +61,37 @@ class PoolSettings:
                 "Use `--device cpu`, or add nodes with GPUs."
             )
         return CPU
+
+    def require_room(self) -> None:
+        """Checks that there is room for the workers, before any of them is started.
+
+        Raises:
+            WorkerError: if there is not.
+        """
+        if self.ray is None:
+            self.devices()
+        else:
+            self.share()
+
+    def share(self) -> Share:
+        """What each worker gets of the Ray cluster."""
+        from abliterator.workers._ray import share_of
+
+        return share_of(self.nodes, workers=self.workers, on_cpu=self.compute_device == CPU)
+
+    def devices(self) -> list[str]:
+        """The device of each worker on this machine."""
+        kind = choose_device(self.device)
+        devices = [name for name in available_devices() if name.split(":")[0] == kind]
+        wanted = self.workers or len(devices)
+        if kind == CPU:
+            devices *= wanted
+        if wanted > len(devices):
+            raise WorkerError(
+                f"This machine has {len(devices)} devices of kind {kind}, and {wanted} workers "
+                f"need one each. Use `--workers {len(devices)}`, or `--device cpu`."
+            )
+        return devices[:wanted]
 
     @property
     def hardware(self) -> str | None:
@@ -82,25 +120,14 @@ def open_pool(settings: PoolSettings) -> Pool:
 
 
 def _ray_workers(settings: PoolSettings) -> list[Worker]:
-    from abliterator.workers._ray import ray_workers, share_of
+    from abliterator.workers._ray import ray_workers
 
-    device = settings.compute_device
-    share = share_of(settings.nodes, workers=settings.workers, on_cpu=device == CPU)
-    return ray_workers(share, device=device)
+    return ray_workers(settings.share(), device=settings.compute_device)
 
 
 def _local_workers(settings: PoolSettings) -> list[Worker]:
     import torch
 
-    kind = choose_device(settings.device)
-    devices = [name for name in available_devices() if name.split(":")[0] == kind]
-    wanted = settings.workers or len(devices)
-    if kind == CPU:
-        devices *= wanted
-    if wanted > len(devices):
-        raise WorkerError(
-            f"This machine has {len(devices)} devices of kind {kind}, and {wanted} workers need "
-            f"one each. Use `--workers {len(devices)}`, or `--device cpu`."
-        )
-    threads = max(1, torch.get_num_threads() // wanted)
-    return [LocalWorker(i, devices[i], threads) for i in range(wanted)]
+    devices = settings.devices()
+    threads = max(1, torch.get_num_threads() // len(devices))
+    return [LocalWorker(i, device, threads, settings.secrets) for i, device in enumerate(devices)]
