@@ -60,9 +60,9 @@ class LocalWorker:
     def close(self) -> None:
         """Kills the process."""
         self._is_closed = True
-        if (process := self._process) is not None:
-            process.kill()
-            process.join()
+        if self._process is not None:
+            self._process.kill()
+            self._ended()
 
     def _start(self) -> None:
         context = multiprocessing.get_context("spawn")
@@ -82,11 +82,13 @@ class LocalWorker:
     def _ended(self) -> str:
         """How the process ended; it is forgotten."""
         process, self._process = self._process, None
-        assert process is not None
+        if process is None or self._connection is None:  # `close` was there first
+            return "it was ended"
         process.join()
         self._log.seek(0)
         lines = self._log.read().decode("utf-8", errors="replace").strip().splitlines()
-        self._log.close()
+        for file in (self._log, self._connection):
+            file.close()
         code = f"exit code {process.exitcode}"
         return " | ".join([code, *(line.strip()[:300] for line in lines[-_LAST_LINES:])])
 

@@ -71,7 +71,7 @@ class Pool:
         dispatches = [_Dispatch([w], numbered, [None], self.patience) for w in self.workers]
         try:
             return [result for dispatch in dispatches for result in dispatch.results()]
-        except BaseException:
+        except (KeyboardInterrupt, SystemExit):
             self.close()
             raise
         finally:
