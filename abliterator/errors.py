@@ -13,6 +13,7 @@ traceback.
      ├── DirectionError        activations or directions that make no subspace
      ├── OutputError           the output folder is not ours, or there is no room for it
      ├── GenerationError       a model could not be loaded, or could not answer
+     ├── WorkerError           workers, or the cluster that they run on, cannot be used
      ├── ServerError           a model server, or the cache of its replies, cannot be used
      ├── JudgeError            answers could not be judged
      ├── PairsError            contrast pairs could not be made as asked
@@ -55,6 +56,10 @@ class OutputError(AbliteratorError):
 
 class GenerationError(AbliteratorError):
     """A model could not be loaded, or could not answer."""
+
+
+class WorkerError(AbliteratorError):
+    """Workers, or the cluster that they run on, cannot be used."""
 
 
 class ServerError(AbliteratorError):

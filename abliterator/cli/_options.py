@@ -82,6 +82,22 @@ computing_arguments = together(
     ),
 )
 
+worker_arguments = together(
+    click.option(
+        "--workers",
+        type=click.IntRange(min=1),
+        metavar="N",
+        help="Divide the work among N processes, each with the model: one an accelerator, or N "
+        "that share the CPU's cores.  [default: one a GPU with --ray, else none]",
+    ),
+    click.option(
+        "--ray",
+        metavar="ADDRESS",
+        help="Let workers of a Ray cluster do it: its address, or `auto` for the one that runs "
+        "here or can be started here.",
+    ),
+)
+
 judge_arguments = together(
     click.option(
         "--judge",
@@ -129,6 +145,7 @@ def recipe_arguments(*, required: bool = True) -> Decorator:
         click.option("--out", type=path, help="Output folder.  [default: out/RECIPE]"),
         SET,
         computing_arguments,
+        worker_arguments,
         click.option(
             "--force", is_flag=True, help="Continue in a folder that another recipe made."
         ),
@@ -146,12 +163,16 @@ def read_recipe(
     max_memory: int | None,
     force: bool,
     vllm_python: str | None,
+    ray: str | None,
+    workers: int | None,
 ) -> tuple[Recipe, Path, Options]:
     """The recipe (from a file, or the folder of an earlier run), the output folder, options."""
     from abliterator.pipeline import Options, recipe_of
     from abliterator.recipe import load_recipe
 
-    options = Options(device, dtype, max_memory, force, vllm_python)
+    options = Options(
+        device, dtype, max_memory, force, vllm_python=vllm_python, ray=ray, workers=workers
+    )
     if recipe.is_dir():
         if overrides or out:
             raise click.UsageError("The folder of an earlier run takes neither --set nor --out.")

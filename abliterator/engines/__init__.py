@@ -1,6 +1,7 @@
 """Engines: hidden states, greedy answers, and log-probabilities along answers of a model.
 
-`Engine` is the protocol, and `TransformersEngine` its implementation in this process. It hides
+`Engine` is the protocol, `TransformersEngine` its implementation in this process, and
+`DistributedEngine` the same on several workers. It hides
 how the model runs: module paths, stop tokens, device and dtype, padding, caches and hooks. Every
 method also works under an edit, or under several, one for each row of a batch. `ServedEngine` has
 its answers from a server, and all else from another engine, which is built when it is needed.
@@ -11,6 +12,7 @@ its answers from a server, and all else from another engine, which is built when
 """
 
 from abliterator.engines._completions import CompletionClient, Form
+from abliterator.engines._distributed import DistributedEngine
 from abliterator.engines._edits import Edit, Steering, StreamEdit, WriterEdit
 from abliterator.engines._probe import Probed, probe, require_two_models
 from abliterator.engines._protocol import (
@@ -22,6 +24,7 @@ from abliterator.engines._protocol import (
     SideBySide,
     Tokens,
 )
+from abliterator.engines._remote import ModelFolder, SharedFolder
 from abliterator.engines._served import Served, ServedByName, ServedEngine, ServedModel
 from abliterator.engines._transformers import TransformersEngine
 from abliterator.engines._vllm import Served as VllmCheckpoint
@@ -31,9 +34,11 @@ __all__ = [
     "Answer",
     "AnswerPath",
     "CompletionClient",
+    "DistributedEngine",
     "Edit",
     "Engine",
     "Form",
+    "ModelFolder",
     "OnBatch",
     "Padding",
     "Probed",
@@ -41,6 +46,7 @@ __all__ = [
     "ServedByName",
     "ServedEngine",
     "ServedModel",
+    "SharedFolder",
     "SideBySide",
     "Steering",
     "StreamEdit",

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from abliterator.engines._protocol import Answer
+from abliterator.engines._work import Work, in_order
 from abliterator.errors import GenerationError
 from abliterator.model import (
     ByRow,
@@ -26,7 +27,6 @@ from abliterator.model import (
     padding_is_neutral,
     require_fit,
     require_numbers,
-    run_batches,
     run_prefix,
 )
 from abliterator.thinking import Splitter
@@ -73,39 +73,51 @@ def generate(
     loaded: LoadedModel,
     prompts: Sequence[Sequence[int]],
     *,
+    on_batch: Callable[[int], None] | None = None,
+    **options: Any,
+) -> list[Answer]:
+    """Greedy answers, one a prompt, as `Engine.answers` gives them; a batch too large is halved."""
+    with answer_work(loaded, prompts, **options) as work:
+        return in_order(work.results(), on_batch)
+
+
+@contextmanager
+def answer_work(
+    loaded: LoadedModel,
+    prompts: Sequence[Sequence[int]],
+    *,
     max_new_tokens: int,
     batch_size: int,
     stop_ids: Sequence[int],
     share_prefix: bool = False,
     by_row: ByRow | None = None,
-    on_batch: Callable[[int], None] | None = None,
-) -> list[Answer]:
-    """The most likely token at every step, until a stop token or `max_new_tokens`.
+) -> Iterator[Work[list[Answer]]]:
+    """Batches of answers: the likeliest token at every step, up to a stop or `max_new_tokens`.
 
     Prompts of similar length share a left-padded batch, those of one length where padding would
-    change what this model answers; a batch that does not fit in memory is halved.
+    change what this model answers.
 
-    Arguments, result and errors are those of `Engine.answers`; `by_row` has the edit of each
+    Arguments and errors are those of `Engine.answers`; `by_row` has the edit of each
     prompt, where they run under several.
     """
     require_tokens(prompts)
     require_fit(limits_of(loaded), prompts, max_new_tokens=max_new_tokens)
-    answers: dict[int, Answer] = {}
     if share_prefix and prompts:
         with torch.inference_mode():
             prefix = run_prefix(loaded, prompts, by_row)
     else:
         prefix = Prefix(by_row=by_row)
-    run = partial(_continuations, loaded, prompts, prefix=prefix)
     splitter = Splitter(loaded.tokenizer)
+
+    def run(batch: list[int]) -> list[Answer]:
+        rows = _continuations(loaded, prompts, batch, prefix=prefix)
+        return [
+            answer_of(splitter, prompts[i], row, stop_ids)
+            for i, row in zip(batch, rows, strict=True)
+        ]
+
     with _with_config(loaded.model, _greedy(loaded, max_new_tokens, stop_ids)):
-        batches = _batches(loaded, prompts, batch_size, prefix)
-        for batch, rows in run_batches(batches, run):
-            for index, row in zip(batch, rows, strict=True):
-                answers[index] = answer_of(splitter, prompts[index], row, stop_ids)
-            if on_batch:
-                on_batch(len(batch))
-    return [answers[i] for i in range(len(prompts))]
+        yield Work(partial(_batches, loaded, prompts, batch_size, prefix), run)
 
 
 def require_tokens(prompts: Sequence[Sequence[int]]) -> None:

@@ -10,11 +10,13 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from abliterator.engines._protocol import Padding
+from abliterator.engines._work import Work
 from abliterator.errors import DirectionError
 from abliterator.model import (
     LoadedModel,
@@ -22,11 +24,17 @@ from abliterator.model import (
     hooked,
     limits_of,
     require_fit,
-    run_batches,
 )
 
 
 def hidden_states(
+    loaded: LoadedModel, token_ids: Sequence[Sequence[int]], **options: Any
+) -> Iterator[tuple[list[int], Tensor]]:
+    """The residual stream of every prompt at some positions, as `Engine.hidden_states` gives it."""
+    yield from hidden_work(loaded, token_ids, **options).results()
+
+
+def hidden_work(
     loaded: LoadedModel,
     token_ids: Sequence[Sequence[int]],
     *,
@@ -34,8 +42,8 @@ def hidden_states(
     positions: Sequence[int] = (-1,),
     padding: Padding = "none",
     max_batch_tokens: int = 4096,
-) -> Iterator[tuple[list[int], Tensor]]:
-    """The residual stream of every prompt at some positions, as `Engine.hidden_states` gives it.
+) -> Work[Tensor]:
+    """Batches that give the residual stream of every prompt, as `Engine.hidden_states` does.
 
     Args:
         loaded: the model.
@@ -48,11 +56,11 @@ def hidden_states(
     for position in positions:
         _check_positions(token_ids, position)
     require_fit(limits_of(loaded), token_ids)
-    if padding == "none":
-        batches = equal_length_batches(token_ids, max_batch_tokens)
-    else:
-        batches = _mixed_length_batches(token_ids, max_batch_tokens)
-    yield from run_batches(batches, partial(_hidden_states, loaded, token_ids, blocks, positions))
+    batches = equal_length_batches if padding == "none" else _mixed_length_batches
+    return Work(
+        partial(batches, token_ids, max_batch_tokens),
+        partial(_hidden_states, loaded, token_ids, blocks, positions),
+    )
 
 
 def _hidden_states(

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from abliterator.engines._protocol import AnswerPath, OnBatch, Tokens
+from abliterator.engines._work import Work, by_prompt, in_order
 from abliterator.errors import GenerationError
 from abliterator.model import (
     ByRow,
@@ -24,7 +25,6 @@ from abliterator.model import (
     positions_from,
     require_fit,
     require_numbers,
-    run_batches,
     run_prefix,
 )
 
@@ -36,12 +36,22 @@ def logits_along(
     loaded: LoadedModel,
     paths: Sequence[AnswerPath],
     *,
+    on_batch: OnBatch | None = None,
+    **options: Any,
+) -> Iterator[tuple[int, Tensor]]:
+    """Logits at the last positions of every path, as `Engine.logits` gives them."""
+    yield from by_prompt(logits_work(loaded, paths, **options).results(), on_batch)
+
+
+def logits_work(
+    loaded: LoadedModel,
+    paths: Sequence[AnswerPath],
+    *,
     max_batch_tokens: int,
     share_prefix: bool = False,
     by_row: ByRow | None = None,
-    on_batch: OnBatch | None = None,
-) -> Iterator[tuple[int, Tensor]]:
-    """Logits at the last positions of every path, as `Engine.logits` gives them.
+) -> Work[list[Tensor]]:
+    """Batches that give the logits at the last positions of every path, as `Engine.logits` does.
 
     Paths run in batches of one length, unpadded; of each, only the compared positions' logits are
     made (where the model's code can do that), and batches are cut so that their logits stay small.
@@ -63,30 +73,38 @@ def logits_along(
         prefix = _run_prefix(loaded, [path.prompt for path in paths], by_row)
     rests = [ids[prefix.length :] for ids in token_ids]
 
-    def run(batch: list[int]) -> Tensor:
+    def run(batch: list[int]) -> list[Tensor]:
         ids = torch.tensor([list(rests[i]) for i in batch], device=loaded.device)
         keep = max(paths[i].positions for i in batch)
         cache = prefix.enter(batch)
-        return _last_logits(
+        logits, _ = _last_logits(
             loaded, ids, keep=keep, cache=cache, start=prefix.length, use_cache=cache is not None
-        )[0]
+        )
+        return [logits[row, -paths[i].positions :].cpu() for row, i in enumerate(batch)]
 
-    for batch, logits in run_batches(_batches(loaded, paths, rests, max_batch_tokens), run):
-        for row, index in enumerate(batch):
-            yield index, logits[row, -paths[index].positions :].cpu()
-        if on_batch:
-            on_batch(len(batch))
+    return Work(partial(_batches, loaded, paths, rests, max_batch_tokens), run)
 
 
 def log_likelihoods(
     loaded: LoadedModel,
     prompts: Sequence[Sequence[int]],
     continuations: Sequence[Tokens],
+    **options: Any,
+) -> Tensor:
+    """[N, C] float64 log-probabilities of each of C continuations after each prompt, nats."""
+    work = likelihood_work(loaded, prompts, continuations, **options)
+    return torch.stack(in_order(work.results()))
+
+
+def likelihood_work(
+    loaded: LoadedModel,
+    prompts: Sequence[Sequence[int]],
+    continuations: Sequence[Tokens],
     *,
     max_batch_tokens: int,
     by_row: ByRow | None = None,
-) -> Tensor:
-    """[N, C] float64 log-probabilities of each of C continuations after each prompt, nats.
+) -> Work[list[Tensor]]:
+    """Batches that give [C] float64 log-probabilities a prompt, as `Engine.log_likelihoods` does.
 
     The tokens that all prompts begin with run once for each edit, and every prompt once: its
     continuations continue a copy of its cache, where the model can.
@@ -98,14 +116,12 @@ def log_likelihoods(
         max_batch_tokens: tokens in a batch.
         by_row: the edit of each prompt, where they run under several.
     """
-    rows: dict[int, Tensor] = {}
     prefix = _run_prefix(loaded, prompts, by_row)
     rests = [prompt[prefix.length :] for prompt in prompts]
-    batches = equal_length_batches(rests, max_batch_tokens)
-    run = partial(_log_likelihoods, loaded, rests, continuations, prefix)
-    for batch, of_batch in run_batches(batches, run):
-        rows.update(zip(batch, of_batch, strict=True))
-    return torch.stack([rows[i] for i in range(len(prompts))])
+    return Work(
+        partial(equal_length_batches, rests, max_batch_tokens),
+        partial(_log_likelihoods, loaded, rests, continuations, prefix),
+    )
 
 
 def _log_likelihoods(
@@ -114,8 +130,8 @@ def _log_likelihoods(
     continuations: Sequence[Tokens],
     prefix: Prefix,
     batch: list[int],
-) -> Tensor:
-    """[len(batch), C] log-probabilities, float64; prompts in the batch have one length."""
+) -> list[Tensor]:
+    """[C] float64 log-probabilities of each prompt in `batch`, whose prompts have one length."""
     ids = torch.tensor([list(prompts[i]) for i in batch], device=loaded.device)
     start = prefix.length
     first, cache = _last_logprobs(loaded, ids, keep=1, cache=prefix.enter(batch), start=start)
@@ -142,7 +158,7 @@ def _log_likelihoods(
             steps, following = torch.arange(len(tokens) - 1), torch.tensor(tokens[1:])
             column = column + logprobs[:, steps, following].double().sum(dim=1)
         columns.append(column)
-    return torch.stack(columns, dim=1)
+    return list(torch.stack(columns, dim=1))
 
 
 def _both(

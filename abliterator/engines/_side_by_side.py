@@ -2,28 +2,106 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from abliterator.bake import preview_edits
+from abliterator.engines._calls import Method, open_call
 from abliterator.engines._edits import Edit, Steering, WriterEdit
-from abliterator.engines._generate import generate, stop_ids
-from abliterator.engines._logits import log_likelihoods, logits_along
+from abliterator.engines._generate import stop_ids
 from abliterator.engines._protocol import Answer, AnswerPath, Tokens
+from abliterator.engines._work import by_prompt, in_order
 from abliterator.errors import GenerationError
 from abliterator.model import ByRow, LoadedModel, hooked, shared_tokens
 
 Choose = Callable[[Sequence[int]], None]
 
 
+class GroupedEdits(ABC):
+    """Prompts under `n` edits at once, in groups of edits whose rows run together (`SideBySide`).
+
+    Attributes:
+        n: edits.
+        max_batch_tokens: tokens in one forward pass.
+    """
+
+    n: int
+    max_batch_tokens: int
+
+    def answers(
+        self, prompts: Sequence[Sequence[int]], *, max_new_tokens: int, batch_size: int
+    ) -> list[list[Answer]]:
+        """Greedy answers to `prompts`, for each edit."""
+        answers: list[Answer] = []
+        for edits in self._groups(prompts):
+            results = self._results(
+                "answers",
+                edits,
+                prompts=list(prompts) * len(edits),
+                max_new_tokens=max_new_tokens,
+                batch_size=batch_size,
+                stop_ids=self._stop_ids,
+                share_prefix=True,
+            )
+            answers += in_order(results)
+        return [answers[i * len(prompts) :][: len(prompts)] for i in range(self.n)]
+
+    def logits(self, paths: Sequence[AnswerPath]) -> Iterator[tuple[int, int, Tensor]]:
+        """Logits along given answers: edit, index of the path, [positions, V] on the CPU."""
+        for edits in self._groups([path.prompt for path in paths]):
+            results = self._results(
+                "logits",
+                edits,
+                paths=list(paths) * len(edits),
+                max_batch_tokens=self.max_batch_tokens,
+                share_prefix=True,
+            )
+            for index, logits in by_prompt(results):
+                yield edits[index // len(paths)], index % len(paths), logits
+
+    def log_likelihoods(
+        self, prompts: Sequence[Sequence[int]], continuations: Sequence[Tokens]
+    ) -> Tensor:
+        """[n, N, C] float64 log-probabilities of each continuation after each prompt, nats."""
+        rows: list[Tensor] = []
+        for edits in self._groups(prompts):
+            results = self._results(
+                "log_likelihoods",
+                edits,
+                prompts=list(prompts) * len(edits),
+                continuations=continuations,
+                max_batch_tokens=self.max_batch_tokens,
+            )
+            rows += in_order(results)
+        return torch.stack(rows).view(self.n, len(prompts), -1)
+
+    @property
+    @abstractmethod
+    def _stop_ids(self) -> Sequence[int]:
+        """Token ids that end an answer."""
+
+    @abstractmethod
+    def _results(
+        self, method: Method, edits: range, **arguments: Any
+    ) -> Iterator[tuple[list[int], Any]]:
+        """Each batch of a call with its result; rows are all prompts under each of `edits`."""
+
+    def _groups(self, prompts: Sequence[Sequence[int]]) -> list[range]:
+        """Groups of edits whose shared prompt beginnings fit one forward pass."""
+        size = max(1, self.max_batch_tokens // max(1, shared_tokens(prompts)))
+        return [range(i, min(i + size, self.n)) for i in range(0, self.n, size)]
+
+
 @dataclass(frozen=True)
-class EditsByRow:
-    """A loaded model that `n` edits at once change, each in rows of its own (`SideBySide`).
+class EditsByRow(GroupedEdits):
+    """A loaded model that `n` edits at once change, each in rows of its own.
 
     Attributes:
         loaded: the model.
@@ -37,62 +115,28 @@ class EditsByRow:
     choose: Choose
     max_batch_tokens: int
 
-    def answers(
-        self, prompts: Sequence[Sequence[int]], *, max_new_tokens: int, batch_size: int
-    ) -> list[list[Answer]]:
-        """Greedy answers to `prompts`, for each edit."""
-        answers: list[Answer] = []
-        for edits in self._groups(prompts):
-            answers += generate(
-                self.loaded,
-                list(prompts) * len(edits),
-                max_new_tokens=max_new_tokens,
-                batch_size=batch_size,
-                stop_ids=stop_ids(self.loaded),
-                share_prefix=True,
-                by_row=self._by_row(prompts, edits),
-            )
-        return [answers[i * len(prompts) :][: len(prompts)] for i in range(self.n)]
-
-    def logits(self, paths: Sequence[AnswerPath]) -> Iterator[tuple[int, int, Tensor]]:
-        """Logits along given answers: edit, index of the path, [positions, V] on the CPU."""
-        for edits in self._groups([path.prompt for path in paths]):
-            for index, logits in logits_along(
-                self.loaded,
-                list(paths) * len(edits),
-                max_batch_tokens=self.max_batch_tokens,
-                share_prefix=True,
-                by_row=self._by_row(paths, edits),
-            ):
-                yield edits[index // len(paths)], index % len(paths), logits
-
-    def log_likelihoods(
-        self, prompts: Sequence[Sequence[int]], continuations: Sequence[Tokens]
-    ) -> Tensor:
-        """[n, N, C] float64 log-probabilities of each continuation after each prompt, nats."""
-        of_groups = [
-            log_likelihoods(
-                self.loaded,
-                list(prompts) * len(edits),
-                continuations,
-                max_batch_tokens=self.max_batch_tokens,
-                by_row=self._by_row(prompts, edits),
-            )
-            for edits in self._groups(prompts)
-        ]
-        return torch.cat(of_groups).view(self.n, len(prompts), -1)
-
-    def _groups(self, prompts: Sequence[Sequence[int]]) -> list[range]:
-        """Groups of edits whose shared prompt beginnings fit one forward pass."""
-        size = max(1, self.max_batch_tokens // max(1, shared_tokens(prompts)))
-        return [range(i, min(i + size, self.n)) for i in range(0, self.n, size)]
-
-    def _by_row(self, prompts: Sequence[object], edits: range) -> ByRow:
-        """Every prompt under each of some edits, one after the other."""
+    def by_row(self, n_rows: int, edits: range) -> ByRow:
+        """An equal number of rows for each of some edits, one after the other."""
         return ByRow(
-            [i for i in range(len(edits)) for _ in prompts],
+            [i for i in range(len(edits)) for _ in range(n_rows // len(edits))],
             lambda rows: self.choose([edits[row] for row in rows]),
         )
+
+    @property
+    def _stop_ids(self) -> Sequence[int]:
+        return stop_ids(self.loaded)
+
+    def _results(
+        self, method: Method, edits: range, **arguments: Any
+    ) -> Iterator[tuple[list[int], Any]]:
+        by_row = self.by_row(n_rows(arguments), edits)
+        with open_call(self.loaded, method, blocks=(), by_row=by_row, **arguments) as work:
+            yield from work.results()
+
+
+def n_rows(arguments: Mapping[str, Any]) -> int:
+    """How many prompts or paths a call has."""
+    return len(arguments["paths"] if "paths" in arguments else arguments["prompts"])
 
 
 @contextmanager

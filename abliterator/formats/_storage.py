@@ -306,6 +306,10 @@ def _is_fp8(settings: Settings) -> bool:
     return kinds == {("float", "8")} and stored <= {"float-quantized", "naive-quantized"}
 
 
+def _as_pattern(experts: str) -> str:
+    return f"re:{experts.replace('.', '[.]')}[.].*"
+
+
 SCHEMES: Mapping[str, Scheme] = {
     "fp8": Scheme(
         {"_scale_inv": "", ".activation_scale": ".weight"},
@@ -316,7 +320,7 @@ SCHEMES: Mapping[str, Scheme] = {
         {".weight_scale": ".weight", ".input_scale": ".weight", ".output_scale": ".weight"},
         _compressed_fp8,
         ("ignore",),
-        lambda experts: f"re:{experts.replace('.', '[.]')}[.].*",
+        _as_pattern,
         _is_fp8,
     ),
     "mxfp4": Scheme({"_scales": "_blocks"}, _mxfp4, ("modules_to_not_convert",)),

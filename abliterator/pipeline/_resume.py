@@ -83,6 +83,7 @@ def run_missing(
             raise
         finally:
             run.end_engine()
+            run.free()
 
 
 def _require_unchanged(stage: Stage, run: Run, key: str) -> None:
@@ -103,6 +104,8 @@ def prepare(
     """
     options, workspace = options or Options(), Workspace(out)
     device = options.compute_device
+    if options.pool is not None:
+        options.pool.require_room()
     resolved = workspace.claim(recipe, force=options.force)
     pinned_recipe = recipe if resolved is None else pinned(recipe, resolved)
     require_pinned_code(pinned_recipe)

@@ -6,6 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -20,17 +21,18 @@ from abliterator.devices import (
     device_name,
     release_memory,
 )
-from abliterator.errors import OutputError
+from abliterator.errors import OutputError, WorkerError
 from abliterator.files import digest_of
 from abliterator.pipeline._plan import Plan
 from abliterator.pipeline._progress import Progress, Silent
 from abliterator.pipeline._workspace import Workspace
 from abliterator.recipe import Recipe
+from abliterator.workers import Pool, PoolSettings, open_pool
 
 if TYPE_CHECKING:
     from abliterator.benchmarks import Task
     from abliterator.diagnostics import VllmInstall
-    from abliterator.engines import Engine, ServedEngine, TransformersEngine
+    from abliterator.engines import DistributedEngine, Engine, ServedEngine, TransformersEngine
     from abliterator.evaluation import RenderedPrompts
     from abliterator.model import LoadedModel
     from abliterator.record import Side
@@ -50,6 +52,8 @@ class Options:
             share of what is free.
         force: go on in a folder that another recipe made.
         vllm_python: the interpreter that has vLLM, instead of the recipe's.
+        ray: address of a Ray cluster whose workers hold the model, or "auto".
+        workers: how many workers hold the model; None without `ray` is this process alone.
     """
 
     device: str = AUTO
@@ -57,6 +61,24 @@ class Options:
     max_memory: int | None = None
     force: bool = False
     vllm_python: str | None = None
+    ray: str | None = None
+    workers: int | None = None
+
+    @cached_property
+    def pool(self) -> PoolSettings | None:
+        """The workers that hold the model; None for this process alone.
+
+        Raises:
+            WorkerError: for numbers, devices and addresses that workers cannot have.
+        """
+        if self.ray is None and self.workers is None:
+            return None
+        if self.max_memory is not None:
+            raise WorkerError(
+                "`--max-memory` spreads one model over several devices, and each worker holds all "
+                "of its model on one. Leave it out, or use neither `--workers` nor `--ray`."
+            )
+        return PoolSettings(self.ray, self.workers, self.device)
 
     @property
     def compute_device(self) -> str:
@@ -64,7 +86,10 @@ class Options:
 
         Raises:
             RecipeError: if this machine has no such device.
+            WorkerError: if the workers' cluster has none.
         """
+        if self.pool is not None:
+            return self.pool.compute_device
         return choose_device(AUTO if self.device == BALANCED else self.device)
 
     @property
@@ -76,6 +101,8 @@ class Options:
     @property
     def hardware(self) -> str:
         """Names of the devices that compute, for the record."""
+        if self.pool is not None and self.pool.hardware is not None:
+            return self.pool.hardware
         devices = [self.compute_device]
         if self.device == BALANCED:
             devices = available_devices()[:-1] or devices
@@ -109,6 +136,8 @@ class Run:
     tasks: Sequence[Task] = ()
     vllm: VllmInstall | None = None
     _loaded: LoadedModel | None = None
+    _pool: Pool | None = None
+    _distributed: DistributedEngine | None = None
     # of the base's files, when they were first needed
     _base_hashes: dict[str, str] | None = None
     _served: dict[Path, Engine] = field(default_factory=dict)
@@ -179,16 +208,21 @@ class Run:
         return self._loaded
 
     def free(self) -> None:
-        """Drops the model that is held, and frees its memory."""
+        """Drops the model that is held, here and on workers, and frees its memory."""
+        if self._pool is not None:
+            self._pool.close()
+            self._pool = self._distributed = None
         if self._loaded is None:
             return
         self._loaded = None
         release_memory()
 
-    def engine(self, folder: Path) -> TransformersEngine:
+    def engine(self, folder: Path) -> TransformersEngine | DistributedEngine:
         """An engine of the model in `folder`; one model at a time is held (`loaded`)."""
         from abliterator.engines import TransformersEngine
 
+        if self.options.pool is not None:
+            return self._engine_on_workers(folder, self.options.pool)
         return TransformersEngine(self.loaded(folder))
 
     def held(self, folder: Path) -> LoadedModel | None:
@@ -247,6 +281,30 @@ class Run:
         engine = self.recipe.engine
         in_process = engine.kind == "transformers" or (candidates and engine.kind == "server")
         return [] if in_process else [engine.affecting_answers()]
+
+    def _engine_on_workers(self, folder: Path, settings: PoolSettings) -> DistributedEngine:
+        from abliterator.engines import DistributedEngine, ModelFolder
+
+        if self._distributed is None or self._distributed.model.folder != folder.resolve():
+            model = ModelFolder.of(folder, self.dtype, self.recipe.trust_remote_code)
+            self._distributed = DistributedEngine(self.workers(settings), model)
+        return self._distributed
+
+    def workers(self, settings: PoolSettings) -> Pool:
+        """The workers, started unless they run; each has seen the base and the output folder.
+
+        Raises:
+            WorkerError: if there is no room for them.
+            CheckpointError: if one does not see the same files.
+        """
+        from abliterator.engines import ModelFolder, SharedFolder
+
+        if self._pool is None:
+            self.free()
+            self._pool = open_pool(settings)
+            base = ModelFolder.of(self.plan.source.folder, self.dtype)
+            self._pool.each(SharedFolder(base, self.workspace.work.resolve()))
+        return self._pool
 
     def render(
         self, engine: Engine, prompts: Sequence[str], *, name: str, max_new_tokens: int = 0

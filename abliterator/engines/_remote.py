@@ -1,0 +1,249 @@
+"""Calls of an engine as data, and how a worker runs their batches on the model that it holds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from abliterator.devices import choose_device, release_memory
+from abliterator.engines._calls import Method, open_call
+from abliterator.engines._edits import Edit
+from abliterator.engines._protocol import Tokens
+from abliterator.engines._side_by_side import n_rows
+from abliterator.engines._transformers import TransformersEngine
+from abliterator.errors import CheckpointError
+from abliterator.files import digest_of
+from abliterator.model import Limits, load_model, run_batches
+from abliterator.workers import Resident
+
+Batch = list[int]
+
+
+class PackedTensor(NamedTuple):
+    """A tensor as bytes: torch would send one through shared memory, which a dead process loses.
+
+    The order of its dimensions in memory is kept: the rounding of products depends on it.
+    """
+
+    data: Any  # numpy, uint8
+    dtype: str
+    shape: tuple[int, ...]  # of the dimensions in the order in which they are stored
+    order: tuple[int, ...]
+
+
+def pack(value: Any) -> Any:
+    """The value with all tensors packed: a tensor, a list of them, an edit, or anything else."""
+    if isinstance(value, Tensor):
+        strides = value.stride()
+        order = tuple(sorted(range(value.ndim), key=lambda dim: strides[dim], reverse=True))
+        stored = value.detach().cpu().permute(order).contiguous()
+        data = stored.reshape(-1).view(torch.uint8).numpy()
+        return PackedTensor(data, str(value.dtype).removeprefix("torch."), stored.shape, order)
+    return _each(pack, Tensor, value)
+
+
+def unpack(value: Any) -> Any:
+    """The value that `pack` got."""
+    if isinstance(value, PackedTensor):
+        data = value.data if value.data.flags.writeable else np.copy(value.data)
+        stored = torch.from_numpy(data).view(getattr(torch, value.dtype)).view(value.shape)
+        return stored.permute([value.order.index(dim) for dim in range(len(value.order))])
+    return _each(unpack, PackedTensor, value)
+
+
+def _each(convert: Callable[[Any], Any], kind: type, value: Any) -> Any:
+    """`value` with what a list or an edit has of a kind converted."""
+    if isinstance(value, list):
+        return [convert(part) for part in value]
+    if isinstance(value, Edit):
+        values = {f.name: getattr(value, f.name) for f in fields(value)}
+        changes = {name: convert(v) for name, v in values.items() if isinstance(v, kind)}
+        return replace(value, **changes)
+    return value
+
+
+@dataclass(frozen=True)
+class ModelFolder:
+    """A model that workers load, each for itself.
+
+    Attributes:
+        folder: where its files are, on every machine.
+        dtype: of computation; None is the stored one.
+        trust_remote_code: whether Python files in `folder` may run.
+        tokenizer: another folder, whose tokenizer prompts are rendered with.
+        digest: of its config and of the sizes of its weight files, which every machine must see.
+    """
+
+    folder: Path
+    dtype: str | None
+    trust_remote_code: bool = False
+    digest: str = ""
+
+    @classmethod
+    def of(cls, folder: Path, dtype: str | None, trust_remote_code: bool = False) -> ModelFolder:
+        """The model in a folder, as this machine sees it."""
+        folder = folder.resolve()
+        return cls(folder, dtype, trust_remote_code, _digest(folder))
+
+    def require_same(self) -> None:
+        """Checks that this machine sees the same files.
+
+        Raises:
+            CheckpointError: if it sees others, or none.
+        """
+        if not (self.folder / "config.json").is_file():
+            problem = "has no model"
+        elif _digest(self.folder) != self.digest:
+            problem = "has another model than on the machine that started this"
+        else:
+            return
+        raise CheckpointError(
+            f"{self.folder} {problem}, seen from a worker's machine. Put the model, and the output "
+            "folder, on a file system that all machines share under the same path, or copy the "
+            "model to each of them."
+        )
+
+
+def _digest(folder: Path) -> str:
+    sizes = {path.name: path.stat().st_size for path in sorted(folder.glob("*.safetensors"))}
+    return digest_of([(folder / "config.json").read_text(encoding="utf-8"), sizes])
+
+
+@dataclass(frozen=True)
+class SharedFolder:
+    """Checks that a worker sees the model's files, and a folder that others will be written to.
+
+    Attributes:
+        model: that is looked for.
+        out: the file that must be there, or None.
+    """
+
+    model: ModelFolder
+    out: Path | None = None
+
+    @contextmanager
+    def opened(self, resident: Resident) -> Iterator[Callable[[None], None]]:
+        """What checks it."""
+
+        def check(_: None) -> None:
+            self.model.require_same()
+            if self.out is not None and not self.out.exists():
+                raise CheckpointError(
+                    f"{self.out} cannot be seen from a worker's machine. Choose an --out on a file "
+                    "system that all machines share under the same path."
+                )
+
+        yield check
+
+
+class ModelFacts(NamedTuple):
+    """What a driver needs to know of a model that it does not load."""
+
+    limits: Limits
+    stop_ids: Tokens
+    hidden_shape: tuple[int, int]
+
+
+@dataclass(frozen=True)
+class LoadModel:
+    """Loads a model in a worker, and returns its `ModelFacts`."""
+
+    model: ModelFolder
+
+    @contextmanager
+    def opened(self, resident: Resident) -> Iterator[Callable[[None], ModelFacts]]:
+        """What loads it."""
+
+        def load(_: None) -> ModelFacts:
+            engine = _engine(resident, self.model)
+            return ModelFacts(engine.limits, engine.stop_ids, engine.hidden_shape)
+
+        yield load
+
+
+@dataclass(frozen=True)
+class EditsInRows:
+    """Edits that run side by side in a call, one for each row of a batch.
+
+    Attributes:
+        edits: all of them, packed.
+        max_batch_tokens: tokens in a forward pass.
+        group: those whose rows this call has, each with all prompts.
+    """
+
+    edits: tuple[Edit, ...]
+    max_batch_tokens: int
+    group: range
+
+
+@dataclass(frozen=True)
+class EngineCall:
+    """One call of an engine: a job whose items are its batches; the item None is their plan.
+
+    Attributes:
+        model: which the worker loads if it holds another.
+        method: of the engine; None only puts the edits in force.
+        arguments: of the method.
+        edits: those in force, packed, the outermost first.
+        in_rows: those that differ between the rows.
+    """
+
+    model: ModelFolder
+    method: Method | None
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+    edits: tuple[Edit, ...] = ()
+    in_rows: EditsInRows | None = None
+
+    @contextmanager
+    def opened(self, resident: Resident) -> Iterator[Callable[[Batch | None], Any]]:
+        """What runs a batch: a list of (batch, result), more than one where it was halved."""
+        engine = _engine(resident, self.model)
+        with ExitStack() as stack:
+            for edit in self.edits:
+                stack.enter_context(engine.edited(unpack(edit)))
+            options = dict(self.arguments)
+            if (rows := self.in_rows) is not None:
+                edited = stack.enter_context(
+                    engine.edited_side_by_side(
+                        unpack(list(rows.edits)), max_batch_tokens=rows.max_batch_tokens
+                    )
+                )
+                if self.method is not None:
+                    options["by_row"] = edited.by_row(n_rows(options), rows.group)
+            if self.method is None:
+                yield lambda _: []
+                return
+            call = open_call(engine.loaded, self.method, blocks=engine.blocks, **options)
+            work = stack.enter_context(call)
+
+            def run(batch: Batch | None) -> Any:
+                if batch is None:
+                    return work.plan()
+                return [(part, pack(result)) for part, result in run_batches([batch], work.run)]
+
+            yield run
+
+
+def _engine(resident: Resident, model: ModelFolder) -> TransformersEngine:
+    """The worker's engine; one model at a time is held."""
+    held: tuple[ModelFolder, TransformersEngine] | None = resident.kept.get("engine")
+    if held is None or held[0] != model:
+        held = None
+        resident.kept.pop("engine", None)
+        release_memory()
+        model.require_same()
+        loaded = load_model(
+            model.folder,
+            device=choose_device(resident.device),
+            dtype=model.dtype,
+            trust_remote_code=model.trust_remote_code,
+        )
+        held = resident.kept["engine"] = (model, TransformersEngine(loaded))
+    return held[1]

@@ -1,0 +1,53 @@
+"""One call of an engine as batches, which may run in any order and in several processes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+from abliterator.engines._protocol import OnBatch
+from abliterator.model import run_batches
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Work(Generic[T]):
+    """Batches of prompts, and what runs one of them.
+
+    Attributes:
+        plan: the batches, each the indices of its prompts; the same wherever the same model is
+            loaded.
+        run: the result of one batch, which does not depend on the batches before it.
+    """
+
+    plan: Callable[[], list[list[int]]]
+    run: Callable[[list[int]], T]
+
+    def results(self) -> Iterator[tuple[list[int], T]]:
+        """Each batch with its result; a batch that does not fit in memory is halved."""
+        return run_batches(self.plan(), self.run)
+
+
+def by_prompt(
+    results: Iterable[tuple[list[int], Sequence[T]]], on_batch: OnBatch | None = None
+) -> Iterator[tuple[int, T]]:
+    """The index of each prompt with its result, batch by batch.
+
+    Args:
+        results: each batch with one result a prompt.
+        on_batch: called with the number of prompts after each batch.
+    """
+    for batch, of_batch in results:
+        yield from zip(batch, of_batch, strict=True)
+        if on_batch:
+            on_batch(len(batch))
+
+
+def in_order(
+    results: Iterable[tuple[list[int], Sequence[T]]], on_batch: OnBatch | None = None
+) -> list[T]:
+    """The results of all prompts, in the order of the prompts; arguments as `by_prompt`."""
+    of_prompts = dict(by_prompt(results, on_batch))
+    return [of_prompts[i] for i in range(len(of_prompts))]
