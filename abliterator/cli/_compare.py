@@ -96,7 +96,7 @@ def compare(
 
 def _judge(bars: Bars, **arguments: Any) -> Judge:
     """The judge that the options name, after checking that its key is set."""
-    from abliterator.judge import cache_folder
+    from abliterator.files import cache_folder
     from abliterator.pipeline import judge_of, note_plain_http, require_key
 
     settings = read_judge(**arguments)

@@ -2,36 +2,82 @@
 
 from __future__ import annotations
 
+import shutil
+import sys
+import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
-from abliterator.cli._options import JSON, SET
+from abliterator.cli._options import JSON, SET, computing_arguments
 from abliterator.cli._terminal import render, show
 
 if TYPE_CHECKING:
     from abliterator.pipeline import Plan
+
+_INDENT = 13  # columns of the labels
 
 
 @click.command()
 @click.argument("recipe_or_model")
 @click.option("--out", type=click.Path(path_type=Path), default="out", help="Where it would go.")
 @SET
+@computing_arguments
+@click.option(
+    "--calibrate",
+    is_flag=True,
+    help="Measure this machine first, in a few seconds; later plans estimate times by that.",
+)
 @JSON
-def plan(recipe_or_model: str, out: Path, overrides: tuple[str, ...], as_json: bool) -> None:
-    """Show what a recipe, or the default edit of a model, would do; read headers only."""
+def plan(
+    recipe_or_model: str,
+    out: Path,
+    overrides: tuple[str, ...],
+    device: str,
+    dtype: str,
+    max_memory: int | None,
+    calibrate: bool,
+    as_json: bool,
+) -> None:
+    """Show what a recipe, or the default edit of a model, would do; read headers only.
+
+    Where a recipe lacks something (prompts, a key, disk space, a device), all of it is listed, and
+    the exit code is 1.
+    """
     from abliterator import pipeline
     from abliterator.recipe import load_edit, load_recipe
 
-    path = Path(recipe_or_model)
+    path, options = Path(recipe_or_model), pipeline.Options(device, dtype, max_memory)
     if path.suffix in {".yaml", ".yml"}:
-        planned = pipeline.plan_recipe(load_recipe(path, overrides=overrides), out)
+        recipe = load_recipe(path, overrides=overrides)
+        planned = pipeline.plan_recipe(recipe, out, options=options, measure=calibrate)
     else:
-        planned = pipeline.plan_model(recipe_or_model, out, edit=load_edit(overrides))
+        edit = load_edit(overrides)
+        planned = pipeline.plan_model(recipe_or_model, out, edit=edit, options=options)
     show(planned.summary(), lambda _: plan_text(planned), as_json=as_json)
+    if planned.missing:
+        sys.exit(1)
 
 
 def plan_text(plan: Plan) -> str:
-    """A plan in a few lines."""
-    return render("plan", s=plan.summary(), notes=plan.notes)
+    """A plan in a few lines, of the terminal's width where stdout is one."""
+    text = render("plan", s=plan.summary(), notes=plan.notes)
+    if not sys.stdout.isatty():
+        return text
+    return wrapped(text, shutil.get_terminal_size().columns)
+
+
+def wrapped(text: str, columns: int) -> str:
+    """The text with lines of at most `columns` characters, continued behind the labels."""
+    lines = (
+        textwrap.wrap(
+            line,
+            columns,
+            subsequent_indent=" " * _INDENT,
+            break_long_words=False,
+            break_on_hyphens=False,
+        )
+        for line in text.splitlines()
+    )
+    return "\n".join("\n".join(parts) for parts in lines)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
@@ -13,10 +12,8 @@ from abliterator.checkpoint import Checkpoint, fingerprint
 from abliterator.devices import (
     AUTO,
     BALANCED,
-    CPU,
     available_devices,
     choose_device,
-    device_memory,
     device_name,
     release_memory,
 )
@@ -24,6 +21,7 @@ from abliterator.errors import OutputError
 from abliterator.files import digest_of
 from abliterator.pipeline._plan import Plan
 from abliterator.pipeline._progress import Progress, Silent
+from abliterator.pipeline._where import is_computed_in_float32
 from abliterator.pipeline._workspace import Workspace
 from abliterator.recipe import Recipe
 
@@ -88,9 +86,8 @@ class Options:
         """The dtype in which a checkpoint is computed; None is the stored one."""
         if self.dtype != "auto":
             return self.dtype
-        in_float32 = sum(4 * math.prod(t.shape) for t in checkpoint.tensors.values())
-        fits = in_float32 < device_memory(CPU).total / 2
-        return "float32" if self.compute_device == CPU and fits else None
+        fits = is_computed_in_float32(checkpoint, self.compute_device)
+        return "float32" if fits else None
 
 
 @dataclass
