@@ -61,7 +61,9 @@ def compare(
     from abliterator.prompts import load_prompts
     from abliterator.recipe import Benchmarks, Source
 
-    folder, options = _folder(base), Options(device, dtype, max_memory)
+    options = Options(device, dtype, max_memory)
+    computes = options.compute_device  # an absent one is an error before anything is downloaded
+    folder = _folder(base)
     settings = CompareSettings(
         prompts={
             name: load_prompts(name, Source(path=path, limit=limit)).prompts
@@ -78,7 +80,7 @@ def compare(
         ),
     )
     if settings.tasks:
-        require_engine(settings.benchmarks.section.engine, options.compute_device)
+        require_engine(settings.benchmarks.section.engine, computes)
     bars = Bars()
     judge = _judge(bars, **judge_options)
     with tempfile.TemporaryDirectory(prefix="abliterator-") as scratch:

@@ -18,7 +18,8 @@ _BAKE = 0.25
 _LOAD, _ANSWERS = 0.1, 0.05  # to load a model; to test its padding before it answers
 _RECORD = 0.6
 _CHILD = 6.5  # imports of lm-eval and its libraries in a process of its own
-_DOCUMENT = 2e-3  # of lm-eval, beside the model
+_DOCUMENT = 7e-4  # to make and score one sequence of lm-eval
+_PATH = 2e-3  # to compare one path on one side
 _PROMPT = 2e-3  # reading, comparing and rendering one prompt
 _VERDICT = 4e-4  # of the rule judge
 _TENSOR = 2e-3  # to edit one tensor, beside its numbers
@@ -31,6 +32,7 @@ _PREVIEW = 1.1
 # A backward pass through frozen weights costs what a forward pass does: gradients of activations
 # alone. With the pass of the unedited model on neutral rows.
 _FORWARD_AND_BACKWARD = 2.2
+_SHARD = 5 << 30  # bytes of a file of weights
 # Bytes beside `Machine.base_memory` of the libraries that a build imports.
 _LIBRARIES = 150 << 20
 # Bytes of activations that a block holds, a number of the residual stream; and of logits.
@@ -147,8 +149,9 @@ class Costs:
         working += logits * work.shape.vocabulary * _LOGIT_BYTES
         base = machine.base_memory + _LIBRARIES
         model = work.weight_bytes if batch else 0
-        loading = work.shape.stored if loads else 0  # pages of the file that is read
         on_device = machine.accelerator
+        # pages of the files that are read; for an accelerator shard by shard
+        loading = min(work.shape.stored, _SHARD if on_device else work.shape.stored) * bool(loads)
         return StageCost(
             stage=name,
             seconds=seconds + loads * self.load_seconds(),
@@ -223,6 +226,7 @@ class Costs:
         stored = int(positions * work.shape.vocabulary * work.number_bytes)
         compared = positions * work.logit_seconds(_COMPARE_COPIES)
         files = stored / self.machine.disk_write + stored / self.machine.disk_read
+        files += 2 * self.python(_PATH) * len(lengths)
         return self.stage(
             "divergence",
             self.answers(answers) + passes + compared + files,

@@ -13,12 +13,16 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from abliterator.costs import Machine
+from abliterator.errors import PromptError
 from abliterator.pipeline._bake_subspace import bake_subspace
 from abliterator.pipeline._chat_session import ChatSession, Turns, open_chat
+from abliterator.pipeline._estimate import Estimate, estimate
 from abliterator.pipeline._first_recipe import first_recipe
 from abliterator.pipeline._judges import judge_of, note_plain_http, require_key
 from abliterator.pipeline._outlook import with_outlook
 from abliterator.pipeline._plan import Plan, make_plan, plan_source
+from abliterator.pipeline._planned_prompts import planned_prompts
 from abliterator.pipeline._progress import Advance, Progress, Silent
 from abliterator.pipeline._reproduce import Reproduction, compare_rebuilt
 from abliterator.pipeline._resume import prepare, require_pinned_code, run_missing
@@ -49,6 +53,7 @@ __all__ = [
     "STUDIES",
     "Advance",
     "ChatSession",
+    "Estimate",
     "Options",
     "Plan",
     "Progress",
@@ -59,6 +64,7 @@ __all__ = [
     "bake_subspace",
     "build",
     "compare_rebuilt",
+    "estimate_on",
     "first_recipe",
     "judge_of",
     "note_plain_http",
@@ -178,6 +184,21 @@ def plan_recipe(
     with headers_folder(recipe.model, revision=recipe.revision) as source:
         plan = plan_source(source, recipe, out)
         return with_outlook(plan, recipe, out, options or Options(), measure=measure)
+
+
+def estimate_on(recipe: Recipe, out: Path, machine: Machine) -> Estimate:
+    """The cost of a recipe's build on a machine with given rates, this one or another.
+
+    Raises:
+        AbliteratorError: for a model, an edit or layers that cannot be built.
+        PromptError: for prompts that cannot be read.
+    """
+    with headers_folder(recipe.model, revision=recipe.revision) as source:
+        plan = plan_source(source, recipe, out)
+        prompts = planned_prompts(recipe)
+        if prompts.problems:
+            raise PromptError(prompts.problems[0])
+        return estimate(recipe, plan, prompts, machine)
 
 
 def plan_model(

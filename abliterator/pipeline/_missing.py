@@ -54,10 +54,11 @@ def missing(recipe: Recipe, plan: Plan, prompts: PlannedPrompts, out: Path) -> I
 
 
 def _require_engine(recipe: Recipe) -> None:
-    from abliterator.benchmarks import require_engine
+    section = recipe.benchmarks
+    if section.engine.kind != "transformers" and (section.preset or section.tasks):
+        from abliterator.benchmarks import require_engine
 
-    if recipe.benchmarks.preset or recipe.benchmarks.tasks:
-        require_engine(recipe.benchmarks.engine)
+        require_engine(section.engine)
 
 
 def _datasets(recipe: Recipe) -> Iterator[Missing]:

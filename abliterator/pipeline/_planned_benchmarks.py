@@ -25,13 +25,14 @@ def planned_benchmarks(section: Benchmarks) -> list[Benchmark]:
     Of a task file those of the JSON lines that it names, of lm-eval's own tasks as listed in
     `benchmark_sizes.yaml`; of a task that is not there, an ordinary size.
     """
-    from abliterator.benchmarks import preset_tasks
-
-    tasks = [*preset_tasks(section.preset), *section.tasks]
-    return [
-        _sized(task if isinstance(task, BenchmarkTask) else BenchmarkTask(task=task), section)
-        for task in tasks
+    # without `abliterator.benchmarks`, which imports numpy
+    presets = package_yaml("abliterator.benchmarks", "presets.yaml")
+    tasks = [BenchmarkTask(**entry) for entry in presets.get(section.preset, ())]
+    tasks += [
+        task if isinstance(task, BenchmarkTask) else BenchmarkTask(task=task)
+        for task in section.tasks
     ]
+    return [_sized(task, section) for task in tasks]
 
 
 def _sized(task: BenchmarkTask, section: Benchmarks) -> Benchmark:

@@ -67,12 +67,17 @@ class Options:
         device = self.device if self.device in (AUTO, BALANCED) else self.compute_device
         return {"device": device, "max_memory": self.max_memory}
 
-    @property
-    def hardware(self) -> str:
-        """Names of the devices that compute, for the record."""
-        devices = [self.compute_device]
-        if self.device == BALANCED:
-            devices = available_devices()[:-1] or devices
+    def hardware(self, spread_over: Collection[str] = ()) -> str:
+        """Names of the devices that compute, for the record.
+
+        Args:
+            spread_over: devices that weights were spread over, if it is known.
+        """
+        accelerators = available_devices()[:-1]
+        devices = [device for device in accelerators if device in spread_over]
+        if not devices and self.device == BALANCED:
+            devices = accelerators
+        devices = devices or [self.compute_device]
         counts = Counter(map(device_name, devices))
         return ", ".join(f"{n} x {name}" if n > 1 else name for name, n in counts.items())
 
@@ -101,6 +106,8 @@ class Run:
     progress: Progress = field(default_factory=Silent)
     tasks: Sequence[Task] = ()
     _loaded: LoadedModel | None = None
+    # devices that the weights of a loaded model were spread over
+    _spread_over: frozenset[str] = frozenset()
     # of the base's files, when they were first needed
     _base_hashes: dict[str, str] | None = None
 
@@ -163,7 +170,14 @@ class Run:
                 dtype=self.dtype,
                 trust_remote_code=self.recipe.trust_remote_code,
             )
+            if len(places := frozenset(self._loaded.placement.values())) > 1:
+                self._spread_over |= places
         return self._loaded
+
+    @property
+    def hardware(self) -> str:
+        """Names of the devices that compute: those that `--device auto` spread a model over too."""
+        return self.options.hardware(self._spread_over)
 
     def free(self) -> None:
         """Drops the model that is held, and frees its memory."""
