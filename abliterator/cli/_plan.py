@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import sys
 import textwrap
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from abliterator.cli._options import JSON, SET, computing_arguments
-from abliterator.cli._terminal import render, show
+from abliterator.cli._terminal import byte_size, render, show
 
 if TYPE_CHECKING:
     from abliterator.pipeline import Plan
 
 _INDENT = 13  # columns of the labels
+_QUANTITY = re.compile(r"(\d) (bytes|kB|MB|GB|s|min|h)\b")
 
 
 @click.command()
@@ -62,17 +65,37 @@ def plan(
 
 def plan_text(plan: Plan) -> str:
     """A plan in a few lines, of the terminal's width where stdout is one."""
-    text = render("plan", s=plan.summary(), notes=plan.notes)
+    summary = plan.summary()
+    text = render("plan", s=summary, notes=plan.notes, placed=placed(summary["where"]))
     if not sys.stdout.isatty():
         return text
     return wrapped(text, shutil.get_terminal_size().columns)
+
+
+def placed(where: Mapping[str, Any]) -> str:
+    """Where weights will lie, in words; accelerators are counted where they are several."""
+    places = dict(where["places"])
+    on = {name: size for name, size in places.items() if name not in ("cpu", "disk")}
+    parts = []
+    if len(on) > 1:
+        size = byte_size(sum(on.values()))
+        parts.append(f"{size} on {len(on)} of {where['devices']} accelerators ({', '.join(on)})")
+    elif on:
+        (name,) = on
+        parts.append(f"{byte_size(on[name])} on {name} ({byte_size(where['free'][name])} free)")
+    if "cpu" in places:
+        free = byte_size(where["free"]["cpu"])
+        parts.append(f"{byte_size(places['cpu'])} in host memory ({free} free)")
+    if "disk" in places:
+        parts.append(f"{byte_size(places['disk'])} read from disk in every pass")
+    return ", ".join(parts)
 
 
 def wrapped(text: str, columns: int) -> str:
     """The text with lines of at most `columns` characters, continued behind the labels."""
     lines = (
         textwrap.wrap(
-            line,
+            _QUANTITY.sub("\\1\u00a0\\2", line),  # a number stays with its unit
             columns,
             subsequent_indent=" " * _INDENT,
             break_long_words=False,
@@ -80,4 +103,4 @@ def wrapped(text: str, columns: int) -> str:
         )
         for line in text.splitlines()
     )
-    return "\n".join("\n".join(parts) for parts in lines)
+    return "\n".join("\n".join(parts) for parts in lines).replace("\u00a0", " ")

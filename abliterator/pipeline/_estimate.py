@@ -241,7 +241,17 @@ class _Counted:
         if self.recipe.judge.kind == "rules":
             return None
         judged = [(n, a.tokens) for a in self._evaluated() for n in a.lengths] * 2
-        return judge_cost(self.recipe.judge, judged)
+        return judge_cost(self.recipe.judge, [*judged, *self._chosen()])
+
+    def _chosen(self) -> list[tuple[int, int]]:
+        """Tokens of question and answer where the recipe's judge grades candidates and trials."""
+        recipe = self.recipe
+        if recipe.selection.judge != "recipe":
+            return []
+        edits = 1 + self._candidates() if recipe.selects else 0.0
+        edits += (self.plan.tuning or {}).get("trials", 0) * 2
+        lengths = self.prompts.of("target", "selection")
+        return [(n, recipe.selection.tokens) for n in lengths] * round(edits)
 
 
 def judge_cost(settings: JudgeSettings, judged: Sequence[tuple[int, int]]) -> JudgeCost:

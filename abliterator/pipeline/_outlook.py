@@ -17,6 +17,8 @@ from abliterator.pipeline._run import Options
 from abliterator.pipeline._where import Where, where_weights_lie
 from abliterator.recipe import Recipe
 
+_LONG = 1800  # seconds of answers beyond which a plan says what makes them shorter
+
 
 def with_outlook(
     plan: Plan, recipe: Recipe | None, out: Path, options: Options, *, measure: bool = False
@@ -96,8 +98,21 @@ def _warnings(where: Where, prompts: PlannedPrompts, costs: Estimate | None) -> 
         )
     elif costs is not None:
         yield from _short_memory(where, costs)
+    if costs is not None:
+        yield from _long_answers(costs)
     for dataset in prompts.assumed:
         yield f"How many rows {dataset} has is not known before it is read; 400 are assumed."
+
+
+def _long_answers(costs: Estimate) -> Iterator[str]:
+    """A note where most of a long build are answers."""
+    rollouts = next(stage for stage in costs.stages if stage.stage == "rollouts").seconds
+    if rollouts > max(_LONG, costs.seconds / 2):
+        yield (
+            f"Of about {costs.seconds / 3600:.1f} hours, answers take {rollouts / 3600:.1f}: an "
+            "accelerator or an engine (vLLM, a server) gives them faster, and `rollouts.limit` and "
+            "`rollouts.max_new_tokens` make them fewer."
+        )
 
 
 def _short_memory(where: Where, costs: Estimate) -> Iterator[str]:

@@ -25,8 +25,8 @@ def planned_benchmarks(section: Benchmarks) -> list[Benchmark]:
     Of a task file those of the JSON lines that it names, of lm-eval's own tasks as listed in
     `benchmark_sizes.yaml`; of a task that is not there, an ordinary size.
     """
-    # without `abliterator.benchmarks`, which imports numpy
-    presets = package_yaml("abliterator.benchmarks", "presets.yaml")
+    # a file of `abliterator.benchmarks`, which is not imported: it needs numpy
+    presets = package_yaml("abliterator", "benchmarks/presets.yaml")
     tasks = [BenchmarkTask(**entry) for entry in presets.get(section.preset, ())]
     tasks += [
         task if isinstance(task, BenchmarkTask) else BenchmarkTask(task=task)

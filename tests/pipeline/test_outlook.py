@@ -12,7 +12,7 @@ from click.testing import CliRunner
 
 from abliterator import costs, pipeline
 from abliterator.cli import main
-from abliterator.cli._plan import wrapped
+from abliterator.cli._plan import placed, wrapped
 from abliterator.costs import ACCELERATORS
 from abliterator.pipeline._estimate import judge_cost
 from abliterator.pipeline._planned_benchmarks import planned_benchmarks
@@ -164,6 +164,17 @@ def test_a_judge_costs_its_calls_at_the_recipes_prices():
     assert judge_cost(free, [(40, 100)]).dollars is None
 
 
+def test_a_judge_of_candidates_is_asked_more(tmp_path):
+    overrides = ["layers=sweep", "judge.kind=openai"]
+    own, shared = (
+        pipeline.estimate_on(load_recipe(DEMO, overrides=[*overrides, *more]), tmp_path, RATES)
+        for more in ([], ["selection.judge=recipe"])
+    )
+    assert own.judge is not None
+    assert shared.judge is not None
+    assert own.judge.calls < shared.judge.calls
+
+
 def test_benchmarks_have_the_documents_of_their_files_limits_and_shots():
     tasks = str(ROOT / "recipes/demo/tasks/demo_facts.yaml")
     section = Benchmarks(tasks=(tasks, "arc_easy", "unheard_of"), limit=100, num_fewshot=2)
@@ -207,6 +218,22 @@ def test_lines_of_a_terminal_are_wrapped_behind_their_labels(columns):
     assert all(len(line) <= columns for line in lines)
     assert all(line.startswith(" " * 13) for line in lines[1:])
     assert " ".join(" ".join(lines).split()) == " ".join(text.split())
+
+
+def test_a_number_is_not_cut_from_its_unit():
+    assert (
+        wrapped("time         about 12 min in all", 21)
+        == "time         about\n             12 min\n             in all"
+    )
+
+
+def test_accelerators_are_counted_where_they_are_several():
+    places = {"cuda:0": 80 * 10**9, "cuda:1": 50 * 10**9, "cpu": 11 * 10**9, "disk": 10**9}
+    where = {"places": places, "devices": 4, "free": dict.fromkeys(places, 90 * 10**9)}
+    assert placed(where) == (
+        "130.000 GB on 2 of 4 accelerators (cuda:0, cuda:1), 11.000 GB in host memory "
+        "(90.000 GB free), 1.000 GB read from disk in every pass"
+    )
 
 
 @pytest.mark.parametrize(
