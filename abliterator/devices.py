@@ -10,9 +10,12 @@ from __future__ import annotations
 import ctypes
 import gc
 import os
+import platform
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import NamedTuple
 
 from abliterator.errors import GenerationError, RecipeError
@@ -34,6 +37,13 @@ _SHORTAGE = (
     "not enough memory",
 )
 
+# Files of Linux: NVIDIA's, NVIDIA's and Intel's under WSL, AMD's, Intel's.
+_ACCELERATORS = ("nvidia[0-9]*", "dxg", "kfd", "dri/renderD*")
+
+# Share of a device's free memory that weights may take; the rest is for keys and values,
+# activations and logits.
+WEIGHTS_SHARE = 0.85
+
 
 class Memory(NamedTuple):
     """Memory of a device, in bytes."""
@@ -50,6 +60,21 @@ def available_devices() -> list[str]:
     if accelerator is None or not torch.accelerator.is_available():
         return [CPU]
     return [f"{accelerator.type}:{i}" for i in range(torch.accelerator.device_count())] + [CPU]
+
+
+def accelerator_is_possible() -> bool:
+    """Whether this machine may have an accelerator that torch can use, without importing torch.
+
+    False is certain: a torch without support for any, or no device of the kernel's.
+    """
+    if "torch" in sys.modules:
+        return available_devices() != [CPU]
+    with suppress(PackageNotFoundError):
+        if version("torch").endswith("+cpu"):
+            return False
+    if sys.platform != "linux":
+        return sys.platform != "darwin" or platform.machine() == "arm64"
+    return any(next(Path("/dev").glob(pattern), None) for pattern in _ACCELERATORS)
 
 
 def choose_device(name: str) -> str:
@@ -94,13 +119,13 @@ def device_memory(device: str) -> Memory:
 
     On an Apple GPU, which shares the host's, what Metal recommends to use at most is the total.
     """
-    import torch
-
-    if torch.device(device).type == CPU:
+    if device == CPU or device.startswith(f"{CPU}:"):
         import psutil
 
         memory = psutil.virtual_memory()
         return Memory(memory.available, memory.total)
+    import torch
+
     module = torch.get_device_module(device)
     if hasattr(module, "recommended_max_memory"):
         total = int(module.recommended_max_memory())
@@ -113,6 +138,12 @@ def usable_cores() -> int | None:
     """Number of processor cores that this process may use; None if the system does not say."""
     affinity = getattr(os, "sched_getaffinity", None)  # on Linux alone
     return len(affinity(0)) if affinity else os.cpu_count()
+
+
+def weight_room(free: Mapping[str, int], max_memory: int | None = None) -> dict[str, int]:
+    """Bytes of weights that each device may hold, of those that are free."""
+    room = {device: int(WEIGHTS_SHARE * size) for device, size in free.items()}
+    return {device: min(size, max_memory or size) for device, size in room.items()}
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -50,6 +50,7 @@ def _bake_subspace(
 
     if not (model and subspace and arguments["out"]):
         raise click.UsageError("Give a RECIPE, or --model, --subspace and --out together.")
+    _ = pipeline.Options(arguments["device"]).compute_device  # an absent one is an error here too
     edits = pipeline.bake_subspace(
         model, subspace, arguments["out"], edit=load_edit(arguments["overrides"])
     )

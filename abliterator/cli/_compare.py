@@ -68,12 +68,14 @@ def compare(
     from abliterator.checkpoint import Checkpoint
     from abliterator.comparison import CompareSettings, to_markdown
     from abliterator.comparison import compare as compare_checkpoints
-    from abliterator.judge import cache_folder
+    from abliterator.files import cache_folder
     from abliterator.pipeline import Options
     from abliterator.prompts import load_prompts
     from abliterator.recipe import Source
 
-    folder, options = checkpoint_folder(base), Options(device, dtype, max_memory)
+    options = Options(device, dtype, max_memory)
+    computes = options.compute_device  # an absent one is an error before anything is downloaded
+    folder = checkpoint_folder(base)
     engine, judge_options["overrides"] = _engine(judge_options["overrides"], base)
     settings = CompareSettings(
         prompts={
@@ -93,7 +95,7 @@ def compare(
         answers=cache_folder() / "answers.sqlite",
     )
     if settings.tasks:
-        require_engine(settings.benchmarks.section.engine, options.compute_device)
+        require_engine(settings.benchmarks.section.engine, computes)
     bars = Bars()
     judge = _judge(bars, **judge_options)
     with tempfile.TemporaryDirectory(prefix="abliterator-") as scratch:
@@ -135,7 +137,7 @@ def _benchmarks(engine: EngineSettings, *, limit: int) -> Benchmarks:
 
 def _judge(bars: Bars, **arguments: Any) -> Judge:
     """The judge that the options name, after checking that its key is set."""
-    from abliterator.judge import cache_folder
+    from abliterator.files import cache_folder
     from abliterator.pipeline import judge_of, note_plain_http, require_key
 
     settings = read_judge(**arguments)

@@ -26,8 +26,8 @@ def judge_calibrate(labelled: Path, out: Path | None, as_json: bool, **judge_opt
     LABELLED has one JSON object a line: prompt, response, label (0, 0.5 or 1). An API judge is set
     up by --recipe, or by --set judge.base_url=URL --set judge.model=NAME.
     """
-    from abliterator.files import sha256_of_lines, write_text_atomic
-    from abliterator.judge import cache_folder, calibrate, load_labelled
+    from abliterator.files import cache_folder, sha256_of_lines, write_text_atomic
+    from abliterator.judge import calibrate, load_labelled
     from abliterator.pipeline import judge_of, note_plain_http
 
     # an earlier calibration that the recipe names is not part of this one

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -44,6 +44,17 @@ def byte_size(count: int) -> str:
     return f"{count} bytes"
 
 
+def duration(seconds: float) -> str:
+    """A number of seconds as text, to two digits or more."""
+    if seconds < 1:
+        return "under 1 s"
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    if seconds < 6000:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:.1f} h"
+
+
 def render(name: str, **values: Any) -> str:
     """The text of one of `templates`, which are what a user reads."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -57,12 +68,24 @@ def render(name: str, **values: Any) -> str:
     )
     environment.filters |= {
         "cell": cell,
+        "duration": duration,
         "form": format,
         "listed": lambda counts: ", ".join(f"{n} {name}" for name, n in counts.items()),
         "rate": lambda value: cell(value, absent="n/a"),
+        "sets_of": _sets_of,
         "size": byte_size,
     }
     return environment.get_template(f"{name}.txt.jinja").render(values).rstrip("\n")
+
+
+def _sets_of(counts: Mapping[str, Mapping[str, int]] | None, use: str) -> str:
+    """The sets of one use and their prompts: "96 target, 96 contrast"."""
+    suffix = f", {use}"
+    return ", ".join(
+        f"{of_set['prompts']} {name.removesuffix(suffix)}"
+        for name, of_set in (counts or {}).items()
+        if name.endswith(suffix)
+    )
 
 
 def show(result: T, as_text: Callable[[T], str], *, as_json: bool) -> None:

@@ -8,6 +8,7 @@ flushed and renamed: afterwards it is complete, or unchanged. Contents are not i
     lines = read_lines(path)
 """
 
+from abliterator.files._cache import cache_folder
 from abliterator.files._data import package_yaml
 from abliterator.files._digest import (
     digest_of,
@@ -48,6 +49,7 @@ __all__ = [
     "FileHashes",
     "OpenFile",
     "as_lines",
+    "cache_folder",
     "copy_file",
     "copy_range",
     "damaged",

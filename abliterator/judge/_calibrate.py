@@ -11,7 +11,6 @@ names the file of the one that its record shall carry; no other is used.
 from __future__ import annotations
 
 import json
-import os
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -230,14 +229,6 @@ def _class_figures(grade: float, pairs: Sequence[tuple[float, float]]) -> dict[s
 
 def _share(part: int, whole: int) -> float | None:
     return part / whole if whole else None
-
-
-def cache_folder() -> Path:
-    """The folder of caches shared by runs: $ABLITERATOR_CACHE, else in the user's cache folder."""
-    if folder := os.environ.get("ABLITERATOR_CACHE"):
-        return Path(folder)
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "abliterator"
 
 
 def read_calibration(path: Path, judge: JudgeIdentity) -> Calibration:

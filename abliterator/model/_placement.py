@@ -11,7 +11,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from abliterator.devices import AUTO, BALANCED, CPU, available_devices, choose_device, device_memory
+from abliterator.devices import (
+    AUTO,
+    BALANCED,
+    CPU,
+    available_devices,
+    choose_device,
+    device_memory,
+    weight_room,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -19,10 +27,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 DISK = "disk"
-
-# Share of a device's free memory that weights may take; the rest is for keys and values,
-# activations and logits.
-WEIGHTS_SHARE = 0.85
 
 
 @dataclass(frozen=True)
@@ -41,8 +45,8 @@ class WeightLimit:
 
     def room(self) -> dict[str, int]:
         """Bytes of weights that each device may hold, in the order in which they are filled."""
-        free = {d: int(WEIGHTS_SHARE * device_memory(d).free) for d in available_devices()}
-        return {d: min(room, self.max_memory or room) for d, room in free.items()}
+        free = {device: device_memory(device).free for device in available_devices()}
+        return weight_room(free, self.max_memory)
 
     def holds(self, size: int) -> bool:
         """Whether the first device may hold `size` bytes."""

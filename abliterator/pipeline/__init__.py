@@ -14,11 +14,16 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+from abliterator.costs import Machine
+from abliterator.errors import PromptError
 from abliterator.pipeline._bake_subspace import bake_subspace
 from abliterator.pipeline._chat_session import ChatSession, Turns, open_chat
+from abliterator.pipeline._estimate import Estimate, estimate
 from abliterator.pipeline._first_recipe import first_recipe
 from abliterator.pipeline._judges import judge_of, note_plain_http, require_key
-from abliterator.pipeline._plan import Plan, plan_model, plan_source
+from abliterator.pipeline._outlook import with_outlook
+from abliterator.pipeline._plan import Plan, make_plan, plan_source
+from abliterator.pipeline._planned_prompts import planned_prompts
 from abliterator.pipeline._progress import Advance, Progress, Silent
 from abliterator.pipeline._reproduce import Reproduction, compare_rebuilt
 from abliterator.pipeline._resume import prepare, require_pinned_code, run_missing
@@ -41,7 +46,7 @@ from abliterator.pipeline.stages.prompts import PROMPTS
 from abliterator.pipeline.stages.record import read_record
 from abliterator.pipeline.stages.selection import SELECTION
 from abliterator.pipeline.stages.tuning import TUNING
-from abliterator.recipe import Recipe
+from abliterator.recipe import Edit, Recipe
 from abliterator.record import RunRecord, Study
 from abliterator.source import headers_folder
 
@@ -50,6 +55,7 @@ __all__ = [
     "STUDIES",
     "Advance",
     "ChatSession",
+    "Estimate",
     "Options",
     "Plan",
     "Progress",
@@ -60,6 +66,7 @@ __all__ = [
     "bake_subspace",
     "build",
     "compare_rebuilt",
+    "estimate_on",
     "first_recipe",
     "judge_of",
     "note_plain_http",
@@ -157,20 +164,56 @@ def recipe_of(out: Path) -> Recipe:
     return Workspace(out).recipe()
 
 
-def plan_recipe(recipe: Recipe, out: Path, *, vllm_python: str | None = None) -> Plan:
-    """The plan of a recipe: its model opened, every tensor classified, layers and disk checked.
-
-    `vllm_python` is the interpreter that has vLLM, instead of the recipe's.
+def plan_recipe(
+    recipe: Recipe, out: Path, *, options: Options | None = None, measure: bool = False
+) -> Plan:
+    """The plan of a recipe: its model opened, every tensor classified, what a build needs counted.
 
     Of a model that is on the Hub alone, no weights are downloaded, so none can be read through the
-    plan's checkpoint.
+    plan's checkpoint. What the machine lacks (a prompt file, a key, disk space, a device) is in
+    `missing`, all of it.
+
+    Args:
+        recipe: what is built.
+        out: where it would be built.
+        options: device, dtype and memory of computation.
+        measure: measure this machine first, in a few seconds, for the estimate of time.
 
     Raises:
-        AbliteratorError: for whatever would stop the build before its first stage.
+        AbliteratorError: for a model, an edit or layers that cannot be built.
     """
     require_pinned_code(recipe)
     with headers_folder(recipe.model, revision=recipe.revision) as source:
         plan = plan_source(source, recipe, out)
-    if vllm := vllm_of(recipe, vllm_python):
+        plan = with_outlook(plan, recipe, out, options or Options(), measure=measure)
+    if vllm := vllm_of(recipe, options.vllm_python if options else None):
         plan = replace(plan, notes=(*plan.notes, vllm_note(vllm)))
     return plan
+
+
+def estimate_on(recipe: Recipe, out: Path, machine: Machine) -> Estimate:
+    """The cost of a recipe's build on a machine with given rates, this one or another.
+
+    Raises:
+        AbliteratorError: for a model, an edit or layers that cannot be built.
+        PromptError: for prompts that cannot be read.
+    """
+    with headers_folder(recipe.model, revision=recipe.revision) as source:
+        plan = plan_source(source, recipe, out)
+        prompts = planned_prompts(recipe)
+        if prompts.problems:
+            raise PromptError(prompts.problems[0])
+        return estimate(recipe, plan, prompts, machine)
+
+
+def plan_model(
+    model: str, out: Path, *, edit: Edit | None = None, options: Options | None = None
+) -> Plan:
+    """The plan of an edit (by default `Edit()`) of a model without a recipe, from headers alone.
+
+    Raises:
+        AbliteratorError: for a model that cannot be edited.
+    """
+    with headers_folder(model, revision=None) as source:
+        plan = make_plan(source, edit or Edit(), out)
+        return with_outlook(plan, None, out, options or Options())

@@ -110,10 +110,12 @@ def open_chat(
         options: device and dtype.
 
     Raises:
-        RecipeError: if the base is asked for and the checkpoint does not say which it is.
+        RecipeError: if the base is asked for and the checkpoint does not say which it is, and for
+            a device that this machine does not have.
         OutputError: if the build was not finished.
     """
     recipe: Recipe | None
+    _ = options.compute_device  # one that is not there is an error before anything is downloaded
     workspace = Workspace(Path(name))
     if workspace.is_ours:
         recipe = workspace.recipe()

@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from abliterator.anatomy import Anatomy, anatomy_of
 from abliterator.bake import PANEL_ELEMENTS, EditPlan, plan_edits, require_adapter_form
@@ -20,7 +20,13 @@ from abliterator.formats import require_known_names, storage_of
 from abliterator.pipeline._model_notes import notes_on
 from abliterator.pipeline._quantization import storage_ways
 from abliterator.recipe import Edit, Recipe
-from abliterator.source import ModelSource, headers_folder
+from abliterator.source import ModelSource
+
+if TYPE_CHECKING:
+    from abliterator.pipeline._estimate import Estimate
+    from abliterator.pipeline._missing import Missing
+    from abliterator.pipeline._planned_prompts import PlannedPrompts
+    from abliterator.pipeline._where import Where
 
 # Left free beside the checkpoint: the work folder, and some space for the file system.
 DISK_RESERVE = 64 << 20
@@ -40,6 +46,10 @@ class Plan:
     chooses, `layers` are its candidates, k is 0, and `selection` is what it costs at most; `tuning`
     is what a tuning costs. `notes` are what a user should know before anything heavy runs. `card`
     is the front matter of the model's own README.md; empty where it has none that can be read.
+
+    `where` the weights will lie, the `prompts`, the `estimate` of time and memory (None where this
+    machine was not measured) and what is `missing` are there where `plan_recipe` or `plan_model`
+    made the plan.
     """
 
     source: ModelSource
@@ -56,6 +66,10 @@ class Plan:
     tuning: Mapping[str, int] | None = None
     notes: tuple[str, ...] = ()
     card: Mapping[str, Any] = field(default_factory=dict)
+    where: Where | None = None
+    prompts: PlannedPrompts | None = None
+    estimate: Estimate | None = None
+    missing: tuple[Missing, ...] = ()
 
     @property
     def output_bytes(self) -> int:
@@ -129,6 +143,10 @@ class Plan:
                 "carried": list(self.carried),
                 "left_out": list(self.left_out),
             },
+            "where": self.where and self.where.model_dump(),
+            "prompts": self.prompts and self.prompts.counts(),
+            "estimate": self.estimate and self.estimate.summary(),
+            "missing": [missing.model_dump() for missing in self.missing],
             "notes": list(self.notes),
         }
 
@@ -169,23 +187,16 @@ def make_plan(source: ModelSource, edit: Edit, out: Path) -> Plan:
     )
 
 
-def plan_model(model: str, out: Path, *, edit: Edit | None = None) -> Plan:
-    """The plan of an edit (by default `Edit()`) of a model without a recipe, from headers alone."""
-    with headers_folder(model, revision=None) as source:
-        return make_plan(source, edit or Edit(), out)
-
-
 def plan_source(source: ModelSource, recipe: Recipe, out: Path) -> Plan:
     """The plan of a recipe for a resolved model.
 
     Raises:
-        AbliteratorError: for whatever would stop the build before its first stage.
+        AbliteratorError: for a model, an edit or layers that cannot be built.
     """
     plan = make_plan(source, recipe.edit, out)
     layers, k = require_layers(recipe, plan.anatomy)
     if recipe.edit.adapts:
         require_adapter_form(plan.edits)
-    require_room(plan, out)
     return replace(
         plan,
         layers=layers,

@@ -14,7 +14,7 @@ from time import perf_counter
 from abliterator.devices import enough_memory
 from abliterator.errors import AbliteratorError, OutputError, RecipeError
 from abliterator.pipeline._judges import judge_of
-from abliterator.pipeline._plan import plan_source
+from abliterator.pipeline._plan import plan_source, require_room
 from abliterator.pipeline._progress import Progress, Silent
 from abliterator.pipeline._prompt_lengths import require_prompts_fit
 from abliterator.pipeline._run import Options, Run
@@ -112,6 +112,7 @@ def prepare(
     source = resolve_folder(pinned_recipe.model, revision=pinned_recipe.revision)
     plan = plan_source(source, pinned_recipe, out)
     vllm = vllm_of(pinned_recipe, options.vllm_python)
+    require_room(plan, out)
     tasks = benchmark_tasks(pinned_recipe, device)
     judge_of(pinned_recipe.judge, cache=workspace.work)  # its calibration is read, no model asked
     if resolved is None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
@@ -14,10 +13,8 @@ from abliterator.checkpoint import Checkpoint, fingerprint
 from abliterator.devices import (
     AUTO,
     BALANCED,
-    CPU,
     available_devices,
     choose_device,
-    device_memory,
     device_name,
     release_memory,
 )
@@ -25,6 +22,7 @@ from abliterator.errors import OutputError, WorkerError
 from abliterator.files import digest_of
 from abliterator.pipeline._plan import Plan
 from abliterator.pipeline._progress import Progress, Silent
+from abliterator.pipeline._where import is_computed_in_float32
 from abliterator.pipeline._workspace import Workspace
 from abliterator.recipe import Recipe
 from abliterator.workers import Pool, PoolSettings, open_pool
@@ -98,14 +96,19 @@ class Options:
         device = self.device if self.device in (AUTO, BALANCED) else self.compute_device
         return {"device": device, "max_memory": self.max_memory}
 
-    @property
-    def hardware(self) -> str:
-        """Names of the devices that compute, for the record."""
+    def hardware(self, spread_over: Collection[str] = ()) -> str:
+        """Names of the devices that compute, for the record.
+
+        Args:
+            spread_over: devices that weights were spread over, if it is known.
+        """
         if self.pool is not None and self.pool.hardware is not None:
             return self.pool.hardware
-        devices = [self.compute_device]
-        if self.device == BALANCED:
-            devices = available_devices()[:-1] or devices
+        accelerators = available_devices()[:-1]
+        devices = [device for device in accelerators if device in spread_over]
+        if not devices and self.device == BALANCED:
+            devices = accelerators
+        devices = devices or [self.compute_device]
         counts = Counter(map(device_name, devices))
         return ", ".join(f"{n} x {name}" if n > 1 else name for name, n in counts.items())
 
@@ -119,9 +122,8 @@ class Options:
         """The dtype in which a checkpoint is computed; None is the stored one."""
         if self.dtype != "auto":
             return self.dtype
-        in_float32 = sum(4 * math.prod(t.shape) for t in checkpoint.tensors.values())
-        fits = in_float32 < device_memory(CPU).total / 2
-        return "float32" if self.compute_device == CPU and fits else None
+        fits = is_computed_in_float32(checkpoint, self.compute_device)
+        return "float32" if fits else None
 
 
 @dataclass
@@ -138,6 +140,8 @@ class Run:
     _loaded: LoadedModel | None = None
     _pool: Pool | None = None
     _distributed: DistributedEngine | None = None
+    # devices that the weights of a loaded model were spread over
+    _spread_over: frozenset[str] = frozenset()
     # of the base's files, when they were first needed
     _base_hashes: dict[str, str] | None = None
     _served: dict[Path, Engine] = field(default_factory=dict)
@@ -205,7 +209,14 @@ class Run:
                 dtype=self.dtype,
                 trust_remote_code=self.recipe.trust_remote_code,
             )
+            if len(places := frozenset(self._loaded.placement.values())) > 1:
+                self._spread_over |= places
         return self._loaded
+
+    @property
+    def hardware(self) -> str:
+        """Names of the devices that compute: those that `--device auto` spread a model over too."""
+        return self.options.hardware(self._spread_over)
 
     def free(self) -> None:
         """Drops the model that is held, here and on workers, and frees its memory."""

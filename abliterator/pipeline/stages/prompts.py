@@ -5,7 +5,7 @@ The stage writes the sets as used to work/prompts.json.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from abliterator.prompts import (
     hold_out,
     load_prompts,
 )
-from abliterator.recipe import Prompts, Source
+from abliterator.recipe import Prompts, Recipe, Source
 from abliterator.record import Frozen
 
 
@@ -70,17 +70,28 @@ def _key(run: Run) -> Any:
 
 def _run(run: Run) -> list[Path]:
     recipe = run.recipe
-    neutral_too = recipe.directions.projection == "neutral" or recipe.tunes
-    sets = load_sets(recipe.prompts, seed=recipe.seed, neutral_too=neutral_too)
-    if recipe.selects or recipe.tunes:
-        n, seed = recipe.selection.prompts, recipe.seed
-        sets = set_apart(sets, recipe.prompts, prompts=n, seed=seed)
+    sets = divided_sets(recipe)
     if recipe.directions.stack == "within_layer":
         sets = with_pairs(sets, recipe.prompts)
     sets = compared(sets)
     for remark in remarks(sets):
         run.progress.note(remark)
     return [PROMPT_SETS.write(run, sets)]
+
+
+def divided_sets(
+    recipe: Recipe, load: Callable[[str, Source], PromptSet] = load_prompts
+) -> PromptSets:
+    """The prompt sets of a recipe by use.
+
+    Raises:
+        PromptError: for a set that cannot be read, and for sets that share prompts.
+    """
+    neutral_too = recipe.directions.projection == "neutral" or recipe.tunes
+    sets = load_sets(recipe.prompts, seed=recipe.seed, neutral_too=neutral_too, load=load)
+    if not (recipe.selects or recipe.tunes):
+        return sets
+    return set_apart(sets, recipe.prompts, prompts=recipe.selection.prompts, seed=recipe.seed)
 
 
 PROMPTS = Stage("prompts", 4, _key, _run)
@@ -115,19 +126,26 @@ def remarks(sets: PromptSets) -> Iterator[str]:
         yield f"{name}: {len(prompts.prompts)} prompts of {prompts.source} ({'; '.join(parts)})"
 
 
-def load_sets(recipe: Prompts, *, seed: int, neutral_too: bool) -> PromptSets:
+def load_sets(
+    recipe: Prompts,
+    *,
+    seed: int,
+    neutral_too: bool,
+    load: Callable[[str, Source], PromptSet] = load_prompts,
+) -> PromptSets:
     """Loads every set, and holds out evaluation prompts of those without an evaluation set.
 
     Args:
         recipe: the recipe's section.
         seed: of the held-out parts.
         neutral_too: whether extraction needs neutral prompts beside a contrast of its own.
+        load: reads one set.
 
     Raises:
         PromptError: for a set that cannot be read, and for sets that share prompts.
     """
     sets = {
-        name: load_prompts(name, source)
+        name: load(name, source)
         for name in Prompts.model_fields
         if isinstance(source := getattr(recipe, name), Source)
     }

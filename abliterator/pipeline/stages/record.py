@@ -234,7 +234,7 @@ def _provenance(run: Run) -> Provenance:
         packages={name: number for name in PACKAGES if (number := _installed(name))},
         device=run.device,
         dtype=run.dtype or "as stored",
-        hardware=run.options.hardware,
+        hardware=run.hardware,
         digests=_digests(run),
         git_commit=_tool_commit(),
         prompts=tuple(prompt_origin(name, prompts) for name, prompts in uses(sets)),

@@ -1,0 +1,36 @@
+"""What a build costs on a machine: seconds, memory, disk and tokens, stage by stage.
+
+From the sizes of a model (`shape_of`, from headers alone), rates of a machine (`calibrate` measures
+them in a few seconds, `assumed` has those of accelerators that are not here) and counts of the work
+that a recipe asks for. What a recipe is, is not known here.
+
+    work = Work(shape_of(checkpoint, anatomy), calibrate("cpu", "float32"))
+    Costs(work).capture([[40] * 128], max_tokens=4096).seconds
+"""
+
+from abliterator.costs._cache import known_machine, remember
+from abliterator.costs._calibrate import calibrate
+from abliterator.costs._machine import ACCELERATORS, Assumed, Machine, assumed
+from abliterator.costs._passes import Work, spread
+from abliterator.costs._shape import Matrix, ModelShape, dtype_bytes, shape_of
+from abliterator.costs._stages import Answers, Benchmark, Costs, StageCost
+
+__all__ = [
+    "ACCELERATORS",
+    "Answers",
+    "Assumed",
+    "Benchmark",
+    "Costs",
+    "Machine",
+    "Matrix",
+    "ModelShape",
+    "StageCost",
+    "Work",
+    "assumed",
+    "calibrate",
+    "dtype_bytes",
+    "known_machine",
+    "remember",
+    "shape_of",
+    "spread",
+]

@@ -1,0 +1,395 @@
+"""What each stage of a build costs, from what the recipe asks of a model on a machine."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+from pydantic import BaseModel, ConfigDict
+
+from abliterator.costs._machine import REFERENCE
+from abliterator.costs._passes import Work
+
+# Seconds of Python code on the machine whose `Machine.python` is `REFERENCE`: they do not depend on
+# the model, and were measured with the demo's.
+_START = 2.0  # imports of torch and transformers, and the checks before the first stage
+_FIRST = 0.4  # of the first forward passes of a process, which import and allocate
+_BAKE = 0.25
+_LOAD, _ANSWERS = 0.1, 0.05  # to load a model; to test its padding before it answers
+_RECORD = 0.6
+_CHILD = 6.5  # imports of lm-eval and its libraries in a process of its own
+_DOCUMENT = 7e-4  # to make and score one sequence of lm-eval
+_PATH = 2e-3  # to compare one path on one side
+_PROMPT = 2e-3  # reading, comparing and rendering one prompt
+_VERDICT = 4e-4  # of the rule judge
+_TENSOR = 2e-3  # to edit one tensor, beside its numbers
+
+# Reads and writes of a number while a tensor is edited, in float32, rounded to nearest and
+# compensated.
+_EDIT_COPIES = {"nearest": 40, "compensated": 90}
+# A preview multiplies what every writer writes with Q twice; on a CPU hooks cost a few calls.
+_PREVIEW = 1.1
+# A backward pass through frozen weights costs what a forward pass does: gradients of activations
+# alone. With the pass of the unedited model on neutral rows.
+_FORWARD_AND_BACKWARD = 2.2
+_SHARD = 5 << 30  # bytes of a file of weights
+# Bytes beside `Machine.base_memory` of the libraries that a build imports.
+_LIBRARIES = 150 << 20
+# Bytes of activations that a block holds, a number of the residual stream; and of logits.
+_BLOCK_BYTES, _LOGIT_BYTES = 32, 12
+# Copies of the logits of one batch: float32, log-probabilities of both sides, float64.
+_COMPARE_COPIES = 16
+_LOGIT_BATCH = 32 << 20  # bytes of logits of one batch of `abliterator.engines`
+_SCORE_CONTINUATIONS = 3  # openings of refusals that a selection learns at most
+_SCORE_TOKENS = 3  # of one of them
+
+
+class StageCost(BaseModel):
+    """The cost of one stage.
+
+    Attributes:
+        stage: its name; "start" is what happens before the first.
+        seconds: of this machine, about.
+        host_memory: bytes of the largest process at most, at its peak.
+        device_memory: bytes on the accelerator at the peak; 0 where the CPU computes.
+        read_tokens: tokens of prompts that pass the model, about.
+        answer_tokens: tokens that are generated at most.
+        disk: bytes that are written.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    stage: str
+    seconds: float
+    host_memory: int = 0
+    device_memory: int = 0
+    read_tokens: int = 0
+    answer_tokens: int = 0
+    disk: int = 0
+
+
+class Answers(NamedTuple):
+    """Prompts that are answered together.
+
+    Attributes:
+        lengths: tokens of each, with the chat template.
+        tokens: of an answer, at most.
+        batch_size: prompts at a time.
+        shared: tokens with which all begin, where they run once.
+    """
+
+    lengths: Sequence[int]
+    tokens: int
+    batch_size: int
+    shared: int = 0
+
+
+class Benchmark(NamedTuple):
+    """A benchmark task.
+
+    Attributes:
+        documents: that are scored.
+        requests: sequences that a document takes.
+        tokens: of a sequence.
+        generated: tokens of an answer; 0 where likelihoods are compared.
+    """
+
+    documents: int
+    requests: int
+    tokens: int
+    generated: int = 0
+
+
+class Batch(NamedTuple):
+    """The largest batch of a stage.
+
+    Attributes:
+        rows: sequences.
+        tokens: of each, answers included.
+        logits: positions in all rows together that get logits.
+    """
+
+    rows: int = 0
+    tokens: int = 0
+    logits: int = 0
+
+
+class Costs:
+    """Costs of stages of a model on a machine; memory is that of the whole process."""
+
+    def __init__(self, work: Work) -> None:
+        self.work, self.machine = work, work.machine
+
+    def stage(
+        self,
+        name: str,
+        seconds: float,
+        *,
+        batch: Batch | None = None,
+        loads: int = 0,
+        disk: int = 0,
+        read: float = 0,
+        answered: float = 0,
+    ) -> StageCost:
+        """A stage's cost with the memory that it needs while a model runs.
+
+        Args:
+            name: of the stage.
+            seconds: beside loading.
+            batch: the largest; None where no model runs.
+            loads: how often a model is loaded.
+            disk: bytes written.
+            read: tokens of prompts.
+            answered: tokens of answers.
+        """
+        work, machine = self.work, self.machine
+        rows, tokens, logits = batch or Batch()
+        working = work.cache_bytes(rows, tokens)
+        working += rows * tokens * work.shape.d_model * _BLOCK_BYTES
+        working += logits * work.shape.vocabulary * _LOGIT_BYTES
+        base = machine.base_memory + _LIBRARIES
+        model = work.weight_bytes if batch else 0
+        on_device = machine.accelerator
+        # pages of the files that are read; for an accelerator shard by shard
+        loading = min(work.shape.stored, _SHARD if on_device else work.shape.stored) * bool(loads)
+        return StageCost(
+            stage=name,
+            seconds=seconds + loads * self.load_seconds(),
+            host_memory=base + (loading if on_device else model + max(loading, working)),
+            device_memory=model + working if on_device else 0,
+            read_tokens=round(read),
+            answer_tokens=round(answered),
+            disk=disk,
+        )
+
+    def python(self, seconds: float) -> float:
+        """Seconds of Python code here that takes `seconds` on the machine of `REFERENCE`."""
+        return seconds * self.machine.python / REFERENCE
+
+    def load_seconds(self) -> float:
+        """Seconds to read a model, convert it, and try it with a first pass and two tokens."""
+        shape, machine = self.work.shape, self.machine
+        tried = self.work.forward(1, 14, logits=1) + 2 * self.work.forward(1, 1, logits=1)
+        return (
+            self.python(_LOAD)
+            + shape.stored / machine.disk_read
+            + self.work.weight_bytes / machine.fresh
+            + tried
+        )
+
+    def start(self, prompts: int) -> StageCost:
+        """Imports, checks, hashes of the base, and the prompts, which are all rendered once."""
+        hashed = self.work.shape.stored / self.machine.hashing
+        seconds = self.python(_START + _PROMPT * prompts) + hashed
+        return self.stage("prompts", seconds)
+
+    def capture(self, sets: Iterable[Sequence[int]], max_tokens: int) -> StageCost:
+        """Every prompt through the blocks once, in batches of one length."""
+        lengths = list(sets)
+        seconds = self.python(_FIRST) + sum(self.work.scores(s, max_tokens) for s in lengths)
+        tokens = sum(map(sum, lengths))
+        batch = Batch(1, max_tokens)
+        return self.stage("capture", seconds, batch=batch, loads=1, read=tokens)
+
+    def answers(self, answers: Answers) -> float:
+        """Seconds of greedy answers."""
+        if not answers.lengths:
+            return 0.0
+        mean = sum(answers.lengths) / len(answers.lengths)
+        return self.python(_ANSWERS) + self.work.answers(
+            len(answers.lengths),
+            mean,
+            answers.tokens,
+            answers.batch_size,
+            shared=min(answers.shared, mean - 1),
+        )
+
+    def rollouts(self, sets: Sequence[Answers]) -> StageCost:
+        """The answers of base and edited, each loaded once."""
+        return self.stage(
+            "rollouts",
+            2 * sum(map(self.answers, sets)),
+            loads=2,
+            read=2 * sum(sum(s.lengths) for s in sets),
+            answered=2 * sum(len(s.lengths) * s.tokens for s in sets),
+            batch=_largest(sets),
+        )
+
+    def divergence(self, answers: Answers, max_tokens: int) -> StageCost:
+        """The base's answers, then logits along them of base and edited."""
+        lengths = [n + answers.tokens for n in answers.lengths]
+        positions, work = len(lengths) * answers.tokens, self.work
+        rows = self._logit_rows(answers.tokens)
+        passes = 2 * work.scores(
+            lengths, min(max_tokens, rows * max(lengths, default=1)), positions=answers.tokens
+        )
+        stored = int(positions * work.shape.vocabulary * work.number_bytes)
+        compared = positions * work.logit_seconds(_COMPARE_COPIES)
+        files = stored / self.machine.disk_write + stored / self.machine.disk_read
+        files += 2 * self.python(_PATH) * len(lengths)
+        return self.stage(
+            "divergence",
+            self.answers(answers) + passes + compared + files,
+            loads=2,
+            disk=stored,
+            read=sum(answers.lengths) + 2 * sum(lengths),
+            answered=positions,
+            batch=_largest([answers], logits=rows * answers.tokens),
+        )
+
+    def _logit_rows(self, positions: int) -> int:
+        size = positions * self.work.shape.vocabulary * self.work.number_bytes
+        return max(1, int(_LOGIT_BATCH // max(1, size)))
+
+    def benchmarks(self, tasks: Sequence[Benchmark], batch_size: int) -> StageCost:
+        """lm-eval on both sides, each in a process of its own."""
+        if not tasks:
+            return StageCost(stage="benchmarks", seconds=0.0)
+        seconds = tokens = generated = 0.0
+        for task in tasks:
+            sequences = task.documents * task.requests
+            seconds += self.python(_DOCUMENT * sequences)
+            if task.generated:
+                seconds += self.work.answers(sequences, task.tokens, task.generated, batch_size)
+                generated += sequences * task.generated
+            else:
+                whole, rest = divmod(sequences, batch_size)
+                for rows, times in ((batch_size, whole), (rest, 1)):
+                    logits = rows * task.tokens  # lm-eval makes those of every position
+                    seconds += times * self.work.forward(rows, task.tokens, logits=logits)
+                    seconds += times * logits * self.work.logit_seconds()
+            tokens += sequences * task.tokens
+        longest = max(task.tokens + task.generated for task in tasks)
+        return self.stage(
+            "benchmarks",
+            2 * (seconds + self.python(_CHILD)),
+            batch=Batch(batch_size, longest, batch_size * longest),
+            loads=2,
+            read=2 * tokens,
+            answered=2 * generated,
+        )
+
+    def selection(
+        self,
+        *,
+        places: int,
+        scored: Answers,
+        judged: Answers,
+        candidates: float,
+        neutral: Sequence[int],
+        kl_tokens: int,
+        max_tokens: int,
+    ) -> StageCost:
+        """Scores of all places from distributions, and judged answers.
+
+        Args:
+            places: candidates that are scored; 0 where layers are given.
+            scored: the prompts of the scores, of one kind, with the base's answers to them.
+            judged: the held-out target prompts.
+            candidates: answers to one prompt, so many times the prompts of `judged`.
+            neutral: tokens of the held-out neutral prompts.
+            kl_tokens: positions that are compared of each.
+            max_tokens: of one batch.
+        """
+        base = self.answers(judged) + self.answers(scored)
+        base += self.answers(judged._replace(lengths=neutral, tokens=kl_tokens))
+        rests = [max(1, n - scored.shared) for n in scored.lengths]
+        along = [max(1, n - scored.shared) + kl_tokens for n in neutral[: len(rests)]]
+        openings = [n + _SCORE_CONTINUATIONS * _SCORE_TOKENS for n in rests]
+        scores = 2 * self.work.scores(openings * places, max_tokens, positions=1)
+        scores += self.work.scores(along * places, max_tokens, positions=kl_tokens)
+        n = round(candidates * len(judged.lengths))
+        mean = sum(judged.lengths) / max(1, len(judged.lengths))
+        edited = self.answers(judged._replace(lengths=[round(mean)] * n))
+        tokens = len(openings) * places * 2 * (sum(openings) / max(1, len(openings)))
+        return self.stage(
+            "selection",
+            base + _PREVIEW * (scores + edited),
+            read=tokens + n * mean,
+            answered=(n + len(judged.lengths) + len(scored.lengths)) * judged.tokens,
+            batch=_largest([judged._replace(lengths=[round(mean)] * max(n, 1))]),
+        )
+
+    def tuning(
+        self,
+        *,
+        steps: int,
+        batch: int,
+        learned: Answers,
+        trials: int,
+        judged: Answers,
+        neutral: Sequence[int],
+        phases: int,
+        max_tokens: int,
+    ) -> StageCost:
+        """Steps by gradients, answers to learn from before each phase, and judged trials.
+
+        Args:
+            steps: in all.
+            batch: preference pairs of a step, and neutral rows.
+            learned: prompts of one kind that are learned from, and how long answers are.
+            trials: edits that are judged.
+            judged: the held-out target prompts.
+            neutral: tokens of the held-out neutral prompts.
+            phases: between which responses are asked for anew.
+            max_tokens: of one batch.
+        """
+        row = sum(learned.lengths) / max(1, len(learned.lengths)) + learned.tokens
+        plain = self.work.forward(batch, row, logits=batch * learned.tokens)
+        step = plain + _FORWARD_AND_BACKWARD * 3 * plain * _PREVIEW
+        twice = learned._replace(lengths=[*learned.lengths] * 3)
+        asked = 2 * self.answers(twice) + phases * self.answers(learned)
+        paths = [n + learned.tokens for n in neutral]
+        measured = self.answers(judged) + self.work.scores(
+            paths, max_tokens, positions=learned.tokens
+        )
+        kept = 3 * batch * row * self.work.shape.n_layers * self.work.shape.d_model * 4
+        cost = self.stage(
+            "tuning",
+            steps * step + asked + (trials + 1) * _PREVIEW * measured,
+            read=steps * 4 * batch * row + (trials + 1) * sum(paths),
+            answered=(trials + 1) * len(judged.lengths) * judged.tokens,
+            batch=_largest([judged]),
+        )
+        graph = int(kept * _GRAPH)
+        where = "device_memory" if self.machine.accelerator else "host_memory"
+        return cost.model_copy(update={where: getattr(cost, where) + graph})
+
+    def bake(
+        self, *, read: int, written: int, edited: int, tensors: int, rounding: str, memory: int
+    ) -> StageCost:
+        """The files copied, their edited tensors computed, and all of them hashed.
+
+        Args:
+            read: bytes of the base.
+            written: bytes of the edited checkpoint.
+            edited: numbers of the edited tensors.
+            tensors: that are edited.
+            rounding: of the recipe.
+            memory: bytes that the edit holds.
+        """
+        machine = self.machine
+        copied = read / machine.disk_read + written / machine.disk_write + written / machine.hashing
+        computed = edited * 4 * _EDIT_COPIES[rounding] / machine.bandwidth
+        seconds = copied + computed + self.python(_BAKE + _TENSOR * tensors)
+        cost = self.stage("bake", seconds, disk=written)
+        return cost.model_copy(update={"host_memory": cost.host_memory + memory})
+
+    def judge(self, answers: int) -> StageCost:
+        """Verdicts of the rule judge."""
+        return self.stage("judge", self.python(_VERDICT * answers))
+
+    def record(self) -> StageCost:
+        """The record and the card."""
+        return self.stage("record", self.python(_RECORD))
+
+
+# Numbers that a backward pass keeps of each token and block, in units of the residual stream.
+_GRAPH = 24
+
+
+def _largest(sets: Sequence[Answers], *, logits: int = 0) -> Batch:
+    """The largest batch of answers."""
+    rows = max((min(s.batch_size, len(s.lengths)) for s in sets), default=0)
+    tokens = max((max(s.lengths, default=0) + s.tokens for s in sets), default=0)
+    return Batch(rows, tokens, max(rows, logits))

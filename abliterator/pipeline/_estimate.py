@@ -1,0 +1,273 @@
+"""The cost of a build, stage by stage: what its recipe asks for, on a measured machine."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict
+
+from abliterator.costs import Answers, Costs, Machine, StageCost, Work, shape_of
+from abliterator.pipeline._plan import Plan
+from abliterator.pipeline._planned_benchmarks import planned_benchmarks
+from abliterator.pipeline._planned_prompts import TEMPLATE_BEFORE, PlannedPrompts
+from abliterator.recipe import JudgeSettings, Recipe
+
+# Sizes of stacks that `k: auto` tries before one is no better, as a rule.
+_USUAL_STACKS = 2
+# Positions that a sweep over positions tries, as a rule: tokens after the prompt.
+_USUAL_POSITIONS = 5
+_KL_TOKENS = 4  # of `abliterator.selection`
+# Tokens of the judge's rubric and frame, and of a reply; seconds of a call.
+_RUBRIC, _VERDICT, _CALL = 560, 60, 3.0
+_MILLION = 1_000_000
+
+
+class JudgeCost(BaseModel):
+    """What a judge behind a server is asked.
+
+    Attributes:
+        calls: requests.
+        read_tokens: of questions, about.
+        answer_tokens: of replies, about.
+        dollars: by the recipe's prices; None where it has none.
+        seconds: at `concurrency` calls at a time, of three seconds each.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    calls: int
+    read_tokens: int
+    answer_tokens: int
+    dollars: float | None
+    seconds: float
+
+
+class Estimate(BaseModel):
+    """The cost of a build on one machine.
+
+    Attributes:
+        machine: its device, as its maker calls it.
+        measured: date on which its rates were measured.
+        dtype: of computation.
+        stages: in their order.
+        judge: where a server judges.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    machine: str
+    measured: str
+    dtype: str
+    stages: tuple[StageCost, ...]
+    judge: JudgeCost | None = None
+
+    @property
+    def seconds(self) -> float:
+        """Of all stages."""
+        return sum(stage.seconds for stage in self.stages)
+
+    @property
+    def host_memory(self) -> int:
+        """Bytes of the largest process at its peak."""
+        return max(stage.host_memory for stage in self.stages)
+
+    @property
+    def device_memory(self) -> int:
+        """Bytes on the accelerator at the peak; 0 where the CPU computes."""
+        return max(stage.device_memory for stage in self.stages)
+
+    @property
+    def answer_tokens(self) -> int:
+        """Tokens that are generated at most."""
+        return sum(stage.answer_tokens for stage in self.stages)
+
+    @property
+    def disk(self) -> int:
+        """Bytes that are written."""
+        return sum(stage.disk for stage in self.stages)
+
+    def summary(self) -> dict[str, Any]:
+        """The estimate as plain values with its sums, for `--json` and for people."""
+        sums = ("seconds", "host_memory", "device_memory", "answer_tokens", "disk")
+        return {**self.model_dump(), **{name: getattr(self, name) for name in sums}}
+
+
+def estimate(recipe: Recipe, plan: Plan, prompts: PlannedPrompts, machine: Machine) -> Estimate:
+    """The cost of every stage of a recipe's build.
+
+    Args:
+        recipe: what is built.
+        plan: of it.
+        prompts: of it; without them nothing can be counted.
+        machine: where it runs, in the dtype of computation.
+    """
+    counted = _Counted(recipe, plan, prompts, Costs(_work(plan, machine)))
+    return Estimate(
+        machine=machine.name,
+        measured=machine.measured,
+        dtype=machine.dtype,
+        stages=tuple(counted.stages()),
+        judge=counted.judge_cost(),
+    )
+
+
+def _work(plan: Plan, machine: Machine) -> Work:
+    return Work(shape_of(plan.checkpoint, plan.anatomy), machine)
+
+
+@dataclass(frozen=True)
+class _Counted:
+    """A recipe's work, and what it costs."""
+
+    recipe: Recipe
+    plan: Plan
+    prompts: PlannedPrompts
+    costs: Costs
+
+    def stages(self) -> list[StageCost]:
+        """Of every stage that the recipe has, in order."""
+        recipe, costs = self.recipe, self.costs
+        stages = [costs.start(sum(map(len, self.prompts.lengths.values()))), self._capture()]
+        stages += [self._selection()] if recipe.selects else []
+        stages += [self._tuning()] if recipe.tunes else []
+        stages += [self._bake(), costs.rollouts(self._evaluated())]
+        stages.append(self._judge())
+        limit = recipe.divergence.limit
+        neutral = Answers(
+            self.prompts.of("neutral", "evaluation", limit),
+            recipe.divergence.tokens,
+            self._batch_size,
+        )
+        stages.append(costs.divergence(neutral, recipe.capture.max_batch_tokens))
+        benchmarks = planned_benchmarks(recipe.benchmarks)
+        stages.append(costs.benchmarks(benchmarks, recipe.benchmarks.batch_size))
+        return [*stages, costs.record()]
+
+    @property
+    def _batch_size(self) -> int:
+        size = self.recipe.rollouts.batch_size
+        if size != "auto":
+            return size
+        return 64 if self.costs.machine.device.startswith("cuda") else 16
+
+    def _capture(self) -> StageCost:
+        unused = "neutral" if self.recipe.directions.projection == "none" else ""
+        sets = [
+            lengths
+            for name, lengths in self.prompts.lengths.items()
+            if name.endswith(", extraction") and name != f"{unused}, extraction"
+        ]
+        return self.costs.capture(sets, self.recipe.capture.max_batch_tokens)
+
+    def _evaluated(self) -> list[Answers]:
+        settings = self.recipe.rollouts
+        return [
+            Answers(lengths[: settings.limit], settings.max_new_tokens, self._batch_size)
+            for name, lengths in self.prompts.lengths.items()
+            if name.endswith(", evaluation")
+        ]
+
+    def _held_out(self, tokens: int, batch_size: int) -> Answers:
+        lengths = self.prompts.of("target", "selection")
+        return Answers(lengths, tokens, batch_size, TEMPLATE_BEFORE)
+
+    def _selection(self) -> StageCost:
+        settings, recipe = self.recipe.selection, self.recipe
+        sweep = recipe.directions.position == "sweep"
+        positions = _USUAL_POSITIONS if sweep else 1
+        scored = self.prompts.of("contrast", "extraction", settings.scored)
+        return self.costs.selection(
+            places=len(self.plan.layers) * positions if recipe.sweeps else 0,
+            scored=Answers(scored, settings.tokens, settings.batch_size, TEMPLATE_BEFORE),
+            judged=self._held_out(settings.tokens, settings.batch_size),
+            candidates=self._candidates(),
+            neutral=self.prompts.of("neutral", "selection"),
+            kl_tokens=_KL_TOKENS,
+            max_tokens=recipe.capture.max_batch_tokens,
+        )
+
+    def _candidates(self) -> float:
+        """Answers of candidates and stacks to one held-out prompt, as a rule."""
+        settings, cost = self.recipe.selection, self.plan.selection or {}
+        prompts, raced, answered = settings.prompts, 0, 0
+        if self.recipe.sweeps:
+            for racing, reached in settings.schedule(cost["judged"], prompts, 1):
+                raced += racing * (reached - answered)
+                answered = reached
+        stacks = min(_USUAL_STACKS, cost.get("stacks", 0))
+        return raced / prompts + stacks * (1 + 2 * settings.controls)
+
+    def _tuning(self) -> StageCost:
+        tuning, cost = self.recipe.tuning, self.plan.tuning or {}
+        lengths = self.prompts.of("target", "extraction", tuning.prompts)
+        return self.costs.tuning(
+            steps=cost["steps"],
+            batch=tuning.batch,
+            learned=Answers(lengths, tuning.tokens, self._batch_size),
+            trials=cost["trials"],
+            judged=self._held_out(self.recipe.selection.tokens, self._batch_size),
+            neutral=self.prompts.of("neutral", "selection"),
+            phases=len(tuning.kl_weights),
+            max_tokens=self.recipe.capture.max_batch_tokens,
+        )
+
+    def _bake(self) -> StageCost:
+        plan = self.plan
+        return self.costs.bake(
+            read=plan.checkpoint.total_bytes,
+            written=plan.output_bytes,
+            edited=sum(math.prod(edit.info.shape) for edit in plan.edits.edits),
+            tensors=len(plan.edits.edits),
+            rounding=plan.edits.settings.rounding,
+            memory=plan.bake_memory,
+        )
+
+    def _judge(self) -> StageCost:
+        cost = self.judge_cost()
+        if cost is None:
+            return self.costs.judge(self._answers)
+        return StageCost(stage="judge", seconds=cost.seconds)
+
+    @property
+    def _answers(self) -> int:
+        """Answers of base and edited that are judged."""
+        return 2 * sum(len(answers.lengths) for answers in self._evaluated())
+
+    def judge_cost(self) -> JudgeCost | None:
+        """Calls of the judge; None for the rule judge."""
+        if self.recipe.judge.kind == "rules":
+            return None
+        judged = [(n, a.tokens) for a in self._evaluated() for n in a.lengths] * 2
+        return judge_cost(self.recipe.judge, [*judged, *self._chosen()])
+
+    def _chosen(self) -> list[tuple[int, int]]:
+        """Tokens of question and answer where the recipe's judge grades candidates and trials."""
+        recipe = self.recipe
+        if recipe.selection.judge != "recipe":
+            return []
+        edits = 1 + self._candidates() if recipe.selects else 0.0
+        edits += (self.plan.tuning or {}).get("trials", 0) * 2
+        lengths = self.prompts.of("target", "selection")
+        return [(n, recipe.selection.tokens) for n in lengths] * round(edits)
+
+
+def judge_cost(settings: JudgeSettings, judged: Sequence[tuple[int, int]]) -> JudgeCost:
+    """What it costs to judge answers.
+
+    Args:
+        settings: of the judge.
+        judged: tokens of each question and of its answer, at most.
+    """
+    times = settings.votes * (1 + settings.rejudge)
+    calls = math.ceil(len(judged) * times)
+    read = round(sum(_RUBRIC + question + answer for question, answer in judged) * times)
+    written = calls * _VERDICT
+    prices = settings.prices
+    dollars = prices and (read * prices.input + written * prices.output) / _MILLION
+    seconds = calls * _CALL / settings.concurrency
+    return JudgeCost(
+        calls=calls, read_tokens=read, answer_tokens=written, dollars=dollars, seconds=seconds
+    )

@@ -1,0 +1,113 @@
+"""The prompt sets of a recipe before anything is downloaded: counted, and measured in tokens."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from abliterator.costs import spread
+from abliterator.errors import AbliteratorError
+from abliterator.pipeline.stages.prompts import PromptSets, divided_sets, uses
+from abliterator.prompts import PromptSet, load_prompts
+from abliterator.recipe import Prompts, Recipe, Source
+
+# Rows of splits that recipes name by default; others are known only where a slice says them.
+_KNOWN_ROWS = {
+    ("mlabonne/harmful_behaviors", "train"): 416,
+    ("mlabonne/harmful_behaviors", "test"): 104,
+}
+ASSUMED_ROWS = 400
+# Tokens of a prompt of a dataset that is not at hand: AdvBench's and Alpaca's have 12 to 20.
+ASSUMED_TOKENS = 16
+# Tokens that a chat template puts around a prompt, and how many of them come before it; templates
+# are programs, which a plan does not run.
+TEMPLATE_TOKENS, TEMPLATE_BEFORE = 30, 25
+_CHARACTERS_A_TOKEN = 4  # of English text
+_SLICE = re.compile(r"^(\w+)\[(\d*):(\d*)\]$")
+
+
+@dataclass(frozen=True)
+class PlannedPrompts:
+    """The prompt sets as a build will divide them, as far as they are known.
+
+    Attributes:
+        lengths: tokens of every prompt with its chat template, by set ("target, extraction"); of
+            sets that are not at hand, an assumed number of assumed lengths.
+        assumed: datasets whose number of rows is assumed.
+        problems: errors of sets that cannot be read, and what is wrong with them together.
+    """
+
+    lengths: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    assumed: tuple[str, ...] = ()
+    problems: tuple[str, ...] = ()
+
+    def of(self, name: str, use: str, limit: int | None = None) -> tuple[int, ...]:
+        """Lengths of one set, the first `limit` of them; none where there is no such set."""
+        return self.lengths.get(f"{name}, {use}", ())[:limit]
+
+    def counts(self) -> dict[str, dict[str, int]]:
+        """Prompts of every set and their tokens, for `--json` and for people."""
+        return {
+            name: {"prompts": len(lengths), "tokens": sum(lengths)}
+            for name, lengths in self.lengths.items()
+        }
+
+
+def planned_prompts(recipe: Recipe) -> PlannedPrompts:
+    """Reads the local prompt files of a recipe, and counts its datasets by what the recipe says."""
+    sources = _sources(recipe)
+    problems = []
+    for name, source in sources.items():
+        try:
+            if source.path is not None:
+                load_prompts(name, source)
+        except AbliteratorError as error:
+            problems.append(str(error))
+    if problems:
+        return PlannedPrompts(problems=tuple(problems))
+    assumed = tuple(
+        dict.fromkeys(s.dataset for s in sources.values() if s.dataset and _rows(s) is None)
+    )
+    try:
+        sets = divided_sets(recipe, _loaded_or_counted)
+    except AbliteratorError as error:
+        return PlannedPrompts(problems=(str(error),))
+    return PlannedPrompts(_lengths(sets, recipe), assumed)
+
+
+def _loaded_or_counted(name: str, source: Source) -> PromptSet:
+    """The prompts of a local file; of a dataset as many numbered stand-ins as it has rows."""
+    if source.path is not None:
+        return load_prompts(name, source)
+    rows = min(_rows(source) or ASSUMED_ROWS, source.limit or ASSUMED_ROWS * 1000)
+    stand_ins = tuple(f"{name} {number}" for number in range(max(2, rows)))
+    return PromptSet(name=name, prompts=stand_ins, source=str(source.dataset))
+
+
+def _rows(source: Source) -> int | None:
+    """Rows of a dataset's split, where its name or its slice says so."""
+    split = source.split or "train"
+    whole = _KNOWN_ROWS.get((str(source.dataset), split.partition("[")[0]))
+    if match := _SLICE.fullmatch(split):
+        start = int(match[2] or 0)
+        end = int(match[3]) if match[3] else whole
+        return None if end is None else max(0, end - start)
+    return whole or (source.limit if source.limit else None)
+
+
+def _lengths(sets: PromptSets, recipe: Recipe) -> dict[str, tuple[int, ...]]:
+    around = TEMPLATE_TOKENS + len(recipe.chat.system or "") // _CHARACTERS_A_TOKEN
+    datasets = {source.dataset for source in _sources(recipe).values()} - {None}
+
+    def tokens(prompts: PromptSet) -> list[int]:
+        if prompts.source in datasets:
+            return spread(ASSUMED_TOKENS, len(prompts.prompts))
+        return [max(1, round(len(text) / _CHARACTERS_A_TOKEN)) for text in prompts.prompts]
+
+    return {name: tuple(around + n for n in tokens(prompts)) for name, prompts in uses(sets)}
+
+
+def _sources(recipe: Recipe) -> dict[str, Source]:
+    values = {name: getattr(recipe.prompts, name) for name in Prompts.model_fields}
+    return {name: value for name, value in values.items() if isinstance(value, Source)}

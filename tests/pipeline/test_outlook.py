@@ -1,0 +1,258 @@
+"""What a plan says of a build: prompts, memory, time, money, and what is missing."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from abliterator import costs, pipeline
+from abliterator.cli import main
+from abliterator.cli._plan import placed, wrapped
+from abliterator.costs import ACCELERATORS
+from abliterator.pipeline._estimate import judge_cost
+from abliterator.pipeline._planned_benchmarks import planned_benchmarks
+from abliterator.pipeline._planned_prompts import planned_prompts
+from abliterator.pipeline._where import where_weights_lie
+from abliterator.pipeline.stages.prompts import divided_sets, uses
+from abliterator.recipe import Benchmarks, JudgeSettings, Prices, load_recipe
+from tests.test_public_api import HEAVY
+
+ROOT = Path(__file__).parents[2]
+DEMO = ROOT / "recipes" / "demo.yaml"
+RATES = costs.assumed(ACCELERATORS["h100"])
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("ABLITERATOR_CACHE", str(tmp_path / "cache"))
+
+
+def invoke(*arguments, code=0):
+    done = CliRunner().invoke(main, ["plan", *map(str, arguments)])
+    assert done.exit_code == code, done.output
+    return done.stdout
+
+
+@pytest.mark.parametrize("overrides", [[], ["layers=sweep"], ["directions.estimator=tuned"]])
+def test_prompts_are_counted_as_a_build_divides_them(overrides):
+    recipe = load_recipe(DEMO, overrides=overrides)
+    sets = divided_sets(recipe)
+    counts = planned_prompts(recipe).counts()
+    assert {n: c["prompts"] for n, c in counts.items()} == {
+        name: len(prompts.prompts) for name, prompts in uses(sets)
+    }
+
+
+def test_rows_of_datasets_are_those_of_the_slice_the_limit_or_assumed():
+    recipe = load_recipe(
+        DEMO,
+        overrides=[
+            "prompts.target={dataset: somebody/one, split: 'train[10:60]'}",
+            "prompts.contrast={dataset: somebody/two}",
+            "prompts.neutral={dataset: mlabonne/harmful_behaviors, split: test}",
+            "prompts.evaluation={dataset: somebody/four, limit: 70}",
+        ],
+    )
+    prompts = planned_prompts(recipe)
+    counts = {name: count["prompts"] for name, count in prompts.counts().items()}
+    assert counts["target, extraction"] == 50
+    assert counts["contrast, extraction"] == 400
+    assert counts["neutral, evaluation"] == 104
+    assert counts["target, evaluation"] == 70
+    assert prompts.assumed == ("somebody/two",)
+
+
+def test_all_that_is_missing_is_listed_at_once_and_nothing_is_written(tmp_path, monkeypatch):
+    monkeypatch.delenv("DEEPSEEK_API_KEY", raising=False)
+    options = ["--device", "cuda:7", "--set", "judge.kind=openai", "--out", tmp_path / "out"]
+    options += ["--set", "prompts.target.path=absent.jsonl"]
+    options += ["--set", "prompts.neutral.path=missing.txt"]
+    told = json.loads(invoke(DEMO, *options, "--json", code=1))
+    assert [m["what"] for m in told["missing"]] == ["device", "prompts", "prompts", "key"]
+    text = invoke(DEMO, *options, code=1)
+    for problem in ("no device 'cuda:7'", "absent.jsonl", "missing.txt", "DEEPSEEK_API_KEY"):
+        assert problem in text
+    assert told["estimate"] is None
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_column_that_a_prompt_file_lacks_is_missing(tmp_path):
+    (tmp_path / "p.jsonl").write_text('{"question": "Where?"}\n')
+    options = ["--set", f"prompts.target.path={tmp_path / 'p.jsonl'}"]
+    assert "question" in invoke(DEMO, *options, code=1)
+
+
+def test_a_dataset_is_missing_where_the_hub_may_not_be_asked(monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    options = ["--set", "prompts.neutral={dataset: somebody/absent}"]
+    text = invoke(DEMO, *options, code=1)
+    assert "hf download somebody/absent --repo-type dataset" in text
+
+
+def test_a_disk_that_is_full_is_missing(monkeypatch):
+    monkeypatch.setattr("abliterator.pipeline._plan.free_bytes", lambda path: 1000)
+    assert "missing      disk: The edited checkpoint needs" in invoke(DEMO, code=1)
+
+
+PLAN = """
+import sys
+from click.testing import CliRunner
+from abliterator.cli import main
+done = CliRunner().invoke(main, ["plan", sys.argv[1], "--device", "cpu"])
+assert done.exit_code == 0, done.output
+print(done.stdout, [name for name in HEAVY if name in sys.modules])
+"""
+
+
+def test_times_are_estimated_once_the_machine_was_measured_and_torch_stays_out(tmp_path):
+    assert "--calibrate measures this machine" in invoke(DEMO)
+    machine = RATES.model_copy(update={"device": "cpu", "dtype": "float32", "accelerator": False})
+    costs.remember(machine)
+    told = json.loads(invoke(DEMO, "--device", "cpu", "--json"))["estimate"]
+    names = ["prompts", "capture", "bake", "rollouts", "judge", "divergence", "benchmarks"]
+    assert [stage["stage"] for stage in told["stages"]] == [*names, "record"]
+    assert told["seconds"] == pytest.approx(sum(stage["seconds"] for stage in told["stages"]))
+    done = subprocess.run(
+        [sys.executable, "-c", f"HEAVY = {HEAVY!r}\n{PLAN}", DEMO],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert "time         about" in done.stdout
+    assert done.stdout.endswith(" []\n")
+
+
+def test_calibrate_measures_and_later_plans_know(monkeypatch):
+    calls = []
+
+    def calibrate(device, dtype, *, folder):
+        calls.append((device, dtype, folder.is_dir()))
+        return RATES.model_copy(update={"device": device, "dtype": dtype})
+
+    monkeypatch.setattr("abliterator.pipeline._outlook.calibrate", calibrate)
+    assert "time         about" in invoke(DEMO, "--device", "cpu", "--calibrate")
+    assert "time         about" in invoke(DEMO, "--device", "cpu")
+    assert calls == [("cpu", "float32", True)]
+
+
+def test_selection_and_tuning_are_part_of_the_estimate(tmp_path):
+    recipe = load_recipe(DEMO, overrides=["layers=sweep", "k=auto", "directions.estimator=tuned"])
+    stages = {s.stage: s for s in pipeline.estimate_on(recipe, tmp_path, RATES).stages}
+    assert stages["selection"].answer_tokens > 10_000
+    assert stages["tuning"].seconds > 0
+    fewer = recipe.model_copy(
+        update={"selection": recipe.selection.model_copy(update={"controls": 1})}
+    )
+    cheaper = {s.stage: s for s in pipeline.estimate_on(fewer, tmp_path, RATES).stages}
+    assert cheaper["selection"].answer_tokens < stages["selection"].answer_tokens
+
+
+def test_a_judge_costs_its_calls_at_the_recipes_prices():
+    prices = Prices(input=1.0, output=10.0)
+    settings = JudgeSettings(kind="openai", votes=3, rejudge=0.5, prices=prices, concurrency=8)
+    cost = judge_cost(settings, [(40, 100)] * 10)
+    assert cost.calls == 45
+    assert cost.read_tokens == 45 * (560 + 140)
+    assert cost.dollars == pytest.approx((cost.read_tokens + 10 * cost.answer_tokens) / 1e6)
+    assert cost.seconds == pytest.approx(45 * 3 / 8)
+    free = JudgeSettings(kind="openai")
+    assert judge_cost(free, [(40, 100)]).dollars is None
+
+
+def test_a_judge_of_candidates_is_asked_more(tmp_path):
+    overrides = ["layers=sweep", "judge.kind=openai"]
+    own, shared = (
+        pipeline.estimate_on(load_recipe(DEMO, overrides=[*overrides, *more]), tmp_path, RATES)
+        for more in ([], ["selection.judge=recipe"])
+    )
+    assert own.judge is not None
+    assert shared.judge is not None
+    assert own.judge.calls < shared.judge.calls
+
+
+def test_benchmarks_have_the_documents_of_their_files_limits_and_shots():
+    tasks = str(ROOT / "recipes/demo/tasks/demo_facts.yaml")
+    section = Benchmarks(tasks=(tasks, "arc_easy", "unheard_of"), limit=100, num_fewshot=2)
+    facts, arc, other = planned_benchmarks(section)
+    assert facts[:2] == (100, 6)
+    assert arc[:3] == (100, 4, 120)
+    assert other.documents == 100
+    (generated,) = planned_benchmarks(
+        Benchmarks(tasks=(str(ROOT / "recipes/demo/tasks/demo_declined_facts.yaml"),), limit=None)
+    )
+    assert (generated.documents, generated.requests, generated.generated) == (200, 1, 32)
+    assert planned_benchmarks(Benchmarks(tasks=())) == []
+
+
+def test_weights_fill_memory_in_order_and_then_the_disk_with_a_note():
+    plan = pipeline.plan_recipe(load_recipe(DEMO), Path("out"))
+    assert plan.where is not None
+    assert plan.where.places == {"cpu": plan.where.weights}
+    where = where_weights_lie(plan.checkpoint, dtype="bfloat16", max_memory=1_000_000)
+    assert where.dtype == "bfloat16"
+    assert list(where.places)[-1] == "disk"
+    assert sum(where.places.values()) == where.weights
+    assert where.streams
+    text = invoke(DEMO, "--max-memory", "1MB")
+    assert "read from disk in every pass" in text
+    assert "note         The weights do not fit in memory" in text
+
+
+def test_too_little_memory_is_a_note_that_says_what_to_choose(monkeypatch):
+    machine = RATES.model_copy(update={"device": "cpu", "dtype": "float32", "accelerator": False})
+    costs.remember(machine.model_copy(update={"base_memory": 1 << 50}))
+    text = invoke(DEMO, "--device", "cpu")
+    assert "of host memory, and" in text
+    assert "`rollouts.batch_size`" in text
+
+
+@pytest.mark.parametrize("columns", [40, 80, 120])
+def test_lines_of_a_terminal_are_wrapped_behind_their_labels(columns):
+    text = "bytes        read 269.1 MB, edited 73.0 MB, written 272.6 MB; 37.321 GB free" * 3
+    lines = wrapped(text, columns).splitlines()
+    assert all(len(line) <= columns for line in lines)
+    assert all(line.startswith(" " * 13) for line in lines[1:])
+    assert " ".join(" ".join(lines).split()) == " ".join(text.split())
+
+
+def test_a_number_is_not_cut_from_its_unit():
+    assert (
+        wrapped("time         about 12 min in all", 21)
+        == "time         about\n             12 min\n             in all"
+    )
+
+
+def test_accelerators_are_counted_where_they_are_several():
+    places = {"cuda:0": 80 * 10**9, "cuda:1": 50 * 10**9, "cpu": 11 * 10**9, "disk": 10**9}
+    where = {"places": places, "devices": 4, "free": dict.fromkeys(places, 90 * 10**9)}
+    assert placed(where) == (
+        "130.000 GB on 2 of 4 accelerators (cuda:0, cuda:1), 11.000 GB in host memory "
+        "(90.000 GB free), 1.000 GB read from disk in every pass"
+    )
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["build", DEMO, "--out", "out"],
+        ["directions", DEMO, "--out", "out"],
+        ["sweep", DEMO, "--set", "layers=sweep", "--out", "out"],
+        ["study", "alpha", DEMO, "--out", "out"],
+        ["bake", DEMO, "--out", "out"],
+        ["bake", "--model", "somebody/absent", "--subspace", DEMO, "--out", "out"],
+        ["chat", "somebody/absent"],
+        ["compare", "somebody/absent", "somebody/other"],
+        ["benchmarks", DEMO, "--out", "out"],
+    ],
+)
+def test_a_device_that_is_not_there_is_an_error_of_every_command(arguments, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    done = CliRunner().invoke(main, [*map(str, arguments), "--device", "cuda:7"])
+    assert done.exit_code == 1, done.output
+    assert "This machine has no device 'cuda:7'" in done.stderr
+    assert not Path("out").exists()
