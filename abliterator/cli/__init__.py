@@ -24,6 +24,7 @@ from abliterator.cli._judge_calibrate import judge_calibrate
 from abliterator.cli._pairs import pairs
 from abliterator.cli._plan import plan
 from abliterator.cli._publish import publish
+from abliterator.cli._report import report
 from abliterator.cli._stages import STAGE_COMMANDS
 from abliterator.cli._study import study
 from abliterator.cli._sweep import sweep
@@ -79,6 +80,7 @@ COMMANDS = (
     pairs,
     plan,
     publish,
+    report,
     study,
     sweep,
     verify,

@@ -19,6 +19,7 @@ from abliterator.pipeline._first_recipe import first_recipe
 from abliterator.pipeline._judges import judge_of, note_plain_http, require_key
 from abliterator.pipeline._plan import Plan, plan_model, plan_source
 from abliterator.pipeline._progress import Advance, Progress, Silent
+from abliterator.pipeline._report import write_report
 from abliterator.pipeline._reproduce import Reproduction, compare_rebuilt
 from abliterator.pipeline._resume import prepare, require_pinned_code, run_missing
 from abliterator.pipeline._run import Options
@@ -69,6 +70,7 @@ __all__ = [
     "require_key",
     "run_stages",
     "run_study",
+    "write_report",
 ]
 
 
