@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from abliterator.checkpoint import Checkpoint
 from abliterator.errors import OutputError
@@ -39,13 +39,6 @@ class _Finished:
     """A folder whose build is over, from which artefacts are read."""
 
     workspace: Workspace
-
-
-class _Document(NamedTuple):
-    """What names one document of a benchmark task on both sides."""
-
-    doc_id: int
-    filter: str
 
 
 def write_report(
@@ -181,12 +174,9 @@ def _flipped(finished: _Finished) -> dict[str, list[SamplePair]]:
 def _pairs(base: TaskScores, edited: TaskScores) -> list[SamplePair]:
     from abliterator.report import SamplePair
 
-    others = {_Document(s.doc_id, s.filter): s for s in edited.scores}
-    pairs = []
-    for score in base.scores:
-        document = _Document(score.doc_id, score.filter)
-        other = others.get(document)
-        if other is not None and other.value != score.value:
-            values = (score.value, other.value, score.gold_loglik, other.gold_loglik)
-            pairs.append(SamplePair(*document, *values))
-    return pairs
+    others = {(s.doc_id, s.filter): s for s in edited.scores}
+    return [
+        SamplePair(s.doc_id, s.filter, s.value, other.value, s.gold_loglik, other.gold_loglik)
+        for s in base.scores
+        if (other := others.get((s.doc_id, s.filter))) is not None and other.value != s.value
+    ]
