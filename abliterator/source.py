@@ -84,6 +84,18 @@ def resolve_folder(model: str, *, revision: str | None) -> ModelSource:
     return _with_safetensors(_on_disk(model) or _download(model, revision))
 
 
+def folder_on_disk(model: str, *, revision: str | None) -> Path | None:
+    """The folder of `model` if it is on this machine, the Hub's cache included; else None.
+
+    Nothing is asked of the Hub.
+    """
+    try:
+        source = _on_disk(model) or _download(model, revision, local_files_only=True)
+    except CheckpointError:
+        return None
+    return source.folder
+
+
 @contextmanager
 def headers_folder(model: str, *, revision: str | None) -> Iterator[ModelSource]:
     """The folder of `model` for as long as the context lasts, to read headers and sizes from.

@@ -30,7 +30,7 @@ __all__ = ["escape", "render_adapter_card", "render_card", "stated_license", "wi
 
 _FILTERS = (
     *("estimate", "gain", "interval", "last_name", "listed", "n_of", "number", "or_absent"),
-    *("probability", "settings", "uncapitalized", "value"),
+    *("probability", "settings", "two_lines", "uncapitalized", "value"),
 )
 
 

@@ -119,6 +119,12 @@ def interval(measured: Estimate | None, form: str = ".3f") -> Markdown:
     return Markdown(text)
 
 
+def two_lines(measured: Estimate | None, form: str = ".3f") -> Markdown:
+    """As `interval`, with the interval on a line of its own that does not break: for a phone."""
+    value, bracket, bounds = interval(measured, form).partition(" [")
+    return Markdown(f"{value}<br>[{bounds.replace(' ', chr(0xA0))}" if bracket else value)
+
+
 def value(measured: Estimate | None) -> Markdown:
     """A value without its interval; what is withheld says so."""
     return Markdown("withheld") if measured is None else number(measured.value)

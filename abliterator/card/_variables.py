@@ -30,6 +30,12 @@ MEASURES = {
     "repetition": "Share that repeats itself (counted, not judged)",
     "distinct": "Word pairs that are not repeats (counted, not judged)",
 }
+RESULT_SETS = {
+    "target": "target prompts",
+    "neutral": "neutral prompts",
+    "over_refusal": "over-refusal prompts",
+}
+RESULT_MEASURES = {"refusal": "Refusal", "compliance": "Compliance", "coherence": "Coherence"}
 COUNTED = ("repetition", "distinct")
 DIVERGENCES = {
     "kl_first_token": "KL(base, edited) of the first answer token, nats",
@@ -60,6 +66,8 @@ def variables(record: RunRecord, *, adapter: bool) -> dict[str, object]:
         "sets": _labels(SETS),
         "other_sets": {name: escape(name) for name in sorted(record.behaviour.keys() - SETS)},
         "measures": _labels(MEASURES),
+        "result_sets": _labels(RESULT_SETS),
+        "result_measures": _labels(RESULT_MEASURES),
         "counted": COUNTED,
         "divergences": _labels(DIVERGENCES),
         "divergence": record.divergence,

@@ -25,6 +25,7 @@ from abliterator.cli._leak import leak
 from abliterator.cli._pairs import pairs
 from abliterator.cli._plan import plan
 from abliterator.cli._publish import publish
+from abliterator.cli._report import report
 from abliterator.cli._stages import STAGE_COMMANDS
 from abliterator.cli._study import study
 from abliterator.cli._sweep import sweep
@@ -81,6 +82,7 @@ COMMANDS = (
     pairs,
     plan,
     publish,
+    report,
     study,
     sweep,
     verify,

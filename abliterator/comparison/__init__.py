@@ -11,6 +11,7 @@ This package does not depend on recipes.
 """
 
 from abliterator.comparison._beside import differences_beside
+from abliterator.comparison._changes import relative_changes
 from abliterator.comparison._compare import CompareSettings, compare
 from abliterator.comparison._markdown import difference_line, to_markdown
 from abliterator.comparison._weights import diff_weights
@@ -21,5 +22,6 @@ __all__ = [
     "diff_weights",
     "difference_line",
     "differences_beside",
+    "relative_changes",
     "to_markdown",
 ]

@@ -25,6 +25,7 @@ from abliterator.pipeline._outlook import with_outlook
 from abliterator.pipeline._plan import Plan, make_plan, plan_source
 from abliterator.pipeline._planned_prompts import planned_prompts
 from abliterator.pipeline._progress import Advance, Progress, Silent
+from abliterator.pipeline._report import write_report
 from abliterator.pipeline._reproduce import Reproduction, compare_rebuilt
 from abliterator.pipeline._resume import prepare, require_pinned_code, run_missing
 from abliterator.pipeline._run import Options
@@ -78,6 +79,7 @@ __all__ = [
     "require_key",
     "run_stages",
     "run_study",
+    "write_report",
 ]
 
 

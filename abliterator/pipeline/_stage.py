@@ -11,12 +11,13 @@ import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 from pydantic import BaseModel
 
 from abliterator.files import as_lines, digest_of, read_lines, read_text, write_text_atomic
 from abliterator.pipeline._run import Run
+from abliterator.pipeline._workspace import Workspace
 
 Value = TypeVar("Value", bound=BaseModel)
 
@@ -56,6 +57,12 @@ class Stage:
         return {part for part, key in self.parts(run).items() if marker.parts.get(part) == key}
 
 
+class InWorkspace(Protocol):
+    """What artefacts are read from: a run, or a folder whose build is over."""
+
+    workspace: Workspace
+
+
 class Artefact(NamedTuple):
     """A file that a stage writes, by its path in the output folder.
 
@@ -65,32 +72,32 @@ class Artefact(NamedTuple):
     stage: str
     name: str
 
-    def path(self, run: Run) -> Path:
+    def path(self, run: InWorkspace) -> Path:
         """Where the stage writes it."""
         return run.workspace.out / self.name
 
-    def checked(self, run: Run) -> Path:
+    def checked(self, run: InWorkspace) -> Path:
         """The path, after checking that the file is as the stage left it."""
         return run.workspace.artefact(self.stage, self.path(run))
 
-    def write(self, run: Run, value: BaseModel) -> Path:
+    def write(self, run: InWorkspace, value: BaseModel) -> Path:
         """Writes a typed result as JSON; returns the path."""
         write_text_atomic(self.path(run), value.model_dump_json(indent=1) + "\n")
         return self.path(run)
 
-    def read(self, run: Run) -> Any:
+    def read(self, run: InWorkspace) -> Any:
         """The plain values of a JSON file."""
         return json.loads(read_text(self.checked(run)))
 
-    def read_as(self, run: Run, kind: type[Value]) -> Value:
+    def read_as(self, run: InWorkspace, kind: type[Value]) -> Value:
         """The typed result of a JSON file."""
         return kind.model_validate_json(read_text(self.checked(run)))
 
-    def write_lines(self, run: Run, values: Iterable[BaseModel]) -> Path:
+    def write_lines(self, run: InWorkspace, values: Iterable[BaseModel]) -> Path:
         """Writes typed results, one JSON object a line; returns the path."""
         write_text_atomic(self.path(run), as_lines(value.model_dump_json() for value in values))
         return self.path(run)
 
-    def read_lines(self, run: Run, kind: type[Value]) -> list[Value]:
+    def read_lines(self, run: InWorkspace, kind: type[Value]) -> list[Value]:
         """The typed results of a file of JSON lines."""
         return [kind.model_validate_json(line) for line in read_lines(self.checked(run))]
