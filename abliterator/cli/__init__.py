@@ -18,12 +18,14 @@ from abliterator.cli._bake import bake
 from abliterator.cli._build import build
 from abliterator.cli._chat import chat
 from abliterator.cli._compare import compare
+from abliterator.cli._demo import demo
 from abliterator.cli._doctor import doctor
 from abliterator.cli._init import init
 from abliterator.cli._judge_calibrate import judge_calibrate
 from abliterator.cli._pairs import pairs
 from abliterator.cli._plan import plan
 from abliterator.cli._publish import publish
+from abliterator.cli._recipes import recipes
 from abliterator.cli._stages import STAGE_COMMANDS
 from abliterator.cli._study import study
 from abliterator.cli._sweep import sweep
@@ -73,12 +75,14 @@ COMMANDS = (
     build,
     chat,
     compare,
+    demo,
     doctor,
     init,
     judge_calibrate,
     pairs,
     plan,
     publish,
+    recipes,
     study,
     sweep,
     verify,

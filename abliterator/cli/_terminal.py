@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -44,6 +45,13 @@ def byte_size(count: int) -> str:
     return f"{count} bytes"
 
 
+def short(text: str, indent: int = 10) -> str:
+    """The text on one line, cut to what fits beside `indent` columns."""
+    width = shutil.get_terminal_size((100, 24)).columns - indent
+    line = " ".join(text.split())
+    return line if len(line) <= width else line[: width - 3] + "..."
+
+
 def render(name: str, **values: Any) -> str:
     """The text of one of `templates`, which are what a user reads."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -59,6 +67,7 @@ def render(name: str, **values: Any) -> str:
         "cell": cell,
         "form": format,
         "listed": lambda counts: ", ".join(f"{n} {name}" for name, n in counts.items()),
+        "short": short,
         "rate": lambda value: cell(value, absent="n/a"),
         "size": byte_size,
     }

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from abliterator.pipeline._answer_pairs import AnswerPair, answer_pairs
 from abliterator.pipeline._bake_subspace import bake_subspace
 from abliterator.pipeline._chat_session import ChatSession, Turns, open_chat
 from abliterator.pipeline._first_recipe import first_recipe
@@ -47,6 +48,7 @@ __all__ = [
     "STAGES",
     "STUDIES",
     "Advance",
+    "AnswerPair",
     "ChatSession",
     "Options",
     "Plan",
@@ -55,6 +57,7 @@ __all__ = [
     "Silent",
     "StudySettings",
     "Turns",
+    "answer_pairs",
     "bake_subspace",
     "build",
     "compare_rebuilt",

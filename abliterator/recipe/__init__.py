@@ -20,6 +20,7 @@ from abliterator.recipe._benchmarks import (
     DivergenceSettings,
     Preset,
 )
+from abliterator.recipe._bundled import BundledRecipe, bundled_recipes
 from abliterator.recipe._draft import draft
 from abliterator.recipe._edit import DirectionSettings, Edit, Selection, ranges_of
 from abliterator.recipe._judge import JudgeSettings, Rollouts
@@ -35,6 +36,7 @@ __all__ = [
     "BenchmarkEngine",
     "BenchmarkTask",
     "Benchmarks",
+    "BundledRecipe",
     "Capture",
     "Chat",
     "DirectionSettings",
@@ -52,6 +54,7 @@ __all__ = [
     "ServerSettings",
     "Source",
     "Tuning",
+    "bundled_recipes",
     "draft",
     "load_edit",
     "load_judge",
