@@ -45,14 +45,23 @@ def byte_size(count: int) -> str:
     return f"{count} bytes"
 
 
-def short(text: str, indent: int = 10) -> str:
+def duration(seconds: float) -> str:
+    """Seconds as text with the two largest units: 59 s, 3 min 20 s, 2 h 5 min."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes_left = divmod(minutes, 60)
+    if hours:
+        return f"{hours} h {minutes_left} min"
+    return f"{minutes} min {rest} s" if minutes else f"{rest} s"
+
+
+def short(text: str, indent: int) -> str:
     """The text on one line, cut to what fits beside `indent` columns."""
     width = shutil.get_terminal_size((100, 24)).columns - indent
     line = " ".join(text.split())
     return line if len(line) <= width else line[: width - 3] + "..."
 
 
-def render(name: str, **values: Any) -> str:
+def render(name: str, /, **values: Any) -> str:
     """The text of one of `templates`, which are what a user reads."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
