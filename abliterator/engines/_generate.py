@@ -6,7 +6,7 @@ compared, so only the weights may differ.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from itertools import groupby
@@ -24,6 +24,7 @@ from abliterator.model import (
     limits_of,
     masked_positions,
     padding_is_neutral,
+    remaining,
     require_fit,
     require_numbers,
     run_batches,
@@ -66,6 +67,7 @@ def generate(
     stop_ids: Sequence[int],
     share_prefix: bool = False,
     by_row: ByRow | None = None,
+    answered: MutableMapping[int, Answer] | None = None,
     on_batch: Callable[[int], None] | None = None,
 ) -> list[Answer]:
     """The most likely token at every step, until a stop token or `max_new_tokens`.
@@ -82,7 +84,7 @@ def generate(
                 f"Prompt {index} has no tokens. Remove it, or check the chat template."
             )
     require_fit(limits_of(loaded), prompts, max_new_tokens=max_new_tokens)
-    answers: dict[int, Answer] = {}
+    answers: MutableMapping[int, Answer] = {} if answered is None else answered
     if share_prefix and prompts:
         with torch.inference_mode():
             prefix = run_prefix(loaded, prompts, by_row)
@@ -91,10 +93,12 @@ def generate(
     run = partial(_continuations, loaded, prompts, prefix=prefix)
     splitter = Splitter(loaded.tokenizer)
     with _with_config(loaded.model, _greedy(loaded, max_new_tokens, stop_ids)):
-        batches = _batches(loaded, prompts, batch_size, prefix)
+        batches = remaining(_batches(loaded, prompts, batch_size, prefix), answers)
         for batch, rows in run_batches(batches, run):
-            for index, row in zip(batch, rows, strict=True):
-                answers[index] = _answer(splitter, prompts[index], row, stop_ids)
+            answers.update(
+                (index, _answer(splitter, prompts[index], row, stop_ids))
+                for index, row in zip(batch, rows, strict=True)
+            )
             if on_batch:
                 on_batch(len(batch))
     return [answers[i] for i in range(len(prompts))]

@@ -8,7 +8,7 @@ numbers.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from functools import partial
 
 import torch
@@ -21,6 +21,7 @@ from abliterator.model import (
     equal_length_batches,
     hooked,
     limits_of,
+    remaining,
     require_fit,
     run_batches,
 )
@@ -34,6 +35,7 @@ def hidden_states(
     positions: Sequence[int] = (-1,),
     padding: Padding = "none",
     max_batch_tokens: int = 4096,
+    skipped: Collection[int] = (),
 ) -> Iterator[tuple[list[int], Tensor]]:
     """The residual stream of every prompt at some positions, as `Engine.hidden_states` gives it.
 
@@ -44,6 +46,7 @@ def hidden_states(
         positions: counted from the end of each prompt.
         padding: of the batches.
         max_batch_tokens: tokens in a batch, padding included.
+        skipped: indices of prompts that are not run.
     """
     for position in positions:
         _check_positions(token_ids, position)
@@ -52,6 +55,7 @@ def hidden_states(
         batches = equal_length_batches(token_ids, max_batch_tokens)
     else:
         batches = _mixed_length_batches(token_ids, max_batch_tokens)
+    batches = remaining(batches, skipped)
     yield from run_batches(batches, partial(_hidden_states, loaded, token_ids, blocks, positions))
 
 

@@ -39,6 +39,7 @@ from abliterator.model._run import (
     hooked,
     masked_positions,
     positions_from,
+    remaining,
     run_batches,
     stored_parameter,
 )
@@ -68,6 +69,7 @@ __all__ = [
     "padding_is_neutral",
     "placement_of",
     "positions_from",
+    "remaining",
     "render_chat",
     "render_messages",
     "render_prompts",

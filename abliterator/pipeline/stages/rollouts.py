@@ -6,17 +6,14 @@ The stage writes work/rollouts.jsonl. The answers of a side are kept while its i
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, get_args
+from typing import get_args
 
-from abliterator.files import digest_of
+from abliterator.files import Journal, digest_of
+from abliterator.pipeline._kept import KeptAnswers, partial_file
 from abliterator.pipeline._run import Run
 from abliterator.pipeline._stage import Artefact, Stage
 from abliterator.pipeline.stages.prompts import prompt_sets
 from abliterator.record import Completion, Side
-
-if TYPE_CHECKING:
-    from abliterator.engines import Engine
-
 
 SIDES: tuple[Side, ...] = get_args(Side)
 VERSION = 3  # of the stage, and of the answers of one side that it may keep
@@ -48,8 +45,7 @@ def _run(run: Run) -> list[Path]:
     kept = ANSWERS.read_lines(run, Completion) if kept_sides else []
     answers = {side: [c for c in kept if c.side == side] for side in kept_sides}
     for side in [side for side in SIDES if side not in kept_sides]:
-        # No name for the model here: it would keep the base in memory while the edited is loaded.
-        answers[side] = _answers(run, run.engine(folder_of(run, side)), side)
+        answers[side] = _answers(run, side)
     return [ANSWERS.write_lines(run, (c for side in SIDES for c in answers[side]))]
 
 
@@ -63,23 +59,33 @@ def folder_of(run: Run, side: Side) -> Path:
     return run.workspace.checkpoint
 
 
-def _answers(run: Run, engine: Engine, side: Side) -> list[Completion]:
-    from abliterator.evaluation import answer_sets
+def _answers(run: Run, side: Side) -> list[Completion]:
+    from abliterator.evaluation import answer_sets, as_completions
 
-    settings = run.recipe.rollouts
-    tokens = settings.max_new_tokens
+    limit, tokens = run.recipe.rollouts.limit, run.recipe.rollouts.max_new_tokens
+    journal = Journal(partial_file(run, "rollouts", f"{side}.jsonl", _side_key(run, side)))
+    sets = {name: s.prompts[:limit] for name, s in prompt_sets(run).evaluation.items()}
+    answered = {name: KeptAnswers(journal, name) for name in sets}
+    if all(len(answered[name]) == len(prompts) for name, prompts in sets.items()):
+        return [  # without the model
+            completion
+            for name, prompts in sets.items()
+            for completion in as_completions(
+                [answered[name][i] for i in range(len(prompts))], prompts, set_name=name, side=side
+            )
+        ]
+    engine = run.engine(folder_of(run, side))
     return answer_sets(
         engine,
         {
-            name: run.render(
-                engine, prompts.prompts[: settings.limit], name=name, max_new_tokens=tokens
-            )
-            for name, prompts in prompt_sets(run).evaluation.items()
+            name: run.render(engine, prompts, name=name, max_new_tokens=tokens)
+            for name, prompts in sets.items()
         },
         side=side,
         max_new_tokens=tokens,
         batch_size=run.batch_size,
         bar=run.progress.bar,
+        answered=answered,
     )
 
 
