@@ -10,6 +10,7 @@ traceback.
      ├── UnsupportedModel      the anatomy does not know this architecture, tensor or storage format
      ├── FileError             a file is missing, damaged, unreadable, or has no room
      │    └── CheckpointError  a checkpoint folder is damaged, incomplete, unreadable or full
+     │         └── HubUnreachable  a model is not on this machine, and the Hub does not answer
      ├── DirectionError        activations or directions that make no subspace
      ├── OutputError           the output folder is not ours, or there is no room for it
      ├── GenerationError       a model could not be loaded, or could not answer
@@ -44,6 +45,10 @@ class FileError(AbliteratorError):
 
 class CheckpointError(FileError):
     """A checkpoint folder is damaged, incomplete, or cannot be read or written."""
+
+
+class HubUnreachable(CheckpointError):
+    """A model is not on this machine, and the Hub cannot be reached."""
 
 
 class DirectionError(AbliteratorError):

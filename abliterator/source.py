@@ -22,7 +22,7 @@ from pathlib import Path, PureWindowsPath
 from tempfile import TemporaryDirectory
 from typing import TypeVar
 
-from abliterator.errors import CheckpointError
+from abliterator.errors import CheckpointError, HubUnreachable
 from abliterator.files import readable
 
 EMBEDDED = "embedded:"
@@ -65,10 +65,6 @@ class _Listing:
     names: tuple[str, ...]
     sizes: Mapping[str, int]
     gated: bool
-
-
-class _Unreachable(CheckpointError):
-    """The Hub could not be reached; a copy in the cache may suffice."""
 
 
 def resolve_folder(model: str, *, revision: str | None) -> ModelSource:
@@ -115,7 +111,7 @@ def headers_folder(model: str, *, revision: str | None) -> Iterator[ModelSource]
     source = _on_disk(model)
     if source is None:
         listing = None
-        with suppress(_Unreachable):
+        with suppress(HubUnreachable):
             listing = _list(model, revision)
         if listing is not None and not _is_cached(listing):
             with TemporaryDirectory(prefix="abliterator-plan-") as scratch:
@@ -209,12 +205,14 @@ def _call_hub(model: str, revision: str | None, call: Callable[[], T]) -> T:
                 "login`, or set HF_TOKEN to a token that is still valid"
             )
         else:
-            kind = _Unreachable
+            kind = HubUnreachable
             problem = (
                 f"is not on this machine, and the Hub cannot be reached ({type(error).__name__}). "
                 "Connect to the network (HF_HUB_OFFLINE must not be set), or give the folder of a "
                 "checkpoint"
             )
+    if (rooted := Path("/", model)).is_dir():
+        problem = f"is no folder here, but {rooted} is one: give its whole path"
     # Raised here, outside the clauses, so that no request with its headers is chained to the error.
     raise kind(f"The model {model} {problem}.")
 

@@ -18,6 +18,7 @@ from abliterator.cli._bake import bake
 from abliterator.cli._build import build
 from abliterator.cli._chat import chat
 from abliterator.cli._compare import compare
+from abliterator.cli._demo import demo
 from abliterator.cli._doctor import doctor
 from abliterator.cli._init import init
 from abliterator.cli._judge_calibrate import judge_calibrate
@@ -25,6 +26,7 @@ from abliterator.cli._leak import leak
 from abliterator.cli._pairs import pairs
 from abliterator.cli._plan import plan
 from abliterator.cli._publish import publish
+from abliterator.cli._recipes import recipes
 from abliterator.cli._report import report
 from abliterator.cli._stages import STAGE_COMMANDS
 from abliterator.cli._study import study
@@ -75,6 +77,7 @@ COMMANDS = (
     build,
     chat,
     compare,
+    demo,
     doctor,
     init,
     judge_calibrate,
@@ -82,6 +85,7 @@ COMMANDS = (
     pairs,
     plan,
     publish,
+    recipes,
     report,
     study,
     sweep,

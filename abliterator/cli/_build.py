@@ -8,14 +8,11 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from abliterator.cli._options import JSON, read_recipe, recipe_arguments
-from abliterator.cli._terminal import Bars, echo, render, show
-from abliterator.tables import cell, terminal_table
+from abliterator.cli._outcome import details_text, outcome_text
+from abliterator.cli._terminal import Bars, echo, show
 
 if TYPE_CHECKING:
     from abliterator.pipeline import Reproduction
-    from abliterator.record import RunRecord
-
-MEASURES = ("refusal", "compliance", "coherence", "truncated", "unscored")
 
 
 @click.command()
@@ -23,8 +20,11 @@ MEASURES = ("refusal", "compliance", "coherence", "truncated", "unscored")
 @click.option(
     "--from", "published", help="In place of RECIPE: a published checkpoint, its folder or Hub id."
 )
+@click.option("--details", is_flag=True, help="Print every figure with its interval.")
 @JSON
-def build(recipe: Path | None, published: str | None, as_json: bool, **arguments: Any) -> None:
+def build(
+    recipe: Path | None, published: str | None, details: bool, as_json: bool, **arguments: Any
+) -> None:
     """Run the whole pipeline: RECIPE becomes OUT/checkpoint, measured, with its card.
 
     RECIPE is a recipe file, or the folder of an earlier run. With --from, the recipe of a published
@@ -42,29 +42,10 @@ def build(recipe: Path | None, published: str | None, as_json: bool, **arguments
         raise click.UsageError("Give either a RECIPE or --from a published checkpoint.")
     parsed, out, options = read_recipe(path, **arguments)
     record = pipeline.build(parsed, out, options=options, progress=Bars())
-    show(record, lambda record: _record_text(record, out), as_json=as_json)
+    as_text = details_text if details else outcome_text
+    show(record, lambda record: as_text(record, out), as_json=as_json)
     if folder is not None:
         echo(_reproduction_text(pipeline.compare_rebuilt(folder, out / "checkpoint")), err=as_json)
-
-
-def _record_text(record: RunRecord, out: Path) -> str:
-    """What was measured, base and edited side by side."""
-    from abliterator.judge import counted
-
-    rows = [["", "base", "edited", "delta"]]
-    for name, behaviour in record.behaviour.items():
-        for measure in MEASURES if behaviour else ():
-            sides = (getattr(behaviour, side) for side in ("base", "edited", "delta"))
-            cells = [cell(getattr(s, measure)) for s in sides]
-            detectable = behaviour.smallest_detectable.get(measure) if behaviour else None
-            cells[2] += f", {detectable:.3f} detectable" if detectable is not None else ""
-            rows.append([f"{name} {measure}", *cells])
-    for task, result in record.benchmarks.items():
-        estimates = (result.base, result.edited, result.delta)
-        rows.append([f"{task} {result.metric}", *map(cell, estimates)])
-    table = "\n".join(terminal_table(rows))
-    checkpoint = out / "checkpoint"
-    return render("record", r=record, checkpoint=checkpoint, table=table, counted=counted)
 
 
 def _reproduction_text(rebuilt: Reproduction) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -56,6 +57,45 @@ class MemorySize(click.ParamType[int]):
             self.fail(f"{value!r} is no size with a unit, such as 20GiB or 800MB.", param, ctx)
         base = 1024 if match[3] else 1000
         return int(float(match[1]) * base ** (1 + "KMGT".index(match[2].upper())))
+
+
+class RecipePath(click.ParamType[Path]):
+    """A recipe's file, the folder of an earlier run, or the name of a recipe of the package."""
+
+    name = "recipe"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
+        """The path of the file or folder."""
+        path, text = Path(value), str(value)
+        if path.is_file() or (path / "work").is_dir():
+            return path
+        from abliterator.recipe import bundled_recipes
+
+        bundled = {recipe.name: recipe.path for recipe in bundled_recipes()}
+        if text in bundled:
+            return bundled[text]
+        self.fail(_no_recipe(path, text, list(bundled)), param, ctx)
+
+
+def _no_recipe(path: Path, text: str, names: list[str]) -> str:
+    """Why a value is no recipe, and what to do."""
+    is_yaml = path.suffix in {".yaml", ".yml"}
+    if (path / "checkpoint").is_dir():
+        return f"{text} has no folder `work`, so what it was made from is not known."
+    is_hub_id = text.count("/") == 1 and not is_yaml and not text.startswith((".", "/", "~"))
+    if (rooted := Path("/", text)) != path and (rooted / "config.json").is_file():
+        path, text = rooted, str(rooted)  # the first slash was forgotten
+    if (path / "config.json").is_file() or is_hub_id or text.startswith("embedded:"):
+        return (
+            f"{text} is a model, and a recipe was expected. Write one with `abliterator init "
+            f"{text} --out first.yaml`, then give first.yaml."
+        )
+    if path.is_dir():
+        return f"{text} is a folder, but not one that `abliterator build` made."
+    close = difflib.get_close_matches(path.stem, names, n=1)
+    hint = f"did you mean the recipe `{close[0]}` of the package? " if close else ""
+    listing = "`abliterator recipes` lists those that come with the package."
+    return f"There is no file {text}; {hint}{listing}"
 
 
 computing_arguments = together(
@@ -141,7 +181,7 @@ def recipe_arguments(*, required: bool = True) -> Decorator:
     """Adds RECIPE, --out, --set, --device and all else that a run needs to a command."""
     path = click.Path(path_type=Path)
     return together(
-        click.argument("recipe", required=required, type=click.Path(exists=True, path_type=Path)),
+        click.argument("recipe", required=required, type=RecipePath()),
         click.option("--out", type=path, help="Output folder.  [default: out/RECIPE]"),
         SET,
         computing_arguments,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -45,17 +46,22 @@ def byte_size(count: int) -> str:
 
 
 def duration(seconds: float) -> str:
-    """A number of seconds as text, to two digits or more."""
-    if seconds < 1:
-        return "under 1 s"
-    if seconds < 100:
-        return f"{seconds:.0f} s"
-    if seconds < 6000:
-        return f"{seconds / 60:.0f} min"
-    return f"{seconds / 3600:.1f} h"
+    """Seconds as text with the two largest units: 59 s, 3 min 20 s, 2 h 5 min."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes_left = divmod(minutes, 60)
+    if hours:
+        return f"{hours} h {minutes_left} min"
+    return f"{minutes} min {rest} s" if minutes else f"{rest} s"
 
 
-def render(name: str, **values: Any) -> str:
+def short(text: str, indent: int) -> str:
+    """The text on one line, cut to what fits beside `indent` columns."""
+    width = shutil.get_terminal_size((100, 24)).columns - indent
+    line = " ".join(text.split())
+    return line if len(line) <= width else line[: width - 3] + "..."
+
+
+def render(name: str, /, **values: Any) -> str:
     """The text of one of `templates`, which are what a user reads."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
@@ -71,6 +77,7 @@ def render(name: str, **values: Any) -> str:
         "duration": duration,
         "form": format,
         "listed": lambda counts: ", ".join(f"{n} {name}" for name, n in counts.items()),
+        "short": short,
         "rate": lambda value: cell(value, absent="n/a"),
         "sets_of": _sets_of,
         "size": byte_size,

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from abliterator.cli._options import BASE, FILE, FOLDER, JSON, build_folders
+from abliterator.cli._outcome import leak_text
 from abliterator.cli._terminal import show
 
 if TYPE_CHECKING:
@@ -70,13 +71,17 @@ def verify(
 
 
 def _checkpoint_text(proof: Verification, checkpoint: Path) -> str:
-    leak = "not measured again" if proof.max_leak is None else f"at most {proof.max_leak:.1e}"
+    from abliterator import verification
+
+    leak = "leak not measured again"
+    if proof.max_leak is not None:
+        leak = leak_text(verification.read_edits(checkpoint), proof.max_leak)
     return "\n".join(
         [
             f"{checkpoint}: {'verified' if proof.ok else 'NOT its base with the edits it names'}",
             f"identical  {proof.tensors - proof.edited} tensors, every header and file: "
             f"{proof.identical_bytes:,} bytes",
-            f"edited     {proof.edited} tensors, {proof.edited_bytes:,} bytes; leak {leak}",
+            f"edited     {proof.edited} tensors, {proof.edited_bytes:,} bytes; {leak}",
             *(f"not ours   {name}" for name in proof.foreign),
             *(f"fault      {fault}" for fault in proof.faults),
         ]

@@ -6,7 +6,7 @@ is equal to one worker's, bit by bit.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, MutableMapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -82,6 +82,7 @@ class DistributedEngine:
         positions: Sequence[int] = (-1,),
         padding: Padding = "none",
         max_batch_tokens: int = 4096,
+        skipped: Collection[int] = (),
     ) -> Iterator[tuple[list[int], Tensor]]:
         """The residual stream of every prompt at some positions of every layer."""
         return self.results(
@@ -90,6 +91,7 @@ class DistributedEngine:
             positions=positions,
             padding=padding,
             max_batch_tokens=max_batch_tokens,
+            skipped=frozenset(skipped),
         )
 
     def answers(
@@ -100,6 +102,7 @@ class DistributedEngine:
         batch_size: int,
         stop_ids: Sequence[int] | None = None,
         share_prefix: bool = False,
+        answered: MutableMapping[int, Answer] | None = None,
         on_batch: OnBatch | None = None,
     ) -> list[Answer]:
         """Greedy answers, one a prompt."""
@@ -110,8 +113,9 @@ class DistributedEngine:
             batch_size=batch_size,
             stop_ids=self.stop_ids if stop_ids is None else stop_ids,
             share_prefix=share_prefix,
+            skipped=frozenset(answered or ()),
         )
-        return in_order(results, on_batch)
+        return in_order(results, on_batch, answered)
 
     def logits(
         self,

@@ -6,7 +6,7 @@ compared, so only the weights may differ.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, MutableMapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from itertools import groupby
@@ -73,12 +73,13 @@ def generate(
     loaded: LoadedModel,
     prompts: Sequence[Sequence[int]],
     *,
+    answered: MutableMapping[int, Answer] | None = None,
     on_batch: Callable[[int], None] | None = None,
     **options: Any,
 ) -> list[Answer]:
     """Greedy answers, one a prompt, as `Engine.answers` gives them; a batch too large is halved."""
-    with answer_work(loaded, prompts, **options) as work:
-        return in_order(work.results(), on_batch)
+    with answer_work(loaded, prompts, skipped=answered or (), **options) as work:
+        return in_order(work.results(), on_batch, answered)
 
 
 @contextmanager
@@ -91,6 +92,7 @@ def answer_work(
     stop_ids: Sequence[int],
     share_prefix: bool = False,
     by_row: ByRow | None = None,
+    skipped: Collection[int] = (),
 ) -> Iterator[Work[list[Answer]]]:
     """Batches of answers: the likeliest token at every step, up to a stop or `max_new_tokens`.
 
@@ -98,7 +100,7 @@ def answer_work(
     change what this model answers.
 
     Arguments and errors are those of `Engine.answers`; `by_row` has the edit of each
-    prompt, where they run under several.
+    prompt, where they run under several, and `skipped` the prompts that are answered already.
     """
     require_tokens(prompts)
     require_fit(limits_of(loaded), prompts, max_new_tokens=max_new_tokens)
@@ -117,7 +119,7 @@ def answer_work(
         ]
 
     with _with_config(loaded.model, _greedy(loaded, max_new_tokens, stop_ids)):
-        yield Work(partial(_batches, loaded, prompts, batch_size, prefix), run)
+        yield Work(partial(_batches, loaded, prompts, batch_size, prefix), run).without(skipped)
 
 
 def require_tokens(prompts: Sequence[Sequence[int]]) -> None:

@@ -8,7 +8,7 @@ numbers.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -42,6 +42,7 @@ def hidden_work(
     positions: Sequence[int] = (-1,),
     padding: Padding = "none",
     max_batch_tokens: int = 4096,
+    skipped: Collection[int] = (),
 ) -> Work[Tensor]:
     """Batches that give the residual stream of every prompt, as `Engine.hidden_states` does.
 
@@ -52,6 +53,7 @@ def hidden_work(
         positions: counted from the end of each prompt.
         padding: of the batches.
         max_batch_tokens: tokens in a batch, padding included.
+        skipped: indices of prompts that are not run.
     """
     for position in positions:
         _check_positions(token_ids, position)
@@ -60,7 +62,7 @@ def hidden_work(
     return Work(
         partial(batches, token_ids, max_batch_tokens),
         partial(_hidden_states, loaded, token_ids, blocks, positions),
-    )
+    ).without(skipped)
 
 
 def _hidden_states(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, MutableMapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol
@@ -86,6 +86,7 @@ class Engine(Protocol):
         positions: Sequence[int] = (-1,),
         padding: Padding = "none",
         max_batch_tokens: int = 4096,
+        skipped: Collection[int] = (),
     ) -> Iterator[tuple[list[int], Tensor]]:
         """The residual stream of every prompt at some positions of every layer, batch by batch.
 
@@ -94,6 +95,7 @@ class Engine(Protocol):
             positions: P of them, counted from the end of each prompt: -1 is its last token.
             padding: "none" batches prompts of equal length; "left" pads in batches of mixed length.
             max_batch_tokens: tokens in a batch, padding included.
+            skipped: indices of prompts that are not run; the others run in the same batches.
 
         Raises:
             DirectionError: without prompts, and for a prompt with no token at a position.
@@ -113,6 +115,7 @@ class Engine(Protocol):
         batch_size: int,
         stop_ids: Sequence[int] | None = None,
         share_prefix: bool = False,
+        answered: MutableMapping[int, Answer] | None = None,
         on_batch: OnBatch | None = None,
     ) -> list[Answer]:
         """Greedy answers, one a prompt.
@@ -124,6 +127,9 @@ class Engine(Protocol):
             stop_ids: tokens that end an answer; the model's own unless given.
             share_prefix: run the tokens with which all prompts begin once, not once a prompt. The
                 same answers but for rounding: two tokens that nearly tie may change places.
+            answered: answers by index of an earlier call with the same arguments that was
+                interrupted: those prompts are not run again, and the others in the same batches.
+                Each batch's answers are added by `update`, which may write them to a disk.
             on_batch: called with the number of prompts done after each batch.
 
         Raises:

@@ -9,7 +9,7 @@ So rollouts of a model that a server holds load no weights here.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, MutableMapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -170,6 +170,7 @@ class ServedEngine:
         batch_size: int,
         stop_ids: Sequence[int] | None = None,
         share_prefix: bool = False,
+        answered: MutableMapping[int, Answer] | None = None,
         on_batch: OnBatch | None = None,
     ) -> list[Answer]:
         """Greedy answers, one a prompt; of an edit that no server can serve, from the passes."""
@@ -183,11 +184,20 @@ class ServedEngine:
                 batch_size=batch_size,
                 stop_ids=stop_ids,
                 share_prefix=share_prefix,
+                answered=answered,
                 on_batch=on_batch,
             )
-        return self._served_answers(
-            model, prompts, max_new_tokens=max_new_tokens, stop_ids=stop_ids, on_batch=on_batch
+        answers: MutableMapping[int, Answer] = {} if answered is None else answered
+        missing = [i for i in range(len(prompts)) if i not in answers]
+        served = self._served_answers(
+            model,
+            [prompts[i] for i in missing],
+            max_new_tokens=max_new_tokens,
+            stop_ids=stop_ids,
+            on_batch=on_batch,
         )
+        answers.update(zip(missing, served, strict=True))
+        return [answers[i] for i in range(len(prompts))]
 
     def _served_answers(
         self,
@@ -229,10 +239,15 @@ class ServedEngine:
         positions: Sequence[int] = (-1,),
         padding: Padding = "none",
         max_batch_tokens: int = 4096,
+        skipped: Collection[int] = (),
     ) -> Iterator[tuple[list[int], Tensor]]:
         """The residual stream of every prompt at some positions of every layer."""
         return self._passes().hidden_states(
-            prompts, positions=positions, padding=padding, max_batch_tokens=max_batch_tokens
+            prompts,
+            positions=positions,
+            padding=padding,
+            max_batch_tokens=max_batch_tokens,
+            skipped=skipped,
         )
 
     def logits(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, MutableMapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cache, cached_property
@@ -18,7 +18,13 @@ from abliterator.engines._edits import Edit, StreamEdit, WriterEdit
 from abliterator.engines._generate import generate, stop_ids, stream
 from abliterator.engines._hidden import hidden_states
 from abliterator.engines._logits import log_likelihoods, logits_along
-from abliterator.engines._protocol import Answer, AnswerPath, OnBatch, Padding, Tokens
+from abliterator.engines._protocol import (
+    Answer,
+    AnswerPath,
+    OnBatch,
+    Padding,
+    Tokens,
+)
 from abliterator.engines._side_by_side import EditsByRow, edited_by_row
 from abliterator.model import Limits, LoadedModel, block_paths, hooked, limits_of
 from abliterator.subspace import removal_of_basis
@@ -70,6 +76,7 @@ class TransformersEngine:
         positions: Sequence[int] = (-1,),
         padding: Padding = "none",
         max_batch_tokens: int = 4096,
+        skipped: Collection[int] = (),
     ) -> Iterator[tuple[list[int], Tensor]]:
         """The residual stream of every prompt at some positions of every layer."""
         return hidden_states(
@@ -79,6 +86,7 @@ class TransformersEngine:
             positions=positions,
             padding=padding,
             max_batch_tokens=max_batch_tokens,
+            skipped=skipped,
         )
 
     def answers(
@@ -89,6 +97,7 @@ class TransformersEngine:
         batch_size: int,
         stop_ids: Sequence[int] | None = None,
         share_prefix: bool = False,
+        answered: MutableMapping[int, Answer] | None = None,
         on_batch: OnBatch | None = None,
     ) -> list[Answer]:
         """Greedy answers, one a prompt."""
@@ -99,6 +108,7 @@ class TransformersEngine:
             batch_size=batch_size,
             stop_ids=self.stop_ids if stop_ids is None else stop_ids,
             share_prefix=share_prefix,
+            answered=answered,
             on_batch=on_batch,
         )
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Container, Iterable, Iterator, MutableMapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Generic, TypeVar
 
 from abliterator.engines._protocol import OnBatch
-from abliterator.model import run_batches
+from abliterator.model import remaining, run_batches
 
 T = TypeVar("T")
 
@@ -24,6 +24,10 @@ class Work(Generic[T]):
 
     plan: Callable[[], list[list[int]]]
     run: Callable[[list[int]], T]
+
+    def without(self, done: Container[int]) -> Work[T]:
+        """The same work without the prompts that are done; the others stay in their batches."""
+        return replace(self, plan=lambda: remaining(self.plan(), done))
 
     def results(self) -> Iterator[tuple[list[int], T]]:
         """Each batch with its result; a batch that does not fit in memory is halved."""
@@ -46,8 +50,20 @@ def by_prompt(
 
 
 def in_order(
-    results: Iterable[tuple[list[int], Sequence[T]]], on_batch: OnBatch | None = None
+    results: Iterable[tuple[list[int], Sequence[T]]],
+    on_batch: OnBatch | None = None,
+    done: MutableMapping[int, T] | None = None,
 ) -> list[T]:
-    """The results of all prompts, in the order of the prompts; arguments as `by_prompt`."""
-    of_prompts = dict(by_prompt(results, on_batch))
+    """The results of all prompts, in the order of the prompts.
+
+    Args:
+        results: see `by_prompt`, as for `on_batch`.
+        on_batch: see there.
+        done: results that there are already, by prompt; each batch's are added by `update`.
+    """
+    of_prompts = {} if done is None else done
+    for batch, of_batch in results:
+        of_prompts.update(zip(batch, of_batch, strict=True))
+        if on_batch:
+            on_batch(len(batch))
     return [of_prompts[i] for i in range(len(of_prompts))]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from statistics import mean
@@ -127,6 +127,7 @@ def answer_sets(
     batch_size: int,
     bar: Bar = no_bar,
     stop_ids: Sequence[int] | None = None,
+    answered: Mapping[str, MutableMapping[int, Answer]] | None = None,
 ) -> list[Completion]:
     """One side's greedy answers to several prompt sets, as lines of rollouts.jsonl.
 
@@ -139,15 +140,19 @@ def answer_sets(
         bar: shows progress; called with a label and the number of prompts.
         stop_ids: tokens that end an answer; left out, the model's own. An edited folder of a build
             has its base's config and tokenizer byte for byte, so they are the same on both sides.
+        answered: by set, the answers of an earlier call that was interrupted, to which each batch's
+            are added (`Engine.answers`).
     """
     completions: list[Completion] = []
     for name, (prompts, token_ids) in sets.items():
-        with bar(f"{side} answers, {name}", len(prompts)) as advance:
+        kept = answered[name] if answered is not None else {}
+        with bar(f"{side} answers, {name}", len(prompts) - len(kept)) as advance:
             answers = engine.answers(
                 token_ids,
                 max_new_tokens=max_new_tokens,
                 batch_size=batch_size,
                 stop_ids=stop_ids,
+                answered=kept,
                 on_batch=advance,
             )
         completions += as_completions(answers, prompts, set_name=name, side=side)

@@ -19,6 +19,7 @@ from abliterator.files._digest import (
 )
 from abliterator.files._folder import is_closed, require_plain_folder, require_regular_files, walk
 from abliterator.files._hashes import FileHashes
+from abliterator.files._journal import Journal
 from abliterator.files._read import (
     OpenFile,
     damaged,
@@ -47,6 +48,7 @@ from abliterator.files._write import (
 
 __all__ = [
     "FileHashes",
+    "Journal",
     "OpenFile",
     "as_lines",
     "cache_folder",

@@ -39,6 +39,7 @@ from abliterator.model._run import (
     hooked,
     masked_positions,
     positions_from,
+    remaining,
     run_batches,
     stored_parameter,
 )
@@ -69,6 +70,7 @@ __all__ = [
     "placement_of",
     "positions_from",
     "read_config",
+    "remaining",
     "render_chat",
     "render_messages",
     "render_prompts",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from inspect import BoundArguments
@@ -74,6 +74,12 @@ def equal_length_batches(
         rows = max(1, max_batch_tokens // max(1, length))
         batches += [indices[i : i + rows] for i in range(0, len(indices), rows)]
     return batches
+
+
+def remaining(batches: Iterable[list[int]], done: Container[int]) -> list[list[int]]:
+    """The batches without the rows that are done, and without those that have no others."""
+    kept = ([row for row in batch if row not in done] for batch in batches)
+    return [batch for batch in kept if batch]
 
 
 def run_batches(

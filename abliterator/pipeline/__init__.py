@@ -16,6 +16,7 @@ from pathlib import Path
 
 from abliterator.costs import Machine
 from abliterator.errors import PromptError
+from abliterator.pipeline._answer_pairs import AnswerPair, answer_pairs
 from abliterator.pipeline._bake_subspace import bake_subspace
 from abliterator.pipeline._chat_session import ChatSession, Turns, open_chat
 from abliterator.pipeline._estimate import Estimate, estimate
@@ -55,6 +56,7 @@ __all__ = [
     "STAGES",
     "STUDIES",
     "Advance",
+    "AnswerPair",
     "ChatSession",
     "Estimate",
     "Options",
@@ -64,6 +66,7 @@ __all__ = [
     "Silent",
     "StudySettings",
     "Turns",
+    "answer_pairs",
     "bake_subspace",
     "build",
     "compare_rebuilt",

@@ -24,6 +24,10 @@ def first_recipe(plan: Plan) -> str:
     if plan.source.revision is not None:
         settings["revision"] = plan.source.revision
     settings |= {"layers": "sweep", "k": "auto"}
+    if plan.source.id == "embedded:demo":
+        sets = ("target", "contrast", "evaluation", "neutral")
+        settings["prompts"] = {name: {"path": f"embedded:demo/{name}.jsonl"} for name in sets}
+        settings["rollouts"] = {"max_new_tokens": 32}
     untuned_reason = _untuned_reason(plan)
     if untuned_reason is None:
         settings["edit"] = {"strength": "auto"}

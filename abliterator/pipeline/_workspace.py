@@ -312,6 +312,11 @@ class Workspace:
         states = {self._name(path): self._state(path) for path in sorted(artefacts)}
         marker = Marker.model_validate({"key": key, "artefacts": states, **details})
         write_text_atomic(self._marker_path(stage), marker.model_dump_json(indent=1) + "\n")
+        remove_whole(self.partial(stage))
+
+    def partial(self, stage: str) -> Path:
+        """The folder of finished parts of a stage that is not finished."""
+        return self.work / "partial" / stage
 
     def _marker_path(self, stage: str) -> Path:
         return self.work / "stages" / f"{stage}.json"

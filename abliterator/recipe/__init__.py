@@ -21,6 +21,7 @@ from abliterator.recipe._benchmarks import (
     DivergenceSettings,
     Preset,
 )
+from abliterator.recipe._bundled import BundledRecipe, bundled_recipes
 from abliterator.recipe._draft import draft
 from abliterator.recipe._edit import DirectionSettings, Edit, Selection, ranges_of
 from abliterator.recipe._engine import STARTED_KEY, EngineKind, EngineServer, EngineSettings
@@ -39,6 +40,7 @@ __all__ = [
     "BenchmarkEngine",
     "BenchmarkTask",
     "Benchmarks",
+    "BundledRecipe",
     "Capture",
     "Chat",
     "DirectionSettings",
@@ -59,6 +61,7 @@ __all__ = [
     "ServerSettings",
     "Source",
     "Tuning",
+    "bundled_recipes",
     "draft",
     "load_edit",
     "load_engine",

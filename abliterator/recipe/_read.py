@@ -13,6 +13,7 @@ from pydantic import BaseModel, ValidationError
 from abliterator.errors import FileError, RecipeError
 from abliterator.files import read_text
 from abliterator.recipe._benchmarks import is_task_file
+from abliterator.recipe._bundled import EMBEDDED, bundled_folder
 from abliterator.recipe._edit import Edit
 from abliterator.recipe._engine import EngineSettings
 from abliterator.recipe._judge import JudgeSettings
@@ -223,6 +224,8 @@ def _is_local(model: str, folder: Path) -> bool:
 
 
 def _anchored(path: str, folder: Path) -> str:
+    if path.startswith(EMBEDDED):
+        folder, path = bundled_folder(), path.removeprefix(EMBEDDED)
     try:
         return str((folder / Path(path).expanduser()).resolve())
     except (OSError, RuntimeError, ValueError):  # a NUL, or an unknown user: refused when read

@@ -74,6 +74,11 @@ class TensorEdit(Frozen):
     sha256_before: str
     sha256_after: str
 
+    @property
+    def deviation(self) -> float | None:
+        """Distance of the leak from |1 - strength|, what was asked for; None without a leak."""
+        return None if self.leak is None else abs(self.leak - abs(1 - self.strength))
+
 
 class ModelIdentity(Frozen):
     """The base model: a Hub id at a commit, or a local folder with its files' hashes."""

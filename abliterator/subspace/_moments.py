@@ -38,7 +38,11 @@ def merged(parts: Sequence[MomentSet]) -> MomentSet:
 class Moments:
     """Accumulates `MomentSet` batch by batch in float64 (Chan et al. 1979, pairwise update)."""
 
-    def __init__(self, n_layers: int, d_model: int) -> None:
+    def __init__(self, n_layers: int, d_model: int, begun: MomentSet | None = None) -> None:
+        """Begins with no vectors, or goes on where `begun` was frozen."""
+        if begun is not None:
+            self._n, self._mean, self._m2 = begun.n, begun.mean.clone(), begun.m2.clone()
+            return
         self._n = 0
         self._mean = torch.zeros(n_layers, d_model, dtype=torch.float64)
         self._m2 = torch.zeros(n_layers, d_model, dtype=torch.float64)

@@ -35,7 +35,7 @@ def recipe(tmp_path, tiny_folder):
 
 
 def test_build_prints_base_and_edited_side_by_side(run, recipe, tmp_path):
-    done = run("build", recipe)
+    done = run("build", recipe, "--details")
     assert done.exit_code == 0, done.stderr
     lines = done.stdout.splitlines()
     assert lines[0].startswith("out/tiny/checkpoint: 6 tensors edited, k = 1, leak at most")
@@ -44,6 +44,23 @@ def test_build_prints_base_and_edited_side_by_side(run, recipe, tmp_path):
     assert lines[-1] == "judged by: rule judge"
     assert "capture" in done.stderr
     assert (tmp_path / "out" / "tiny" / "checkpoint" / "README.md").is_file()
+
+
+@pytest.mark.parametrize("columns", [80, 120])
+def test_build_ends_with_a_few_lines_and_what_to_do_next(run, recipe, monkeypatch, columns):
+    monkeypatch.setenv("COLUMNS", str(columns))
+    done = run("build", recipe, "--set", "edit.strength=0.5")
+    assert done.exit_code == 0, done.stderr
+    result, example, commands = done.stdout.rsplit("\n\n", 2)
+    header, blank, *lines = result.splitlines()
+    assert (header.split()[0], blank) == ("out/tiny/checkpoint", "")
+    names = ["refusal", "compliance", "coherence", "neutral", "KL", "edit", "unscored"]
+    assert [line.split()[0] for line in lines[:7]] == names
+    assert "strengths as asked, within" in lines[5]
+    assert max(map(len, [*lines, *example.splitlines()])) <= columns
+    assert [line.split()[0] for line in example.splitlines()[1:]] == ["base", "edited"]
+    named = [line.split()[2] for line in commands.splitlines() if " abliterator " in line]
+    assert {"chat", "verify", "publish"} <= set(named) <= set(main.commands)
 
 
 def test_build_json_is_the_record(run, recipe, tmp_path):

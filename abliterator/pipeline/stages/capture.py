@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from abliterator.errors import DirectionError
 from abliterator.files import write_bytes_atomic
+from abliterator.pipeline._captured import CapturedSet
+from abliterator.pipeline._kept import partial_file
 from abliterator.pipeline._run import Run
 from abliterator.pipeline._stage import Artefact, Stage
 from abliterator.pipeline.stages.prompts import prompt_sets
@@ -117,39 +119,35 @@ def _capture_set(
     """Moments of a set, and of a random half of it for each shuffle; for pairs all vectors too."""
     import torch
 
-    from abliterator.subspace import Moments
-
     n, anatomy, settings = len(prompts.prompts), run.plan.anatomy, run.recipe.capture
     parts: dict[str, frozenset[int]] = {name: frozenset(range(n))}
     for i in range(_shuffles(run) if name in ("target", "contrast") else 0):
         half = random.Random(f"{run.recipe.seed} {name} {i}").sample(range(n), n // 2)
         parts[f"{name}/half{i}"] = frozenset(half)
-    moments = {
-        (part, position): Moments(anatomy.n_layers, anatomy.d_model)
-        for part in parts
-        for position in positions
-    }
+    shape = anatomy.n_layers, anatomy.d_model
     paired = run.recipe.directions.stack == "within_layer" and name in ("target", "contrast")
-    vectors = torch.zeros(n, len(positions), anatomy.n_layers, anatomy.d_model) if paired else None
-    with run.progress.bar(f"capture {name}", n) as advance:
-        for batch, residuals in engine.hidden_states(
-            run.render(engine, prompts.prompts, name=name).token_ids,
-            positions=positions,
-            padding=settings.padding,
-            max_batch_tokens=settings.max_batch_tokens,
-        ):
-            for (part, position), accumulated in moments.items():
-                rows = [row for row, index in enumerate(batch) if index in parts[part]]
-                if rows:
-                    accumulated.update(residuals[rows, positions.index(position)])
-            if vectors is not None:
-                vectors[batch] = residuals.float().cpu()
-            advance(len(batch))
-    frozen = {
-        part if len(positions) == 1 else f"{part}@{position}": accumulated.freeze()
-        for (part, position), accumulated in moments.items()
-    }
-    return frozen, vectors
+    captured = CapturedSet(
+        partial_file(run, "capture", f"{name}.safetensors", [name, _key(run)]),
+        parts,
+        positions,
+        shape,
+        vectors=torch.zeros(n, len(positions), *shape) if paired else None,
+    )
+    token_ids = run.render(engine, prompts.prompts, name=name).token_ids
+    with run.progress.bar(f"capture {name}", n - len(captured.done)) as advance:
+        try:
+            for batch, residuals in engine.hidden_states(
+                token_ids,
+                positions=positions,
+                padding=settings.padding,
+                max_batch_tokens=settings.max_batch_tokens,
+                skipped=frozenset(captured.done),
+            ):
+                captured.add(batch, residuals)
+                advance(len(batch))
+        finally:
+            captured.write()
+    return captured.frozen(), captured.vectors
 
 
 def differences(run: Run) -> dict[int, Tensor]:

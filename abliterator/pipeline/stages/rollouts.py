@@ -9,18 +9,15 @@ from __future__ import annotations
 import json
 from collections.abc import Collection
 from pathlib import Path
-from typing import TYPE_CHECKING, get_args
+from typing import get_args
 
-from abliterator.files import digest_of, write_text_atomic
+from abliterator.files import Journal, digest_of, write_text_atomic
 from abliterator.pipeline._engines import probe_engines
+from abliterator.pipeline._kept import KeptAnswers, partial_file
 from abliterator.pipeline._run import Run
 from abliterator.pipeline._stage import Artefact, Stage
 from abliterator.pipeline.stages.prompts import prompt_sets
 from abliterator.record import Completion, EngineIdentity, Side
-
-if TYPE_CHECKING:
-    from abliterator.engines import Engine
-
 
 SIDES: tuple[Side, ...] = get_args(Side)
 VERSION = 3  # of the stage, and of the answers of one side that it may keep
@@ -70,18 +67,13 @@ def _run(run: Run) -> list[Path]:
     one_at_a_time = run.recipe.engine.kind == "vllm"  # each side is another server's
     for sides in [[side] for side in missing] if one_at_a_time else [missing]:
         engines |= probe_engines(run, {side: folder_of(run, side) for side in sides})
-        answers |= {side: _side_answers(run, side) for side in sides}
+        answers |= {side: _answers(run, side) for side in sides}
     written = [ANSWERS.write_lines(run, (c for side in SIDES for c in answers[side]))]
     if engines:
         plain = {side: engines[side].model_dump(mode="json") for side in SIDES if side in engines}
         write_text_atomic(ENGINES.path(run), json.dumps(plain, indent=1) + "\n")
         written.append(ENGINES.path(run))
     return written
-
-
-def _side_answers(run: Run, side: Side) -> list[Completion]:
-    # No name for the model here: it would keep the base in memory while the edited is loaded.
-    return _answers(run, run.answering(folder_of(run, side), side), side)
 
 
 def engines_of(run: Run, sides: Collection[str] = SIDES) -> dict[Side, EngineIdentity]:
@@ -107,23 +99,33 @@ def folder_of(run: Run, side: Side) -> Path:
     return run.workspace.checkpoint
 
 
-def _answers(run: Run, engine: Engine, side: Side) -> list[Completion]:
-    from abliterator.evaluation import answer_sets
+def _answers(run: Run, side: Side) -> list[Completion]:
+    from abliterator.evaluation import answer_sets, as_completions
 
-    settings = run.recipe.rollouts
-    tokens = settings.max_new_tokens
+    limit, tokens = run.recipe.rollouts.limit, run.recipe.rollouts.max_new_tokens
+    journal = Journal(partial_file(run, "rollouts", f"{side}.jsonl", _side_key(run, side)))
+    sets = {name: s.prompts[:limit] for name, s in prompt_sets(run).evaluation.items()}
+    answered = {name: KeptAnswers(journal, name) for name in sets}
+    if all(len(answered[name]) == len(prompts) for name, prompts in sets.items()):
+        return [  # without the model
+            completion
+            for name, prompts in sets.items()
+            for completion in as_completions(
+                [answered[name][i] for i in range(len(prompts))], prompts, set_name=name, side=side
+            )
+        ]
+    engine = run.answering(folder_of(run, side), side)
     return answer_sets(
         engine,
         {
-            name: run.render(
-                engine, prompts.prompts[: settings.limit], name=name, max_new_tokens=tokens
-            )
-            for name, prompts in prompt_sets(run).evaluation.items()
+            name: run.render(engine, prompts, name=name, max_new_tokens=tokens)
+            for name, prompts in sets.items()
         },
         side=side,
         max_new_tokens=tokens,
         batch_size=run.batch_size,
         bar=run.progress.bar,
+        answered=answered,
     )
 
 

@@ -1,0 +1,151 @@
+"""What a build prints at its end: the result in a few lines, an example, and the next commands."""
+
+from __future__ import annotations
+
+import shlex
+import textwrap
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from abliterator.cli._terminal import duration, render
+from abliterator.tables import cell, terminal_table
+
+if TYPE_CHECKING:
+    from abliterator.pipeline import AnswerPair
+    from abliterator.record import Behaviour, RunRecord, TensorEdit
+
+GRADES = ("refusal", "compliance", "coherence")
+MEASURES = (*GRADES, "truncated", "unscored")
+SIGNIFICANT = 0.05  # p below which a set that must stay as it was is said to have changed
+WIDTH, LABEL = 80, 12  # columns of the result, and of the names before it
+
+
+def details_text(record: RunRecord, out: Path) -> str:
+    """Every figure, base and edited side by side, with its interval."""
+    from abliterator.judge import counted
+
+    rows = [["", "base", "edited", "delta"]]
+    for name, behaviour in record.behaviour.items():
+        for measure in MEASURES if behaviour else ():
+            sides = (getattr(behaviour, side) for side in ("base", "edited", "delta"))
+            cells = [cell(getattr(s, measure)) for s in sides]
+            detectable = behaviour.smallest_detectable.get(measure) if behaviour else None
+            cells[2] += f", {detectable:.3f} detectable" if detectable is not None else ""
+            rows.append([f"{name} {measure}", *cells])
+    for task, result in record.benchmarks.items():
+        estimates = (result.base, result.edited, result.delta)
+        rows.append([f"{task} {result.metric}", *map(cell, estimates)])
+    table = "\n".join(terminal_table(rows))
+    checkpoint, leak = out / "checkpoint", _leak(record, out)
+    return render(
+        "details", r=record, checkpoint=checkpoint, leak=leak, table=table, counted=counted
+    )
+
+
+def outcome_text(record: RunRecord, out: Path) -> str:
+    """The result in lines of at most 80 columns, one prompt with both answers, what to do next."""
+    from abliterator.pipeline import answer_pairs
+
+    pairs = [pair for pair in answer_pairs(out) if pair.set == "target"]
+    example = next((pair for pair in pairs if pair.is_answered_now), None)
+    return render(
+        "outcome",
+        checkpoint=out / "checkpoint",
+        time=duration(sum(record.timing.values())),
+        result="\n".join(chain.from_iterable(map(_wrapped, _result(record, out)))),
+        pairs=[example or pairs[0]] if pairs else list[AnswerPair](),
+        out=shlex.quote(str(out)),
+        name=shlex.quote(f"{Path(record.model.id).name.removeprefix('embedded:')}-edited"),
+        card=shlex.quote(str(out / "checkpoint" / "README.md")),
+    )
+
+
+def leak_text(edits: Iterable[TensorEdit], max_leak: float) -> str:
+    """How near the stored tensors are to what was asked for."""
+    edits = list(edits)
+    if all(edit.strength == 1 for edit in edits):
+        return f"leak at most {max_leak:.1e}"
+    deviation = max((edit.deviation for edit in edits if edit.deviation is not None), default=0.0)
+    return f"strengths as asked, within {deviation:.0e}"
+
+
+def _leak(record: RunRecord, out: Path) -> str:
+    from abliterator.verification import read_edits
+
+    max_leak = record.edit.max_leak
+    return "" if max_leak is None else ", " + leak_text(read_edits(out / "checkpoint"), max_leak)
+
+
+def _result(record: RunRecord, out: Path) -> Iterator[tuple[str, str]]:
+    """Names and texts of the lines of a result; spaces within a figure are no-break spaces."""
+    target = record.behaviour.get("target")
+    for measure in GRADES if target else ():
+        yield measure, _change(target, measure)
+    for name, behaviour in record.behaviour.items():
+        if behaviour and name != "target":
+            yield name.replace("_", "-"), ", ".join(_stability(behaviour))
+    if divergence := record.divergence:
+        yield "KL", f"{cell(divergence.kl_first_token)} nats, first token of neutral prompts"
+    if record.benchmarks:
+        deltas = (f"{task}\xa0{r.delta.value:+.3f}" for task, r in record.benchmarks.items())
+        yield "benchmarks", ", ".join(deltas)
+    layers = ", ".join(map(str, record.edit.layers))
+    yield (
+        "edit",
+        f"k = {record.edit.k} (layers {layers}), {record.edit.tensors} tensors"
+        + _leak(record, out),
+    )
+    unscored = [
+        f"{sum(reasons.values())} of {side}, {name}".replace(" ", "\xa0")
+        for name, behaviour in record.behaviour.items()
+        for side, reasons in (behaviour.unscored_reasons.items() if behaviour else ())
+        if reasons
+    ]
+    if unscored:
+        yield "unscored", "; ".join(unscored)
+
+
+def _change(behaviour: Behaviour | None, measure: str) -> str:
+    sides = [getattr(getattr(behaviour, side), measure) for side in ("base", "edited", "delta")]
+    if None in sides:
+        return "withheld: too many answers have no verdict"
+    base, edited, delta = sides
+    interval = f"{delta.value:+.3f}"
+    if delta.low is not None:
+        interval += f" [{delta.low:+.3f}, {delta.high:+.3f}]"
+    return f"{_arrow(base.value, edited.value)}  {interval}, n = {delta.n}".replace(" ", "\xa0")
+
+
+def _stability(behaviour: Behaviour) -> Iterator[str]:
+    """Whether a set that must stay as it was did, with the grades that changed."""
+    measured = {
+        measure: (getattr(behaviour.base, measure), getattr(behaviour.edited, measure))
+        for measure in GRADES
+    }
+    values = {name: (b.value, e.value) for name, (b, e) in measured.items() if b and e}
+    p_values = {name: behaviour.p_value.get(name) for name in values}
+    changed = [name for name, p in p_values.items() if p is not None and p < SIGNIFICANT]
+    if not values:
+        yield "withheld: too many answers have no verdict"
+        return
+    same = all(before == after for before, after in values.values())
+    yield "changed" if changed else "unchanged" if same else "no significant change"
+    for name in changed or ["refusal", "coherence"]:
+        yield f"{name}\xa0{_arrow(*values[name])}"
+
+
+def _arrow(before: float, after: float) -> str:
+    return f"{before:.3f}\xa0->\xa0{after:.3f}"
+
+
+def _wrapped(line: tuple[str, str]) -> Sequence[str]:
+    """A line with its name, broken between figures alone."""
+    name, text = line
+    indent = " " * LABEL
+    lines = textwrap.wrap(text, WIDTH - LABEL, break_long_words=False, break_on_hyphens=False)
+    return [
+        (f"{name:{LABEL}}" if i == 0 else indent) + part.replace("\xa0", " ")
+        for i, part in enumerate(lines)
+    ]

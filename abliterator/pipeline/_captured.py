@@ -1,0 +1,111 @@
+"""Moments of one prompt set while it is captured, and the file from which a later run goes on."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+from time import perf_counter
+from typing import TYPE_CHECKING
+
+from abliterator.files import write_bytes_atomic
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from abliterator.subspace import Moments, MomentSet
+
+# Work that a killed process loses at most, in seconds; longer where writing takes more than a
+# twentieth of that.
+INTERVAL, SHARE = 2.0, 1 / 20
+
+
+class CapturedSet:
+    """Moments of a set and of parts of it by position, and all vectors where they are wanted.
+
+    The sums are taken in the order of the batches, so an interrupted capture that goes on has the
+    bits of one that was not.
+
+    Attributes:
+        done: indices of the prompts that are in the sums.
+        vectors: [N, P, L, H] float32, or None.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        parts: Mapping[str, Collection[int]],
+        positions: Sequence[int],
+        shape: tuple[int, int],
+        *,
+        vectors: Tensor | None,
+    ) -> None:
+        self._path, self._parts, self._positions = path, parts, positions
+        self._written, self._cost, self._is_whole = perf_counter(), 0.0, True
+        self.done: set[int] = set()
+        self.vectors = vectors
+        begun = self._read() if path.is_file() else {}
+        self._moments: dict[tuple[str, int], Moments] = self._begin(begun, shape)
+
+    def _begin(
+        self, begun: Mapping[tuple[str, int], MomentSet], shape: tuple[int, int]
+    ) -> dict[tuple[str, int], Moments]:
+        from abliterator.subspace import Moments
+
+        keys = [(part, position) for part in self._parts for position in self._positions]
+        return {key: Moments(*shape, begun.get(key)) for key in keys}
+
+    def add(self, batch: Sequence[int], residuals: Tensor) -> None:
+        """Adds the residuals [N, P, L, H] of a batch; writes the sums from time to time."""
+        self._is_whole = False  # an interrupt may come between two sums
+        for (part, position), accumulated in self._moments.items():
+            rows = [row for row, index in enumerate(batch) if index in self._parts[part]]
+            if rows:
+                accumulated.update(residuals[rows, self._positions.index(position)])
+        if self.vectors is not None:
+            self.vectors[batch] = residuals.float().cpu()
+        self.done.update(batch)
+        self._is_whole = True
+        if perf_counter() - self._written > max(INTERVAL, self._cost / SHARE):
+            self.write()
+
+    def frozen(self) -> dict[str, MomentSet]:
+        """The moments of every part; with several positions they are called PART@POSITION."""
+        return {
+            part if len(self._positions) == 1 else f"{part}@{position}": accumulated.freeze()
+            for (part, position), accumulated in self._moments.items()
+        }
+
+    def write(self) -> None:
+        """Writes the sums, unless an interrupt came between two of them."""
+        import torch
+        from safetensors.torch import save
+
+        if not self._is_whole:
+            return
+        start = perf_counter()
+        tensors = {"done": torch.tensor(sorted(self.done))}
+        if self.vectors is not None:
+            tensors["vectors"] = self.vectors
+        for (part, position), accumulated in self._moments.items():
+            moments, name = accumulated.freeze(), f"{part}@{position}"
+            tensors |= {f"{name}.mean": moments.mean, f"{name}.m2": moments.m2}
+            tensors[f"{name}.n"] = torch.tensor(moments.n)
+        write_bytes_atomic(self._path, save(tensors))
+        self._written = perf_counter()
+        self._cost = self._written - start
+
+    def _read(self) -> dict[tuple[str, int], MomentSet]:
+        from safetensors.torch import load_file
+
+        from abliterator.subspace import MomentSet
+
+        tensors = load_file(self._path)
+        self.done = set(tensors["done"].tolist())
+        self.vectors = tensors.get("vectors")
+        names = {(p, i): f"{p}@{i}" for p in self._parts for i in self._positions}
+        return {
+            key: MomentSet(
+                int(tensors[f"{name}.n"]), tensors[f"{name}.mean"], tensors[f"{name}.m2"]
+            )
+            for key, name in names.items()
+        }
