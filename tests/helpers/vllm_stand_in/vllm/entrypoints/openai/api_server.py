@@ -31,6 +31,7 @@ def main():
         Path(arguments.stand_in_worker).write_text(f"{os.getpid()} {worker.pid}")
     if arguments.stand_in_never_ready:
         time.sleep(300)
+    print(f"serves {arguments.model} ", file=sys.stderr, flush=True)
     Server(arguments).serve_forever()
 
 
