@@ -11,18 +11,19 @@ import click
 from abliterator.cli._options import (
     FILE,
     JSON,
+    VLLM_PYTHON,
     checkpoint_folder,
     computing_arguments,
     judge_arguments,
     read_judge,
 )
 from abliterator.cli._terminal import Bars, show
-from abliterator.errors import RecipeError
 
 if TYPE_CHECKING:
     from abliterator.benchmarks import Task
     from abliterator.judge import Judge
     from abliterator.recipe import Benchmarks, EngineSettings
+    from abliterator.record import Side
 
 
 @click.command()
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
 @click.option("--max-new-tokens", default=256, show_default=True, help="Tokens of an answer.")
 @computing_arguments
 @judge_arguments
+@VLLM_PYTHON
 @JSON
 def compare(
     base: str,
@@ -53,6 +55,7 @@ def compare(
     device: str,
     dtype: str,
     max_memory: int | None,
+    vllm_python: str | None,
     as_json: bool,
     **judge_options: Any,
 ) -> None:
@@ -62,12 +65,14 @@ def compare(
     compared; --target and --neutral let both answer, --neutral measures divergence, --tasks runs
     lm-eval. An API judge: --recipe, or --set judge.base_url=URL --set judge.model=NAME. A server
     that answers: --set engine.kind=server --set engine.base_url=URL --set engine.base=NAME --set
-    engine.edited=NAME, and engine.edited_url where that is another server.
+    engine.edited=NAME, and engine.edited_url where that is another server. vLLM, started for both:
+    --set engine.kind=vllm.
     """
     from abliterator.benchmarks import RunSettings, require_engine
     from abliterator.checkpoint import Checkpoint
     from abliterator.comparison import CompareSettings, to_markdown
     from abliterator.comparison import compare as compare_checkpoints
+    from abliterator.diagnostics import find_vllm
     from abliterator.files import cache_folder
     from abliterator.pipeline import Options
     from abliterator.prompts import load_prompts
@@ -93,9 +98,11 @@ def compare(
         ),
         engine=engine,
         answers=cache_folder() / "answers.sqlite",
+        vllm=find_vllm(vllm_python or engine.python) if engine.kind == "vllm" else None,
     )
     if settings.tasks:
-        require_engine(settings.benchmarks.section.engine, computes)
+        sides: tuple[Side, ...] = () if settings.vllm else ("base", "edited")
+        require_engine(settings.benchmarks.section.engine, computes, sides=sides)
     bars = Bars()
     judge = _judge(bars, **judge_options)
     with tempfile.TemporaryDirectory(prefix="abliterator-") as scratch:
@@ -119,12 +126,9 @@ def _engine(overrides: tuple[str, ...], base: str) -> tuple[EngineSettings, tupl
     from abliterator.recipe import load_engine
 
     engine = load_engine([x for x in overrides if x.startswith("engine.")])
-    if engine.kind == "vllm":
-        raise RecipeError(
-            "`engine.kind=vllm` starts vLLM for a build. Start it yourself with both checkpoints, "
-            "and set `engine.kind=server`."
-        )
     others = tuple(x for x in overrides if not x.startswith("engine."))
+    if engine.kind == "vllm":
+        return engine, others
     return engine.model_copy(update={"base": engine.base or base}), others
 
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from functools import cached_property, partial
+from contextlib import ExitStack
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,10 +25,12 @@ from abliterator.comparison._beside import (
     same_vocabulary,
 )
 from abliterator.comparison._markdown import OTHER_VOCABULARY, difference_line
+from abliterator.comparison._models import SingleModelLoader
 from abliterator.comparison._served import ServedSides
 from abliterator.comparison._weights import diff_weights
 from abliterator.devices import enough_memory
-from abliterator.engines import Engine, ServedEngine, TransformersEngine, require_two_models
+from abliterator.diagnostics import VllmInstall
+from abliterator.engines import Engine, ServedEngine, require_two_models
 from abliterator.errors import BenchmarkError
 from abliterator.evaluation import (
     Bar,
@@ -48,14 +50,13 @@ from abliterator.record import (
     Completion,
     Difference,
     Divergence,
-    EngineIdentity,
     Measurement,
     OwnScores,
     Side,
 )
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    pass
 
 SIDES: tuple[Side, Side] = ("base", "edited")
 
@@ -76,6 +77,7 @@ class CompareSettings:
         benchmarks: how benchmarks are run; device and dtype are those of all measurements.
         engine: what answers: this process, or a server that serves both sides.
         answers: file that caches the answers of a server; left out, they are kept nowhere.
+        vllm: what runs vLLM, where that is the engine.
     """
 
     prompts: Mapping[str, Sequence[str]] = field(default_factory=dict)
@@ -88,6 +90,7 @@ class CompareSettings:
     benchmarks: RunSettings = field(default_factory=RunSettings)
     engine: EngineSettings = field(default_factory=EngineSettings)
     answers: Path | None = None
+    vllm: VllmInstall | None = None
 
 
 @enough_memory("The comparison", smaller="shorter answers (`--max-new-tokens`)")
@@ -127,13 +130,41 @@ def compare(
     prompting = _prompting(setups, beside)
     judge = judge or RuleJudge()
     served = None
-    if settings.engine.kind == "server" and settings.prompts:
+    if settings.engine.kind != "transformers":
         cache = settings.answers or scratch / "answers.sqlite"
-        served = ServedSides(setups, settings.engine, cache=cache)
-    models = _SingleModelLoader(
+        dtype = settings.benchmarks.dtype
+        served = ServedSides(
+            setups, settings.engine, cache, settings.vllm, dtype, scratch=scratch, note=note
+        )
+    models = SingleModelLoader(
         {"base": base, "edited": edited}, settings.benchmarks, prompting, served
     )
-    engines = _probed(models, settings)
+    with ExitStack() as stack:
+        if served is not None:
+            stack.callback(served.close)
+        measured = _measured(setups, models, settings, judge, scratch=scratch, bar=bar)
+    return Comparison(
+        base=base.name,
+        edited=edited.name,
+        beside=beside,
+        asked=prompting,
+        engines=served.identities if served else {},
+        **measured,
+    )
+
+
+def _measured(
+    setups: tuple[Setup, Setup],
+    models: SingleModelLoader,
+    settings: CompareSettings,
+    judge: Judge,
+    *,
+    scratch: Path,
+    bar: Bar,
+) -> dict[str, Any]:
+    """Fields of a `Comparison` that are measured."""
+    prompting = models.prompting
+    _probe_server(models, settings)
     weights = diff_weights(setups[0].checkpoint, setups[1].checkpoint)
     withheld = _withheld(setups, settings, prompting)
     behaviour = _behaviour(models, settings, judge, bar)
@@ -143,21 +174,16 @@ def compare(
     models.free()
     benchmarks = {}
     if settings.tasks:
-        scores = _benchmark_scores(setups, settings, prompting, scratch=scratch, bar=bar)
+        scores = _benchmark_scores(setups, models, settings, scratch=scratch, bar=bar)
         benchmarks = _benchmarks(scores, prompting, seed=settings.seed)
-    return Comparison(
-        base=base.name,
-        edited=edited.name,
-        beside=beside,
-        asked=prompting,
-        withheld=withheld,
-        weights=weights,
-        behaviour=behaviour,
-        engines=engines,
-        judge=judge.identity if behaviour else None,
-        divergence=divergence,
+    return {
+        "withheld": withheld,
+        "weights": weights,
+        "behaviour": behaviour,
+        "judge": judge.identity if behaviour else None,
+        "divergence": divergence,
         **benchmarks,
-    )
+    }
 
 
 _PROMPTING_PARTS = {"chat_template", "tokenizer", "stop_tokens", "generation_config"}
@@ -187,65 +213,8 @@ def _withheld(
     return {}
 
 
-class _SingleModelLoader:
-    """Loads the model of one side at a time; the other one is freed first."""
-
-    def __init__(
-        self,
-        folders: Mapping[Side, Path],
-        settings: RunSettings,
-        prompting: Asking,
-        served: ServedSides | None = None,
-    ) -> None:
-        self._folders, self._settings, self.prompting = folders, settings, prompting
-        self._served = served
-        self._loaded: tuple[Side, Engine] | None = None
-
-    def load(self, side: Side) -> Engine:
-        """The model of a side, with the tokenizer that its prompts are rendered with."""
-        from abliterator.model import load_model
-
-        if self._loaded is None or self._loaded[0] != side:
-            as_base = side == "edited" and self.prompting == "as_base"
-            changes = {"tokenizer": self._base_tokens[0]} if as_base else {}
-            self.free()
-            loaded = load_model(
-                self._folders[side],
-                device=self._settings.device,
-                dtype=self._settings.dtype,
-                max_memory=self._settings.max_memory,
-            )
-            self._loaded = (side, TransformersEngine(replace(loaded, **changes)))
-        return self._loaded[1]
-
-    def answering(self, side: Side) -> Engine:
-        """What answers for a side, its prompts rendered as `load` has it."""
-        if self._served is None:
-            return self.load(side)
-        prompts_of: Side = "base" if self.prompting == "as_base" else side
-        return self._served.engine(side, prompts_of=prompts_of, passes=partial(self.load, side))
-
-    @property
-    def stop_ids(self) -> tuple[int, ...] | None:
-        """The tokens that end the answers of both sides; None for each side's own."""
-        return self._base_tokens[1] if self.prompting == "as_base" else None
-
-    @cached_property
-    def _base_tokens(self) -> tuple[PreTrainedTokenizerBase, tuple[int, ...]]:
-        engine = self.answering("base")
-        return engine.tokenizer, engine.stop_ids
-
-    def free(self) -> None:
-        if self._loaded is None:
-            return
-        from abliterator.devices import release_memory
-
-        self._loaded = None
-        release_memory()
-
-
 def _behaviour(
-    models: _SingleModelLoader, settings: CompareSettings, judge: Judge, bar: Bar
+    models: SingleModelLoader, settings: CompareSettings, judge: Judge, bar: Bar
 ) -> dict[str, Behaviour]:
     """Judged answers of both sides by prompt set; without a difference where prompts differ."""
     if not settings.prompts:
@@ -270,13 +239,16 @@ def _behaviour(
 
 
 def _answers(
-    models: _SingleModelLoader, side: Side, settings: CompareSettings, bar: Bar
+    models: SingleModelLoader, side: Side, settings: CompareSettings, bar: Bar
 ) -> list[Completion]:
     engine, limit = models.answering(side), settings.max_new_tokens
     rendered = {
         name: RenderedPrompts(prompts, _rendered(engine, prompts, name, limit))
         for name, prompts in settings.prompts.items()
     }
+    models.probe(
+        side, [ids for s in rendered.values() for ids in s.token_ids], max_new_tokens=limit
+    )
     return answer_sets(
         engine,
         rendered,
@@ -288,21 +260,22 @@ def _answers(
     )
 
 
-def _probed(models: _SingleModelLoader, settings: CompareSettings) -> dict[str, EngineIdentity]:
-    """What answers for each side, after checking it; nothing where this process does."""
-    probed, limit = {}, settings.max_new_tokens
-    for side in SIDES if settings.engine.kind == "server" and settings.prompts else ():
-        engine = models.answering(side)
-        assert isinstance(engine, ServedEngine)
-        prompts = [
-            ids
-            for name, texts in settings.prompts.items()
-            for ids in _rendered(engine, texts, name, limit)
-        ]
-        probed[side] = engine.probed(max(prompts, key=len), max_new_tokens=limit)
-    if probed:
-        require_two_models(probed["base"], probed["edited"])
-    return {side: said.identity(settings.engine) for side, said in probed.items()}
+def _probe_server(models: SingleModelLoader, settings: CompareSettings) -> None:
+    """Checks both models of a running server, hours before the second is needed."""
+    if settings.engine.kind == "server" and settings.prompts:
+        probed = []
+        for side in SIDES:
+            engine = models.answering(side)
+            assert isinstance(engine, ServedEngine)
+            limit = settings.max_new_tokens
+            prompts = [
+                ids
+                for name, texts in settings.prompts.items()
+                for ids in _rendered(engine, texts, name, limit)
+            ]
+            models.probe(side, prompts, max_new_tokens=limit)
+            probed.append(engine.probed(max(prompts, key=len), max_new_tokens=limit))
+        require_two_models(*probed)
 
 
 def _rendered(
@@ -316,7 +289,7 @@ def _rendered(
 
 
 def _divergence(
-    models: _SingleModelLoader, settings: CompareSettings, *, scratch: Path, bar: Bar
+    models: SingleModelLoader, settings: CompareSettings, *, scratch: Path, bar: Bar
 ) -> Divergence | None:
     neutral = settings.prompts.get("neutral")
     if not neutral:
@@ -348,14 +321,14 @@ def _divergence(
 
 def _benchmark_scores(
     setups: tuple[Setup, Setup],
+    models: SingleModelLoader,
     settings: CompareSettings,
-    prompting: Asking,
     *,
     scratch: Path,
     bar: Bar,
 ) -> dict[Side, dict[str, TaskScores]]:
     folders = [setup.folder for setup in setups]
-    if prompting == "as_base":
+    if models.prompting == "as_base":
         folders[1] = link_with_base_prompting(*setups, scratch / "edited")
     digests = [str(fingerprint(setup.checkpoint)) for setup in setups]
     with bar("benchmark tasks, both sides", 2 * len(settings.tasks)) as advance:
@@ -366,6 +339,7 @@ def _benchmark_scores(
                 settings.benchmarks,
                 out=scratch / "benchmarks",
                 on_task=lambda side, task: advance(1),
+                serving=models.serving,
             )
         except BenchmarkError as error:
             # neither the folder of links nor the log need be there when this is read

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -134,14 +135,15 @@ def test_a_port_that_another_took_is_left_for_a_free_one(
 ):
     from abliterator.engines._vllm import _process
 
-    with serve(install, tiny_folder("llama"), tmp_path) as first:
-        taken = int(first.address.base_url.split(":")[2].split("/")[0])
-        free = _process._free_port
+    free = _process._free_port
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        taken = other.getsockname()[1]
         ports = iter([taken])
         monkeypatch.setattr(_process, "_free_port", lambda: next(ports, None) or free())
-        with serve(install, tiny_folder("llama"), tmp_path) as second:
-            assert second.address.base_url != first.address.base_url
-            assert served_models(second.address) == ["model"]
+        with serve(install, tiny_folder("llama"), tmp_path) as server:
+            assert f":{taken}/" not in server.address.base_url
+            assert served_models(server.address) == ["model"]
+    assert "Address already in use" in server.log.read_text()
 
 
 def test_one_that_died_since_is_named_with_its_reason(install, tiny_folder, tmp_path):

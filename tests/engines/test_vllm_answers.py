@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 from collections.abc import Iterator
@@ -24,9 +25,11 @@ from abliterator.engines._vllm import (
     slots_for,
 )
 from abliterator.engines._vllm._adapters import edit_digest, planned, write_missing
+from abliterator.engines._vllm._http import served_models
+from abliterator.engines._vllm._process import Address
 from abliterator.errors import ServerError
 from abliterator.model import load_model
-from abliterator.recipe import Edit, EngineSettings
+from abliterator.recipe import STARTED_KEY, Edit, EngineSettings
 from abliterator.subspace import orthonormal_basis, random_basis
 from tests.helpers.architectures import save
 from tests.helpers.vllm_interpreter import vllm_interpreter
@@ -43,13 +46,15 @@ ASKED = {"max_new_tokens": 6, "batch_size": 4}
 class Vllm:
     """An engine with answers of the stand-in, what it noted, and the engine of this process."""
 
-    def __init__(self, folder: Path, scratch: Path, *arguments: str, slots: bool = True) -> None:
+    def __init__(
+        self, folder: Path, scratch: Path, *arguments: str, slots: bool = True, toy: bool = True
+    ) -> None:
         checkpoint = Checkpoint.open(folder)
         self.plan = plan_edits(checkpoint, anatomy_of(checkpoint.config), Edit())
         self.own = TransformersEngine(load_model(folder, device="cpu", dtype="float32"))
         self.notes: list[str] = []
+        arguments = (*arguments, "--stand-in-toy") if toy else arguments
         settings = EngineSettings(kind="vllm", arguments=arguments)
-
         cache = scratch / "answers.sqlite"
         client = CompletionClient(
             settings.server("base", model="base"), self.own.tokenizer, cache=cache
@@ -75,6 +80,10 @@ class Vllm:
         return [[3 + i, 7, 11 + i] for i in range(count)]
 
     @property
+    def address(self) -> Address:
+        return Address(self.served.base_url, os.environ[STARTED_KEY])
+
+    @property
     def starts(self) -> int:
         return sum("starts" in note for note in self.notes)
 
@@ -90,7 +99,9 @@ def tokens(answers) -> list[tuple[int, ...]]:
     return [answer.token_ids for answer in answers]
 
 
-def test_a_sweep_runs_on_one_start(vllm):
+def test_a_sweep_runs_on_one_start(tiny_folder, tmp_path):
+    """With a model behind it: the answers are this process's, under each edit."""
+    vllm = Vllm(tiny_folder("llama"), tmp_path, toy=False)
     prompts = vllm.ids()
     base = vllm.own.answers(prompts, **ASKED)
     assert vllm.engine.answers(prompts, **ASKED) == base
@@ -109,32 +120,40 @@ def test_a_sweep_runs_on_one_start(vllm):
             vllm.own.answers(prompts, **ASKED)
         )
     assert vllm.starts == 1
+    assert served_models(vllm.address) == ["base"]  # every adapter is unloaded
     vllm.served.close()
     assert not vllm.served.scratch.exists()
 
 
-def test_answers_are_kept_by_what_gave_them(vllm, tmp_path):
-    """A second run asks a second server, at another port, for nothing that it has."""
+def test_answers_are_kept_by_what_gave_them(vllm):
+    """A second run starts a second server, at another port, for what it has not alone."""
     prompts = vllm.ids()
-    edit = WriterEdit(vllm.plan, vllm.basis())
-    with vllm.engine.edited(edit):
-        first = vllm.engine.answers(prompts, **ASKED)
+    edits = [WriterEdit(vllm.plan, vllm.basis(seed=seed)) for seed in range(2)]
+    by_edit = []
+    for edit in edits:
+        with vllm.engine.edited(edit):
+            by_edit.append(vllm.engine.answers(prompts, **ASKED))
+    base = vllm.engine.answers(prompts, **ASKED)
+    assert len({str(answers) for answers in (*by_edit, base)}) == 3
     vllm.served.close()
-    # one that dies at the first request, after those by which adapters are proved
-    vllm.served.settings = EngineSettings(kind="vllm", arguments=("--stand-in-dies-after", "0"))
-    with vllm.engine.edited(edit):
-        assert vllm.engine.answers(prompts, **ASKED) == first
+    assert vllm.engine.answers(prompts, **ASKED) == base
+    assert vllm.starts == 1
+    # the first answer that it is asked for ends it
+    vllm.served.settings = dying_after(0)
+    for edit, answers in zip(edits, by_edit, strict=True):
+        with vllm.engine.edited(edit):
+            assert vllm.engine.answers(prompts, **ASKED) == answers
+    assert vllm.starts == 2
 
 
 def test_a_larger_rank_starts_it_again(vllm):
-    edit = WriterEdit(vllm.plan, vllm.basis(9))
-    with vllm.engine.edited(edit):
-        answers = vllm.engine.answers(vllm.ids(), **ASKED)
-    with vllm.own.edited(edit):
-        assert tokens(answers) == tokens(vllm.own.answers(vllm.ids(), **ASKED))
-    assert vllm.starts == 1  # it was not running yet
+    vllm.engine.answers(vllm.ids(), **ASKED)
+    with vllm.engine.edited(WriterEdit(vllm.plan, vllm.basis(9))):
+        vllm.engine.answers(vllm.ids(), **ASKED)
+    assert vllm.starts == 2
     assert vllm.served.served.slots is not None
     assert vllm.served.served.slots.rank == 16
+    assert not any("this process" in note for note in vllm.notes)
 
 
 def test_what_no_adapter_expresses_is_answered_here_and_said(tmp_path):
@@ -161,28 +180,31 @@ def test_an_adapter_that_is_refused_or_left_out_is_said(tiny_folder, tmp_path, a
     edit = WriterEdit(vllm.plan, vllm.basis())
     with vllm.engine.edited(edit):
         answers = vllm.engine.answers(vllm.ids(), **ASKED)
+    vllm.served.close()
     with vllm.own.edited(edit):
         assert answers == vllm.own.answers(vllm.ids(), **ASKED)
-    vllm.served.close()
     assert re.search(note, vllm.notes[-2])
     assert "from this process" in vllm.notes[-1]
 
 
-def test_a_model_that_takes_no_adapters_is_served_without(tiny_folder, tmp_path, monkeypatch):
+def test_a_model_that_takes_no_adapters_is_served_without(vllm, monkeypatch):
     """As vLLM has it of some architectures, once it started."""
-    vllm = Vllm(tiny_folder("llama"), tmp_path)
     start = _model.vllm_server
-    refusal = ServerError("Its log says: ValueError: Foo does not support LoRA yet.")
 
     def refusing(install, served, *arguments, **options):
         if served.slots is not None:
-            raise refusal
+            raise ServerError("Its log says: ValueError: Foo does not support LoRA yet.")
         return start(install, served, *arguments, **options)
 
     monkeypatch.setattr(_model, "vllm_server", refusing)
-    assert vllm.engine.answers(vllm.ids(), **ASKED) == vllm.own.answers(vllm.ids(), **ASKED)
-    vllm.served.close()
-    assert any("takes no adapters" in note for note in vllm.notes)
+    edit = WriterEdit(vllm.plan, vllm.basis())
+    with vllm.engine.edited(edit):
+        answers = vllm.engine.answers(vllm.ids(), **ASKED)
+    with vllm.own.edited(edit):
+        assert answers == vllm.own.answers(vllm.ids(), **ASKED)
+    assert vllm.engine.answers(vllm.ids(), **ASKED) != answers
+    assert [note for note in vllm.notes if "takes no adapters" in note]
+    assert vllm.starts == 1
 
 
 def test_one_that_dies_while_it_answers_is_named_and_what_it_answered_is_kept(
@@ -192,9 +214,14 @@ def test_one_that_dies_while_it_answers_is_named_and_what_it_answered_is_kept(
     with pytest.raises(ServerError, match=r"ended while it served.*OutOfMemoryError.*kept"):
         vllm.engine.answers(vllm.ids(8), **ASKED)
     vllm.served.close()
-    vllm.served.settings = EngineSettings(kind="vllm", arguments=("--stand-in-dies-after", "7"))
-    assert vllm.engine.answers(vllm.ids(8), **ASKED) == vllm.own.answers(vllm.ids(8), **ASKED)
+    vllm.served.settings = dying_after(7)
+    assert len(vllm.engine.answers(vllm.ids(8), **ASKED)) == 8
     vllm.served.close()
+
+
+def dying_after(answers: int) -> EngineSettings:
+    arguments = ("--stand-in-dies-after", str(answers), "--stand-in-toy")
+    return EngineSettings(kind="vllm", arguments=arguments)
 
 
 def test_by_peft_an_adapter_is_the_hook(tiny_folder, tmp_path):

@@ -258,9 +258,7 @@ _VISION = {
 }
 
 _SAM = {
-    "hidden_size": 16,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
+    **_VISION,
     "output_channels": 16,
     "image_size": 64,
     "mlp_dim": 16,

@@ -18,6 +18,7 @@ def vllm_interpreter(folder: Path, *, distribution: str | None = "vllm") -> str:
         info.mkdir(parents=True)
         metadata = f"Metadata-Version: 2.1\nName: {distribution}\nVersion: {VERSION}\n"
         (info / "METADATA").write_text(metadata)
+    folder.mkdir(exist_ok=True)
     python = folder / "python"
     path = shlex.quote(f"{MODULES}:{site}")
     python.write_text(f'#!/bin/sh\nPYTHONPATH={path} exec {shlex.quote(sys.executable)} "$@"\n')

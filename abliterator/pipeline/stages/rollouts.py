@@ -64,8 +64,9 @@ def _run(run: Run) -> list[Path]:
     answers = {side: [c for c in kept if c.side == side] for side in kept_sides}
     missing = [side for side in SIDES if side not in kept_sides]
     engines = engines_of(run, kept_sides)
-    one_at_a_time = run.recipe.engine.kind == "vllm"  # each side is another server's
-    for sides in [[side] for side in missing] if one_at_a_time else [missing]:
+    # each side is another vLLM's, and that of the base is asked by the next stage too
+    in_turn = [[side] for side in reversed(missing)]
+    for sides in in_turn if run.recipe.engine.kind == "vllm" else [missing]:
         engines |= probe_engines(run, {side: folder_of(run, side) for side in sides})
         answers |= {side: _answers(run, side) for side in sides}
     written = [ANSWERS.write_lines(run, (c for side in SIDES for c in answers[side]))]

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import threading
 import time
+import zlib
 from functools import cached_property
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -30,6 +31,7 @@ def main():
         Path(arguments.stand_in_worker).write_text(f"{os.getpid()} {worker.pid}")
     if arguments.stand_in_never_ready:
         time.sleep(300)
+    print(f"serves {arguments.model} ", file=sys.stderr, flush=True)
     Server(arguments).serve_forever()
 
 
@@ -48,7 +50,51 @@ def parsed():
     parser.add_argument("--lora-target-modules", nargs="*")
     for name in ("error", "worker", "never-ready", "dies-after", "no-lora", "ignores"):
         parser.add_argument(f"--stand-in-{name}")
+    parser.add_argument("--stand-in-toy", action="store_true")
     return parser.parse_args()
+
+
+class Toy:
+    """Answers that depend on the prompt and on the adapter's tensors alone; made at once."""
+
+    def __init__(self, salt=0):
+        self.salt = salt
+
+    def adapted(self, tensors):
+        text = "".join(f"{name} {tensor.tobytes()}" for name, tensor in sorted(tensors.items()))
+        return Toy(zlib.crc32(text.encode()) if tensors else 0)
+
+    def likeliest(self, ids):
+        """Token ids with log-probabilities, the likeliest first."""
+        seed = sum(ids) + self.salt
+        return {3 + (seed + 7 * rank) % 40: -1.0 - rank for rank in range(5)}
+
+
+class Model:
+    """The checkpoint by transformers."""
+
+    def __init__(self, model):
+        self.model = model
+
+    def adapted(self, tensors):
+        model = copy.deepcopy(self.model)
+        for a in (name for name in tensors if name.endswith("lora_A.weight")):
+            weight = model.get_submodule(module_of(a)).weight
+            change = tensors[a.replace("lora_A", "lora_B")] @ tensors[a]
+            weight.data = (weight.data.float() + weight.new_tensor(change).float()).to(weight.dtype)
+        return Model(model)
+
+    def likeliest(self, ids):
+        import torch
+
+        with torch.inference_mode():
+            logits = self.model(torch.tensor([ids])).logits[0, -1]
+        top = logits.log_softmax(-1).topk(5)
+        return dict(zip(top.indices.tolist(), top.values.tolist(), strict=True))
+
+
+def module_of(tensor):
+    return tensor.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
 
 
 class Server(ThreadingHTTPServer):
@@ -62,12 +108,14 @@ class Server(ThreadingHTTPServer):
     @cached_property
     def base(self):
         """Loaded when it is asked first: many tests only start a server."""
+        if self.arguments.stand_in_toy:
+            return Toy()
         import torch
         from transformers import AutoModelForCausalLM
 
         dtype = self.arguments.dtype
         dtype = "auto" if dtype == "auto" else getattr(torch, dtype)
-        return AutoModelForCausalLM.from_pretrained(self.arguments.model, dtype=dtype).eval()
+        return Model(AutoModelForCausalLM.from_pretrained(self.arguments.model, dtype=dtype).eval())
 
     @property
     def names(self):
@@ -75,62 +123,52 @@ class Server(ThreadingHTTPServer):
 
     def load(self, name, folder):
         """An error message, or None."""
-        from safetensors.torch import load_file
+        from safetensors.numpy import load_file
 
         config = json.loads((folder / "adapter_config.json").read_text())
         if self.arguments.stand_in_no_lora or not self.arguments.enable_lora:
             return "the server has no slots"
         if config["r"] > self.arguments.max_lora_rank:
             return f"LoRA rank {config['r']} is greater than max_lora_rank"
-        model = copy.deepcopy(self.base)
+        kinds = {module.split(".")[-1] for module in config["target_modules"]}
+        if not kinds <= set(self.arguments.lora_target_modules):
+            return f"{kinds} are not all among the target modules"
         tensors = load_file(folder / "adapter_model.safetensors")
-        for a in (key for key in tensors if key.endswith("lora_A.weight")):
-            path = a.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
-            if path.split(".")[-1] == self.arguments.stand_in_ignores:
-                continue
-            if path.split(".")[-1] not in self.arguments.lora_target_modules:
-                return f"{path} is not among the target modules"
-            weight = model.get_submodule(path).weight
-            change = tensors[a.replace("lora_A", "lora_B")] @ tensors[a]
-            weight.data = (weight.data.float() + change).to(weight.dtype)
-        self.adapters[name] = model
+        ignored = f".{self.arguments.stand_in_ignores}."
+        self.adapters[name] = self.base.adapted(
+            {name: tensor for name, tensor in tensors.items() if ignored not in name}
+        )
         return None
 
     def complete(self, asked):
-        import torch
-
         with self.lock:
-            self.answered += not asked.get("logprobs")
+            self.answered += "logprobs" not in asked
             limit = self.arguments.stand_in_dies_after
             if limit and self.answered > int(limit):
                 print("torch.OutOfMemoryError: no memory left", file=sys.stderr, flush=True)
                 os._exit(1)
-            prompts = asked["prompt"]
-            prompts = prompts if isinstance(prompts[0], list) else [prompts]
-            stops = asked.get("stop_token_ids") or []
-            choices, model = [], self.adapters.get(asked["model"]) or self.base
-            for index, prompt in enumerate(prompts):
-                ids, finish = list(prompt), "length"
-                with torch.inference_mode():
-                    while len(ids) < len(prompt) + asked["max_tokens"]:
-                        logits = model(torch.tensor([ids])).logits[0, -1]
-                        ids.append(int(logits.argmax()))
-                        if ids[-1] in stops:
-                            finish = "stop"
-                            break
-                new = ids[len(prompt) :]
-                top = logits.log_softmax(-1).topk(5)
-                likeliest = {
-                    str(t): v
-                    for t, v in zip(top.indices.tolist(), top.values.tolist(), strict=True)
-                }
-                choices.append({
-                    "index": index, "text": "", "finish_reason": finish,
-                    "stop_reason": new[-1] if finish == "stop" else None,
-                    "token_ids": new, "prompt_token_ids": prompt,
-                    "logprobs": {"top_logprobs": [likeliest]} if "logprobs" in asked else None,
-                })  # fmt: skip
-        return {"object": "text_completion", "model": asked["model"], "choices": choices}
+            model, prompt = self.adapters.get(asked["model"], self.base), asked["prompt"]
+            ids, likeliest = list(prompt), []
+            while len(ids) < len(prompt) + asked["max_tokens"]:
+                likeliest.append(model.likeliest(ids))
+                ids.append(next(iter(likeliest[-1])))
+                if ids[-1] in asked.get("stop_token_ids", ()):
+                    break
+        is_stopped = ids[-1] in asked.get("stop_token_ids", ())
+        choice = {
+            "index": 0, "text": "", "finish_reason": "stop" if is_stopped else "length",
+            "token_ids": ids[len(prompt) :], "prompt_token_ids": prompt,
+            "logprobs": {"top_logprobs": likeliest} if "logprobs" in asked else None,
+        }  # fmt: skip
+        usage = {"prompt_tokens": len(prompt), "completion_tokens": len(ids) - len(prompt)}
+        return {
+            "object": "text_completion", "model": asked["model"], "choices": [choice],
+            "usage": usage,
+        }  # fmt: skip
+
+
+def entry(name):
+    return {"id": name, "owned_by": "vllm", "root": "/model"}
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -140,13 +178,20 @@ class Handler(BaseHTTPRequestHandler):
         pass
 
     def do_GET(self):
-        if self.authorised() and self.path == "/v1/models":
-            self.reply({"object": "list", "data": [{"id": name} for name in self.server.names]})
+        if self.path == "/version":
+            return self.reply({"version": "0.0.1"})
+        if not self.authorised():
+            return self.reply({"error": "Unauthorized"}, 401)
+        if self.path == "/v1/models":
+            return self.reply(
+                {"object": "list", "data": [entry(name) for name in self.server.names]}
+            )
+        return self.reply({"error": "Not Found"}, 404)
 
     def do_POST(self):
         asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         if not self.authorised():
-            return
+            return self.reply({"error": "Unauthorized"}, 401)
         if self.path == "/v1/load_lora_adapter":
             problem = self.server.load(asked["lora_name"], Path(asked["lora_path"]))
             if problem:
@@ -156,16 +201,15 @@ class Handler(BaseHTTPRequestHandler):
         if self.path == "/v1/unload_lora_adapter":
             del self.server.adapters[asked["lora_name"]]
             return self.reply("Success")
+        if self.path != "/v1/completions":
+            return self.reply({"error": "Not Found"}, 404)
         if asked["model"] not in self.server.names:
             message = f"The model `{asked['model']}` does not exist."
             return self.reply({"error": {"message": message, "code": 404}}, 404)
         return self.reply(self.server.complete(asked))
 
     def authorised(self):
-        if self.headers.get("Authorization") == f"Bearer {self.server.key}":
-            return True
-        self.reply({"error": "Unauthorized"}, 401)
-        return False
+        return self.headers.get("Authorization") == f"Bearer {self.server.key}"
 
     def reply(self, body, status=200):
         content = json.dumps(body).encode()
