@@ -11,9 +11,12 @@ parses arguments, and reports what it does to a `Progress`.
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from abliterator.errors import AbliteratorError
 from abliterator.pipeline._bake_subspace import bake_subspace
+from abliterator.pipeline._build_several import Build, build_on_workers
 from abliterator.pipeline._chat_session import ChatSession, Turns, open_chat
 from abliterator.pipeline._first_recipe import first_recipe
 from abliterator.pipeline._judges import judge_of, note_plain_http, require_key
@@ -47,6 +50,7 @@ __all__ = [
     "STAGES",
     "STUDIES",
     "Advance",
+    "Build",
     "ChatSession",
     "Options",
     "Plan",
@@ -57,6 +61,7 @@ __all__ = [
     "Turns",
     "bake_subspace",
     "build",
+    "build_several",
     "compare_rebuilt",
     "first_recipe",
     "judge_of",
@@ -83,6 +88,36 @@ def build(
     """
     run_stages(recipe, out, until="card", options=options, progress=progress)
     return read_record(out)
+
+
+def build_several(
+    builds: Sequence[Build], *, options: Options | None = None, progress: Progress | None = None
+) -> Iterator[RunRecord | AbliteratorError]:
+    """The record of each build, in their order, or the error that ended it.
+
+    One after the other, or side by side where the options name workers, one build a worker.
+
+    Args:
+        builds: in folders of their own.
+        options: of every build.
+        progress: notified of stages where builds run one after the other.
+
+    Raises:
+        WorkerError: if there is no room for the workers.
+    """
+    options = options or Options()
+    if options.pool is not None:
+        yield from build_on_workers(builds, options.pool, options, _build)
+        return
+    for recipe, out in builds:
+        try:
+            yield build(recipe, out, options=options, progress=progress)
+        except AbliteratorError as error:
+            yield error
+
+
+def _build(recipe: Recipe, out: Path, options: Options) -> RunRecord:
+    return build(recipe, out, options=options)
 
 
 def run_stages(
