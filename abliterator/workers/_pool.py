@@ -33,6 +33,9 @@ class Pool:
         self._numbers = itertools.count()
         self._is_closed = False
 
+    def __len__(self) -> int:
+        return len(self.workers)
+
     def __enter__(self) -> Pool:
         return self
 
