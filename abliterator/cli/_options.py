@@ -177,11 +177,17 @@ def read_judge(
     return load_judge(overrides)
 
 
-def recipe_arguments(*, required: bool = True) -> Decorator:
+def recipe_arguments(*, required: bool = True, several: bool = False) -> Decorator:
     """Adds RECIPE, --out, --set, --device and all else that a run needs to a command."""
     path = click.Path(path_type=Path)
     return together(
-        click.argument("recipe", required=required, type=RecipePath()),
+        click.argument(
+            "recipes" if several else "recipe",
+            required=required,
+            nargs=-1 if several else 1,
+            metavar="RECIPE..." if several else None,
+            type=RecipePath(),
+        ),
         click.option("--out", type=path, help="Output folder.  [default: out/RECIPE]"),
         SET,
         computing_arguments,

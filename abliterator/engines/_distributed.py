@@ -1,7 +1,9 @@
 """An engine whose batches run on a pool of workers, each of which holds the model.
 
 The batches are those of `TransformersEngine`, and results come in their order, so that everything
-is equal to one worker's, bit by bit.
+is equal to one process's, bit by bit. Where there are too few batches for all workers, rows of one
+batch run apart, padded as they are together: the same numbers as long as the device's kernels give
+a row the same numbers in batches of other sizes, as those of a CPU do.
 """
 
 from __future__ import annotations
@@ -170,16 +172,26 @@ class DistributedEngine:
         self, method: Method | None, in_rows: EditsInRows | None = None, **arguments: Any
     ) -> Iterator[tuple[list[int], Any]]:
         """Each batch of a call with its result, in the order of the batches."""
-        call = EngineCall(self.model, method, arguments, tuple(self._edits), in_rows)
+        call = EngineCall(
+            self.model, method, arguments, len(self.pool), tuple(self._edits), in_rows
+        )
         job = self.pool.number(call)
-        (batches,) = self.pool.map(job, [None])
-        for parts in self.pool.map(job, batches):
-            for batch, result in parts:
-                yield batch, unpack(result)
+        (parts,) = self.pool.map(job, [None])
+        done: list[Any] = []
+        for part, results in zip(parts, self.pool.map(job, parts), strict=True):
+            done += [unpack(result) for _, result in results]
+            if part.rows[-1] != part.batch[-1]:
+                continue  # sums over batches have the rounding of whole batches
+            yield part.batch, torch.cat(done) if method == "hidden_states" else _joined(done)
+            done.clear()
 
     def _require_edits(self, in_rows: EditsInRows | None = None) -> None:
         """Lets a worker put the edits in force, which raises what is wrong with them."""
         list(self.results(None, in_rows))
+
+
+def _joined(parts: Sequence[list[Any]]) -> list[Any]:
+    return [value for part in parts for value in part]
 
 
 @dataclass(frozen=True)

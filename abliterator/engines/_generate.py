@@ -111,15 +111,18 @@ def answer_work(
         prefix = Prefix(by_row=by_row)
     splitter = Splitter(loaded.tokenizer)
 
-    def run(batch: list[int]) -> list[Answer]:
-        rows = _continuations(loaded, prompts, batch, prefix=prefix)
+    def run_part(batch: list[int], whole: list[int]) -> list[Answer]:
+        width = max(len(prompts[i]) for i in whole)
+        rows = _continuations(loaded, prompts, batch, width, prefix=prefix)
         return [
             answer_of(splitter, prompts[i], row, stop_ids)
             for i, row in zip(batch, rows, strict=True)
         ]
 
     with _with_config(loaded.model, _greedy(loaded, max_new_tokens, stop_ids)):
-        yield Work(partial(_batches, loaded, prompts, batch_size, prefix), run).without(skipped)
+        plan = partial(_batches, loaded, prompts, batch_size, prefix)
+        work = Work(plan, lambda batch: run_part(batch, batch), run_part)
+        yield work.without(skipped)
 
 
 def require_tokens(prompts: Sequence[Sequence[int]]) -> None:
@@ -167,7 +170,7 @@ def stream(
     streamer = Streamer(loaded.tokenizer, skip_prompt=True, skip_special_tokens=True)
     try:
         with _with_config(loaded.model, _greedy(loaded, max_new_tokens, stop_ids)):
-            _continuations(loaded, [prompt], [0], prefix=Prefix(), streamer=streamer)
+            _continuations(loaded, [prompt], [0], len(prompt), prefix=Prefix(), streamer=streamer)
     finally:
         on_end(answer_of(Splitter(loaded.tokenizer), prompt, tokens, stop_ids))
 
@@ -254,12 +257,12 @@ def _continuations(
     loaded: LoadedModel,
     prompts: Sequence[Sequence[int]],
     batch: list[int],
+    width: int,
     *,
     prefix: Prefix,
     streamer: BaseStreamer | None = None,
 ) -> list[list[int]]:
-    """New tokens of each prompt in `batch`, with the padding after the stop token."""
-    width = max(len(prompts[i]) for i in batch)
+    """New tokens of each prompt in `batch`, padded to `width`, and padding after the stop token."""
 
     def checked(_ids: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
         return require_numbers(logits, loaded)

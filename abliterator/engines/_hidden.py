@@ -62,6 +62,7 @@ def hidden_work(
     return Work(
         partial(batches, token_ids, max_batch_tokens),
         partial(_hidden_states, loaded, token_ids, blocks, positions),
+        is_divisible=padding == "none",
     ).without(skipped)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -22,8 +22,6 @@ from abliterator.errors import CheckpointError
 from abliterator.files import digest_of
 from abliterator.model import Limits, load_model, run_batches
 from abliterator.workers import Resident
-
-Batch = list[int]
 
 
 class PackedTensor(NamedTuple):
@@ -183,14 +181,33 @@ class EditsInRows:
     group: range
 
 
+class Part(NamedTuple):
+    """Some rows of a batch, and the whole batch."""
+
+    rows: list[int]
+    batch: list[int]
+
+
+def parts_of(batches: Sequence[list[int]], workers: int) -> list[Part]:
+    """Batches, or where there are too few to keep all workers busy, equal parts of each batch."""
+    if len(batches) >= 4 * workers or len(batches) % workers == 0:
+        return [Part(batch, batch) for batch in batches]
+    parts = []
+    for batch in batches:
+        size = -(-len(batch) // workers)
+        parts += [Part(batch[i : i + size], batch) for i in range(0, len(batch), size)]
+    return parts
+
+
 @dataclass(frozen=True)
 class EngineCall:
-    """One call of an engine: a job whose items are its batches; the item None is their plan.
+    """One call of an engine: a job of parts of batches; the item None is their plan.
 
     Attributes:
         model: which the worker loads if it holds another.
         method: of the engine; None only puts the edits in force.
         arguments: of the method.
+        workers: among whom batches are divided, where there are few.
         edits: those in force, packed, the outermost first.
         in_rows: those that differ between the rows.
     """
@@ -198,12 +215,13 @@ class EngineCall:
     model: ModelFolder
     method: Method | None
     arguments: Mapping[str, Any] = field(default_factory=dict)
+    workers: int = 1
     edits: tuple[Edit, ...] = ()
     in_rows: EditsInRows | None = None
 
     @contextmanager
-    def opened(self, resident: Resident) -> Iterator[Callable[[Batch | None], Any]]:
-        """What runs a batch: a list of (batch, result), more than one where it was halved."""
+    def opened(self, resident: Resident) -> Iterator[Callable[[Part | None], Any]]:
+        """What runs a part of a batch: a list of (rows, result), several where it was halved."""
         engine = _engine(resident, self.model)
         with ExitStack() as stack:
             for edit in self.edits:
@@ -223,10 +241,14 @@ class EngineCall:
             call = open_call(engine.loaded, self.method, blocks=engine.blocks, **options)
             work = stack.enter_context(call)
 
-            def run(batch: Batch | None) -> Any:
-                if batch is None:
-                    return work.plan()
-                return [(part, pack(result)) for part, result in run_batches([batch], work.run)]
+            def run(part: Part | None) -> Any:
+                if part is None:
+                    return parts_of(work.plan(), self.workers if work.is_divisible else 1)
+
+                def run_rows(rows: list[int]) -> Any:
+                    return work.run_part(rows, part.batch) if work.run_part else work.run(rows)
+
+                return [(rows, pack(result)) for rows, result in run_batches([part.rows], run_rows)]
 
             yield run
 

@@ -20,10 +20,15 @@ class Work(Generic[T]):
         plan: the batches, each the indices of its prompts; the same wherever the same model is
             loaded.
         run: the result of one batch, which does not depend on the batches before it.
+        run_part: the result of some rows of a batch, given it whole, as they have it there; None
+            where that is what `run` gives for these rows alone, or `run` needs whole batches.
+        is_divisible: whether rows of a batch may run apart.
     """
 
     plan: Callable[[], list[list[int]]]
     run: Callable[[list[int]], T]
+    run_part: Callable[[list[int], list[int]], T] | None = None
+    is_divisible: bool = True
 
     def without(self, done: Container[int]) -> Work[T]:
         """The same work without the prompts that are done; the others stay in their batches."""

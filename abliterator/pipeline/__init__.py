@@ -11,13 +11,15 @@ parses arguments, and reports what it does to a `Progress`.
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from abliterator.costs import Machine
-from abliterator.errors import PromptError
+from abliterator.errors import AbliteratorError, PromptError
 from abliterator.pipeline._answer_pairs import AnswerPair, answer_pairs
 from abliterator.pipeline._bake_subspace import bake_subspace
+from abliterator.pipeline._build_several import Build, build_on_workers
 from abliterator.pipeline._chat_session import ChatSession, Turns, open_chat
 from abliterator.pipeline._estimate import Estimate, estimate
 from abliterator.pipeline._first_recipe import first_recipe
@@ -57,6 +59,7 @@ __all__ = [
     "STUDIES",
     "Advance",
     "AnswerPair",
+    "Build",
     "ChatSession",
     "Estimate",
     "Options",
@@ -69,6 +72,7 @@ __all__ = [
     "answer_pairs",
     "bake_subspace",
     "build",
+    "build_several",
     "compare_rebuilt",
     "estimate_on",
     "first_recipe",
@@ -97,6 +101,36 @@ def build(
     """
     run_stages(recipe, out, until="card", options=options, progress=progress)
     return read_record(out)
+
+
+def build_several(
+    builds: Sequence[Build], *, options: Options | None = None, progress: Progress | None = None
+) -> Iterator[RunRecord | AbliteratorError]:
+    """The record of each build, in their order, or the error that ended it.
+
+    One after the other, or side by side where the options name workers, one build a worker.
+
+    Args:
+        builds: in folders of their own.
+        options: of every build.
+        progress: notified of stages where builds run one after the other.
+
+    Raises:
+        WorkerError: if there is no room for the workers.
+    """
+    options = options or Options()
+    if options.pool is not None:
+        yield from build_on_workers(builds, options.pool, options, _build)
+        return
+    for recipe, out in builds:
+        try:
+            yield build(recipe, out, options=options, progress=progress)
+        except AbliteratorError as error:
+            yield error
+
+
+def _build(recipe: Recipe, out: Path, options: Options) -> RunRecord:
+    return build(recipe, out, options=options)
 
 
 def run_stages(

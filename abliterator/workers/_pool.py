@@ -5,8 +5,9 @@ from __future__ import annotations
 import itertools
 import threading
 from collections import Counter, deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from time import monotonic
 from typing import Any
 
@@ -32,6 +33,9 @@ class Pool:
         self._numbers = itertools.count()
         self._is_closed = False
 
+    def __len__(self) -> int:
+        return len(self.workers)
+
     def __enter__(self) -> Pool:
         return self
 
@@ -51,9 +55,15 @@ class Pool:
             AbliteratorError: of the first item that fails.
             WorkerError: if workers die on one item three times, or none is left.
         """
+        with closing(self.outcomes(job, items)) as outcomes:
+            for outcome in outcomes:
+                yield outcome.result()
+
+    def outcomes(self, job: NumberedJob, items: Sequence[Any]) -> Generator[Outcome, None, None]:
+        """As `map`, but an item that fails has an outcome that says so, and stops no other."""
         dispatch = _Dispatch(self.workers, job, items, self.patience)
         try:
-            yield from dispatch.results()
+            yield from dispatch.outcomes()
         except (KeyboardInterrupt, SystemExit):  # nobody waits for what is running
             self.close()
             raise
@@ -70,7 +80,7 @@ class Pool:
         numbered = self.number(job)
         dispatches = [_Dispatch([w], numbered, [None], self.patience) for w in self.workers]
         try:
-            return [result for dispatch in dispatches for result in dispatch.results()]
+            return [o.result() for dispatch in dispatches for o in dispatch.outcomes()]
         except (KeyboardInterrupt, SystemExit):
             self.close()
             raise
@@ -101,18 +111,15 @@ class _Dispatch:
         self._first = 0  # items before it were returned
         self._left = len(items)  # items without an outcome
         self._is_over = False
-        self._problem: WorkerError | None = None
         self._absent = 0  # workers that do not run at present
         self._threads = ThreadPoolExecutor(len(workers), "worker")
         self._futures: list[Future[None]] = []
         for worker in workers:
             self._futures.append(self._threads.submit(self._serve, worker))
 
-    def results(self) -> Iterator[Any]:
-        """The results in order, as they come."""
-        for index in range(len(self._items)):
-            outcome = self._outcome(index)
-            yield outcome.result()
+    def outcomes(self) -> Iterator[Outcome]:
+        """The outcomes in order, as they come."""
+        yield from map(self._outcome, range(len(self._items)))
 
     def end(self) -> None:
         """Waits for the items that are running, and starts no other."""
@@ -127,8 +134,6 @@ class _Dispatch:
         with self._changed:
             while index not in self._outcomes:
                 self._changed.wait(_POLL)
-                if self._problem is not None:
-                    raise self._problem
                 if self._absent + self._ended_threads() < len(self._futures):
                     present = monotonic()
                 elif monotonic() - present > self._patience:
@@ -183,17 +188,21 @@ class _Dispatch:
             return None
 
     def _lose(self, index: int, worker: Worker, loss: WorkerLost) -> None:
-        """Puts the item of a dead worker first in the queue."""
+        """Puts the item of a dead worker first in the queue, or gives it up."""
         with self._changed:
             self._deaths[index] += 1
-            self._waiting.appendleft(index)
-            if self._deaths[index] >= DEATHS:
-                self._is_over = True
-                self._problem = WorkerError(
-                    f"Workers died {DEATHS} times on the same part of the work, number {index + 1} "
-                    f"of {len(self._items)}; the last one was {worker.name} ({loss}). Often that "
-                    "is a lack of memory: use fewer workers, smaller batches or a smaller dtype "
-                    "(`--dtype bfloat16`). Nothing that was finished is lost: the same command "
-                    "goes on where this one stopped."
-                )
+            if self._deaths[index] < DEATHS:
+                self._waiting.appendleft(index)
+            else:
+                self._left -= 1
+                message = self._given_up(index, worker, loss)
+                self._outcomes[index] = Outcome(error=WorkerError.__name__, message=message)
             self._changed.notify_all()
+
+    def _given_up(self, index: int, worker: Worker, loss: WorkerLost) -> str:
+        return (
+            f"Workers died {DEATHS} times on the same part of the work, number {index + 1} of "
+            f"{len(self._items)}; the last one was {worker.name} ({loss}). Often that is a lack of "
+            "memory: use fewer workers, smaller batches or a smaller dtype (`--dtype bfloat16`). "
+            "Nothing that was finished is lost: the same command goes on where this one stopped."
+        )

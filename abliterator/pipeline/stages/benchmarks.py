@@ -133,7 +133,7 @@ def _run(run: Run) -> list[Path]:
             settings,
             out=run.workspace.work / "benchmarks",
             on_task=lambda side, task: advance(1),
-            secrets=_key_names(run.recipe.published()),
+            secrets=key_names(run.recipe.published()),
             serving=serving if by_vllm else _served_already,
         )
     return [_scores(side, task).path(run) for side in SIDES for task in run.tasks]
@@ -157,15 +157,15 @@ def _note_plain_http(run: Run) -> None:
             run.progress.note(warning)
 
 
-def _key_names(plain: Any) -> set[str]:
+def key_names(plain: Any) -> set[str]:
     """Names of the environment variables that hold keys, wherever a recipe states one."""
     if isinstance(plain, list):
-        return set().union(*map(_key_names, plain))
+        return set().union(*map(key_names, plain))
     if not isinstance(plain, dict):
         return set()
     variable = plain.get("api_key_env")
     return set().union(
-        [variable] if isinstance(variable, str) else [], *map(_key_names, plain.values())
+        [variable] if isinstance(variable, str) else [], *map(key_names, plain.values())
     )
 
 
