@@ -313,6 +313,8 @@ class Workspace:
         marker = Marker.model_validate({"key": key, "artefacts": states, **details})
         write_text_atomic(self._marker_path(stage), marker.model_dump_json(indent=1) + "\n")
         remove_whole(self.partial(stage))
+        with suppress(OSError):  # parts of another stage are there
+            self.partial(stage).parent.rmdir()
 
     def partial(self, stage: str) -> Path:
         """The folder of finished parts of a stage that is not finished."""

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator, Sequence
-from typing import TypeVar
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -12,6 +13,7 @@ from torch.nn.functional import softplus
 
 from abliterator.errors import DirectionError
 from abliterator.evaluation import OnStep, kl_terms
+from abliterator.tuning._kept import KeptSteps, dump_edit, dump_pairs, load_edit, load_pairs
 from abliterator.tuning._parameters import EditParameters, mean_of, slow_down
 from abliterator.tuning._rows import answer_logprobs, token_logprobs
 from abliterator.tuning._types import PreferencePair, PreferencePairs, Row, TunedEdit, TuningContext
@@ -29,6 +31,7 @@ def descend(
     *,
     on_step: OnStep,
     ask_again: AskAgain = lambda pairs, edit: pairs,
+    kept: KeptSteps | None = None,
 ) -> list[TunedEdit]:
     """One edit at the end of each phase, in the order of the config's `kl_weights`.
 
@@ -47,26 +50,51 @@ def descend(
         basis: Q [H, k] of the start, or [L, H, k] with one a block.
         on_step: called with each step that is done.
         ask_again: given the pairs and the edit that a phase ended with, the next phase's pairs.
+        kept: steps that an interrupted descent with the same arguments finished.
 
     Raises:
         DirectionError: if the loss is not finite.
     """
-    config = context.config
-    parameters = EditParameters(context, basis)
-    rng = random.Random(context.evaluation.seed)
-    neutral = _batches(pairs.neutral, config.batch, rng)
-    n_averaged = max(1, round(config.steps * LAST))
+    kept = kept or KeptSteps()
+    descent = _Descent(context, pairs, basis, on_step)
     results: list[TunedEdit] = []
-    for weight in config.kl_weights:
+    for weight in context.config.kl_weights:
         if results:
-            pairs = ask_again(pairs, results[-1])
-        target = _batches(pairs.target, config.batch, rng)
+            asked_again = partial(_asked_again, ask_again, descent.pairs, results[-1])
+            descent.pairs = load_pairs(kept.value("rejected", asked_again))
+        state = kept.value("phase", partial(descent.phase, weight))
+        descent.restore(state)
+        results.append(load_edit(state["edit"]))
+    return results
+
+
+def _asked_again(ask_again: AskAgain, pairs: PreferencePairs, edit: TunedEdit) -> Any:
+    return dump_pairs(ask_again(pairs, edit))
+
+
+class _Descent:
+    """Parameters, order of the batches and random numbers of a descent, from phase to phase."""
+
+    def __init__(
+        self, context: TuningContext, pairs: PreferencePairs, basis: Tensor, on_step: OnStep
+    ) -> None:
+        self.pairs = pairs
+        self._context, self._on_step = context, on_step
+        self._parameters = EditParameters(context, basis)
+        self._rng = random.Random(context.evaluation.seed)
+        self._neutral = _Batches(pairs.neutral, context.config.batch, self._rng)
+
+    def phase(self, weight: float) -> dict[str, Any]:
+        """Descends with one weight of the KL; returns its edit, and what `restore` needs."""
+        context, config, parameters = self._context, self._context.config, self._parameters
+        target = _Batches(self.pairs.target, config.batch, self._rng)
+        n_averaged = max(1, round(config.steps * LAST))
         optimiser = parameters.optimiser()
         last_edits: list[TunedEdit] = []
         for step in range(config.steps):
             slow_down(optimiser, step / config.steps)
-            batch = [(Row(x.prompt, x.answer), _unwanted(x, rng)) for x in next(target)]
-            preference_loss, kl = _losses(context, parameters, batch, next(neutral))
+            batch = [(Row(x.prompt, x.answer), _unwanted(x, self._rng)) for x in target.next()]
+            preference_loss, kl = _losses(context, parameters, batch, self._neutral.next())
             loss = preference_loss + weight * kl
             if not loss.isfinite():
                 raise DirectionError(
@@ -78,9 +106,20 @@ def descend(
             optimiser.step()
             if step >= config.steps - n_averaged:
                 last_edits.append(parameters.edit())
-            on_step(f"loss {preference_loss.item():.3g}, KL {kl.item():.3g}")
-        results.append(mean_of(last_edits))
-    return results
+            self._on_step(f"loss {preference_loss.item():.3g}, KL {kl.item():.3g}")
+        return {
+            "edit": dump_edit(mean_of(last_edits)),
+            "parameters": parameters.values(),
+            "random": self._rng.getstate(),
+            "neutral": self._neutral.left,
+        }
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Goes on behind the phase that returned `state`."""
+        self._parameters.set_values(state["parameters"])
+        version, numbers, gauss = state["random"]
+        self._rng.setstate((version, tuple(numbers), gauss))
+        self._neutral.left = list(state["neutral"])
 
 
 def _unwanted(pair: PreferencePair, rng: random.Random) -> Row:
@@ -120,9 +159,22 @@ def _losses(
     return preference_loss, (torch.cat(kl).mean() + torch.stack([row[0] for row in kl]).mean()) / 2
 
 
-def _batches(items: Sequence[T], size: int, rng: random.Random) -> Iterator[list[T]]:
-    """Endless batches: all items in a new order each time round."""
-    while True:
-        order = rng.sample(range(len(items)), len(items))
-        starts = range(0, max(1, len(items) - size + 1), size)
-        yield from ([items[i] for i in order[start : start + size]] for start in starts)
+class _Batches(Generic[T]):
+    """Endless batches: all items in a new order each time round.
+
+    Attributes:
+        left: indices of the batches that are left of this round.
+    """
+
+    def __init__(self, items: Sequence[T], size: int, rng: random.Random) -> None:
+        self._items, self._size, self._rng = items, size, rng
+        self.left: list[list[int]] = []
+
+    def next(self) -> list[T]:
+        """The next batch."""
+        if not self.left:
+            n, size = len(self._items), self._size
+            order = self._rng.sample(range(n), n)
+            starts = range(0, max(1, n - size + 1), size)
+            self.left = [order[start : start + size] for start in starts]
+        return [self._items[i] for i in self.left.pop(0)]

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -61,6 +62,18 @@ class EditParameters:
         basis = orthonormal_columns(self._columns.detach())
         strengths = self._strengths().detach().tolist()
         return TunedEdit(basis, dict(zip(self._modules, strengths, strict=True))).scaled(1)
+
+    def values(self) -> dict[str, Any]:
+        """The parameters as plain numbers, without loss."""
+        return {"logits": self._logits.tolist(), "columns": self._columns.tolist()}
+
+    def set_values(self, values: Mapping[str, Any]) -> None:
+        """Sets the parameters to those of `values`."""
+        for parameter, numbers in (
+            (self._logits, values["logits"]),
+            (self._columns, values["columns"]),
+        ):
+            parameter.data.copy_(torch.tensor(numbers, dtype=torch.float32))
 
     def _strengths(self) -> Tensor:
         return STRONGEST * self._logits.sigmoid() if self._fixed is None else self._fixed

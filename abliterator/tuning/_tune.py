@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from dataclasses import replace
+from functools import cache, partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from abliterator.evaluation import EditEvaluator, OnStep, behind_thinking
+from abliterator.evaluation import EditEvaluator, OnStep, RenderedPrompts, behind_thinking
+from abliterator.files import Journal
 from abliterator.record import Trial
 from abliterator.tuning._descend import descend
+from abliterator.tuning._kept import KeptSteps, dump_pairs, load_pairs
 from abliterator.tuning._pairs import make_pairs, with_rejected
 from abliterator.tuning._trials import trial_of, with_front
 from abliterator.tuning._types import PreferencePairs, TunedEdit, TuningContext
@@ -35,6 +39,7 @@ def tune(
     basis: Tensor,
     *,
     scratch: Path,
+    journal: Journal | None = None,
     on_step: OnStep = lambda name: None,
 ) -> Tuned:
     """Tunes an edit from `basis`, and measures the results.
@@ -43,21 +48,30 @@ def tune(
         context: the model, which writers are edited, the prompts and the config.
         basis: Q [H, k] float64 of the start, orthonormal columns.
         scratch: a file for the base's logits on held-out neutral prompts; it is deleted.
+        journal: of an interrupted tuning with the same arguments: its finished steps are not done
+            again, and those of this one are added. Of trials, the base is measured again.
         on_step: called with each step that is done.
 
     Raises:
         DirectionError: if there is too little to learn from, or the descent diverges.
     """
-    context = _behind_thinking(context)
-    pairs = make_pairs(context, basis)
-    on_step(f"{len(pairs.target)} preference pairs")
+    kept = KeptSteps(journal)
+    prompts = kept.value("prompts", partial(_dump_prompts, context))
+    target, neutral = (RenderedPrompts(texts, token_ids) for texts, token_ids in prompts)
+    context = replace(context, target=target, neutral=neutral)
+
+    def first_pairs() -> Any:
+        pairs = make_pairs(context, basis)
+        on_step(f"{len(pairs.target)} preference pairs")
+        return dump_pairs(pairs)
 
     def ask_again(pairs: PreferencePairs, edit: TunedEdit) -> PreferencePairs:
         new_pairs, n_rejected = with_rejected(context, pairs, edit)
         on_step(f"{n_rejected} rejected responses")
         return new_pairs
 
-    results = descend(context, pairs, basis, on_step=on_step, ask_again=ask_again)
+    pairs = load_pairs(kept.value("pairs", first_pairs))
+    results = descend(context, pairs, basis, on_step=on_step, ask_again=ask_again, kept=kept)
     start = TunedEdit(basis, {e.writer.module: e.strength for e in context.plan.edits})
     candidates = [(0.0, 1.0, start)]
     candidates += [
@@ -66,13 +80,31 @@ def tune(
         for scale in context.config.scales
     ]
     trials = []
-    with EditEvaluator(context.evaluation, scratch) as evaluator:
-        for weight, scale, edit in candidates:
+    with ExitStack() as stack:
+        evaluator = cache(
+            lambda: stack.enter_context(EditEvaluator(context.evaluation, scratch))
+        )  # where a trial is left
+
+        def measured(weight: float, scale: float, edit: TunedEdit) -> Any:
             name = f"weight {weight:g} x {scale:g}"
-            measured = evaluator.measure(name, edit.of(context.plan))
-            trials.append(trial_of(measured, basis, edit.basis, kl_weight=weight, scale=scale))
+            figures = evaluator().measure(name, edit.of(context.plan))
             on_step(f"{name} judged")
+            trial = trial_of(figures, basis, edit.basis, kl_weight=weight, scale=scale)
+            return trial.model_dump(mode="json")
+
+        for candidate in candidates:
+            trial = kept.value("trial", partial(measured, *candidate))
+            trials.append(Trial.model_validate(trial))
     return Tuned([edit for *_, edit in candidates], with_front(trials), len(pairs.target))
+
+
+def _dump_prompts(context: TuningContext) -> list[Any]:
+    """The prompts that are learned from, behind the base's thinking, as a JSON value."""
+    context = _behind_thinking(context)
+    return [
+        [list(rendered.prompts), [list(ids) for ids in rendered.token_ids]]
+        for rendered in (context.target, context.neutral)
+    ]
 
 
 def _behind_thinking(context: TuningContext) -> TuningContext:

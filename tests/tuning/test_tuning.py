@@ -7,8 +7,10 @@ import torch
 
 from abliterator.bake import preview_edit
 from abliterator.errors import GenerationError
+from abliterator.files import Journal
 from abliterator.model import load_model
 from abliterator.tuning._descend import descend
+from abliterator.tuning._kept import KeptSteps
 from abliterator.tuning._parameters import STRONGEST, EditParameters
 from abliterator.tuning._rows import answer_logprobs, token_logprobs
 from abliterator.tuning._types import Row
@@ -167,3 +169,34 @@ def test_logits_that_are_nan_stop_the_descent(tiny_folder):
         loaded.model.model.norm.weight.fill_(float("nan"))
     with pytest.raises(GenerationError, match=r"logits .* are NaN"):
         descend(context, pairs_of(), basis_of(1), on_step=no_step)
+
+
+def test_a_phase_that_was_finished_is_not_descended_again(tiny_loaded, tmp_path):
+    context = tiny_context(tiny_loaded("llama"), steps=2, batch=2, kl_weights=(1.0, 2.0, 3.0))
+
+    def ask_again(pairs, edit):
+        return replace(pairs, target=pairs.target[::-1])
+
+    def descended(path, interrupt_at=None):
+        steps = []
+
+        def on_step(name):
+            steps.append(name)
+            if len(steps) == interrupt_at:
+                raise KeyboardInterrupt
+
+        kept = KeptSteps(Journal(path))
+        options = {"on_step": on_step, "ask_again": ask_again, "kept": kept}
+        return descend(context, pairs_of((11, 40)), basis_of(2), **options), steps
+
+    expected, all_steps = descended(tmp_path / "whole.jsonl")
+    assert len(all_steps) == 6
+    path = tmp_path / "interrupted.jsonl"
+    for _ in range(2):  # in the middle of the second phase, then of the third
+        with pytest.raises(KeyboardInterrupt):
+            descended(path, interrupt_at=3)
+    edits, steps = descended(path)
+    assert steps == all_steps[4:]
+    for edit, other in zip(edits, expected, strict=True):
+        assert torch.equal(edit.basis, other.basis)
+        assert edit.strengths == other.strengths

@@ -6,12 +6,14 @@ preferences select the one that is baked when they are read (`planned_edits`, `t
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from abliterator.bake import EditPlan
-from abliterator.files import write_bytes_atomic
+from abliterator.files import Journal, write_bytes_atomic
 from abliterator.pipeline._judges import choosing_judge
+from abliterator.pipeline._kept import partial_file
 from abliterator.pipeline._run import Run
 from abliterator.pipeline._stage import Artefact, Stage
 from abliterator.pipeline.stages.prompts import prompt_sets
@@ -59,11 +61,17 @@ def _run(run: Run) -> list[Path]:
     cost = run.plan.tuning or {}
     rounds = len(run.recipe.tuning.kl_weights)  # of answers, one before each phase
     steps = rounds + cost["steps"] + 2 * cost["trials"] + 1
-    with run.progress.bar("tuning", steps) as advance:
+    journal = Journal(partial_file(run, "tuning", "steps.jsonl", _key(run)))
+    kept = Counter(value["step"] for value in journal.values)
+    done = (
+        kept["pairs"] + kept["rejected"] + kept["trial"] + kept["phase"] * run.recipe.tuning.steps
+    )
+    with run.progress.bar("tuning", steps - done) as advance:
         tuned = tune(
             _context(run),
             extracted_subspace(run).basis,
             scratch=run.workspace.work / "base_logits.bin",
+            journal=journal,
             on_step=lambda name: advance(1, status=name),
         )
     bases = torch.stack([edit.basis for edit in tuned.edits])
