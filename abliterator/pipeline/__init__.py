@@ -17,6 +17,7 @@ from abliterator.pipeline._bake_subspace import bake_subspace
 from abliterator.pipeline._chat_session import ChatSession, Turns, open_chat
 from abliterator.pipeline._first_recipe import first_recipe
 from abliterator.pipeline._judges import judge_of, note_plain_http, require_key
+from abliterator.pipeline._model import Model
 from abliterator.pipeline._plan import Plan, plan_model, plan_source
 from abliterator.pipeline._progress import Advance, Progress, Silent
 from abliterator.pipeline._report import write_report
@@ -49,6 +50,7 @@ __all__ = [
     "STUDIES",
     "Advance",
     "ChatSession",
+    "Model",
     "Options",
     "Plan",
     "Progress",
