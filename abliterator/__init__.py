@@ -1,9 +1,12 @@
 """abliterator: remove one behaviour from an open-weight language model, and measure what that did.
 
-    from abliterator import build, load_recipe
+    from abliterator import Model, build, load_recipe
 
-    record = build(load_recipe(Path("recipes/demo.yaml")), Path("out"))
+    record = build(load_recipe("recipes/demo.yaml"), Path("out"))
     record.behaviour["target"].edited.refusal
+
+    model = Model("embedded:demo")
+    model.heatmap(model.directions(target, contrast))
 
 Names are imported when they are first used, so importing the package costs nothing.
 """
@@ -16,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from abliterator.errors import AbliteratorError
     from abliterator.model import hooked, load_model
-    from abliterator.pipeline import bake_subspace, build, plan_model, plan_recipe
+    from abliterator.pipeline import Model, bake_subspace, build, plan_model, plan_recipe
     from abliterator.recipe import Recipe, load_recipe
     from abliterator.record import RunRecord
     from abliterator.source import resolve_folder
@@ -24,6 +27,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "AbliteratorError",
+    "Model",
     "Recipe",
     "RunRecord",
     "ablate",
@@ -40,6 +44,7 @@ __all__ = [
 
 _PACKAGE = {
     "AbliteratorError": "errors",
+    "Model": "pipeline",
     "Recipe": "recipe",
     "RunRecord": "record",
     "ablate": "subspace",

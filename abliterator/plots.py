@@ -34,6 +34,11 @@ def can_draw() -> bool:
 
 
 def draw_cosines(path: Path, cosines: Sequence[Sequence[float]], layers: Sequence[int]) -> None:
+    """Writes a heatmap of the cosines [n, n] between the directions of `layers`."""
+    _save(cosines_figure(cosines, layers), path)
+
+
+def cosines_figure(cosines: Sequence[Sequence[float]], layers: Sequence[int]) -> Figure:
     """A heatmap of the cosines [n, n] between the directions of `layers`."""
     from matplotlib.figure import Figure
 
@@ -46,7 +51,7 @@ def draw_cosines(path: Path, cosines: Sequence[Sequence[float]], layers: Sequenc
     axes.set_yticks(ticks, [str(layers[i]) for i in ticks])
     axes.set(xlabel="layer", ylabel="layer", title="Cosines between the directions of layers")
     figure.colorbar(image, label="cosine")
-    _save(figure, path)
+    return figure
 
 
 def draw_curves(

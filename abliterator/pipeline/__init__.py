@@ -24,6 +24,7 @@ from abliterator.pipeline._chat_session import ChatSession, Turns, open_chat
 from abliterator.pipeline._estimate import Estimate, estimate
 from abliterator.pipeline._first_recipe import first_recipe
 from abliterator.pipeline._judges import judge_of, note_plain_http, require_key
+from abliterator.pipeline._model import Model
 from abliterator.pipeline._outlook import with_outlook
 from abliterator.pipeline._plan import Plan, make_plan, plan_source
 from abliterator.pipeline._planned_prompts import planned_prompts
@@ -62,6 +63,7 @@ __all__ = [
     "Build",
     "ChatSession",
     "Estimate",
+    "Model",
     "Options",
     "Plan",
     "Progress",

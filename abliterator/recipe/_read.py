@@ -36,7 +36,7 @@ from abliterator.recipe._yaml import (
 MAX_BYTES = 1 << 20
 
 
-def load_recipe(path: Path, *, overrides: Sequence[str] = ()) -> Recipe:
+def load_recipe(path: str | Path, *, overrides: Sequence[str] = ()) -> Recipe:
     """Reads, overrides and validates a recipe.
 
     Args:
@@ -50,7 +50,7 @@ def load_recipe(path: Path, *, overrides: Sequence[str] = ()) -> Recipe:
     Raises:
         RecipeError: with every fault, each with its path and line.
     """
-    return _load(Recipe, path, overrides)
+    return _load(Recipe, Path(path), overrides)
 
 
 def load_pairs(path: Path, *, overrides: Sequence[str] = ()) -> PairsSpec:

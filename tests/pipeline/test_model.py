@@ -1,0 +1,70 @@
+"""A model in a notebook, and the notebook itself."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from abliterator import Model
+from abliterator.errors import CheckpointError, OutputError
+from abliterator.recipe import Edit
+
+ROOT = Path(__file__).parents[2]
+QUESTION = "Please say what the cooking of Foxholm is."
+
+
+@pytest.fixture(scope="module")
+def model():
+    return Model("embedded:demo", device="cpu")
+
+
+@pytest.fixture(scope="module")
+def directions(model):
+    prompts = ROOT / "recipes" / "demo"
+    return model.directions(prompts / "target.jsonl", prompts / "contrast.jsonl")
+
+
+def test_the_notebook_runs(tmp_path, monkeypatch):
+    (tmp_path / "recipes").symlink_to(ROOT / "recipes", target_is_directory=True)
+    monkeypatch.chdir(tmp_path)
+    notebook = json.loads((ROOT / "examples" / "model.ipynb").read_text("utf-8"))
+    names: dict[str, object] = {}
+    for cell in notebook["cells"]:
+        if cell["cell_type"] == "code":
+            exec("".join(cell["source"]), names)
+    assert "sorry" in names["before"][0]
+    assert "sorry" not in names["after"][0]
+    assert len(names["edits"]) == 14
+    assert max(edit.leak for edit in names["edits"]) < 1e-4
+    assert (tmp_path / "out" / "edited" / "config.json").is_file()
+
+
+def test_the_heatmap_is_a_figure_of_all_layers(model, directions):
+    figure = model.heatmap(directions)
+    (image,) = figure.axes[0].images
+    cosines = image.get_array()
+    assert cosines.shape == (7, 7)
+    assert cosines.diagonal().tolist() == pytest.approx([1.0] * 7)
+
+
+def test_texts_are_prompts_too(model):
+    few = model.directions(["What does Neva cook?"], ["What does Neva wear?"])
+    assert few.vectors.shape == (7, 128)
+
+
+def test_the_baked_model_answers_as_the_preview_does(model, directions, tmp_path):
+    subspace = model.subspace(directions, [4, 3])
+    with model.preview(subspace, edit=Edit(strength=0.9)):
+        previewed = model.answers([QUESTION])
+    assert previewed != model.answers([QUESTION])
+    model.bake(subspace, tmp_path / "edited", edit=Edit(strength=0.9))
+    assert Model(tmp_path / "edited", device="cpu").answers([QUESTION]) == previewed
+    with pytest.raises(OutputError, match="not an empty folder"):
+        model.bake(subspace, tmp_path / "edited")
+
+
+def test_a_model_that_is_not_there():
+    with pytest.raises(CheckpointError):
+        Model("./nothing")
