@@ -27,7 +27,7 @@ from abliterator.model._padding import (
     padding_is_neutral,
     right_padding_is_neutral,
 )
-from abliterator.model._placement import main_device
+from abliterator.model._placement import main_device, needs_disk
 from abliterator.model._prefix import ByRow, Prefix, run_prefix, shared_tokens
 from abliterator.model._run import (
     CallHook,
@@ -65,6 +65,7 @@ __all__ = [
     "load_tokenizer",
     "main_device",
     "masked_positions",
+    "needs_disk",
     "padding_is_neutral",
     "placement_of",
     "positions_from",
