@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,7 +27,7 @@ from abliterator.comparison._beside import (
 from abliterator.comparison._markdown import OTHER_VOCABULARY, difference_line
 from abliterator.comparison._weights import diff_weights
 from abliterator.devices import enough_memory
-from abliterator.engines import Engine, TransformersEngine
+from abliterator.engines import Engine, open_engine
 from abliterator.errors import BenchmarkError
 from abliterator.evaluation import (
     Bar,
@@ -120,7 +120,8 @@ def compare(
     prompting = _prompting(setups, beside)
     judge = judge or RuleJudge()
     weights = diff_weights(setups[0].checkpoint, setups[1].checkpoint)
-    models = _SingleModelLoader({"base": base, "edited": edited}, settings.benchmarks, prompting)
+    folders: dict[Side, Path] = {"base": base, "edited": edited}
+    models = _SingleModelLoader(folders, settings.benchmarks, prompting, note)
     withheld = _withheld(setups, settings, prompting)
     behaviour = _behaviour(models, settings, judge, bar)
     divergence = None
@@ -176,26 +177,31 @@ class _SingleModelLoader:
     """Loads the model of one side at a time; the other one is freed first."""
 
     def __init__(
-        self, folders: Mapping[Side, Path], settings: RunSettings, prompting: Asking
+        self,
+        folders: Mapping[Side, Path],
+        settings: RunSettings,
+        prompting: Asking,
+        note: Callable[[str], None],
     ) -> None:
         self._folders, self._settings, self.prompting = folders, settings, prompting
+        self._note = note
         self._loaded: tuple[Side, Engine] | None = None
 
     def load(self, side: Side) -> Engine:
         """The model of a side, with the tokenizer that its prompts are rendered with."""
-        from abliterator.model import load_model
-
         if self._loaded is None or self._loaded[0] != side:
             as_base = side == "edited" and self.prompting == "as_base"
-            changes = {"tokenizer": self._base_tokens[0]} if as_base else {}
+            tokenizer = self._base_tokens[0] if as_base else None
             self.free()
-            loaded = load_model(
+            engine = open_engine(
                 self._folders[side],
                 device=self._settings.device,
                 dtype=self._settings.dtype,
                 max_memory=self._settings.max_memory,
+                tokenizer=tokenizer,
+                note=self._note,
             )
-            self._loaded = (side, TransformersEngine(replace(loaded, **changes)))
+            self._loaded = (side, engine)
         return self._loaded[1]
 
     @property

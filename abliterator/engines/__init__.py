@@ -10,6 +10,7 @@ method also works under an edit, or under several, one for each row of a batch.
 """
 
 from abliterator.engines._edits import Edit, Steering, StreamEdit, WriterEdit
+from abliterator.engines._open import open_engine
 from abliterator.engines._protocol import (
     Answer,
     AnswerPath,
@@ -19,6 +20,7 @@ from abliterator.engines._protocol import (
     SideBySide,
     Tokens,
 )
+from abliterator.engines._streamed import StreamedEngine, open_streamed
 from abliterator.engines._transformers import TransformersEngine
 
 __all__ = [
@@ -31,7 +33,10 @@ __all__ = [
     "SideBySide",
     "Steering",
     "StreamEdit",
+    "StreamedEngine",
     "Tokens",
     "TransformersEngine",
     "WriterEdit",
+    "open_engine",
+    "open_streamed",
 ]

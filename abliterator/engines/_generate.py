@@ -26,7 +26,6 @@ from abliterator.model import (
     padding_is_neutral,
     require_fit,
     require_numbers,
-    run_batches,
     run_prefix,
 )
 from abliterator.thinking import Splitter
@@ -92,7 +91,7 @@ def generate(
     splitter = Splitter(loaded.tokenizer)
     with _with_config(loaded.model, _greedy(loaded, max_new_tokens, stop_ids)):
         batches = _batches(loaded, prompts, batch_size, prefix)
-        for batch, rows in run_batches(batches, run):
+        for batch, rows in loaded.run_batches(batches, run):
             for index, row in zip(batch, rows, strict=True):
                 answers[index] = _answer(splitter, prompts[index], row, stop_ids)
             if on_batch:

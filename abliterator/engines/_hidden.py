@@ -22,7 +22,6 @@ from abliterator.model import (
     hooked,
     limits_of,
     require_fit,
-    run_batches,
 )
 
 
@@ -52,7 +51,8 @@ def hidden_states(
         batches = equal_length_batches(token_ids, max_batch_tokens)
     else:
         batches = _mixed_length_batches(token_ids, max_batch_tokens)
-    yield from run_batches(batches, partial(_hidden_states, loaded, token_ids, blocks, positions))
+    run = partial(_hidden_states, loaded, token_ids, blocks, positions)
+    yield from loaded.run_batches(batches, run)
 
 
 def _hidden_states(

@@ -24,7 +24,6 @@ from abliterator.model import (
     positions_from,
     require_fit,
     require_numbers,
-    run_batches,
     run_prefix,
 )
 
@@ -71,7 +70,8 @@ def logits_along(
             loaded, ids, keep=keep, cache=cache, start=prefix.length, use_cache=cache is not None
         )[0]
 
-    for batch, logits in run_batches(_batches(loaded, paths, rests, max_batch_tokens), run):
+    batches = _batches(loaded, paths, rests, max_batch_tokens)
+    for batch, logits in loaded.run_batches(batches, run):
         for row, index in enumerate(batch):
             yield index, logits[row, -paths[index].positions :].cpu()
         if on_batch:
@@ -103,7 +103,7 @@ def log_likelihoods(
     rests = [prompt[prefix.length :] for prompt in prompts]
     batches = equal_length_batches(rests, max_batch_tokens)
     run = partial(_log_likelihoods, loaded, rests, continuations, prefix)
-    for batch, of_batch in run_batches(batches, run):
+    for batch, of_batch in loaded.run_batches(batches, run):
         rows.update(zip(batch, of_batch, strict=True))
     return torch.stack([rows[i] for i in range(len(prompts))])
 

@@ -143,10 +143,10 @@ def _notes(models: dict[Side, ModelOfSide]) -> tuple[str, ...]:
 
 
 def _models_of_build(run: Run, sides: Sequence[Side]) -> dict[Side, ModelOfSide]:
-    from abliterator.engines import WriterEdit
+    from abliterator.engines import TransformersEngine, WriterEdit
 
     if len(sides) > 1 and run.recipe.edit.norm == "none":
-        engine = run.engine(run.plan.source.folder)
+        engine = TransformersEngine(run.loaded(run.plan.source.folder))
         edit = WriterEdit(planned_edits(run), removed_subspace(run).basis)
         edited = partial(engine.edited, edit)
         return {side: (engine, edited if side == "edited" else nullcontext) for side in sides}

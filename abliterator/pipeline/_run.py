@@ -29,7 +29,7 @@ from abliterator.recipe import Recipe
 
 if TYPE_CHECKING:
     from abliterator.benchmarks import Task
-    from abliterator.engines import Engine, TransformersEngine
+    from abliterator.engines import Engine, StreamedEngine
     from abliterator.evaluation import RenderedPrompts
     from abliterator.model import LoadedModel
 
@@ -104,6 +104,7 @@ class Run:
     progress: Progress = field(default_factory=Silent)
     tasks: Sequence[Task] = ()
     _loaded: LoadedModel | None = None
+    _streamed: StreamedEngine | None = None
     # of the base's files, when they were first needed
     _base_hashes: dict[str, str] | None = None
 
@@ -158,28 +159,43 @@ class Run:
         """The model in `folder`; one model at a time is held, so asking for another frees it."""
         from abliterator.model import load_model
 
+        if self._streamed is not None and self._streamed.folder == folder:
+            return self._streamed.placed().loaded
         if self._loaded is None or self._loaded.folder != folder:
             self.free()
-            self._loaded = load_model(
-                folder,
-                **self.options.weights,
-                dtype=self.dtype,
-                trust_remote_code=self.recipe.trust_remote_code,
-            )
+            self._loaded = load_model(folder, **self._loading)
         return self._loaded
 
     def free(self) -> None:
         """Drops the model that is held, and frees its memory."""
-        if self._loaded is None:
+        if self._loaded is None and self._streamed is None:
             return
-        self._loaded = None
+        self._loaded = self._streamed = None
         release_memory()
 
-    def engine(self, folder: Path) -> TransformersEngine:
-        """An engine of the model in `folder`; one model at a time is held (`loaded`)."""
-        from abliterator.engines import TransformersEngine
+    def engine(self, folder: Path) -> Engine:
+        """An engine of the model in `folder`; one model at a time is held.
 
-        return TransformersEngine(self.loaded(folder))
+        Where `--device auto` would leave weights on disk, they are read block by block instead.
+        """
+        from abliterator.engines import StreamedEngine, TransformersEngine, open_engine
+
+        if self._streamed is not None and self._streamed.folder == folder:
+            return self._streamed
+        if self._loaded is None or self._loaded.folder != folder:
+            self.free()
+            scratch, note = self.workspace.work, self.progress.note
+            engine = open_engine(folder, **self._loading, scratch=scratch, note=note)
+            if isinstance(engine, StreamedEngine):
+                self._streamed = engine
+                return engine
+            self._loaded = engine.loaded
+        return TransformersEngine(self._loaded)
+
+    @property
+    def _loading(self) -> dict[str, Any]:
+        trusted = self.recipe.trust_remote_code
+        return {**self.options.weights, "dtype": self.dtype, "trust_remote_code": trusted}
 
     def render(
         self, engine: Engine, prompts: Sequence[str], *, name: str, max_new_tokens: int = 0
