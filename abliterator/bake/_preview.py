@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import cache, partial
 from inspect import BoundArguments, signature
 from typing import TYPE_CHECKING
@@ -27,6 +28,10 @@ if TYPE_CHECKING:
 
 # What a module of experts calls the indices of those that run for each token, and their weights.
 _ROUTED = (("top_k_index", "top_k_weights"), ("router_indices", "routing_weights"))
+
+
+# The edit of every row of the batch that runs: batches may advance together, each in its context.
+_EDIT_OF_ROWS: ContextVar[Tensor] = ContextVar("edit_of_rows")
 
 
 @contextmanager
@@ -88,11 +93,10 @@ def preview_edits(loaded: LoadedModel, plan: EditPlan, bases: Sequence[Tensor]) 
 
     from abliterator.subspace import Removal
 
-    chosen: list[Tensor] = []
     removals_by_key: dict[object, Callable[[torch.device], Removal]] = {}
 
     def choose(edits: Sequence[int]) -> None:
-        chosen[:] = [torch.tensor(edits, device=loaded.device)]
+        _EDIT_OF_ROWS.set(torch.tensor(edits, device=loaded.device))
 
     def remover(edit: PlannedEdit, checkpoint: Checkpoint) -> Remove:
         # writers that lose the same, with no gain of their own, share one stack of all Q
@@ -104,7 +108,7 @@ def preview_edits(loaded: LoadedModel, plan: EditPlan, bases: Sequence[Tensor]) 
         removal_on = removals_by_key[key]
 
         def remove(written: Tensor) -> Tensor:
-            removal, rows = removal_on(written.device), chosen[0].to(written.device)
+            removal, rows = removal_on(written.device), _EDIT_OF_ROWS.get().to(written.device)
             # experts write [rows x tokens, H], one row's tokens together
             by_row = written.view(len(rows), -1, written.shape[-1])
             by_edit = Removal(removal.take[rows], removal.read[rows])

@@ -137,7 +137,7 @@ def compare(
             setups, settings.engine, cache, settings.vllm, dtype, scratch=scratch, note=note
         )
     models = SingleModelLoader(
-        {"base": base, "edited": edited}, settings.benchmarks, prompting, served
+        {"base": base, "edited": edited}, settings.benchmarks, prompting, served, note=note
     )
     with ExitStack() as stack:
         if served is not None:

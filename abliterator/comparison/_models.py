@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from abliterator.benchmarks import RunSettings
 from abliterator.comparison._served import ServedSides
-from abliterator.engines import Engine, ServedEngine, TransformersEngine
+from abliterator.engines import Engine, ServedEngine, open_engine
 from abliterator.recipe import BenchmarkEngine
 from abliterator.record import Asking, Side
 
@@ -28,28 +27,30 @@ class SingleModelLoader:
         settings: RunSettings,
         prompting: Asking,
         served: ServedSides | None = None,
+        *,
+        note: Callable[[str], None],
     ) -> None:
         self._folders, self._settings, self.prompting = folders, settings, prompting
-        self._served = served
+        self._served, self._note = served, note
         self._loaded: tuple[Side, Engine] | None = None
 
     def load(self, side: Side) -> Engine:
         """The model of a side, with the tokenizer that its prompts are rendered with."""
-        from abliterator.model import load_model
-
         if self._loaded is None or self._loaded[0] != side:
             as_base = side == "edited" and self.prompting == "as_base"
-            changes = {"tokenizer": self._base_tokens[0]} if as_base else {}
+            tokenizer = self._base_tokens[0] if as_base else None
             self.free()
             if self._served is not None:
                 self._served.close()  # both would not fit on one device
-            loaded = load_model(
+            engine = open_engine(
                 self._folders[side],
                 device=self._settings.device,
                 dtype=self._settings.dtype,
                 max_memory=self._settings.max_memory,
+                tokenizer=tokenizer,
+                note=self._note,
             )
-            self._loaded = (side, TransformersEngine(replace(loaded, **changes)))
+            self._loaded = (side, engine)
         return self._loaded[1]
 
     def answering(self, side: Side) -> Engine:

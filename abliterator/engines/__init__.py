@@ -14,6 +14,7 @@ its answers from a server, and all else from another engine, which is built when
 from abliterator.engines._completions import CompletionClient, Form
 from abliterator.engines._distributed import DistributedEngine
 from abliterator.engines._edits import Edit, Steering, StreamEdit, WriterEdit
+from abliterator.engines._open import open_engine
 from abliterator.engines._probe import Probed, probe, require_two_models
 from abliterator.engines._protocol import (
     Answer,
@@ -26,6 +27,7 @@ from abliterator.engines._protocol import (
 )
 from abliterator.engines._remote import ModelFolder, SharedFolder
 from abliterator.engines._served import Served, ServedByName, ServedEngine, ServedModel
+from abliterator.engines._streamed import StreamedEngine, open_streamed
 from abliterator.engines._transformers import TransformersEngine
 from abliterator.engines._vllm import Served as VllmCheckpoint
 from abliterator.engines._vllm import VllmModel, slots_for
@@ -50,11 +52,14 @@ __all__ = [
     "SideBySide",
     "Steering",
     "StreamEdit",
+    "StreamedEngine",
     "Tokens",
     "TransformersEngine",
     "VllmCheckpoint",
     "VllmModel",
     "WriterEdit",
+    "open_engine",
+    "open_streamed",
     "probe",
     "require_two_models",
     "slots_for",

@@ -121,7 +121,9 @@ def answer_work(
 
     with _with_config(loaded.model, _greedy(loaded, max_new_tokens, stop_ids)):
         plan = partial(_batches, loaded, prompts, batch_size, prefix)
-        work = Work(plan, lambda batch: run_part(batch, batch), run_part)
+        work = Work(
+            plan, lambda batch: run_part(batch, batch), run_part, run_batches=loaded.run_batches
+        )
         yield work.without(skipped)
 
 

@@ -63,6 +63,7 @@ def hidden_work(
         partial(batches, token_ids, max_batch_tokens),
         partial(_hidden_states, loaded, token_ids, blocks, positions),
         is_divisible=padding == "none",
+        run_batches=loaded.run_batches,
     ).without(skipped)
 
 

@@ -82,7 +82,8 @@ def logits_work(
         )
         return [logits[row, -paths[i].positions :].cpu() for row, i in enumerate(batch)]
 
-    return Work(partial(_batches, loaded, paths, rests, max_batch_tokens), run)
+    plan = partial(_batches, loaded, paths, rests, max_batch_tokens)
+    return Work(plan, run, run_batches=loaded.run_batches)
 
 
 def log_likelihoods(
@@ -121,6 +122,7 @@ def likelihood_work(
     return Work(
         partial(equal_length_batches, rests, max_batch_tokens),
         partial(_log_likelihoods, loaded, rests, continuations, prefix),
+        run_batches=loaded.run_batches,
     )
 
 

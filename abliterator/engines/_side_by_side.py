@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -22,6 +23,9 @@ from abliterator.errors import GenerationError
 from abliterator.model import ByRow, LoadedModel, hooked, shared_tokens
 
 Choose = Callable[[Sequence[int]], None]
+
+# The edit of every row of the batch that runs: batches may advance together, each in its context.
+_EDIT_OF_ROWS: ContextVar[Tensor] = ContextVar("edit_of_rows")
 
 
 class GroupedEdits(ABC):
@@ -173,17 +177,16 @@ def _steered(
     loaded: LoadedModel, blocks: Sequence[str], steerings: Sequence[Steering]
 ) -> Iterator[Choose]:
     """Each direction added at its layer, at every token and as it is, in rows of its own."""
-    edit_of_rows: list[Tensor] = []
 
     def choose(rows: Sequence[int]) -> None:
-        edit_of_rows[:] = [torch.tensor(rows, device=loaded.device)]
+        _EDIT_OF_ROWS.set(torch.tensor(rows, device=loaded.device))
 
     def adder(layer: int) -> Callable[[Tensor], Tensor]:
         at_layer = [s.direction if s.layer == layer else s.direction * 0 for s in steerings]
         table = torch.stack(at_layer).to(loaded.model.dtype)
         table_on = cache(table.to)
         return lambda hidden: (
-            hidden + table_on(hidden.device)[edit_of_rows[0].to(hidden.device)][:, None]
+            hidden + table_on(hidden.device)[_EDIT_OF_ROWS.get().to(hidden.device)][:, None]
         )
 
     layers = sorted({steering.layer for steering in steerings})

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Generic, TypeVar
 
 from abliterator.engines._protocol import OnBatch
-from abliterator.model import remaining, run_batches
+from abliterator.model import RunBatches, remaining, run_batches
 
 T = TypeVar("T")
 
@@ -23,12 +23,14 @@ class Work(Generic[T]):
         run_part: the result of some rows of a batch, given it whole, as they have it there; None
             where that is what `run` gives for these rows alone, or `run` needs whole batches.
         is_divisible: whether rows of a batch may run apart.
+        run_batches: runs the batches in this process, as the loaded model does it.
     """
 
     plan: Callable[[], list[list[int]]]
     run: Callable[[list[int]], T]
     run_part: Callable[[list[int], list[int]], T] | None = None
     is_divisible: bool = True
+    run_batches: RunBatches = run_batches
 
     def without(self, done: Container[int]) -> Work[T]:
         """The same work without the prompts that are done; the others stay in their batches."""
@@ -36,7 +38,7 @@ class Work(Generic[T]):
 
     def results(self) -> Iterator[tuple[list[int], T]]:
         """Each batch with its result; a batch that does not fit in memory is halved."""
-        return run_batches(self.plan(), self.run)
+        return self.run_batches(self.plan(), self.run)
 
 
 def by_prompt(

@@ -40,13 +40,14 @@ def text_perplexity(engine: Engine, passages: Sequence[str]) -> Perplexity:
     parts = [ids for ids in _parts_in_context(engine, passages) if len(ids) > 1]
     if not parts:
         raise GenerationError("There is no text to take a perplexity of. Give whole sentences.")
-    total = 0.0
-    for ids in parts:
-        path = AnswerPath(tuple(ids[:-1]), len(ids) - 1)
-        require_fit(engine.limits, [ids])
-        ((_, logits),) = engine.logits([path], max_batch_tokens=len(ids))
-        targets = torch.tensor(ids[1:])
-        total += torch.nn.functional.cross_entropy(logits.float(), targets, reduction="sum").item()
+    require_fit(engine.limits, parts)
+    paths = [AnswerPath(tuple(ids[:-1]), len(ids) - 1) for ids in parts]
+    losses = [0.0] * len(parts)
+    for index, logits in engine.logits(paths, max_batch_tokens=1):  # a batch each
+        targets = torch.tensor(parts[index][1:])
+        loss = torch.nn.functional.cross_entropy(logits.float(), targets, reduction="sum")
+        losses[index] = loss.item()
+    total = sum(losses)
     if not math.isfinite(total):
         raise GenerationError(
             "The model gives probability 0 to a token of the fixed text, so it has no perplexity. "

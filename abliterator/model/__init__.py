@@ -10,7 +10,7 @@ prompts never contain today's date. What hooks compute, and on which modules, is
 """
 
 from abliterator.model._chat import render_chat, render_messages, template_tail
-from abliterator.model._config import ask_for_plain_numbers, read_config
+from abliterator.model._config import ask_for_plain_numbers, loading, read_config
 from abliterator.model._finite import require_numbers
 from abliterator.model._foreign import foreign
 from abliterator.model._limits import (
@@ -27,11 +27,14 @@ from abliterator.model._padding import (
     padding_is_neutral,
     right_padding_is_neutral,
 )
-from abliterator.model._placement import main_device
+from abliterator.model._placement import main_device, needs_disk
 from abliterator.model._prefix import ByRow, Prefix, run_prefix, shared_tokens
 from abliterator.model._run import (
+    BATCH,
+    BatchInPass,
     CallHook,
     Hook,
+    RunBatches,
     block_paths,
     cache_name,
     equal_length_batches,
@@ -39,19 +42,24 @@ from abliterator.model._run import (
     hooked,
     masked_positions,
     positions_from,
+    raise_too_large,
     remaining,
     run_batches,
     stored_parameter,
 )
 from abliterator.model._tokenizer import load_tokenizer
+from abliterator.model._without_weights import load_without_weights
 
 __all__ = [
+    "BATCH",
+    "BatchInPass",
     "ByRow",
     "CallHook",
     "Hook",
     "Limits",
     "LoadedModel",
     "Prefix",
+    "RunBatches",
     "ask_for_plain_numbers",
     "block_paths",
     "cache_is_continued",
@@ -64,11 +72,15 @@ __all__ = [
     "limits_of",
     "load_model",
     "load_tokenizer",
+    "load_without_weights",
+    "loading",
     "main_device",
     "masked_positions",
+    "needs_disk",
     "padding_is_neutral",
     "placement_of",
     "positions_from",
+    "raise_too_large",
     "read_config",
     "remaining",
     "render_chat",

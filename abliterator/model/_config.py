@@ -41,13 +41,27 @@ def loading(folder: Path) -> Iterator[None]:
         "trust_remote_code and pin a revision in the recipe.",
     ):
         try:
-            with enough_memory(f"The model in {folder}"):
+            with _without_progress_bar(), enough_memory(f"The model in {folder}"):
                 yield
         except SafetensorError as error:
             raise CheckpointError(
                 f"A weight file in {folder} is damaged: {as_sentence(error)} Download the model "
                 "again."
             ) from error
+
+
+@contextmanager
+def _without_progress_bar() -> Iterator[None]:
+    """Disables transformers' progress bar, since callers show progress themselves."""
+    from transformers.utils import logging
+
+    was_on = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if was_on:
+            logging.enable_progress_bar()
 
 
 def read_config(folder: Path, trust_remote_code: bool) -> PreTrainedConfig:

@@ -5,8 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import json
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,7 +32,7 @@ from abliterator.model._placement import (
     offload_options,
     remove_with,
 )
-from abliterator.model._run import stored_parameter
+from abliterator.model._run import RunBatches, run_batches, stored_parameter
 from abliterator.model._tokenizer import load_tokenizer
 
 if TYPE_CHECKING:
@@ -60,6 +59,7 @@ class LoadedModel:
         folder: where both were loaded from.
         device: where its inputs go; the device of all weights, unless they lie on several.
         placement: device of every module by path, where the weights lie on several.
+        run_batches: runs batches of prompts, one after the other or in another order.
     """
 
     model: PreTrainedModel
@@ -67,6 +67,7 @@ class LoadedModel:
     folder: Path
     device: str
     placement: Mapping[str, str] = field(default_factory=dict)
+    run_batches: RunBatches = run_batches
 
 
 def load_model(
@@ -94,15 +95,12 @@ def load_model(
         FileError: if something in the folder is no plain file.
         GenerationError: if transformers cannot load or run it, or the device cannot hold it.
     """
-    if dtype is not None and dtype not in _DTYPES:
-        raise RecipeError(f"dtype is {dtype!r}, expected one of {', '.join(_DTYPES)}.")
+    in_dtype = require_dtype(dtype)
     require_plain_folder(folder)
     with loading(folder):
         require_countable(json.loads(read_text(folder / "config.json")))
     limit = WeightLimit(device, max_memory)
-    model, placement = _load_weights(
-        folder, limit, _DTYPES[dtype] if dtype else None, trust_remote_code
-    )
+    model, placement = _load_weights(folder, limit, in_dtype, trust_remote_code)
     device = main_device(placement)
     tokenizer = load_tokenizer(folder, trust_remote_code=trust_remote_code)
     problem = f"The model in {folder} cannot be put on device {device!r}"
@@ -116,10 +114,21 @@ def load_model(
     if trust_remote_code:
         _require_stored_weights(model, folder)
         _accept_cache(model)
-    _require_stop_tokens(model, tokenizer, folder)
+    require_stop_tokens(model, tokenizer, folder)
     loaded = LoadedModel(model, tokenizer, folder, device, placement)
     _require_that_it_runs(loaded, trust_remote_code)
     return loaded
+
+
+def require_dtype(name: str | None) -> torch.dtype | None:
+    """The dtype of a name.
+
+    Raises:
+        RecipeError: for a name that is none of "float32", "bfloat16" and "float16".
+    """
+    if name is not None and name not in _DTYPES:
+        raise RecipeError(f"dtype is {name!r}, expected one of {', '.join(_DTYPES)}.")
+    return _DTYPES[name] if name else None
 
 
 def _accept_cache(model: PreTrainedModel) -> None:
@@ -149,7 +158,7 @@ def _load_weights(
     """The model with its weights, and the device of every module."""
     # Attention is left to transformers' default (sdpa where the model has it): remote code may have
     # eager only.
-    with _without_progress_bar(), loading(folder):
+    with loading(folder):
         config = read_config(folder, trust_remote_code)
         if not trust_remote_code:
             require_weights_enough(config, folder)
@@ -218,20 +227,6 @@ def _placement(
     return device_map(shapes, limit, dtype or config.dtype or torch.float32)
 
 
-@contextmanager
-def _without_progress_bar() -> Iterator[None]:
-    """Disables transformers' progress bar, since callers show progress themselves."""
-    from transformers.utils import logging
-
-    was_on = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if was_on:
-            logging.enable_progress_bar()
-
-
 def _require_stored_weights(model: PreTrainedModel, folder: Path) -> None:
     """Raises GenerationError where a model's own code overwrote loaded weights.
 
@@ -253,7 +248,7 @@ def _require_stored_weights(model: PreTrainedModel, folder: Path) -> None:
                     )
 
 
-def _require_stop_tokens(
+def require_stop_tokens(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path
 ) -> None:
     """Checks that every `eos_token_id` is a token id, before anything is measured."""

@@ -8,6 +8,7 @@ ways, once, and the next-token distributions are compared.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 
 from abliterator.devices import is_out_of_memory
 from abliterator.model._limits import context_limit
-from abliterator.model._run import cache_name, head_at, positions_from
+from abliterator.model._run import BATCH, cache_name, head_at, positions_from
 
 if TYPE_CHECKING:
     from abliterator.model._load import LoadedModel
@@ -116,6 +117,12 @@ def _changes_nothing(
     loaded: LoadedModel, what: str, width: int, run: Callable[[int], Pair]
 ) -> bool:
     """Whether both logits of a pair agree up to rounding; measured once per model and width."""
+    batch = BATCH.get()
+    with nullcontext() if batch is None else batch.turn(what):
+        return _measured(loaded, what, width, run)
+
+
+def _measured(loaded: LoadedModel, what: str, width: int, run: Callable[[int], Pair]) -> bool:
     widths = _neutral_widths.setdefault(loaded.model, {})
     if what in widths and not 0 <= widths[what] < width:
         return widths[what] >= 0

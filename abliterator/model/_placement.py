@@ -95,12 +95,17 @@ def main_device(modules: Mapping[str, str]) -> str:
     return next((place for place in modules.values() if place not in (CPU, DISK)), CPU)
 
 
+def needs_disk(modules: Mapping[str, str]) -> bool:
+    """Whether a device map (`placement_of`) leaves weights on disk, to be read in every pass."""
+    return DISK in modules.values()
+
+
 def offload_options(modules: Mapping[str, str]) -> tuple[dict[str, Any], Path | None]:
     """Arguments of `from_pretrained` for a device map, and the folder of weights on disk."""
     if set(modules) == {""}:
         return {}, None
     folder = None
-    if DISK in modules.values():
+    if needs_disk(modules):
         folder = Path(tempfile.mkdtemp(prefix="abliterator-weights-"))
     return {"device_map": dict(modules), "offload_folder": folder and str(folder)}, folder
 

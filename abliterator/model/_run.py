@@ -5,10 +5,11 @@ from __future__ import annotations
 import inspect
 from collections import deque
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from inspect import BoundArguments
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -31,13 +32,34 @@ Hook = Callable[[Tensor], Tensor | None]
 T = TypeVar("T")
 
 
+class BatchInPass(Protocol):
+    """One batch of several whose forward passes advance together, block by block."""
+
+    def turn(self, key: str) -> AbstractContextManager[None]:
+        """Waits until no other batch is in a turn with this key, and keeps others out."""
+
+
+# The batch whose forward pass runs, where several advance together.
+BATCH: ContextVar[BatchInPass | None] = ContextVar("batch", default=None)
+
+
+class RunBatches(Protocol):
+    """What `run_batches` does, in its way or in another."""
+
+    def __call__(
+        self, batches: Iterable[list[int]], run: Callable[[list[int]], T]
+    ) -> Iterator[tuple[list[int], T]]:
+        """Yields (batch, run(batch)); a batch that does not fit in memory is halved."""
+
+
 @contextmanager
 def hooked(model: nn.Module, hooks: Mapping[str, Hook | CallHook]) -> Iterator[None]:
     """Registers a forward hook on each module path, and removes all of them on exit.
 
     A hook gets the hidden states that the module returned (the first element of a tuple) and
     returns their replacement, or None to leave them. It must not change them in place: the same
-    tensor may be the residual stream of another module.
+    tensor may be the residual stream of another module. Where several batches advance together, a
+    hook that the forward pass of one of them registers runs in that pass alone.
 
     Raises:
         UnsupportedModel: for a path that the model does not have.
@@ -103,11 +125,7 @@ def run_batches(
             if not is_out_of_memory(error):
                 raise
             if len(batch) == 1:
-                raise GenerationError(
-                    "One prompt alone does not fit in the device's memory beside the model. Use "
-                    "shorter prompts or answers, a smaller dtype (`--dtype bfloat16`), a device "
-                    "with more memory, or `--device cpu`."
-                ) from error
+                raise_too_large(error)
             limit = len(batch) // 2
             queue.appendleft(batch)
         else:
@@ -115,6 +133,15 @@ def run_batches(
             continue
         # Out of the except clause: until there, the traceback keeps the failed run's tensors alive.
         release_memory()
+
+
+def raise_too_large(error: BaseException | None) -> NoReturn:
+    """Raises GenerationError for one row that does not fit in memory."""
+    raise GenerationError(
+        "One prompt alone does not fit in the device's memory beside the model. Use "
+        "shorter prompts or answers, a smaller dtype (`--dtype bfloat16`), a device "
+        "with more memory, or `--device cpu`."
+    ) from error
 
 
 def cache_name(model: nn.Module) -> str:
@@ -187,8 +214,12 @@ def _submodule(model: nn.Module, path: str) -> nn.Module:
 
 def _adapted(hook: Hook | CallHook) -> Callable[[nn.Module, Any, Any, Any], Any]:
     """`hook` with torch's signature, for modules that return a tensor or a tuple of it and more."""
+    owner = BATCH.get()
 
     def forward_hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+        if owner is not None and owner is not BATCH.get():
+            return None
+
         def replaced(hidden: Tensor) -> Tensor | None:
             if not isinstance(hook, CallHook):
                 return hook(hidden)

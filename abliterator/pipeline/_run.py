@@ -30,7 +30,7 @@ from abliterator.workers import Pool, PoolSettings, open_pool
 if TYPE_CHECKING:
     from abliterator.benchmarks import Task
     from abliterator.diagnostics import VllmInstall
-    from abliterator.engines import DistributedEngine, Engine, ServedEngine, TransformersEngine
+    from abliterator.engines import DistributedEngine, Engine, ServedEngine, StreamedEngine
     from abliterator.evaluation import RenderedPrompts
     from abliterator.model import LoadedModel
     from abliterator.record import Side
@@ -138,6 +138,7 @@ class Run:
     tasks: Sequence[Task] = ()
     vllm: VllmInstall | None = None
     _loaded: LoadedModel | None = None
+    _streamed: StreamedEngine | None = None
     _pool: Pool | None = None
     _distributed: DistributedEngine | None = None
     # devices that the weights of a loaded model were spread over
@@ -199,19 +200,13 @@ class Run:
         """The model in `folder`; one model at a time is held, so asking for another frees it."""
         from abliterator.model import load_model
 
-        if self._loaded is None or self._loaded.folder != folder:
-            self.free()
-            if self._by_vllm and not self._by_vllm[0][1]:
-                self.end_engine()  # both would not fit on one device
-            self._loaded = load_model(
-                folder,
-                **self.options.weights,
-                dtype=self.dtype,
-                trust_remote_code=self.recipe.trust_remote_code,
-            )
-            if len(places := frozenset(self._loaded.placement.values())) > 1:
-                self._spread_over |= places
-        return self._loaded
+        if self._streamed is not None and self._streamed.folder == folder:
+            return self._streamed.placed().loaded
+        if self._loaded is not None and self._loaded.folder == folder:
+            return self._loaded
+        self.free()
+        self._free_vllm_of_a_side()
+        return self._held(load_model(folder, **self._loading))
 
     @property
     def hardware(self) -> str:
@@ -223,18 +218,49 @@ class Run:
         if self._pool is not None:
             self._pool.close()
             self._pool = self._distributed = None
-        if self._loaded is None:
+        if self._loaded is None and self._streamed is None:
             return
-        self._loaded = None
+        self._loaded = self._streamed = None
         release_memory()
 
-    def engine(self, folder: Path) -> TransformersEngine | DistributedEngine:
-        """An engine of the model in `folder`; one model at a time is held (`loaded`)."""
-        from abliterator.engines import TransformersEngine
+    def engine(self, folder: Path) -> Engine:
+        """An engine of the model in `folder`; one model at a time is held.
+
+        Where `--device auto` would leave weights on disk, they are read block by block instead.
+        """
+        from abliterator.engines import StreamedEngine, TransformersEngine, open_engine
 
         if self.options.pool is not None:
             return self._engine_on_workers(folder, self.options.pool)
-        return TransformersEngine(self.loaded(folder))
+        if self._streamed is not None and self._streamed.folder == folder:
+            return self._streamed
+        if self._loaded is not None and self._loaded.folder == folder:
+            return TransformersEngine(self._loaded)
+        self.free()
+        self._free_vllm_of_a_side()
+        scratch, note = self.workspace.work, self.progress.note
+        engine = open_engine(folder, **self._loading, scratch=scratch, note=note)
+        if isinstance(engine, StreamedEngine):
+            self._streamed = engine
+        else:
+            self._held(engine.loaded)
+        return engine
+
+    def _held(self, loaded: LoadedModel) -> LoadedModel:
+        self._loaded = loaded
+        if len(places := frozenset(loaded.placement.values())) > 1:
+            self._spread_over |= places
+        return loaded
+
+    def _free_vllm_of_a_side(self) -> None:
+        """Ends a vLLM that serves no candidates: it and a model would not fit on one device."""
+        if self._by_vllm and not self._by_vllm[0][1]:
+            self.end_engine()
+
+    @property
+    def _loading(self) -> dict[str, Any]:
+        trusted = self.recipe.trust_remote_code
+        return {**self.options.weights, "dtype": self.dtype, "trust_remote_code": trusted}
 
     def held(self, folder: Path) -> LoadedModel | None:
         """The model in `folder`, if it is loaded already."""

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
-from abliterator.engines import Answer, _generate, _logits
+from abliterator.engines import Answer, StreamedEngine, _generate, _logits
 from abliterator.engines._side_by_side import EditsByRow
+from abliterator.engines._streamed import _passes
 from abliterator.model import LoadedModel
 from abliterator.thinking import Splitter
 
@@ -25,3 +28,31 @@ def answer_of(
 def unedited(loaded: LoadedModel, max_batch_tokens: int) -> EditsByRow:
     """The model as it is, with whatever hooks are on it, asked as an edit is."""
     return EditsByRow(loaded, 1, lambda rows: None, max_batch_tokens)
+
+
+def limit_batches_together(monkeypatch, n: int) -> None:
+    """Sets how many batches advance together at most."""
+    monkeypatch.setattr(_passes, "TOGETHER", n)
+
+
+def spilled_bytes(engine: StreamedEngine) -> int:
+    """Bytes of hidden states that an engine has had on disk at once."""
+    return engine.passes.spilled_bytes
+
+
+@contextmanager
+def fail_on_call(engine: StreamedEngine, nth: int, error: type[BaseException]) -> Iterator[None]:
+    """Raises in the nth call of a part of the model."""
+    calls, model = itertools.count(1), engine.streamed.loaded.model
+
+    def fail(*_: object) -> None:
+        if next(calls) == nth:
+            raise error
+
+    modules = map(model.get_submodule, engine.passes._weights.parts)
+    handles = [module.register_forward_pre_hook(fail) for module in modules]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -16,7 +16,7 @@ from abliterator.checkpoint import Checkpoint
 from abliterator.cli import main
 from abliterator.engines import AnswerPath, Steering, StreamEdit, TransformersEngine, WriterEdit
 from abliterator.errors import RecipeError
-from abliterator.model import load_model, placement_of
+from abliterator.model import load_model, needs_disk, placement_of
 from abliterator.recipe import Edit
 from abliterator.subspace import orthonormal_basis
 from tests.helpers import stand_in
@@ -154,7 +154,8 @@ def test_a_build_with_weights_on_disk_is_the_same_build(tiny_folder, tmp_path, c
         files += [work / "rollouts.jsonl", work / "divergence.json"]
         results.append([file.read_bytes() for file in files])
     assert results[0] == results[1]
-    assert placement_of(folder, device="auto", dtype=None, max_memory=60_000) != {"": "cpu"}
+    assert needs_disk(placement_of(folder, device="auto", dtype=None, max_memory=60_000))
+    assert not needs_disk(placement_of(folder, device="auto", dtype=None))
 
 
 @needs_stand_in

@@ -1,0 +1,173 @@
+"""Capture and KL of a model read block by block against the same model in memory.
+
+    python perf/streamed_passes.py TOKENIZER_FOLDER [--gigabytes 4] [--prompts 64] [--runs 5]
+
+Makes a Llama of random bfloat16 weights with the tokenizer of another model, saves it, and measures
+it both ways in turns, each time in a process of its own: peak resident memory above what the
+process had before, wall time of the two measurements alone and with loading, and whether the bytes
+of all results are equal. The hidden states of the prompts lie in memory up to --activations bytes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import math
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import psutil
+import torch
+
+from abliterator.anatomy import anatomy_of
+from abliterator.bake import plan_edits
+from abliterator.capture import capture
+from abliterator.checkpoint import Checkpoint
+from abliterator.engines import AnswerPath, Engine, TransformersEngine, WriterEdit, open_streamed
+from abliterator.evaluation import kl_terms
+from abliterator.model import load_model
+from abliterator.recipe import Edit
+from abliterator.subspace import orthonormal_basis
+
+
+def make_model(folder: Path, tokenizer: Path, gigabytes: float) -> None:
+    """Saves a random Llama of about this size, one shard in memory at a time."""
+    from safetensors.torch import save_file
+    from transformers import AutoConfig, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    words = AutoTokenizer.from_pretrained(tokenizer)
+    d_model = 2048 if gigabytes >= 2 else 1024
+    config = LlamaConfig(
+        hidden_size=d_model,
+        intermediate_size=d_model * 11 // 4,
+        num_attention_heads=d_model // 64,
+        num_key_value_heads=d_model // 64,
+        vocab_size=32000,
+        bos_token_id=words.bos_token_id,
+        eos_token_id=words.eos_token_id,
+        dtype="bfloat16",
+        num_hidden_layers=1,
+        architectures=["LlamaForCausalLM"],
+    )
+    with torch.device("meta"):
+        one = {name: t.shape for name, t in LlamaForCausalLM(config).state_dict().items()}
+    block = {name: shape for name, shape in one.items() if ".layers.0." in name}
+    sizes = [2 * sum(map(math.prod, shapes.values())) for shapes in (one, block)]
+    layers = round((gigabytes * 1e9 - sizes[0]) / sizes[1]) + 1
+    config.num_hidden_layers = layers
+    config.save_pretrained(folder)
+    words.save_pretrained(folder)
+    assert AutoConfig.from_pretrained(folder).num_hidden_layers == layers
+    torch.manual_seed(0)
+    outside = {name: shape for name, shape in one.items() if name not in block}
+    shards = [outside] + [
+        {name.replace(".layers.0.", f".layers.{i}."): shape for name, shape in block.items()}
+        for i in range(layers)
+    ]
+    places = {}
+    for number, shapes in enumerate(shards, start=1):
+        file = f"model-{number:05}-of-{len(shards):05}.safetensors"
+        tensors = {name: torch.randn(shape).mul_(0.02).bfloat16() for name, shape in shapes.items()}
+        for name in tensors:
+            if "norm" in name:
+                tensors[name] += 1
+        save_file(tensors, folder / file, {"format": "pt"})
+        places |= dict.fromkeys(tensors, file)
+    index = json.dumps({"metadata": {}, "weight_map": places})
+    (folder / "model.safetensors.index.json").write_text(index, encoding="utf-8")
+
+
+def measure(engine: Engine, folder: Path, count: int) -> str:
+    """SHA-256 of the captured moments and of the KL of an edit."""
+    generator = torch.Generator().manual_seed(1)
+    prompts = [
+        torch.randint(1000, 30000, (20 + i % 16,), generator=generator).tolist()
+        for i in range(count)
+    ]
+    moments = capture(engine, prompts)
+    checkpoint = Checkpoint.open(folder)
+    plan = plan_edits(checkpoint, anatomy_of(checkpoint.config), Edit())
+    basis = orthonormal_basis(torch.randn(1, engine.hidden_shape[1], generator=generator))
+    paths = [AnswerPath(tuple(prompt), 8) for prompt in prompts[: count // 4]]
+    base = dict(engine.logits(paths, max_batch_tokens=1024))
+    kl = {}
+    with engine.edited(WriterEdit(plan, basis)):
+        for index, logits in engine.logits(paths, max_batch_tokens=1024):
+            pair = (x.float().log_softmax(-1) for x in (base.pop(index), logits))
+            kl[index] = kl_terms(*pair).sum(-1)
+    results = [moments.mean, *(kl[i] for i in sorted(kl))]
+    digest = hashlib.sha256()
+    for tensor in results:
+        digest.update(tensor.contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def child(kind: str, folder: Path, count: int, activations: int) -> None:
+    """One measurement, printed as JSON."""
+    import accelerate  # noqa: F401 - libraries are no part of the measurement
+    import transformers.models.llama.modeling_llama  # noqa: F401
+
+    start, before = time.perf_counter(), psutil.Process().memory_info().rss
+    engine: Engine
+    if kind == "streamed":
+        engine = open_streamed(folder, device="cpu", dtype=None, activation_bytes=activations)
+    else:
+        engine = TransformersEngine(load_model(folder, device="cpu", dtype=None))
+    loaded = time.perf_counter()
+    digest = measure(engine, folder, count)
+    end, peak = time.perf_counter(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    figures = {"digest": digest, "passes": end - loaded, "all": end - start}
+    print(json.dumps({**figures, "memory": peak - before}))
+
+
+def main() -> None:
+    """Makes the model, measures in turns, prints."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("tokenizer", type=Path)
+    parser.add_argument("--gigabytes", type=float, default=4)
+    parser.add_argument("--prompts", type=int, default=64)
+    parser.add_argument("--runs", type=int, default=5)
+    parser.add_argument("--activations", type=int, default=64 << 20)
+    parser.add_argument("--out", type=Path, default=None, help="where the model is kept meanwhile")
+    parser.add_argument("--child", default=None, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.child:
+        count, activations = arguments.prompts, arguments.activations
+        child(arguments.child, arguments.tokenizer, count, activations)
+        return
+    runs: dict[str, list[dict[str, float]]] = {"in memory": [], "streamed": []}
+    with tempfile.TemporaryDirectory(dir=arguments.out) as name:
+        folder = Path(name)
+        make_model(folder, arguments.tokenizer, arguments.gigabytes)
+        size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+        options = ["--prompts", str(arguments.prompts)]
+        options += ["--activations", str(arguments.activations)]
+        for _ in range(arguments.runs):
+            for kind, results in runs.items():
+                command = [sys.executable, __file__, str(folder), "--child", kind, *options]
+                done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+                results.append(json.loads(done.stdout.splitlines()[-1]))
+                print(f"{kind:<10} {results[-1]}", file=sys.stderr)
+    print(f"{size / 1e9:.2f} GB of bfloat16, {arguments.prompts} prompts, best of {arguments.runs}")
+    best = {
+        kind: {key: min(r[key] for r in results) for key in ("passes", "all", "memory")}
+        for kind, results in runs.items()
+    }
+    for kind, figures in best.items():
+        print(
+            f"{kind:<10} capture and KL {figures['passes']:7.1f} s, with loading "
+            f"{figures['all']:7.1f} s, peak memory {figures['memory'] / size:6.1%} of the model"
+        )
+    ratios = [best["streamed"][key] / best["in memory"][key] for key in ("passes", "all")]
+    digests = {result["digest"] for results in runs.values() for result in results}
+    print(f"ratio of time    {ratios[0]:.2f}, with loading {ratios[1]:.2f}")
+    print(f"bits             {'equal' if len(digests) == 1 else 'DIFFERENT'}")
+
+
+if __name__ == "__main__":
+    main()
