@@ -15,7 +15,7 @@ from abliterator.costs._passes import Work
 _START = 2.0  # imports of torch and transformers, and the checks before the first stage
 _FIRST = 0.4  # of the first forward passes of a process, which import and allocate
 _BAKE = 0.25
-_LOAD, _ANSWERS = 0.1, 0.05  # to load a model; to test its padding before it answers
+_LOAD = 0.1  # to load a model
 _RECORD = 0.6
 _CHILD = 6.5  # imports of lm-eval and its libraries in a process of its own
 _DOCUMENT = 7e-4  # to make and score one sequence of lm-eval
@@ -24,6 +24,12 @@ _PROMPT = 2e-3  # reading, comparing and rendering one prompt
 _VERDICT = 4e-4  # of the rule judge
 _TENSOR = 2e-3  # to edit one tensor, beside its numbers
 
+# What transformers does with each number of the weights, in writes to new memory: shapes are
+# checked and initialised, tensors read and converted.
+_LOAD_COPIES = 12
+# Tokens, at least, of the prompt with which `abliterator.model` tests whether padding changes
+# answers, and how many it generates; once for each model that is loaded.
+_PADDED, _PROBED = 256, 3
 # Reads and writes of a number while a tensor is edited, in float32, rounded to nearest and
 # compensated.
 _EDIT_COPIES = {"nearest": 40, "compensated": 90}
@@ -173,7 +179,7 @@ class Costs:
         return (
             self.python(_LOAD)
             + shape.stored / machine.disk_read
-            + self.work.weight_bytes / machine.fresh
+            + _LOAD_COPIES * self.work.weight_bytes / machine.fresh
             + tried
         )
 
@@ -196,7 +202,7 @@ class Costs:
         if not answers.lengths:
             return 0.0
         mean = sum(answers.lengths) / len(answers.lengths)
-        return self.python(_ANSWERS) + self.work.answers(
+        return self.work.answers(
             len(answers.lengths),
             mean,
             answers.tokens,
@@ -204,11 +210,18 @@ class Costs:
             shared=min(answers.shared, mean - 1),
         )
 
+    def probe(self, sets: Sequence[Answers]) -> float:
+        """Seconds in which a loaded model shows whether it may pad its prompts."""
+        widths = [n + answers.tokens for answers in sets for n in answers.lengths]
+        width = max(_PADDED, *widths) if widths else 0
+        steps = 2 * (_PROBED - 1) * self.work.forward(1, 1, logits=1)
+        return self.work.forward(1, width) + self.work.forward(1, width / 4) + steps
+
     def rollouts(self, sets: Sequence[Answers]) -> StageCost:
         """The answers of base and edited, each loaded once."""
         return self.stage(
             "rollouts",
-            2 * sum(map(self.answers, sets)),
+            2 * (self.probe(sets) + sum(map(self.answers, sets))),
             loads=2,
             read=2 * sum(sum(s.lengths) for s in sets),
             answered=2 * sum(len(s.lengths) * s.tokens for s in sets),
@@ -229,7 +242,7 @@ class Costs:
         files += 2 * self.python(_PATH) * len(lengths)
         return self.stage(
             "divergence",
-            self.answers(answers) + passes + compared + files,
+            self.probe([answers]) + self.answers(answers) + passes + compared + files,
             loads=2,
             disk=stored,
             read=sum(answers.lengths) + 2 * sum(lengths),
@@ -291,7 +304,7 @@ class Costs:
             kl_tokens: positions that are compared of each.
             max_tokens: of one batch.
         """
-        base = self.answers(judged) + self.answers(scored)
+        base = 2 * self.probe([judged]) + self.answers(judged) + self.answers(scored)
         base += self.answers(judged._replace(lengths=neutral, tokens=kl_tokens))
         rests = [max(1, n - scored.shared) for n in scored.lengths]
         along = [max(1, n - scored.shared) + kl_tokens for n in neutral[: len(rests)]]
@@ -338,7 +351,7 @@ class Costs:
         plain = self.work.forward(batch, row, logits=batch * learned.tokens)
         step = plain + _FORWARD_AND_BACKWARD * 3 * plain * _PREVIEW
         twice = learned._replace(lengths=[*learned.lengths] * 3)
-        asked = 2 * self.answers(twice) + phases * self.answers(learned)
+        asked = 2 * self.answers(twice) + phases * self.answers(learned) + self.probe([judged])
         paths = [n + learned.tokens for n in neutral]
         measured = self.answers(judged) + self.work.scores(
             paths, max_tokens, positions=learned.tokens

@@ -42,7 +42,7 @@ def with_outlook(
     machine = _machine(where, out, measure=measure)
     if recipe is None:
         return replace(plan, where=where, missing=tuple(lacks))
-    prompts = planned_prompts(recipe)
+    prompts = planned_prompts(recipe, plan.source.folder)
     lacks += missing(recipe, plan, prompts, out)
     costs = estimate(recipe, plan, prompts, machine) if machine and prompts.lengths else None
     lacks += _memory(plan)
