@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
-
-from pydantic import BaseModel, ConfigDict
 
 from abliterator.costs._machine import REFERENCE
 from abliterator.costs._passes import Work
+from abliterator.costs._types import Answers, Batch, Benchmark, StageCost
 
 # Seconds of Python code on the machine whose `Machine.python` is `REFERENCE`: they do not depend on
 # the model, and were measured with the demo's.
@@ -41,6 +39,8 @@ _FORWARD_AND_BACKWARD = 2.2
 _SHARD = 5 << 30  # bytes of a file of weights
 # Bytes beside `Machine.base_memory` of the libraries that a build imports.
 _LIBRARIES = 150 << 20
+# Passages of the text whose perplexity both sides take, and tokens of one.
+_PASSAGES, _PASSAGE = 8, 120
 # Bytes of activations that a block holds, a number of the residual stream; and of logits.
 _BLOCK_BYTES, _LOGIT_BYTES = 32, 12
 # Copies of the logits of one batch: float32, log-probabilities of both sides, float64.
@@ -48,76 +48,6 @@ _COMPARE_COPIES = 16
 _LOGIT_BATCH = 32 << 20  # bytes of logits of one batch of `abliterator.engines`
 _SCORE_CONTINUATIONS = 3  # openings of refusals that a selection learns at most
 _SCORE_TOKENS = 3  # of one of them
-
-
-class StageCost(BaseModel):
-    """The cost of one stage.
-
-    Attributes:
-        stage: its name; "start" is what happens before the first.
-        seconds: of this machine, about.
-        host_memory: bytes of the largest process at most, at its peak.
-        device_memory: bytes on the accelerator at the peak; 0 where the CPU computes.
-        read_tokens: tokens of prompts that pass the model, about.
-        answer_tokens: tokens that are generated at most.
-        disk: bytes that are written.
-    """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    stage: str
-    seconds: float
-    host_memory: int = 0
-    device_memory: int = 0
-    read_tokens: int = 0
-    answer_tokens: int = 0
-    disk: int = 0
-
-
-class Answers(NamedTuple):
-    """Prompts that are answered together.
-
-    Attributes:
-        lengths: tokens of each, with the chat template.
-        tokens: of an answer, at most.
-        batch_size: prompts at a time.
-        shared: tokens with which all begin, where they run once.
-    """
-
-    lengths: Sequence[int]
-    tokens: int
-    batch_size: int
-    shared: int = 0
-
-
-class Benchmark(NamedTuple):
-    """A benchmark task.
-
-    Attributes:
-        documents: that are scored.
-        requests: sequences that a document takes.
-        tokens: of a sequence.
-        generated: tokens of an answer; 0 where likelihoods are compared.
-    """
-
-    documents: int
-    requests: int
-    tokens: int
-    generated: int = 0
-
-
-class Batch(NamedTuple):
-    """The largest batch of a stage.
-
-    Attributes:
-        rows: sequences.
-        tokens: of each, answers included.
-        logits: positions in all rows together that get logits.
-    """
-
-    rows: int = 0
-    tokens: int = 0
-    logits: int = 0
 
 
 class Costs:
@@ -229,13 +159,14 @@ class Costs:
         )
 
     def divergence(self, answers: Answers, max_tokens: int) -> StageCost:
-        """The base's answers, then logits along them of base and edited."""
+        """The base's answers, logits along them of base and edited, and both perplexities."""
         lengths = [n + answers.tokens for n in answers.lengths]
         positions, work = len(lengths) * answers.tokens, self.work
         rows = self._logit_rows(answers.tokens)
         passes = 2 * work.scores(
             lengths, min(max_tokens, rows * max(lengths, default=1)), positions=answers.tokens
         )
+        passes += 2 * _PASSAGES * work.forward(1, _PASSAGE, logits=_PASSAGE)
         stored = int(positions * work.shape.vocabulary * work.number_bytes)
         compared = positions * work.logit_seconds(_COMPARE_COPIES)
         files = stored / self.machine.disk_write + stored / self.machine.disk_read
@@ -273,10 +204,12 @@ class Costs:
                     seconds += times * logits * self.work.logit_seconds()
             tokens += sequences * task.tokens
         longest = max(task.tokens + task.generated for task in tasks)
+        rows = max(min(batch_size, task.documents * task.requests) for task in tasks)
+        scored = max((task.tokens for task in tasks if not task.generated), default=1)
         return self.stage(
             "benchmarks",
             2 * (seconds + self.python(_CHILD)),
-            batch=Batch(batch_size, longest, batch_size * longest),
+            batch=Batch(rows, longest, rows * scored),
             loads=2,
             read=2 * tokens,
             answered=2 * generated,
