@@ -90,7 +90,7 @@ def placed(where: Mapping[str, Any]) -> str:
         free = byte_size(where["free"]["cpu"])
         parts.append(f"{byte_size(places['cpu'])} in host memory ({free} free)")
     if "disk" in places:
-        parts.append(f"{byte_size(places['disk'])} read from disk in every pass")
+        parts.append(f"{byte_size(places['disk'])} on disk")
     return ", ".join(parts)
 
 

@@ -13,7 +13,8 @@ from abliterator.costs._calibrate import calibrate
 from abliterator.costs._machine import ACCELERATORS, Assumed, Machine, assumed
 from abliterator.costs._passes import Work, spread
 from abliterator.costs._shape import Matrix, ModelShape, dtype_bytes, shape_of
-from abliterator.costs._stages import Answers, Benchmark, Costs, StageCost
+from abliterator.costs._stages import Costs
+from abliterator.costs._types import Answers, Benchmark, StageCost
 
 __all__ = [
     "ACCELERATORS",

@@ -148,7 +148,7 @@ def assumed(accelerator: Assumed) -> Machine:
         step_overhead=1e-3,
         stream=80 / bandwidth,
         bandwidth=bandwidth,
-        fresh=2e9,
+        fresh=24e9,
         disk_read=3e9,
         disk_write=2e9,
         hashing=1.5e9,

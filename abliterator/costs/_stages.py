@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
-
-from pydantic import BaseModel, ConfigDict
 
 from abliterator.costs._machine import REFERENCE
 from abliterator.costs._passes import Work
+from abliterator.costs._types import Answers, Batch, Benchmark, StageCost
 
 # Seconds of Python code on the machine whose `Machine.python` is `REFERENCE`: they do not depend on
 # the model, and were measured with the demo's.
 _START = 2.0  # imports of torch and transformers, and the checks before the first stage
 _FIRST = 0.4  # of the first forward passes of a process, which import and allocate
 _BAKE = 0.25
-_LOAD, _ANSWERS = 0.1, 0.05  # to load a model; to test its padding before it answers
+_LOAD = 0.1  # to load a model
 _RECORD = 0.6
 _CHILD = 6.5  # imports of lm-eval and its libraries in a process of its own
 _DOCUMENT = 7e-4  # to make and score one sequence of lm-eval
@@ -24,6 +22,12 @@ _PROMPT = 2e-3  # reading, comparing and rendering one prompt
 _VERDICT = 4e-4  # of the rule judge
 _TENSOR = 2e-3  # to edit one tensor, beside its numbers
 
+# What transformers does with each number of the weights, in writes to new memory: shapes are
+# checked and initialised, tensors read and converted.
+_LOAD_COPIES = 12
+# Tokens, at least, of the prompt with which `abliterator.model` tests whether padding changes
+# answers, and how many it generates; once for each model that is loaded.
+_PADDED, _PROBED = 256, 3
 # Reads and writes of a number while a tensor is edited, in float32, rounded to nearest and
 # compensated.
 _EDIT_COPIES = {"nearest": 40, "compensated": 90}
@@ -35,6 +39,8 @@ _FORWARD_AND_BACKWARD = 2.2
 _SHARD = 5 << 30  # bytes of a file of weights
 # Bytes beside `Machine.base_memory` of the libraries that a build imports.
 _LIBRARIES = 150 << 20
+# Passages of the text whose perplexity both sides take, and tokens of one.
+_PASSAGES, _PASSAGE = 8, 120
 # Bytes of activations that a block holds, a number of the residual stream; and of logits.
 _BLOCK_BYTES, _LOGIT_BYTES = 32, 12
 # Copies of the logits of one batch: float32, log-probabilities of both sides, float64.
@@ -42,76 +48,6 @@ _COMPARE_COPIES = 16
 _LOGIT_BATCH = 32 << 20  # bytes of logits of one batch of `abliterator.engines`
 _SCORE_CONTINUATIONS = 3  # openings of refusals that a selection learns at most
 _SCORE_TOKENS = 3  # of one of them
-
-
-class StageCost(BaseModel):
-    """The cost of one stage.
-
-    Attributes:
-        stage: its name; "start" is what happens before the first.
-        seconds: of this machine, about.
-        host_memory: bytes of the largest process at most, at its peak.
-        device_memory: bytes on the accelerator at the peak; 0 where the CPU computes.
-        read_tokens: tokens of prompts that pass the model, about.
-        answer_tokens: tokens that are generated at most.
-        disk: bytes that are written.
-    """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    stage: str
-    seconds: float
-    host_memory: int = 0
-    device_memory: int = 0
-    read_tokens: int = 0
-    answer_tokens: int = 0
-    disk: int = 0
-
-
-class Answers(NamedTuple):
-    """Prompts that are answered together.
-
-    Attributes:
-        lengths: tokens of each, with the chat template.
-        tokens: of an answer, at most.
-        batch_size: prompts at a time.
-        shared: tokens with which all begin, where they run once.
-    """
-
-    lengths: Sequence[int]
-    tokens: int
-    batch_size: int
-    shared: int = 0
-
-
-class Benchmark(NamedTuple):
-    """A benchmark task.
-
-    Attributes:
-        documents: that are scored.
-        requests: sequences that a document takes.
-        tokens: of a sequence.
-        generated: tokens of an answer; 0 where likelihoods are compared.
-    """
-
-    documents: int
-    requests: int
-    tokens: int
-    generated: int = 0
-
-
-class Batch(NamedTuple):
-    """The largest batch of a stage.
-
-    Attributes:
-        rows: sequences.
-        tokens: of each, answers included.
-        logits: positions in all rows together that get logits.
-    """
-
-    rows: int = 0
-    tokens: int = 0
-    logits: int = 0
 
 
 class Costs:
@@ -173,7 +109,7 @@ class Costs:
         return (
             self.python(_LOAD)
             + shape.stored / machine.disk_read
-            + self.work.weight_bytes / machine.fresh
+            + _LOAD_COPIES * self.work.weight_bytes / machine.fresh
             + tried
         )
 
@@ -196,7 +132,7 @@ class Costs:
         if not answers.lengths:
             return 0.0
         mean = sum(answers.lengths) / len(answers.lengths)
-        return self.python(_ANSWERS) + self.work.answers(
+        return self.work.answers(
             len(answers.lengths),
             mean,
             answers.tokens,
@@ -204,11 +140,18 @@ class Costs:
             shared=min(answers.shared, mean - 1),
         )
 
+    def probe(self, sets: Sequence[Answers]) -> float:
+        """Seconds in which a loaded model shows whether it may pad its prompts."""
+        widths = [n + answers.tokens for answers in sets for n in answers.lengths]
+        width = max(_PADDED, *widths) if widths else 0
+        steps = 2 * (_PROBED - 1) * self.work.forward(1, 1, logits=1)
+        return self.work.forward(1, width) + self.work.forward(1, width / 4) + steps
+
     def rollouts(self, sets: Sequence[Answers]) -> StageCost:
         """The answers of base and edited, each loaded once."""
         return self.stage(
             "rollouts",
-            2 * sum(map(self.answers, sets)),
+            2 * (self.probe(sets) + sum(map(self.answers, sets))),
             loads=2,
             read=2 * sum(sum(s.lengths) for s in sets),
             answered=2 * sum(len(s.lengths) * s.tokens for s in sets),
@@ -216,20 +159,21 @@ class Costs:
         )
 
     def divergence(self, answers: Answers, max_tokens: int) -> StageCost:
-        """The base's answers, then logits along them of base and edited."""
+        """The base's answers, logits along them of base and edited, and both perplexities."""
         lengths = [n + answers.tokens for n in answers.lengths]
         positions, work = len(lengths) * answers.tokens, self.work
         rows = self._logit_rows(answers.tokens)
         passes = 2 * work.scores(
             lengths, min(max_tokens, rows * max(lengths, default=1)), positions=answers.tokens
         )
+        passes += 2 * _PASSAGES * work.forward(1, _PASSAGE, logits=_PASSAGE)
         stored = int(positions * work.shape.vocabulary * work.number_bytes)
         compared = positions * work.logit_seconds(_COMPARE_COPIES)
         files = stored / self.machine.disk_write + stored / self.machine.disk_read
         files += 2 * self.python(_PATH) * len(lengths)
         return self.stage(
             "divergence",
-            self.answers(answers) + passes + compared + files,
+            self.probe([answers]) + self.answers(answers) + passes + compared + files,
             loads=2,
             disk=stored,
             read=sum(answers.lengths) + 2 * sum(lengths),
@@ -260,10 +204,12 @@ class Costs:
                     seconds += times * logits * self.work.logit_seconds()
             tokens += sequences * task.tokens
         longest = max(task.tokens + task.generated for task in tasks)
+        rows = max(min(batch_size, task.documents * task.requests) for task in tasks)
+        scored = max((task.tokens for task in tasks if not task.generated), default=1)
         return self.stage(
             "benchmarks",
             2 * (seconds + self.python(_CHILD)),
-            batch=Batch(batch_size, longest, batch_size * longest),
+            batch=Batch(rows, longest, rows * scored),
             loads=2,
             read=2 * tokens,
             answered=2 * generated,
@@ -291,7 +237,7 @@ class Costs:
             kl_tokens: positions that are compared of each.
             max_tokens: of one batch.
         """
-        base = self.answers(judged) + self.answers(scored)
+        base = 2 * self.probe([judged]) + self.answers(judged) + self.answers(scored)
         base += self.answers(judged._replace(lengths=neutral, tokens=kl_tokens))
         rests = [max(1, n - scored.shared) for n in scored.lengths]
         along = [max(1, n - scored.shared) + kl_tokens for n in neutral[: len(rests)]]
@@ -338,7 +284,7 @@ class Costs:
         plain = self.work.forward(batch, row, logits=batch * learned.tokens)
         step = plain + _FORWARD_AND_BACKWARD * 3 * plain * _PREVIEW
         twice = learned._replace(lengths=[*learned.lengths] * 3)
-        asked = 2 * self.answers(twice) + phases * self.answers(learned)
+        asked = 2 * self.answers(twice) + phases * self.answers(learned) + self.probe([judged])
         paths = [n + learned.tokens for n in neutral]
         measured = self.answers(judged) + self.work.scores(
             paths, max_tokens, positions=learned.tokens

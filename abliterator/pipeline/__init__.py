@@ -241,7 +241,7 @@ def estimate_on(recipe: Recipe, out: Path, machine: Machine) -> Estimate:
     """
     with headers_folder(recipe.model, revision=recipe.revision) as source:
         plan = plan_source(source, recipe, out)
-        prompts = planned_prompts(recipe)
+        prompts = planned_prompts(recipe, source.folder)
         if prompts.problems:
             raise PromptError(prompts.problems[0])
         return estimate(recipe, plan, prompts, machine)

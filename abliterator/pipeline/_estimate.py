@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict
 from abliterator.costs import Answers, Costs, Machine, StageCost, Work, shape_of
 from abliterator.pipeline._plan import Plan
 from abliterator.pipeline._planned_benchmarks import planned_benchmarks
-from abliterator.pipeline._planned_prompts import TEMPLATE_BEFORE, PlannedPrompts
+from abliterator.pipeline._planned_prompts import PlannedPrompts
 from abliterator.recipe import JudgeSettings, Recipe
 
 # Sizes of stacks that `k: auto` tries before one is no better, as a rule.
@@ -172,7 +172,7 @@ class _Counted:
 
     def _held_out(self, tokens: int, batch_size: int) -> Answers:
         lengths = self.prompts.of("target", "selection")
-        return Answers(lengths, tokens, batch_size, TEMPLATE_BEFORE)
+        return Answers(lengths, tokens, batch_size, self.prompts.before)
 
     def _selection(self) -> StageCost:
         settings, recipe = self.recipe.selection, self.recipe
@@ -181,7 +181,7 @@ class _Counted:
         scored = self.prompts.of("contrast", "extraction", settings.scored)
         return self.costs.selection(
             places=len(self.plan.layers) * positions if recipe.sweeps else 0,
-            scored=Answers(scored, settings.tokens, settings.batch_size, TEMPLATE_BEFORE),
+            scored=Answers(scored, settings.tokens, settings.batch_size, self.prompts.before),
             judged=self._held_out(settings.tokens, settings.batch_size),
             candidates=self._candidates(),
             neutral=self.prompts.of("neutral", "selection"),

@@ -42,7 +42,7 @@ def with_outlook(
     machine = _machine(where, out, measure=measure)
     if recipe is None:
         return replace(plan, where=where, missing=tuple(lacks))
-    prompts = planned_prompts(recipe)
+    prompts = planned_prompts(recipe, plan.source.folder)
     lacks += missing(recipe, plan, prompts, out)
     costs = estimate(recipe, plan, prompts, machine) if machine and prompts.lengths else None
     lacks += _memory(plan)
@@ -91,10 +91,10 @@ def _warnings(where: Where, prompts: PlannedPrompts, costs: Estimate | None) -> 
     """Notes on memory that is short, and on what the estimate assumes."""
     if where.streams:
         yield (
-            f"The weights do not fit in memory ({where.places['disk'] / 1e9:.1f} GB of "
-            f"{where.weights / 1e9:.1f} GB would be read from disk in every pass, which takes "
-            "hours where answers are generated). Choose a smaller dtype (`--dtype bfloat16`), a "
-            "machine with more memory, or a server that answers."
+            f"The weights do not fit in memory: {where.places['disk'] / 1e9:.1f} GB of "
+            f"{where.weights / 1e9:.1f} GB stay on disk, and are read for every token of an "
+            "answer, which takes hours. Choose a smaller dtype (`--dtype bfloat16`), a machine "
+            "with more memory, or an engine for the answers (a server)."
         )
     elif costs is not None:
         yield from _short_memory(where, costs)

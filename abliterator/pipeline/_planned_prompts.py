@@ -5,9 +5,11 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from abliterator.costs import spread
 from abliterator.errors import AbliteratorError
+from abliterator.pipeline._template_tokens import template_tokens
 from abliterator.pipeline.stages.prompts import PromptSets, divided_sets, uses
 from abliterator.prompts import PromptSet, load_prompts
 from abliterator.recipe import Prompts, Recipe, Source
@@ -20,9 +22,6 @@ _KNOWN_ROWS = {
 ASSUMED_ROWS = 400
 # Tokens of a prompt of a dataset that is not at hand: AdvBench's and Alpaca's have 12 to 20.
 ASSUMED_TOKENS = 16
-# Tokens that a chat template puts around a prompt, and how many of them come before it; templates
-# are programs, which a plan does not run.
-TEMPLATE_TOKENS, TEMPLATE_BEFORE = 30, 25
 _CHARACTERS_A_TOKEN = 4  # of English text
 _SLICE = re.compile(r"^(\w+)\[(\d*):(\d*)\]$")
 
@@ -34,11 +33,13 @@ class PlannedPrompts:
     Attributes:
         lengths: tokens of every prompt with its chat template, by set ("target, extraction"); of
             sets that are not at hand, an assumed number of assumed lengths.
+        before: tokens with which all prompts begin.
         assumed: datasets whose number of rows is assumed.
         problems: errors of sets that cannot be read, and what is wrong with them together.
     """
 
     lengths: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    before: int = 0
     assumed: tuple[str, ...] = ()
     problems: tuple[str, ...] = ()
 
@@ -54,8 +55,13 @@ class PlannedPrompts:
         }
 
 
-def planned_prompts(recipe: Recipe) -> PlannedPrompts:
-    """Reads the local prompt files of a recipe, and counts its datasets by what the recipe says."""
+def planned_prompts(recipe: Recipe, folder: Path) -> PlannedPrompts:
+    """Reads the local prompt files of a recipe, and counts its datasets by what the recipe says.
+
+    Args:
+        recipe: whose prompts are planned.
+        folder: of the model, for its chat template.
+    """
     sources = _sources(recipe)
     problems = []
     for name, source in sources.items():
@@ -73,7 +79,8 @@ def planned_prompts(recipe: Recipe) -> PlannedPrompts:
         sets = divided_sets(recipe, _loaded_or_counted)
     except AbliteratorError as error:
         return PlannedPrompts(problems=(str(error),))
-    return PlannedPrompts(_lengths(sets, recipe), assumed)
+    around = template_tokens(folder, recipe.chat)
+    return PlannedPrompts(_lengths(sets, recipe, sum(around)), around.before, assumed)
 
 
 def _loaded_or_counted(name: str, source: Source) -> PromptSet:
@@ -96,8 +103,7 @@ def _rows(source: Source) -> int | None:
     return whole or (source.limit if source.limit else None)
 
 
-def _lengths(sets: PromptSets, recipe: Recipe) -> dict[str, tuple[int, ...]]:
-    around = TEMPLATE_TOKENS + len(recipe.chat.system or "") // _CHARACTERS_A_TOKEN
+def _lengths(sets: PromptSets, recipe: Recipe, around: int) -> dict[str, tuple[int, ...]]:
     datasets = {source.dataset for source in _sources(recipe).values()} - {None}
 
     def tokens(prompts: PromptSet) -> list[int]:

@@ -1,4 +1,6 @@
-"""The lines of a plan in a terminal."""
+"""How a plan looks in a terminal."""
+
+from __future__ import annotations
 
 import pytest
 
@@ -26,5 +28,5 @@ def test_accelerators_are_counted_where_they_are_several():
     where = {"places": places, "devices": 4, "free": dict.fromkeys(places, 90 * 10**9)}
     assert placed(where) == (
         "130.000 GB on 2 of 4 accelerators (cuda:0, cuda:1), 11.000 GB in host memory "
-        "(90.000 GB free), 1.000 GB read from disk in every pass"
+        "(90.000 GB free), 1.000 GB on disk"
     )

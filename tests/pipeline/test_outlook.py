@@ -13,16 +13,19 @@ from click.testing import CliRunner
 from abliterator import costs, pipeline
 from abliterator.cli import main
 from abliterator.costs import ACCELERATORS
+from abliterator.model import load_tokenizer, render_chat
 from abliterator.pipeline._estimate import judge_cost
 from abliterator.pipeline._planned_benchmarks import planned_benchmarks
 from abliterator.pipeline._planned_prompts import planned_prompts
+from abliterator.pipeline._template_tokens import USUAL, template_tokens
 from abliterator.pipeline._where import where_weights_lie
 from abliterator.pipeline.stages.prompts import divided_sets, uses
-from abliterator.recipe import Benchmarks, JudgeSettings, Prices, load_recipe
+from abliterator.recipe import Benchmarks, Chat, JudgeSettings, Prices, load_recipe
 from tests.test_public_api import HEAVY
 
 ROOT = Path(__file__).parents[2]
 DEMO = ROOT / "recipes" / "demo.yaml"
+MODEL = ROOT / "abliterator" / "data" / "demo" / "model"
 RATES = costs.assumed(ACCELERATORS["h100"])
 
 
@@ -41,10 +44,40 @@ def invoke(*arguments, code=0):
 def test_prompts_are_counted_as_a_build_divides_them(overrides):
     recipe = load_recipe(DEMO, overrides=overrides)
     sets = divided_sets(recipe)
-    counts = planned_prompts(recipe).counts()
+    counts = planned_prompts(recipe, MODEL).counts()
     assert {n: c["prompts"] for n, c in counts.items()} == {
         name: len(prompts.prompts) for name, prompts in uses(sets)
     }
+
+
+def test_tokens_of_prompts_are_near_those_of_the_models_own_tokenizer():
+    tokenizer = load_tokenizer(MODEL)
+    recipe = load_recipe(DEMO)
+    prompts, planned = divided_sets(recipe), planned_prompts(recipe, MODEL)
+    for name, prompt_set in uses(prompts):
+        exact = sum(len(render_chat(tokenizer, prompt)) for prompt in prompt_set.prompts)
+        assert sum(planned.lengths[name]) == pytest.approx(exact, rel=0.35)
+
+
+@pytest.mark.parametrize(
+    "template",
+    ["{% for i in range(10**9) %}{% for j in range(10**9) %}{% endfor %}{% endfor %}", "{{ x.y }}"],
+)
+def test_a_template_that_does_not_render_has_the_usual_tokens(template, tmp_path, monkeypatch):
+    monkeypatch.setattr("abliterator.pipeline._template_tokens._SECONDS", 1)
+    (tmp_path / "chat_template.jinja").write_text(template)
+    assert template_tokens(tmp_path, Chat()) == USUAL
+    assert template_tokens(tmp_path / "none", Chat()) == USUAL
+
+
+def test_a_system_prompt_and_the_templates_arguments_count(tmp_path):
+    template = (
+        "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{% endfor %}{{ extra }}<|end|>"
+    )
+    (tmp_path / "chat_template.jinja").write_text(template)
+    assert template_tokens(tmp_path, Chat()) == (1, 1)
+    chat = Chat(system="Be brief, please.", template_kwargs={"extra": "one two"})
+    assert template_tokens(tmp_path, chat) == (1 + 5 + 1, 3)
 
 
 def test_rows_of_datasets_are_those_of_the_slice_the_limit_or_assumed():
@@ -57,7 +90,7 @@ def test_rows_of_datasets_are_those_of_the_slice_the_limit_or_assumed():
             "prompts.evaluation={dataset: somebody/four, limit: 70}",
         ],
     )
-    prompts = planned_prompts(recipe)
+    prompts = planned_prompts(recipe, MODEL)
     counts = {name: count["prompts"] for name, count in prompts.counts().items()}
     assert counts["target, extraction"] == 50
     assert counts["contrast, extraction"] == 400
@@ -198,7 +231,7 @@ def test_weights_fill_memory_in_order_and_then_the_disk_with_a_note():
     assert sum(where.places.values()) == where.weights
     assert where.streams
     text = invoke(DEMO, "--max-memory", "1MB")
-    assert "read from disk in every pass" in text
+    assert " GB stay on disk, and are read for every token of an answer" in text
     assert "note         The weights do not fit in memory" in text
 
 
