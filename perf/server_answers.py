@@ -32,7 +32,6 @@ TOKENS = 128
 
 def serve(latency: float, port: Connection) -> None:
     """Answers HTTP on a free port of 127.0.0.1, sent through `port`, until it is ended."""
-
     served = []  # seconds of each completion
 
     async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
