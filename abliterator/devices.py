@@ -146,6 +146,17 @@ def weight_room(free: Mapping[str, int], max_memory: int | None = None) -> dict[
     return {device: min(size, max_memory or size) for device, size in room.items()}
 
 
+def worker_count(each: int) -> int:
+    """How many workers run at once on the host: one a core, while they fit in half of what is free.
+
+    Args:
+        each: bytes of memory that a worker needs.
+    """
+    import psutil
+
+    return max(1, min(usable_cores() or 1, psutil.virtual_memory().available // 2 // max(1, each)))
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether a device or the host had too little memory.
 

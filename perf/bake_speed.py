@@ -1,11 +1,13 @@
 """Bake speed and memory against a plain copy of the same files, and against loading and saving.
 
-    python perf/bake_speed.py [--gigabytes 2] [--k 1] [--repeats 5]
+    python perf/bake_speed.py [--gigabytes 2] [--k 1] [--repeats 5] [--folder /somewhere]
 
 Makes a synthetic Llama-shaped bfloat16 checkpoint in two shards, bakes a random subspace of rank k
-into it, and prints the ratios of the best walls of one run. Each method runs in a process of its
-own, so that its peak memory is its own. Walls are given twice: until the system has the last byte
-(our fsync is left out), and until the disk has it (the others end with an fsync of each file).
+into it on all cores and on one, and prints the ratios of the best walls of one run, and the least
+processor seconds, which other processes on the machine disturb less. Each method runs in a process
+of its own, so that its peak memory is its own. Walls are given twice: until the system has the last
+byte (our fsync is left out), and until the disk has it (the others end with an fsync of each file).
+At the end the bytes of both bakes are compared.
 """
 
 from __future__ import annotations
@@ -60,20 +62,18 @@ def copy(base: Path, out: Path, k: int) -> None:
         shutil.copyfile(path, out / path.name)
 
 
-def bake(base: Path, out: Path, k: int, rounding: str) -> None:
+def bake(base: Path, out: Path, k: int, rounding: str, workers: int | None = None) -> None:
     """Ours."""
-    import torch
-
     from abliterator.anatomy import anatomy_of
     from abliterator.bake import bake, plan_edits
     from abliterator.checkpoint import Checkpoint
     from abliterator.recipe import Edit
-    from abliterator.subspace import orthonormal_basis
+    from abliterator.subspace import random_basis
 
     checkpoint = Checkpoint.open(base)
     settings = Edit(rounding=rounding)
     plan = plan_edits(checkpoint, anatomy_of(checkpoint.config), settings)
-    bake(checkpoint, plan, orthonormal_basis(torch.randn(k, HIDDEN)), out)
+    bake(checkpoint, plan, random_basis(HIDDEN, k, seed=0), out, workers=workers)
 
 
 def load_and_save(base: Path, out: Path, k: int) -> None:
@@ -95,7 +95,9 @@ def load_and_save(base: Path, out: Path, k: int) -> None:
 METHODS = {
     "copy": copy,
     "bake, nearest": lambda *a: bake(*a, "nearest"),
+    "the same, one core": lambda *a: bake(*a, "nearest", 1),
     "bake, compensated": lambda *a: bake(*a, "compensated"),
+    "its one core": lambda *a: bake(*a, "compensated", 1),
     "load and save": load_and_save,
 }
 
@@ -110,15 +112,16 @@ def run_once(method: str, base: Path, out: Path, k: int, *, synced: bool) -> Non
     sync = os.fsync
     os.fsync = lambda descriptor: None
     start_memory = _peak_kilobytes(reset=True)
-    start = time.perf_counter()
+    start, start_cpu = time.perf_counter(), time.process_time()
     METHODS[method](base, out, k)
     if synced:
         for path in out.iterdir():
             with path.open("rb") as stream:
                 sync(stream.fileno())
     seconds = time.perf_counter() - start
+    cpu = time.process_time() - start_cpu
     memory = _peak_kilobytes() - start_memory
-    print(json.dumps({"seconds": seconds, "megabytes": memory / 1024}))
+    print(json.dumps({"seconds": seconds, "cpu": cpu, "megabytes": memory / 1024}))
 
 
 def _peak_kilobytes(*, reset: bool = False) -> int:
@@ -146,6 +149,7 @@ def main() -> None:
     parser.add_argument("--gigabytes", type=float, default=2.0)
     parser.add_argument("--k", type=int, default=1)
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--folder", type=Path, help="where files are written")
     parser.add_argument("--once", nargs=3, metavar=("METHOD", "BASE", "OUT"))
     parser.add_argument("--synced", action="store_true", help="with --once: wait for the disk")
     arguments = parser.parse_args()
@@ -153,7 +157,7 @@ def main() -> None:
         method, base, out = arguments.once
         run_once(method, Path(base), Path(out), arguments.k, synced=arguments.synced)
         return
-    with tempfile.TemporaryDirectory() as name:
+    with tempfile.TemporaryDirectory(dir=arguments.folder) as name:
         folder = Path(name)
         (folder / "base").mkdir()
         make_checkpoint(folder / "base", arguments.gigabytes)
@@ -166,16 +170,34 @@ def main() -> None:
                     run = measure(method, folder / "base", folder, arguments.k, synced=synced)
                     runs[method].append(run)
             report(runs, "on the disk" if synced else "with the system")
+        print("bytes of one core:", "the same" if same_bytes(folder, arguments.k) else "OTHERS")
+
+
+def same_bytes(folder: Path, k: int) -> bool:
+    """Whether both numbers of workers write the same weights."""
+    from abliterator.files import sha256_of_file
+
+    digests = []
+    for workers in (1, None):
+        shutil.rmtree(folder / "out", ignore_errors=True)
+        bake(folder / "base", folder / "out", k, "compensated", workers)
+        files = sorted((folder / "out").glob("*.safetensors"))
+        digests.append([sha256_of_file(file) for file in files])
+    return digests[0] == digests[1]
 
 
 def report(runs: dict[str, list[dict[str, float]]], where: str) -> None:
     """One row a method: best wall and least memory of its runs."""
     reference = min(run["seconds"] for run in runs["copy"])
     print(f"until the last byte is {where}; the copy took {reference:.2f} s")
-    for method, found in runs.items():
-        best = min(run["seconds"] for run in found)
-        memory = min(run["megabytes"] for run in found)
-        print(f"{method:18s} {best / reference:6.2f} x copy   {memory:7.0f} MB above start")
+    for method, of_method in runs.items():
+        best = min(run["seconds"] for run in of_method)
+        cpu = min(run["cpu"] for run in of_method)
+        memory = min(run["megabytes"] for run in of_method)
+        print(
+            f"{method:18s} {best / reference:6.2f} x copy   {cpu:6.2f} s of processors"
+            f"   {memory:7.0f} MB above start"
+        )
 
 
 if __name__ == "__main__":

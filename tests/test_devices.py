@@ -1,6 +1,7 @@
 """Choosing and naming devices, their memory, and how its shortage shows."""
 
 import os
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from abliterator.devices import (
     device_name,
     is_out_of_memory,
     release_memory,
+    worker_count,
 )
 from abliterator.errors import BenchmarkError, RecipeError
 from abliterator.pipeline import Options, build
@@ -91,3 +93,10 @@ def test_lm_eval_is_not_asked_for_a_device_that_it_would_replace(device, fits):
         return
     with pytest.raises(BenchmarkError, match=f"does not compute on {device}"):
         require_engine(BenchmarkEngine(), device)
+
+
+@pytest.mark.parametrize(("free", "workers"), [(80, 3), (40, 2), (39, 1), (0, 1)])
+def test_workers_have_a_core_each_and_half_of_the_free_memory(monkeypatch, free, workers):
+    monkeypatch.setattr("abliterator.devices.usable_cores", lambda: 3)
+    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=free))
+    assert worker_count(10) == workers

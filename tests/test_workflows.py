@@ -1,6 +1,7 @@
 """The public CI: pinned, few permissions, on the Pythons of pyproject.toml, and runnable here."""
 
 import re
+import runpy
 import subprocess
 import sys
 import tomllib
@@ -108,3 +109,12 @@ def test_steps_of_a_job_run_in_an_empty_environment(tmp_path, monkeypatch):
     assert "== skipped: Tagged" in done.stdout
     assert "== skipped: Long" in done.stdout
     assert "not reached" not in done.stdout
+
+
+def test_every_direct_dependency_has_tests_that_its_lower_bound_is_tried_with():
+    found = runpy.run_path(str(ROOT / "scripts" / "lowest_versions.py"))
+    touched = found["tests_by_dependency"]()
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
+    assert len(touched) == len(project["dependencies"])
+    assert {name for name, tests in touched.items() if not tests} == set()
+    assert "tests/statistics" in {path.as_posix() for path in touched["scipy"]}

@@ -16,8 +16,8 @@ from abliterator.checkpoint import (
     CONFIG_FILE,
     INDEX_FILE,
     Checkpoint,
+    FileThreads,
     PatchedTensor,
-    PatchThreads,
     TensorInfo,
     auxiliary_files,
     edited_config,
@@ -25,7 +25,7 @@ from abliterator.checkpoint import (
     patch_file,
     shard_layout,
 )
-from abliterator.devices import CPU, device_memory, usable_cores
+from abliterator.devices import worker_count
 from abliterator.files import copy_file, write_text_atomic
 from abliterator.record import TensorEdit
 
@@ -92,7 +92,7 @@ def bake(
     require_fit(basis, plan)
     done: list[TensorEdit] = []
     files = checkpoint.weight_files
-    with PatchThreads(workers or _default_workers(checkpoint, plan)) as threads:
+    with FileThreads(workers or _default_workers(checkpoint, plan)) as threads:
         editor = _ShardEditor(checkpoint, plan, basis, threads)
         baked = threads.of_files(partial(editor.write, out), files)
         for file, edits in zip(files, baked, strict=True):
@@ -134,7 +134,7 @@ def bake_file(
         workers: how many tensors are edited at once.
     """
     require_fit(basis, plan)
-    with PatchThreads(workers or _default_workers(checkpoint, plan)) as threads:
+    with FileThreads(workers or _default_workers(checkpoint, plan)) as threads:
         editor = _ShardEditor(checkpoint, plan, basis, threads)
         return next(threads.of_files(partial(editor.write, out), [file]))
 
@@ -143,8 +143,7 @@ def _default_workers(checkpoint: Checkpoint, plan: EditPlan) -> int:
     """As many workers as there are cores, while their tensors fit in half of the free memory."""
     if checkpoint.total_bytes < _SMALL_BYTES:
         return 1
-    each = plan.largest_bytes(checkpoint) + _PANEL_BYTES
-    return max(1, min(usable_cores() or 1, device_memory(CPU).free // 2 // each))
+    return worker_count(plan.largest_bytes(checkpoint) + _PANEL_BYTES)
 
 
 class _ShardEditor:
@@ -157,7 +156,7 @@ class _ShardEditor:
     """
 
     def __init__(
-        self, checkpoint: Checkpoint, plan: EditPlan, basis: Tensor, threads: PatchThreads
+        self, checkpoint: Checkpoint, plan: EditPlan, basis: Tensor, threads: FileThreads
     ) -> None:
         self._checkpoint, self._threads, self._settings = checkpoint, threads, plan.settings
         self._basis = basis.detach()  # other threads record gradients, whatever the caller's does

@@ -32,7 +32,7 @@ from abliterator.checkpoint._folder import ADAPTER_CONFIG, CONFIG_FILE, INDEX_FI
 from abliterator.checkpoint._header import DTYPE_BITS, TensorInfo
 from abliterator.checkpoint._patch import PatchedFile, PatchedTensor, TensorEditor, patch_file
 from abliterator.checkpoint._shard_layout import ShardLayout, edited_index, shard_layout
-from abliterator.checkpoint._threads import PatchThreads
+from abliterator.checkpoint._threads import FileThreads
 
 __all__ = [
     "ADAPTER_CONFIG",
@@ -43,7 +43,7 @@ __all__ = [
     "DTYPE_BITS",
     "INDEX_FILE",
     "Checkpoint",
-    "PatchThreads",
+    "FileThreads",
     "PatchedFile",
     "PatchedTensor",
     "ShardLayout",

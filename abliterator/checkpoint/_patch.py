@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 from abliterator.checkpoint._header import TensorInfo
 from abliterator.checkpoint._shard_layout import ShardLayout
-from abliterator.checkpoint._threads import PatchThreads
+from abliterator.checkpoint._threads import FileThreads
 from abliterator.files import (
     OpenFile,
     copy_range,
@@ -63,7 +63,7 @@ def patch_file(
     edit: TensorEditor,
     *,
     layout: ShardLayout | None = None,
-    threads: PatchThreads | None = None,
+    threads: FileThreads | None = None,
 ) -> PatchedFile:
     """Write `source` to `destination` with `edit` applied to the bytes of each of `tensors`.
 
@@ -94,7 +94,7 @@ def patch_file(
         with replacing(destination, size) as out:
             if layout is not None:
                 write_fully(out, memoryview(layout.header))
-            patch = _TensorPatch(base, out, edit, threads or PatchThreads(), largest)
+            patch = _TensorPatch(base, out, edit, threads or FileThreads(), largest)
             patched = _carried_out(_steps(base.size, ordered, layout), patch)
     return PatchedFile(destination, size, patched)
 
@@ -130,7 +130,7 @@ class _TensorPatch:
     base: OpenFile
     out: OpenFile
     edit: TensorEditor
-    threads: PatchThreads
+    threads: FileThreads
     largest: int
 
     def __call__(self, old: TensorInfo, new: TensorInfo) -> PatchedTensor:

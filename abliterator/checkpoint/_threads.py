@@ -24,7 +24,7 @@ _FILES = 4
 _POLL_S = 0.1  # on Windows, Ctrl-C does not interrupt a wait
 
 
-class PatchThreads:
+class FileThreads:
     """Threads for `patch_file`: some edit tensors, and each of a few copies the rest of one file.
 
     As a context manager it ends with its block; threads still at work when the block raises stop
@@ -43,7 +43,7 @@ class PatchThreads:
         if count > 1:
             self._pools = (ThreadPoolExecutor(min(count, _FILES)), ThreadPoolExecutor(count))
 
-    def __enter__(self) -> PatchThreads:
+    def __enter__(self) -> FileThreads:
         return self
 
     def __exit__(

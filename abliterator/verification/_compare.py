@@ -4,11 +4,18 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import BinaryIO
 
-from abliterator.checkpoint import Checkpoint, TensorInfo, auxiliary_files, shard_layout
+from abliterator.checkpoint import (
+    Checkpoint,
+    FileThreads,
+    TensorInfo,
+    auxiliary_files,
+    shard_layout,
+)
+from abliterator.devices import worker_count
 from abliterator.errors import CheckpointError
 from abliterator.files import sha256_of_bytes, sha256_of_file
 from abliterator.formats import Dequantized, storage_of
@@ -24,6 +31,10 @@ from abliterator.verification._findings import (
 from abliterator.verification._leak import LeakMeter, leak_meter
 
 _CHUNK = 4 << 20  # bytes compared at once
+_SMALL_BYTES = 32 << 20
+# Tensors in memory for an edited one of the base: it, the edited one, and it as plain numbers.
+_SIDES = 6
+_MEASURED_BYTES = 64 << 20  # of a tensor's columns in float64
 # Two measurements of one leak differ by the rounding of the sums behind them.
 _SAME_LEAK = 0.05
 _NO_LEAK = 1e-5
@@ -55,11 +66,13 @@ def verify(
         opened.tensors, [edit.name for edit in named.values() if edit.dequantized]
     )
     meter = leak_meter(opened, subspace)
-    weights = _WeightComparison(opened, checkpoint, named, dequantized, meter, findings)
-    for file in opened.weight_files:
-        weights.compare(file)
-        if on_bytes is not None:
-            on_bytes(opened.file_bytes[file])
+    weights = _WeightComparison(opened, checkpoint, named, dequantized, meter)
+    with FileThreads(_workers(opened, named)) as threads:
+        compared = threads.of_files(weights.compare, opened.weight_files)
+        for file, of_file in zip(opened.weight_files, compared, strict=True):
+            findings.add(of_file)
+            if on_bytes is not None:
+                on_bytes(opened.file_bytes[file])
     auxiliary = auxiliary_files(base)[0]
     check = AuxiliaryFileCheck(opened, checkpoint, dequantized, findings)
     for file in auxiliary:
@@ -79,6 +92,14 @@ def verify(
         sha256=findings.sha256,
         foreign=tuple(sorted(files_of(checkpoint) - of_base.union(findings.sha256))),
     )
+
+
+def _workers(base: Checkpoint, named: Mapping[str, TensorEdit]) -> int:
+    """How many files are compared at once: both sides of an edited tensor are in memory."""
+    if base.total_bytes < _SMALL_BYTES:
+        return 1  # before other threads would have been started
+    largest = max((base.tensors[name].nbytes for name in named), default=0)
+    return worker_count(_SIDES * largest + _MEASURED_BYTES)
 
 
 def _named(
@@ -114,7 +135,7 @@ def _named(
 
 @dataclass(frozen=True)
 class _WeightComparison:
-    """Compares the weight files of a checkpoint with the base's, and adds to `findings`.
+    """Compares the weight files of a checkpoint with the base's; a thread a file may do so.
 
     Attributes:
         base: the base.
@@ -122,7 +143,7 @@ class _WeightComparison:
         named: what edits.json says, by tensor.
         dequantized: what follows from it for tensors that lose their scales.
         meter: measures leaks again; None without a subspace.
-        findings: faults, sizes and hashes, added while files are read.
+        findings: of the file that is compared.
     """
 
     base: Checkpoint
@@ -130,10 +151,15 @@ class _WeightComparison:
     named: Mapping[str, TensorEdit]
     dequantized: Dequantized
     meter: LeakMeter | None
-    findings: Findings
+    findings: Findings = field(default_factory=Findings)
 
-    def compare(self, file: str) -> None:
-        """Compares one weight file, from its header to its last byte."""
+    def compare(self, file: str) -> Findings:
+        """Findings of one weight file, compared from its header to its last byte."""
+        of_file = replace(self, findings=Findings())
+        of_file._compare(file)
+        return of_file.findings
+
+    def _compare(self, file: str) -> None:
         findings, source, edited = self.findings, self.base.folder / file, self.checkpoint / file
         shard = shard_layout(self.base, file, self.dequantized.dense, self.dequantized.dropped)
         if not edited.is_file():

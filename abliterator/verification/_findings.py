@@ -36,6 +36,15 @@ class Findings:
         """Adds a fault, as one sentence."""
         self.faults.append(sentence)
 
+    def add(self, other: Findings) -> None:
+        """Adds what was found in another file."""
+        self.faults += other.faults
+        self.identical_bytes += other.identical_bytes
+        self.edited_bytes += other.edited_bytes
+        self.leaks += other.leaks
+        self.base_sha256 |= other.base_sha256
+        self.sha256 |= other.sha256
+
 
 def read_edits(checkpoint: Path) -> tuple[TensorEdit, ...]:
     """The edits that a checkpoint folder says were made to its base.

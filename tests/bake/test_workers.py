@@ -85,11 +85,11 @@ def test_a_damaged_number_is_the_same_error_from_a_thread(sharded, tmp_path):
     assert not (tmp_path / "o" / info.file).exists()
 
 
-def test_workers_follow_cores_memory_and_size(sharded, monkeypatch):
+def test_as_many_workers_as_their_tensors_fit_in_memory(sharded, monkeypatch):
     checkpoint, plan = planned(sharded)
     assert _default_workers(checkpoint, plan) == 1  # threads would take longer to start
     monkeypatch.setattr("abliterator.bake._write._SMALL_BYTES", 0)
-    monkeypatch.setattr("abliterator.bake._write.usable_cores", lambda: 5)
+    each = []
+    monkeypatch.setattr("abliterator.bake._write.worker_count", lambda n: each.append(n) or 5)
     assert _default_workers(checkpoint, plan) == 5
-    monkeypatch.setattr("abliterator.bake._write._PANEL_BYTES", 1 << 60)
-    assert _default_workers(checkpoint, plan) == 1
+    assert each[0] > plan.largest_bytes(checkpoint) > 0

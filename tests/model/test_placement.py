@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 
 import accelerate.utils.offload
 import pytest
@@ -53,12 +53,18 @@ def cpu_alone(monkeypatch):
     monkeypatch.setattr("torch.accelerator.is_available", lambda: False)
 
 
-@pytest.fixture
-def two_devices(monkeypatch):
+@contextmanager
+def machine_with_two_devices():
     """A machine with two accelerators, which transformers and accelerate load weights onto."""
-    monkeypatch.setattr(accelerate.utils.offload, "safe_open", OpenedOnDevice)
-    monkeypatch.setenv("HF_DEACTIVATE_ASYNC_LOAD", "1")  # torch's modes hold for their own thread
-    with accelerator(devices=2):
+    with pytest.MonkeyPatch.context() as patch, accelerator(devices=2):
+        patch.setattr(accelerate.utils.offload, "safe_open", OpenedOnDevice)
+        patch.setenv("HF_DEACTIVATE_ASYNC_LOAD", "1")  # torch's modes hold for their own thread
+        yield
+
+
+@pytest.fixture
+def two_devices():
+    with machine_with_two_devices():
         yield
 
 

@@ -68,6 +68,19 @@ def test_what_bake_wrote_passes(baked, family, dtype):
     assert found.identical_bytes + found.edited_bytes == every_byte
 
 
+@pytest.mark.parametrize("is_sound", [True, False])
+def test_files_compared_in_threads_have_the_findings_of_one(baked, monkeypatch, is_sound):
+    base, checkpoint, subspace = baked(shard_size="30KB")
+    if not is_sound:
+        flip(checkpoint, WRITER)
+        flip(checkpoint, READER)
+    expected, sizes = verify(base, checkpoint, subspace=subspace), []
+    monkeypatch.setattr("abliterator.verification._compare._workers", lambda *_: 3)
+    assert verify(base, checkpoint, subspace=subspace, on_bytes=sizes.append) == expected
+    assert expected.ok is is_sound
+    assert len(sizes) > 2
+
+
 def test_edits_written_by_an_earlier_version_pass(baked):
     """Its name for `dequantized` was `unpacked`."""
     base, checkpoint, subspace = baked()
