@@ -4,6 +4,8 @@ const colour = (name) => getComputedStyle(document.documentElement).getPropertyV
 const SERIES = ["c1", "c2", "c3", "c4"];
 const isDark = () => document.documentElement.hasAttribute("data-dark");
 
+const TIP = { lineHeight: 1.25, textPadding: 9, pathFilter: null };
+
 function plot(options) {
   const chart = Plot.plot({
     style: { background: "transparent", color: "inherit", fontFamily: "inherit", fontSize: "12px" },
@@ -30,7 +32,7 @@ const valueOf = (row, panel) => (panel.rate ? row[panel.key] && row[panel.key][0
 
 function candidateTitle(c) {
   const lines = [`layer ${c.layer}${c.position === -1 ? "" : `, token ${c.position}`}`,
-    `bypass ${number(c.bypass)}`, `KL ${number(c.kl)}`, `induce ${number(c.induce)}`];
+    `bypass ${number(c.bypass)}`, `KL ${small(c.kl)}`, `induce ${number(c.induce)}`];
   for (const key of ["compliance", "coherence"])
     if (c[key]) lines.push(`${key} ${number(c[key][0])} (n = ${c[key][3]})`);
   if (c.stopped.length) lines.push(`stopped by ${c.stopped.join(", ")}`);
@@ -73,7 +75,7 @@ function sweep(build, width) {
           strokeWidth: 1.5, strokeOpacity: panel.rate ? 0.35 : 1 }),
         Plot.dot(rows, { x: "layer", y: (c) => valueOf(c, panel), r: 3, stroke: hue,
           fill: (c) => (c.stopped.length ? colour("page") : hue(c)) }),
-        Plot.tip(rows, Plot.pointerX({ x: "layer", y: (c) => valueOf(c, panel), title: candidateTitle })),
+        Plot.tip(rows, Plot.pointerX({ ...TIP, x: "layer", y: (c) => valueOf(c, panel), title: candidateTitle })),
       ],
     });
   });
@@ -101,7 +103,7 @@ function cosines(build, width) {
         Plot.cell(cells, { x: "x", y: "y", fill: "c", inset: n > 40 ? 0 : 0.5 }),
         Plot.cell(build.layers.filter((layer) => layer <= n).map((layer) => ({ layer })),
           { x: "layer", y: "layer", fill: "none", stroke: colour("text"), strokeWidth: 2 }),
-        Plot.tip(cells, Plot.pointer({ x: "x", y: "y",
+        Plot.tip(cells, Plot.pointer({ ...TIP, x: "x", y: "y",
           title: (d) => `layers ${d.x} and ${d.y}\ncosine ${number(d.c)}` })),
       ],
     })];
@@ -132,8 +134,8 @@ function front(build, width, key, better) {
         ...["start", "end"].map((anchor) => Plot.text(
           rows.filter((t) => (t.start || t.selected) && (t.kl > middle) === (anchor === "end")),
           { x: "kl", y: of(0), text: trialName, dy: -11, textAnchor: anchor })),
-        Plot.tip(rows, Plot.pointer({ x: "kl", y: of(0), title: (t) =>
-          `${trialName(t)}\n${key} ${number(t[key][0])} (n = ${t[key][3]})\nKL ${number(t.kl, 4)}\nKL weight ${t.weight}, scale ${t.scale}` })),
+        Plot.tip(rows, Plot.pointer({ ...TIP, x: "kl", y: of(0), title: (t) =>
+          `${trialName(t)}\n${key} ${number(t[key][0])} (n = ${t[key][3]})\nKL ${small(t.kl)}\nKL weight ${t.weight}, scale ${t.scale}` })),
       ],
     })];
 }
@@ -159,7 +161,7 @@ function weights(build, width) {
         tickFormat: tiny ? (d) => (d && d < 0.001 ? d.toExponential(0) : String(d)) : undefined, zero: !log, nice: true },
       marks: [
         Plot.dot(rows, { x: "layer", y: key, fill: hue, r: 3, fillOpacity: 0.85 }),
-        Plot.tip(rows, Plot.pointer({ x: "layer", y: key,
+        Plot.tip(rows, Plot.pointer({ ...TIP, x: "layer", y: key,
           title: tensorTitle })),
       ],
     });

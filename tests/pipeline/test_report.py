@@ -9,8 +9,11 @@ import pytest
 from click.testing import CliRunner
 
 from abliterator import pipeline
+from abliterator.checkpoint import Checkpoint
 from abliterator.cli import main
+from abliterator.comparison import diff_weights, relative_changes
 from abliterator.errors import OutputError
+from abliterator.verification import read_edits
 from tests.pipeline.builds import build, write_project
 from tests.report.builds import Page
 
@@ -48,6 +51,19 @@ def test_the_report_of_a_build(out):
     assert all(0 < tensor["change"] < 1 for tensor in build_shown["tensors"])
     n_layers = json.loads(record)["model"]["n_layers"]
     assert [round(row[i], 3) for i, row in enumerate(build_shown["cosines"])] == [1.0] * n_layers
+
+
+def test_sizes_of_changes_are_those_of_a_comparison(out, built):
+    (build_shown,) = shown(pipeline.write_report([out]))
+    base, edited = Checkpoint.open(built.parent / "base"), Checkpoint.open(out / "checkpoint")
+    deltas = {delta.name: delta.relative for delta in diff_weights(base, edited).deltas}
+    assert {t["name"]: t["change"] for t in build_shown["tensors"]} == pytest.approx(deltas)
+
+
+def test_another_base_than_the_edited_one_gives_no_sizes(out):
+    tensors = tuple(read_edits(out / "checkpoint"))
+    edited = Checkpoint.open(out / "checkpoint")
+    assert {size for _, size in relative_changes(edited, edited, tensors)} == {None}
 
 
 def test_several_builds(out, built):

@@ -100,11 +100,13 @@ def test_every_chart_is_drawn_and_nothing_is_wider_than_the_screen(open_page, wi
 
 
 def test_hovering_says_the_numbers(open_page):
-    page = open_page(build())
+    page = open_page(build(), color_scheme="dark")
     place = page.locator('[data-chart="cosines"]')
     place.scroll_into_view_if_needed()
     place.locator("svg").hover(position={"x": 150, "y": 120})
     assert "cosine" in place.locator('[aria-label="tip"]').text_content()
+    background = "svg => getComputedStyle(svg).getPropertyValue('--plot-background')"
+    assert place.locator("svg").evaluate(background) != "white"  # the plotting library's own
 
 
 def test_the_record_is_downloaded_as_it_is(open_page):

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from abliterator.errors import CheckpointError
-from abliterator.source import resolve_folder
+from abliterator.source import folder_on_disk, resolve_folder
 from tests.helpers.hub_server import HubServer
 
 ROOT = Path(__file__).parents[2]
@@ -145,3 +145,25 @@ def test_a_cache_without_links_has_the_same_files(tiny_folder, tmp_path):
             fingerprints.append(hashes)
     assert fingerprints[0] == fingerprints[1]
     assert len(fingerprints[0]) > 3
+
+
+CACHED = """
+import json, sys
+from abliterator.source import folder_on_disk, resolve_folder
+before = folder_on_disk("somebody/tiny", revision=None)
+folder = resolve_folder("somebody/tiny", revision=None).folder
+print(json.dumps([before is None, folder_on_disk("somebody/tiny", revision=None) == folder]))
+"""
+
+
+def test_a_folder_on_disk_is_never_downloaded(tiny_folder, tmp_path):
+    assert folder_on_disk(str(tiny_folder()), revision=None) == tiny_folder()
+    assert folder_on_disk("./nothing", revision=None) is None
+    with HubServer() as hub:
+        hub.commit("model", "somebody/tiny", tiny_folder())
+        environment = hub.env(tmp_path, PYTHONPATH=str(ROOT))
+        done = subprocess.run(
+            [sys.executable, "-c", CACHED], env=environment, capture_output=True, text=True
+        )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == [True, True]
