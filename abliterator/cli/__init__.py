@@ -8,7 +8,7 @@ before a command runs.
 from __future__ import annotations
 
 import io
-import logging
+import os
 import sys
 from typing import Any
 
@@ -22,6 +22,7 @@ from abliterator.cli._demo import demo
 from abliterator.cli._doctor import doctor
 from abliterator.cli._init import init
 from abliterator.cli._judge_calibrate import judge_calibrate
+from abliterator.cli._options import verbosity
 from abliterator.cli._pairs import pairs
 from abliterator.cli._plan import plan
 from abliterator.cli._publish import publish
@@ -63,11 +64,12 @@ class Group(click.Group):
 
 @click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="abliterator")
-@click.option("-v", "--verbose", is_flag=True, help="Show what the libraries log.")
-def main(verbose: bool) -> None:
+@verbosity
+@click.pass_context
+def main(context: click.Context, /) -> None:
     """Remove the directions of one behaviour from a language model, and measure what that did."""
-    if not verbose:
-        logging.disable(logging.WARNING)
+    if os.environ.get("NO_COLOR"):
+        context.color = False
 
 
 COMMANDS = (

@@ -72,6 +72,7 @@ __all__ = [
     "require_key",
     "run_stages",
     "run_study",
+    "stages_of",
 ]
 
 

@@ -160,12 +160,14 @@ class Run:
 
         if self._loaded is None or self._loaded.folder != folder:
             self.free()
-            self._loaded = load_model(
-                folder,
-                **self.options.weights,
-                dtype=self.dtype,
-                trust_remote_code=self.recipe.trust_remote_code,
-            )
+            side = "edited" if folder == self.workspace.checkpoint else "base"
+            with self.progress.bar(f"loading {side}", 0):
+                self._loaded = load_model(
+                    folder,
+                    **self.options.weights,
+                    dtype=self.dtype,
+                    trust_remote_code=self.recipe.trust_remote_code,
+                )
         return self._loaded
 
     def free(self) -> None:
