@@ -35,9 +35,28 @@ from abliterator.cli._verify import verify
 from abliterator.errors import AbliteratorError
 from abliterator.processes import ending_by_signal
 
+SECTIONS = {
+    "Start": ("demo", "recipes", "init", "plan", "doctor"),
+    "Run": ("build", "sweep", "study", "bake", "pairs", "judge-calibrate"),
+    "Stages of a build": ("directions", "rollouts", "judge", "benchmarks", "card"),
+    "Inspect": ("chat", "compare", "verify"),
+    "Publish": ("publish",),
+}
+
 
 class Group(click.Group):
     """Turns named errors into one paragraph and exit code 1; all else keeps its traceback."""
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Writes the commands in sections; those that no section names come last."""
+        named = {"push", *(name for names in SECTIONS.values() for name in names)}
+        others = tuple(name for name in self.list_commands(ctx) if name not in named)
+        limit = formatter.width - 6 - max(map(len, self.commands))
+        for title, names in (*SECTIONS.items(), ("More", others)):
+            commands = [(name, self.commands[name]) for name in names if name in self.commands]
+            if commands:
+                with formatter.section(title):
+                    formatter.write_dl([(n, c.get_short_help_str(limit)) for n, c in commands])
 
     def main(self, *args: Any, **kwargs: Any) -> Any:
         """Runs the command line; characters that the output cannot encode are escaped."""
@@ -67,7 +86,12 @@ class Group(click.Group):
 @verbosity
 @click.pass_context
 def main(context: click.Context, /) -> None:
-    """Remove the directions of one behaviour from a language model, and measure what that did."""
+    """Remove the directions of one behaviour from a language model, and measure what that did.
+
+    Start with `abliterator demo`. Names are completed in bash after `eval
+    "$(_ABLITERATOR_COMPLETE=bash_source abliterator)"`; zsh and fish have zsh_source and
+    fish_source.
+    """
     if os.environ.get("NO_COLOR"):
         context.color = False
 

@@ -13,7 +13,7 @@ from abliterator.cli._terminal import show
 from abliterator.files import read_text
 
 
-@click.command()
+@click.command(short_help="Write the edited checkpoint.")
 @recipe_arguments(required=False)
 @click.option("--model", help="Without a recipe: Hub id or local folder.")
 @click.option(

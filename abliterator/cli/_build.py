@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from abliterator.pipeline import Reproduction
 
 
-@click.command()
+@click.command(short_help="Run the whole pipeline of a recipe.")
 @recipe_arguments(required=False)
 @click.option(
     "--from", "published", help="In place of RECIPE: a published checkpoint, its folder or Hub id."

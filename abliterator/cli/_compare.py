@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from abliterator.judge import Judge
 
 
-@click.command()
+@click.command(short_help="Compare any two checkpoints.")
 @click.argument("base")
 @click.argument("edited")
 @click.option("--target", type=FILE, help="Prompts on which the behaviour shows: .txt or .jsonl.")

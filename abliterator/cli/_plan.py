@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from abliterator.pipeline import Plan
 
 
-@click.command()
+@click.command(short_help="Show what a recipe would do.")
 @click.argument("recipe_or_model")
 @click.option("--out", type=click.Path(path_type=Path), default="out", help="Where it would go.")
 @SET

@@ -21,7 +21,7 @@ from abliterator.recipe._benchmarks import (
     Preset,
 )
 from abliterator.recipe._bundled import BundledRecipe, bundled_recipes
-from abliterator.recipe._draft import draft
+from abliterator.recipe._draft import draft, short_draft
 from abliterator.recipe._edit import DirectionSettings, Edit, Selection, ranges_of
 from abliterator.recipe._judge import JudgeSettings, Rollouts
 from abliterator.recipe._pairs import PairExample, PairsSpec
@@ -61,5 +61,6 @@ __all__ = [
     "load_pairs",
     "load_recipe",
     "ranges_of",
+    "short_draft",
     "to_yaml",
 ]
