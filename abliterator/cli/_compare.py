@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 @click.option("--max-new-tokens", default=256, show_default=True, help="Tokens of an answer.")
 @computing_arguments
 @judge_arguments
+@click.option("--details", is_flag=True, help="List every tensor that differs, up to 200.")
 @JSON
 def compare(
     base: str,
@@ -44,6 +46,7 @@ def compare(
     device: str,
     dtype: str,
     max_memory: int | None,
+    details: bool,
     as_json: bool,
     **judge_options: Any,
 ) -> None:
@@ -91,7 +94,7 @@ def compare(
             bar=bars.bar,
             note=bars.note,
         )
-    show(comparison, to_markdown, as_json=as_json)
+    show(comparison, partial(to_markdown, details=details), as_json=as_json)
 
 
 def _judge(bars: Bars, **arguments: Any) -> Judge:
