@@ -111,7 +111,7 @@ def compare(run: Run, *, every: int, reload: bool) -> None:
         sweep=True,
         k=1,
         settings=settings.model_copy(update=OPEN),
-        on_step=lambda what: note(started, what),
+        on_step=lambda step: note(started, step.name),
     )
     seconds = perf_counter() - started
     full = exhausted(context, pool)

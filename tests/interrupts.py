@@ -43,7 +43,7 @@ class Reporting(pipeline.Silent):
     """Prints what is done, a line each, with the label of its bar."""
 
     @contextmanager
-    def bar(self, label, total):
+    def bar(self, label, total, *, unit=""):
         def advance(amount, *, status=""):
             kind = next((kind for kind in UNITS if kind in label), label)
             if kind == "tuning":

@@ -8,7 +8,7 @@ before a command runs.
 from __future__ import annotations
 
 import io
-import logging
+import os
 import sys
 from typing import Any
 
@@ -23,6 +23,7 @@ from abliterator.cli._doctor import doctor
 from abliterator.cli._init import init
 from abliterator.cli._judge_calibrate import judge_calibrate
 from abliterator.cli._leak import leak
+from abliterator.cli._options import verbosity
 from abliterator.cli._pairs import pairs
 from abliterator.cli._plan import plan
 from abliterator.cli._publish import publish
@@ -36,9 +37,28 @@ from abliterator.cli._verify import verify
 from abliterator.errors import AbliteratorError
 from abliterator.processes import ending_by_signal
 
+SECTIONS = {
+    "Start": ("demo", "recipes", "init", "plan", "doctor"),
+    "Run": ("build", "sweep", "study", "bake", "pairs", "judge-calibrate"),
+    "Stages of a build": ("directions", "rollouts", "judge", "benchmarks", "card"),
+    "Inspect": ("chat", "compare", "verify"),
+    "Publish": ("publish",),
+}
+
 
 class Group(click.Group):
     """Turns named errors into one paragraph and exit code 1; all else keeps its traceback."""
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Writes the commands in sections; those that no section names come last."""
+        named = {"push", *(name for names in SECTIONS.values() for name in names)}
+        others = tuple(name for name in self.list_commands(ctx) if name not in named)
+        limit = formatter.width - 6 - max(map(len, self.commands))
+        for title, names in (*SECTIONS.items(), ("More", others)):
+            commands = [(name, self.commands[name]) for name in names if name in self.commands]
+            if commands:
+                with formatter.section(title):
+                    formatter.write_dl([(n, c.get_short_help_str(limit)) for n, c in commands])
 
     def main(self, *args: Any, **kwargs: Any) -> Any:
         """Runs the command line; characters that the output cannot encode are escaped."""
@@ -65,11 +85,17 @@ class Group(click.Group):
 
 @click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="abliterator")
-@click.option("-v", "--verbose", is_flag=True, help="Show what the libraries log.")
-def main(verbose: bool) -> None:
-    """Remove the directions of one behaviour from a language model, and measure what that did."""
-    if not verbose:
-        logging.disable(logging.WARNING)
+@verbosity
+@click.pass_context
+def main(context: click.Context, /) -> None:
+    """Remove the directions of one behaviour from a language model, and measure what that did.
+
+    Start with `abliterator demo`. Names are completed in bash after `eval
+    "$(_ABLITERATOR_COMPLETE=bash_source abliterator)"`; zsh and fish have zsh_source and
+    fish_source.
+    """
+    if os.environ.get("NO_COLOR"):
+        context.color = False
 
 
 COMMANDS = (

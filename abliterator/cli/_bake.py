@@ -8,12 +8,12 @@ from typing import Any
 
 import click
 
-from abliterator.cli._options import FILE, JSON, read_recipe, recipe_arguments
-from abliterator.cli._terminal import Bars, show
+from abliterator.cli._options import FILE, JSON, bars_of, read_recipe, recipe_arguments
+from abliterator.cli._terminal import show
 from abliterator.files import read_text
 
 
-@click.command()
+@click.command(short_help="Write the edited checkpoint.")
 @recipe_arguments(required=False)
 @click.option("--model", help="Without a recipe: Hub id or local folder.")
 @click.option(
@@ -36,7 +36,9 @@ def bake(
         if model or subspace:
             raise click.UsageError("--model and --subspace are given instead of a RECIPE.")
         parsed, out, options = read_recipe(recipe, **arguments)
-        pipeline.run_stages(parsed, out, until="bake", options=options, progress=Bars())
+        pipeline.run_stages(
+            parsed, out, until="bake", options=options, progress=bars_of(parsed, "bake")
+        )
         checkpoint = out / "checkpoint"
         edits = json.loads(read_text(checkpoint / "abliterator" / "edits.json"))
     show(edits, lambda edits: f"{checkpoint}: {len(edits)} tensors edited", as_json=as_json)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from abliterator.cli._options import JSON, read_recipe, recipe_arguments
+from abliterator.cli._options import JSON, bars_of, read_recipe, recipe_arguments
 from abliterator.cli._outcome import details_text, outcome_text
 from abliterator.cli._terminal import Bars, echo, show
 from abliterator.errors import AbliteratorError
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from abliterator.record import RunRecord
 
 
-@click.command()
+@click.command(short_help="Run the whole pipeline of a recipe, or of several.")
 @recipe_arguments(required=False, several=True)
 @click.option(
     "--from", "published", help="In place of RECIPE: a published checkpoint, its folder or Hub id."
@@ -54,7 +54,7 @@ def build(
     else:
         raise click.UsageError("Give either a RECIPE or --from a published checkpoint.")
     parsed, out, options = read_recipe(path, **arguments)
-    record = pipeline.build(parsed, out, options=options, progress=Bars())
+    record = pipeline.build(parsed, out, options=options, progress=bars_of(parsed))
     as_text = details_text if details else outcome_text
     show(record, lambda record: as_text(record, out), as_json=as_json)
     if folder is not None:

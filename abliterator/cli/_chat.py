@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from abliterator.record import Side
 
 
-@click.command()
+@click.command(short_help="Talk to base and edited.")
 @click.argument("model")
 @click.option("--base", "only_base", is_flag=True, help="Talk to the base in place of the edited.")
 @click.option("--compare", is_flag=True, help="Let both answer, first the base.")

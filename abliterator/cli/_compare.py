@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     from abliterator.record import Side
 
 
-@click.command()
+@click.command(short_help="Compare any two checkpoints.")
 @click.argument("base")
 @click.argument("edited")
 @click.option("--target", type=FILE, help="Prompts on which the behaviour shows: .txt or .jsonl.")
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
 @computing_arguments
 @judge_arguments
 @VLLM_PYTHON
+@click.option("--details", is_flag=True, help="List every tensor that differs, up to 200.")
 @JSON
 def compare(
     base: str,
@@ -56,6 +58,7 @@ def compare(
     dtype: str,
     max_memory: int | None,
     vllm_python: str | None,
+    details: bool,
     as_json: bool,
     **judge_options: Any,
 ) -> None:
@@ -115,7 +118,7 @@ def compare(
             bar=bars.bar,
             note=bars.note,
         )
-    show(comparison, to_markdown, as_json=as_json)
+    show(comparison, partial(to_markdown, details=details), as_json=as_json)
 
 
 def _engine(overrides: tuple[str, ...], base: str) -> tuple[EngineSettings, tuple[str, ...]]:

@@ -15,7 +15,7 @@ RECIPE = "demo"
 SHOWN = {"target": 3, "neutral": 1}  # answers of each set
 
 
-@click.command()
+@click.command(short_help="Build the demo, and show its answers.")
 @click.option(
     "--out",
     type=click.Path(path_type=Path),

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 OK = "ok"
 
 
-@click.command()
+@click.command(short_help="Show what a bug report needs.")
 @click.option("--online", is_flag=True, help="Send one request to the Hub.")
 @JSON
 def doctor(online: bool, as_json: bool) -> None:

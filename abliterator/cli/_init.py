@@ -11,18 +11,18 @@ from abliterator.cli._terminal import echo
 from abliterator.errors import OutputError
 
 
-@click.command()
+@click.command(short_help="Write a recipe for a model.")
 @click.argument("model")
 @click.option(
     "--out",
     type=NEW_FILE,
     help="File to write; it must not exist.  [default: stdout]",
 )
-def init(model: str, out: Path | None) -> None:
-    """Write a commented recipe for MODEL: a Hub id, a folder, or embedded:demo.
+@click.option("--full", is_flag=True, help="Every other key too, as a comment with its default.")
+def init(model: str, out: Path | None, full: bool) -> None:
+    """Write a recipe for MODEL: a Hub id, a folder, or embedded:demo.
 
-    It is made from config and headers alone. Layers and k are left to measurement; every other key
-    stands there as a comment, with its default.
+    It is made from config and headers alone. Layers, k and strengths are left to measurement.
     """
     from abliterator import pipeline
     from abliterator.files import write_text_atomic
@@ -31,7 +31,7 @@ def init(model: str, out: Path | None) -> None:
         raise OutputError(
             f"{out} exists, and a first recipe replaces nothing. Choose another --out."
         )
-    text = pipeline.first_recipe(pipeline.plan_model(model, out or Path.cwd()))
+    text = pipeline.first_recipe(pipeline.plan_model(model, out or Path.cwd()), full=full)
     if out is None:
         echo(text, nl=False)
     else:

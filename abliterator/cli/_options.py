@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import logging
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -10,12 +11,15 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import click
 
+from abliterator.cli._terminal import QUIET, Bars
 from abliterator.errors import OutputError
 from abliterator.files import read_text
 
 if TYPE_CHECKING:
     from abliterator.pipeline import Options
     from abliterator.recipe import JudgeSettings, Recipe
+
+VERBOSE = "abliterator.verbose"  # in the context of a command
 
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
@@ -97,6 +101,34 @@ def _no_recipe(path: Path, text: str, names: list[str]) -> str:
     listing = "`abliterator recipes` lists those that come with the package."
     return f"There is no file {text}; {hint}{listing}"
 
+
+def _set_quiet(context: click.Context, _: click.Parameter, value: bool) -> None:
+    context.meta[QUIET] = context.meta.get(QUIET) or value
+
+
+def _set_verbose(context: click.Context, _: click.Parameter, value: bool) -> None:
+    context.meta[VERBOSE] = context.meta.get(VERBOSE) or value
+    logging.disable(logging.NOTSET if context.meta[VERBOSE] else logging.WARNING)
+
+
+verbosity = together(  # valid before and after the name of a command
+    click.option(
+        "-q",
+        "--quiet",
+        is_flag=True,
+        expose_value=False,
+        callback=_set_quiet,
+        help="Print results and errors alone.",
+    ),
+    click.option(
+        "-v",
+        "--verbose",
+        is_flag=True,
+        expose_value=False,
+        callback=_set_verbose,
+        help="Show what the libraries log.",
+    ),
+)
 
 computing_arguments = together(
     click.option(
@@ -192,11 +224,19 @@ def recipe_arguments(*, required: bool = True, several: bool = False) -> Decorat
         SET,
         computing_arguments,
         worker_arguments,
+        verbosity,
         click.option(
             "--force", is_flag=True, help="Continue in a folder that another recipe made."
         ),
         VLLM_PYTHON,
     )
+
+
+def bars_of(recipe: Recipe, until: str = "card") -> Bars:
+    """The progress of a build up to a stage."""
+    from abliterator.pipeline import stages_of
+
+    return Bars([stage.name for stage in stages_of(recipe, until)])
 
 
 def read_recipe(

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from abliterator.pairs import Length
 
 
-@click.command()
+@click.command(short_help="Make pairs of requests with an LLM.")
 @click.argument("spec", type=FILE)
 @click.option(
     "--out",

@@ -22,7 +22,7 @@ _INDENT = 13  # columns of the labels
 _QUANTITY = re.compile(r"(\d) (bytes|kB|MB|GB|s|min|h)\b")
 
 
-@click.command()
+@click.command(short_help="Show what a recipe would do.")
 @click.argument("recipe_or_model")
 @click.option("--out", type=click.Path(path_type=Path), default="out", help="Where it would go.")
 @SET

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from abliterator.publish import PlanSummary, PublishPlan
 
 
-@click.command()
+@click.command(short_help="Verify and upload to the Hub, privately.")
 @click.argument("out", type=FOLDER)
 @click.option("--repo-id", help="Repository for the checkpoint: NAME or NAMESPACE/NAME.")
 @click.option("--adapter-repo-id", help="Repository for the adapter, which is never the same.")

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from abliterator.recipe import BundledRecipe
 
 
-@click.group(invoke_without_command=True)
+@click.group(invoke_without_command=True, short_help="List the recipes of the package.")
 @JSON
 @click.pass_context
 def recipes(context: click.Context, as_json: bool) -> None:

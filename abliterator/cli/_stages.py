@@ -7,8 +7,8 @@ from typing import Any
 
 import click
 
-from abliterator.cli._options import read_recipe, recipe_arguments
-from abliterator.cli._terminal import Bars, echo
+from abliterator.cli._options import bars_of, read_recipe, recipe_arguments
+from abliterator.cli._terminal import echo
 
 
 def _stage_command(stage: str, help_text: str) -> click.Command:
@@ -20,7 +20,9 @@ def _stage_command(stage: str, help_text: str) -> click.Command:
         from abliterator import pipeline
 
         parsed, out, options = read_recipe(recipe, **arguments)
-        pipeline.run_stages(parsed, out, until=stage, options=options, progress=Bars())
+        pipeline.run_stages(
+            parsed, out, until=stage, options=options, progress=bars_of(parsed, stage)
+        )
         echo(out)
 
     return command

@@ -29,8 +29,26 @@ class Numbers(click.ParamType[tuple[Any, ...]]):
             self.fail(f"{value!r} is not a list of numbers such as 1,2", param, ctx)
 
 
-@click.command()
-@click.argument("name", type=click.Choice(NAMES))
+HELP = """
+Measure a choice behind RECIPE. NAME is one of the studies below; its tables go
+to stdout and OUT/work/studies.
+
+\b
+extraction    Do the directions depend on padding? Left-padded batches
+              against one prompt at a time.
+pairs         Does the contrast matter? Each layer's direction against
+              paired prompts (contrast) and against neutral ones.
+alpha         How strong must a removal be? h - alpha Q Q^T h on the
+              output of every block, for several alphas.
+confirmation  How many directions? The best layers alone, then 3, 5 and
+              all of them stacked.
+controls      Is it these directions? The same edit along random ones,
+              and along those of shuffled labels.
+"""
+
+
+@click.command(help=HELP, short_help="Measure a choice behind a recipe.")
+@click.argument("name", metavar="NAME", type=click.Choice(NAMES))
 @recipe_arguments()
 @click.option("--limit", type=click.IntRange(min=1), help="Prompts of each set.  [the recipe's]")
 @click.option("--tokens", type=click.IntRange(min=1), help="Tokens of an answer.  [the recipe's]")
@@ -47,15 +65,7 @@ def study(
     as_json: bool,
     **arguments: Any,
 ) -> None:
-    r"""Measure the choices behind RECIPE; tables go to stdout and OUT/work/studies.
-
-    \b
-    extraction    directions from left-padded batches against one prompt at a time
-    pairs         each layer's direction by a paired (contrast) and a generic (neutral) contrast
-    alpha         h <- h - alpha Q Q^T h on every block's output, for several alphas
-    confirmation  the best layers alone, then 3, 5 and all of them stacked
-    controls      the recipe's edit along random directions, and those of shuffled labels
-    """
+    """Measures a choice behind a recipe."""
     from abliterator import pipeline
     from abliterator.study import to_markdown
 

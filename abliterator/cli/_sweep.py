@@ -7,8 +7,8 @@ from typing import Any
 
 import click
 
-from abliterator.cli._options import JSON, read_recipe, recipe_arguments
-from abliterator.cli._terminal import Bars, show
+from abliterator.cli._options import JSON, bars_of, read_recipe, recipe_arguments
+from abliterator.cli._terminal import show
 from abliterator.errors import RecipeError
 from abliterator.files import read_text
 from abliterator.record import AnswerSummary, Selection
@@ -34,7 +34,9 @@ def sweep(recipe: Path, as_json: bool, **arguments: Any) -> None:
             f"({parsed.k}), so there is nothing to choose. Ask with --set layers=sweep, --set "
             "k=auto, or both."
         )
-    pipeline.run_stages(parsed, out, until="selection", options=options, progress=Bars())
+    pipeline.run_stages(
+        parsed, out, until="selection", options=options, progress=bars_of(parsed, "selection")
+    )
     selection = Selection.model_validate_json(read_text(out / "work" / "sweep.json"))
     show(selection, _selection_text, as_json=as_json)
 

@@ -6,8 +6,9 @@ import json
 import re
 import shutil
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from time import perf_counter
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
     from abliterator.pipeline import Advance
 
 T = TypeVar("T")
+
+QUIET = "abliterator.quiet"  # in the context of a command
 
 # Control characters but for line feed and tab, separators of lines and paragraphs, overrides of the
 # writing direction, and halves of surrogate pairs.
@@ -108,28 +111,71 @@ def show(result: T, as_text: Callable[[T], str], *, as_json: bool) -> None:
         echo(as_text(result).removesuffix("\n"))
 
 
+def is_quiet() -> bool:
+    """Whether the command line has `--quiet`."""
+    context = click.get_current_context(silent=True)
+    return context is not None and bool(context.meta.get(QUIET))
+
+
 class Bars:
-    """Draws the pipeline's progress on stderr."""
+    """Draws the pipeline's progress on stderr.
+
+    Where stderr is a terminal, a bar has its rate, the time left, and the time since the command
+    began; elsewhere only the lines of stages and notes are printed. With `--quiet` nothing is.
+    """
+
+    def __init__(self, stages: Sequence[str] = (), *, expected: float | None = None) -> None:
+        """Takes the names of all stages in order, and the seconds that they may take together."""
+        self._stages, self._expected = list(stages), expected
+        self._start = perf_counter()
 
     def stage(self, name: str, *, done: bool) -> None:
-        """Prints one line a stage."""
-        echo(f"{name}{' (done before)' if done else ''}", err=True)
+        """Prints one line a stage, with its place among all."""
+        place = ""
+        if name in self._stages:
+            place = f"[{self._stages.index(name) + 1}/{len(self._stages)}] "
+        line = f"{place}{name}{' (done before)' if done else ''}"
+        if not is_quiet():
+            click.secho(printable(line), err=True, bold=not done or None, dim=done or None)
 
     @contextmanager
-    def bar(self, label: str, total: int) -> Iterator[Advance]:
+    def bar(self, label: str, total: int, *, unit: str = "") -> Iterator[Advance]:
         """A tqdm bar that vanishes when it is full; none where stderr is a file."""
         from tqdm import tqdm
 
-        label, stream = f"  {printable(label)}", sys.stderr
-        with tqdm(total=total, desc=label, leave=False, file=stream, disable=None) as bar:
+        disable = True if is_quiet() else None  # None: where stderr is no terminal
+        width = shutil.get_terminal_size((100, 24)).columns
+        with tqdm(
+            total=total or None,
+            desc=f"  {printable(label)}",
+            leave=False,
+            file=sys.stderr,
+            disable=disable,
+            unit=unit or "it",
+            unit_scale=bool(unit),
+            bar_format=self._format(total, width),
+            ncols=width,
+        ) as bar:
 
             def advance(amount: int, *, status: str = "") -> None:
-                if status:
-                    bar.set_postfix_str(printable(status), refresh=False)
+                bar.bar_format = self._format(total, width, printable(status))
                 bar.update(amount)
 
             yield advance
 
+    def _format(self, total: int, width: int, status: str = "") -> str:
+        """Tqdm's template of a bar: amount, rate, time left; time since the start, and expected."""
+        elapsed = duration(perf_counter() - self._start)
+        expected = f" of about {duration(self._expected)}" if self._expected else ""
+        text = f"{elapsed}{expected} in all"
+        if not total:
+            return "{desc}, {elapsed}; " + text
+        text += f"; {status}" if status else ""
+        bar = "{bar:12} " if width >= 100 else ""
+        template = "{desc} " + bar + "{n_fmt}/{total_fmt}, {rate_fmt}, {remaining} left; "
+        return template + text.replace("{", "{{").replace("}", "}}")
+
     def note(self, text: str) -> None:
         """Prints a note on a line of its own."""
-        echo(text, err=True)
+        if not is_quiet():
+            echo(text, err=True)

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from abliterator.record import AdapterVerification, Verification
 
 
-@click.command()
+@click.command(short_help="Prove a checkpoint from its files.")
 @click.argument("out", type=FOLDER)
 @click.option(
     "--adapter",

@@ -6,10 +6,11 @@ import re
 from collections import Counter
 
 from abliterator.judge import counted
-from abliterator.record import Comparison, Difference, WeightDiff
+from abliterator.record import Comparison, Difference, TensorDelta, WeightDiff
 from abliterator.tables import cell
 
 SHOWN = 200  # rows of a table; the JSON has them all
+LARGEST = 5  # tensors that are listed without `details`
 OTHER_VOCABULARY = (
     "the same token id is not the same token on both sides, so each was asked in its own way and "
     "they were not asked the same"
@@ -24,8 +25,11 @@ _PARTS = {
 }
 
 
-def to_markdown(comparison: Comparison) -> str:
-    """The comparison as Markdown; an estimate is `value [95 % interval] (n=40)`."""
+def to_markdown(comparison: Comparison, *, details: bool = False) -> str:
+    """The comparison as Markdown; an estimate is `value [95 % interval] (n=40)`.
+
+    Of the tensors that differ, the `LARGEST` changes are listed; with `details` the first `SHOWN`.
+    """
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
     environment = Environment(
@@ -42,6 +46,7 @@ def to_markdown(comparison: Comparison) -> str:
         other_vocabulary=OTHER_VOCABULARY,
         ranks=_ranks(comparison.weights),
         shown=SHOWN,
+        deltas=comparison.weights.deltas[:SHOWN] if details else _largest(comparison.weights),
     )
     return text.rstrip("\n") + "\n"
 
@@ -59,6 +64,12 @@ def _code(text: str | None) -> str:
     ticks = "`" * (1 + max((len(run) for run in re.findall("`+", text)), default=0))
     inside = text.replace("|", "\\|")
     return f"{ticks} {inside} {ticks}" if len(ticks) > 1 else f"`{inside}`"
+
+
+def _largest(weights: WeightDiff) -> list[TensorDelta]:
+    """The tensors with the largest relative change; of equal ones, the first."""
+    by_change = sorted(weights.deltas, key=lambda delta: -(delta.relative or 0.0))
+    return by_change[:LARGEST]
 
 
 def _ranks(weights: WeightDiff) -> str:

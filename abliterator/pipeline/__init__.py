@@ -88,6 +88,7 @@ __all__ = [
     "require_key",
     "run_stages",
     "run_study",
+    "stages_of",
     "write_report",
 ]
 

@@ -7,18 +7,30 @@ from pathlib import Path
 from typing import Any
 
 from abliterator.pipeline._plan import Plan
-from abliterator.recipe import draft
+from abliterator.recipe import draft, short_draft
 
 # Gradients keep the activations of a whole step beside the weights, and a descent is minutes for
 # 135 million parameters on two cores. The limit is a choice, not a measurement.
 TUNED_UP_TO = 4_000_000_000  # parameters
 
+FULL = (
+    "",
+    "What stands without a # is the whole recipe. A # with no space behind it hides a key at",
+    "its default: take it away, and that of its section, to give the key another value.",
+)
+SHORT = (
+    "",
+    "`sweep` and `auto` find layers, their number and strengths by measurement. Prompts, judge and",
+    "benchmarks are the defaults; `abliterator init --full` has every key with its explanation.",
+)
+NEXT = ("Next: `abliterator plan FILE` shows what it would do, `abliterator build FILE` does it.",)
 
-def first_recipe(plan: Plan) -> str:
+
+def first_recipe(plan: Plan, *, full: bool = True) -> str:
     """The text of a recipe for the planned model: layers and k by measurement, and strengths too.
 
-    Strengths are left at 1 where tuning them would cost much, or weights are stored so that no
-    gradient passes them.
+    With `full`, every other key stands there as a comment, with its default. Strengths are left at
+    1 where tuning them would cost much, or weights are stored so that no gradient passes them.
     """
     settings: dict[str, Any] = {"model": _model_name(plan)}
     if plan.source.revision is not None:
@@ -31,7 +43,9 @@ def first_recipe(plan: Plan) -> str:
     untuned_reason = _untuned_reason(plan)
     if untuned_reason is None:
         settings["edit"] = {"strength": "auto"}
-    return draft(settings, _preamble(plan, untuned_reason))
+    if full:
+        return draft(settings, [*_preamble(plan, untuned_reason), *FULL, *NEXT])
+    return short_draft(settings, [*_preamble(plan, untuned_reason), *SHORT, *NEXT])
 
 
 def _model_name(plan: Plan) -> str:
@@ -64,8 +78,4 @@ def _preamble(plan: Plan, untuned_reason: str | None) -> list[str]:
         f"{summary['d_model']}, {plan.checkpoint.total_bytes / 1e9:.3f} GB",
         f"Tensors that write the residual stream: {writers}",
         *(f"Note: {note}" for note in notes),
-        "",
-        "What stands without a # is the whole recipe. A # with no space behind it hides a key at",
-        "its default: take it away, and that of its section, to give the key another value.",
-        "Next: `abliterator plan FILE` shows what it would do, `abliterator build FILE` does it.",
     ]

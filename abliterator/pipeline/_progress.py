@@ -22,8 +22,11 @@ class Progress(Protocol):
         return
 
     @contextmanager
-    def bar(self, label: str, total: int) -> Iterator[Advance]:
-        """Yields a function, to be called with each part of `total` that is done."""
+    def bar(self, label: str, total: int, *, unit: str = "") -> Iterator[Advance]:
+        """Yields a function, to be called with each part of `total` that is done.
+
+        `total` is 0 for work of unknown length; `unit` is "B" for bytes.
+        """
 
         def advance(amount: int, *, status: str = "") -> None:
             pass

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -204,9 +205,18 @@ class Run:
             return self._streamed.placed().loaded
         if self._loaded is not None and self._loaded.folder == folder:
             return self._loaded
+        with self._loading_bar(folder):
+            return self._held(load_model(folder, **self._loading))
+
+    @contextmanager
+    def _loading_bar(self, folder: Path) -> Iterator[None]:
+        """Frees what is held, and shows that a model is loaded."""
         self.free()
-        self._free_vllm_of_a_side()
-        return self._held(load_model(folder, **self._loading))
+        if self._by_vllm and not self._by_vllm[0][1]:
+            self.end_engine()  # it and a model would not fit on one device
+        side = "edited" if folder == self.workspace.checkpoint else "base"
+        with self.progress.bar(f"loading {side}", 0):
+            yield
 
     @property
     def hardware(self) -> str:
@@ -236,10 +246,9 @@ class Run:
             return self._streamed
         if self._loaded is not None and self._loaded.folder == folder:
             return TransformersEngine(self._loaded)
-        self.free()
-        self._free_vllm_of_a_side()
-        scratch, note = self.workspace.work, self.progress.note
-        engine = open_engine(folder, **self._loading, scratch=scratch, note=note)
+        with self._loading_bar(folder):
+            scratch, note = self.workspace.work, self.progress.note
+            engine = open_engine(folder, **self._loading, scratch=scratch, note=note)
         if isinstance(engine, StreamedEngine):
             self._streamed = engine
         else:
@@ -251,11 +260,6 @@ class Run:
         if len(places := frozenset(loaded.placement.values())) > 1:
             self._spread_over |= places
         return loaded
-
-    def _free_vllm_of_a_side(self) -> None:
-        """Ends a vLLM that serves no candidates: it and a model would not fit on one device."""
-        if self._by_vllm and not self._by_vllm[0][1]:
-            self.end_engine()
 
     @property
     def _loading(self) -> dict[str, Any]:

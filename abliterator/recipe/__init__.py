@@ -22,7 +22,7 @@ from abliterator.recipe._benchmarks import (
     Preset,
 )
 from abliterator.recipe._bundled import BundledRecipe, bundled_recipes
-from abliterator.recipe._draft import draft
+from abliterator.recipe._draft import draft, short_draft
 from abliterator.recipe._edit import DirectionSettings, Edit, Selection, ranges_of
 from abliterator.recipe._engine import STARTED_KEY, EngineKind, EngineServer, EngineSettings
 from abliterator.recipe._judge import JudgeSettings, Rollouts
@@ -69,5 +69,6 @@ __all__ = [
     "load_pairs",
     "load_recipe",
     "ranges_of",
+    "short_draft",
     "to_yaml",
 ]

@@ -37,6 +37,22 @@ def draft(chosen: Mapping[str, Any], preamble: Sequence[str] = ()) -> str:
     return "\n".join(lines) + "\n"
 
 
+def short_draft(chosen: Mapping[str, Any], preamble: Sequence[str] = ()) -> str:
+    """The text of a recipe of `chosen` alone.
+
+    Args:
+        chosen: plain values by key, sections as mappings; at least `model`, `layers` and `k`.
+        preamble: lines of a comment at the top.
+    """
+    lines = [f"# {line}".rstrip() for line in preamble]
+    for name, value in chosen.items():
+        if not isinstance(value, Mapping):
+            lines.append(f"{name}: {_flow(value)}")
+        else:
+            lines += [f"{name}:", *(f"  {key}: {_flow(inner)}" for key, inner in value.items())]
+    return "\n".join(lines) + "\n"
+
+
 def _section(name: str, defaults: Section, chosen: Mapping[str, Any]) -> list[str]:
     """The lines of a section; its name is a comment too where no value in it was chosen."""
     kind = type(defaults)

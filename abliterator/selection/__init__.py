@@ -18,7 +18,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from abliterator import recipe
-from abliterator.evaluation import EvaluationContext, OnStep
+from abliterator.evaluation import EvaluationContext
 from abliterator.record import Candidate, Selection, Stack
 from abliterator.selection._grow import grow_stack, largest_better
 from abliterator.selection._openings import FARTHEST, learn_openings, log_odds
@@ -30,6 +30,7 @@ from abliterator.selection._scores import (
     judge_edits,
     measure_base,
 )
+from abliterator.selection._step import OnStep, Step
 from abliterator.selection._structure import describe, participation_ratio
 from abliterator.selection._sweep import require_enough, sweep_places
 
@@ -38,6 +39,7 @@ __all__ = [
     "KL_TOKENS",
     "Pool",
     "ScoringPrompts",
+    "Step",
     "choose",
     "judge_edits",
     "learn_openings",
@@ -74,7 +76,8 @@ def choose(
     sizes = (k,) if isinstance(k, int) else tuple(k)
     needed = 1 if pool.differences else sizes[0]
     base = measure_base(context, scoring)
-    on_step("base measured")
+    asked = len(context.target.prompts) + len(scoring.contrast.prompts)
+    on_step(Step("base measured", asked))
     candidates: list[Candidate] = []
     order = list(pool.places)
     if sweep:

@@ -8,10 +8,11 @@ from statistics import mean
 
 from abliterator import recipe
 from abliterator.directions import Place
-from abliterator.evaluation import EvaluationContext, JudgedAnswers, OnStep, summarise_draws
+from abliterator.evaluation import EvaluationContext, JudgedAnswers, summarise_draws
 from abliterator.record import AnswerSummary, Estimate, Stack
 from abliterator.selection._pool import Pool
 from abliterator.selection._scores import Baseline, judge_edits, mean_kl
+from abliterator.selection._step import OnStep, Step
 from abliterator.statistics import paired_delta
 from abliterator.subspace import random_basis
 
@@ -74,7 +75,8 @@ def grow_stack(
             context, base, pool, order, k, smaller=smaller, settings=settings
         )
         tried.append(stack)
-        on_step(f"stack of {k} judged")
+        answers = len(context.target.prompts) * (1 + 2 * settings.controls)
+        on_step(Step(f"stack of {k} judged", answers))
         if reason := _reason_not_better(stack, settings):
             return tried, reason + _broken_controls_note(tried, settings)
         smaller = judged

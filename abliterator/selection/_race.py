@@ -7,10 +7,11 @@ from collections.abc import Sequence
 
 from abliterator import recipe
 from abliterator.directions import Place
-from abliterator.evaluation import EvaluationContext, JudgedAnswers, OnStep
+from abliterator.evaluation import EvaluationContext, JudgedAnswers
 from abliterator.record import Candidate, Rung
 from abliterator.selection._pool import Pool
 from abliterator.selection._scores import judge_edits
+from abliterator.selection._step import OnStep, Step
 
 
 def race(
@@ -55,7 +56,8 @@ def race(
         for c, new in zip(chosen, judged, strict=True):
             place = place_of(c)
             answered[place] = answered[place] + new if place in answered else new
-        on_step(f"{len(chosen)} candidates judged on {reached} prompts")
+        name = f"{len(chosen)} candidates judged on {reached} prompts"
+        on_step(Step(name, len(chosen) * (reached - first_prompt)))
         judged_now = [_with_answers(c, answered[place_of(c)], reached) for c in chosen]
         return sorted(judged_now, key=by_answers)
 

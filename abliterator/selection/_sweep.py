@@ -6,11 +6,12 @@ from collections.abc import Sequence
 
 from abliterator import recipe
 from abliterator.errors import DirectionError
-from abliterator.evaluation import EvaluationContext, OnStep
+from abliterator.evaluation import EvaluationContext
 from abliterator.record import Candidate
 from abliterator.selection._pool import Pool
 from abliterator.selection._race import place_of, race
 from abliterator.selection._scores import Baseline, score
+from abliterator.selection._step import OnStep, Step
 
 
 def sweep_places(
@@ -44,7 +45,7 @@ def sweep_places(
         scored.model_copy(update={"stopped_by": stopped_by(scored, settings)})
         for scored in score(context, base, pool)
     ]
-    on_step(f"{len(candidates)} candidates scored")
+    on_step(Step(f"{len(candidates)} candidates scored", 0))
     passed = sorted((c for c in candidates if not c.stopped_by), key=lambda c: (c.bypass, c.kl))
     if not passed:
         raise DirectionError(none_passed(candidates, settings))

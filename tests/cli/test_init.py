@@ -41,6 +41,17 @@ def test_the_recipe_loads_and_plans(model, tiny_folder, tmp_path):
     assert not plan.notes
 
 
+@pytest.mark.parametrize("model", ["llama", "embedded:demo"])
+def test_the_short_recipe_means_what_the_full_one_does(model, tiny_folder, tmp_path):
+    name = model if ":" in model else str(tiny_folder(model))
+    for path, options in ((tmp_path / "short.yaml", []), (tmp_path / "full.yaml", ["--full"])):
+        path.write_text(init(name, *options))
+    short, full = load_recipe(tmp_path / "short.yaml"), load_recipe(tmp_path / "full.yaml")
+    assert short == full
+    assert len((tmp_path / "short.yaml").read_text().splitlines()) < 20
+    assert "#prompts:" not in (tmp_path / "short.yaml").read_text()
+
+
 def test_a_relative_folder_is_found_from_anywhere(tiny_folder, tmp_path, monkeypatch):
     monkeypatch.chdir(tiny_folder().parent)
     (tmp_path / "first.yaml").write_text(init("llama"))

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
+import time
 
+import click
 import pytest
 from click.testing import CliRunner
 from hypothesis import given
 from hypothesis import strategies as st
 
 from abliterator.cli import main
-from abliterator.cli._terminal import printable
+from abliterator.cli._terminal import Bars, printable
 
 HOSTILE = "\x1b]0;owned\x07\x1b[2J\x9b31m\u202egnp\r"
 
@@ -82,3 +85,36 @@ def test_a_templates_error_is_not_obeyed(tmp_path, tiny_folder):
     done = CliRunner().invoke(main, ["chat", str(folder), "--device", "cpu"], input="Hello?\n")
     assert done.exit_code == 1
     assert is_quiet(done.output)
+
+
+def test_quiet_prints_results_alone(tmp_path, monkeypatch, tiny_folder):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "t.txt").write_text("\n".join(f"Where is {x}?" for x in "abcdefgh"))
+    (tmp_path / "n.txt").write_text("\n".join(f"What is {x}?" for x in "abcdefgh"))
+    (tmp_path / "r.yaml").write_text(
+        f"model: {tiny_folder()}\nlayers: [2]\nk: 1\nrollouts: {{max_new_tokens: 3}}\n"
+        "prompts: {target: {path: t.txt}, neutral: {path: n.txt}}\n"
+    )
+    plain = CliRunner().invoke(main, ["directions", "r.yaml", "--out", "plain"])
+    assert "[1/3] prompts" in plain.stderr
+    assert "[3/3] directions" in plain.stderr
+    for number, arguments in enumerate((["-q", "directions"], ["directions", "--quiet"])):
+        done = CliRunner().invoke(main, [*arguments, "r.yaml", "--out", f"quiet{number}"])
+        assert (done.stdout, done.stderr) == (f"quiet{number}\n", "")
+
+
+def test_a_bar_has_a_rate_and_the_time_left_and_fits(monkeypatch):
+    stream = io.StringIO()
+    stream.isatty = lambda: True
+    monkeypatch.setattr("sys.stderr", stream)
+    monkeypatch.setenv("COLUMNS", "80")
+    bars = Bars(["bake", "rollouts"], expected=7200)
+    bars.stage("rollouts", done=False)
+    with bars.bar("bake", 3_000_000, unit="B") as advance:
+        time.sleep(0.2)
+        advance(2_000_000, status="{a status}")
+    lines = stream.getvalue().replace("\r", "\n").splitlines()
+    assert click.unstyle(lines[0]) == "[2/2] rollouts"
+    assert "MB/s" in (shown := max(lines, key=len))
+    assert "left; 0 s of about 2 h 0 min in all; {a status}" in shown
+    assert len(shown) <= 80

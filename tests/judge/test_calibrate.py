@@ -213,8 +213,8 @@ class Log:
         if not done:
             self.ran.append(name)
 
-    def bar(self, label, total):
-        return pipeline.Silent().bar(label, total)
+    def bar(self, label, total, *, unit=""):
+        return pipeline.Silent().bar(label, total, unit=unit)
 
     def note(self, text):
         self.notes.append(text)

@@ -21,7 +21,7 @@ class Interrupting(pipeline.Silent):
         self.after, self.of, self.done, self.total = after, of, Counter(), Counter()
 
     @contextmanager
-    def bar(self, label, total):
+    def bar(self, label, total, *, unit=""):
         self.total[label] += total
 
         def advance(amount, *, status=""):

@@ -44,8 +44,8 @@ class Log:
     def stage(self, name, *, done):
         (self.skipped if done else self.ran).append(name)
 
-    def bar(self, label, total):
-        return pipeline.Silent().bar(label, total)
+    def bar(self, label, total, *, unit=""):
+        return pipeline.Silent().bar(label, total, unit=unit)
 
     def note(self, text):
         # what was read of the prompts is told of every set; nothing else is to be told here

@@ -32,8 +32,9 @@ def _run(run: Run) -> list[Path]:
     subspace = removed_subspace(run)
     out = run.workspace.checkpoint
     remove_whole(out)  # what an earlier recipe left there is not part of this checkpoint
+    total = run.plan.checkpoint.total_bytes
     try:
-        with run.progress.bar("bake", run.plan.checkpoint.total_bytes) as advance:
+        with run.progress.bar("bake", total, unit="B") as advance:
             edits = bake(
                 run.plan.checkpoint,
                 planned_edits(run),

@@ -120,9 +120,8 @@ def _run(run: Run) -> list[Path]:
     recipe, settings = run.recipe, run.recipe.selection
     context, scoring = selection_context(run)
     cost = run.plan.selection or {}
-    swept = 1 + len(settings.rungs) + 1 if recipe.sweeps else 0
-    steps = 1 + swept + cost.get("stacks", 0)  # approximate: it ends where a stack is no better
-    with run.progress.bar("selection", steps) as advance:
+    # answers at most: it ends where a stack is no better
+    with run.progress.bar("selection, answers", cost.get("answers", 0)) as advance:
         selection = choose(
             context,
             scoring,
@@ -130,7 +129,7 @@ def _run(run: Run) -> list[Path]:
             sweep=recipe.sweeps,
             k=settings.stacks if recipe.k == "auto" else recipe.k,
             settings=settings,
-            on_step=lambda step: advance(1, status=step),
+            on_step=lambda step: advance(step.answers, status=step.name),
         )
     selected = _selected(run, selection)
     places = ", ".join(map(str, selected.places))
