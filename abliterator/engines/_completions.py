@@ -36,6 +36,8 @@ if TYPE_CHECKING:
 CUT = {"length", "max_tokens", "max_output_tokens", "model_length", "token_limit"}
 ENDED = {"stop", "eos", "eos_token", "end_turn", "stop_sequence"}
 
+STAGGER = 0.004  # seconds: about twice what one reply takes to be read
+
 GREEDY = {"temperature": 0}
 # A server may take penalties from the model's generation_config; transformers' answers have none.
 UNPENALISED = {**GREEDY, "repetition_penalty": 1.0, "presence_penalty": 0, "frequency_penalty": 0}
@@ -246,7 +248,8 @@ async def _all(
         answers = await in_parallel(
             range(len(requests)),
             answered,
-            workers=settings.concurrency,
+            workers=min(settings.concurrency, len(requests)),
+            stagger=STAGGER,
             at_limit=lambda limit, done: ServerError(
                 f"Answering stopped: {limit}. {done} of {len(requests)} prompts are answered and "
                 "kept; raise the limit, and the same command goes on from there."

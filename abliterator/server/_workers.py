@@ -20,6 +20,7 @@ async def in_parallel(
     *,
     workers: int,
     at_limit: Callable[[OutOfBudget, int], AbliteratorError],
+    stagger: float = 0.0,
 ) -> dict[Item, T]:
     """Runs `work` on distinct items, in their order, `workers` at a time.
 
@@ -31,6 +32,8 @@ async def in_parallel(
         work: a coroutine function.
         workers: how many run at a time.
         at_limit: the error for a limit that is reached, and the number of items that are done.
+        stagger: seconds between the starts of two workers. Replies of equal latency would else
+            come all at once, and each next request would wait until all of them are read.
 
     Raises:
         ServerError: if the server cannot be used.
@@ -39,7 +42,8 @@ async def in_parallel(
     queue, results = iter(items), dict[Item, T]()
     stops: list[OutOfBudget | ServerError] = []
 
-    async def worker() -> None:
+    async def worker(number: int) -> None:
+        await asyncio.sleep(number * stagger)
         for item in queue:
             if stops:
                 return
@@ -49,7 +53,7 @@ async def in_parallel(
                 stops.append(stop)
                 return
 
-    await asyncio.gather(*(worker() for _ in range(workers)))
+    await asyncio.gather(*(worker(number) for number in range(workers)))
     if not stops:
         return results
     stop = stops[0]
