@@ -19,6 +19,7 @@ from abliterator.processes import (
     child_process,
     ending_by_signal,
     python_command,
+    under_parent,
 )
 
 # A child that starts one of its own, as lm-eval's workers are, and says which two they are.
@@ -140,6 +141,46 @@ def test_a_child_reads_nothing_from_its_stdin():
     with child_process(command, env=child_environment(), stderr=sys.__stderr__) as child:
         assert child.stdout is not None
         assert child.stdout.read().splitlines()[1] == "''"
+
+
+def run_under_parent(script: str, errors: Path, *, drop=()) -> int:
+    """The status of a program that knows nothing of its parent, under a parent that waits."""
+    command = under_parent([sys.executable, "-c", script], drop=drop)
+    with (
+        errors.open("w") as stderr,
+        child_process(command, env=child_environment({"A_VARIABLE": "1"}), stderr=stderr) as child,
+    ):
+        pass
+    return child.returncode
+
+
+def test_a_program_under_its_parent_has_its_status_and_writes_to_stderr(tmp_path):
+    script = "import os, sys; print(os.environ.get('A_VARIABLE'), flush=True); sys.exit(3)"
+    assert run_under_parent(script, tmp_path / "log") == 3
+    assert (tmp_path / "log").read_text() == "1\n"
+    assert run_under_parent(script, tmp_path / "log", drop=["A_VARIABLE"]) == 3
+    assert (tmp_path / "log").read_text() == "None\n"
+    assert run_under_parent("import os; os.kill(os.getpid(), 9)", tmp_path / "log") == 137
+
+
+def test_a_program_under_its_parent_is_asked_to_end_first(tmp_path):
+    script = """if True:
+        import signal, sys, time
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(print("ended in order", flush=True)))
+        print("runs", flush=True)
+        time.sleep(100)
+    """
+    log = tmp_path / "log"
+    command = under_parent([sys.executable, "-c", script])
+    with (
+        log.open("w") as stderr,
+        child_process(command, env=child_environment(), stderr=stderr) as child,
+    ):
+        while "runs" not in log.read_text():
+            time.sleep(0.02)
+        assert child.stdin is not None
+        child.stdin.close()
+    assert log.read_text() == "runs\nended in order\n"
 
 
 def test_without_process_groups_descendants_are_looked_for(monkeypatch):
