@@ -92,10 +92,10 @@ def _measure_alike(
     while True:
         try:
             return {
-                side: _measure_side(side, checkpoint, tasks, settings, **options)
+                side: measure_side(side, checkpoint, tasks, settings, **options)
                 for side, checkpoint in sides.items()
             }
-        except _OutOfMemory as error:
+        except OutOfMemory as error:
             batch_size = settings.section.batch_size
             if batch_size == 1:
                 raise BenchmarkError(
@@ -138,11 +138,11 @@ def _mismatched_tasks(scores: Mapping[Side, Scores]) -> list[str]:
     ]
 
 
-class _OutOfMemory(Exception):
-    """A child ran out of memory; caught within this module."""
+class OutOfMemory(Exception):
+    """A process ran out of memory; caught within this package."""
 
 
-def _measure_side(
+def measure_side(
     side: Side,
     checkpoint: ScoredCheckpoint,
     tasks: Sequence[Task],
@@ -151,7 +151,26 @@ def _measure_side(
     out: Path,
     on_task: Callable[[Side, str], None],
     secrets: Collection[str],
+    log: str | None = None,
+    device: str | None = None,
 ) -> Scores:
+    """Scores of one side, as `measure_sides` keeps them.
+
+    Args:
+        side: its name.
+        checkpoint: its files.
+        tasks: to be scored.
+        settings: how they are run.
+        out: folder of the scores.
+        on_task: called when the scores of a task are kept.
+        secrets: variables that the process must not see.
+        log: name of the process's log, without ending; that of the side unless given.
+        device: where the process computes, in place of what the settings say.
+
+    Raises:
+        OutOfMemory: if the process ran out of memory.
+        BenchmarkError: if it fails otherwise.
+    """
     folder = out / side
     keys = {task.name: _key(checkpoint, task, settings, side) for task in tasks}
     kept = {name: kept for name, key in keys.items() if (kept := _read(folder, name, key))}
@@ -164,12 +183,13 @@ def _measure_side(
                 "folder": str(checkpoint.folder),
                 "side": side,
                 "tasks": [task.model_dump(mode="json") for task in missing],
-                "settings": settings.model_dump(mode="json"),
+                "settings": settings.model_dump(mode="json")
+                | ({"device": device} if device else {}),
                 "keys": keys,
                 "out": str(folder),
                 "secrets": sorted(secrets),
             },
-            log=out / f"{side}.log",
+            log=out / portable_name(log or side, ".log"),
             on_task=lambda name: on_task(side, name),
         )
         for task in missing:
@@ -229,7 +249,7 @@ def _run_child(job: Mapping[str, Any], *, log: Path, on_task: Callable[[str], No
                 on_task(message.removeprefix("done "))
     job_file.unlink()
     if child.returncode in (OUT_OF_MEMORY, KILLED):
-        raise _OutOfMemory
+        raise OutOfMemory
     if child.returncode == NAMED_ERROR:
         raise BenchmarkError(json.loads(message.removeprefix("error ")))
     if child.returncode != 0:

@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 import tempfile
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from abliterator.cli._options import FILE, JSON, computing_arguments, judge_arguments, read_judge
+from abliterator.cli._options import (
+    FILE,
+    JSON,
+    computing_arguments,
+    judge_arguments,
+    read_judge,
+    worker_arguments,
+)
 from abliterator.cli._terminal import Bars, show
 
 if TYPE_CHECKING:
@@ -30,6 +39,7 @@ if TYPE_CHECKING:
 @click.option("--task-limit", default=500, show_default=True, help="Documents of each task.")
 @click.option("--max-new-tokens", default=256, show_default=True, help="Tokens of an answer.")
 @computing_arguments
+@worker_arguments
 @judge_arguments
 @JSON
 def compare(
@@ -44,6 +54,8 @@ def compare(
     device: str,
     dtype: str,
     max_memory: int | None,
+    ray: str | None,
+    workers: int | None,
     as_json: bool,
     **judge_options: Any,
 ) -> None:
@@ -60,8 +72,9 @@ def compare(
     from abliterator.pipeline import Options
     from abliterator.prompts import load_prompts
     from abliterator.recipe import Benchmarks, Source
+    from abliterator.workers import open_pool
 
-    folder, options = _folder(base), Options(device, dtype, max_memory)
+    folder, options = _folder(base), Options(device, dtype, max_memory, ray=ray, workers=workers)
     settings = CompareSettings(
         prompts={
             name: load_prompts(name, Source(path=path, limit=limit)).prompts
@@ -81,11 +94,14 @@ def compare(
         require_engine(settings.benchmarks.section.engine, options.compute_device)
     bars = Bars()
     judge = _judge(bars, **judge_options)
-    with tempfile.TemporaryDirectory(prefix="abliterator-") as scratch:
+    with (
+        tempfile.TemporaryDirectory(prefix="abliterator-") as scratch,
+        nullcontext() if options.pool is None else open_pool(options.pool) as pool,
+    ):
         comparison = compare_checkpoints(
             folder,
             _folder(edited),
-            settings,
+            replace(settings, pool=pool),
             judge,
             scratch=Path(scratch),
             bar=bars.bar,

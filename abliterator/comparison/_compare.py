@@ -27,7 +27,7 @@ from abliterator.comparison._beside import (
 from abliterator.comparison._markdown import OTHER_VOCABULARY, difference_line
 from abliterator.comparison._weights import diff_weights
 from abliterator.devices import enough_memory
-from abliterator.engines import Engine, TransformersEngine
+from abliterator.engines import DistributedEngine, Engine, ModelFolder, TransformersEngine
 from abliterator.errors import BenchmarkError
 from abliterator.evaluation import (
     Bar,
@@ -54,6 +54,8 @@ from abliterator.record import (
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from abliterator.workers import Pool
+
 SIDES: tuple[Side, Side] = ("base", "edited")
 
 
@@ -71,6 +73,7 @@ class CompareSettings:
         max_batch_tokens: tokens in one forward pass of the divergence.
         seed: of the intervals.
         benchmarks: how benchmarks are run; device and dtype are those of all measurements.
+        pool: workers that hold the models, instead of this process; closed before benchmarks.
     """
 
     prompts: Mapping[str, Sequence[str]] = field(default_factory=dict)
@@ -81,6 +84,7 @@ class CompareSettings:
     max_batch_tokens: int = 4096
     seed: int = 0
     benchmarks: RunSettings = field(default_factory=RunSettings)
+    pool: Pool | None = None
 
 
 @enough_memory("The comparison", smaller="shorter answers (`--max-new-tokens`)")
@@ -120,7 +124,7 @@ def compare(
     prompting = _prompting(setups, beside)
     judge = judge or RuleJudge()
     weights = diff_weights(setups[0].checkpoint, setups[1].checkpoint)
-    models = _SingleModelLoader({"base": base, "edited": edited}, settings.benchmarks, prompting)
+    models = _SingleModelLoader({"base": base, "edited": edited}, settings, prompting)
     withheld = _withheld(setups, settings, prompting)
     behaviour = _behaviour(models, settings, judge, bar)
     divergence = None
@@ -173,12 +177,13 @@ def _withheld(
 
 
 class _SingleModelLoader:
-    """Loads the model of one side at a time; the other one is freed first."""
+    """Loads the model of one side at a time, here or on workers; the other is freed first."""
 
     def __init__(
-        self, folders: Mapping[Side, Path], settings: RunSettings, prompting: Asking
+        self, folders: Mapping[Side, Path], settings: CompareSettings, prompting: Asking
     ) -> None:
-        self._folders, self._settings, self.prompting = folders, settings, prompting
+        self._folders, self._settings, self.prompting = folders, settings.benchmarks, prompting
+        self._pool = settings.pool
         self._loaded: tuple[Side, Engine] | None = None
 
     def load(self, side: Side) -> Engine:
@@ -187,6 +192,9 @@ class _SingleModelLoader:
 
         if self._loaded is None or self._loaded[0] != side:
             as_base = side == "edited" and self.prompting == "as_base"
+            if self._pool is not None:
+                self._loaded = (side, self._on_workers(self._pool, side, as_base))
+                return self._loaded[1]
             changes = {"tokenizer": self._base_tokens[0]} if as_base else {}
             self.free()
             loaded = load_model(
@@ -197,6 +205,12 @@ class _SingleModelLoader:
             )
             self._loaded = (side, TransformersEngine(replace(loaded, **changes)))
         return self._loaded[1]
+
+    def _on_workers(self, pool: Pool, side: Side, as_base: bool) -> Engine:
+        model = ModelFolder.of(self._folders[side], self._settings.dtype)
+        if as_base:
+            model = replace(model, tokenizer=self._folders["base"].resolve())
+        return DistributedEngine(pool, model)
 
     @property
     def stop_ids(self) -> tuple[int, ...] | None:
@@ -209,6 +223,8 @@ class _SingleModelLoader:
         return engine.tokenizer, engine.stop_ids
 
     def free(self) -> None:
+        if self._pool is not None:
+            self._pool.close()
         if self._loaded is None:
             return
         from abliterator.devices import release_memory

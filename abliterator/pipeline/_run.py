@@ -26,6 +26,7 @@ from abliterator.files import digest_of
 from abliterator.pipeline._plan import Plan
 from abliterator.pipeline._progress import Progress, Silent
 from abliterator.pipeline._workspace import Workspace
+from abliterator.processes import HUB_TOKENS
 from abliterator.recipe import Recipe
 from abliterator.workers import Pool, PoolSettings, open_pool
 
@@ -74,7 +75,7 @@ class Options:
                 "`--max-memory` spreads one model over several devices, and each worker holds all "
                 "of its model on one. Leave it out, or use neither `--workers` nor `--ray`."
             )
-        return PoolSettings(self.ray, self.workers, self.device)
+        return PoolSettings(self.ray, self.workers, self.device, HUB_TOKENS)  # tasks have datasets
 
     @property
     def compute_device(self) -> str:

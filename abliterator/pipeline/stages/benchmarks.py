@@ -66,9 +66,13 @@ def _side_digest(run: Run, side: Side) -> str:
 def _run(run: Run) -> list[Path]:
     if not run.tasks:
         return []
-    from abliterator.benchmarks import RunSettings, ScoredCheckpoint, measure_sides
+    from abliterator.benchmarks import (
+        RunSettings,
+        ScoredCheckpoint,
+        measure_sides,
+        score_on_workers,
+    )
 
-    run.free()
     _note_plain_http(run)
     settings = RunSettings(
         section=run.recipe.benchmarks,
@@ -77,18 +81,22 @@ def _run(run: Run) -> list[Path]:
         dtype=run.dtype,
         trust_remote_code=run.recipe.trust_remote_code,
     )
+    sides = {
+        side: ScoredCheckpoint(folder_of(run, side), _side_digest(run, side)) for side in SIDES
+    }
+    secrets, out = key_names(run.recipe.published()), run.workspace.work / "benchmarks"
     with run.progress.bar("benchmark tasks, both sides", len(SIDES) * len(run.tasks)) as advance:
-        measure_sides(
-            {
-                side: ScoredCheckpoint(folder_of(run, side), _side_digest(run, side))
-                for side in SIDES
-            },
-            run.tasks,
-            settings,
-            out=run.workspace.work / "benchmarks",
-            on_task=lambda side, task: advance(1),
-            secrets=key_names(run.recipe.published()),
-        )
+
+        def on_task(side: Side, task: str) -> None:
+            advance(1)
+
+        arguments: dict[str, Any] = {"out": out, "on_task": on_task, "secrets": secrets}
+        if run.options.pool is not None and settings.section.engine.kind == "transformers":
+            pool = run.workers(run.options.pool)
+            score_on_workers(pool, sides, run.tasks, settings, **arguments)
+            del arguments["on_task"]
+        run.free()
+        measure_sides(sides, run.tasks, settings, **arguments)
     return [_scores(side, task).path(run) for side in SIDES for task in run.tasks]
 
 
