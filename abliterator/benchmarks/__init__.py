@@ -32,6 +32,7 @@ from abliterator.benchmarks._scores import Aggregate, DocScore, TaskScores
 from abliterator.benchmarks._settings import RunSettings, require_engine
 from abliterator.benchmarks._subprocess import ScoredCheckpoint, StoppedChild, measure_sides
 from abliterator.benchmarks._tasks import Task, resolve_tasks
+from abliterator.benchmarks._workers import score_on_workers
 
 __all__ = [
     "PRESETS",
@@ -47,4 +48,5 @@ __all__ = [
     "preset_tasks",
     "require_engine",
     "resolve_tasks",
+    "score_on_workers",
 ]

@@ -99,10 +99,10 @@ def _measure_alike(
     while True:
         try:
             return {
-                side: _measure_side(side, checkpoint, tasks, settings, **options)
+                side: measure_side(side, checkpoint, tasks, settings, **options)
                 for side, checkpoint in sides.items()
             }
-        except _OutOfMemory as error:
+        except OutOfMemory as error:
             batch_size = settings.section.batch_size
             if batch_size == 1:
                 raise BenchmarkError(
@@ -145,11 +145,11 @@ def _mismatched_tasks(scores: Mapping[Side, Scores]) -> list[str]:
     ]
 
 
-class _OutOfMemory(Exception):
-    """A child ran out of memory; caught within this module."""
+class OutOfMemory(Exception):
+    """A process ran out of memory; caught within this package."""
 
 
-def _measure_side(
+def measure_side(
     side: Side,
     checkpoint: ScoredCheckpoint,
     tasks: Sequence[Task],
@@ -158,8 +158,28 @@ def _measure_side(
     out: Path,
     on_task: Callable[[Side, str], None],
     secrets: Collection[str],
-    serving: Serving,
+    serving: Serving = lambda side: nullcontext(),
+    log: str | None = None,
+    device: str | None = None,
 ) -> Scores:
+    """Scores of one side, as `measure_sides` keeps them.
+
+    Args:
+        side: its name.
+        checkpoint: its files.
+        tasks: to be scored.
+        settings: how they are run.
+        out: folder of the scores.
+        on_task: called when the scores of a task are kept.
+        secrets: variables that the process must not see.
+        serving: see `measure_sides`.
+        log: name of the process's log, without ending; that of the side unless given.
+        device: where the process computes, in place of what the settings say.
+
+    Raises:
+        OutOfMemory: if the process ran out of memory.
+        BenchmarkError: if it fails otherwise.
+    """
     folder = out / side
     keys = {task.name: _key(checkpoint, task, settings, side) for task in tasks}
     kept = {name: kept for name, key in keys.items() if (kept := _read(folder, name, key))}
@@ -168,17 +188,18 @@ def _measure_side(
     missing = [task for task in tasks if task.name not in kept]
     if missing:
         with serving(side) as url:
+            plain = settings.at(url).model_dump(mode="json")
             _run_child(
                 {
                     "folder": str(checkpoint.folder),
                     "side": side,
                     "tasks": [task.model_dump(mode="json") for task in missing],
-                    "settings": settings.at(url).model_dump(mode="json"),
+                    "settings": plain | ({"device": device} if device else {}),
                     "keys": keys,
                     "out": str(folder),
                     "secrets": sorted(secrets),
                 },
-                log=out / f"{side}.log",
+                log=out / portable_name(log or side, ".log"),
                 on_task=lambda name: on_task(side, name),
             )
         for task in missing:
@@ -238,7 +259,7 @@ def _run_child(job: Mapping[str, Any], *, log: Path, on_task: Callable[[str], No
                 on_task(message.removeprefix("done "))
     job_file.unlink()
     if child.returncode in (OUT_OF_MEMORY, KILLED):
-        raise _OutOfMemory
+        raise OutOfMemory
     if child.returncode == NAMED_ERROR:
         raise BenchmarkError(json.loads(message.removeprefix("error ")))
     if child.returncode != 0:

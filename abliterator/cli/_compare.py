@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import tempfile
+from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +19,7 @@ from abliterator.cli._options import (
     computing_arguments,
     judge_arguments,
     read_judge,
+    worker_arguments,
 )
 from abliterator.cli._terminal import Bars, show
 
@@ -41,6 +44,7 @@ if TYPE_CHECKING:
 @click.option("--task-limit", default=500, show_default=True, help="Documents of each task.")
 @click.option("--max-new-tokens", default=256, show_default=True, help="Tokens of an answer.")
 @computing_arguments
+@worker_arguments
 @judge_arguments
 @VLLM_PYTHON
 @click.option("--details", is_flag=True, help="List every tensor that differs, up to 200.")
@@ -59,6 +63,8 @@ def compare(
     max_memory: int | None,
     vllm_python: str | None,
     details: bool,
+    ray: str | None,
+    workers: int | None,
     as_json: bool,
     **judge_options: Any,
 ) -> None:
@@ -80,8 +86,9 @@ def compare(
     from abliterator.pipeline import Options
     from abliterator.prompts import load_prompts
     from abliterator.recipe import Source
+    from abliterator.workers import open_pool
 
-    options = Options(device, dtype, max_memory)
+    options = Options(device, dtype, max_memory, ray=ray, workers=workers)
     computes = options.compute_device  # an absent one is an error before anything is downloaded
     folder = checkpoint_folder(base)
     engine, judge_options["overrides"] = _engine(judge_options["overrides"], base)
@@ -108,11 +115,14 @@ def compare(
         require_engine(settings.benchmarks.section.engine, computes, sides=sides)
     bars = Bars()
     judge = _judge(bars, **judge_options)
-    with tempfile.TemporaryDirectory(prefix="abliterator-") as scratch:
+    with (
+        tempfile.TemporaryDirectory(prefix="abliterator-") as scratch,
+        nullcontext() if options.pool is None else open_pool(options.pool) as pool,
+    ):
         comparison = compare_checkpoints(
             folder,
             checkpoint_folder(edited),
-            settings,
+            replace(settings, pool=pool),
             judge,
             scratch=Path(scratch),
             bar=bars.bar,

@@ -56,7 +56,7 @@ from abliterator.record import (
 )
 
 if TYPE_CHECKING:
-    pass
+    from abliterator.workers import Pool
 
 SIDES: tuple[Side, Side] = ("base", "edited")
 
@@ -78,6 +78,7 @@ class CompareSettings:
         engine: what answers: this process, or a server that serves both sides.
         answers: file that caches the answers of a server; left out, they are kept nowhere.
         vllm: what runs vLLM, where that is the engine.
+        pool: workers that hold the models, instead of this process; closed before benchmarks.
     """
 
     prompts: Mapping[str, Sequence[str]] = field(default_factory=dict)
@@ -91,6 +92,7 @@ class CompareSettings:
     engine: EngineSettings = field(default_factory=EngineSettings)
     answers: Path | None = None
     vllm: VllmInstall | None = None
+    pool: Pool | None = None
 
 
 @enough_memory("The comparison", smaller="shorter answers (`--max-new-tokens`)")
@@ -136,8 +138,9 @@ def compare(
         served = ServedSides(
             setups, settings.engine, cache, settings.vllm, dtype, scratch=scratch, note=note
         )
+    folders: dict[Side, Path] = {"base": base, "edited": edited}
     models = SingleModelLoader(
-        {"base": base, "edited": edited}, settings.benchmarks, prompting, served, note=note
+        folders, settings.benchmarks, prompting, served, settings.pool, note=note
     )
     with ExitStack() as stack:
         if served is not None:

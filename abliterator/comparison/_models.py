@@ -4,22 +4,31 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from abliterator.benchmarks import RunSettings
 from abliterator.comparison._served import ServedSides
-from abliterator.engines import Engine, ServedEngine, open_engine
+from abliterator.engines import (
+    DistributedEngine,
+    Engine,
+    ModelFolder,
+    ServedEngine,
+    open_engine,
+)
 from abliterator.recipe import BenchmarkEngine
 from abliterator.record import Asking, Side
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from abliterator.workers import Pool
+
 
 class SingleModelLoader:
-    """Loads the model of one side at a time; the other one is freed first."""
+    """Loads the model of one side at a time, here or on workers; the other one is freed first."""
 
     def __init__(
         self,
@@ -27,17 +36,21 @@ class SingleModelLoader:
         settings: RunSettings,
         prompting: Asking,
         served: ServedSides | None = None,
+        pool: Pool | None = None,
         *,
         note: Callable[[str], None],
     ) -> None:
         self._folders, self._settings, self.prompting = folders, settings, prompting
-        self._served, self._note = served, note
+        self._served, self._pool, self._note = served, pool, note
         self._loaded: tuple[Side, Engine] | None = None
 
     def load(self, side: Side) -> Engine:
         """The model of a side, with the tokenizer that its prompts are rendered with."""
         if self._loaded is None or self._loaded[0] != side:
             as_base = side == "edited" and self.prompting == "as_base"
+            if self._pool is not None:
+                self._loaded = (side, self._on_workers(self._pool, side, as_base))
+                return self._loaded[1]
             tokenizer = self._base_tokens[0] if as_base else None
             self.free()
             if self._served is not None:
@@ -52,6 +65,12 @@ class SingleModelLoader:
             )
             self._loaded = (side, engine)
         return self._loaded[1]
+
+    def _on_workers(self, pool: Pool, side: Side, as_base: bool) -> Engine:
+        model = ModelFolder.of(self._folders[side], self._settings.dtype)
+        if as_base:
+            model = replace(model, tokenizer=self._folders["base"].resolve())
+        return DistributedEngine(pool, model)
 
     def answering(self, side: Side) -> Engine:
         """What answers for a side, its prompts rendered as `load` has it."""
@@ -83,7 +102,9 @@ class SingleModelLoader:
         return engine.tokenizer, engine.stop_ids
 
     def free(self) -> None:
-        """Drops the model that is held, and frees its memory."""
+        """Drops the model that is held, here and on workers, and frees its memory."""
+        if self._pool is not None:
+            self._pool.close()
         if self._loaded is None:
             return
         from abliterator.devices import release_memory

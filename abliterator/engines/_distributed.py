@@ -54,7 +54,8 @@ class DistributedEngine:
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The model's tokenizer."""
-        return load_tokenizer(self.model.folder, trust_remote_code=self.model.trust_remote_code)
+        folder = self.model.tokenizer or self.model.folder
+        return load_tokenizer(folder, trust_remote_code=self.model.trust_remote_code)
 
     @cached_property
     def facts(self) -> ModelFacts:

@@ -20,7 +20,7 @@ from abliterator.engines._side_by_side import n_rows
 from abliterator.engines._transformers import TransformersEngine
 from abliterator.errors import CheckpointError
 from abliterator.files import digest_of
-from abliterator.model import Limits, load_model, run_batches
+from abliterator.model import Limits, load_model, load_tokenizer, run_batches
 from abliterator.workers import Resident
 
 
@@ -75,14 +75,15 @@ class ModelFolder:
         folder: where its files are, on every machine.
         dtype: of computation; None is the stored one.
         trust_remote_code: whether Python files in `folder` may run.
-        tokenizer: another folder, whose tokenizer prompts are rendered with.
         digest: of its config and of the sizes of its weight files, which every machine must see.
+        tokenizer: another folder, whose tokenizer prompts are rendered with.
     """
 
     folder: Path
     dtype: str | None
     trust_remote_code: bool = False
     digest: str = ""
+    tokenizer: Path | None = None
 
     @classmethod
     def of(cls, folder: Path, dtype: str | None, trust_remote_code: bool = False) -> ModelFolder:
@@ -267,5 +268,7 @@ def _engine(resident: Resident, model: ModelFolder) -> TransformersEngine:
             dtype=model.dtype,
             trust_remote_code=model.trust_remote_code,
         )
+        if model.tokenizer is not None:
+            loaded = replace(loaded, tokenizer=load_tokenizer(model.tokenizer))
         held = resident.kept["engine"] = (model, TransformersEngine(loaded))
     return held[1]

@@ -25,6 +25,7 @@ from abliterator.pipeline._plan import Plan
 from abliterator.pipeline._progress import Progress, Silent
 from abliterator.pipeline._where import is_computed_in_float32
 from abliterator.pipeline._workspace import Workspace
+from abliterator.processes import HUB_TOKENS
 from abliterator.recipe import Recipe
 from abliterator.workers import Pool, PoolSettings, open_pool
 
@@ -77,7 +78,7 @@ class Options:
                 "`--max-memory` spreads one model over several devices, and each worker holds all "
                 "of its model on one. Leave it out, or use neither `--workers` nor `--ray`."
             )
-        return PoolSettings(self.ray, self.workers, self.device)
+        return PoolSettings(self.ray, self.workers, self.device, HUB_TOKENS)  # tasks have datasets
 
     @property
     def compute_device(self) -> str:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -105,9 +105,14 @@ def _side_digest(run: Run, side: Side) -> str:
 def _run(run: Run) -> list[Path]:
     if not run.tasks:
         return []
-    from abliterator.benchmarks import RunSettings, ScoredCheckpoint, measure_sides, require_engine
+    from abliterator.benchmarks import (
+        RunSettings,
+        ScoredCheckpoint,
+        measure_sides,
+        require_engine,
+        score_on_workers,
+    )
 
-    run.free()
     _note_plain_http(run)
     engine = benchmark_engine(run.recipe)
     by_vllm = run.vllm is not None and engine != run.recipe.benchmarks.engine
@@ -123,25 +128,25 @@ def _run(run: Run) -> list[Path]:
     def serving(side: Side) -> AbstractContextManager[str]:
         return served_by_vllm(run, folder_of(run, side), side)
 
+    sides = {
+        side: ScoredCheckpoint(folder_of(run, side), _side_digest(run, side)) for side in SIDES
+    }
+    secrets, out = key_names(run.recipe.published()), run.workspace.work / "benchmarks"
     with run.progress.bar("benchmark tasks, both sides", len(SIDES) * len(run.tasks)) as advance:
-        measure_sides(
-            {
-                side: ScoredCheckpoint(folder_of(run, side), _side_digest(run, side))
-                for side in SIDES
-            },
-            run.tasks,
-            settings,
-            out=run.workspace.work / "benchmarks",
-            on_task=lambda side, task: advance(1),
-            secrets=key_names(run.recipe.published()),
-            serving=serving if by_vllm else _served_already,
-        )
+
+        def on_task(side: Side, task: str) -> None:
+            advance(1)
+
+        arguments: dict[str, Any] = {"out": out, "on_task": on_task, "secrets": secrets}
+        if run.options.pool is not None and engine.kind == "transformers":
+            pool = run.workers(run.options.pool)
+            score_on_workers(pool, sides, run.tasks, settings, **arguments)
+            del arguments["on_task"]
+        run.free()
+        if by_vllm:
+            arguments["serving"] = serving
+        measure_sides(sides, run.tasks, settings, **arguments)
     return [_scores(side, task).path(run) for side in SIDES for task in run.tasks]
-
-
-def _served_already(side: Side) -> AbstractContextManager[None]:
-    """Starts no server: lm-eval runs the model, or the recipe has the address."""
-    return nullcontext()
 
 
 def _note_plain_http(run: Run) -> None:
