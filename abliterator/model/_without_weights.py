@@ -90,6 +90,10 @@ def _empty(config: PreTrainedConfig, folder: Path, dtype: torch.dtype | None) ->
 
     with init_empty_weights(include_buffers=False):
         model: PreTrainedModel = factory(config).from_config(config, dtype=dtype)
+    # again, as when weights are loaded: at first buffers were computed in `dtype`
+    for module in model.modules():
+        module.__dict__.pop("_is_hf_initialized", None)
+    model.initialize_weights()
     if (folder / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
     return model
