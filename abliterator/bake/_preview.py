@@ -242,14 +242,14 @@ def _subtraction(
             "`edit.biases: false` has no run-time form for experts with biases; bake the edit "
             "instead."
         )
-    kept_bias = None
-    if not plan.settings.biases and getattr(module, "bias", None) is not None:
-        kept_bias = stored_parameter(module, "bias")
+    keeps_bias = not plan.settings.biases and getattr(module, "bias", None) is not None
+    # at the first call: before it, an engine may not have read the weights
+    kept_bias = cache(partial(stored_parameter, module, "bias"))
     wide = _wide(loaded)
 
     def subtract(hidden: Tensor, share: Tensor | None = None) -> Tensor:
         written = (hidden if share is None else share).to(wide)
-        removable = written if kept_bias is None else written - kept_bias.to(written)
+        removable = written - kept_bias().to(written) if keeps_bias else written
         scale = strength.to(written.device) if isinstance(strength, torch.Tensor) else strength
         removed = scale * remove(removable)
         return (hidden.to(removed.dtype) - removed).to(hidden.dtype)

@@ -175,7 +175,7 @@ def stored_parameter(module: nn.Module, name: str) -> Tensor:
     """A copy of a parameter of a module, also where its weights lie in host memory or on disk."""
     from accelerate.utils import align_module_device
 
-    with align_module_device(module):
+    with align_module_device(module), torch.inference_mode(False):
         return module.get_parameter(name).detach().clone()
 
 

@@ -20,6 +20,12 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
 
+# Types whose weights in memory are not those in the files, by config.model_type.
+_CHANGED_AFTER_LOADING = {
+    "youtu": "transformers sets the embedding of its padding token to 0 when it loads the model",
+}
+
+
 def load_without_weights(
     folder: Path, *, device: str, dtype: str | None, trust_remote_code: bool = False
 ) -> LoadedModel:
@@ -36,7 +42,8 @@ def load_without_weights(
 
     Raises:
         UnsupportedModel: for a model with its own code, one whose weights are stored quantised,
-            and one without a dtype: to load them means more than to read tensors.
+            one without a dtype, and types that transformers changes when it loads them: to load
+            these means more than to read tensors.
         Others: those of `load_model`.
     """
     asked = require_dtype(dtype)
@@ -67,6 +74,8 @@ def _require_plain_weights(
         reason = "its weights are stored quantised"
     elif dtype is None:
         reason = "its config.json names no dtype"
+    else:
+        reason = _CHANGED_AFTER_LOADING.get(config.get_text_config().model_type)
     if reason is not None:
         raise UnsupportedModel(
             f"The weights of the model in {folder} cannot be read block by block: {reason}. Load "
@@ -81,6 +90,10 @@ def _empty(config: PreTrainedConfig, folder: Path, dtype: torch.dtype | None) ->
 
     with init_empty_weights(include_buffers=False):
         model: PreTrainedModel = factory(config).from_config(config, dtype=dtype)
+    # again, as when weights are loaded: at first buffers were computed in `dtype`
+    for module in model.modules():
+        module.__dict__.pop("_is_hf_initialized", None)
+    model.initialize_weights()
     if (folder / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
     return model

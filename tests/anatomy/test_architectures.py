@@ -65,12 +65,12 @@ def tokens():
     return torch.randint(4, VOCABULARY, (3, 9), generator=torch.Generator().manual_seed(5))
 
 
-def vanilla(folder):
+def vanilla(folder, dtype=torch.float32):
     config = AutoConfig.from_pretrained(folder)
     whole = config.model_type in ("emu3", "mllama")
     causal = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING and not whole
     factory = AutoModelForCausalLM if causal else AutoModelForImageTextToText
-    model, report = factory.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+    model, report = factory.from_pretrained(folder, dtype=dtype, output_loading_info=True)
     assert not report["missing_keys"]
     return model.eval()
 

@@ -52,9 +52,9 @@ def streamed(folder, dtype="float32", **options):
     return open_streamed(folder, device="cpu", dtype=dtype, **options)
 
 
-def edits_of(folder):
+def edits_of(folder, **settings):
     checkpoint = Checkpoint.open(folder)
-    plan = plan_edits(checkpoint, anatomy_of(checkpoint.config), Edit())
+    plan = plan_edits(checkpoint, anatomy_of(checkpoint.config), Edit(**settings))
     basis = orthonormal_basis(torch.randn(2, D_MODEL, generator=torch.Generator().manual_seed(3)))
     writers = [WriterEdit(plan, basis), WriterEdit(plan, basis[:, :1])]
     return writers, StreamEdit(basis, 0.5), [Steering(layer, basis[:, 0]) for layer in (1, 2)]
@@ -92,8 +92,10 @@ def same(one, other):
     return one.dtype == other.dtype and torch.equal(one, other)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("family", CONFIGS)
+@pytest.mark.parametrize(
+    ("family", "dtype"),
+    [*((f, "float32") for f in CONFIGS), *((f, "bfloat16") for f in ("llama_tied", "gemma"))],
+)
 def test_every_bit_is_the_in_memory_engines(family, dtype, tiny_folder):
     folder = tiny_folder(family)
     engine = streamed(folder, dtype)
@@ -101,6 +103,18 @@ def test_every_bit_is_the_in_memory_engines(family, dtype, tiny_folder):
     assert_equal(measured(engine, folder), measured(expected, folder))
     for name in ("limits", "stop_ids", "hidden_shape"):
         assert getattr(engine, name) == getattr(expected, name)
+
+
+def test_biases_that_stay_are_read_with_their_block(tiny_folder):
+    folder = tiny_folder("llama_biased")
+    edits, tables = [edits_of(folder, biases=biases)[0][0] for biases in (False, True)], []
+    for engine in (streamed(folder), in_memory(folder)):
+        for edit in edits:
+            with engine.edited(edit):
+                tables.append(torch.cat(in_order(engine.logits(PATHS, max_batch_tokens=24))))
+    assert torch.equal(tables[0], tables[2])
+    assert torch.equal(tables[1], tables[3])
+    assert not torch.equal(tables[0], tables[1])
 
 
 def test_hidden_states_on_disk_change_no_bit_and_leave_no_file(tiny_folder, tmp_path):

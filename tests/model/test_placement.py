@@ -155,6 +155,7 @@ def test_a_build_with_weights_on_disk_is_the_same_build(tiny_folder, tmp_path, c
         arguments = ["build", str(recipe), "--out", str(tmp_path / name), "--device", "auto"]
         done = CliRunner().invoke(main, [*arguments, *memory])
         assert done.exit_code == 0, done.stderr
+        assert ("are read block by block" in done.stderr) == bool(memory)
         work = tmp_path / name / "work"
         files = [tmp_path / name / "checkpoint" / "model.safetensors"]
         files += [work / "rollouts.jsonl", work / "divergence.json"]

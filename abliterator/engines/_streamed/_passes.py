@@ -22,7 +22,6 @@ from abliterator.devices import is_out_of_memory, release_memory
 from abliterator.engines._streamed._activations import Activations
 from abliterator.engines._streamed._batch import Batch, Call, Ended, Turn
 from abliterator.engines._streamed._weights import PartialWeights
-from abliterator.errors import UnsupportedModel
 from abliterator.model import BATCH, LoadedModel, raise_too_large
 
 T = TypeVar("T")
@@ -60,7 +59,6 @@ class Passes:
 
         Raises:
             GenerationError: if not even one row fits in memory.
-            UnsupportedModel: if the model's code uses weights outside the part that holds them.
         """
         queue = list(batches)
         while queue:
@@ -160,7 +158,7 @@ def _ended(waiting: list[Batch], too_large: list[list[int]]) -> Iterator[tuple[l
         if ended.error is None:
             yield batch.rows, ended.result
         elif not is_out_of_memory(ended.error):
-            raise _named(ended.error)
+            raise ended.error
         elif len(batch.rows) == 1:
             raise_too_large(ended.error)
         else:
@@ -172,19 +170,6 @@ def _furthest_behind(waiting: Sequence[Batch]) -> str | None:
     calling = [batch for batch in waiting if isinstance(batch.at, Call)]
     behind = min(calling, key=lambda batch: batch.calls, default=None)
     return behind.at.part if behind is not None and isinstance(behind.at, Call) else None
-
-
-def _named(error: BaseException) -> BaseException:
-    """The error; one of tensors without numbers as an error that says what that means."""
-    if isinstance(error, (RuntimeError, NotImplementedError)) and "meta" in str(error):
-        named = UnsupportedModel(
-            "The model's code uses weights outside the part that holds them, so they cannot be "
-            f"read part by part: {' '.join(str(error).split())[:200]}. Use `--device cpu`, or a "
-            "device with more memory."
-        )
-        named.__cause__ = error
-        return named
-    return error
 
 
 def _halves(batch: list[int]) -> tuple[list[int], list[int]]:
