@@ -15,6 +15,7 @@ from abliterator.tuning._parameters import STRONGEST, EditParameters
 from abliterator.tuning._rows import answer_logprobs, token_logprobs
 from abliterator.tuning._types import Row
 from tests.model.seams import share_prefixes_from
+from tests.model.test_placement import machine_with_two_devices, needs_stand_in
 from tests.tuning.contexts import ROWS, basis_of, hooks_of, no_step, pairs_of, tiny_context
 
 # ---- rows
@@ -126,6 +127,19 @@ def test_the_same_seed_finds_the_same(tiny_loaded):
     one, two = (descend(context, pairs, basis_of(1), on_step=no_step)[0] for _ in range(2))
     assert torch.equal(one.basis, two.basis)
     assert one.strengths == two.strengths
+
+
+@needs_stand_in
+def test_a_model_on_two_devices_is_tuned_as_on_one(tiny_folder):
+    found = []
+    with machine_with_two_devices():
+        for device in ("fake", "balanced"):
+            loaded = load_model(tiny_folder("llama"), dtype="float32", device=device)
+            context = tiny_context(loaded, steps=2, batch=2, kl_weights=(1.0,))
+            found += descend(context, pairs_of((6, 7)), basis_of(2), on_step=no_step)
+    assert {*loaded.placement.values()} == {"fake:0", "fake:1"}
+    assert torch.equal(found[0].basis, found[1].basis)
+    assert found[0].strengths == found[1].strengths
 
 
 def test_each_phase_learns_what_the_one_before_it_left(tiny_loaded):
