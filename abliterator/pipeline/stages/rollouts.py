@@ -68,6 +68,8 @@ def _run(run: Run) -> list[Path]:
     missing = [side for side in SIDES if side not in kept_sides]
     engines = engines_of(run, kept_sides)
     engines |= probe_engines(run, {side: folder_of(run, side) for side in missing})
+    if engines:
+        run.free()  # no weights are needed here, and a server beside this process needs memory
     for side in missing:
         # No name for the model here: it would keep the base in memory while the edited is loaded.
         answers[side] = _answers(run, run.answering(folder_of(run, side), side), side)
