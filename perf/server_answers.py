@@ -1,6 +1,6 @@
 """Wall time of answers from a server of fixed latency, against latency x answers / concurrency.
 
-    python perf/server_answers.py [--answers 1000] [--latency 0.5] [--concurrency 25]
+    python perf/server_answers.py [--answers 1000] [--latency 4] [--concurrency 40]
 
 The server is a process of its own that answers nothing in earnest: it waits `latency` seconds for
 each request, however many there are, and returns 128 token ids. What is measured is what the client
@@ -32,7 +32,6 @@ TOKENS = 128
 
 def serve(latency: float, port: Connection) -> None:
     """Answers HTTP on a free port of 127.0.0.1, sent through `port`, until it is ended."""
-
     served = []  # seconds of each completion
 
     async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -100,8 +99,8 @@ def main() -> None:
     """Prints the ratio of every round, and the best."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--answers", type=int, default=1000)
-    parser.add_argument("--latency", type=float, default=0.5)
-    parser.add_argument("--concurrency", type=int, default=25)
+    parser.add_argument("--latency", type=float, default=4.0)
+    parser.add_argument("--concurrency", type=int, default=40)
     parser.add_argument("--rounds", type=int, default=3)
     arguments = parser.parse_args()
     here, there = multiprocessing.Pipe()

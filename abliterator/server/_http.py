@@ -144,10 +144,13 @@ class Server:
             openai.APIError, ValueError: if there is none.
         """
         assert self._client is not None
+        client, options = self._client, _headers()
         async with asyncio.timeout(min(self._settings.timeout, PROBE_SECONDS)):
             if body is None:
-                return await self._client.get(path, cast_to=object, options=_headers())
-            return await self._client.post(path, cast_to=object, body=body, options=_headers())
+                value = await client.get(path, cast_to=object, options=options)
+            else:
+                value = await client.post(path, cast_to=object, body=body, options=options)
+        return json.loads(redacted(json.dumps(value), self._settings))  # it may quote the key
 
     async def _call(self, request: Request | CompletionRequest, response_format: str) -> Reply:
         assert self._client is not None

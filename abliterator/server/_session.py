@@ -71,7 +71,11 @@ class Session:
         self.usage = Usage(calls, cost)
 
     async def __aenter__(self) -> Self:
-        await self._server.__aenter__()
+        try:
+            await self._server.__aenter__()
+        except BaseException:
+            self._cache.close()
+            raise
         return self
 
     async def __aexit__(self, *_: object) -> None:

@@ -239,7 +239,9 @@ def test_a_key_that_is_missing_or_refused(loaded, engine_of, monkeypatch):
         monkeypatch.setenv("ANSWER_KEY", "wrong-key-123456")
         refused(server, engine_of, "Check the key", api_key_env="ANSWER_KEY")
         monkeypatch.setenv("ANSWER_KEY", "right-key-123456")
+        server.entry["owned_by"] = "right-key-123456"  # what a record would show
         engine = engine_of(server, api_key_env="ANSWER_KEY")
+        assert engine.probed(PROMPTS[0], max_new_tokens=2).owner == "[key]"
         assert len(engine.answers(PROMPTS, max_new_tokens=2, batch_size=1)) == len(PROMPTS)
 
 

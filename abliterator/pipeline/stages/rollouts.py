@@ -71,6 +71,8 @@ def _run(run: Run) -> list[Path]:
     in_turn = [[side] for side in reversed(missing)]
     for sides in in_turn if run.recipe.engine.kind == "vllm" else [missing]:
         engines |= probe_engines(run, {side: folder_of(run, side) for side in sides})
+        if engines:
+            run.free()  # no weights are needed here, and a server beside this process needs memory
         answers |= {side: _side_answers(run, side) for side in sides}
     written = [ANSWERS.write_lines(run, (c for side in SIDES for c in answers[side]))]
     if engines:
