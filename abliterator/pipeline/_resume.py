@@ -71,6 +71,7 @@ def run_missing(
                 start = perf_counter()
                 with enough_memory(f"The stage `{stage.name}`", smaller=_SMALLER):
                     artefacts = stage.run(run)
+                run.end_engine(candidates=True)
                 seconds = round(perf_counter() - start, 3)
                 _require_unchanged(stage, run, key)
                 parts = stage.parts(run)

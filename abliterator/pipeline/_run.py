@@ -213,8 +213,7 @@ class Run:
     def _loading_bar(self, folder: Path) -> Iterator[None]:
         """Frees what is held, and shows that a model is loaded."""
         self.free()
-        if self._by_vllm and not self._by_vllm[0][1]:
-            self.end_engine()  # it and a model would not fit on one device
+        self.end_engine(candidates=False)  # both would not fit on one device
         side = "edited" if folder == self.workspace.checkpoint else "base"
         with self.progress.bar(f"loading {side}", 0):
             yield
@@ -311,12 +310,19 @@ class Run:
             self._by_vllm = (folder, candidates), engine
         return self._by_vllm[1]
 
-    def end_engine(self) -> None:
-        """Ends the vLLM that the run started, if there is one; asking it starts it again."""
+    def end_engine(self, *, candidates: bool | None = None) -> None:
+        """Ends the vLLM that the run started, if there is one; asking it starts it again.
+
+        Args:
+            candidates: end one alone that serves candidates, or one alone that serves none.
+        """
+        if self._by_vllm is None or candidates not in (None, self._by_vllm[0][1]):
+            return
         from abliterator.engines import VllmModel
 
-        if self._by_vllm and isinstance(self._by_vllm[1].served, VllmModel):
-            self._by_vllm[1].served.close()
+        served = self._by_vllm[1].served
+        if isinstance(served, VllmModel):
+            served.close()
 
     def answers_depend_on(self, *, candidates: bool = False) -> list[Any]:
         """What a stage's key holds of the engine that answers; nothing of transformers."""

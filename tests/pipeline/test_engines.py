@@ -9,7 +9,7 @@ import pytest
 
 from abliterator import pipeline
 from abliterator.engines import ServedEngine, TransformersEngine
-from abliterator.errors import RecipeError, ServerError
+from abliterator.errors import ServerError
 from abliterator.model import load_model, load_tokenizer
 from abliterator.pipeline._engines import probe_engines
 from abliterator.pipeline._resume import prepare, run_missing
@@ -127,12 +127,6 @@ def test_what_runs_benchmarks(tmp_path, project, server):
     assert benchmark_engine(project(server, "engine.benchmarks=false")) == BenchmarkEngine()
     own = ("benchmarks.engine.options={max_length: 9}", "benchmarks.preset=demo")
     assert benchmark_engine(project(server, *own)).options == {"max_length": 9}
-
-
-def test_an_engine_that_is_not_there_yet(tmp_path, tiny_folder):
-    recipe = write_project(tmp_path, tiny_folder)("engine.kind=vllm")
-    with pytest.raises(RecipeError, match="vllm"):
-        build(recipe, tmp_path / "out")
 
 
 def test_first_tokens_other_than_those_of_the_model_held_here_are_noted(tmp_path, project, server):
