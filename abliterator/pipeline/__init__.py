@@ -25,6 +25,7 @@ from abliterator.pipeline._estimate import Estimate, estimate
 from abliterator.pipeline._first_recipe import first_recipe
 from abliterator.pipeline._judges import judge_of, note_plain_http, require_key
 from abliterator.pipeline._model import Model
+from abliterator.pipeline._options import Options
 from abliterator.pipeline._outlook import with_outlook
 from abliterator.pipeline._plan import Plan, make_plan, plan_source
 from abliterator.pipeline._planned_prompts import planned_prompts
@@ -32,7 +33,6 @@ from abliterator.pipeline._progress import Advance, Progress, Silent
 from abliterator.pipeline._report import write_report
 from abliterator.pipeline._reproduce import Reproduction, compare_rebuilt
 from abliterator.pipeline._resume import prepare, require_pinned_code, run_missing
-from abliterator.pipeline._run import Options
 from abliterator.pipeline._study import (
     STUDIES,
     USES_DIRECTIONS,

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from abliterator.errors import AbliteratorError
-from abliterator.pipeline._run import Options
+from abliterator.pipeline._options import Options
 from abliterator.pipeline.stages.benchmarks import key_names
 from abliterator.processes import HUB_TOKENS
 from abliterator.recipe import Recipe

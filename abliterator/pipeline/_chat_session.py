@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, TypeAlias
 from abliterator.checkpoint import Checkpoint
 from abliterator.devices import enough_memory
 from abliterator.errors import OutputError, RecipeError
+from abliterator.pipeline._options import Options
 from abliterator.pipeline._plan import make_plan
-from abliterator.pipeline._run import Options, Run
+from abliterator.pipeline._run import Run
 from abliterator.pipeline._workspace import Workspace
 from abliterator.pipeline.stages.directions import removed_subspace
 from abliterator.pipeline.stages.rollouts import folder_of

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from abliterator.files import write_bytes_atomic
 from abliterator.pipeline._bake_subspace import bake_subspace
+from abliterator.pipeline._options import Options
 from abliterator.pipeline._plan import make_plan
-from abliterator.pipeline._run import Options
 from abliterator.recipe import Edit, Source
 from abliterator.record import TensorEdit
 from abliterator.source import resolve_folder

@@ -11,9 +11,9 @@ from abliterator.devices import AUTO, device_memory
 from abliterator.errors import RecipeError
 from abliterator.pipeline._estimate import Estimate, estimate
 from abliterator.pipeline._missing import Missing, missing
+from abliterator.pipeline._options import Options
 from abliterator.pipeline._plan import Plan
 from abliterator.pipeline._planned_prompts import PlannedPrompts, planned_prompts
-from abliterator.pipeline._run import Options
 from abliterator.pipeline._where import Where, where_weights_lie
 from abliterator.recipe import Recipe
 

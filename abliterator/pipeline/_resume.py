@@ -14,10 +14,11 @@ from time import perf_counter
 from abliterator.devices import enough_memory
 from abliterator.errors import AbliteratorError, OutputError, RecipeError
 from abliterator.pipeline._judges import judge_of
+from abliterator.pipeline._options import Options
 from abliterator.pipeline._plan import plan_source, require_room
 from abliterator.pipeline._progress import Progress, Silent
 from abliterator.pipeline._prompt_lengths import require_prompts_fit
-from abliterator.pipeline._run import Options, Run
+from abliterator.pipeline._run import Run
 from abliterator.pipeline._stage import Stage
 from abliterator.pipeline._vllm import vllm_of
 from abliterator.pipeline._workspace import Workspace, usable
