@@ -22,7 +22,7 @@ from abliterator.pipeline import write_report
 from abliterator.plots import draw_cosines
 
 PICTURES = Path(__file__).parents[1] / "docs" / "pictures"
-WINDOW = "1280,1160"  # pixels: the summary, and the first answers
+WINDOW = "1280,1180"  # pixels: the summary, and the first answers
 
 
 def main() -> None:

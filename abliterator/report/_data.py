@@ -65,7 +65,7 @@ def _build(build: Build) -> dict[str, Any]:
                 "off": None if edit.leak is None else abs(edit.leak - abs(1 - edit.strength)),
                 "change": build.changes.get(edit.name),
             }
-            for edit in build.edits
+            for edit in sorted(build.edits, key=lambda edit: (edit.layer, edit.name))
         ],
         "record": build.record_text,
     }

@@ -56,7 +56,8 @@ function sweep(build, width) {
     const baseValue = panel.base ? valueOf(base, panel) : null;
     const reference = (y, text, stroke, dash) => y == null || (log && y <= 0) ? [] : [
       Plot.ruleY([y], { stroke, strokeDasharray: dash }),
-      Plot.text([text], { x: domain[1], y, text: (d) => d, textAnchor: "end", dy: -6, fill: stroke }),
+      Plot.text([text], { x: domain[1], y, text: (d) => d, textAnchor: "end", dy: -6, fill: stroke,
+        stroke: colour("page"), strokeWidth: 4 }),
     ];
     return plot({
       width, height: last ? 134 : 110, marginTop: 24, marginBottom: last ? 34 : 10,
@@ -157,7 +158,7 @@ function weights(build, width) {
     return plot({
       width: each, height: 190, marginTop: 26, marginBottom: 34, marginLeft: 60, ariaLabel: `${label} of each tensor by block`,
       x: { label: "block", nice: true, tickFormat: (d) => (Number.isInteger(d) ? String(d) : "") },
-      y: { label, labelArrow: "none", grid: true, type: log ? "log" : "linear", ticks: 5,
+      y: { label, labelArrow: "none", grid: true, type: log ? "log" : "linear", ticks: log ? 3 : 5,
         tickFormat: tiny ? (d) => (d && d < 0.001 ? d.toExponential(0) : String(d)) : undefined, zero: !log, nice: true },
       marks: [
         Plot.dot(rows, { x: "layer", y: key, fill: hue, r: 3, fillOpacity: 0.85 }),
