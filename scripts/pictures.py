@@ -1,6 +1,6 @@
 """Draw the README's pictures from a finished build: a heatmap, and its report in Chromium.
 
-    abliterator build recipes/smollm2.yaml --set model=FOLDER --set layers=sweep --set k=auto
+    abliterator build recipes/smollm2.yaml --set model=FOLDER
     python scripts/pictures.py out/smollm2 [CHROMIUM]
 
 Needs `pip install 'abliterator[plots]'` and Chromium. The pictures show prompts and answers of the
@@ -22,7 +22,7 @@ from abliterator.pipeline import write_report
 from abliterator.plots import draw_cosines
 
 PICTURES = Path(__file__).parents[1] / "docs" / "pictures"
-WINDOW = "1280,1180"  # pixels: the summary, and the first answers
+WINDOW = "1280,1540"  # pixels: the summary, and the first answers
 
 
 def main() -> None:
