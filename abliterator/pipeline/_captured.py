@@ -14,9 +14,7 @@ if TYPE_CHECKING:
 
     from abliterator.subspace import Moments, MomentSet
 
-# Work that a killed process loses at most, in seconds; longer where writing takes more than a
-# twentieth of that.
-INTERVAL, SHARE = 2.0, 1 / 20
+SHARE = 1 / 20  # of the time, at most, that goes into writing sums
 
 
 class CapturedSet:
@@ -65,7 +63,7 @@ class CapturedSet:
             self.vectors[batch] = residuals.float().cpu()
         self.done.update(batch)
         self._is_whole = True
-        if perf_counter() - self._written > max(INTERVAL, self._cost / SHARE):
+        if perf_counter() - self._written > self._cost / SHARE:
             self.write()
 
     def frozen(self) -> dict[str, MomentSet]:

@@ -39,6 +39,8 @@ class ChatSession:
         models: by side.
         chat: how a prompt becomes a conversation.
         max_new_tokens: of an answer.
+        edited_at: the context of the edit at a factor of its strengths; None where the edit has no
+            run-time form, or its base is not loaded.
         notes: what differs between the two folders beside their weights, since each model uses its
             own chat template and tokenizer.
     """
@@ -47,6 +49,21 @@ class ChatSession:
     chat: Chat
     max_new_tokens: int
     notes: tuple[str, ...] = ()
+    edited_at: Callable[[float], AbstractContextManager[None]] | None = None
+
+    def set_strength(self, factor: float) -> None:
+        """Lets the edited side answer at `factor` of the strengths that were built.
+
+        Raises:
+            RecipeError: if the edit is not made at run time here.
+        """
+        if self.edited_at is None:
+            raise RecipeError(
+                "The strength can be changed in a chat with the folder of a build whose edit has "
+                "`norm: none`, and this is none."
+            )
+        engine, _ = self.models["edited"]
+        self.models["edited"] = engine, partial(self.edited_at, factor)
 
     def answer(
         self,
@@ -96,7 +113,12 @@ class ChatSession:
 
 
 def open_chat(
-    name: str, *, sides: Sequence[Side], max_new_tokens: int | None, options: Options
+    name: str,
+    *,
+    sides: Sequence[Side],
+    max_new_tokens: int | None,
+    options: Options,
+    at_run_time: bool = False,
 ) -> ChatSession:
     """Loads the models of a chat.
 
@@ -109,6 +131,8 @@ def open_chat(
         sides: which models answer.
         max_new_tokens: of an answer; None for the recipe's, 256 where there is no recipe.
         options: device and dtype.
+        at_run_time: for a build, load the base alone and edit it at run time, where that can be
+            done: then both sides can answer, and the strength can be changed.
 
     Raises:
         RecipeError: if the base is asked for and the checkpoint does not say which it is, and for
@@ -117,6 +141,7 @@ def open_chat(
     """
     recipe: Recipe | None
     _ = options.compute_device  # one that is not there is an error before anything is downloaded
+    edited_at: Callable[[float], AbstractContextManager[None]] | None = None
     workspace = Workspace(Path(name))
     if workspace.is_ours:
         recipe = workspace.recipe()
@@ -126,13 +151,28 @@ def open_chat(
             )
         source = resolve_folder(recipe.model, revision=recipe.revision)
         plan = make_plan(source, recipe.edit, workspace.out)
-        models = _models_of_build(Run(recipe, plan, workspace, options), sides)
+        run = Run(recipe, plan, workspace, options)
+        if at_run_time and recipe.edit.norm == "none":
+            sides = ("base", "edited")
+        models = _models_of_build(run, sides)
+        if len(sides) > 1 and recipe.edit.norm == "none":
+            edited_at = partial(_edited_at, run, models["edited"][0])
     else:
         folder = resolve_folder(name, revision=None).folder
         recipe = load_recipe(folder / RECIPE) if (folder / RECIPE).is_file() else None
         models = {side: (_load(folder, side, recipe, options), nullcontext) for side in sides}
     tokens = max_new_tokens or (recipe.rollouts.max_new_tokens if recipe else 256)
-    return ChatSession(models, recipe.chat if recipe else Chat(), tokens, _notes(models))
+    chat = recipe.chat if recipe else Chat()
+    return ChatSession(models, chat, tokens, _notes(models), edited_at)
+
+
+def _edited_at(run: Run, engine: TransformersEngine, factor: float) -> AbstractContextManager[None]:
+    """The model under the build's edit at `factor` of its strengths."""
+    from abliterator.engines import WriterEdit
+
+    plan = planned_edits(run)
+    strengths = {edit.writer.module: factor * edit.strength for edit in plan.edits}
+    return engine.edited(WriterEdit(plan, removed_subspace(run).basis, strengths))
 
 
 def _notes(models: dict[Side, ModelOfSide]) -> tuple[str, ...]:

@@ -13,6 +13,7 @@ from abliterator.checkpoint import ADAPTER_CONFIG, ADAPTER_WEIGHTS, is_legal
 from abliterator.errors import PublishError
 from abliterator.files import read_text, sha256_of_bytes
 from abliterator.publish._files import PlannedFile, stamps_of, verified_files
+from abliterator.publish._require import require_measured
 from abliterator.record import AdapterVerification, Frozen, RunRecord, Verification
 from abliterator.verification import (
     CARD,
@@ -142,12 +143,14 @@ def plan_publish(
         subspace: the removed subspace, for measuring the leak again.
 
     Raises:
-        PublishError: if the checkpoint does not verify, is incomplete, or may not go by that name.
+        PublishError: if the checkpoint does not verify, is incomplete, may not go by that name, or
+            does not measure what its recipe requires.
     """
     _check_target(target)
     before = stamps_of(checkpoint)
     record = _read_record(checkpoint)
     _check_license(record, target)
+    require_measured(record)
     verification = verify(base, checkpoint, subspace=subspace)
     _require_sound(checkpoint, verification)
     files = verified_files(checkpoint, verification.sha256, before)

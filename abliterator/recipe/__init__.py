@@ -28,6 +28,7 @@ from abliterator.recipe._engine import STARTED_KEY, EngineKind, EngineServer, En
 from abliterator.recipe._judge import JudgeSettings, Rollouts
 from abliterator.recipe._pairs import PairExample, PairsSpec
 from abliterator.recipe._prompts import Capture, Chat, Prompts, Source
+from abliterator.recipe._publish import Publish, Requirements
 from abliterator.recipe._read import load_edit, load_engine, load_judge, load_pairs, load_recipe
 from abliterator.recipe._recipe import Recipe
 from abliterator.recipe._server import Prices, ServerSettings
@@ -55,7 +56,9 @@ __all__ = [
     "Preset",
     "Prices",
     "Prompts",
+    "Publish",
     "Recipe",
+    "Requirements",
     "Rollouts",
     "Selection",
     "ServerSettings",

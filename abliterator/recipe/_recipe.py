@@ -19,6 +19,7 @@ from abliterator.recipe._edit import DirectionSettings, Edit, Selection
 from abliterator.recipe._engine import EngineSettings
 from abliterator.recipe._judge import JudgeSettings, Rollouts
 from abliterator.recipe._prompts import Capture, Chat, Prompts
+from abliterator.recipe._publish import Publish
 from abliterator.recipe._section import Layers, Positive, Section
 from abliterator.recipe._tuning import Tuning
 
@@ -53,6 +54,7 @@ class Recipe(Section):
     judge: JudgeSettings = JudgeSettings()
     divergence: DivergenceSettings = DivergenceSettings()
     benchmarks: Benchmarks = Benchmarks(tasks=())
+    publish: Publish = Publish()
 
     @field_validator("layers")
     @classmethod
@@ -94,6 +96,8 @@ class Recipe(Section):
         Shown by cards and published folders; it does not depend on where files are stored.
         """
         plain = self.model_dump(mode="json")
+        if self.publish == Publish():
+            del plain["publish"]  # recipes of before have no such section, and the same digest
         if Path(self.model).is_absolute():
             plain["model"] = Path(self.model).name
         for source in plain["prompts"].values():
@@ -124,5 +128,7 @@ class Recipe(Section):
 
     @property
     def digest(self) -> str:
-        """sha256 of the published form as canonical JSON."""
-        return digest_of(self.published())
+        """sha256 as canonical JSON of the published form, without what it requires of that."""
+        plain = self.published()
+        plain.pop("publish", None)
+        return digest_of(plain)

@@ -208,3 +208,44 @@ def test_at_a_terminal(built):
     os.close(ours)
     assert done.returncode == 0, err
     assert answer["response"] in out
+
+
+def talk(session, monkeypatch, *lines, answering=("edited",)):
+    typed = iter(lines)
+    monkeypatch.setattr(builtins, "input", lambda _: next(typed, "/quit"))
+    converse(session, answering)
+
+
+@pytest.fixture
+def switchable(built):
+    return pipeline.open_chat(
+        str(built), sides=("edited",), max_new_tokens=None, options=OPTIONS, at_run_time=True
+    )
+
+
+def test_sides_and_strength_can_be_changed(built, switchable, monkeypatch, capsys):
+    base, edited = (
+        next(a for a in measured(built) if (a["side"], a["set"]) == (side, "target"))
+        for side in ("base", "edited")
+    )
+    asked = base["prompt"]
+    lines = [asked, "", "/base", asked, "", "/edited", "/strength 0", asked, "", "/strength 1"]
+    talk(switchable, monkeypatch, *lines, asked, "", "/both", asked)
+    shown = capsys.readouterr().out
+    answers = [edited["response"], base["response"], base["response"], edited["response"]]
+    both = f"base: {base['response']}\nedited: {edited['response']}\n"
+    assert shown == "\n".join(answers) + "\n" + both
+
+
+def test_a_file_is_a_prompt_and_a_wrong_command_is_named(
+    built, switchable, monkeypatch, capsys, tmp_path
+):
+    answer = next(a for a in measured(built) if a["side"] == "edited")
+    (tmp_path / "p.txt").write_text(answer["prompt"] + "\n")
+    wrong = ["/strong", "/strength much", "/prompt missing.txt"]
+    talk(switchable, monkeypatch, "/help", *wrong, f"/prompt {tmp_path / 'p.txt'}")
+    output = capsys.readouterr()
+    assert output.out.endswith(answer["response"] + "\n")
+    assert "/strength 0.5" in output.out
+    assert output.err.count("is no command") == 2
+    assert "missing.txt" in output.err
