@@ -44,17 +44,17 @@ def load_without_weights(
         UnsupportedModel: for a model with its own code, one whose weights are stored quantised,
             one without a dtype, and types that transformers changes when it loads them: to load
             these means more than to read tensors.
-        Others: those of `load_model`.
+        AbliteratorError: as `load_model`.
     """
-    asked = require_dtype(dtype)
+    compute_dtype = require_dtype(dtype)
     require_plain_folder(folder)
     with loading(folder):
         require_countable(json.loads(read_text(folder / "config.json")))
         config = read_config(folder, trust_remote_code)
-        asked = asked or config.dtype
-        _require_plain_weights(config, folder, asked)
+        compute_dtype = compute_dtype or config.dtype
+        _require_plain_weights(config, folder, compute_dtype)
         require_weights_enough(config, folder)
-        model = _empty(config, folder, asked)
+        model = _empty(config, folder, compute_dtype)
     device = choose_device(device)
     for module in model.modules():
         for name, buffer in module._buffers.items():

@@ -177,6 +177,17 @@ def test_a_batch_that_does_not_fit_is_halved(tiny_folder):
         list(engine.hidden_states(prompts[:1]))
 
 
+def test_batches_that_wait_for_a_measurement_end_with_it(tiny_folder):
+    """The first of them measures whether its cache is continued; here, it fails while it does."""
+    engine = streamed(tiny_folder("llama"))
+    parts_of_a_pass = 3 + 3  # blocks, embedding, norm, head
+    with (
+        fail_on_call(engine, len(PROMPTS) * parts_of_a_pass + 3, ArithmeticError),
+        pytest.raises(ArithmeticError),
+    ):
+        engine.log_likelihoods(PROMPTS, [(5, 6)], max_batch_tokens=1)
+
+
 def test_missing_and_other_weights_are_named_before_a_pass(tiny_folder, tmp_path):
     import safetensors.torch
 

@@ -84,17 +84,15 @@ class Passes:
             for batch in batches:
                 self._advance(batch, activations)
             while waiting:
-                yield from _ended(waiting, too_large)
-                part = _furthest_behind(waiting)
-                if part is None:
-                    continue
-                self._weights.use(part)
-                for batch in [b for b in waiting if b.waits_for(part)]:
-                    self._serve(batch, activations)
-                    yield from _ended(waiting, too_large)
                 for batch in waiting:
                     if isinstance(batch.at, Turn) and batch.at.key not in turns:
                         self._advance(batch, activations)
+                yield from _ended(waiting, too_large)
+                if part := _furthest_behind(waiting):
+                    self._weights.use(part)
+                for batch in [b for b in waiting if part and b.waits_for(part)]:
+                    self._serve(batch, activations)
+                    yield from _ended(waiting, too_large)
         finally:
             for batch in batches:
                 batch.abort()
