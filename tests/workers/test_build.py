@@ -33,7 +33,9 @@ def demo(request):
 
 def figures(out) -> dict:
     """What the record says, without times, places and what the machine is."""
-    record = json.loads((out / "checkpoint" / "abliterator" / "record.json").read_text(encoding="utf-8"))
+    record = json.loads(
+        (out / "checkpoint" / "abliterator" / "record.json").read_text(encoding="utf-8")
+    )
     return {k: v for k, v in record.items() if k not in {"timing", "provenance", "created"}}
 
 
