@@ -78,7 +78,7 @@ def _build_several(
             builds[path] = pipeline.Build(recipe, out)
         except AbliteratorError as error:
             results[path] = error
-    if len({build.out.resolve() for build in builds.values()}) < len(builds):
+    if len({build.out.resolve() for build in builds.values()} | set(results)) < len(paths):
         raise click.UsageError("Two RECIPEs would be built in the same folder: rename one.")
     built = pipeline.build_several(list(builds.values()), options=options, progress=Bars())
     for path, result in zip(builds, built, strict=True):

@@ -28,6 +28,7 @@ PACKAGES = (
 # What is used where it is installed: package, use, and what pip installs it.
 _OPTIONAL = (
     ("matplotlib", "pictures of a sweep", "abliterator[plots]"),
+    ("ray", "workers on several machines", "abliterator[ray]"),
     ("tenacity", "benchmarks through a server", "lm-eval[api]"),
     ("vllm", "benchmarks with vLLM", "lm-eval[vllm]"),
     ("sentencepiece", "models with a tokenizer.model alone", "sentencepiece protobuf"),

@@ -59,8 +59,8 @@ def build_on_workers(
     """
     secrets = HUB_TOKENS | {"OPENAI_API_KEY"}
     secrets |= set().union(*(key_names(b.recipe.published()) for b in builds))
-    few = min(settings.workers or len(builds), len(builds))
-    with open_pool(replace(settings, workers=few, secrets=frozenset(secrets))) as pool:
+    few = settings.at_most(len(builds))
+    with open_pool(replace(few, secrets=frozenset(secrets))) as pool:
         job = pool.number(BuildJob(build, options))
         whole = [Build(b.recipe, b.out.resolve()) for b in builds]
         for outcome in pool.outcomes(job, whole):

@@ -171,6 +171,7 @@ class RayWorker:
                 try:
                     self.name = f"worker on {ray.get(ready[0])}"
                 except ray.exceptions.RayError:
+                    self.ping = self._ping()
                     return False
                 return True
             if is_over():
@@ -186,7 +187,9 @@ class RayWorker:
         try:
             # within a list, so that only an actor without the job fetches it
             outcome = ray.get(self._actor.run.remote(job.number, [self._sent[1]], item))
-        except ray.exceptions.RayActorError as error:
+        except ray.exceptions.RayTaskError:
+            raise  # a bug: what jobs raise is an outcome
+        except ray.exceptions.RayError as error:  # the actor died, or its node with the result
             self.ping = self._ping()
             raise WorkerLost(" ".join(str(error).split())[:300]) from error
         return Outcome(*outcome)

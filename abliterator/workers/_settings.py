@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING
 
@@ -72,6 +72,11 @@ class PoolSettings:
             self.devices()
         else:
             self.share()
+
+    def at_most(self, workers: int) -> PoolSettings:
+        """The same with no more workers than so many."""
+        there = len(self.devices()) if self.ray is None else self.share().workers
+        return replace(self, workers=min(there, workers))
 
     def share(self) -> Share:
         """What each worker gets of the Ray cluster."""
