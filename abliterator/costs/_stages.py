@@ -11,7 +11,7 @@ from abliterator.costs._types import Answers, Batch, Benchmark, StageCost
 # Seconds of Python code on the machine whose `Machine.python` is `REFERENCE`: they do not depend on
 # the model, and were measured with the demo's.
 _START = 2.0  # imports of torch and transformers, and the checks before the first stage
-_FIRST = 0.4  # of the first forward passes of a process, which import and allocate
+_FIRST = 0.7  # of the first forward passes of a process, which import and allocate
 _BAKE = 0.25
 _LOAD = 0.1  # to load a model
 _RECORD = 0.6
@@ -19,7 +19,7 @@ _CHILD = 6.5  # imports of lm-eval and its libraries in a process of its own
 _DOCUMENT = 7e-4  # to make and score one sequence of lm-eval
 _PATH = 2e-3  # to compare one path on one side
 _PROMPT = 2e-3  # reading, comparing and rendering one prompt
-_VERDICT = 4e-4  # of the rule judge
+_JUDGE, _VERDICT = 0.1, 4e-4  # of the rule judge: its tables, and one verdict
 _TENSOR = 2e-3  # to edit one tensor, beside its numbers
 
 # What transformers does with each number of the weights, in writes to new memory: shapes are
@@ -38,7 +38,7 @@ _PREVIEW = 1.1
 _FORWARD_AND_BACKWARD = 2.2
 _SHARD = 5 << 30  # bytes of a file of weights
 # Bytes beside `Machine.base_memory` of the libraries that a build imports.
-_LIBRARIES = 150 << 20
+_LIBRARIES = 200 << 20
 # Passages of the text whose perplexity both sides take, and tokens of one.
 _PASSAGES, _PASSAGE = 8, 120
 # Bytes of activations that a block holds, a number of the residual stream; and of logits.
@@ -323,7 +323,7 @@ class Costs:
 
     def judge(self, answers: int) -> StageCost:
         """Verdicts of the rule judge."""
-        return self.stage("judge", self.python(_VERDICT * answers))
+        return self.stage("judge", self.python(_JUDGE + _VERDICT * answers))
 
     def record(self) -> StageCost:
         """The record and the card."""

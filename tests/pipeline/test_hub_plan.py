@@ -65,7 +65,10 @@ def plans(hub: HubServer, home: Path, *models: str, **environment: str) -> list:
 def comparable(summary: dict) -> dict:
     """A summary without what differs between a folder and the Hub, or from minute to minute."""
     same = {name: value for name, value in summary.items() if name not in ("model", "revision")}
-    return same | {"bytes": {n: v for n, v in summary["bytes"].items() if n != "free"}}
+    return same | {
+        part: {name: value for name, value in summary[part].items() if name != "free"}
+        for part in ("bytes", "where")
+    }
 
 
 def sent_of_weights(hub: HubServer) -> int:
