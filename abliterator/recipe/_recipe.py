@@ -56,6 +56,13 @@ class Recipe(Section):
     benchmarks: Benchmarks = Benchmarks(tasks=())
     publish: Publish = Publish()
 
+    @field_validator("layers", mode="before")
+    @classmethod
+    def _a_list(cls, value: Any) -> Any:
+        if isinstance(value, int) and not isinstance(value, bool):
+            raise ValueError(f"must be a list: write `[{value}]`")
+        return value
+
     @field_validator("layers")
     @classmethod
     def _distinct_layers(cls, value: Any) -> Any:
@@ -79,7 +86,10 @@ class Recipe(Section):
         elif (
             isinstance(self.layers, tuple) and isinstance(self.k, int) and self.k > len(self.layers)
         ):
-            raise ValueError(f"k is {self.k}, but only {len(self.layers)} layers are given")
+            raise ValueError(
+                f"k is {self.k}, but only {len(self.layers)} layers are given. Name more layers, "
+                "or lower k"
+            )
         return self
 
     @model_serializer(mode="wrap")
