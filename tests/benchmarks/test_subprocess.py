@@ -71,7 +71,7 @@ def test_too_little_memory_halves_the_batch_of_both_sides(monkeypatch, plain, ta
         batch = job["settings"]["section"]["batch_size"]
         asked.append((Path(job["folder"]).name, batch))
         if job["folder"] == "edited" and batch > 4:
-            raise _subprocess._OutOfMemory
+            raise _subprocess.OutOfMemory
         for task in job["tasks"]:
             found = scored([1.0], task=task["name"]).model_dump(mode="json")
             path = Path(job["out"]) / f"{task['name']}.json"
@@ -148,7 +148,7 @@ def test_torchs_own_out_of_memory_reaches_the_parent_through_lm_eval(
             patch.setattr(sys, "stdout", stdout)
             code = _subprocess.main(job_file)
         if code == _subprocess.OUT_OF_MEMORY:
-            raise _subprocess._OutOfMemory
+            raise _subprocess.OutOfMemory
         assert code == 0
 
     monkeypatch.setattr(_subprocess, "_run_child", child)
