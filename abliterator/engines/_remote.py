@@ -8,8 +8,6 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
-import torch
 from torch import Tensor
 
 from abliterator.devices import choose_device, release_memory
@@ -21,38 +19,20 @@ from abliterator.engines._transformers import TransformersEngine
 from abliterator.errors import CheckpointError
 from abliterator.files import digest_of
 from abliterator.model import Limits, load_model, load_tokenizer, run_batches
-from abliterator.workers import Resident
-
-
-class PackedTensor(NamedTuple):
-    """A tensor as bytes: torch would send one through shared memory, which a dead process loses.
-
-    The order of its dimensions in memory is kept: the rounding of products depends on it.
-    """
-
-    data: Any  # numpy, uint8
-    dtype: str
-    shape: tuple[int, ...]  # of the dimensions in the order in which they are stored
-    order: tuple[int, ...]
+from abliterator.workers import PackedTensor, Resident, pack_tensor, unpack_tensor
 
 
 def pack(value: Any) -> Any:
     """The value with all tensors packed: a tensor, a list of them, an edit, or anything else."""
     if isinstance(value, Tensor):
-        strides = value.stride()
-        order = tuple(sorted(range(value.ndim), key=lambda dim: strides[dim], reverse=True))
-        stored = value.detach().cpu().permute(order).contiguous()
-        data = stored.reshape(-1).view(torch.uint8).numpy()
-        return PackedTensor(data, str(value.dtype).removeprefix("torch."), stored.shape, order)
+        return pack_tensor(value)
     return _each(pack, Tensor, value)
 
 
 def unpack(value: Any) -> Any:
     """The value that `pack` got."""
     if isinstance(value, PackedTensor):
-        data = value.data if value.data.flags.writeable else np.copy(value.data)
-        stored = torch.from_numpy(data).view(getattr(torch, value.dtype)).view(value.shape)
-        return stored.permute([value.order.index(dim) for dim in range(len(value.order))])
+        return unpack_tensor(value)
     return _each(unpack, PackedTensor, value)
 
 

@@ -14,6 +14,18 @@ Workers are processes of this machine (`workers`), or actors of a Ray cluster (`
 
 from abliterator.workers._pool import Pool
 from abliterator.workers._settings import PoolSettings, open_pool
+from abliterator.workers._tensors import PackedTensor, pack_tensor, unpack_tensor
 from abliterator.workers._types import Job, Resident, Worker, WorkerLost
 
-__all__ = ["Job", "Pool", "PoolSettings", "Resident", "Worker", "WorkerLost", "open_pool"]
+__all__ = [
+    "Job",
+    "PackedTensor",
+    "Pool",
+    "PoolSettings",
+    "Resident",
+    "Worker",
+    "WorkerLost",
+    "open_pool",
+    "pack_tensor",
+    "unpack_tensor",
+]

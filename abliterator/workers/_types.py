@@ -32,7 +32,7 @@ class Resident:
 class Job(Protocol):
     """Work of many items; it is sent to other processes, so it is made of plain data.
 
-    Tensors in it must be sent as something else: torch would put them into shared memory.
+    Tensors in it are sent by `pack_tensor`: torch would put them into shared memory.
     """
 
     def opened(self, resident: Resident) -> AbstractContextManager[RunItem]:
