@@ -25,7 +25,7 @@ from abliterator.checkpoint import (
     patch_file,
     shard_layout,
 )
-from abliterator.devices import worker_count
+from abliterator.devices import usable_cores, worker_count
 from abliterator.files import copy_file, write_text_atomic
 from abliterator.record import TensorEdit
 
@@ -92,14 +92,22 @@ def bake(
     require_fit(basis, plan)
     done: list[TensorEdit] = []
     files = checkpoint.weight_files
-    with FileThreads(workers or _default_workers(checkpoint, plan)) as threads:
+    with FileThreads(workers or default_workers(checkpoint, plan)) as threads:
         editor = _ShardEditor(checkpoint, plan, basis, threads)
         baked = threads.of_files(partial(editor.write, out), files)
         for file, edits in zip(files, baked, strict=True):
             done += edits
             if on_bytes is not None:
                 on_bytes(checkpoint.file_bytes[file])
-    dequantized = editor.dequantized
+    write_other_files(checkpoint, plan, out, made_from)
+    return tuple(done)
+
+
+def write_other_files(
+    checkpoint: Checkpoint, plan: EditPlan, out: Path, made_from: Mapping[str, str] | None = None
+) -> None:
+    """Writes all of the edited checkpoint but its weight files; arguments are those of `bake`."""
+    dequantized = plan.dequantized(checkpoint)
     index = edited_index(checkpoint, dequantized.dense, dequantized.dropped)
     if index is not None:
         write_text_atomic(out / INDEX_FILE, index)
@@ -107,7 +115,6 @@ def bake(
         if file != CONFIG_FILE and (file != INDEX_FILE or index is None):
             copy_file(checkpoint.folder / file, out / file)
     write_config(checkpoint, plan, out, made_from)
-    return tuple(done)
 
 
 @_one_thread()
@@ -134,16 +141,24 @@ def bake_file(
         workers: how many tensors are edited at once.
     """
     require_fit(basis, plan)
-    with FileThreads(workers or _default_workers(checkpoint, plan)) as threads:
+    with FileThreads(workers or default_workers(checkpoint, plan)) as threads:
         editor = _ShardEditor(checkpoint, plan, basis, threads)
         return next(threads.of_files(partial(editor.write, out), [file]))
 
 
-def _default_workers(checkpoint: Checkpoint, plan: EditPlan) -> int:
-    """As many workers as there are cores, while their tensors fit in half of the free memory."""
+def default_workers(checkpoint: Checkpoint, plan: EditPlan, cores: int | None = None) -> int:
+    """As many workers as there are cores, while their tensors fit in half of the free memory.
+
+    Args:
+        checkpoint: the base.
+        plan: of the whole edit.
+        cores: those of this process, which shares the machine with others like it: it then has the
+            same share of the memory. None is all of them.
+    """
     if checkpoint.total_bytes < _SMALL_BYTES:
         return 1
-    return worker_count(plan.largest_bytes(checkpoint) + _PANEL_BYTES)
+    workers = worker_count(plan.largest_bytes(checkpoint) + _PANEL_BYTES)
+    return workers if cores is None else max(1, workers * cores // (usable_cores() or 1))
 
 
 class _ShardEditor:

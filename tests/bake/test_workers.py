@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import multiprocessing
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 
 import pytest
 import torch
 
 from abliterator.anatomy import anatomy_of
-from abliterator.bake import bake, bake_file, plan_edits
-from abliterator.bake._write import _default_workers
+from abliterator.bake import bake, bake_file, bake_on_workers, plan_edits
+from abliterator.bake._write import default_workers
 from abliterator.checkpoint import Checkpoint
+from abliterator.devices import usable_cores
 from abliterator.errors import FileError
 from abliterator.recipe import Edit
 from abliterator.subspace import random_basis
+from abliterator.workers import PoolSettings, open_pool
+from tests.bake.jobs import DeadlyBakeFile
 from tests.helpers.tiny import D_MODEL, save_tiny
 
 
@@ -33,6 +37,12 @@ def sharded(tmp_path, tiny_tokenizer):
     return save_tiny(
         "llama", tmp_path / "base", tiny_tokenizer, dtype=torch.bfloat16, shard_size="20KB"
     )
+
+
+@pytest.fixture(scope="module")
+def pool():
+    with open_pool(PoolSettings(workers=2, device="cpu")) as pool:
+        yield pool
 
 
 @pytest.mark.parametrize("settings", [{}, {"rounding": "nearest", "norm": "column"}])
@@ -68,12 +78,52 @@ def test_other_processes_write_single_files(sharded, tmp_path):
     }
 
 
+@pytest.mark.parametrize("dies", [False, True])
+def test_a_pool_gives_the_same_bytes_and_edits(sharded, tmp_path, pool, monkeypatch, dies):
+    checkpoint, plan = planned(sharded)
+    basis, made_from = random_basis(D_MODEL, 2, seed=1), {"recipe_digest": "0"}
+    # rounding depends on the order of dimensions in memory
+    basis = basis.T.contiguous().T
+    edits = bake(checkpoint, plan, basis, tmp_path / "here", made_from=made_from)
+    if dies:
+        monkeypatch.setattr("abliterator.bake._workers.BakeFile", DeadlyBakeFile)
+    sizes: list[int] = []
+    options = {"made_from": made_from, "on_bytes": sizes.append}
+    out = tmp_path / "workers"
+    assert bake_on_workers(pool, checkpoint, plan, basis, out, **options) == edits
+    assert sizes == [checkpoint.file_bytes[file] for file in checkpoint.weight_files]
+    assert files_of(out) == files_of(tmp_path / "here")
+    note = tmp_path / "died"
+    assert note.exists() == dies
+    if dies:
+        unfinished = checkpoint.weight_files[1]
+        there = note.read_text().splitlines()
+        assert unfinished not in there
+        assert f".{unfinished}.partial" in there
+
+
+def put_infinity(folder, info):
+    with (folder / info.file).open("r+b") as stream:
+        stream.seek(info.start)
+        stream.write(b"\x80\x7f")
+
+
+def test_a_damaged_number_is_the_same_error_from_a_worker(sharded, tmp_path, pool):
+    checkpoint, plan = planned(sharded)
+    for info in {edit.info.file: edit.info for edit in plan.edits[-4:]}.values():
+        put_infinity(sharded, info)  # in several files, of which the first is named
+    basis, messages = random_basis(D_MODEL, 2, seed=1), []
+    for bake_files in (bake, partial(bake_on_workers, pool)):
+        with pytest.raises(FileError, match="infinite, NaN") as caught:
+            bake_files(checkpoint, plan, basis, tmp_path / "o")
+        messages.append(str(caught.value))
+    assert messages[0] == messages[1]
+
+
 def test_a_damaged_number_is_the_same_error_from_a_thread(sharded, tmp_path):
     checkpoint, plan = planned(sharded)
     info = plan.edits[-1].info
-    with (sharded / info.file).open("r+b") as stream:
-        stream.seek(info.start)
-        stream.write(b"\x80\x7f")  # infinity
+    put_infinity(sharded, info)
     messages = []
     for workers in (1, 3):
         with pytest.raises(FileError, match="infinite, NaN") as caught:
@@ -87,9 +137,13 @@ def test_a_damaged_number_is_the_same_error_from_a_thread(sharded, tmp_path):
 
 def test_as_many_workers_as_their_tensors_fit_in_memory(sharded, monkeypatch):
     checkpoint, plan = planned(sharded)
-    assert _default_workers(checkpoint, plan) == 1  # threads would take longer to start
+    assert default_workers(checkpoint, plan) == 1  # threads would take longer to start
     monkeypatch.setattr("abliterator.bake._write._SMALL_BYTES", 0)
     each = []
     monkeypatch.setattr("abliterator.bake._write.worker_count", lambda n: each.append(n) or 5)
-    assert _default_workers(checkpoint, plan) == 5
+    assert default_workers(checkpoint, plan) == 5
     assert each[0] > plan.largest_bytes(checkpoint) > 0
+    cores = usable_cores()
+    assert default_workers(checkpoint, plan, cores) == 5
+    assert default_workers(checkpoint, plan, 2 * cores) == 10
+    assert default_workers(checkpoint, plan, 0) == 1

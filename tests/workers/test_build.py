@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 from click.testing import CliRunner
+from transformers import AutoModelForCausalLM
 
 from abliterator import pipeline
 from abliterator.cli import main
 from abliterator.errors import WorkerError
 from abliterator.pipeline import Options
+from abliterator.pipeline.stages import bake as bake_stage
 from abliterator.recipe import load_recipe
+from abliterator.source import resolve_folder
 
 DEMO = "recipes/demo.yaml"
 SMALL = [
@@ -39,13 +43,33 @@ def figures(out) -> dict:
     return {k: v for k, v in record.items() if k not in {"timing", "provenance", "created"}}
 
 
+def in_several_files(folder):
+    """A copy of the demo's model whose weights are in several files."""
+    source = resolve_folder("embedded:demo", revision=None).folder
+    shutil.copytree(source, folder, ignore=shutil.ignore_patterns("*.safetensors"))
+    model = AutoModelForCausalLM.from_pretrained(source, dtype="auto")
+    model.save_pretrained(folder, max_shard_size="700KB")
+    return folder
+
+
 @pytest.mark.slow
-def test_a_build_on_two_workers(demo, tmp_path):
-    recipe = load_recipe(demo, overrides=SMALL)
+def test_a_build_on_two_workers(demo, tmp_path, monkeypatch):
+    bakes = []
+    baked = bake_stage.bake_on_workers
+    monkeypatch.setattr(
+        bake_stage, "bake_on_workers", lambda *a, **k: bakes.append(1) or baked(*a, **k)
+    )
+    model = in_several_files(tmp_path / "demo")
+    recipe = load_recipe(demo, overrides=[*SMALL, f"model={model}"])
     outs = {workers: tmp_path / str(workers) for workers in (None, 2)}
     for workers, out in outs.items():
         pipeline.build(recipe, out, options=Options(device="cpu", workers=workers))
-    weights = [(out / "checkpoint" / "model.safetensors").read_bytes() for out in outs.values()]
+    assert len(bakes) == 1
+    weights = [
+        {path.name: path.read_bytes() for path in (out / "checkpoint").glob("*.safetensors")}
+        for out in outs.values()
+    ]
+    assert len(weights[0]) > 3
     assert weights[0] == weights[1]
     local, distributed = map(figures, outs.values())
     assert local == distributed

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from abliterator.bake import bake
+from abliterator.bake import bake, bake_on_workers
 from abliterator.checkpoint import CONFIG_FILE
 from abliterator.files import write_text_atomic
 from abliterator.pipeline._run import Run
@@ -28,14 +29,14 @@ def _key(run: Run) -> Any:
 
 
 def _run(run: Run) -> list[Path]:
-    run.free()  # baking needs no model, and the files may be as large as the memory
+    bake_files = _bake_of(run)
     subspace = removed_subspace(run)
     out = run.workspace.checkpoint
     remove_whole(out)  # what an earlier recipe left there is not part of this checkpoint
     total = run.plan.checkpoint.total_bytes
     try:
         with run.progress.bar("bake", total, unit="B") as advance:
-            edits = bake(
+            edits = bake_files(
                 run.plan.checkpoint,
                 planned_edits(run),
                 subspace.basis,
@@ -49,6 +50,15 @@ def _run(run: Run) -> list[Path]:
         raise
     config = out / CONFIG_FILE  # left to the next stage
     return [path for path in out.rglob("*") if path.is_file() and path != config]
+
+
+def _bake_of(run: Run) -> Callable[..., tuple[TensorEdit, ...]]:
+    """What bakes: the run's workers, if there are some and several files; else this process."""
+    settings = run.options.pool
+    if settings is not None and len(run.plan.checkpoint.weight_files) > 1:
+        return partial(bake_on_workers, run.workers(settings))
+    run.free()  # baking needs no model, and the files may be as large as the memory
+    return bake
 
 
 def made_from(run: Run) -> dict[str, str]:
