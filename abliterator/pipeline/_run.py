@@ -157,6 +157,18 @@ class Run:
             self._held(engine.loaded)
         return engine
 
+    def is_beyond_memory(self, folder: Path) -> bool:
+        """Whether weights of the model in `folder` would lie on disk in this process."""
+        from abliterator.model import needs_disk, placement_of
+
+        if self.options.pool is not None:
+            return False
+        if (loaded := self.held(folder)) is not None:
+            return needs_disk(loaded.placement)
+        if self._streamed is not None and self._streamed.folder == folder:
+            return True
+        return needs_disk(placement_of(folder, **self._loading))
+
     def _held(self, loaded: LoadedModel) -> LoadedModel:
         self._loaded = loaded
         if len(places := frozenset(loaded.placement.values())) > 1:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -63,13 +64,14 @@ def vllm_engine(run: Run, folder: Path, side: Side, *, candidates: bool) -> Serv
     )
     served = VllmModel(
         install,
-        Served(folder, side, run.dtype, trusted, slots),
+        Served(folder, side, run.dtype, trusted, slots, is_beside=candidates),
         settings,
         digest_of([run.base_digest(), bake, *depends_on(run)]),
         client,
         log=work / "vllm.log",
         scratch=work / "vllm",
         note=run.progress.note,
+        bakes_edits=cache(lambda: run.is_beyond_memory(folder)),
     )
     return ServedEngine(
         folder,

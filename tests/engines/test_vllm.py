@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from urllib.error import HTTPError
 from urllib.request import urlopen
@@ -227,6 +228,13 @@ def test_the_command_says_what_is_served_and_how(tmp_path):
     chosen = server_command(install, served, settings(dtype="float16", memory=0.5), 7)
     assert "--dtype float16" in " ".join(chosen)
     assert "--gpu-memory-utilization 0.5" in " ".join(chosen)
+    on_device = replace(install, on_cpu=False)
+    beside = Served(tmp_path, "base", is_beside=True)
+    assert "--gpu-memory-utilization 0.45" in " ".join(
+        server_command(on_device, beside, settings(), 7)
+    )
+    alone = server_command(on_device, Served(tmp_path, "base"), settings(), 7)
+    assert "--gpu-memory-utilization" not in alone
 
 
 @pytest.mark.parametrize("argument", ["--model=/x", "--api_key", "--max-lora-rank"])

@@ -6,6 +6,7 @@ import os
 import re
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -24,7 +25,7 @@ from abliterator.engines._vllm import (
     _model,
     slots_for,
 )
-from abliterator.engines._vllm._adapters import edit_digest, planned, write_missing
+from abliterator.engines._vllm._adapters import baked_digest, edit_digest, planned, write_missing
 from abliterator.engines._vllm._http import served_models
 from abliterator.engines._vllm._process import Address
 from abliterator.errors import ServerError
@@ -166,6 +167,53 @@ def test_what_no_adapter_expresses_is_answered_here_and_said(tmp_path):
     assert vllm.starts == 0
     assert "bias" in vllm.notes[0]
     assert "from this process" in vllm.notes[1]
+
+
+def test_what_no_adapter_expresses_is_baked_where_this_process_reads_the_disk(tmp_path):
+    """With a model behind it: the answers are this process's; they are kept, the folder is not."""
+    vllm = Vllm(save("phi", tmp_path / "phi"), tmp_path, toy=False)
+    vllm.served.bakes_edits = lambda: True
+    prompts, edit = vllm.ids(), WriterEdit(vllm.plan, vllm.basis())
+    for _ in range(2):
+        with vllm.engine.edited_side_by_side([edit], max_batch_tokens=512) as edited:
+            (answers,) = edited.answers(prompts, **ASKED)
+        assert not list(vllm.served.scratch.glob("baked-*"))
+    base = vllm.own.answers(prompts, **ASKED)
+    with vllm.own.edited(edit):
+        assert tokens(answers) == tokens(vllm.own.answers(prompts, **ASKED)) != tokens(base)
+    assert vllm.starts == 1
+    assert not any("from this process" in note for note in vllm.notes)
+
+
+def test_base_and_baked_edits_are_served_one_after_another(tmp_path, monkeypatch):
+    vllm = Vllm(save("phi", tmp_path / "phi"), tmp_path)
+    vllm.served.bakes_edits = lambda: True
+    edits = [WriterEdit(vllm.plan, vllm.basis(seed=seed)) for seed in range(2)]
+    vllm.engine.answers([[9]], **ASKED)
+    with vllm.engine.edited(edits[0]):
+        vllm.engine.answers([[9]], **ASKED)
+    vllm.engine.answers([[8]], **ASKED)
+    log = vllm.served.log.read_text()
+    served = [Path(line.split()[1]) for line in log.splitlines() if line.startswith("serves")]
+    assert [folder.name.split("-")[0] for folder in served] == ["phi", "baked", "phi"]
+    monkeypatch.setattr(_model, "free_bytes", lambda folder: 1000)
+    with vllm.engine.edited(edits[1]):
+        answers = vllm.engine.answers([[9]], **ASKED)
+    with vllm.own.edited(edits[1]):
+        assert answers == vllm.own.answers([[9]], **ASKED)
+    assert "no room" in vllm.notes[-2]
+    assert "from this process" in vllm.notes[-1]
+    assert vllm.starts == 3
+    vllm.served.close()
+
+
+def test_what_a_baked_edit_is_kept_by(vllm):
+    """Adapters have no other settings; a checkpoint has."""
+    edit, plan = WriterEdit(vllm.plan, vllm.basis()), vllm.plan
+    nearest = replace(plan, settings=plan.settings.model_copy(update={"rounding": "nearest"}))
+    digests = {baked_digest(e) for e in (edit, replace(edit, plan=nearest))}
+    assert len(digests) == 2
+    assert edit_digest(edit) not in digests
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,8 @@ from click.testing import CliRunner
 
 from abliterator.cli import main
 from abliterator.errors import GenerationError, ServerError
+from abliterator.pipeline._resume import prepare
+from abliterator.pipeline._vllm import vllm_engine
 from tests.helpers.vllm_interpreter import VERSION, vllm_interpreter
 from tests.pipeline.builds import FAST, build, write_project
 
@@ -63,6 +65,17 @@ def test_what_does_not_start_stops_the_build_and_the_next_run_goes_on(project, t
         build(project(*failing), out, options)
     _, ran = build(project(*VLLM), out, replace(options, force=True))
     assert "bake" not in ran
+
+
+@pytest.mark.parametrize(("memory", "bakes"), [(None, False), (1 << 14, True)])
+def test_candidates_are_baked_where_weights_would_lie_on_disk(
+    project, tmp_path, options, memory, bakes
+):
+    placed = replace(options, device="auto", max_memory=memory)
+    run = prepare(project(*VLLM), tmp_path / "out", placed)
+    served = vllm_engine(run, run.plan.source.folder, "base", candidates=True).served
+    assert served.served.is_beside
+    assert served.bakes_edits() is bakes
 
 
 def test_without_vllm_nothing_begins(project, tmp_path):

@@ -1,4 +1,4 @@
-"""vLLM as an engine: found, started and ended, and given candidates as adapters.
+"""vLLM as an engine: found, started and ended, and given candidates as adapters or baked folders.
 
 The server is a process of another environment, as a rule: nothing here imports vLLM.
 

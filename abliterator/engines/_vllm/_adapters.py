@@ -49,6 +49,13 @@ def edit_digest(edit: WriterEdit) -> str:
     return digest_of([strengths, list(edit.basis.shape), sha256_of_bytes(numbers)])
 
 
+def baked_digest(edit: WriterEdit) -> str:
+    """Digest of what an edit does to each weight, and of how it is rounded and stored."""
+    experts = {planned_edit.writer.name: planned_edit.experts for planned_edit in edit.plan.edits}
+    settings = edit.plan.settings.model_dump(mode="json")
+    return digest_of([edit_digest(edit), experts, settings])
+
+
 def planned(edit: WriterEdit) -> EditPlan:
     """The plan of an edit at the edit's own strengths."""
     if not edit.strengths:

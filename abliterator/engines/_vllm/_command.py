@@ -49,6 +49,7 @@ class Served:
         dtype: of computation; None is the stored one.
         trust_remote_code: run the model's own code.
         slots: for adapters; None serves the checkpoint alone.
+        is_beside: whether this process computes on the same devices meanwhile.
     """
 
     folder: Path
@@ -56,6 +57,7 @@ class Served:
     dtype: str | None = None
     trust_remote_code: bool = False
     slots: AdapterSlots | None = None
+    is_beside: bool = False
 
 
 def slot_rank(rank: int) -> int | None:
@@ -93,7 +95,7 @@ def server_command(
     }
     if settings.memory is not None:
         options["--gpu-memory-utilization"] = str(settings.memory)
-    elif served.slots is not None and not install.on_cpu:
+    elif (served.is_beside or served.slots is not None) and not install.on_cpu:
         options["--gpu-memory-utilization"] = str(_BESIDE)
     flags = ["--trust-remote-code"] if served.trust_remote_code else []
     if install.on_cpu:

@@ -1,4 +1,8 @@
-"""A checkpoint that vLLM serves, started when it is first asked; edits of it are adapters."""
+"""A checkpoint that vLLM serves, started when it is first asked; edits of it are adapters.
+
+An edit that no adapter expresses is baked to a folder of its own, which is served instead, where
+this process would have to read the weights from the disk for every token.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +14,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from abliterator.bake import bake
 from abliterator.checkpoint import Checkpoint
 from abliterator.diagnostics import VllmInstall
 from abliterator.engines._completions import FORMS, CompletionClient
@@ -17,6 +22,7 @@ from abliterator.engines._edits import Edit, WriterEdit
 from abliterator.engines._protocol import Answer, OnBatch
 from abliterator.engines._served import ServedModel
 from abliterator.engines._vllm._adapters import (
+    baked_digest,
     edit_digest,
     loaded,
     obstacle,
@@ -29,7 +35,7 @@ from abliterator.engines._vllm._command import AdapterSlots, Served, dtype_of
 from abliterator.engines._vllm._http import AdapterRefused
 from abliterator.engines._vllm._process import VllmServer, vllm_server
 from abliterator.errors import ServerError
-from abliterator.files import digest_of
+from abliterator.files import digest_of, free_bytes
 from abliterator.recipe import EngineSettings
 from abliterator.server import ReplyCache
 
@@ -82,6 +88,7 @@ class VllmModel:
         log: what the server writes.
         scratch: a folder of its own, for adapters; removed when it is closed.
         note: shows a line to the user.
+        bakes_edits: whether edits that no adapter expresses are baked to a folder and served.
     """
 
     install: VllmInstall
@@ -92,6 +99,7 @@ class VllmModel:
     log: Path
     scratch: Path
     note: Callable[[str], None] = lambda line: None
+    bakes_edits: Callable[[], bool] = lambda: False
     _running: ExitStack = field(default_factory=ExitStack)
     _server: VllmServer | None = None
     _takes_adapters: bool = True
@@ -132,7 +140,9 @@ class VllmModel:
 
     @contextmanager
     def under(self, edit: Edit) -> Iterator[ServedModel | None]:
-        """The model under an edit, while the context is open; None where no adapter expresses it.
+        """The model under an edit, while the context is open; None where this process answers.
+
+        That is where no adapter expresses the edit, unless `bakes_edits`.
 
         Raises:
             ServerError: as `start`.
@@ -144,6 +154,8 @@ class VllmModel:
                 self._takes_adapters = False
                 self._note_fallback(f"{error}.")
                 model = None
+            if model is None and isinstance(edit, WriterEdit) and self.bakes_edits():
+                model = self._baked(edit, stack)
             yield model
 
     @property
@@ -189,6 +201,38 @@ class VllmModel:
         folder = self._folder(edit)
         stack.enter_context(loaded(server.address, folder.name, folder))
         return self._model_as(folder.name, digest_of([self.identity, folder.name]))
+
+    def _baked(self, edit: WriterEdit, stack: ExitStack) -> ServedModel | None:
+        """The edited checkpoint, written and served when it is first asked; None without disk."""
+        plan, scratch = planned(edit), self.scratch
+        size = self._checkpoint.total_bytes + max(0, plan.added_bytes(self._checkpoint))
+        if free_bytes(scratch) < size:
+            self._note_fallback(f"The disk of {scratch} has no room for a candidate's checkpoint.")
+            return None
+        self._note_fallback(
+            f"Each candidate is baked to {scratch} and served from there: the model is larger than "
+            "the memory of this process."
+        )
+        name = f"baked-{baked_digest(edit)[:32]}"
+        folder = scratch / name
+
+        def write() -> None:
+            self._stop()  # two servers would not fit on one device
+            bake(self._checkpoint, plan, edit.basis, folder)
+
+        baked = _BakedModel(
+            self.install,
+            replace(self.served, folder=folder, slots=None),
+            self.settings,
+            digest_of([self.identity, name]),
+            self.client,
+            log=self.log,
+            scratch=folder,
+            note=self.note,
+            write=write,
+        )
+        stack.callback(baked.close)
+        return baked.model()
 
     def _with_slots(self, edit: WriterEdit) -> VllmServer | None:
         """A server with slots for the adapter; None for a model that takes none."""
@@ -243,3 +287,18 @@ class VllmModel:
         if reason not in self._noted:
             self._noted.add(reason)
             self.note(reason)
+
+
+@dataclass
+class _BakedModel(VllmModel):
+    """An edited checkpoint that is written when its server is started, and removed when it ends.
+
+    Attributes:
+        write: writes it to its folder.
+    """
+
+    write: Callable[[], None] = lambda: None
+
+    def _start(self) -> None:
+        self.write()
+        super()._start()
