@@ -9,12 +9,18 @@ from collections import Counter
 import pytest
 import torch
 
+from abliterator.anatomy import anatomy_of
+from abliterator.bake import bake, bake_on_workers, plan_edits
 from abliterator.capture import capture
+from abliterator.checkpoint import Checkpoint
 from abliterator.engines import AnswerPath, DistributedEngine, ModelFolder, TransformersEngine
 from abliterator.errors import WorkerError
 from abliterator.model import load_model, render_chat
+from abliterator.recipe import Edit
 from abliterator.source import resolve_folder
+from abliterator.subspace import random_basis
 from abliterator.workers import PoolSettings, open_pool
+from tests.bake.jobs import DeadlyBakeFile
 from tests.workers.jobs import Square
 
 ray = pytest.importorskip("ray")
@@ -146,6 +152,21 @@ def test_capture_answers_and_distributions_while_a_node_dies(nodes, pool):
         repeated = [item for item, n in starts.items() if n > 1]
         assert len(repeated) <= 1  # what the dead node held
         assert max(starts.values()) <= 2
+
+
+def test_a_bake_whose_worker_dies_in_the_middle_of_a_file(pool, tmp_path, tiny_folder, monkeypatch):
+    monkeypatch.setattr("abliterator.bake._workers.BakeFile", DeadlyBakeFile)
+    checkpoint = Checkpoint.open(tiny_folder("llama", shard_size="20KB"))
+    plan = plan_edits(checkpoint, anatomy_of(checkpoint.config), Edit())
+    basis, starts = random_basis(plan.d_model, 2, seed=1), count_starts(pool)
+    edits = bake(checkpoint, plan, basis, tmp_path / "here")
+    assert bake_on_workers(pool, checkpoint, plan, basis, tmp_path / "workers") == edits
+    files = [
+        {path.name: path.read_bytes() for path in (tmp_path / name).iterdir()}
+        for name in ("here", "workers")
+    ]
+    assert files[0] == files[1]
+    assert sorted(starts.values()) == [1] * (len(checkpoint.weight_files) - 1) + [2]
 
 
 def test_no_worker_left(nodes, tmp_path):
