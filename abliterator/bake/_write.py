@@ -153,12 +153,16 @@ def default_workers(checkpoint: Checkpoint, plan: EditPlan, cores: int | None = 
         checkpoint: the base.
         plan: of the whole edit.
         cores: those of this process, which shares the machine with others like it: it then has the
-            same share of the memory. None is all of them.
+            same share of the memory, and one thread more, so that one copies while others compute.
+            None is all of them.
     """
     if checkpoint.total_bytes < _SMALL_BYTES:
         return 1
-    workers = worker_count(plan.largest_bytes(checkpoint) + _PANEL_BYTES)
-    return workers if cores is None else max(1, workers * cores // (usable_cores() or 1))
+    each = plan.largest_bytes(checkpoint) + _PANEL_BYTES
+    if cores is None:
+        return worker_count(each)
+    processes = -(-(usable_cores() or 1) // cores)
+    return min(cores + 1, worker_count(each * processes))
 
 
 class _ShardEditor:
