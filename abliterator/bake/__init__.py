@@ -23,7 +23,7 @@ from abliterator.bake._plan import EditPlan, PlannedEdit, plan_edits, require_fi
 from abliterator.bake._preview import preview_edit, preview_edits
 from abliterator.bake._stored import PANEL_ELEMENTS
 from abliterator.bake._workers import bake_on_workers
-from abliterator.bake._write import bake, bake_file, write_config
+from abliterator.bake._write import bake, bake_file, bake_workers, write_config
 
 __all__ = [
     "PANEL_ELEMENTS",
@@ -33,6 +33,7 @@ __all__ = [
     "bake",
     "bake_file",
     "bake_on_workers",
+    "bake_workers",
     "plan_edits",
     "preview_edit",
     "preview_edits",

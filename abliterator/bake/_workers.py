@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from abliterator.bake._plan import EditPlan, require_fit
-from abliterator.bake._write import bake_file, default_workers, write_other_files
+from abliterator.bake._write import bake_file, bake_workers, write_other_files
 from abliterator.checkpoint import Checkpoint
 from abliterator.devices import release_memory
 from abliterator.record import TensorEdit
@@ -41,7 +41,7 @@ class BakeFile:
         """What writes one file; the worker's model makes room for the tensors."""
         resident.kept.clear()
         release_memory()
-        workers = default_workers(self.checkpoint, self.plan, resident.threads)
+        workers = bake_workers(self.checkpoint, self.plan, resident.threads)
         basis = unpack_tensor(self.basis)
         yield partial(bake_file, self.checkpoint, self.plan, basis, self.out, workers=workers)
 
