@@ -7,6 +7,8 @@ before a command runs.
 
 from __future__ import annotations
 
+import atexit
+import gc
 import io
 import os
 import sys
@@ -32,7 +34,7 @@ from abliterator.cli._report import report
 from abliterator.cli._stages import STAGE_COMMANDS
 from abliterator.cli._study import study
 from abliterator.cli._sweep import sweep
-from abliterator.cli._terminal import echo, printable
+from abliterator.cli._terminal import echo, fitted, printable
 from abliterator.cli._verify import verify
 from abliterator.errors import AbliteratorError
 from abliterator.processes import ending_by_signal
@@ -41,7 +43,7 @@ SECTIONS = {
     "Start": ("demo", "recipes", "init", "plan", "doctor"),
     "Run": ("build", "sweep", "study", "bake", "pairs", "judge-calibrate"),
     "Stages of a build": ("directions", "rollouts", "judge", "benchmarks", "card"),
-    "Inspect": ("chat", "compare", "verify"),
+    "Inspect": ("chat", "report", "compare", "verify", "leak"),
     "Publish": ("publish",),
 }
 
@@ -65,6 +67,10 @@ class Group(click.Group):
         for stream in (sys.stdout, sys.stderr):
             if isinstance(stream, io.TextIOWrapper):
                 stream.reconfigure(errors="backslashreplace")
+        # the last collection of a process that imported torch takes a second, and frees nothing
+        # that the system does not: it is to find no objects
+        atexit.unregister(gc.freeze)
+        atexit.register(gc.freeze)
         return super().main(*args, **kwargs)
 
     def invoke(self, ctx: click.Context) -> Any:
@@ -74,11 +80,15 @@ class Group(click.Group):
                 return super().invoke(ctx)
         except click.ClickException as error:  # click itself prints it, and it quotes arguments
             vars(error)["message"] = printable(error.message)
+            line = fitted(f"Error: {error.format_message()}", err=True, indent=0)
+            vars(error)["format_message"] = lambda: line.removeprefix("Error: ")
             raise
         except AbliteratorError as error:
-            echo(f"{type(error).__name__}: {error}", err=True)
+            echo(fitted(f"{type(error).__name__}: {error}", err=True, indent=0), err=True)
             ctx.exit(1)
         except KeyboardInterrupt:
+            if sys.stderr.isatty():
+                click.echo("\r\x1b[K", err=True, nl=False)  # the terminal's ^C behind a bar
             echo("Interrupted. The same command goes on where this one stopped.", err=True)
             ctx.exit(130)
 

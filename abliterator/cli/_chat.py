@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from abliterator.record import Side
 
 HELP = """/base, /edited, /both   who answers
-/strength 0.5           the edit at half of its strengths (1 as built, 0 the base)
+/strength 0.5           the edit at half strength (1 as built, 0 the base)
 /prompt FILE            ask what the file says
 /quit                   end; so does Ctrl-D"""
 
@@ -99,6 +99,7 @@ class Conversation:
             self.answering = chosen
         elif name == "/strength" and re.fullmatch(r"\d+(\.\d+)?", argument):
             self.session.set_strength(float(argument))
+            echo(f"The edit now has strength {float(argument):g}.", err=True)
             self.answering = tuple(side for side in self.before if side in self.answering)
         elif name == "/prompt" and argument:
             return _prompt(read_text(Path(argument).expanduser()).strip(), argument)

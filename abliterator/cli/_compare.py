@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
@@ -24,10 +25,12 @@ from abliterator.cli._options import (
 from abliterator.cli._terminal import Bars, show
 
 if TYPE_CHECKING:
-    from abliterator.benchmarks import Task
+    from abliterator.benchmarks import RunSettings, Task
+    from abliterator.comparison import CompareSettings
     from abliterator.judge import Judge
-    from abliterator.recipe import Benchmarks, EngineSettings
-    from abliterator.record import Side
+    from abliterator.pipeline import Options
+    from abliterator.recipe import EngineSettings
+    from abliterator.record import Comparison, Side
 
 
 @click.command(short_help="Compare any two checkpoints.")
@@ -77,35 +80,22 @@ def compare(
     engine.edited=NAME, and engine.edited_url where that is another server. vLLM, started for both:
     --set engine.kind=vllm.
     """
-    from abliterator.benchmarks import RunSettings, require_engine
-    from abliterator.checkpoint import Checkpoint
+    from abliterator.benchmarks import require_engine
     from abliterator.comparison import CompareSettings, to_markdown
-    from abliterator.comparison import compare as compare_checkpoints
     from abliterator.diagnostics import find_vllm
     from abliterator.files import cache_folder
     from abliterator.pipeline import Options
-    from abliterator.prompts import load_prompts
-    from abliterator.recipe import Source
-    from abliterator.workers import open_pool
 
     options = Options(device, dtype, max_memory, ray=ray, workers=workers)
     computes = options.compute_device  # an absent one is an error before anything is downloaded
     folder = checkpoint_folder(base)
     engine, judge_options["overrides"] = _engine(judge_options["overrides"], base)
     settings = CompareSettings(
-        prompts={
-            name: load_prompts(name, Source(path=path, limit=limit)).prompts
-            for name, path in (("target", target), ("neutral", neutral))
-            if path is not None
-        },
+        prompts=_prompts(limit, target=target, neutral=neutral),
         tasks=_tasks(tasks),
         max_new_tokens=max_new_tokens,
         batch_size=options.batch_size("auto"),
-        benchmarks=RunSettings(
-            section=_benchmarks(engine, limit=task_limit),
-            dtype=options.compute_dtype(Checkpoint.open(folder)),
-            **options.weights,
-        ),
+        benchmarks=_run_settings(engine, options, folder, limit=task_limit),
         engine=engine,
         answers=cache_folder() / "answers.sqlite",
         vllm=find_vllm(vllm_python or engine.python) if engine.kind == "vllm" else None,
@@ -113,13 +103,28 @@ def compare(
     if settings.tasks:
         sides: tuple[Side, ...] = () if settings.vllm else ("base", "edited")
         require_engine(settings.benchmarks.section.engine, computes, sides=sides)
+    comparison = _measured(folder, edited, settings, options, judge_options)
+    show(comparison, partial(to_markdown, details=details), as_json=as_json)
+
+
+def _measured(
+    folder: Path,
+    edited: str,
+    settings: CompareSettings,
+    options: Options,
+    judge_options: Mapping[str, Any],
+) -> Comparison:
+    """The comparison of the base in `folder` with `edited`, under progress bars."""
+    from abliterator.comparison import compare as compare_checkpoints
+    from abliterator.workers import open_pool
+
     bars = Bars()
     judge = _judge(bars, **judge_options)
     with (
         tempfile.TemporaryDirectory(prefix="abliterator-") as scratch,
         nullcontext() if options.pool is None else open_pool(options.pool) as pool,
     ):
-        comparison = compare_checkpoints(
+        return compare_checkpoints(
             folder,
             checkpoint_folder(edited),
             replace(settings, pool=pool),
@@ -128,7 +133,34 @@ def compare(
             bar=bars.bar,
             note=bars.note,
         )
-    show(comparison, partial(to_markdown, details=details), as_json=as_json)
+
+
+def _prompts(limit: int, **paths: Path | None) -> dict[str, tuple[str, ...]]:
+    """The first `limit` prompts of each file that is given, by the set's name."""
+    from abliterator.prompts import load_prompts
+    from abliterator.recipe import Source
+
+    return {
+        name: load_prompts(name, Source(path=path, limit=limit)).prompts
+        for name, path in paths.items()
+        if path is not None
+    }
+
+
+def _run_settings(
+    engine: EngineSettings, options: Options, folder: Path, *, limit: int
+) -> RunSettings:
+    """How benchmarks of at most `limit` documents run: by a server that `engine` names, or here."""
+    from abliterator.benchmarks import RunSettings
+    from abliterator.checkpoint import Checkpoint
+    from abliterator.recipe import BenchmarkEngine, Benchmarks
+
+    served = engine.benchmark_engine(engine.base or "")
+    return RunSettings(
+        section=Benchmarks(preset=None, limit=limit, engine=served or BenchmarkEngine()),
+        dtype=options.compute_dtype(Checkpoint.open(folder)),
+        **options.weights,
+    )
 
 
 def _engine(overrides: tuple[str, ...], base: str) -> tuple[EngineSettings, tuple[str, ...]]:
@@ -143,13 +175,6 @@ def _engine(overrides: tuple[str, ...], base: str) -> tuple[EngineSettings, tupl
     if engine.kind == "vllm":
         return engine, others
     return engine.model_copy(update={"base": engine.base or base}), others
-
-
-def _benchmarks(engine: EngineSettings, *, limit: int) -> Benchmarks:
-    from abliterator.recipe import BenchmarkEngine, Benchmarks
-
-    served = engine.benchmark_engine(engine.base or "")
-    return Benchmarks(preset=None, limit=limit, engine=served or BenchmarkEngine())
 
 
 def _judge(bars: Bars, **arguments: Any) -> Judge:

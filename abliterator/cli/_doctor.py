@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from abliterator.cli._options import JSON
-from abliterator.cli._terminal import byte_size, show
+from abliterator.cli._terminal import LABELS, byte_size, fitted, show
 
 if TYPE_CHECKING:
     from abliterator.diagnostics import Device, Diagnosis, Extra, Hub
@@ -32,7 +32,7 @@ def doctor(online: bool, as_json: bool) -> None:
 
 def diagnosis_text(diagnosis: Diagnosis) -> str:
     """A diagnosis in a few lines."""
-    return "\n".join(f"{label:<13}{text}" for label, text in _lines(diagnosis))
+    return fitted("\n".join(f"{label:<{LABELS}}{text}" for label, text in _lines(diagnosis)))
 
 
 def _lines(diagnosis: Diagnosis) -> Iterator[tuple[str, str]]:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from abliterator.record import EffectiveStrength
 
 
-@click.command()
+@click.command(short_help="Measure how strongly anybody removed a subspace.")
 @click.argument("base")
 @click.argument("edited")
 @click.option(

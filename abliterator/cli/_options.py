@@ -70,19 +70,24 @@ class RecipePath(click.ParamType[Path]):
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
         """The path of the file or folder."""
-        path, text = Path(value), str(value)
-        if path.is_file() or (path / "work").is_dir():
-            return path
-        from abliterator.recipe import bundled_recipes
-
-        bundled = {recipe.name: recipe.path for recipe in bundled_recipes()}
-        if text in bundled:
-            return bundled[text]
-        self.fail(_no_recipe(path, text, list(bundled)), param, ctx)
+        return recipe_path(str(value)) or self.fail(_no_recipe(str(value)), param, ctx)
 
 
-def _no_recipe(path: Path, text: str, names: list[str]) -> str:
+def recipe_path(text: str) -> Path | None:
+    """The file, folder of an earlier run or recipe of the package that `text` names; None: none."""
+    path = Path(text)
+    if path.is_file() or (path / "work").is_dir():
+        return path
+    from abliterator.recipe import bundled_recipes
+
+    return {recipe.name: recipe.path for recipe in bundled_recipes()}.get(text)
+
+
+def _no_recipe(text: str) -> str:
     """Why a value is no recipe, and what to do."""
+    from abliterator.recipe import bundled_recipes
+
+    path, names = Path(text), [recipe.name for recipe in bundled_recipes()]
     is_yaml = path.suffix in {".yaml", ".yml"}
     if (path / "checkpoint").is_dir():
         return f"{text} has no folder `work`, so what it was made from is not known."
@@ -253,17 +258,26 @@ def read_recipe(
     workers: int | None,
 ) -> tuple[Recipe, Path, Options]:
     """The recipe (from a file, or the folder of an earlier run), the output folder, options."""
-    from abliterator.pipeline import Options, recipe_of
+    from abliterator.pipeline import Options
     from abliterator.recipe import load_recipe
 
     options = Options(
         device, dtype, max_memory, force, vllm_python=vllm_python, ray=ray, workers=workers
     )
     if recipe.is_dir():
-        if overrides or out:
+        if out:
             raise click.UsageError("The folder of an earlier run takes neither --set nor --out.")
-        return recipe_of(recipe), recipe, options
+        return run_recipe(recipe, overrides), recipe, options
     return load_recipe(recipe, overrides=overrides), out or Path("out") / recipe.stem, options
+
+
+def run_recipe(out: Path, overrides: tuple[str, ...]) -> Recipe:
+    """The recipe of an earlier run, which no `--set` changes."""
+    from abliterator.pipeline import recipe_of
+
+    if overrides:
+        raise click.UsageError("The folder of an earlier run takes neither --set nor --out.")
+    return recipe_of(out)
 
 
 class BuildFolders(NamedTuple):

@@ -91,11 +91,11 @@ def _result(record: RunRecord, out: Path) -> Iterator[tuple[str, str]]:
     if record.benchmarks:
         deltas = (f"{task}\xa0{r.delta.value:+.3f}" for task, r in record.benchmarks.items())
         yield "benchmarks", ", ".join(deltas)
-    layers = ", ".join(map(str, record.edit.layers))
+    layers = "layer " if len(record.edit.layers) == 1 else "layers "
+    layers += ", ".join(map(str, record.edit.layers))
     yield (
         "edit",
-        f"k = {record.edit.k} (layers {layers}), {record.edit.tensors} tensors"
-        + _leak(record, out),
+        f"k = {record.edit.k} ({layers}), {record.edit.tensors} tensors" + _leak(record, out),
     )
     unscored = [
         f"{sum(reasons.values())} of {side}, {name}".replace(" ", "\xa0")

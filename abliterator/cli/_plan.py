@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
-import re
-import shutil
 import sys
-import textwrap
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from abliterator.cli._options import JSON, SET, VLLM_PYTHON, computing_arguments
-from abliterator.cli._terminal import byte_size, render, show
+from abliterator.cli._options import (
+    JSON,
+    SET,
+    VLLM_PYTHON,
+    computing_arguments,
+    recipe_path,
+    run_recipe,
+)
+from abliterator.cli._terminal import byte_size, fitted, render, show
 
 if TYPE_CHECKING:
     from abliterator.pipeline import Plan
-
-_INDENT = 13  # columns of the labels
-_QUANTITY = re.compile(r"(\d) (bytes|kB|MB|GB|s|min|h)\b")
 
 
 @click.command(short_help="Show what a recipe would do.")
@@ -53,9 +54,12 @@ def plan(
     from abliterator import pipeline
     from abliterator.recipe import load_edit, load_recipe
 
-    path = Path(recipe_or_model)
+    path = recipe_path(recipe_or_model) or Path(recipe_or_model)
     options = pipeline.Options(device, dtype, max_memory, vllm_python=vllm_python)
-    if path.suffix in {".yaml", ".yml"}:
+    if (path / "work").is_dir():
+        recipe, out = run_recipe(path, overrides), path
+        planned = pipeline.plan_recipe(recipe, out, options=options, measure=calibrate)
+    elif path.suffix in {".yaml", ".yml"}:
         recipe = load_recipe(path, overrides=overrides)
         planned = pipeline.plan_recipe(recipe, out, options=options, measure=calibrate)
     else:
@@ -69,10 +73,7 @@ def plan(
 def plan_text(plan: Plan) -> str:
     """A plan in a few lines, of the terminal's width where stdout is one."""
     summary = plan.summary()
-    text = render("plan", s=summary, notes=plan.notes, placed=placed(summary["where"]))
-    if not sys.stdout.isatty():
-        return text
-    return wrapped(text, shutil.get_terminal_size().columns)
+    return fitted(render("plan", s=summary, notes=plan.notes, placed=placed(summary["where"])))
 
 
 def placed(where: Mapping[str, Any]) -> str:
@@ -92,18 +93,3 @@ def placed(where: Mapping[str, Any]) -> str:
     if "disk" in places:
         parts.append(f"{byte_size(places['disk'])} on disk")
     return ", ".join(parts)
-
-
-def wrapped(text: str, columns: int) -> str:
-    """The text with lines of at most `columns` characters, continued behind the labels."""
-    lines = (
-        textwrap.wrap(
-            _QUANTITY.sub("\\1\u00a0\\2", line),  # a number stays with its unit
-            columns,
-            subsequent_indent=" " * _INDENT,
-            break_long_words=False,
-            break_on_hyphens=False,
-        )
-        for line in text.splitlines()
-    )
-    return "\n".join("\n".join(parts) for parts in lines).replace("\u00a0", " ")

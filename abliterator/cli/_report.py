@@ -10,7 +10,7 @@ from abliterator.cli._options import FOLDER, NEW_FILE
 from abliterator.cli._terminal import Bars, echo
 
 
-@click.command()
+@click.command(short_help="Write a page with answers side by side.")
 @click.argument("folders", metavar="OUT...", nargs=-1, required=True, type=FOLDER)
 @click.option("--out", type=NEW_FILE, help="The file.  [default: OUT/work/report.html]")
 def report(folders: tuple[Path, ...], out: Path | None) -> None:

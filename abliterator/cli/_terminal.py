@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 import sys
+import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from time import perf_counter
@@ -19,6 +20,11 @@ if TYPE_CHECKING:
     from abliterator.pipeline import Advance
 
 T = TypeVar("T")
+
+LABELS = 13  # columns of the labels before lines
+_QUANTITY = re.compile(r"(\d) (bytes|kB|MB|GB|s|min|h)\b")
+
+_WIDE = 100  # columns from which a bar is drawn
 
 QUIET = "abliterator.quiet"  # in the context of a command
 
@@ -62,6 +68,31 @@ def short(text: str, indent: int) -> str:
     width = shutil.get_terminal_size((100, 24)).columns - indent
     line = " ".join(text.split())
     return line if len(line) <= width else line[: width - 3] + "..."
+
+
+def wrapped(text: str, columns: int, *, indent: int = LABELS) -> str:
+    """The text with lines of at most `columns` characters, continued behind `indent` of them.
+
+    With 0, a line is continued behind its own indentation.
+    """
+    lines = (
+        textwrap.wrap(
+            _QUANTITY.sub("\\1\u00a0\\2", line),  # a number stays with its unit
+            columns,
+            subsequent_indent=" " * (indent or len(line) - len(line.lstrip())),
+            break_long_words=False,
+            break_on_hyphens=False,
+        )
+        for line in text.splitlines()
+    )
+    return "\n".join("\n".join(parts) for parts in lines).replace("\u00a0", " ")
+
+
+def fitted(text: str, *, err: bool = False, indent: int = LABELS) -> str:
+    """The text, wrapped to the terminal's width where stdout (or stderr) is a terminal."""
+    if not (sys.stderr if err else sys.stdout).isatty():
+        return text
+    return wrapped(text, shutil.get_terminal_size().columns, indent=indent)
 
 
 def render(name: str, /, **values: Any) -> str:
@@ -147,13 +178,13 @@ class Bars:
         width = shutil.get_terminal_size((100, 24)).columns
         with tqdm(
             total=total or None,
-            desc=f"  {printable(label)}",
+            desc=f"{'  ' if width >= _WIDE else ''}{printable(label)}",
             leave=False,
             file=sys.stderr,
             disable=disable,
             unit=unit or "it",
             unit_scale=bool(unit),
-            bar_format=self._format(total, width),
+            bar_format=self._format(total, width, is_moving=False),
             ncols=width,
         ) as bar:
 
@@ -163,7 +194,7 @@ class Bars:
 
             yield advance
 
-    def _format(self, total: int, width: int, status: str = "") -> str:
+    def _format(self, total: int, width: int, status: str = "", *, is_moving: bool = True) -> str:
         """Tqdm's template of a bar: amount, rate, time left; time since the start, and expected."""
         elapsed = duration(perf_counter() - self._start)
         expected = f" of about {duration(self._expected)}" if self._expected else ""
@@ -171,8 +202,10 @@ class Bars:
         if not total:
             return "{desc}, {elapsed}; " + text
         text += f"; {status}" if status else ""
-        bar = "{bar:12} " if width >= 100 else ""
-        template = "{desc} " + bar + "{n_fmt}/{total_fmt}, {rate_fmt}, {remaining} left; "
+        speed = "{rate_fmt}, {remaining} left; " if is_moving else "...; "
+        template = "{desc} {bar:12} {n_fmt}/{total_fmt}, " + speed
+        if width < _WIDE:  # room for a status in 80 columns
+            template = "{desc} {n_fmt}/{total_fmt} " + speed.replace(",", "")
         return template + text.replace("{", "{{").replace("}", "}}")
 
     def note(self, text: str) -> None:

@@ -54,23 +54,11 @@ def open_engine(
     if device != AUTO or not needs_disk(placement_of(folder, **placing)):
         return TransformersEngine(load())
 
-    @cache
-    def note_placement() -> None:
-        note(
-            f"{folder.name} is larger than the memory, and answers need all of it for every token: "
-            "its weights are placed in memory and on disk for them, which is slow. A model server "
-            "answers faster (`engine:` in the recipe)."
-        )
-
-    def place() -> LoadedModel:
-        note_placement()
-        return load()
-
     try:
         engine = open_streamed(
             folder,
             device=device,
-            place=place,
+            place=_noting_first(load, note, folder.name),
             activation_bytes=max_memory,
             scratch=scratch,
             **options,
@@ -84,3 +72,23 @@ def open_engine(
     )
     loaded = replace(engine.streamed.loaded, **changes)
     return replace(engine, streamed=TransformersEngine(loaded))
+
+
+def _noting_first(
+    load: Callable[[], LoadedModel], note: Callable[[str], None], name: str
+) -> Callable[[], LoadedModel]:
+    """`load`, which before its first call notes that the model will answer slowly."""
+
+    @cache
+    def note_placement() -> None:
+        note(
+            f"{name} is larger than the memory, and answers need all of it for every token: "
+            "its weights are placed in memory and on disk for them, which is slow. A model server "
+            "answers faster (`engine:` in the recipe)."
+        )
+
+    def place() -> LoadedModel:
+        note_placement()
+        return load()
+
+    return place

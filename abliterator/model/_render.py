@@ -94,6 +94,8 @@ class _Child:
 
     def _died(self) -> dict[str, str]:
         """Why the process ended: its watchdog exits with 1."""
+        with suppress(subprocess.TimeoutExpired):
+            self._process.wait(timeout=1)
         self.end()
         code = self._process.returncode
         if code == 1:
@@ -107,13 +109,10 @@ class _Child:
         stdin, stdout = self._process.stdin, self._process.stdout
         assert stdin is not None
         assert stdout is not None
+        self._process.kill()  # Python would take half a second to end, and it has nothing to save
+        self._process.wait()
         with suppress(OSError):  # what it did not read is lost with it
             stdin.close()
-        try:
-            self._process.wait(timeout=1)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
         stdout.close()
 
 

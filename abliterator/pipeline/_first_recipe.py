@@ -15,15 +15,17 @@ TUNED_UP_TO = 4_000_000_000  # parameters
 
 FULL = (
     "",
-    "What stands without a # is the whole recipe. A # with no space behind it hides a key at",
-    "its default: take it away, and that of its section, to give the key another value.",
+    "What stands without a # is the whole recipe. A # with no space behind it hides",
+    "a key at its default: take it away, and that of its section, to give the key",
+    "another value.",
 )
 SHORT = (
     "",
-    "`sweep` and `auto` find layers, their number and strengths by measurement. Prompts, judge and",
-    "benchmarks are the defaults; `abliterator init --full` has every key with its explanation.",
+    "`sweep` and `auto` find layers, their number and strengths by measurement.",
+    "Prompts, judge and benchmarks are the defaults; `abliterator init --full` has",
+    "every key with its explanation.",
 )
-NEXT = ("Next: `abliterator plan FILE` shows what it would do, `abliterator build FILE` does it.",)
+NEXT = ("Next: `abliterator plan FILE` shows what `abliterator build FILE` does.",)
 
 
 def first_recipe(plan: Plan, *, full: bool = True) -> str:

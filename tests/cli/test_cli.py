@@ -152,6 +152,18 @@ def test_an_interrupt_exits_130(run, recipe, monkeypatch):
     assert "goes on where" in done.stderr
 
 
+def test_a_command_ends_without_a_last_collection():
+    import subprocess
+    import sys
+
+    script = (
+        "import atexit, gc; atexit.register(lambda: print(gc.get_freeze_count() > 0)); "
+        "from abliterator.cli import main; main(['--version'])"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.stdout.endswith("True\n")
+
+
 def test_python_dash_m():
     import subprocess
     import sys

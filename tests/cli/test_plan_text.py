@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from abliterator.cli._plan import placed, wrapped
+from abliterator.cli._plan import placed
+from abliterator.cli._terminal import wrapped
 
 
 @pytest.mark.parametrize("columns", [40, 80, 120])
@@ -21,6 +22,10 @@ def test_a_number_is_not_cut_from_its_unit():
         wrapped("time         about 12 min in all", 21)
         == "time         about\n             12 min\n             in all"
     )
+
+
+def test_a_line_is_continued_behind_its_own_indentation():
+    assert wrapped("one\n  two three", 7, indent=0) == "one\n  two\n  three"
 
 
 def test_accelerators_are_counted_where_they_are_several():

@@ -55,6 +55,14 @@ def test_a_name_is_found_where_no_file_has_it(run, tmp_path):
     assert "demo is not a recipe" in run("build", "demo").stderr
 
 
+def test_plan_takes_a_recipe_of_the_package_and_the_folder_of_a_run(run, tmp_path):
+    planned = json.loads(run("plan", "demo", "--json").stdout)
+    assert planned["layers"] == [4]
+    (tmp_path / "built" / "work").mkdir(parents=True)
+    assert "not a folder that `abliterator build` made" in run("plan", "built").stderr
+    assert "neither --set nor --out" in run("plan", "built", "--set", "k=1").stderr
+
+
 def test_the_wheel_has_the_recipes_where_the_package_looks():
     settings = tomllib.loads((ROOT / "pyproject.toml").read_text())
     wheel = settings["tool"]["hatch"]["build"]["targets"]["wheel"]
