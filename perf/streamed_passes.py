@@ -7,22 +7,28 @@ it both ways in turns, each time in a process of its own: peak resident memory a
 process had before, wall time of the two measurements alone and with loading, processor time (which
 says more beside other work), and whether the bytes of all results are equal. The hidden states of
 the prompts lie in memory up to --activations bytes.
+
+A process has opened and run a model of one small block, with the same tokenizer, when memory is
+first read: libraries are no part of it. The peak is Linux's VmHWM. (getrusage's ru_maxrss would
+begin with that of the process that made the model.) It counts pages of weight files, which the
+kernel can drop; the largest anonymous memory alone, sampled, is shown beside it.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import hashlib
 import json
 import math
-import resource
+import re
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 
-import psutil
 import torch
 
 from abliterator.anatomy import anatomy_of
@@ -35,14 +41,16 @@ from abliterator.model import load_model
 from abliterator.recipe import Edit
 from abliterator.subspace import orthonormal_basis
 
+SMALL = "small"  # folder of the small model, inside that of the large one
+
 
 def make_model(folder: Path, tokenizer: Path, gigabytes: float) -> None:
-    """Saves a random Llama of about this size, one shard in memory at a time."""
+    """Saves a random Llama of about this size, one shard in memory at a time; 0 is the smallest."""
     from safetensors.torch import save_file
     from transformers import AutoConfig, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
     words = AutoTokenizer.from_pretrained(tokenizer)
-    d_model = 2048 if gigabytes >= 2 else 1024
+    d_model = 2048 if gigabytes >= 2 else 1024 if gigabytes else 64
     config = LlamaConfig(
         hidden_size=d_model,
         intermediate_size=d_model * 11 // 4,
@@ -59,8 +67,9 @@ def make_model(folder: Path, tokenizer: Path, gigabytes: float) -> None:
         one = {name: t.shape for name, t in LlamaForCausalLM(config).state_dict().items()}
     block = {name: shape for name, shape in one.items() if ".layers.0." in name}
     sizes = [2 * sum(map(math.prod, shapes.values())) for shapes in (one, block)]
-    layers = round((gigabytes * 1e9 - sizes[0]) / sizes[1]) + 1
+    layers = max(1, round((gigabytes * 1e9 - sizes[0]) / sizes[1]) + 1)
     config.num_hidden_layers = layers
+    folder.mkdir(exist_ok=True)
     config.save_pretrained(folder)
     words.save_pretrained(folder)
     assert AutoConfig.from_pretrained(folder).num_hidden_layers == layers
@@ -108,23 +117,43 @@ def measure(engine: Engine, folder: Path, count: int) -> str:
     return digest.hexdigest()
 
 
+def memory(key: str) -> int:
+    """Bytes of this process's memory, by a key of /proc/self/status."""
+    status = Path("/proc/self/status").read_text(encoding="utf-8")
+    match = re.search(rf"^{key}:\s*(\d+) kB$", status, re.MULTILINE)
+    assert match, f"no {key} in /proc/self/status"
+    return int(match[1]) * 1024
+
+
+def sample(key: str, sizes: list[int]) -> None:
+    """Adds memory by a key, every 5 ms."""
+    while True:
+        sizes.append(memory(key))
+        time.sleep(0.005)
+
+
+def open_engine(kind: str, folder: Path, activations: int) -> Engine:
+    """The model in a folder, "streamed" or "in memory"."""
+    if kind == "streamed":
+        return open_streamed(folder, device="cpu", dtype=None, activation_bytes=activations)
+    return TransformersEngine(load_model(folder, device="cpu", dtype=None))
+
+
 def child(kind: str, folder: Path, count: int, activations: int) -> None:
     """One measurement, printed as JSON."""
-    import accelerate  # noqa: F401 - libraries are no part of the measurement
-    import transformers.models.llama.modeling_llama  # noqa: F401
-
-    start, before = time.perf_counter(), psutil.Process().memory_info().rss
-    engine: Engine
-    if kind == "streamed":
-        engine = open_streamed(folder, device="cpu", dtype=None, activation_bytes=activations)
-    else:
-        engine = TransformersEngine(load_model(folder, device="cpu", dtype=None))
+    measure(open_engine(kind, folder / SMALL, activations), folder / SMALL, 8)
+    gc.collect()
+    start, before = time.perf_counter(), memory("VmRSS")
+    anonymous = [memory("RssAnon")]
+    threading.Thread(target=sample, args=("RssAnon", anonymous), daemon=True).start()
+    engine = open_engine(kind, folder, activations)
     loaded, processor = time.perf_counter(), time.process_time()
     digest = measure(engine, folder, count)
-    end, peak = time.perf_counter(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    end, peak = time.perf_counter(), memory("VmHWM")
     figures = {"digest": digest, "passes": end - loaded, "all": end - start}
     seconds = time.process_time() - processor
-    print(json.dumps({**figures, "processor": seconds, "memory": peak - before}))
+    sizes = {"memory": peak - before, "anonymous": max(anonymous) - anonymous[0]}
+    print(json.dumps({**figures, "processor": seconds, **sizes}))
 
 
 def main() -> None:
@@ -146,6 +175,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=arguments.out) as name:
         folder = Path(name)
         make_model(folder, arguments.tokenizer, arguments.gigabytes)
+        make_model(folder / SMALL, arguments.tokenizer, 0)
         size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
         options = ["--prompts", str(arguments.prompts)]
         options += ["--activations", str(arguments.activations)]
@@ -163,7 +193,8 @@ def main() -> None:
     for kind, figures in best.items():
         print(
             f"{kind:<10} capture and KL {figures['passes']:7.1f} s, with loading "
-            f"{figures['all']:7.1f} s, peak memory {figures['memory'] / size:6.1%} of the model"
+            f"{figures['all']:7.1f} s, peak memory {figures['memory'] / size:6.1%} of the model, "
+            f"{figures['anonymous'] / size:.1%} anonymous"
         )
     keys = ("passes", "all", "processor")
     ratios = [best["streamed"][key] / best["in memory"][key] for key in keys]

@@ -32,7 +32,12 @@ from abliterator.model._placement import (
     offload_options,
     remove_with,
 )
-from abliterator.model._run import RunBatches, run_batches, stored_parameter
+from abliterator.model._run import (
+    RunBatches,
+    copy_input_of_head,
+    run_batches,
+    stored_parameter,
+)
 from abliterator.model._tokenizer import load_tokenizer
 
 if TYPE_CHECKING:
@@ -115,6 +120,7 @@ def load_model(
         _require_stored_weights(model, folder)
         _accept_cache(model)
     require_stop_tokens(model, tokenizer, folder)
+    copy_input_of_head(model)
     loaded = LoadedModel(model, tokenizer, folder, device, placement)
     _require_that_it_runs(loaded, trust_remote_code)
     return loaded

@@ -19,6 +19,7 @@ from abliterator.errors import GenerationError, UnsupportedModel
 
 if TYPE_CHECKING:
     from torch.utils.hooks import RemovableHandle
+    from transformers import PreTrainedModel
 
 
 @dataclass(frozen=True)
@@ -169,6 +170,24 @@ def head_at(head: nn.Module, rows: Tensor, positions: Tensor) -> Iterator[None]:
         yield
     finally:
         handle.remove()
+
+
+def copy_input_of_head(model: PreTrainedModel) -> None:
+    """Gives the output head a copy of its input, one row after the other in memory.
+
+    Models pass it a slice: the last positions of each row. Where rows do not follow one another,
+    torch multiplies each with a copy of the whole head of its own; in bfloat16 on a CPU this takes
+    30 to 100 times longer, with the same result.
+    """
+    head = model.get_output_embeddings()
+    if head is not None:
+        head.register_forward_pre_hook(_with_copied_input)
+
+
+def _with_copied_input(_module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    return tuple(
+        x.clone(memory_format=torch.contiguous_format) if isinstance(x, Tensor) else x for x in args
+    )
 
 
 def stored_parameter(module: nn.Module, name: str) -> Tensor:

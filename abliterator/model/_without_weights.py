@@ -14,6 +14,7 @@ from abliterator.errors import UnsupportedModel
 from abliterator.files import read_text, require_plain_folder
 from abliterator.model._config import factory, loading, read_config, require_weights_enough
 from abliterator.model._load import LoadedModel, require_dtype, require_stop_tokens
+from abliterator.model._run import copy_input_of_head
 from abliterator.model._tokenizer import load_tokenizer
 
 if TYPE_CHECKING:
@@ -61,6 +62,7 @@ def load_without_weights(
             module._buffers[name] = None if buffer is None else buffer.to(device)
     tokenizer = load_tokenizer(folder, trust_remote_code=trust_remote_code)
     require_stop_tokens(model, tokenizer, folder)
+    copy_input_of_head(model)
     return LoadedModel(model.eval().requires_grad_(False), tokenizer, folder, device)
 
 

@@ -205,6 +205,17 @@ def test_a_template_that_refuses_a_system_prompt(with_template):
         render_chat(tokenizer, "eat", system="be brief")
 
 
+@pytest.mark.parametrize("rows", [1, 3])
+def test_the_head_gets_rows_that_follow_one_another(tiny_loaded, rows):
+    model, seen = tiny_loaded().model, []
+    ids = torch.randint(4, 384, (rows, 5))
+    whole = model(ids, use_cache=False).logits
+    model.lm_head.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    last = model(ids, use_cache=False, logits_to_keep=2).logits
+    torch.testing.assert_close(last, whole[:, -2:])
+    assert seen[0].stride() == torch.empty(rows, 2, 32).stride()
+
+
 # Hooks
 
 
