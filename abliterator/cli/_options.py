@@ -6,6 +6,7 @@ import difflib
 import logging
 import re
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -79,6 +80,25 @@ class RecipePath(click.ParamType[Path]):
         if text in bundled:
             return bundled[text]
         self.fail(_no_recipe(path, text, list(bundled)), param, ctx)
+
+
+class RecipeOrModel(click.ParamType[Path | str]):
+    """A recipe, as `RecipePath` takes it, as a path; everything else as the text of a model."""
+
+    name = "recipe or model"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> Path | str:
+        """The path of a recipe, or the folder or id of a model as it was given."""
+        path = Path(value)
+        if path.suffix in {".yaml", ".yml"}:
+            return path
+        if (path / "config.json").is_file():
+            return str(value)
+        with suppress(click.UsageError):
+            return RecipePath().convert(value, param, ctx)
+        return str(value)
 
 
 def _no_recipe(path: Path, text: str, names: list[str]) -> str:
