@@ -22,7 +22,7 @@ from abliterator.bake._adapter import (
 from abliterator.bake._plan import EditPlan, PlannedEdit, plan_edits, require_fit
 from abliterator.bake._preview import preview_edit, preview_edits
 from abliterator.bake._stored import PANEL_ELEMENTS
-from abliterator.bake._write import bake, bake_file, write_config
+from abliterator.bake._write import bake, bake_file, bake_workers, write_config
 
 __all__ = [
     "PANEL_ELEMENTS",
@@ -31,6 +31,7 @@ __all__ = [
     "adapter_obstacle",
     "bake",
     "bake_file",
+    "bake_workers",
     "plan_edits",
     "preview_edit",
     "preview_edits",

@@ -92,7 +92,7 @@ def bake(
     require_fit(basis, plan)
     done: list[TensorEdit] = []
     files = checkpoint.weight_files
-    with FileThreads(workers or _default_workers(checkpoint, plan)) as threads:
+    with FileThreads(workers or bake_workers(checkpoint, plan)) as threads:
         editor = _ShardEditor(checkpoint, plan, basis, threads)
         baked = threads.of_files(partial(editor.write, out), files)
         for file, edits in zip(files, baked, strict=True):
@@ -134,12 +134,12 @@ def bake_file(
         workers: how many tensors are edited at once.
     """
     require_fit(basis, plan)
-    with FileThreads(workers or _default_workers(checkpoint, plan)) as threads:
+    with FileThreads(workers or bake_workers(checkpoint, plan)) as threads:
         editor = _ShardEditor(checkpoint, plan, basis, threads)
         return next(threads.of_files(partial(editor.write, out), [file]))
 
 
-def _default_workers(checkpoint: Checkpoint, plan: EditPlan) -> int:
+def bake_workers(checkpoint: Checkpoint, plan: EditPlan) -> int:
     """As many workers as there are cores, while their tensors fit in half of the free memory."""
     if checkpoint.total_bytes < _SMALL_BYTES:
         return 1

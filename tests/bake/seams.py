@@ -7,4 +7,4 @@ from abliterator.bake import _write
 
 def bake_in_threads(count: int) -> None:
     """From here on, checkpoints of any size are baked by so many threads; for a child process."""
-    _write._default_workers = lambda *_: count  # type: ignore[assignment]
+    _write.bake_workers = lambda *_: count  # type: ignore[assignment]

@@ -10,7 +10,7 @@ import torch
 
 from abliterator.anatomy import anatomy_of
 from abliterator.bake import bake, bake_file, plan_edits
-from abliterator.bake._write import _default_workers
+from abliterator.bake._write import bake_workers
 from abliterator.checkpoint import Checkpoint
 from abliterator.errors import FileError
 from abliterator.recipe import Edit
@@ -87,9 +87,9 @@ def test_a_damaged_number_is_the_same_error_from_a_thread(sharded, tmp_path):
 
 def test_as_many_workers_as_their_tensors_fit_in_memory(sharded, monkeypatch):
     checkpoint, plan = planned(sharded)
-    assert _default_workers(checkpoint, plan) == 1  # threads would take longer to start
+    assert bake_workers(checkpoint, plan) == 1  # threads would take longer to start
     monkeypatch.setattr("abliterator.bake._write._SMALL_BYTES", 0)
     each = []
     monkeypatch.setattr("abliterator.bake._write.worker_count", lambda n: each.append(n) or 5)
-    assert _default_workers(checkpoint, plan) == 5
+    assert bake_workers(checkpoint, plan) == 5
     assert each[0] > plan.largest_bytes(checkpoint) > 0
