@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import logging
 import re
+import sys
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import click
 
-from abliterator.cli._terminal import QUIET, Bars
+from abliterator.cli._terminal import QUIET, Bars, is_quiet
 from abliterator.errors import OutputError
 from abliterator.files import read_text
 
@@ -252,11 +253,14 @@ def recipe_arguments(*, required: bool = True, several: bool = False) -> Decorat
     )
 
 
-def bars_of(recipe: Recipe, until: str = "card") -> Bars:
-    """The progress of a build up to a stage."""
-    from abliterator.pipeline import stages_of
+def bars_of(recipe: Recipe, out: Path, options: Options, until: str = "card") -> Bars:
+    """The progress of a build up to a stage; with its expected time where bars are drawn."""
+    from abliterator.pipeline import expected_seconds, stages_of
 
-    return Bars([stage.name for stage in stages_of(recipe, until)])
+    expected = None
+    if sys.stderr.isatty() and not is_quiet():
+        expected = expected_seconds(recipe, out, until=until, options=options)
+    return Bars([stage.name for stage in stages_of(recipe, until)], expected=expected)
 
 
 def read_recipe(

@@ -125,7 +125,7 @@ class Bars:
     """
 
     def __init__(self, stages: Sequence[str] = (), *, expected: float | None = None) -> None:
-        """Takes the names of all stages in order, and the seconds that they may take together."""
+        """Takes the names of all stages in order, and about the most seconds that they take."""
         self._stages, self._expected = list(stages), expected
         self._start = perf_counter()
 
@@ -164,10 +164,10 @@ class Bars:
             yield advance
 
     def _format(self, total: int, width: int, status: str = "") -> str:
-        """Tqdm's template of a bar: amount, rate, time left; time since the start, and expected."""
+        """Tqdm's template of a bar: amount, rate, time left; time since the start, and at most."""
         elapsed = duration(perf_counter() - self._start)
-        expected = f" of about {duration(self._expected)}" if self._expected else ""
-        text = f"{elapsed}{expected} in all"
+        expected = f"of up to {duration(self._expected)}" if self._expected else "in all"
+        text = f"{elapsed} {expected}"
         if not total:
             return "{desc}, {elapsed}; " + text
         text += f"; {status}" if status else ""

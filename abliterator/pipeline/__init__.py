@@ -26,7 +26,7 @@ from abliterator.pipeline._first_recipe import first_recipe
 from abliterator.pipeline._judges import judge_of, note_plain_http, require_key
 from abliterator.pipeline._model import Model
 from abliterator.pipeline._options import Options
-from abliterator.pipeline._outlook import with_outlook
+from abliterator.pipeline._outlook import expected_seconds, with_outlook
 from abliterator.pipeline._plan import Plan, make_plan, plan_source
 from abliterator.pipeline._planned_prompts import planned_prompts
 from abliterator.pipeline._progress import Advance, Progress, Silent
@@ -78,6 +78,7 @@ __all__ = [
     "build_several",
     "compare_rebuilt",
     "estimate_on",
+    "expected_seconds",
     "first_recipe",
     "judge_of",
     "note_plain_http",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,11 +13,14 @@ from abliterator.errors import RecipeError, WorkerError
 from abliterator.pipeline._estimate import Estimate, estimate
 from abliterator.pipeline._missing import Missing, missing
 from abliterator.pipeline._options import Options
-from abliterator.pipeline._plan import Plan
+from abliterator.pipeline._plan import Plan, plan_source
 from abliterator.pipeline._planned_prompts import PlannedPrompts, planned_prompts
 from abliterator.pipeline._setup import engines_of, setup_of
 from abliterator.pipeline._where import Where, where_weights_lie
+from abliterator.pipeline._workspace import Workspace
+from abliterator.pipeline.stages import stages_of
 from abliterator.recipe import Recipe
+from abliterator.source import ModelSource, folder_on_disk
 
 _LONG = 1800  # seconds of answers beyond which a plan says what makes them shorter
 
@@ -62,6 +66,38 @@ def with_outlook(
         missing=tuple(lacks),
         notes=(*plan.notes, *_warnings(recipe, where, prompts, costs, options)),
     )
+
+
+def expected_seconds(
+    recipe: Recipe, out: Path, *, until: str = "card", options: Options | None = None
+) -> float | None:
+    """Seconds that the unfinished stages of a build take at most, about: answers at full length.
+
+    None where that is not known: this machine was not measured, the model is not on it yet, or a
+    server or a cluster does part of the work. Headers alone are read, and nothing is downloaded.
+
+    Args:
+        recipe: what is built.
+        out: where; stages that were finished there are not counted.
+        until: the last stage.
+        options: device, dtype, memory and workers.
+    """
+    options = options or Options()
+    with suppress(Exception):  # the build itself reports what is wrong
+        folder = folder_on_disk(recipe.model, revision=recipe.revision)
+        if folder is None or options.ray is not None or "server" in engines_of(recipe):
+            return None
+        plan = plan_source(ModelSource(folder, recipe.model, recipe.revision), recipe, out)
+        where = _where(plan, options)
+        machine = known_machine(where.device, where.dtype)
+        prompts = machine and planned_prompts(recipe, folder)
+        if machine and prompts and prompts.lengths:
+            setup = setup_of(recipe, plan, where, options, machine)
+            costs = estimate(recipe, plan, prompts, machine, setup)
+            names = {stage.name for stage in stages_of(recipe, until)}
+            pending = {name for name in names if Workspace(out).marker(name) is None}
+            return sum(stage.seconds for stage in costs.stages if stage.stage in pending)
+    return None
 
 
 def _where(plan: Plan, options: Options) -> Where:
