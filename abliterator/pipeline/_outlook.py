@@ -15,7 +15,7 @@ from abliterator.pipeline._missing import Missing, missing
 from abliterator.pipeline._options import Options
 from abliterator.pipeline._plan import Plan, plan_source
 from abliterator.pipeline._planned_prompts import PlannedPrompts, planned_prompts
-from abliterator.pipeline._setup import engines_of, setup_of
+from abliterator.pipeline._setup import engines_of, is_read_by_blocks, setup_of
 from abliterator.pipeline._where import Where, where_weights_lie
 from abliterator.pipeline._workspace import Workspace
 from abliterator.pipeline.stages import stages_of
@@ -64,7 +64,7 @@ def with_outlook(
         prompts=prompts,
         estimate=costs,
         missing=tuple(lacks),
-        notes=(*plan.notes, *_warnings(recipe, where, prompts, costs, options)),
+        notes=(*plan.notes, *_warnings(recipe, plan, where, prompts, costs, options)),
     )
 
 
@@ -140,6 +140,7 @@ def _memory(plan: Plan) -> Iterator[Missing]:
 
 def _warnings(
     recipe: Recipe,
+    plan: Plan,
     where: Where,
     prompts: PlannedPrompts,
     costs: Estimate | None,
@@ -148,7 +149,7 @@ def _warnings(
     """Notes on memory that is short, and on what the estimate assumes and leaves out."""
     here = engines_of(recipe).answers == "process"
     if where.streams:
-        yield _on_disk(where, costs, options, here=here)
+        yield _on_disk(plan, where, costs, options, here=here)
     elif costs is not None:
         yield from _short_memory(where, costs)
     if costs is not None and here and not where.streams:
@@ -159,7 +160,9 @@ def _warnings(
         yield f"How many rows {dataset} has is not known before it is read; 400 are assumed."
 
 
-def _on_disk(where: Where, costs: Estimate | None, options: Options, *, here: bool) -> str:
+def _on_disk(
+    plan: Plan, where: Where, costs: Estimate | None, options: Options, *, here: bool
+) -> str:
     """What weights that do not fit in memory mean for passes, answers and tuning."""
     part = f"{where.places['disk'] / 1e9:.1f} GB of {where.weights / 1e9:.1f} GB"
     if options.divides:
@@ -168,7 +171,7 @@ def _on_disk(where: Where, costs: Estimate | None, options: Options, *, here: bo
             "them on one device. Leave out `--workers` and `--ray`, or choose a smaller dtype."
         )
     passes = " Capture, divergence and the scores of a sweep read every block once a pass, for all "
-    passes = f"{passes}prompts together." if options.device == AUTO else ""
+    passes = f"{passes}prompts together." if is_read_by_blocks(plan, where, options) else ""
     if not here:
         return f"The weights do not fit in memory: {part} stay on disk.{passes}"
     hours = "hours"

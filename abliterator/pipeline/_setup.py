@@ -28,13 +28,21 @@ def setup_of(recipe: Recipe, plan: Plan, where: Where, options: Options, machine
         options: device and workers.
         machine: its threads are divided among workers.
     """
-    in_pieces = not options.divides
     return engines_of(recipe)._replace(
-        on_disk=where.places.get(DISK, 0) if in_pieces else 0,
-        streams=where.streams and in_pieces and options.device == AUTO,
+        on_disk=0 if options.divides else where.places.get(DISK, 0),
+        streams=is_read_by_blocks(plan, where, options),
         speedup=_speedup(options.workers or 1, machine),
         bake_workers=bake_workers(plan.checkpoint, plan.edits),
     )
+
+
+def is_read_by_blocks(plan: Plan, where: Where, options: Options) -> bool:
+    """Whether passes over many prompts read weights block by block, as far as config.json says it.
+
+    Quantised weights and models with code of their own are placed in memory and on disk.
+    """
+    whole = {"quantization_config", "auto_map"} & plan.checkpoint.config.keys()
+    return where.streams and options.device == AUTO and not (options.divides or whole)
 
 
 def engines_of(recipe: Recipe) -> Setup:
