@@ -165,9 +165,10 @@ class Bars:
 
     def _format(self, total: int, width: int, status: str = "") -> str:
         """Tqdm's template of a bar: amount, rate, time left; time since the start, and at most."""
-        elapsed = duration(perf_counter() - self._start)
-        expected = f"of up to {duration(self._expected)}" if self._expected else "in all"
-        text = f"{elapsed} {expected}"
+        elapsed = perf_counter() - self._start
+        within = self._expected is not None and elapsed < self._expected  # else it was wrong
+        text = f"{duration(elapsed)} "
+        text += f"of up to {duration(self._expected or 0)}" if within else "in all"
         if not total:
             return "{desc}, {elapsed}; " + text
         text += f"; {status}" if status else ""

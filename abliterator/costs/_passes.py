@@ -20,8 +20,8 @@ _CACHE_COPIES = 4
 # Reads and writes of logits in a step: checked, converted to float32, and the largest found.
 _LOGIT_COPIES = 4
 # Writes to new memory of a number of the weights that is read from disk for a pass, by accelerate's
-# hooks or block by block: 0.7 and 0.8 were measured with SmolLM2.
-_READ_COPIES = 1
+# hooks and block by block: measured with SmolLM2, by this process's seconds.
+_PLACED_COPIES, _STREAMED_COPIES = 0.7, 0.85
 _TOGETHER = 256  # batches for which a block is read once (`abliterator.engines`)
 
 
@@ -77,12 +77,12 @@ class Work:
     def read_again(self, passes: float = 1) -> float:
         """Seconds in which passes of a placed model read the weights that lie on disk."""
         machine = self.machine
-        return passes * self.on_disk * (1 / machine.uncached_read + _READ_COPIES / machine.fresh)
+        return passes * self.on_disk * (1 / machine.uncached_read + _PLACED_COPIES / machine.fresh)
 
     def streamed(self, batches: int) -> float:
         """Seconds in which all weights are read block by block for so many batches."""
         machine = self.machine
-        copied = _READ_COPIES * self.weight_bytes / machine.fresh
+        copied = _STREAMED_COPIES * self.weight_bytes / machine.fresh
         return math.ceil(batches / _TOGETHER) * (self.shape.stored / machine.uncached_read + copied)
 
     def answers(

@@ -142,3 +142,4 @@ def test_a_bar_knows_the_builds_time_where_the_machine_was_measured(
     assert "of up to" not in bars_of(recipe, out, options)._format(1, 80)
     costs.remember(rates)
     assert ("of up to" in bars_of(recipe, out, options)._format(1, 80)) is is_terminal
+    assert "of up to" not in Bars(expected=1e-9)._format(1, 80)  # what has passed already
