@@ -1,6 +1,9 @@
 """What `plan` predicts of a build, against what the build takes, stage by stage.
 
 usage: OMP_NUM_THREADS=1 python perf/cost_model.py demo|synthetic|FOLDER [--set KEY=VALUE ...]
+           [--max-memory BYTES]
+
+With --max-memory the rest of the weights lies on disk, from files that the system keeps in memory.
 
 `synthetic` is a Llama of 0.5 GB with random weights, made for the run; FOLDER is a checkpoint such
 as SmolLM2-135M-Instruct's. All three get the demo's recipe and prompts. The machine is measured
@@ -87,15 +90,24 @@ def observed_tokens(out: Path) -> int:
     return max(json.loads(line)["n_tokens"] for line in lines)
 
 
-def predicted(recipe: Recipe, out: Path, machine: costs.Machine) -> dict[str, costs.StageCost]:
+def predicted(
+    recipe: Recipe, out: Path, machine: costs.Machine, setup: costs.Setup
+) -> dict[str, costs.StageCost]:
     """The estimate of every stage on a machine."""
-    stages = pipeline.estimate_on(recipe, out, machine).stages
+    stages = pipeline.estimate_on(recipe, out, machine, setup=setup).stages
     return {stage.stage: stage for stage in stages}
 
 
 def measured_machine() -> costs.Machine:
     """This machine's rates, in seconds of processors."""
     return costs.calibrate("cpu", "float32", clock=time.process_time)
+
+
+def planned_places(recipe: Recipe, out: Path, options: pipeline.Options) -> dict[str, int]:
+    """Bytes of weights in each place."""
+    where = pipeline.plan_recipe(recipe, out, options=options).where
+    assert where is not None
+    return where.places
 
 
 def elsewhere(function: Callable[..., T], *arguments: Any) -> T:
@@ -109,7 +121,11 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("model")
     parser.add_argument("--set", action="append", default=[], dest="overrides")
+    parser.add_argument("--max-memory", type=int)
     arguments = parser.parse_args()
+    options = pipeline.Options(
+        "auto" if arguments.max_memory else "cpu", "float32", arguments.max_memory
+    )
     with tempfile.TemporaryDirectory() as scratch:
         model = {"demo": "embedded:demo", "synthetic": f"{scratch}/model"}.get(
             arguments.model, arguments.model
@@ -121,9 +137,12 @@ def main() -> None:
         )
         out = Path(scratch) / "out"
         machine = elsewhere(measured_machine)
-        at_most = predicted(recipe, out, machine)
+        machine = machine.model_copy(update={"uncached_read": machine.disk_read})
+        places = elsewhere(planned_places, recipe, out, options)
+        setup = costs.Setup(places.get("disk", 0), streams="disk" in places)
+        at_most = predicted(recipe, out, machine, setup)
         meter = Meter()
-        pipeline.build(recipe, out, options=pipeline.Options("cpu", "float32"), progress=meter)
+        pipeline.build(recipe, out, options=options, progress=meter)
         meter.stage("end", done=True)
         tokens = observed_tokens(out)
         rollouts = recipe.rollouts.model_copy(update={"max_new_tokens": tokens})
@@ -131,7 +150,7 @@ def main() -> None:
             update={"tokens": min(tokens, recipe.divergence.tokens)}
         )
         changes = {"rollouts": rollouts, "divergence": divergence}
-        as_long = predicted(recipe.model_copy(update=changes), out, machine)
+        as_long = predicted(recipe.model_copy(update=changes), out, machine, setup)
     report(meter, at_most, as_long)
 
 

@@ -19,18 +19,19 @@ from typing import Any, NamedTuple
 
 from abliterator import costs, pipeline
 from abliterator.devices import WEIGHTS_SHARE
-from abliterator.recipe import Recipe, load_recipe
+from abliterator.recipe import load_recipe
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "scale.md"
+RECIPE = ROOT / "recipes" / "llama3_1_8b.yaml"
 BEGIN, END = "<!-- scale_tables.py: begin -->\n", "<!-- scale_tables.py: end -->\n"
 
 # Dollars an hour of one accelerator, rented; of a million tokens of a judge, in and out.
 PRICES = {"l40s": 1.0, "a100": 1.8, "h100": 2.8, "h200": 3.6}
 JUDGE = ("judge.kind=openai", "judge.prices.input=0.28", "judge.prices.output=0.42")
-# An engine starts, reads the weights, and reaches this share of what its devices do together.
-ENGINE_START, ENGINE_SHARE = 90.0, 0.7
-ENGINE_BATCH = 256
+# Of vLLM on all devices, as a recipe would have it that wants answers fast.
+ENGINE = ("engine.kind=vllm", "engine.concurrency=256")
+HOST_CORES = 16
 
 _LLAMA = {"model_type": "llama", "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 128256}
 MODELS: dict[str, dict[str, Any]] = {
@@ -103,15 +104,9 @@ def lay_out(config: dict[str, Any], folder: Path) -> None:
         file.truncate(8 + len(text) + offset)
 
 
-def engine_seconds(recipe: Recipe, work: costs.Work, count: int) -> float:
-    """Seconds in which an engine on all devices together gives the answers of base and edited."""
-    eager = {"block_overhead": 0.0, "pass_overhead": 0.0, "step_overhead": 0.0, "stream": 0.0}
-    machine = work.machine.model_copy(update=eager)
-    answers = costs.Work(work.shape, machine).answers(
-        2 * recipe.rollouts.limit, 46, recipe.rollouts.max_new_tokens, ENGINE_BATCH
-    )
-    start = ENGINE_START + work.shape.stored / machine.disk_read
-    return 2 * (start + answers / (count * ENGINE_SHARE))
+def seconds_of(estimate: pipeline.Estimate) -> dict[str, float]:
+    """Seconds of every stage."""
+    return {stage.stage: stage.seconds for stage in estimate.stages}
 
 
 def duration(seconds: float) -> str:
@@ -129,15 +124,19 @@ def rows(folder: Path) -> tuple[list[list[str]], list[list[str]]]:
         model = folder / str(list(MODELS).index(machine.model))
         if not model.is_dir():
             lay_out(MODELS[machine.model], model)
-        recipe = load_recipe(
-            ROOT / "recipes" / "llama3_1_8b.yaml", overrides=[f"model={model}", *JUDGE]
-        )
+        overrides = [f"model={model}", *JUDGE]
+        recipe = load_recipe(RECIPE, overrides=overrides)
+        served = [*overrides, *ENGINE, f"engine.tensor_parallel={machine.count}"]
+        served_recipe = load_recipe(RECIPE, overrides=served)
         rates = costs.assumed(costs.ACCELERATORS[machine.accelerator])
-        estimate = pipeline.estimate_on(recipe, folder / "out", rates)
+        setup = costs.Setup(bake_workers=HOST_CORES)
+        estimate = pipeline.estimate_on(recipe, folder / "out", rates, setup=setup)
+        by_engine = seconds_of(pipeline.estimate_on(served_recipe, folder / "out", rates))[
+            "rollouts"
+        ]
         plan = pipeline.plan_recipe(recipe, folder / "out")
         work = costs.Work(costs.shape_of(plan.checkpoint, plan.anatomy), rates)
-        by_engine = engine_seconds(recipe, work, machine.count)
-        seconds = {stage.stage: stage.seconds for stage in estimate.stages}
+        seconds = seconds_of(estimate)
         best = min(by_engine, seconds["rollouts"])
         total = estimate.seconds - seconds["rollouts"] + best
         name = f"{machine.count} x {rates.name}"

@@ -37,7 +37,11 @@ def bake(
             raise click.UsageError("--model and --subspace are given instead of a RECIPE.")
         parsed, out, options = read_recipe(recipe, **arguments)
         pipeline.run_stages(
-            parsed, out, until="bake", options=options, progress=bars_of(parsed, "bake")
+            parsed,
+            out,
+            until="bake",
+            options=options,
+            progress=bars_of(parsed, out, options, "bake"),
         )
         checkpoint = out / "checkpoint"
         edits = json.loads(read_text(checkpoint / "abliterator" / "edits.json"))

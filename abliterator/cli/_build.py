@@ -54,7 +54,7 @@ def build(
     else:
         raise click.UsageError("Give either a RECIPE or --from a published checkpoint.")
     parsed, out, options = read_recipe(path, **arguments)
-    record = pipeline.build(parsed, out, options=options, progress=bars_of(parsed))
+    record = pipeline.build(parsed, out, options=options, progress=bars_of(parsed, out, options))
     as_text = details_text if details else outcome_text
     show(record, lambda record: as_text(record, out), as_json=as_json)
     if folder is not None:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import difflib
 import logging
 import re
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import click
 
-from abliterator.cli._terminal import QUIET, Bars
+from abliterator.cli._terminal import QUIET, Bars, is_quiet
 from abliterator.errors import OutputError
 from abliterator.files import read_text
 
@@ -81,6 +82,23 @@ def recipe_path(text: str) -> Path | None:
     from abliterator.recipe import bundled_recipes
 
     return {recipe.name: recipe.path for recipe in bundled_recipes()}.get(text)
+
+
+class RecipeOrModel(click.ParamType[Path | str]):
+    """A recipe, as `RecipePath` takes it, as a path; everything else as the text of a model."""
+
+    name = "recipe or model"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> Path | str:
+        """The path of a recipe, or the folder or id of a model as it was given."""
+        path = Path(value)
+        if path.suffix in {".yaml", ".yml"}:
+            return path
+        if (path / "config.json").is_file():
+            return str(value)
+        return recipe_path(str(value)) or str(value)
 
 
 def _no_recipe(text: str) -> str:
@@ -237,11 +255,14 @@ def recipe_arguments(*, required: bool = True, several: bool = False) -> Decorat
     )
 
 
-def bars_of(recipe: Recipe, until: str = "card") -> Bars:
-    """The progress of a build up to a stage."""
-    from abliterator.pipeline import stages_of
+def bars_of(recipe: Recipe, out: Path, options: Options, until: str = "card") -> Bars:
+    """The progress of a build up to a stage; with its expected time where bars are drawn."""
+    from abliterator.pipeline import expected_seconds, stages_of
 
-    return Bars([stage.name for stage in stages_of(recipe, until)])
+    expected = None
+    if sys.stderr.isatty() and not is_quiet():
+        expected = expected_seconds(recipe, out, until=until, options=options)
+    return Bars([stage.name for stage in stages_of(recipe, until)], expected=expected)
 
 
 def read_recipe(

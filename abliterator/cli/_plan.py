@@ -13,9 +13,10 @@ from abliterator.cli._options import (
     JSON,
     SET,
     VLLM_PYTHON,
+    RecipeOrModel,
     computing_arguments,
-    recipe_path,
-    run_recipe,
+    read_recipe,
+    worker_arguments,
 )
 from abliterator.cli._terminal import byte_size, fitted, render, show
 
@@ -24,10 +25,15 @@ if TYPE_CHECKING:
 
 
 @click.command(short_help="Show what a recipe would do.")
-@click.argument("recipe_or_model")
-@click.option("--out", type=click.Path(path_type=Path), default="out", help="Where it would go.")
+@click.argument("recipe_or_model", type=RecipeOrModel())
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    help="Where it would go.  [default: out/RECIPE, or out]",
+)
 @SET
 @computing_arguments
+@worker_arguments
 @VLLM_PYTHON
 @click.option(
     "--calibrate",
@@ -36,38 +42,37 @@ if TYPE_CHECKING:
 )
 @JSON
 def plan(
-    recipe_or_model: str,
-    out: Path,
-    overrides: tuple[str, ...],
-    device: str,
-    dtype: str,
-    max_memory: int | None,
-    vllm_python: str | None,
+    recipe_or_model: Path | str,
     calibrate: bool,
     as_json: bool,
+    **arguments: Any,
 ) -> None:
     """Show what a recipe, or the default edit of a model, would do; read headers only.
 
-    Where a recipe lacks something (prompts, a key, disk space, a device), all of it is listed, and
-    the exit code is 1.
+    A recipe is a file, a name of `abliterator recipes`, or the folder of an earlier run. Where it
+    lacks something (prompts, a key, disk space, a device), all of it is listed, and the exit code
+    is 1.
     """
     from abliterator import pipeline
-    from abliterator.recipe import load_edit, load_recipe
 
-    path = recipe_path(recipe_or_model) or Path(recipe_or_model)
-    options = pipeline.Options(device, dtype, max_memory, vllm_python=vllm_python)
-    if (path / "work").is_dir():
-        recipe, out = run_recipe(path, overrides), path
-        planned = pipeline.plan_recipe(recipe, out, options=options, measure=calibrate)
-    elif path.suffix in {".yaml", ".yml"}:
-        recipe = load_recipe(path, overrides=overrides)
+    if isinstance(recipe_or_model, Path):
+        recipe, out, options = read_recipe(recipe_or_model, force=False, **arguments)
         planned = pipeline.plan_recipe(recipe, out, options=options, measure=calibrate)
     else:
-        edit = load_edit(overrides)
-        planned = pipeline.plan_model(recipe_or_model, out, edit=edit, options=options)
+        planned = _plan_of_model(recipe_or_model, **arguments)
     show(planned.summary(), lambda _: plan_text(planned), as_json=as_json)
     if planned.missing:
         sys.exit(1)
+
+
+def _plan_of_model(
+    model: str, *, out: Path | None, overrides: tuple[str, ...], **arguments: Any
+) -> Plan:
+    from abliterator import pipeline
+    from abliterator.recipe import load_edit
+
+    options, edit = pipeline.Options(**arguments), load_edit(overrides)
+    return pipeline.plan_model(model, out or Path("out"), edit=edit, options=options)
 
 
 def plan_text(plan: Plan) -> str:

@@ -21,7 +21,7 @@ def _stage_command(stage: str, help_text: str) -> click.Command:
 
         parsed, out, options = read_recipe(recipe, **arguments)
         pipeline.run_stages(
-            parsed, out, until=stage, options=options, progress=bars_of(parsed, stage)
+            parsed, out, until=stage, options=options, progress=bars_of(parsed, out, options, stage)
         )
         echo(out)
 

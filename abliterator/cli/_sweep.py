@@ -35,7 +35,11 @@ def sweep(recipe: Path, as_json: bool, **arguments: Any) -> None:
             "k=auto, or both."
         )
     pipeline.run_stages(
-        parsed, out, until="selection", options=options, progress=bars_of(parsed, "selection")
+        parsed,
+        out,
+        until="selection",
+        options=options,
+        progress=bars_of(parsed, out, options, "selection"),
     )
     selection = Selection.model_validate_json(read_text(out / "work" / "sweep.json"))
     show(selection, _selection_text, as_json=as_json)

@@ -156,7 +156,7 @@ class Bars:
     """
 
     def __init__(self, stages: Sequence[str] = (), *, expected: float | None = None) -> None:
-        """Takes the names of all stages in order, and the seconds that they may take together."""
+        """Takes the names of all stages in order, and about the most seconds that they take."""
         self._stages, self._expected = list(stages), expected
         self._start = perf_counter()
 
@@ -195,10 +195,11 @@ class Bars:
             yield advance
 
     def _format(self, total: int, width: int, status: str = "", *, is_moving: bool = True) -> str:
-        """Tqdm's template of a bar: amount, rate, time left; time since the start, and expected."""
-        elapsed = duration(perf_counter() - self._start)
-        expected = f" of about {duration(self._expected)}" if self._expected else ""
-        text = f"{elapsed}{expected} in all"
+        """Tqdm's template of a bar: amount, rate, time left; time since the start, and at most."""
+        elapsed = perf_counter() - self._start
+        within = self._expected is not None and elapsed < self._expected  # else it was wrong
+        text = f"{duration(elapsed)} "
+        text += f"of up to {duration(self._expected or 0)}" if within else "in all"
         if not total:
             return "{desc}, {elapsed}; " + text
         text += f"; {status}" if status else ""

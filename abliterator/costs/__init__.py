@@ -14,10 +14,11 @@ from abliterator.costs._machine import ACCELERATORS, Assumed, Machine, assumed
 from abliterator.costs._passes import Work, spread
 from abliterator.costs._shape import Matrix, ModelShape, dtype_bytes, shape_of
 from abliterator.costs._stages import Costs
-from abliterator.costs._types import Answers, Benchmark, StageCost
+from abliterator.costs._types import Answerer, Answers, Benchmark, Setup, StageCost
 
 __all__ = [
     "ACCELERATORS",
+    "Answerer",
     "Answers",
     "Assumed",
     "Benchmark",
@@ -25,6 +26,7 @@ __all__ = [
     "Machine",
     "Matrix",
     "ModelShape",
+    "Setup",
     "StageCost",
     "Work",
     "assumed",

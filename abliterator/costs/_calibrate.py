@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import statistics
+import sys
 import tempfile
 from collections.abc import Callable
 from datetime import UTC, datetime
@@ -47,7 +48,7 @@ def calibrate(
     import transformers  # noqa: F401  (its memory is part of `base_memory`)
 
     timer = _Timer(torch.device(device), getattr(torch, dtype), clock)
-    disk_read, disk_write = _disk(folder or Path(tempfile.gettempdir()), clock)
+    disk = _disk(folder or Path(tempfile.gettempdir()), clock)
     data = b"\0" * (16 * _MIB)
     products = timer.products()
     bandwidth = timer.bandwidth()
@@ -61,12 +62,11 @@ def calibrate(
         products=products,
         bandwidth=bandwidth,
         fresh=_fresh(clock),
-        disk_read=disk_read,
-        disk_write=disk_write,
         hashing=len(data) / _median(lambda: hashlib.sha256(data), clock),
         python=_median(_python_loop, clock),
         base_memory=_resident(),
         accelerator=device != CPU,
+        **disk,
         **_blocks(timer, products),
     )
 
@@ -209,8 +209,11 @@ def _python_loop() -> int:
     return sum(len(str(i)) for i in range(300_000))
 
 
-def _disk(folder: Path, clock: Clock) -> tuple[float, float]:
-    """Bytes a second read (of a file written just before) and written with a flush."""
+def _disk(folder: Path, clock: Clock) -> dict[str, float]:
+    """Bytes a second read (of a file written just before, kept by the system or not) and written.
+
+    What is written is flushed. Only Linux can be asked to keep nothing.
+    """
     data = os.urandom(_MIB)
     with tempfile.TemporaryFile(dir=folder) as file:
 
@@ -226,8 +229,13 @@ def _disk(folder: Path, clock: Clock) -> tuple[float, float]:
             while file.read(_MIB):
                 pass
 
-        write_seconds = _median(write, clock)
-        return _FILE / _median(read, clock), _FILE / write_seconds
+        def read_uncached() -> None:
+            if sys.platform == "linux":
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+            read()
+
+        runs = {"disk_write": write, "disk_read": read, "uncached_read": read_uncached}
+        return {name: _FILE / _median(run, clock) for name, run in runs.items()}
 
 
 def _fresh(clock: Clock) -> float:

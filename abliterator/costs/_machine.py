@@ -35,7 +35,8 @@ class Machine(BaseModel):
         stream: seconds a number of the residual stream and block, beside the products.
         bandwidth: bytes a second that a copy in memory reads and writes.
         fresh: bytes a second written to host memory that the process did not have before.
-        disk_read: bytes a second.
+        disk_read: bytes a second, of files that the system may keep in memory.
+        uncached_read: bytes a second from the disk itself, where the system can be made to.
         disk_write: bytes a second, flushed.
         hashing: bytes a second of SHA-256.
         python: seconds of a fixed loop of Python, by which times of Python code are scaled.
@@ -59,6 +60,7 @@ class Machine(BaseModel):
     bandwidth: float
     fresh: float
     disk_read: float
+    uncached_read: float
     disk_write: float
     hashing: float
     python: float
@@ -150,6 +152,7 @@ def assumed(accelerator: Assumed) -> Machine:
         bandwidth=bandwidth,
         fresh=24e9,
         disk_read=3e9,
+        uncached_read=3e9,
         disk_write=2e9,
         hashing=1.5e9,
         python=REFERENCE,

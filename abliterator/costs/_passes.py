@@ -19,14 +19,27 @@ from abliterator.costs._shape import Matrix, ModelShape, dtype_bytes
 _CACHE_COPIES = 4
 # Reads and writes of logits in a step: checked, converted to float32, and the largest found.
 _LOGIT_COPIES = 4
+# Writes to new memory of a number of the weights that is read from disk for a pass, by accelerate's
+# hooks and block by block: measured with SmolLM2, by this process's seconds.
+_PLACED_COPIES, _STREAMED_COPIES = 0.7, 0.85
+_TOGETHER = 256  # batches for which a block is read once (`abliterator.engines`)
 
 
 @dataclass(frozen=True)
 class Work:
-    """A model on a machine: what passes and answers cost there."""
+    """A model on a machine: what passes and answers cost there.
+
+    Attributes:
+        shape: of the model.
+        machine: its rates.
+        on_disk: bytes of weights that every pass reads from disk, unless it is streamed.
+        streams: whether `scores` reads the weights block by block, once for all prompts.
+    """
 
     shape: ModelShape
     machine: Machine
+    on_disk: int = 0
+    streams: bool = False
 
     @property
     def number_bytes(self) -> float:
@@ -61,6 +74,17 @@ class Work:
         # an accelerator computes while the next call is prepared
         return max(computed, overhead) if machine.accelerator else computed + overhead
 
+    def read_again(self, passes: float = 1) -> float:
+        """Seconds in which passes of a placed model read the weights that lie on disk."""
+        machine = self.machine
+        return passes * self.on_disk * (1 / machine.uncached_read + _PLACED_COPIES / machine.fresh)
+
+    def streamed(self, batches: int) -> float:
+        """Seconds in which all weights are read block by block for so many batches."""
+        machine = self.machine
+        copied = _STREAMED_COPIES * self.weight_bytes / machine.fresh
+        return math.ceil(batches / _TOGETHER) * (self.shape.stored / machine.uncached_read + copied)
+
     def answers(
         self,
         prompts: int,
@@ -86,8 +110,8 @@ class Work:
             first = self.forward(rows, prompt_tokens - shared, cached=shared, logits=rows)
             kept = prompt_tokens + new_tokens / 2
             step = self.forward(rows, 1, cached=kept, logits=rows) + self._step(rows)
-            seconds += batches * (first + (new_tokens - 1) * step)
-        return seconds + (self.forward(1, shared) if shared else 0.0)
+            seconds += batches * (first + (new_tokens - 1) * step + self.read_again(new_tokens))
+        return seconds + (self.forward(1, shared) + self.read_again() if shared else 0.0)
 
     def scores(self, lengths: Sequence[int], max_tokens: int, *, positions: int = 0) -> float:
         """Seconds of prompts in batches of one length, with logits at the last positions of each.
@@ -97,12 +121,14 @@ class Work:
             max_tokens: of one batch.
             positions: of each prompt that get logits.
         """
-        seconds = 0.0
+        seconds, batches = 0.0, 0
         for length in sorted(set(lengths)):
             n, rows = lengths.count(length), max(1, max_tokens // max(1, length))
             for size in (*([rows] * (n // rows)), *([n % rows] if n % rows else [])):
                 seconds += self.forward(size, length, logits=size * positions)
-        return seconds + len(lengths) * positions * self.logit_seconds()
+                batches += 1
+        read = self.streamed(batches) if self.streams else self.read_again(batches)
+        return seconds + read + len(lengths) * positions * self.logit_seconds()
 
     def logit_seconds(self, copies: int = _LOGIT_COPIES) -> float:
         """Seconds of so many reads and writes of the logits of one position, in float32."""

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 
+from abliterator.costs._engine import engine_start, on_engine
 from abliterator.costs._machine import REFERENCE
 from abliterator.costs._passes import Work
-from abliterator.costs._types import Answers, Batch, Benchmark, StageCost
+from abliterator.costs._types import Answerer, Answers, Batch, Benchmark, Setup, StageCost
 
 # Seconds of Python code on the machine whose `Machine.python` is `REFERENCE`: they do not depend on
 # the model, and were measured with the demo's.
@@ -53,8 +55,10 @@ _SCORE_TOKENS = 3  # of one of them
 class Costs:
     """Costs of stages of a model on a machine; memory is that of the whole process."""
 
-    def __init__(self, work: Work) -> None:
-        self.work, self.machine = work, work.machine
+    def __init__(self, work: Work, setup: Setup | None = None) -> None:
+        self.machine, self.setup = work.machine, setup or Setup()
+        self.work = replace(work, on_disk=self.setup.on_disk, streams=self.setup.streams)
+        self._engine = on_engine(self.work, self.setup.engine_devices)
 
     def stage(
         self,
@@ -73,7 +77,7 @@ class Costs:
             name: of the stage.
             seconds: beside loading.
             batch: the largest; None where no model runs.
-            loads: how often a model is loaded.
+            loads: how often a model is placed in memory, and on disk where it has to be.
             disk: bytes written.
             read: tokens of prompts.
             answered: tokens of answers.
@@ -84,7 +88,10 @@ class Costs:
         working += rows * tokens * work.shape.d_model * _BLOCK_BYTES
         working += logits * work.shape.vocabulary * _LOGIT_BYTES
         base = machine.base_memory + _LIBRARIES
-        model = work.weight_bytes if batch else 0
+        # of a model that is read block by block, one block is in memory
+        block = work.streams and not loads
+        held = work.weight_bytes // work.shape.n_layers if block else work.weight_bytes
+        model = (held if block else held - work.on_disk) if batch else 0
         on_device = machine.accelerator
         # pages of the files that are read; for an accelerator shard by shard
         loading = min(work.shape.stored, _SHARD if on_device else work.shape.stored) * bool(loads)
@@ -95,7 +102,7 @@ class Costs:
             device_memory=model + working if on_device else 0,
             read_tokens=round(read),
             answer_tokens=round(answered),
-            disk=disk,
+            disk=disk + loads * work.on_disk,
         )
 
     def python(self, seconds: float) -> float:
@@ -110,6 +117,8 @@ class Costs:
             self.python(_LOAD)
             + shape.stored / machine.disk_read
             + _LOAD_COPIES * self.work.weight_bytes / machine.fresh
+            + self.work.on_disk / machine.disk_write
+            + self.work.read_again(3)
             + tried
         )
 
@@ -122,41 +131,60 @@ class Costs:
     def capture(self, sets: Iterable[Sequence[int]], max_tokens: int) -> StageCost:
         """Every prompt through the blocks once, in batches of one length."""
         lengths = list(sets)
-        seconds = self.python(_FIRST) + sum(self.work.scores(s, max_tokens) for s in lengths)
+        passes = sum(self.work.scores(s, max_tokens) for s in lengths)
+        workers = self.python(_START) if self.setup.speedup > 1 else 0.0  # they start together
+        seconds = self.python(_FIRST) + workers + self.divided(passes)
         tokens = sum(map(sum, lengths))
-        batch = Batch(1, max_tokens)
-        return self.stage("capture", seconds, batch=batch, loads=1, read=tokens)
+        loads = 0 if self.work.streams else 1
+        return self.stage("capture", seconds, batch=Batch(1, max_tokens), loads=loads, read=tokens)
 
-    def answers(self, answers: Answers) -> float:
-        """Seconds of greedy answers."""
-        if not answers.lengths:
+    def divided(self, seconds: float) -> float:
+        """Seconds of work that workers share."""
+        return seconds / self.setup.speedup
+
+    def answers(self, answers: Answers, by: Answerer = "process") -> float:
+        """Seconds of greedy answers; 0 where they come from a server elsewhere."""
+        if not answers.lengths or by == "server":
             return 0.0
+        work, size = self.work, answers.batch_size
+        if by == "engine":
+            work, size = self._engine, self.setup.engine_batch
         mean = sum(answers.lengths) / len(answers.lengths)
-        return self.work.answers(
-            len(answers.lengths),
-            mean,
-            answers.tokens,
-            answers.batch_size,
-            shared=min(answers.shared, mean - 1),
-        )
+        shared = min(answers.shared, mean - 1)
+        seconds = work.answers(len(answers.lengths), mean, answers.tokens, size, shared=shared)
+        return self.divided(seconds) if by == "process" else seconds
 
     def probe(self, sets: Sequence[Answers]) -> float:
         """Seconds in which a loaded model shows whether it may pad its prompts."""
         widths = [n + answers.tokens for answers in sets for n in answers.lengths]
         width = max(_PADDED, *widths) if widths else 0
-        steps = 2 * (_PROBED - 1) * self.work.forward(1, 1, logits=1)
-        return self.work.forward(1, width) + self.work.forward(1, width / 4) + steps
+        steps = 2 * (_PROBED - 1)
+        seconds = self.work.forward(1, width) + self.work.forward(1, width / 4)
+        seconds += steps * self.work.forward(1, 1, logits=1)
+        return seconds + self.work.read_again(2 + steps)
 
     def rollouts(self, sets: Sequence[Answers]) -> StageCost:
-        """The answers of base and edited, each loaded once."""
+        """The answers of base and edited, each loaded once, or served by an engine.
+
+        Of an engine or a server, memory is not counted, and of a server elsewhere no time.
+        """
+        by = self.setup.answers
+        here = by == "process"
+        begun = self.begin(by, self.probe(sets))
         return self.stage(
             "rollouts",
-            2 * (self.probe(sets) + sum(map(self.answers, sets))),
-            loads=2,
+            2 * (begun + sum(self.answers(s, by) for s in sets)),
+            loads=2 if here else 0,
             read=2 * sum(sum(s.lengths) for s in sets),
             answered=2 * sum(len(s.lengths) * s.tokens for s in sets),
-            batch=_largest(sets),
+            batch=_largest(sets) if here else None,
         )
+
+    def begin(self, by: Answerer, probe: float) -> float:
+        """Seconds before the first answer of what answers, beside loading in this process."""
+        if by == "server":
+            return 0.0
+        return engine_start(self.work) if by == "engine" else probe
 
     def divergence(self, answers: Answers, max_tokens: int) -> StageCost:
         """The base's answers, logits along them of base and edited, and both perplexities."""
@@ -166,15 +194,22 @@ class Costs:
         passes = 2 * work.scores(
             lengths, min(max_tokens, rows * max(lengths, default=1)), positions=answers.tokens
         )
-        passes += 2 * _PASSAGES * work.forward(1, _PASSAGE, logits=_PASSAGE)
+        passes += 2 * work.scores([_PASSAGE] * _PASSAGES, _PASSAGE, positions=_PASSAGE)
+        by = self.setup.answers
+        here = by == "process"
         stored = int(positions * work.shape.vocabulary * work.number_bytes)
         compared = positions * work.logit_seconds(_COMPARE_COPIES)
         files = stored / self.machine.disk_write + stored / self.machine.disk_read
         files += 2 * self.python(_PATH) * len(lengths)
         return self.stage(
             "divergence",
-            self.probe([answers]) + self.answers(answers) + passes + compared + files,
-            loads=2,
+            # an engine of the base runs since it answered the evaluation prompts
+            here * self.probe([answers])
+            + self.answers(answers, by)
+            + self.divided(passes)
+            + compared
+            + files,
+            loads=here if work.streams else 2,
             disk=stored,
             read=sum(answers.lengths) + 2 * sum(lengths),
             answered=positions,
@@ -186,34 +221,43 @@ class Costs:
         return max(1, int(_LOGIT_BATCH // max(1, size)))
 
     def benchmarks(self, tasks: Sequence[Benchmark], batch_size: int) -> StageCost:
-        """lm-eval on both sides, each in a process of its own."""
+        """lm-eval on both sides, each in a process of its own, or by an engine or a server."""
         if not tasks:
             return StageCost(stage="benchmarks", seconds=0.0)
-        seconds = tokens = generated = 0.0
-        for task in tasks:
-            sequences = task.documents * task.requests
-            seconds += self.python(_DOCUMENT * sequences)
-            if task.generated:
-                seconds += self.work.answers(sequences, task.tokens, task.generated, batch_size)
-                generated += sequences * task.generated
-            else:
-                whole, rest = divmod(sequences, batch_size)
-                for rows, times in ((batch_size, whole), (rest, 1)):
-                    logits = rows * task.tokens  # lm-eval makes those of every position
-                    seconds += times * self.work.forward(rows, task.tokens, logits=logits)
-                    seconds += times * logits * self.work.logit_seconds()
-            tokens += sequences * task.tokens
+        by = self.setup.benchmarks
+        seconds = sum(self.benchmark(task, batch_size, by) for task in tasks)
+        if by == "process":  # workers score one task on one side at a time
+            seconds /= min(self.setup.speedup, 2 * len(tasks))
         longest = max(task.tokens + task.generated for task in tasks)
         rows = max(min(batch_size, task.documents * task.requests) for task in tasks)
         scored = max((task.tokens for task in tasks if not task.generated), default=1)
+        here = by == "process"
         return self.stage(
             "benchmarks",
-            2 * (seconds + self.python(_CHILD)),
-            batch=Batch(rows, longest, rows * scored),
-            loads=2,
-            read=2 * tokens,
-            answered=2 * generated,
+            2 * (seconds + self.python(_CHILD) + self.begin(by, 0.0)),
+            batch=Batch(rows, longest, rows * scored) if here else None,
+            loads=2 if here else 0,
+            read=2 * sum(task.documents * task.requests * task.tokens for task in tasks),
+            answered=2 * sum(task.documents * task.requests * task.generated for task in tasks),
         )
+
+    def benchmark(self, task: Benchmark, batch_size: int, by: Answerer = "process") -> float:
+        """Seconds of one task on one side; of a server elsewhere those of lm-eval alone."""
+        sequences = task.documents * task.requests
+        seconds = self.python(_DOCUMENT * sequences)
+        if by == "server":
+            return seconds
+        work, size = (
+            (self.work, batch_size) if by == "process" else (self._engine, self.setup.engine_batch)
+        )
+        if task.generated:
+            return seconds + work.answers(sequences, task.tokens, task.generated, size)
+        whole, rest = divmod(sequences, size)
+        for rows, times in ((size, whole), (rest, 1)):
+            logits = rows * task.tokens  # lm-eval makes those of every position
+            seconds += times * work.forward(rows, task.tokens, logits=logits)
+            seconds += times * (logits * work.logit_seconds() + work.read_again())
+        return seconds
 
     def selection(
         self,
@@ -237,8 +281,10 @@ class Costs:
             kl_tokens: positions that are compared of each.
             max_tokens: of one batch.
         """
-        base = 2 * self.probe([judged]) + self.answers(judged) + self.answers(scored)
-        base += self.answers(judged._replace(lengths=neutral, tokens=kl_tokens))
+        by = self.setup.candidates
+        probe = self.probe([judged])
+        base = self.begin(by, probe) + probe + self.answers(judged, by) + self.answers(scored, by)
+        base += self.answers(judged._replace(lengths=neutral, tokens=kl_tokens), by)
         rests = [max(1, n - scored.shared) for n in scored.lengths]
         along = [max(1, n - scored.shared) + kl_tokens for n in neutral[: len(rests)]]
         openings = [n + _SCORE_CONTINUATIONS * _SCORE_TOKENS for n in rests]
@@ -246,11 +292,14 @@ class Costs:
         scores += self.work.scores(along * places, max_tokens, positions=kl_tokens)
         n = round(candidates * len(judged.lengths))
         mean = sum(judged.lengths) / max(1, len(judged.lengths))
-        edited = self.answers(judged._replace(lengths=[round(mean)] * n))
+        edited = self.answers(judged._replace(lengths=[round(mean)] * n), by)
+        edited *= _PREVIEW if by == "process" else 1
         tokens = len(openings) * places * 2 * (sum(openings) / max(1, len(openings)))
         return self.stage(
             "selection",
-            base + _PREVIEW * (scores + edited),
+            base + _PREVIEW * self.divided(scores) + edited,
+            # answers need weights that are placed: of the base, and of candidates after scores
+            loads=2 * (self.work.streams and by == "process"),
             read=tokens + n * mean,
             answered=(n + len(judged.lengths) + len(scored.lengths)) * judged.tokens,
             batch=_largest([judged._replace(lengths=[round(mean)] * max(n, 1))]),
@@ -280,19 +329,22 @@ class Costs:
             phases: between which responses are asked for anew.
             max_tokens: of one batch.
         """
+        alone = Costs(self.work, self.setup._replace(speedup=1.0))  # workers have no part in it
         row = sum(learned.lengths) / max(1, len(learned.lengths)) + learned.tokens
         plain = self.work.forward(batch, row, logits=batch * learned.tokens)
         step = plain + _FORWARD_AND_BACKWARD * 3 * plain * _PREVIEW
+        step += self.work.read_again(3)  # a pass of the base, one forward and one backward
         twice = learned._replace(lengths=[*learned.lengths] * 3)
-        asked = 2 * self.answers(twice) + phases * self.answers(learned) + self.probe([judged])
+        asked = 2 * alone.answers(twice) + phases * alone.answers(learned) + self.probe([judged])
         paths = [n + learned.tokens for n in neutral]
-        measured = self.answers(judged) + self.work.scores(
+        measured = alone.answers(judged) + self.work.scores(
             paths, max_tokens, positions=learned.tokens
         )
         kept = 3 * batch * row * self.work.shape.n_layers * self.work.shape.d_model * 4
         cost = self.stage(
             "tuning",
             steps * step + asked + (trials + 1) * _PREVIEW * measured,
+            loads=1 if self.work.streams else 0,
             read=steps * 4 * batch * row + (trials + 1) * sum(paths),
             answered=(trials + 1) * len(judged.lengths) * judged.tokens,
             batch=_largest([judged]),
@@ -316,7 +368,10 @@ class Costs:
         """
         machine = self.machine
         copied = read / machine.disk_read + written / machine.disk_write + written / machine.hashing
-        computed = edited * 4 * _EDIT_COPIES[rounding] / machine.bandwidth
+        # on the processors, each tensor by one thread
+        rate = machine.fresh if machine.accelerator else machine.bandwidth
+        one_thread = edited * 4 * _EDIT_COPIES[rounding] / rate * machine.threads
+        computed = one_thread / self.setup.bake_workers
         seconds = copied + computed + self.python(_BAKE + _TENSOR * tensors)
         cost = self.stage("bake", seconds, disk=written)
         return cost.model_copy(update={"host_memory": cost.host_memory + memory})

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict
 
@@ -62,6 +62,36 @@ class Benchmark(NamedTuple):
     requests: int
     tokens: int
     generated: int = 0
+
+
+Answerer = Literal["process", "engine", "server"]
+"""What answers: this process, an engine that the build starts here, or a server elsewhere."""
+
+
+class Setup(NamedTuple):
+    """How a build uses the machine.
+
+    Attributes:
+        on_disk: bytes of weights, in the dtype of computation, that lie on disk while it answers.
+        streams: whether passes over many prompts read the weights block by block, once for all.
+        speedup: by which workers are faster together than this process alone.
+        bake_workers: tensors that are edited at once.
+        answers: what gives those of base and edited.
+        candidates: what gives those of a sweep.
+        benchmarks: what scores them.
+        engine_devices: on which an engine computes together.
+        engine_batch: prompts in flight.
+    """
+
+    on_disk: int = 0
+    streams: bool = False
+    speedup: float = 1.0
+    bake_workers: int = 1
+    answers: Answerer = "process"
+    candidates: Answerer = "process"
+    benchmarks: Answerer = "process"
+    engine_devices: int = 1
+    engine_batch: int = 32
 
 
 class Batch(NamedTuple):

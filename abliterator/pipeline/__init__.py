@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from abliterator.costs import Machine
+from abliterator.costs import Machine, Setup
 from abliterator.errors import AbliteratorError, PromptError
 from abliterator.pipeline._answer_pairs import AnswerPair, answer_pairs
 from abliterator.pipeline._bake_subspace import bake_subspace
@@ -26,13 +26,14 @@ from abliterator.pipeline._first_recipe import first_recipe
 from abliterator.pipeline._judges import judge_of, note_plain_http, require_key
 from abliterator.pipeline._model import Model
 from abliterator.pipeline._options import Options
-from abliterator.pipeline._outlook import with_outlook
+from abliterator.pipeline._outlook import expected_seconds, with_outlook
 from abliterator.pipeline._plan import Plan, make_plan, plan_source
 from abliterator.pipeline._planned_prompts import planned_prompts
 from abliterator.pipeline._progress import Advance, Progress, Silent
 from abliterator.pipeline._report import write_report
 from abliterator.pipeline._reproduce import Reproduction, compare_rebuilt
 from abliterator.pipeline._resume import prepare, require_pinned_code, run_missing
+from abliterator.pipeline._setup import engines_of
 from abliterator.pipeline._study import (
     STUDIES,
     USES_DIRECTIONS,
@@ -77,6 +78,7 @@ __all__ = [
     "build_several",
     "compare_rebuilt",
     "estimate_on",
+    "expected_seconds",
     "first_recipe",
     "judge_of",
     "note_plain_http",
@@ -233,8 +235,17 @@ def plan_recipe(
     return plan
 
 
-def estimate_on(recipe: Recipe, out: Path, machine: Machine) -> Estimate:
+def estimate_on(
+    recipe: Recipe, out: Path, machine: Machine, *, setup: Setup | None = None
+) -> Estimate:
     """The cost of a recipe's build on a machine with given rates, this one or another.
+
+    Args:
+        recipe: what is built.
+        out: where it would be built.
+        machine: its rates.
+        setup: how the build uses it; unless given, a model in memory, one process, and a bake on
+            one core, with the recipe's engines.
 
     Raises:
         AbliteratorError: for a model, an edit or layers that cannot be built.
@@ -245,7 +256,7 @@ def estimate_on(recipe: Recipe, out: Path, machine: Machine) -> Estimate:
         prompts = planned_prompts(recipe, source.folder)
         if prompts.problems:
             raise PromptError(prompts.problems[0])
-        return estimate(recipe, plan, prompts, machine)
+        return estimate(recipe, plan, prompts, machine, setup or engines_of(recipe))
 
 
 def plan_model(

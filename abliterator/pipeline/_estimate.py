@@ -9,7 +9,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
-from abliterator.costs import Answers, Costs, Machine, StageCost, Work, shape_of
+from abliterator.costs import Answers, Costs, Machine, Setup, StageCost, Work, shape_of
 from abliterator.pipeline._plan import Plan
 from abliterator.pipeline._planned_benchmarks import planned_benchmarks
 from abliterator.pipeline._planned_prompts import PlannedPrompts
@@ -95,7 +95,9 @@ class Estimate(BaseModel):
         return {**self.model_dump(), **{name: getattr(self, name) for name in sums}}
 
 
-def estimate(recipe: Recipe, plan: Plan, prompts: PlannedPrompts, machine: Machine) -> Estimate:
+def estimate(
+    recipe: Recipe, plan: Plan, prompts: PlannedPrompts, machine: Machine, setup: Setup
+) -> Estimate:
     """The cost of every stage of a recipe's build.
 
     Args:
@@ -103,8 +105,9 @@ def estimate(recipe: Recipe, plan: Plan, prompts: PlannedPrompts, machine: Machi
         plan: of it.
         prompts: of it; without them nothing can be counted.
         machine: where it runs, in the dtype of computation.
+        setup: how it uses the machine.
     """
-    counted = _Counted(recipe, plan, prompts, Costs(_work(plan, machine)))
+    counted = _Counted(recipe, plan, prompts, Costs(_work(plan, machine), setup))
     return Estimate(
         machine=machine.name,
         measured=machine.measured,
@@ -222,7 +225,7 @@ class _Counted:
             edited=sum(math.prod(edit.info.shape) for edit in plan.edits.edits),
             tensors=len(plan.edits.edits),
             rounding=plan.edits.settings.rounding,
-            memory=plan.bake_memory,
+            memory=plan.bake_memory * self.costs.setup.bake_workers,
         )
 
     def _judge(self) -> StageCost:

@@ -42,6 +42,11 @@ class Options:
     ray: str | None = None
     workers: int | None = None
 
+    @property
+    def divides(self) -> bool:
+        """Whether workers hold the model."""
+        return self.ray is not None or self.workers is not None
+
     @cached_property
     def pool(self) -> PoolSettings | None:
         """The workers that hold the model; None for this process alone.
@@ -49,7 +54,7 @@ class Options:
         Raises:
             WorkerError: for numbers, devices and addresses that workers cannot have.
         """
-        if self.ray is None and self.workers is None:
+        if not self.divides:
             return None
         if self.max_memory is not None:
             raise WorkerError(

@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
 from abliterator.costs import Machine, calibrate, known_machine, remember
-from abliterator.devices import AUTO, device_memory
-from abliterator.errors import RecipeError
+from abliterator.devices import AUTO, CPU, device_memory
+from abliterator.errors import RecipeError, WorkerError
 from abliterator.pipeline._estimate import Estimate, estimate
 from abliterator.pipeline._missing import Missing, missing
 from abliterator.pipeline._options import Options
-from abliterator.pipeline._plan import Plan
+from abliterator.pipeline._plan import Plan, plan_source
 from abliterator.pipeline._planned_prompts import PlannedPrompts, planned_prompts
+from abliterator.pipeline._setup import engines_of, is_read_by_blocks, setup_of
 from abliterator.pipeline._where import Where, where_weights_lie
+from abliterator.pipeline._workspace import Workspace
+from abliterator.pipeline.stages import stages_of
 from abliterator.recipe import Recipe
+from abliterator.source import ModelSource, folder_on_disk
 
 _LONG = 1800  # seconds of answers beyond which a plan says what makes them shorter
 
@@ -39,12 +44,19 @@ def with_outlook(
     except RecipeError as error:
         lacks.append(Missing(what="device", problem=str(error)))
         where = _where(plan, replace(options, device=AUTO))
+    try:
+        _require_workers(where, options)
+    except WorkerError as error:
+        lacks.append(Missing(what="device", problem=str(error)))
     machine = _machine(where, out, measure=measure)
     if recipe is None:
         return replace(plan, where=where, missing=tuple(lacks))
     prompts = planned_prompts(recipe, plan.source.folder)
     lacks += missing(recipe, plan, prompts, out)
-    costs = estimate(recipe, plan, prompts, machine) if machine and prompts.lengths else None
+    costs = None
+    if machine and prompts.lengths:
+        setup = setup_of(recipe, plan, where, options, machine)
+        costs = estimate(recipe, plan, prompts, machine, setup)
     lacks += _memory(plan)
     return replace(
         plan,
@@ -52,8 +64,40 @@ def with_outlook(
         prompts=prompts,
         estimate=costs,
         missing=tuple(lacks),
-        notes=(*plan.notes, *_warnings(where, prompts, costs)),
+        notes=(*plan.notes, *_warnings(recipe, plan, where, prompts, costs, options)),
     )
+
+
+def expected_seconds(
+    recipe: Recipe, out: Path, *, until: str = "card", options: Options | None = None
+) -> float | None:
+    """Seconds that the unfinished stages of a build take at most, about: answers at full length.
+
+    None where that is not known: this machine was not measured, the model is not on it yet, or a
+    server or a cluster does part of the work. Headers alone are read, and nothing is downloaded.
+
+    Args:
+        recipe: what is built.
+        out: where; stages that were finished there are not counted.
+        until: the last stage.
+        options: device, dtype, memory and workers.
+    """
+    options = options or Options()
+    with suppress(Exception):  # the build itself reports what is wrong
+        folder = folder_on_disk(recipe.model, revision=recipe.revision)
+        if folder is None or options.ray is not None or "server" in engines_of(recipe):
+            return None
+        plan = plan_source(ModelSource(folder, recipe.model, recipe.revision), recipe, out)
+        where = _where(plan, options)
+        machine = known_machine(where.device, where.dtype)
+        prompts = machine and planned_prompts(recipe, folder)
+        if machine and prompts and prompts.lengths:
+            setup = setup_of(recipe, plan, where, options, machine)
+            costs = estimate(recipe, plan, prompts, machine, setup)
+            names = {stage.name for stage in stages_of(recipe, until)}
+            pending = {name for name in names if Workspace(out).marker(name) is None}
+            return sum(stage.seconds for stage in costs.stages if stage.stage in pending)
+    return None
 
 
 def _where(plan: Plan, options: Options) -> Where:
@@ -63,6 +107,13 @@ def _where(plan: Plan, options: Options) -> Where:
         dtype=options.dtype,
         max_memory=options.max_memory,
     )
+
+
+def _require_workers(where: Where, options: Options) -> None:
+    """Raises WorkerError for workers that cannot be; a Ray cluster is not asked."""
+    pool = options.pool
+    if pool is not None and options.ray is None and where.device != CPU:
+        pool.require_room()
 
 
 def _machine(where: Where, out: Path, *, measure: bool) -> Machine | None:
@@ -87,21 +138,80 @@ def _memory(plan: Plan) -> Iterator[Missing]:
         )
 
 
-def _warnings(where: Where, prompts: PlannedPrompts, costs: Estimate | None) -> Iterator[str]:
-    """Notes on memory that is short, and on what the estimate assumes."""
+def _warnings(
+    recipe: Recipe,
+    plan: Plan,
+    where: Where,
+    prompts: PlannedPrompts,
+    costs: Estimate | None,
+    options: Options,
+) -> Iterator[str]:
+    """Notes on memory that is short, and on what the estimate assumes and leaves out."""
+    here = engines_of(recipe).answers == "process"
     if where.streams:
-        yield (
-            f"The weights do not fit in memory: {where.places['disk'] / 1e9:.1f} GB of "
-            f"{where.weights / 1e9:.1f} GB stay on disk, and are read for every token of an "
-            "answer, which takes hours. Choose a smaller dtype (`--dtype bfloat16`), a machine "
-            "with more memory, or an engine for the answers (a server)."
-        )
+        yield _on_disk(plan, where, costs, options, here=here)
     elif costs is not None:
         yield from _short_memory(where, costs)
-    if costs is not None:
+    if costs is not None and here and not where.streams:
         yield from _long_answers(costs)
+    if costs is not None:
+        yield from _not_counted(recipe, options)
     for dataset in prompts.assumed:
         yield f"How many rows {dataset} has is not known before it is read; 400 are assumed."
+
+
+def _on_disk(
+    plan: Plan, where: Where, costs: Estimate | None, options: Options, *, here: bool
+) -> str:
+    """What weights that do not fit in memory mean for passes, answers and tuning."""
+    part = f"{where.places['disk'] / 1e9:.1f} GB of {where.weights / 1e9:.1f} GB"
+    if options.divides:
+        return (
+            f"The weights do not fit in memory: {part} are too many, and each worker holds all of "
+            "them on one device. Leave out `--workers` and `--ray`, or choose a smaller dtype."
+        )
+    passes = " Capture, divergence and the scores of a sweep read every block once a pass, for all "
+    passes = f"{passes}prompts together." if is_read_by_blocks(plan, where, options) else ""
+    if not here:
+        return f"The weights do not fit in memory: {part} stay on disk.{passes}"
+    hours = "hours"
+    if costs is not None:
+        slow = ("rollouts", "tuning", "benchmarks")
+        seconds = sum(stage.seconds for stage in costs.stages if stage.stage in slow)
+        hours = f"{seconds / 3600:.1f} of about {costs.seconds / 3600:.1f} hours"
+    return (
+        f"The weights do not fit in memory: {part} stay on disk, and are read for every token of "
+        f"an answer, in every batch of a benchmark and every step of a tuning, which takes {hours}."
+        f"{passes} Use an engine for the answers: `engine:` in the recipe (vllm, or a server), a "
+        "smaller dtype (`--dtype bfloat16`), or a machine with more memory."
+    )
+
+
+def _not_counted(recipe: Recipe, options: Options) -> Iterator[str]:
+    """What the estimate says nothing of: servers, memory of engines, clusters."""
+    engines = engines_of(recipe)
+    parts = {"answers": engines.answers, "benchmarks": engines.benchmarks}
+    if served := [name for name, by in parts.items() if by == "server"]:
+        yield (
+            f"A server gives the {' and the '.join(served)}: how long it takes is not known here, "
+            "and not part of the time."
+        )
+    if "engine" in parts.values():
+        yield (
+            "vLLM is assumed to reach 70 % of its devices' speed and to start in 90 seconds; its "
+            "memory is not part of the peak."
+        )
+    if options.ray is not None:
+        counted = f"{options.workers} workers" if options.workers else "one process"
+        yield (
+            f"The time is that of {counted} on this machine: what nodes of a Ray cluster do is not "
+            "known here."
+        )
+    elif options.workers is not None and options.workers > 1:
+        yield (
+            f"The peak of memory is that of one of {options.workers} workers, each with the whole "
+            "model; tuning and bake are not divided among them."
+        )
 
 
 def _long_answers(costs: Estimate) -> Iterator[str]:

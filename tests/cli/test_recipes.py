@@ -1,6 +1,7 @@
 """The recipes of the package are found by name, from any folder, and from an installed wheel."""
 
 import json
+import shutil
 import tomllib
 from pathlib import Path
 
@@ -100,3 +101,13 @@ def test_a_forgotten_slash_is_seen(run, tiny_folder):
         done = run(command, forgotten)
         assert done.exit_code in {1, 2}
         assert f"/{forgotten}" in done.stderr
+
+
+def test_plan_takes_what_build_takes_and_models(run, tiny_folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    by_name = json.loads(run("plan", "demo", "--json").stdout)
+    (tmp_path / "mine").write_text((ROOT / "recipes/demo.yaml").read_text())
+    assert json.loads(run("plan", "mine", "--json").stdout)["layers"] == by_name["layers"] != []
+    shutil.copytree(tiny_folder(), "demo")  # a model of the same name is the one that is meant
+    of_model = json.loads(run("plan", "demo", "--json").stdout)
+    assert (of_model["model"], of_model["layers"]) == ("demo", [])

@@ -6,6 +6,7 @@ import io
 import json
 import shutil
 import time
+from pathlib import Path
 
 import click
 import pytest
@@ -13,9 +14,14 @@ from click.testing import CliRunner
 from hypothesis import given
 from hypothesis import strategies as st
 
+from abliterator import costs
 from abliterator.cli import main
+from abliterator.cli._options import bars_of
 from abliterator.cli._terminal import Bars, printable
+from abliterator.pipeline import Options
+from abliterator.recipe import load_recipe
 
+DEMO = Path(__file__).parents[2] / "recipes" / "demo.yaml"
 HOSTILE = "\x1b]0;owned\x07\x1b[2J\x9b31m\u202egnp\r"
 
 
@@ -116,5 +122,24 @@ def test_a_bar_has_a_rate_and_the_time_left_and_fits(monkeypatch):
     lines = stream.getvalue().replace("\r", "\n").splitlines()
     assert click.unstyle(lines[0]) == "[2/2] rollouts"
     assert "MB/s" in (shown := max(lines, key=len))
-    assert "left; 0 s of about 2 h 0 min in all; {a status}" in shown
+    assert "left; 0 s of up to 2 h 0 min; {a status}" in shown
     assert len(shown) <= 80
+
+
+@pytest.mark.parametrize("is_terminal", [True, False])
+def test_a_bar_knows_the_builds_time_where_the_machine_was_measured(
+    is_terminal, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("ABLITERATOR_CACHE", str(tmp_path / "cache"))
+    stream = io.StringIO()
+    stream.isatty = lambda: is_terminal
+    monkeypatch.setattr("sys.stderr", stream)
+    recipe, out = load_recipe(DEMO), tmp_path / "out"
+    options = Options("cpu", "float32")
+    rates = costs.assumed(costs.ACCELERATORS["h100"]).model_copy(
+        update={"device": "cpu", "dtype": "float32"}
+    )
+    assert "of up to" not in bars_of(recipe, out, options)._format(1, 80)
+    costs.remember(rates)
+    assert ("of up to" in bars_of(recipe, out, options)._format(1, 80)) is is_terminal
+    assert "of up to" not in Bars(expected=1e-9)._format(1, 80)  # what has passed already

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -19,6 +20,7 @@ from abliterator.pipeline._planned_benchmarks import planned_benchmarks
 from abliterator.pipeline._planned_prompts import planned_prompts
 from abliterator.pipeline._template_tokens import USUAL, template_tokens
 from abliterator.pipeline._where import where_weights_lie
+from abliterator.pipeline._workspace import Workspace
 from abliterator.pipeline.stages.prompts import divided_sets, uses
 from abliterator.recipe import Benchmarks, Chat, JudgeSettings, Prices, load_recipe
 from tests.test_public_api import HEAVY
@@ -133,6 +135,11 @@ def test_a_disk_that_is_full_is_missing(monkeypatch):
 
 PLAN = """
 import sys
+from pathlib import Path
+from abliterator import pipeline
+from abliterator.recipe import load_recipe
+options = pipeline.Options("cpu")
+print(pipeline.expected_seconds(load_recipe(Path(sys.argv[1])), Path("out"), options=options))
 from click.testing import CliRunner
 from abliterator.cli import main
 done = CliRunner().invoke(main, ["plan", sys.argv[1], "--device", "cpu"])
@@ -155,8 +162,104 @@ def test_times_are_estimated_once_the_machine_was_measured_and_torch_stays_out(t
         text=True,
         check=True,
     )
+    assert float(done.stdout.splitlines()[0]) == pytest.approx(told["seconds"])
     assert "time         about" in done.stdout
     assert done.stdout.endswith(" []\n")
+
+
+def seconds(recipe, out, setup=None):
+    stages = pipeline.estimate_on(recipe, out, RATES, setup=setup).stages
+    return {stage.stage: stage for stage in stages}
+
+
+def test_what_a_build_takes_at_most_is_known_of_measured_machines_and_unfinished_stages(tmp_path):
+    recipe, options = load_recipe(DEMO), pipeline.Options("cpu")
+    assert pipeline.expected_seconds(recipe, tmp_path, options=options) is None
+    costs.remember(RATES.model_copy(update={"device": "cpu", "dtype": "float32"}))
+    whole = pipeline.expected_seconds(recipe, tmp_path, options=options)
+    first = pipeline.expected_seconds(recipe, tmp_path, until="capture", options=options)
+    assert 0 < first < whole
+    Workspace(tmp_path).finish("capture", "key", [], seconds=1.0, parts={})
+    assert pipeline.expected_seconds(recipe, tmp_path, until="capture", options=options) < first
+    for change in ("model=somebody/absent", "engine={kind: server, base_url: http://localhost/v1}"):
+        changed = load_recipe(DEMO, overrides=[change])
+        assert pipeline.expected_seconds(changed, tmp_path, options=options) is None
+
+
+def test_weights_on_disk_are_read_once_a_pass_and_once_a_token(tmp_path):
+    recipe = load_recipe(DEMO, overrides=["layers=sweep"])
+    whole = seconds(recipe, tmp_path)
+    size = 10**9
+    on_disk = seconds(recipe, tmp_path, costs.Setup(on_disk=size, streams=True))
+    read = size / RATES.uncached_read
+    tokens = recipe.rollouts.max_new_tokens
+    assert on_disk["rollouts"].seconds > whole["rollouts"].seconds + 2 * tokens * read
+    for name in ("capture", "bake"):
+        assert on_disk[name].seconds < whole[name].seconds + read
+    assert on_disk["selection"].disk == 2 * size  # placed for the base's answers and candidates'
+    placed = seconds(recipe, tmp_path, costs.Setup(on_disk=size))
+    assert placed["capture"].seconds > on_disk["capture"].seconds + read
+
+
+def test_the_note_on_weights_on_disk_says_the_hours_and_to_use_an_engine(tmp_path):
+    machine = RATES.model_copy(update={"device": "cpu", "dtype": "float32", "accelerator": False})
+    costs.remember(machine.model_copy(update={"uncached_read": 1e3}))
+    few = [DEMO, "--device", "auto", "--max-memory", "1MB"]
+    text = " ".join(invoke(*few).split())
+    hours = re.search(r"which takes (\S+) of about (\S+) hours", text)
+    assert 100 < float(hours[1]) < float(hours[2])
+    assert "read every block once a pass" in text
+    assert "Use an engine for the answers: `engine:` in the recipe" in text
+    server = ["--set", "engine={kind: server, base_url: http://localhost/v1}"]
+    text = invoke(*few, *server)
+    assert "read every block once a pass" in text
+    assert "Use an engine" not in text
+    assert "A server gives the answers and the benchmarks" in text
+
+
+def test_engines_answer_in_less_time_and_servers_in_none_that_is_counted(tmp_path):
+    model = ["rollouts.max_new_tokens=256"]
+    served = ["engine={kind: server, base_url: http://localhost/v1}"]
+    here, vllm, two, server = (
+        seconds(load_recipe(DEMO, overrides=[*model, *more]), tmp_path)
+        for more in (
+            [],
+            ["engine.kind=vllm"],
+            ["engine.kind=vllm", "engine.tensor_parallel=2"],
+            served,
+        )
+    )
+    assert server["rollouts"].seconds == 0 < two["rollouts"].seconds < vllm["rollouts"].seconds
+    assert vllm["rollouts"].seconds > 2 * 90  # an engine starts for each side
+    assert vllm["divergence"].seconds < here["divergence"].seconds
+    assert server["benchmarks"].seconds < here["benchmarks"].seconds
+    assert {s["rollouts"].answer_tokens for s in (here, vllm, server)} == {
+        here["rollouts"].answer_tokens
+    }
+    only_here = load_recipe(DEMO, overrides=["engine.kind=vllm", "engine.benchmarks=false"])
+    assert seconds(only_here, tmp_path)["benchmarks"] == here["benchmarks"]
+
+
+def test_workers_divide_passes_and_answers_and_cores_the_edits_of_a_bake(tmp_path):
+    recipe = load_recipe(DEMO, overrides=["layers=sweep", "directions.estimator=tuned"])
+    alone = seconds(recipe, tmp_path)
+    four = seconds(recipe, tmp_path, costs.Setup(speedup=4.0, bake_workers=4))
+    for name in ("selection", "divergence", "rollouts", "benchmarks", "bake"):
+        assert alone[name].seconds / 4 < four[name].seconds < alone[name].seconds
+    assert four["tuning"] == alone["tuning"]
+    assert four["bake"].host_memory > alone["bake"].host_memory
+
+
+def test_plan_takes_workers_and_says_what_it_does_not_know_of_a_cluster():
+    machine = RATES.model_copy(update={"device": "cpu", "dtype": "float32", "accelerator": False})
+    costs.remember(machine)
+    on_cpu = [DEMO, "--device", "cpu"]
+    assert "one of 2 workers, each with the whole model" in " ".join(
+        invoke(*on_cpu, "--workers", 2).split()
+    )
+    assert "nodes of a Ray cluster" in " ".join(invoke(*on_cpu, "--ray", "10.0.0.1:1").split())
+    wrong = invoke(DEMO, "--workers", 2, "--max-memory", "1GB", code=1)
+    assert "missing      device: `--max-memory` spreads" in wrong
 
 
 def test_calibrate_measures_and_later_plans_know(monkeypatch):
