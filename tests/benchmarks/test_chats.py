@@ -174,7 +174,8 @@ HARMLESS = {
 
 def job(kind="transformers", dataset=None, path=None):
     task = {"dataset": dataset, "spec": {"path": path}}
-    section = {"engine": {"kind": kind}}
+    servers = {"base_url": "http://a/v1", "edited_url": "http://b/v1"} if kind == "server" else {}
+    section = {"engine": {"kind": kind, **servers}}
     return {"tasks": [task], "settings": {"section": section}, "secrets": ["JUDGE"]}
 
 

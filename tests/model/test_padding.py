@@ -28,7 +28,8 @@ LENGTH = 6
 UNABLE = {"qwen2_5_omni_thinker", "qwen3_omni_moe_thinker", "xlstm"}
 # Keys are chosen among those that are there, ties by how many there are, so that a longer row gives
 # other logits at its beginning; and PaliGemma reads what is to come, where it is there.
-INCONSISTENT = {"axk2", "deepseek_v32", "glm_moe_dsa", "mistral_large4", "paligemma"}
+INCONSISTENT = {"axk2", "deepseek_v32", "dots3_note", "dots3_note_text", "glm_moe_dsa"}
+INCONSISTENT |= {"mistral_large4", "paligemma"}
 # A batch without padding is left to these, and for the second what is shared then runs once still.
 UNPADDED = INCONSISTENT | {"recurrent_gemma", "zamba"}
 NO_GAP = {"hyperclovax_vision_v2", "mpt"}

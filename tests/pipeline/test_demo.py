@@ -14,14 +14,14 @@ from pydantic import BaseModel
 
 from abliterator import pipeline
 from abliterator.directions import load_subspace
-from abliterator.engines import TransformersEngine, WriterEdit
+from abliterator.engines import Form, Probed, TransformersEngine, WriterEdit
 from abliterator.judge import Answered, Labelled, RuleJudge, calibrate
 from abliterator.model import load_model, render_chat
 from abliterator.pipeline import Options
 from abliterator.pipeline._quantization import quantized_edits
 from abliterator.pipeline.stages import record as record_stage
 from abliterator.prompts import PromptSet
-from abliterator.recipe import load_recipe
+from abliterator.recipe import load_engine, load_recipe
 from abliterator.record import Estimate, ModelIdentity, RunRecord, TensorEdit
 from abliterator.source import resolve_folder
 from tests.helpers.judge_server import JudgeServer, verdict
@@ -227,7 +227,7 @@ def from_the_code() -> Iterator[str]:
         "language": "en",
         "extra_gated_prompt": "Do you agree?",
     }
-    identity = ModelIdentity(
+    model = ModelIdentity(
         id="x",
         revision="0" * 40,
         n_layers=1,
@@ -235,7 +235,7 @@ def from_the_code() -> Iterator[str]:
         model_type="m",
         **record_stage.stated(card),
     )
-    yield from set_fields(identity, "model.")
+    yield from set_fields(model, "model.")
     prompts_of_hub = PromptSet(
         name="target",
         prompts=("a",),
@@ -260,6 +260,12 @@ def from_the_code() -> Iterator[str]:
     answers = {"I'm sorry, but I can't help with that.": 0.0, "A river ends in the sea.": 1.0}
     rows = [Labelled(Answered("Where?", text), label) for text, label in answers.items()]
     yield from set_fields(calibrate(rows, RuleJudge()).summary(), "judge.calibration.")
+    probed = Probed(
+        "http://a", "m", Form("token ids", True, True, {}), "vllm", "1.0", "bfloat16", None, ()
+    )
+    identity = probed.identity(load_engine(["engine.kind=server", "engine.base_url=http://a"]))
+    yield from set_fields(identity, "engines.")
+    yield "engines"
 
 
 def test_every_field_of_a_record_is_set_by_some_run(record, special, searched):
