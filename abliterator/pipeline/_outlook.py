@@ -210,7 +210,7 @@ def _not_counted(recipe: Recipe, options: Options) -> Iterator[str]:
     elif options.workers is not None and options.workers > 1:
         yield (
             f"The peak of memory is that of one of {options.workers} workers, each with the whole "
-            "model; tuning and bake are not divided among them."
+            "model; their number makes no tuning faster."
         )
 
 
