@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from abliterator.devices import is_out_of_memory
 from abliterator.model._limits import context_limit
-from abliterator.model._run import BATCH, cache_name, head_at, positions_from
+from abliterator.model._run import BATCH, cache_name, head_at, output_head, positions_from
 
 if TYPE_CHECKING:
     from abliterator.model._load import LoadedModel
@@ -124,6 +124,9 @@ def _changes_nothing(
 
 def _measured(loaded: LoadedModel, what: str, width: int, run: Callable[[int], Pair]) -> bool:
     widths = _neutral_widths.setdefault(loaded.model, {})
+    chosen = getattr(loaded.model.config.get_text_config(), "index_topk", None)
+    if chosen is not None and width > chosen:
+        widths[what] = -1  # keys are chosen among all that are there, and a test may not show it
     if what in widths and not 0 <= widths[what] < width:
         return widths[what] >= 0
     try:
@@ -153,6 +156,6 @@ def _pads(loaded: LoadedModel, length: int, width: int) -> int:
 def _logits(loaded: LoadedModel, ids: Tensor, length: int, **kwargs: Any) -> Tensor:
     """Logits [P, V] at the last of the first `length` tokens of row 0, `COMPARED` at most."""
     compared = torch.arange(max(0, length - COMPARED), length)
-    with head_at(loaded.model.get_output_embeddings(), torch.zeros_like(compared), compared):
+    with head_at(output_head(loaded.model), torch.zeros_like(compared), compared):
         logits: Tensor = loaded.model(input_ids=ids, **{"use_cache": False, **kwargs}).logits
     return logits[0]

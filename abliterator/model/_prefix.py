@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from abliterator.model._padding import continues_alike
-from abliterator.model._run import cache_name, head_at
+from abliterator.model._run import cache_name, head_at, output_head
 
 if TYPE_CHECKING:
     from transformers.cache_utils import DynamicCache
@@ -98,7 +98,7 @@ def run_prefix(
         by_row.choose(rows)
     ids = torch.tensor([list(prompts[0][:shared])] * len(rows), device=loaded.device)
     first = torch.zeros(1, dtype=torch.long)
-    with head_at(loaded.model.get_output_embeddings(), first, first):
+    with head_at(output_head(loaded.model), first, first):
         output = loaded.model(input_ids=ids, use_cache=True)
     cache: object = getattr(output, cache_name(loaded.model), None)
     if not isinstance(cache, DynamicCache) or type(cache) is not DynamicCache:

@@ -172,6 +172,29 @@ def head_at(head: nn.Module, rows: Tensor, positions: Tensor) -> Iterator[None]:
         handle.remove()
 
 
+def output_head(model: PreTrainedModel) -> nn.Module:
+    """The module whose output are the logits.
+
+    Raises:
+        UnsupportedModel: for a model that has none.
+    """
+    head = _head_of(model)
+    if head is None:
+        raise UnsupportedModel(
+            f"The loaded {type(model).__name__} has no output head, so it predicts no tokens. Use "
+            "a causal language model."
+        )
+    return head
+
+
+def _head_of(model: PreTrainedModel) -> nn.Module | None:
+    """Some multimodal models leave the head to the language model that they hold."""
+    head: nn.Module | None = model.get_output_embeddings()
+    if head is None and hasattr(model, "language_model"):
+        head = model.language_model.get_output_embeddings()
+    return head
+
+
 def copy_input_of_head(model: PreTrainedModel) -> None:
     """Gives the output head a copy of its input, one row after the other in memory.
 
@@ -180,7 +203,7 @@ def copy_input_of_head(model: PreTrainedModel) -> None:
     which takes 30 to 100 times longer and gives the same bits. In float32 it makes no such copy,
     and the bits would differ; so they would for a head with a bias, which is left alone too.
     """
-    head = model.get_output_embeddings()
+    head = _head_of(model)
     if head is not None and getattr(head, "bias", None) is None:
         head.register_forward_pre_hook(_with_copied_input)
 

@@ -225,7 +225,7 @@ class _Counted:
             edited=sum(math.prod(edit.info.shape) for edit in plan.edits.edits),
             tensors=len(plan.edits.edits),
             rounding=plan.edits.settings.rounding,
-            memory=plan.bake_memory * self.costs.setup.bake_workers,
+            memory=plan.edit_memory * self.costs.setup.bake_workers,
         )
 
     def _judge(self) -> StageCost:

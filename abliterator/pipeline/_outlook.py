@@ -130,10 +130,10 @@ def _machine(where: Where, out: Path, *, measure: bool) -> Machine | None:
 def _memory(plan: Plan) -> Iterator[Missing]:
     """Too little host memory for the largest tensor's edit, which nothing makes smaller."""
     total = device_memory("cpu").total
-    if plan.bake_memory > total:
+    if plan.edit_memory > total:
         yield Missing(
             what="memory",
-            problem=f"The edit of the largest tensor needs {plan.bake_memory / 1e9:.1f} GB of host "
+            problem=f"The edit of the largest tensor needs {plan.edit_memory / 1e9:.1f} GB of host "
             f"memory, and this machine has {total / 1e9:.1f} GB. Bake on a machine with more.",
         )
 
@@ -210,7 +210,7 @@ def _not_counted(recipe: Recipe, options: Options) -> Iterator[str]:
     elif options.workers is not None and options.workers > 1:
         yield (
             f"The peak of memory is that of one of {options.workers} workers, each with the whole "
-            "model; tuning and bake are not divided among them."
+            "model; their number makes no tuning faster."
         )
 
 

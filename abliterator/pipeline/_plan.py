@@ -12,7 +12,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from abliterator.anatomy import Anatomy, anatomy_of
-from abliterator.bake import PANEL_ELEMENTS, EditPlan, plan_edits, require_adapter_form
+from abliterator.bake import (
+    PANEL_ELEMENTS,
+    EditPlan,
+    bake_workers,
+    plan_edits,
+    require_adapter_form,
+)
 from abliterator.checkpoint import Checkpoint, auxiliary_files, card_metadata, declared_base_models
 from abliterator.errors import OutputError, RecipeError
 from abliterator.files import free_bytes, require_utf8_name
@@ -79,10 +85,15 @@ class Plan:
 
     @property
     def bake_memory(self) -> int:
-        """Bytes that baking needs at most: the largest edited tensor and panels of it.
+        """Bytes that baking needs at most, by as many threads as this machine gives it.
 
         What Python and torch take by themselves is not in it.
         """
+        return self.edit_memory * bake_workers(self.checkpoint, self.edits)
+
+    @property
+    def edit_memory(self) -> int:
+        """Bytes that one thread of a bake needs at most: the largest edited tensor, and panels."""
         panels = _PANELS
         if self.edits.settings.rounding == "compensated":
             wide = any(edit.info.dtype == "F32" for edit in self.edits.edits)  # float64 then

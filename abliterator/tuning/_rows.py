@@ -12,6 +12,7 @@ from abliterator.model import (
     Prefix,
     cache_name,
     head_at,
+    output_head,
     positions_from,
     require_numbers,
     right_padding_is_neutral,
@@ -63,7 +64,7 @@ def _padded_logprobs(
     ids = torch.tensor([tokens + [0] * (width - len(tokens)) for tokens in sequences])
     mask = torch.tensor([[1] * (start + len(t)) + [0] * (width - len(t)) for t in sequences])
     ids = ids.to(loaded.device)
-    with head_at(loaded.model.get_output_embeddings(), *_places(rows, start)):
+    with head_at(output_head(loaded.model), *_places(rows, start)):
         logits = loaded.model(
             input_ids=ids,
             attention_mask=mask.to(loaded.device),
