@@ -22,7 +22,7 @@ def answer_of(
     splitter: Splitter, prompt: Sequence[int], row: Sequence[int], stop_ids: Sequence[int]
 ) -> Answer:
     """The answer that an engine makes of the tokens that a model generated after a prompt."""
-    return _generate._answer(splitter, prompt, row, stop_ids)
+    return _generate.answer_of(splitter, prompt, row, stop_ids)
 
 
 def unedited(loaded: LoadedModel, max_batch_tokens: int) -> EditsByRow:

@@ -206,8 +206,8 @@ def test_a_template_that_refuses_a_system_prompt(with_template):
 
 
 @pytest.mark.parametrize("rows", [1, 3])
-def test_the_head_gets_rows_that_follow_one_another(tiny_loaded, rows):
-    model, seen = tiny_loaded().model.to(torch.bfloat16), []
+def test_the_head_gets_rows_that_follow_one_another(tiny_folder, rows):
+    model, seen = load_model(tiny_folder(), device="cpu", dtype="bfloat16").model, []
     ids = torch.randint(4, 384, (rows, 5))
     whole = model(ids, use_cache=False).logits
     model.lm_head.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
