@@ -72,8 +72,8 @@ def accelerator_is_possible() -> bool:
     with suppress(PackageNotFoundError):
         if version("torch").endswith("+cpu"):
             return False
-    if sys.platform != "linux":
-        return sys.platform != "darwin" or platform.machine() == "arm64"
+    if platform.system() != "Linux":
+        return platform.system() != "Darwin" or platform.machine() == "arm64"
     return any(next(Path("/dev").glob(pattern), None) for pattern in _ACCELERATORS)
 
 

@@ -18,7 +18,6 @@ from abliterator.processes import child_environment
 from abliterator.workers._types import JobRunner, NumberedJob, Outcome, Resident, WorkerLost
 
 if TYPE_CHECKING:
-    from multiprocessing.connection import Connection
     from multiprocessing.context import SpawnProcess
 
 _LAST_LINES = 3  # of a dead worker's stderr, shown in a message
@@ -35,7 +34,7 @@ class LocalWorker:
         self.name = f"worker {number} on this machine"
         self._resident = Resident(device, threads)
         self._process: SpawnProcess | None = None
-        self._connection: Connection[Any, Any] | None = None
+        self._connection: Any = None  # one end of a pipe, whose type each platform has its own of
         self._sent: int | None = None  # number of the job that the process has
         self._is_closed = False
 
@@ -124,7 +123,7 @@ def _stderr_to(file: Any) -> Iterator[None]:
         os.close(kept)
 
 
-def _serve(connection: Connection[Any, Any], resident: Resident, is_quiet: bool) -> None:
+def _serve(connection: Any, resident: Resident, is_quiet: bool) -> None:
     """The process: runs items until its parent ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which then ends this
     os.dup2(2, 1)
