@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import cache, partial
@@ -79,7 +80,20 @@ def tune(
         for weight, result in zip(context.config.kl_weights, results, strict=True)
         for scale in context.config.scales
     ]
-    trials = []
+    trials = _measured(context, candidates, scratch=scratch, kept=kept, on_step=on_step)
+    return Tuned([edit for *_, edit in candidates], with_front(trials), len(pairs.target))
+
+
+def _measured(
+    context: TuningContext,
+    candidates: Sequence[tuple[float, float, TunedEdit]],
+    *,
+    scratch: Path,
+    kept: KeptSteps,
+    on_step: OnStep,
+) -> list[Trial]:
+    """Each candidate (KL weight, scale, edit) on held-out prompts; the first is the start edit."""
+    *_, start = candidates[0]
     with ExitStack() as stack:
         evaluator = cache(
             lambda: stack.enter_context(EditEvaluator(context.evaluation, scratch))
@@ -89,13 +103,11 @@ def tune(
             name = f"weight {weight:g} x {scale:g}"
             figures = evaluator().measure(name, edit.of(context.plan))
             on_step(f"{name} judged")
-            trial = trial_of(figures, basis, edit.basis, kl_weight=weight, scale=scale)
+            trial = trial_of(figures, start.basis, edit.basis, kl_weight=weight, scale=scale)
             return trial.model_dump(mode="json")
 
-        for candidate in candidates:
-            trial = kept.value("trial", partial(measured, *candidate))
-            trials.append(Trial.model_validate(trial))
-    return Tuned([edit for *_, edit in candidates], with_front(trials), len(pairs.target))
+        trials = [kept.value("trial", partial(measured, *candidate)) for candidate in candidates]
+        return [Trial.model_validate(trial) for trial in trials]
 
 
 def _dump_prompts(context: TuningContext) -> list[Any]:
