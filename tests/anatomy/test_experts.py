@@ -236,7 +236,7 @@ def test_the_card_names_the_chosen_experts(experts, row):
 
 
 def test_a_build_records_the_experts_that_its_recipe_chose(tmp_path, tiny_tokenizer, monkeypatch):
-    monkeypatch.setitem(architectures._WANTED, "vocab_size", tiny.VOCABULARY)
+    monkeypatch.setitem(architectures.WANTED, "vocab_size", tiny.VOCABULARY)
     folder = save("qwen3_moe", tmp_path / "model")
     tiny_tokenizer.save_pretrained(folder)
     (tmp_path / "target.txt").write_text("\n".join(TARGET))

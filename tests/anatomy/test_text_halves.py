@@ -26,8 +26,8 @@ from tests.pipeline.test_pipeline import NEUTRAL, TARGET
 
 @pytest.fixture
 def project(tmp_path, tiny_tokenizer, monkeypatch):
-    monkeypatch.setitem(architectures._WANTED, "vocab_size", tiny.VOCABULARY)
-    monkeypatch.setitem(architectures._WANTED, "max_position_embeddings", 256)
+    monkeypatch.setitem(architectures.WANTED, "vocab_size", tiny.VOCABULARY)
+    monkeypatch.setitem(architectures.WANTED, "max_position_embeddings", 256)
     (tmp_path / "target.txt").write_text("\n".join(TARGET))
     (tmp_path / "neutral.jsonl").write_text("\n".join(json.dumps({"prompt": p}) for p in NEUTRAL))
 
