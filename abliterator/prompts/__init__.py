@@ -59,15 +59,16 @@ def load_prompts(name: str, source: Source) -> PromptSet:
     """Read a prompt set, strip the prompts, drop duplicates (the first stays), apply the limit.
 
     A dataset is pinned: whatever `source.revision` says, the result's `revision` is a commit. Its
-    split is `train`, and its column the first usual one that it has, unless the source says.
+    split is `train`, and its column the first usual one that it has, unless the source says. The
+    columns of `source.groups`, or `category` and `language` where it is None, become groups.
 
     Raises:
         PromptError: the source cannot be read, or has nothing usable.
     """
     source_set = read_file(name, source) if source.path else read_dataset(name, source)
-    distinct: dict[str, str] = {}
-    for prompt in source_set.prompts:
-        distinct.setdefault(comparison_key(prompt), prompt)
+    distinct: dict[str, int] = {}
+    for index, prompt in enumerate(source_set.prompts):
+        distinct.setdefault(comparison_key(prompt), index)
     rows = source_set.dropped + len(source_set.prompts)
-    prompts = tuple(distinct.values())[: source.limit]
-    return replace(source_set, prompts=prompts, read=rows, dropped=rows - len(distinct))
+    used = source_set.take([*distinct.values()][: source.limit])
+    return replace(used, read=rows, dropped=rows - len(distinct))

@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import field, replace
 from typing import Any
 
-from pydantic import ConfigDict, ValidationError, computed_field, model_validator
+from pydantic import (
+    ConfigDict,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    computed_field,
+    model_serializer,
+    model_validator,
+)
 from pydantic.dataclasses import dataclass
 
 from abliterator.errors import PromptError
@@ -34,6 +41,8 @@ class PromptSet:
     dropped: int = 0  # duplicates, empty rows of a dataset, and overlaps that were removed
     overlap: int = 0  # of those, prompts that are evaluation prompts too
     near: int | None = None  # near duplicates of evaluation prompts, still in; None: not compared
+    # by column ("category"), the group of each prompt; None of a prompt without one
+    groups: dict[str, tuple[str | None, ...]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """Refuses a set without prompts, which nothing can be measured on or learned from."""
@@ -42,6 +51,34 @@ class PromptSet:
                 f"No {self.name} prompts are left of {self.source} ({self.dropped} dropped as "
                 "empty, duplicate or overlapping): at least one is needed, so give another source."
             )
+        for column, groups in self.groups.items():
+            if len(groups) != len(self.prompts):
+                raise PromptError(
+                    f"The {self.name} prompts have {len(groups)} groups in the column {column} "
+                    f"and are {len(self.prompts)}: expected one group each."
+                )
+
+    def take(self, indices: Sequence[int]) -> PromptSet:
+        """The set of the prompts at these indices, in their order, with all that belongs to each.
+
+        Raises:
+            PromptError: no index is given.
+        """
+        return replace(
+            self,
+            prompts=tuple(self.prompts[i] for i in indices),
+            groups={
+                name: tuple(column[i] for i in indices) for name, column in self.groups.items()
+            },
+        )
+
+    @model_serializer(mode="wrap")
+    def _without_empty_groups(self, plain: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """A set without groups is stored as before there were any, and keeps its digest."""
+        values: dict[str, Any] = plain(self)
+        if not self.groups:
+            values.pop("groups", None)
+        return values
 
     @computed_field  # type: ignore[prop-decorator]
     @property
@@ -94,14 +131,11 @@ def hold_out(prompts: PromptSet, *, fraction: float, seed: int) -> tuple[PromptS
             "evaluation set."
         )
     held = set(ranked[: min(max(round(len(ranked) * fraction), 1), len(ranked) - 1)])
-    sides: tuple[list[str], list[str]] = ([], [])
-    for prompt in prompts.prompts:
-        sides[comparison_key(prompt) in held].append(prompt)
-    training, held_out = map(tuple, sides)
-    return (
-        replace(prompts, prompts=training),
-        replace(prompts, prompts=held_out, name=f"{prompts.name}_held_out"),
-    )
+    sides: tuple[list[int], list[int]] = ([], [])
+    for index, prompt in enumerate(prompts.prompts):
+        sides[comparison_key(prompt) in held].append(index)
+    training, held_out = map(prompts.take, sides)
+    return training, replace(held_out, name=f"{prompts.name}_held_out")
 
 
 def check_distinct(a: PromptSet, b: PromptSet) -> None:
@@ -133,9 +167,11 @@ def drop_overlap(training: PromptSet, evaluation: PromptSet) -> PromptSet:
         PromptError: no training prompt is left.
     """
     evaluated = _keys(evaluation)
-    remaining = tuple(
-        prompt for prompt in training.prompts if comparison_key(prompt) not in evaluated
-    )
+    remaining = [
+        index
+        for index, prompt in enumerate(training.prompts)
+        if comparison_key(prompt) not in evaluated
+    ]
     if not remaining:
         raise PromptError(
             f"All {len(training.prompts)} {training.name} prompts (from {training.source}) are "
@@ -144,8 +180,7 @@ def drop_overlap(training: PromptSet, evaluation: PromptSet) -> PromptSet:
         )
     removed = len(training.prompts) - len(remaining)
     return replace(
-        training,
-        prompts=remaining,
+        training.take(remaining),
         dropped=training.dropped + removed,
         overlap=training.overlap + removed,
     )

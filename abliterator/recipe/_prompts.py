@@ -5,9 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import (
+    BeforeValidator,
+    Field,
+    SerializerFunctionWrapHandler,
+    model_serializer,
+    model_validator,
+)
 
-from abliterator.recipe._section import Positive, Section
+from abliterator.recipe._section import Positive, Section, as_tuple
 
 
 class Source(Section):
@@ -29,6 +35,11 @@ class Source(Section):
     """Column that holds the prompt. Default: the first there is of `prompt`, `instruction`..."""
     where: dict[str, str | int | bool] = {}
     """Keep only the rows whose columns have these values: `where: {label: safe}`."""
+    groups: Annotated[tuple[str, ...] | None, BeforeValidator(as_tuple)] = None
+    """Columns by which results are reported in groups: `[category, language]`.
+
+    Default: `category` and `language`, where there are such columns; `[]` for no groups.
+    """
     limit: Positive | None = None
     """Number of prompts used, counted after duplicates are dropped."""
 
@@ -41,6 +52,14 @@ class Source(Section):
                 "`revision`, `config` and `split` belong to a `dataset`, not to a `path`"
             )
         return self
+
+    @model_serializer(mode="wrap")
+    def _dump_named_groups(self, plain: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Without `groups` where none are named: recipes of before keep their digests."""
+        values: dict[str, Any] = plain(self)
+        if self.groups is None:
+            values.pop("groups", None)
+        return values
 
 
 # AdvBench's requests and Alpaca's instructions as published on the Hub: what the field extracts
