@@ -20,7 +20,9 @@ from abliterator.prompts._compare import (
     NEAR_DUPLICATE,
     comparison_key,
     near_duplicates,
+    nearly_equal,
     normalised,
+    repeats,
     similarity,
     trigrams,
 )
@@ -29,7 +31,9 @@ from abliterator.prompts._hub import read_dataset, resolve_revision
 from abliterator.prompts._sets import (
     PromptSet,
     check_distinct,
+    count_alike,
     count_near,
+    drop_near,
     drop_overlap,
     hold_out,
 )
@@ -43,12 +47,16 @@ __all__ = [
     "as_prompt",
     "check_distinct",
     "comparison_key",
+    "count_alike",
     "count_near",
+    "drop_near",
     "drop_overlap",
     "hold_out",
     "load_prompts",
     "near_duplicates",
+    "nearly_equal",
     "normalised",
+    "repeats",
     "resolve_revision",
     "similarity",
     "trigrams",
@@ -71,4 +79,5 @@ def load_prompts(name: str, source: Source) -> PromptSet:
         distinct.setdefault(comparison_key(prompt), index)
     rows = source_set.dropped + len(source_set.prompts)
     used = source_set.take([*distinct.values()][: source.limit])
-    return replace(used, read=rows, dropped=rows - len(distinct))
+    dropped = rows - len(distinct)
+    return replace(used, read=rows, asked=source.limit, dropped=dropped)

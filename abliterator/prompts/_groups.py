@@ -52,6 +52,28 @@ def read_groups(
     return columns
 
 
+def read_clusters(cells: Sequence[object], source: Source, origin: str) -> tuple[str | None, ...]:
+    """The cluster of each row, from the column that the source names; None for a row without one.
+
+    Args:
+        cells: of that column.
+        source: whose `cluster` names it.
+        origin: of the rows, for messages.
+
+    Raises:
+        PromptError: the column is missing, empty, or holds something else than names.
+    """
+    clusters = tuple(map(_name, cells))
+    if not any(clusters) or any(
+        cell is not None and not isinstance(cell, str | int | float) for cell in cells
+    ):
+        raise PromptError(
+            f"{origin}: the column {source.cluster} of `cluster` is missing, empty, or holds "
+            "something else than names or numbers. Name another, or leave it out."
+        )
+    return clusters
+
+
 def _name(cell: object) -> str | None:
     """A group's name on one line; None of an empty cell."""
     if isinstance(cell, bool):

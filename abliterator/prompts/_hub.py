@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from abliterator.errors import PromptError
 from abliterator.prompts._file import as_prompt, equals_strictly, shown
-from abliterator.prompts._groups import group_columns, read_groups
+from abliterator.prompts._groups import group_columns, read_clusters, read_groups
 from abliterator.prompts._sets import PromptSet
 
 if TYPE_CHECKING:
@@ -71,6 +71,7 @@ def read_dataset(name: str, source: Source) -> PromptSet:
         license=license_,
         dropped=len(rows) - len(prompts),
         groups=_groups(rows, used, source),
+        clusters=_clusters(rows, used, source),
     )
 
 
@@ -115,6 +116,14 @@ def _groups(rows: Dataset, used: list[int], source: Source) -> dict[str, tuple[s
             values = [None if number is None else feature.int2str(number) for number in values]
         cells[column] = [values[i] for i in used]
     return read_groups(cells, source, f"Dataset {source.dataset}")
+
+
+def _clusters(rows: Dataset, used: list[int], source: Source) -> tuple[str | None, ...]:
+    if source.cluster is None:
+        return ()
+    values = list(rows[source.cluster]) if source.cluster in rows.column_names else []
+    cells = [values[i] for i in used] if values else []
+    return read_clusters(cells, source, f"Dataset {source.dataset}")
 
 
 def _check_commit(rows: Dataset, source: Source) -> None:

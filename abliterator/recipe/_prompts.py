@@ -40,6 +40,11 @@ class Source(Section):
 
     Default: `category` and `language`, where there are such columns; `[]` for no groups.
     """
+    cluster: str | None = None
+    """Column whose equal values mark prompts that resemble each other, such as a `form`.
+
+    Intervals and tests of the evaluation then count these clusters, not single prompts.
+    """
     limit: Positive | None = None
     """Number of prompts used, counted after duplicates are dropped."""
 
@@ -55,10 +60,11 @@ class Source(Section):
 
     @model_serializer(mode="wrap")
     def _dump_named_groups(self, plain: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Without `groups` where none are named: recipes of before keep their digests."""
+        """Without `groups` and `cluster` where none are named: older recipes keep their digests."""
         values: dict[str, Any] = plain(self)
-        if self.groups is None:
-            values.pop("groups", None)
+        for key in ("groups", "cluster"):
+            if getattr(self, key) is None:
+                values.pop(key, None)
         return values
 
 
@@ -99,6 +105,10 @@ class Prompts(Section):
     """Benign prompts that look like target."""
     holdout: Annotated[float, Field(gt=0, lt=1)] = 0.25
     """Share held out for evaluation where no evaluation set is given."""
+    near_duplicates: Literal["keep", "drop"] = "keep"
+    """What happens to prompts that are learned or chosen from and nearly equal one that is measured
+    on: in letters, or in all words but one. They are counted, or `drop`ped too.
+    """
 
     @model_validator(mode="before")
     @classmethod
@@ -106,6 +116,14 @@ class Prompts(Section):
         # the default evaluation set is the test split of the default target set, and fits no other
         if isinstance(values, dict) and "target" not in values:
             return {"evaluation": DEFAULT_EVALUATION, **values}
+        return values
+
+    @model_serializer(mode="wrap")
+    def _dump_dropping(self, plain: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Without `near_duplicates: keep`: recipes of before have no such key."""
+        values: dict[str, Any] = plain(self)
+        if self.near_duplicates == "keep":
+            values.pop("near_duplicates", None)
         return values
 
 
