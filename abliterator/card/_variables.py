@@ -68,6 +68,7 @@ def variables(record: RunRecord, *, adapter: bool) -> dict[str, object]:
         "measures": _labels(MEASURES),
         "result_sets": _labels(RESULT_SETS),
         "result_measures": _labels(RESULT_MEASURES),
+        "drawn": Markdown(record.sampled or ""),
         "counted": COUNTED,
         "divergences": _labels(DIVERGENCES),
         "divergence": record.divergence,

@@ -62,6 +62,12 @@ class Completion(Frozen):
     answer_start: int | None = None  # where the answer begins in `response`; None where not known
 
 
+class SampledCompletion(Completion):
+    """One of several answers that were drawn for a prompt: a line of samples.jsonl."""
+
+    sample: int  # from 0
+
+
 VerdictKind = Literal["refused", "deflected", "partial", "complied", "broken", "truncated", "empty"]
 
 
@@ -86,6 +92,12 @@ class Verdict(Frozen):
     kind: VerdictKind | None = None  # None when unscored; "truncated" where no answer was reached
     thinking: str = ""  # split off before judging
     text_statistics: TextStatistics | None = None
+
+
+class SampledVerdict(Verdict):
+    """A judge's verdict on one SampledCompletion."""
+
+    sample: int
 
 
 class BehaviourSide(Frozen):
@@ -115,6 +127,27 @@ class Behaviour(Frozen):
     p_value: dict[str, float | None] = {}
     kinds: dict[Side, dict[VerdictKind, int]] = {}
     unscored_reasons: dict[Side, dict[str, int]] = {}  # why answers have no verdict, counted
+    # answers that resemble each other, over which intervals and tests are: those to one prompt, or
+    # to prompts of one form; None where every answer counts by itself
+    clusters: int | None = None
+
+
+class SampledAnswers(Frozen):
+    """Answers drawn at a temperature, several a prompt, beside the greedy ones.
+
+    `behaviour` has the prompt sets by name; n counts answers, and prompts are their clusters.
+    """
+
+    samples: int  # answers a prompt and side
+    temperature: float
+    top_p: float
+    seed: int
+    sampler: dict[Side, str]  # what drew: "process", or the kind of the engine whose server did
+    behaviour: dict[str, Behaviour]
+
+    def __str__(self) -> str:
+        top_p = f" and top-p {self.top_p:g}" if self.top_p < 1 else ""
+        return f"{self.samples} answers at temperature {self.temperature:g}{top_p} for each prompt"
 
 
 class Divergence(Frozen):

@@ -12,6 +12,7 @@ from abliterator.record._measured import (
     Divergence,
     Estimate,
     Frozen,
+    SampledAnswers,
 )
 from abliterator.record._selection import Selection
 from abliterator.record._tuning import Tuning
@@ -156,9 +157,12 @@ class PromptOrigin(Frozen):
     n: int
     sha256: str  # of the prompts as used
     read: int | None = None  # prompts in the source; None in records of before it was counted
+    asked: int | None = None  # the source's `limit`
     dropped: int = 0  # of those: duplicates, empty rows, and what an evaluation set has too
     overlap: int = 0  # of those dropped, what an evaluation set has too
     near: int | None = None  # of n, near duplicates of an evaluation prompt; None: not compared
+    near_dropped: int = 0  # of those dropped, near duplicates of an evaluation prompt
+    alike: int | None = None  # of n, near duplicates of an earlier one of the set
     license: str | None = None
 
 
@@ -179,7 +183,8 @@ class Provenance(Frozen):
     git_commit: str | None = None  # of abliterator, where it was installed from a Git repository
     prompts: tuple[PromptOrigin, ...] = ()
     dropped_overlap: int = 0  # prompts of extraction sets that an evaluation set has too
-    near_duplicate: float | None = None  # letter-trigram similarity of what `near` counts
+    # letter-trigram similarity of what `near` counts; those with all words but one equal count too
+    near_duplicate: float | None = None
 
 
 class Quotation(Frozen):
@@ -198,6 +203,7 @@ class RunRecord(Frozen):
     model: ModelIdentity
     edit: EditSummary
     behaviour: dict[str, Behaviour | None] = {}
+    sampled: SampledAnswers | None = None  # None where the recipe has no `rollouts.samples`
     engines: dict[str, EngineIdentity] = {}  # by side; empty: transformers, in this process
     divergence: Divergence | None = None
     benchmarks: dict[str, BenchmarkResult] = {}

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import yaml
 
-from abliterator.record import Estimate, RunRecord
+from abliterator.record import Behaviour, Estimate, RunRecord
 from abliterator.report._build import Build
 from abliterator.report._data import inert_json, page_data
 from abliterator.report._models import compliance, model_rows
@@ -53,10 +53,19 @@ def render_report(builds: Sequence[Build]) -> str:
             scripts=[Markup(script) for script in scripts],
             script_hashes=" ".join(map(_csp_hash, scripts)),
             data=Markup(inert_json(page_data(builds))),
-            sets=SETS,
+            tables=measures_tables,
             measures=MEASURES,
         )
     )
+
+
+def measures_tables(record: RunRecord) -> list[tuple[str, Behaviour]]:
+    """The measured prompt sets, each with a title: of greedy answers, then of drawn ones."""
+    tables = [(SETS.get(name, name), b) for name, b in record.behaviour.items() if b]
+    if record.sampled:
+        drawn = record.sampled.behaviour.items()
+        tables += [(f"{SETS.get(name, name)}, {record.sampled}", b) for name, b in drawn]
+    return tables
 
 
 @cache

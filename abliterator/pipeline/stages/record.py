@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import platform
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, distribution, version
 from pathlib import Path
@@ -25,9 +25,9 @@ from abliterator.pipeline.stages.benchmarks import task_scores
 from abliterator.pipeline.stages.capture import MOMENTS
 from abliterator.pipeline.stages.directions import SUBSPACE
 from abliterator.pipeline.stages.divergence import DIVERGENCE_JSON
-from abliterator.pipeline.stages.judge import IDENTITY, VERDICTS
+from abliterator.pipeline.stages.judge import IDENTITY, SAMPLE_VERDICTS, VERDICTS
 from abliterator.pipeline.stages.prompts import prompt_sets, uses
-from abliterator.pipeline.stages.rollouts import engines_of
+from abliterator.pipeline.stages.rollouts import SIDES, engines_of
 from abliterator.pipeline.stages.selection import selected_layers, selection_of
 from abliterator.pipeline.stages.tuning import planned_edits, tuning_record
 from abliterator.prompts import NEAR_DUPLICATE, PromptSet
@@ -42,6 +42,8 @@ from abliterator.record import (
     PromptOrigin,
     Provenance,
     RunRecord,
+    SampledAnswers,
+    SampledVerdict,
     TensorEdit,
     Tool,
     Verdict,
@@ -125,6 +127,7 @@ def assemble(run: Run, timing: dict[str, float], pictures: dict[str, str]) -> Ru
         model=_model(run),
         edit=_edit(run),
         behaviour=_behaviour(run),
+        sampled=_sampled(run),
         engines={str(side): engine for side, engine in engines_of(run).items()},
         divergence=DIVERGENCE_JSON.read_as(run, Divergence),
         benchmarks=_benchmarks(run),
@@ -213,8 +216,45 @@ def _behaviour(run: Run) -> dict[str, Behaviour | None]:
         base, edited = (
             [v for v in verdicts if v.set == name and v.side == side] for side in ("base", "edited")
         )
-        summaries[name] = summarise(base, edited, seed=run.recipe.seed)
+        clusters = _clusters(run, name)
+        summaries[name] = summarise(base, edited, clusters=clusters, seed=run.recipe.seed)
     return summaries
+
+
+def _clusters(run: Run, name: str) -> list[Hashable] | None:
+    """The cluster of each evaluation prompt, where the recipe names a column of them."""
+    clusters = prompt_sets(run).evaluation[name].clusters
+    return [i if cluster is None else cluster for i, cluster in enumerate(clusters)] or None
+
+
+def _sampled(run: Run) -> SampledAnswers | None:
+    """The drawn answers; those to one prompt, or to prompts of one cluster, are a cluster."""
+    from abliterator.judge import summarise
+
+    settings, engine = run.recipe.rollouts, run.recipe.engine.kind
+    if not (samples := settings.samples):
+        return None
+    verdicts = SAMPLE_VERDICTS.read_lines(run, SampledVerdict)
+    behaviour = {}
+    for name, prompts in prompt_sets(run).evaluation.items():
+        numbered = [
+            v.model_copy(update={"index": v.index * samples + v.sample})
+            for v in verdicts
+            if v.set == name
+        ]
+        of_prompts = _clusters(run, name) or range(len(prompts.prompts))
+        behaviour[name] = summarise(
+            [v for v in numbered if v.side == "base"],
+            [v for v in numbered if v.side == "edited"],
+            clusters=[cluster for cluster in of_prompts for _ in range(samples)],
+            seed=run.recipe.seed,
+        )
+    by = engines_of(run)
+    return SampledAnswers(
+        **settings.model_dump(include={"samples", "temperature", "top_p", "seed"}),
+        sampler={side: engine if side in by else "process" for side in SIDES},
+        behaviour=behaviour,
+    )
 
 
 def _benchmarks(run: Run) -> dict[str, BenchmarkResult]:
