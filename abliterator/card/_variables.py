@@ -13,7 +13,7 @@ from abliterator.card._markdown import (
     without_paths,
     yaml_fence,
 )
-from abliterator.record import BenchmarkResult, RunRecord
+from abliterator.record import BenchmarkResult, Outlier, RunRecord
 
 SETS = {
     "target": "Target prompts (the behaviour that was to go)",
@@ -48,6 +48,7 @@ LLAMA_3 = {f"llama{number}": Markdown(f"Llama {number}") for number in ("3.1", "
 def variables(record: RunRecord, *, adapter: bool) -> dict[str, object]:
     """All variables of the card's templates; the labels in them need no escape."""
     model, base, commit = record.model, hub_base(record), record.model.revision or ""
+    behaviours = record.behaviour.values()
     is_pinned = base is not None and COMMIT.fullmatch(commit)
     return {
         "header": Markdown(header(record, adapter=adapter)),
@@ -69,6 +70,9 @@ def variables(record: RunRecord, *, adapter: bool) -> dict[str, object]:
         "result_sets": _labels(RESULT_SETS),
         "result_measures": _labels(RESULT_MEASURES),
         "counted": COUNTED,
+        "outliers": _outliers(record),
+        "escape": escape,
+        "counts_asked": any(b and b.base.unscored and b.base.unscored.asked for b in behaviours),
         "divergences": _labels(DIVERGENCES),
         "divergence": record.divergence,
         "benchmarks": record.benchmarks,
@@ -79,6 +83,17 @@ def variables(record: RunRecord, *, adapter: bool) -> dict[str, object]:
             {k: v if k == "chat" else without_paths(v) for k, v in record.recipe.items()}
         ),
     }
+
+
+def _outliers(record: RunRecord) -> list[tuple[str, Outlier]]:
+    """The prompt set and the group of every group that differs, the surest first."""
+    outliers = (
+        (name, outlier)
+        for name, groupings in record.groups.items()
+        for grouping in groupings
+        for outlier in grouping.outliers
+    )
+    return sorted(outliers, key=lambda named: named[1].p_holm)
 
 
 def _labels(texts: Mapping[str, str]) -> dict[str, Markdown]:

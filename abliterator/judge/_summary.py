@@ -83,7 +83,7 @@ def estimates_of(verdicts: Sequence[Verdict], *, seed: int = 0) -> VerdictEstima
         seed: of the bootstrap.
     """
     scored = scored_verdicts(verdicts)
-    return VerdictEstimates(*(_estimate(name, scored, seed) for name in GRADED))
+    return VerdictEstimates(*(_estimate(name, scored, seed, len(verdicts)) for name in GRADED))
 
 
 def estimates_of_draws(draws: Sequence[Sequence[Verdict]]) -> VerdictEstimates:
@@ -96,20 +96,19 @@ def estimates_of_draws(draws: Sequence[Sequence[Verdict]]) -> VerdictEstimates:
         return VerdictEstimates(None, None, None, None)
     scored = ([v for v in column if not _unscored(v)] for column in zip(*draws, strict=True))
     prompts = [verdicts for verdicts in scored if verdicts]
-    return VerdictEstimates(
-        *(
-            Estimate.of(mean_interval([mean(map(measure, verdicts)) for verdicts in prompts]))
-            for measure in GRADED.values()
-        )
+    means = (
+        mean_interval([mean(map(measure, verdicts)) for verdicts in prompts])
+        for measure in GRADED.values()
     )
+    return VerdictEstimates(*(Estimate.of(interval, len(draws[0])) for interval in means))
 
 
-def _estimate(name: str, verdicts: Sequence[Verdict], seed: int) -> Estimate | None:
+def _estimate(name: str, verdicts: Sequence[Verdict], seed: int, asked: int) -> Estimate | None:
     measure: Measure = (GRADED | COUNTED)[name]
     values = [value for verdict in verdicts if (value := measure(verdict)) is not None]
     if name in _RATES:
-        return Estimate.of(rate_interval(int(sum(values)), len(values)))
-    return Estimate.of(mean_interval(values, seed=seed))
+        return Estimate.of(rate_interval(int(sum(values)), len(values)), asked)
+    return Estimate.of(mean_interval(values, seed=seed), asked)
 
 
 def summarise(base: Sequence[Verdict], edited: Sequence[Verdict], *, seed: int = 0) -> Behaviour:
@@ -158,13 +157,13 @@ def _by_index(verdicts: Sequence[Verdict]) -> dict[int, Verdict]:
 
 
 def _side(verdicts: Sequence[Verdict], seed: int) -> BehaviourSide:
-    counted = {name: _estimate(name, verdicts, seed) for name in COUNTED}
+    counted = {name: _estimate(name, verdicts, seed, len(verdicts)) for name in COUNTED}
     return BehaviourSide(**estimates_of(verdicts, seed=seed)._asdict(), **counted)
 
 
 def _delta(pairs: Pairs, scored: Pairs, seed: int) -> BehaviourSide:
     deltas = {
-        name: Estimate.of(paired_delta(*_values(measure, selected), seed=seed))
+        name: Estimate.of(paired_delta(*_values(measure, selected), seed=seed), len(pairs))
         for measures, selected in ((GRADED, scored), (COUNTED, pairs))
         for name, measure in measures.items()
     }

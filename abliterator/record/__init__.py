@@ -19,6 +19,7 @@ from abliterator.record._comparison import (
     WeightDiff,
     WeightVerdict,
 )
+from abliterator.record._groups import Group, GroupedMeasure, Grouping, GroupMeasure, Outlier
 from abliterator.record._measured import (
     Behaviour,
     BehaviourSide,
@@ -83,9 +84,14 @@ __all__ = [
     "FinishReason",
     "Frozen",
     "Grade",
+    "Group",
+    "GroupMeasure",
+    "GroupedMeasure",
+    "Grouping",
     "JudgeIdentity",
     "Measurement",
     "ModelIdentity",
+    "Outlier",
     "OwnScores",
     "Part",
     "PromptOrigin",

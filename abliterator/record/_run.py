@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 from pydantic import AliasChoices, Field
 
+from abliterator.record._groups import Grouping
 from abliterator.record._measured import (
     Behaviour,
     BenchmarkResult,
@@ -198,6 +199,7 @@ class RunRecord(Frozen):
     model: ModelIdentity
     edit: EditSummary
     behaviour: dict[str, Behaviour | None] = {}
+    groups: dict[str, tuple[Grouping, ...]] = {}  # by prompt set, one for each column of groups
     engines: dict[str, EngineIdentity] = {}  # by side; empty: transformers, in this process
     divergence: Divergence | None = None
     benchmarks: dict[str, BenchmarkResult] = {}

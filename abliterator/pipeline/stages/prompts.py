@@ -94,7 +94,7 @@ def divided_sets(
     return set_apart(sets, recipe.prompts, prompts=recipe.selection.prompts, seed=recipe.seed)
 
 
-PROMPTS = Stage("prompts", 4, _key, _run)
+PROMPTS = Stage("prompts", 5, _key, _run)
 
 
 def uses(sets: PromptSets) -> Iterator[tuple[str, PromptSet]]:

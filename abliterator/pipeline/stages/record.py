@@ -37,6 +37,7 @@ from abliterator.record import (
     BenchmarkResult,
     Divergence,
     EditSummary,
+    Grouping,
     JudgeIdentity,
     ModelIdentity,
     PromptOrigin,
@@ -118,13 +119,15 @@ def assemble(run: Run, timing: dict[str, float], pictures: dict[str, str]) -> Ru
         timing: seconds of each stage.
         pictures: sha256 of each picture of the card, by its path in the checkpoint.
     """
+    verdicts = VERDICTS.read_lines(run, Verdict)
     return RunRecord(
         tool=Tool(version=version("abliterator")),
         recipe=run.recipe.published(),
         recipe_digest=run.recipe.digest,
         model=_model(run),
         edit=_edit(run),
-        behaviour=_behaviour(run),
+        behaviour=_behaviour(run, verdicts),
+        groups=_groups(run, verdicts),
         engines={str(side): engine for side, engine in engines_of(run).items()},
         divergence=DIVERGENCE_JSON.read_as(run, Divergence),
         benchmarks=_benchmarks(run),
@@ -204,17 +207,30 @@ def _strengths(run: Run, edits: Sequence[TensorEdit]) -> dict[str, float | dict[
     return strengths
 
 
-def _behaviour(run: Run) -> dict[str, Behaviour | None]:
+def _behaviour(run: Run, verdicts: Sequence[Verdict]) -> dict[str, Behaviour | None]:
     from abliterator.judge import summarise
 
-    verdicts = VERDICTS.read_lines(run, Verdict)
     summaries: dict[str, Behaviour | None] = {"target": None, "neutral": None, "over_refusal": None}
     for name in prompt_sets(run).evaluation:
-        base, edited = (
-            [v for v in verdicts if v.set == name and v.side == side] for side in ("base", "edited")
-        )
-        summaries[name] = summarise(base, edited, seed=run.recipe.seed)
+        summaries[name] = summarise(*_sides(verdicts, name), seed=run.recipe.seed)
     return summaries
+
+
+def _groups(run: Run, verdicts: Sequence[Verdict]) -> dict[str, tuple[Grouping, ...]]:
+    """Verdicts by group, of the sets whose prompts have groups."""
+    from abliterator.groups import group_verdicts
+
+    groups = {
+        name: group_verdicts(*_sides(verdicts, name), prompts.groups, seed=run.recipe.seed)
+        for name, prompts in prompt_sets(run).evaluation.items()
+    }
+    return {name: groupings for name, groupings in groups.items() if groupings}
+
+
+def _sides(verdicts: Sequence[Verdict], name: str) -> tuple[list[Verdict], list[Verdict]]:
+    """The verdicts of one prompt set on base and edited."""
+    of_set = [verdict for verdict in verdicts if verdict.set == name]
+    return [v for v in of_set if v.side == "base"], [v for v in of_set if v.side == "edited"]
 
 
 def _benchmarks(run: Run) -> dict[str, BenchmarkResult]:
@@ -293,4 +309,4 @@ def read_record(out: Path) -> RunRecord:
         ) from error
 
 
-RECORD = Stage("record", 4, _key, _run)
+RECORD = Stage("record", 5, _key, _run)
