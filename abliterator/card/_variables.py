@@ -42,6 +42,17 @@ DIVERGENCES = {
     "kl": "KL(base, edited) per answer token, nats",
     "top1_agreement": "Same most likely next token",
 }
+SIDE_EFFECTS = {
+    "tokens": "Length of an answer, tokens",
+    "words": "Length of an answer, words",
+    "other_language": "Answers in another language than their prompt",
+    "agreement": "Answers that begin by praising or agreeing",
+}
+CONFIDENCE = {
+    "calibration_error": "Expected calibration error",
+    "overconfidence": "Confidence minus accuracy",
+}
+LENGTHS = ("tokens", "words")
 LLAMA_3 = {f"llama{number}": Markdown(f"Llama {number}") for number in ("3.1", "3.2", "3.3", "4")}
 
 
@@ -73,6 +84,9 @@ def variables(record: RunRecord, *, adapter: bool) -> dict[str, object]:
         "outliers": _outliers(record),
         "escape": escape,
         "counts_asked": any(b and b.base.unscored and b.base.unscored.asked for b in behaviours),
+        "side_effects": _labels(SIDE_EFFECTS),
+        "confidence": _labels(CONFIDENCE),
+        "forms": {key: ".1f" if key in LENGTHS else ".3f" for key in SIDE_EFFECTS},
         "divergences": _labels(DIVERGENCES),
         "divergence": record.divergence,
         "benchmarks": record.benchmarks,

@@ -58,6 +58,7 @@ from abliterator.record._selection import (
     Stack,
     Structure,
 )
+from abliterator.record._side_effects import ConfidenceFigure, PairedFigure, SideEffect
 from abliterator.record._study import Agreement, ContrastDifference, Study, StudyRow
 from abliterator.record._tuning import Trial, Tuning
 from abliterator.record._verification import AdapterVerification, EffectiveStrength, Verification
@@ -74,6 +75,7 @@ __all__ = [
     "Candidate",
     "Comparison",
     "Completion",
+    "ConfidenceFigure",
     "ContrastDifference",
     "Difference",
     "Divergence",
@@ -93,6 +95,7 @@ __all__ = [
     "ModelIdentity",
     "Outlier",
     "OwnScores",
+    "PairedFigure",
     "Part",
     "PromptOrigin",
     "Provenance",
@@ -103,6 +106,7 @@ __all__ = [
     "Selection",
     "SelectionBase",
     "Side",
+    "SideEffect",
     "Stack",
     "Structure",
     "Study",

@@ -15,6 +15,7 @@ from abliterator.record._measured import (
     Frozen,
 )
 from abliterator.record._selection import Selection
+from abliterator.record._side_effects import ConfidenceFigure, PairedFigure, SideEffect
 from abliterator.record._tuning import Tuning
 
 
@@ -200,6 +201,10 @@ class RunRecord(Frozen):
     edit: EditSummary
     behaviour: dict[str, Behaviour | None] = {}
     groups: dict[str, tuple[Grouping, ...]] = {}  # by prompt set, one for each column of groups
+    # by prompt set: length, language and agreement of the answers
+    side_effects: dict[str, dict[SideEffect, PairedFigure]] = {}
+    # by benchmark task: whether the model's own probabilities are how often it is right
+    calibration: dict[str, dict[ConfidenceFigure, PairedFigure]] = {}
     engines: dict[str, EngineIdentity] = {}  # by side; empty: transformers, in this process
     divergence: Divergence | None = None
     benchmarks: dict[str, BenchmarkResult] = {}

@@ -27,7 +27,7 @@ from abliterator.pipeline.stages.directions import SUBSPACE
 from abliterator.pipeline.stages.divergence import DIVERGENCE_JSON
 from abliterator.pipeline.stages.judge import IDENTITY, VERDICTS
 from abliterator.pipeline.stages.prompts import prompt_sets, uses
-from abliterator.pipeline.stages.rollouts import engines_of
+from abliterator.pipeline.stages.rollouts import ANSWERS, SIDES, engines_of
 from abliterator.pipeline.stages.selection import selected_layers, selection_of
 from abliterator.pipeline.stages.tuning import planned_edits, tuning_record
 from abliterator.prompts import NEAR_DUPLICATE, PromptSet
@@ -35,14 +35,18 @@ from abliterator.recipe import ranges_of
 from abliterator.record import (
     Behaviour,
     BenchmarkResult,
+    Completion,
+    ConfidenceFigure,
     Divergence,
     EditSummary,
     Grouping,
     JudgeIdentity,
     ModelIdentity,
+    PairedFigure,
     PromptOrigin,
     Provenance,
     RunRecord,
+    SideEffect,
     TensorEdit,
     Tool,
     Verdict,
@@ -128,6 +132,8 @@ def assemble(run: Run, timing: dict[str, float], pictures: dict[str, str]) -> Ru
         edit=_edit(run),
         behaviour=_behaviour(run, verdicts),
         groups=_groups(run, verdicts),
+        side_effects=_side_effects(run),
+        calibration=_calibration(run),
         engines={str(side): engine for side, engine in engines_of(run).items()},
         divergence=DIVERGENCE_JSON.read_as(run, Divergence),
         benchmarks=_benchmarks(run),
@@ -239,6 +245,29 @@ def _benchmarks(run: Run) -> dict[str, BenchmarkResult]:
     if not run.tasks:
         return {}
     return compare_tasks(task_scores(run, "base"), task_scores(run, "edited"), seed=run.recipe.seed)
+
+
+def _side_effects(run: Run) -> dict[str, dict[SideEffect, PairedFigure]]:
+    """Length, language and agreement of the answers, by prompt set."""
+    from abliterator.side_effects import side_effects
+
+    answers = ANSWERS.read_lines(run, Completion)
+    by_set = {
+        name: ([a for a in answers if a.set == name and a.side == side] for side in SIDES)
+        for name in prompt_sets(run).evaluation
+    }
+    return {name: side_effects(*sides) for name, sides in by_set.items()}
+
+
+def _calibration(run: Run) -> dict[str, dict[ConfidenceFigure, PairedFigure]]:
+    """Calibration of the benchmark tasks whose choices have probabilities."""
+    from abliterator.side_effects import calibration
+
+    if not run.tasks:
+        return {}
+    base, edited = (task_scores(run, side) for side in SIDES)
+    figures = {task: calibration(scores, edited[task]) for task, scores in base.items()}
+    return {task: figure for task, figure in figures.items() if figure is not None}
 
 
 def _provenance(run: Run) -> Provenance:
