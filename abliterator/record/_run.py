@@ -204,7 +204,7 @@ class RunRecord(Frozen):
     # by prompt set: length, language and agreement of the answers
     side_effects: dict[str, dict[SideEffect, PairedFigure]] = {}
     # by benchmark task: whether the model's own probabilities are how often it is right
-    calibration: dict[str, dict[ConfidenceFigure, PairedFigure]] = {}
+    confidence: dict[str, dict[ConfidenceFigure, PairedFigure]] = {}
     engines: dict[str, EngineIdentity] = {}  # by side; empty: transformers, in this process
     divergence: Divergence | None = None
     benchmarks: dict[str, BenchmarkResult] = {}

@@ -123,7 +123,7 @@ def _side_effects(record: RunRecord) -> Iterator[tuple[str, str, PairedFigure | 
     """Label, prompt set or task, figure and form of each line; one without a figure if not any."""
     for labels, measured in (
         (SIDE_EFFECTS, record.side_effects),
-        (CONFIDENCE, record.calibration),
+        (CONFIDENCE, record.confidence),
     ):
         for key, label in labels.items():
             form = ".1f" if label.startswith("Length") else ".3f"

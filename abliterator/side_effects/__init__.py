@@ -1,7 +1,7 @@
 """What an edit changed beside the behaviour that was to go, by answers that exist already.
 
 Length, language and agreement are read from the answers of both sides to the same prompts, without
-a judge or a model; calibration from the choices of benchmarks. Each is of base, of edited, and
+a judge or a model; confidence from the choices of benchmarks. Each is of base, of edited, and
 their difference, paired by prompt or document.
 
     figures = side_effects(base_completions, edited_completions)
@@ -10,7 +10,7 @@ their difference, paired by prompt or document.
 
 from __future__ import annotations
 
-from abliterator.side_effects._calibration import calibration
+from abliterator.side_effects._confidence import confidence_figures
 from abliterator.side_effects._figures import begins_with_agreement, side_effects
 
-__all__ = ["begins_with_agreement", "calibration", "side_effects"]
+__all__ = ["begins_with_agreement", "confidence_figures", "side_effects"]

@@ -134,7 +134,7 @@ def test_several_answers_to_a_prompt_count_as_one():
 
 def test_figures_are_stored_and_records_of_before_have_none():
     record = demo_record()
-    before = record.model_dump(mode="json", exclude={"side_effects", "calibration"})
+    before = record.model_dump(mode="json", exclude={"side_effects", "confidence"})
     assert RunRecord.model_validate(before) == record
     figures = side_effects(answers("base", [ENGLISH, "one"]), answers("edited", [ENGLISH, "one"]))
     stored = record.model_copy(update={"side_effects": {"neutral": figures}})

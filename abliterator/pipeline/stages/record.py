@@ -133,7 +133,7 @@ def assemble(run: Run, timing: dict[str, float], pictures: dict[str, str]) -> Ru
         behaviour=_behaviour(run, verdicts),
         groups=_groups(run, verdicts),
         side_effects=_side_effects(run),
-        calibration=_calibration(run),
+        confidence=_confidence(run),
         engines={str(side): engine for side, engine in engines_of(run).items()},
         divergence=DIVERGENCE_JSON.read_as(run, Divergence),
         benchmarks=_benchmarks(run),
@@ -259,14 +259,14 @@ def _side_effects(run: Run) -> dict[str, dict[SideEffect, PairedFigure]]:
     return {name: side_effects(*sides) for name, sides in by_set.items()}
 
 
-def _calibration(run: Run) -> dict[str, dict[ConfidenceFigure, PairedFigure]]:
-    """Calibration of the benchmark tasks whose choices have probabilities."""
-    from abliterator.side_effects import calibration
+def _confidence(run: Run) -> dict[str, dict[ConfidenceFigure, PairedFigure]]:
+    """Confidence against accuracy of the benchmark tasks whose choices have probabilities."""
+    from abliterator.side_effects import confidence_figures
 
     if not run.tasks:
         return {}
     base, edited = (task_scores(run, side) for side in SIDES)
-    figures = {task: calibration(scores, edited[task]) for task, scores in base.items()}
+    figures = {task: confidence_figures(scores, edited[task]) for task, scores in base.items()}
     return {task: figure for task, figure in figures.items() if figure is not None}
 
 

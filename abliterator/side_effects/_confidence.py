@@ -1,4 +1,4 @@
-"""Calibration: whether the probability that a model gives its choice is how often it is right."""
+"""Confidence: whether the probability that a model gives its choice is how often it is right."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ BINS = 10
 FOLDS = 20  # parts of the documents that the jackknife leaves out, one at a time
 
 
-def calibration(
+def confidence_figures(
     base: TaskScores, edited: TaskScores
 ) -> dict[ConfidenceFigure, PairedFigure] | None:
-    """Calibration of the choices of one benchmark task, paired by document.
+    """Confidence against accuracy in the choices of one benchmark task, paired by document.
 
     - `calibration_error`: the expected calibration error, the mean of |accuracy - confidence| over
       ten equal bins of confidence, each weighted with its documents (Naeini et al. 2015; Guo et al.
