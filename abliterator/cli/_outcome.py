@@ -124,7 +124,9 @@ def _change(behaviour: Behaviour | None, measure: str) -> str:
     interval = f"{delta.value:+.3f}"
     if delta.low is not None:
         interval += f" [{delta.low:+.3f}, {delta.high:+.3f}]"
-    return f"{_arrow(base.value, edited.value)}  {interval}, n = {delta.n}".replace(" ", "\xa0")
+    return f"{_arrow(base.value, edited.value)}  {interval}, n = {delta.counts}".replace(
+        " ", "\xa0"
+    )
 
 
 def _stability(behaviour: Behaviour) -> Iterator[str]:

@@ -89,7 +89,8 @@ def estimates_of(
         seed: of the bootstrap.
     """
     scored = scored_verdicts(verdicts)
-    return VerdictEstimates(*(_estimate(name, scored, clusters, seed) for name in GRADED))
+    estimates = (_estimate(name, scored, clusters, seed, len(verdicts)) for name in GRADED)
+    return VerdictEstimates(*estimates)
 
 
 def estimates_of_draws(draws: Sequence[Sequence[Verdict]]) -> VerdictEstimates:
@@ -102,25 +103,25 @@ def estimates_of_draws(draws: Sequence[Sequence[Verdict]]) -> VerdictEstimates:
         return VerdictEstimates(None, None, None, None)
     scored = ([v for v in column if not _unscored(v)] for column in zip(*draws, strict=True))
     prompts = [verdicts for verdicts in scored if verdicts]
-    return VerdictEstimates(
-        *(
-            Estimate.of(mean_interval([mean(map(measure, verdicts)) for verdicts in prompts]))
-            for measure in GRADED.values()
-        )
+    means = (
+        mean_interval([mean(map(measure, verdicts)) for verdicts in prompts])
+        for measure in GRADED.values()
     )
+    return VerdictEstimates(*(Estimate.of(interval, len(draws[0])) for interval in means))
 
 
 def _estimate(
-    name: str, verdicts: Sequence[Verdict], clusters: Clusters | None, seed: int
+    name: str, verdicts: Sequence[Verdict], clusters: Clusters | None, seed: int, asked: int
 ) -> Estimate | None:
     measure: Measure = (GRADED | COUNTED)[name]
     measured = [v for v in verdicts if measure(v) is not None]
     values = [value for v in measured if (value := measure(v)) is not None]
     if clusters is not None:
-        return Estimate.of(clustered_rate(values, [clusters[v.index] for v in measured]))
+        of_values = [clusters[v.index] for v in measured]
+        return Estimate.of(clustered_rate(values, of_values), asked)
     if name in _RATES:
-        return Estimate.of(rate_interval(int(sum(values)), len(values)))
-    return Estimate.of(mean_interval(values, seed=seed))
+        return Estimate.of(rate_interval(int(sum(values)), len(values)), asked)
+    return Estimate.of(mean_interval(values, seed=seed), asked)
 
 
 def summarise(
@@ -185,7 +186,7 @@ def _by_index(verdicts: Sequence[Verdict]) -> dict[int, Verdict]:
 
 
 def _side(verdicts: Sequence[Verdict], clusters: Clusters | None, seed: int) -> BehaviourSide:
-    counted = {name: _estimate(name, verdicts, clusters, seed) for name in COUNTED}
+    counted = {name: _estimate(name, verdicts, clusters, seed, len(verdicts)) for name in COUNTED}
     estimates = estimates_of(verdicts, clusters=clusters, seed=seed)
     return BehaviourSide(**estimates._asdict(), **counted)
 
@@ -196,7 +197,7 @@ def _delta(pairs: Pairs, scored: Pairs, clusters: Clusters | None, seed: int) ->
         for name, measure in measures.items():
             base, edited, of_pairs = _values(measure, selected, clusters)
             delta = paired_delta(base, edited, clusters=of_pairs, seed=seed)
-            deltas[name] = Estimate.of(delta)
+            deltas[name] = Estimate.of(delta, len(pairs))
     return BehaviourSide(**deltas)
 
 

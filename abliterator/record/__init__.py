@@ -19,6 +19,7 @@ from abliterator.record._comparison import (
     WeightDiff,
     WeightVerdict,
 )
+from abliterator.record._groups import Group, GroupedMeasure, Grouping, GroupMeasure, Outlier
 from abliterator.record._measured import (
     Behaviour,
     BehaviourSide,
@@ -60,6 +61,7 @@ from abliterator.record._selection import (
     Stack,
     Structure,
 )
+from abliterator.record._side_effects import ConfidenceFigure, PairedFigure, SideEffect
 from abliterator.record._study import Agreement, ContrastDifference, Study, StudyRow
 from abliterator.record._tuning import Trial, Tuning
 from abliterator.record._verification import AdapterVerification, EffectiveStrength, Verification
@@ -76,6 +78,7 @@ __all__ = [
     "Candidate",
     "Comparison",
     "Completion",
+    "ConfidenceFigure",
     "ContrastDifference",
     "Difference",
     "Divergence",
@@ -86,10 +89,16 @@ __all__ = [
     "FinishReason",
     "Frozen",
     "Grade",
+    "Group",
+    "GroupMeasure",
+    "GroupedMeasure",
+    "Grouping",
     "JudgeIdentity",
     "Measurement",
     "ModelIdentity",
+    "Outlier",
     "OwnScores",
+    "PairedFigure",
     "Part",
     "PromptOrigin",
     "Provenance",
@@ -103,6 +112,7 @@ __all__ = [
     "Selection",
     "SelectionBase",
     "Side",
+    "SideEffect",
     "Stack",
     "Structure",
     "Study",

@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 from pydantic import AliasChoices, Field
 
+from abliterator.record._groups import Grouping
 from abliterator.record._measured import (
     Behaviour,
     BenchmarkResult,
@@ -15,6 +16,7 @@ from abliterator.record._measured import (
     SampledAnswers,
 )
 from abliterator.record._selection import Selection
+from abliterator.record._side_effects import ConfidenceFigure, PairedFigure, SideEffect
 from abliterator.record._tuning import Tuning
 
 
@@ -204,6 +206,11 @@ class RunRecord(Frozen):
     edit: EditSummary
     behaviour: dict[str, Behaviour | None] = {}
     sampled: SampledAnswers | None = None  # None where the recipe has no `rollouts.samples`
+    groups: dict[str, tuple[Grouping, ...]] = {}  # by prompt set, one for each column of groups
+    # by prompt set: length, language and agreement of the answers
+    side_effects: dict[str, dict[SideEffect, PairedFigure]] = {}
+    # by benchmark task: whether the model's own probabilities are how often it is right
+    confidence: dict[str, dict[ConfidenceFigure, PairedFigure]] = {}
     engines: dict[str, EngineIdentity] = {}  # by side; empty: transformers, in this process
     divergence: Divergence | None = None
     benchmarks: dict[str, BenchmarkResult] = {}
