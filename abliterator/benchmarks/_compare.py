@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from itertools import accumulate, chain
+from itertools import chain
 from typing import Any, NamedTuple
 
 from abliterator import statistics
@@ -204,11 +204,9 @@ def _answer_rates(pairs: Sequence[Pair]) -> dict[str, Estimate]:
 
 
 def _holm_adjusted(results: Mapping[str, BenchmarkResult]) -> dict[str, BenchmarkResult]:
-    """Holm's step-down p-values over all results (Holm 1979): 5 % family-wise error."""
-    tested = sorted((r.p_value, name) for name, r in results.items() if r.p_value is not None)
-    scaled = (min(1.0, (len(tested) - rank) * p) for rank, (p, _) in enumerate(tested))
-    names = (name for _, name in tested)
-    adjusted = dict(zip(names, accumulate(scaled, max), strict=True))
+    """The results with p-values that hold for all of them together."""
+    tested = {name: r.p_value for name, r in results.items() if r.p_value is not None}
+    adjusted = dict(zip(tested, statistics.holm([*tested.values()]), strict=True))
     return {
         name: result.model_copy(update={"p_holm": adjusted.get(name)})
         for name, result in results.items()

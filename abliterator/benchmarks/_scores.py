@@ -17,6 +17,8 @@ class DocScore(Frozen):
     target_hash: str
     value: float
     gold_loglik: float | None = None  # log-likelihood of the gold answer, nats; choices only
+    # probability of the likeliest choice among all, where the likeliest is what is scored
+    confidence: float | None = None
     empty: bool | None = None  # the answer has no text; generation only
     truncated: bool | None = None  # the answer has as many tokens as it may have; generation only
 

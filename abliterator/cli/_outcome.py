@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 import textwrap
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -26,14 +26,9 @@ def details_text(record: RunRecord, out: Path) -> str:
     """Every figure, base and edited side by side, with its interval."""
     from abliterator.judge import counted
 
-    rows = [["", "base", "edited", "delta"]]
-    for name, behaviour in record.behaviour.items():
-        for measure in MEASURES if behaviour else ():
-            sides = (getattr(behaviour, side) for side in ("base", "edited", "delta"))
-            cells = [cell(getattr(s, measure)) for s in sides]
-            detectable = behaviour.smallest_detectable.get(measure) if behaviour else None
-            cells[2] += f", {detectable:.3f} detectable" if detectable is not None else ""
-            rows.append([f"{name} {measure}", *cells])
+    rows = [["", "base", "edited", "delta"], *_behaviour_rows(record.behaviour)]
+    if record.sampled:
+        rows += _behaviour_rows(record.sampled.behaviour, ", drawn")
     for task, result in record.benchmarks.items():
         estimates = (result.base, result.edited, result.delta)
         rows.append([f"{task} {result.metric}", *map(cell, estimates)])
@@ -42,6 +37,18 @@ def details_text(record: RunRecord, out: Path) -> str:
     return render(
         "details", r=record, checkpoint=checkpoint, leak=leak, table=table, counted=counted
     )
+
+
+def _behaviour_rows(
+    behaviours: Mapping[str, Behaviour | None], drawn: str = ""
+) -> Iterator[list[str]]:
+    for name, behaviour in behaviours.items():
+        for measure in MEASURES if behaviour else ():
+            sides = (getattr(behaviour, side) for side in ("base", "edited", "delta"))
+            cells = [cell(getattr(s, measure)) for s in sides]
+            detectable = behaviour.smallest_detectable.get(measure) if behaviour else None
+            cells[2] += f", {detectable:.3f} detectable" if detectable is not None else ""
+            yield [f"{name} {measure}{drawn}", *cells]
 
 
 def outcome_text(record: RunRecord, out: Path) -> str:
@@ -86,6 +93,8 @@ def _result(record: RunRecord, out: Path) -> Iterator[tuple[str, str]]:
     for name, behaviour in record.behaviour.items():
         if behaviour and name != "target":
             yield name.replace("_", "-"), ", ".join(_stability(behaviour))
+    if record.sampled and (drawn := record.sampled.behaviour.get("target")):
+        yield "drawn", f"refusal\xa0{_change(drawn, 'refusal')}, {record.sampled}"
     if divergence := record.divergence:
         yield "KL", f"{cell(divergence.kl_first_token)} nats, first token of neutral prompts"
     if record.benchmarks:
@@ -115,7 +124,9 @@ def _change(behaviour: Behaviour | None, measure: str) -> str:
     interval = f"{delta.value:+.3f}"
     if delta.low is not None:
         interval += f" [{delta.low:+.3f}, {delta.high:+.3f}]"
-    return f"{_arrow(base.value, edited.value)}  {interval}, n = {delta.n}".replace(" ", "\xa0")
+    return f"{_arrow(base.value, edited.value)}  {interval}, n = {delta.counts}".replace(
+        " ", "\xa0"
+    )
 
 
 def _stability(behaviour: Behaviour) -> Iterator[str]:

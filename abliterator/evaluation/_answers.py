@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from statistics import mean
 
-from abliterator.engines import Answer, Engine
+from abliterator.engines import Answer, Engine, Sampling
 from abliterator.evaluation._context import EvaluationContext, RenderedPrompts
 from abliterator.judge import estimates_of, estimates_of_draws, judge_completions
 from abliterator.record import AnswerSummary, Completion, Side, Verdict
@@ -127,9 +127,10 @@ def answer_sets(
     batch_size: int,
     bar: Bar = no_bar,
     stop_ids: Sequence[int] | None = None,
+    sampling: Sampling | None = None,
     answered: Mapping[str, MutableMapping[int, Answer]] | None = None,
 ) -> list[Completion]:
-    """One side's greedy answers to several prompt sets, as lines of rollouts.jsonl.
+    """One side's answers to several prompt sets, as lines of rollouts.jsonl.
 
     Args:
         engine: the model.
@@ -140,13 +141,16 @@ def answer_sets(
         bar: shows progress; called with a label and the number of prompts.
         stop_ids: tokens that end an answer; left out, the model's own. An edited folder of a build
             has its base's config and tokenizer byte for byte, so they are the same on both sides.
+        sampling: draws the answers; greedy ones without.
         answered: by set, the answers of an earlier call that was interrupted, to which each batch's
             are added (`Engine.answers`).
     """
     completions: list[Completion] = []
+    drawn = f", drawn {sampling.sample + 1}" if sampling else ""
+    options = {"sampling": sampling} if sampling else {}
     for name, (prompts, token_ids) in sets.items():
         kept = answered[name] if answered is not None else {}
-        with bar(f"{side} answers, {name}", len(prompts) - len(kept)) as advance:
+        with bar(f"{side} answers, {name}{drawn}", len(prompts) - len(kept)) as advance:
             answers = engine.answers(
                 token_ids,
                 max_new_tokens=max_new_tokens,
@@ -154,6 +158,7 @@ def answer_sets(
                 stop_ids=stop_ids,
                 answered=kept,
                 on_batch=advance,
+                **options,
             )
         completions += as_completions(answers, prompts, set_name=name, side=side)
     return completions

@@ -20,8 +20,10 @@ from abliterator.judge._calibrate import (
     load_labelled,
     read_calibration,
 )
+from abliterator.judge._languages import language_of
 from abliterator.judge._openai import OpenAIJudge, Tally
 from abliterator.judge._rule_judge import RuleJudge
+from abliterator.judge._scripts import count_words
 from abliterator.judge._summary import (
     VerdictEstimates,
     counted,
@@ -46,11 +48,13 @@ __all__ = [
     "Tally",
     "VerdictEstimates",
     "calibrate",
+    "count_words",
     "counted",
     "disagreement",
     "estimates_of",
     "estimates_of_draws",
     "judge_completions",
+    "language_of",
     "load_labelled",
     "read_calibration",
     "scored_verdicts",

@@ -166,12 +166,13 @@ class _Counted:
         return self.costs.capture(sets, self.recipe.capture.max_batch_tokens)
 
     def _evaluated(self) -> list[Answers]:
+        """The answers of a side, greedy and drawn."""
         settings = self.recipe.rollouts
         return [
             Answers(lengths[: settings.limit], settings.max_new_tokens, self._batch_size)
             for name, lengths in self.prompts.lengths.items()
             if name.endswith(", evaluation")
-        ]
+        ] * (1 + settings.samples)
 
     def _held_out(self, tokens: int, batch_size: int) -> Answers:
         lengths = self.prompts.of("target", "selection")

@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from abliterator.costs import spread
 from abliterator.errors import AbliteratorError
+from abliterator.files import sha256_of_bytes
 from abliterator.pipeline._template_tokens import template_tokens
-from abliterator.pipeline.stages.prompts import PromptSets, divided_sets, uses
+from abliterator.pipeline.stages.prompts import (
+    PromptSets,
+    compared,
+    divided_sets,
+    short_of_limit,
+    uses,
+)
 from abliterator.prompts import PromptSet, load_prompts
 from abliterator.recipe import Prompts, Recipe, Source
 
@@ -35,12 +42,15 @@ class PlannedPrompts:
             sets that are not at hand, an assumed number of assumed lengths.
         before: tokens with which all prompts begin.
         assumed: datasets whose number of rows is assumed.
+        remarks: on near duplicates among prompts that are at hand, and on sets with fewer prompts
+            than are asked for.
         problems: errors of sets that cannot be read, and what is wrong with them together.
     """
 
     lengths: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     before: int = 0
     assumed: tuple[str, ...] = ()
+    remarks: tuple[str, ...] = ()
     problems: tuple[str, ...] = ()
 
     def of(self, name: str, use: str, limit: int | None = None) -> tuple[int, ...]:
@@ -80,7 +90,29 @@ def planned_prompts(recipe: Recipe, folder: Path) -> PlannedPrompts:
     except AbliteratorError as error:
         return PlannedPrompts(problems=(str(error),))
     around = template_tokens(folder, recipe.chat)
-    return PlannedPrompts(_lengths(sets, recipe, sum(around)), around.before, assumed)
+    lengths = _lengths(sets, recipe, sum(around))
+    short = () if assumed else short_of_limit(sets, recipe.rollouts.limit)
+    remarks = (*_near(compared(sets)), *short)
+    return PlannedPrompts(lengths, around.before, assumed, remarks)
+
+
+def _near(sets: PromptSets) -> Iterator[str]:
+    """A line on each set with near duplicates."""
+    for name, prompts in uses(sets):
+        of = f"Of {len(prompts.prompts) + prompts.near_dropped} prompts ({name}),"
+        if prompts.near_dropped:
+            yield f"{of} {prompts.near_dropped} nearly equal an evaluation prompt and are dropped."
+        if prompts.near:
+            yield (
+                f"{of} {prompts.near} nearly equal an evaluation prompt: figures on what was not "
+                "seen may be too good. `prompts.near_duplicates: drop` leaves them out."
+            )
+        if prompts.alike and name.endswith("evaluation"):
+            yield (
+                f"{of} {prompts.alike} nearly equal an earlier one: they count as one measurement "
+                "each. Intervals take groups of such prompts into account where a column names "
+                "them (`cluster`)."
+            )
 
 
 def _loaded_or_counted(name: str, source: Source) -> PromptSet:
@@ -88,7 +120,9 @@ def _loaded_or_counted(name: str, source: Source) -> PromptSet:
     if source.path is not None:
         return load_prompts(name, source)
     rows = min(_rows(source) or ASSUMED_ROWS, source.limit or ASSUMED_ROWS * 1000)
-    stand_ins = tuple(f"{name} {number}" for number in range(max(2, rows)))
+    # hashes, since no two of them may resemble each other
+    names = (f"{name} {number}" for number in range(max(2, rows)))
+    stand_ins = tuple(sha256_of_bytes(text.encode()) for text in names)
     return PromptSet(name=name, prompts=stand_ins, source=str(source.dataset))
 
 

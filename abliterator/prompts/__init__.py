@@ -20,7 +20,9 @@ from abliterator.prompts._compare import (
     NEAR_DUPLICATE,
     comparison_key,
     near_duplicates,
+    nearly_equal,
     normalised,
+    repeats,
     similarity,
     trigrams,
 )
@@ -29,7 +31,9 @@ from abliterator.prompts._hub import read_dataset, resolve_revision
 from abliterator.prompts._sets import (
     PromptSet,
     check_distinct,
+    count_alike,
     count_near,
+    drop_near,
     drop_overlap,
     hold_out,
 )
@@ -43,12 +47,16 @@ __all__ = [
     "as_prompt",
     "check_distinct",
     "comparison_key",
+    "count_alike",
     "count_near",
+    "drop_near",
     "drop_overlap",
     "hold_out",
     "load_prompts",
     "near_duplicates",
+    "nearly_equal",
     "normalised",
+    "repeats",
     "resolve_revision",
     "similarity",
     "trigrams",
@@ -59,15 +67,17 @@ def load_prompts(name: str, source: Source) -> PromptSet:
     """Read a prompt set, strip the prompts, drop duplicates (the first stays), apply the limit.
 
     A dataset is pinned: whatever `source.revision` says, the result's `revision` is a commit. Its
-    split is `train`, and its column the first usual one that it has, unless the source says.
+    split is `train`, and its column the first usual one that it has, unless the source says. The
+    columns of `source.groups`, or `category` and `language` where it is None, become groups.
 
     Raises:
         PromptError: the source cannot be read, or has nothing usable.
     """
     source_set = read_file(name, source) if source.path else read_dataset(name, source)
-    distinct: dict[str, str] = {}
-    for prompt in source_set.prompts:
-        distinct.setdefault(comparison_key(prompt), prompt)
+    distinct: dict[str, int] = {}
+    for index, prompt in enumerate(source_set.prompts):
+        distinct.setdefault(comparison_key(prompt), index)
     rows = source_set.dropped + len(source_set.prompts)
-    prompts = tuple(distinct.values())[: source.limit]
-    return replace(source_set, prompts=prompts, read=rows, dropped=rows - len(distinct))
+    used = source_set.take([*distinct.values()][: source.limit])
+    dropped = rows - len(distinct)
+    return replace(used, read=rows, asked=source.limit, dropped=dropped)

@@ -1,20 +1,26 @@
 """Equality and similarity of prompts: pure functions on texts.
 
 Same: the texts agree in all but case, spacing, invisible characters, typographic variants, and
-punctuation at the ends of words. Alike: the Jaccard index of their sets of letter trigrams.
+punctuation at the ends of words. Alike: the Jaccard index of their sets of letter trigrams. Nearly
+equal: alike, or the same words but for one.
 """
 
 from __future__ import annotations
 
 import re
 import unicodedata
-from array import array
-from collections import Counter, defaultdict
-from collections.abc import Collection, Sequence
-from itertools import chain
+from collections.abc import Collection, Iterator, Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 NEAR_DUPLICATE = 0.75
 """Similarity from which on two prompts are near duplicates: about one word changed in ten."""
+
+_SAME_WORDS = 4  # words that near duplicates have in common, at least, where one differs
+_BLOCK = 1 << 22  # pairs compared at once: 50 MB
 
 # Default_Ignorable_Code_Point of Unicode (soft hyphen, zero-width and bidirectional characters,
 # variation selectors, tags), and the controls that are no whitespace.
@@ -83,26 +89,79 @@ def similarity(one: frozenset[str], other: frozenset[str]) -> float:
 def near_duplicates(
     prompts: Sequence[str], others: Collection[str], *, threshold: float = NEAR_DUPLICATE
 ) -> list[int]:
-    """Indices of the prompts that are near duplicates of one of `others`.
+    """Indices of the prompts whose letters are nearly those of one of `others`.
 
     Args:
         prompts: the texts that are checked.
         others: the texts that they are compared with.
         threshold: least Jaccard index of the letter trigrams of two near duplicates.
     """
-    other_grams = [trigrams(comparison_key(text)) for text in others]
-    holders: defaultdict[str, array[int]] = defaultdict(lambda: array("l"))
-    for index, grams in enumerate(other_grams):
-        for gram in grams:
-            holders[gram].append(index)
+    near = [
+        start + index
+        for start, alike in _alike(prompts, list(others), threshold)
+        for index in alike.any(axis=1).nonzero()[0].tolist()
+    ]
+    return near
 
-    def is_near(grams: frozenset[str]) -> bool:
-        lists = sorted((holders[gram] for gram in grams if gram in holders), key=len)
-        # a text that shares enough trigrams has one of the rarest: only so many may be missing
-        least = threshold * len(grams)
-        rare = lists[: max(len(lists) - int(least) + 1, 0)]
-        candidates = Counter(chain.from_iterable(rare))
-        return any(similarity(grams, other_grams[index]) >= threshold for index in candidates)
 
-    keys = (trigrams(comparison_key(text)) for text in prompts)
-    return [index for index, grams in enumerate(keys) if is_near(grams)]
+def nearly_equal(prompts: Sequence[str], others: Collection[str]) -> list[int]:
+    """Indices of the prompts that are near duplicates of one of `others`, in letters or in words.
+
+    In words: the same ones in any order, but for one that is changed, added or removed, where at
+    least four are the same. Numbers are words. Other words for the same, two changed words of a
+    short prompt and translations are not found.
+    """
+    held = set[tuple[int, int]]().union(*map(_word_keys, others))
+    in_words = {i for i, text in enumerate(prompts) if not held.isdisjoint(_word_keys(text))}
+    return sorted(in_words.union(near_duplicates(prompts, others)))
+
+
+def repeats(prompts: Sequence[str]) -> list[int]:
+    """Indices of the prompts that are near duplicates, as `nearly_equal`, of an earlier one."""
+    import numpy as np
+
+    found = set()
+    for start, alike in _alike(prompts, prompts, NEAR_DUPLICATE):
+        found.update((start + np.tril(alike, start - 1).any(axis=1).nonzero()[0]).tolist())
+    seen = set[tuple[int, int]]()
+    for index, keys in enumerate(map(_word_keys, prompts)):
+        if not seen.isdisjoint(keys):
+            found.add(index)
+        seen |= keys
+    return sorted(found)
+
+
+def _word_keys(prompt: str) -> set[tuple[int, int]]:
+    """A number and a hash of the words, and of all but each one, in any order.
+
+    Two prompts share one if at most one word of each is not in the other.
+    """
+    words = [hash(word) for word in comparison_key(prompt).split()]
+    count, total = len(words), sum(words)
+    keys = {(count - 1, total - word) for word in words} | {(count, total)}
+    return {key for key in keys if key[0] >= _SAME_WORDS}
+
+
+def _alike(
+    prompts: Sequence[str], others: Sequence[str], threshold: float
+) -> Iterator[tuple[int, NDArray[np.bool_]]]:
+    """Which prompts are alike in letters [rows, others], in blocks, each with its first index."""
+    import numpy as np
+    from scipy.sparse import csr_array
+
+    columns: dict[str, int] = {}
+    sides = []
+    for texts in (prompts, others):
+        grams = [trigrams(comparison_key(text)) for text in texts]
+        ids = [columns.setdefault(gram, len(columns)) for gram_set in grams for gram in gram_set]
+        sides.append((ids, np.array([0, *map(len, grams)]).cumsum()))
+    rows, held = (
+        csr_array((np.ones(len(ids), np.int32), ids, ends), shape=(len(ends) - 1, len(columns)))
+        for ids, ends in sides
+    )
+    sizes, other_sizes = (np.diff(ends) for _, ends in sides)
+    block = max(1, _BLOCK // max(1, len(others)))
+    for start in range(0, len(prompts), block):
+        shared = (rows[start : start + block] @ held.T).toarray()
+        either = sizes[start : start + block, None] + other_sizes - shared
+        yield start, shared / either >= threshold

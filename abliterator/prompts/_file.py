@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from abliterator.errors import FileError, PromptError
 from abliterator.files import read_bytes
+from abliterator.prompts._groups import group_columns, read_clusters, read_groups
 from abliterator.prompts._sets import PromptSet
 
 if TYPE_CHECKING:
@@ -34,13 +35,18 @@ def read_file(name: str, source: Source) -> PromptSet:
             f"The {name} prompts file {path} ends in {suffix or 'no suffix'}; a prompt file is "
             '.txt (one prompt a line) or .jsonl (one {"prompt": ...} a line).'
         )
-    columns = [*([source.column] if source.column else []), *source.where]
+    columns = [*([source.column] if source.column else []), *source.where, *(source.groups or ())]
+    columns += [source.cluster] if source.cluster else []
     if suffix == ".txt" and columns:
         raise PromptError(
             f"The {name} prompts name the column {columns[0]!r}, but {path} is plain text, "
-            "which has no columns: remove `column` and `where`, or give a .jsonl file."
+            "which has no columns: remove `column`, `where` and `groups` (and `cluster`), or give "
+            "a .jsonl file."
         )
-    prompts = []
+    prompts, clusters = [], []
+    cells: dict[str, list[object]] = {}
+    if suffix == ".jsonl":
+        cells = {column: [] for column in group_columns(source)}
     for number, line in _lines(path):
         if line.strip():
             where = f"{path}, line {number}"
@@ -52,11 +58,22 @@ def read_file(name: str, source: Source) -> PromptSet:
                 prompts.append(
                     as_prompt(_field(row, source.column or "prompt", where=where), where)
                 )
+                for column, values in cells.items():
+                    values.append(row.get(column))
+                if source.cluster:
+                    clusters.append(row.get(source.cluster))
     if not prompts and source.where:
         raise PromptError(f"No line of the {name} prompts file {path} is as `where` asks.")
     if not prompts:
         raise PromptError(f"The {name} prompts file {path} is empty: write one prompt a line.")
-    return PromptSet(name=name, prompts=tuple(prompts), source=path.name)
+    origin = f"The {name} prompts file {path}"
+    return PromptSet(
+        name=name,
+        prompts=tuple(prompts),
+        source=path.name,
+        groups=read_groups(cells, source, origin),
+        clusters=read_clusters(clusters, source, origin) if source.cluster else (),
+    )
 
 
 def as_prompt(text: str, where: str) -> str:

@@ -9,9 +9,11 @@ from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, mod
 from abliterator.recipe._section import Positive, Section
 from abliterator.recipe._server import ServerSettings
 
+_OF_SAMPLES = {"temperature", "top_p", "seed"}
+
 
 class Rollouts(Section):
-    """Greedy answers of the base and the edited model."""
+    """Answers of the base and the edited model: greedy ones, and beside them drawn ones."""
 
     max_new_tokens: Positive = 256
     """Tokens of an answer, at most; below 100, late refusals are missed."""
@@ -22,6 +24,36 @@ class Rollouts(Section):
 
     `auto`: 64 on a GPU, else 16.
     """
+    samples: Annotated[int, Field(ge=0, le=100)] = 0
+    """Answers drawn for each prompt beside the greedy one: how often users meet a refusal.
+
+    They need as much time each as the greedy answers. The next three keys belong to them.
+    """
+    temperature: Annotated[float, Field(gt=0, le=10)] = 0.7
+    """Temperature at which answers are drawn."""
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Tokens are drawn from the smallest set of likeliest ones that has this probability."""
+    seed: Annotated[int, Field(ge=0)] = 0
+    """Seed of the drawn answers, the same whatever the batches; a server draws by its own rules."""
+
+    @model_validator(mode="after")
+    def _samples_are_drawn(self) -> Self:
+        if not self.samples and (unused := sorted(self.model_fields_set & _OF_SAMPLES)):
+            raise ValueError(f"`{unused[0]}` belongs to `samples`: set `samples` too")
+        return self
+
+    @model_serializer(mode="wrap")
+    def _dump_samples(self, plain: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Without the keys of drawn answers where there are none: digests stay as they were."""
+        values: dict[str, Any] = plain(self)
+        if not self.samples:
+            values = {key: v for key, v in values.items() if key not in {"samples", *_OF_SAMPLES}}
+        return values
+
+    @property
+    def greedy(self) -> Rollouts:
+        """The settings of the greedy answers alone."""
+        return self.model_copy(update={"samples": 0})
 
 
 class JudgeSettings(ServerSettings):

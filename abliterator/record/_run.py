@@ -6,14 +6,17 @@ from typing import Any, Literal
 
 from pydantic import AliasChoices, Field
 
+from abliterator.record._groups import Grouping
 from abliterator.record._measured import (
     Behaviour,
     BenchmarkResult,
     Divergence,
     Estimate,
     Frozen,
+    SampledAnswers,
 )
 from abliterator.record._selection import Selection
+from abliterator.record._side_effects import ConfidenceFigure, PairedFigure, SideEffect
 from abliterator.record._tuning import Tuning
 
 
@@ -156,9 +159,12 @@ class PromptOrigin(Frozen):
     n: int
     sha256: str  # of the prompts as used
     read: int | None = None  # prompts in the source; None in records of before it was counted
+    asked: int | None = None  # the source's `limit`
     dropped: int = 0  # of those: duplicates, empty rows, and what an evaluation set has too
     overlap: int = 0  # of those dropped, what an evaluation set has too
     near: int | None = None  # of n, near duplicates of an evaluation prompt; None: not compared
+    near_dropped: int = 0  # of those dropped, near duplicates of an evaluation prompt
+    alike: int | None = None  # of n, near duplicates of an earlier one of the set
     license: str | None = None
 
 
@@ -179,7 +185,8 @@ class Provenance(Frozen):
     git_commit: str | None = None  # of abliterator, where it was installed from a Git repository
     prompts: tuple[PromptOrigin, ...] = ()
     dropped_overlap: int = 0  # prompts of extraction sets that an evaluation set has too
-    near_duplicate: float | None = None  # letter-trigram similarity of what `near` counts
+    # letter-trigram similarity of what `near` counts; those with all words but one equal count too
+    near_duplicate: float | None = None
 
 
 class Quotation(Frozen):
@@ -198,6 +205,12 @@ class RunRecord(Frozen):
     model: ModelIdentity
     edit: EditSummary
     behaviour: dict[str, Behaviour | None] = {}
+    sampled: SampledAnswers | None = None  # None where the recipe has no `rollouts.samples`
+    groups: dict[str, tuple[Grouping, ...]] = {}  # by prompt set, one for each column of groups
+    # by prompt set: length, language and agreement of the answers
+    side_effects: dict[str, dict[SideEffect, PairedFigure]] = {}
+    # by benchmark task: whether the model's own probabilities are how often it is right
+    confidence: dict[str, dict[ConfidenceFigure, PairedFigure]] = {}
     engines: dict[str, EngineIdentity] = {}  # by side; empty: transformers, in this process
     divergence: Divergence | None = None
     benchmarks: dict[str, BenchmarkResult] = {}

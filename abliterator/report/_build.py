@@ -44,6 +44,7 @@ class Build:
         changes: |W' - W| / |W| of each of them by name; empty where the base is not at hand.
         gates: limits of the selection by the recipe's key: `max_kl`, `min_induce`.
         cosines: [L, L] between the directions of all layers, from the first on.
+        groups: by prompt set and column, the group of each prompt; None of one without.
         flipped: documents of each benchmark task whose value changed.
     """
 
@@ -56,6 +57,7 @@ class Build:
     changes: Mapping[str, float] = field(default_factory=dict)
     gates: Mapping[str, float] = field(default_factory=dict)
     cosines: Sequence[Sequence[float]] = ()
+    groups: Mapping[str, Mapping[str, Sequence[str | None]]] = field(default_factory=dict)
     flipped: Mapping[str, Sequence[SamplePair]] = field(default_factory=dict)
 
     @cached_property

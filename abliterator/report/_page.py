@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import base64
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import cache
 from importlib.resources import files
 from typing import TYPE_CHECKING
 
 import yaml
 
-from abliterator.record import Estimate, RunRecord
+from abliterator.record import Behaviour, Estimate, PairedFigure, RunRecord
 from abliterator.report._build import Build
 from abliterator.report._data import inert_json, page_data
 from abliterator.report._models import compliance, model_rows
@@ -21,6 +21,16 @@ if TYPE_CHECKING:
 
 SCRIPTS = ("plot/d3.min.js", "plot/plot.umd.min.js", "page.js", "answers.js", "charts.js")
 SETS = {"target": "Target prompts", "neutral": "Neutral prompts", "over_refusal": "Over-refusal"}
+SIDE_EFFECTS = {
+    "tokens": "Length of an answer, tokens",
+    "words": "Length of an answer, words",
+    "other_language": "In another language than the prompt",
+    "agreement": "Begins by praising or agreeing",
+}
+CONFIDENCE = {
+    "calibration_error": "Expected calibration error",
+    "overconfidence": "Confidence minus accuracy",
+}
 MEASURES = {
     "refusal": "Refusal",
     "compliance": "Compliance",
@@ -54,9 +64,19 @@ def render_report(builds: Sequence[Build]) -> str:
             script_hashes=" ".join(map(_csp_hash, scripts)),
             data=Markup(inert_json(page_data(builds))),
             sets=SETS,
+            tables=measures_tables,
             measures=MEASURES,
         )
     )
+
+
+def measures_tables(record: RunRecord) -> list[tuple[str, Behaviour]]:
+    """The measured prompt sets, each with a title: of greedy answers, then of drawn ones."""
+    tables = [(SETS.get(name, name), b) for name, b in record.behaviour.items() if b]
+    if record.sampled:
+        drawn = record.sampled.behaviour.items()
+        tables += [(f"{SETS.get(name, name)}, {record.sampled}", b) for name, b in drawn]
+    return tables
 
 
 @cache
@@ -88,6 +108,7 @@ def _environment() -> Environment:
         "span": _span,
         "compliance": compliance,
         "refusal": _refusal,
+        "side_effects": _side_effects,
     }
     return environment
 
@@ -106,6 +127,19 @@ def _span(estimate: Estimate) -> tuple[float, float, float]:
     low = estimate.value if estimate.low is None else estimate.low
     high = estimate.value if estimate.high is None else estimate.high
     return tuple(round(100 * min(1.0, max(0.0, x)), 2) for x in (estimate.value, low, high))  # type: ignore[return-value]
+
+
+def _side_effects(record: RunRecord) -> Iterator[tuple[str, str, PairedFigure | None, str]]:
+    """Label, prompt set or task, figure and form of each line; one without a figure if not any."""
+    for labels, measured in (
+        (SIDE_EFFECTS, record.side_effects),
+        (CONFIDENCE, record.confidence),
+    ):
+        for key, label in labels.items():
+            form = ".1f" if label.startswith("Length") else ".3f"
+            figures = [(name, of[key]) for name, of in measured.items() if key in of]  # type: ignore[index]
+            for name, figure in figures or [("", None)]:
+                yield label, name, figure, form
 
 
 def _refusal(record: RunRecord, side: str) -> Estimate | None:

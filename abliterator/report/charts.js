@@ -34,7 +34,7 @@ function candidateTitle(c) {
   const lines = [`layer ${c.layer}${c.position === -1 ? "" : `, token ${c.position}`}`,
     `bypass ${number(c.bypass)}`, `KL ${small(c.kl)}`, `induce ${number(c.induce)}`];
   for (const key of ["compliance", "coherence"])
-    if (c[key]) lines.push(`${key} ${number(c[key][0])} (n = ${c[key][3]})`);
+    if (c[key]) lines.push(`${key} ${number(c[key][0])} (n = ${counts(c[key])})`);
   if (c.stopped.length) lines.push(`stopped by ${c.stopped.join(", ")}`);
   return lines.join("\n");
 }
@@ -136,7 +136,7 @@ function front(build, width, key, better) {
           rows.filter((t) => (t.start || t.selected) && (t.kl > middle) === (anchor === "end")),
           { x: "kl", y: of(0), text: trialName, dy: -11, textAnchor: anchor })),
         Plot.tip(rows, Plot.pointer({ ...TIP, x: "kl", y: of(0), title: (t) =>
-          `${trialName(t)}\n${key} ${number(t[key][0])} (n = ${t[key][3]})\nKL ${small(t.kl)}\nKL weight ${t.weight}, scale ${t.scale}` })),
+          `${trialName(t)}\n${key} ${number(t[key][0])} (n = ${counts(t[key])})\nKL ${small(t.kl)}\nKL weight ${t.weight}, scale ${t.scale}` })),
       ],
     })];
 }

@@ -17,6 +17,7 @@ import torch
 from abliterator.engines import (
     AnswerPath,
     CompletionClient,
+    Sampling,
     ServedByName,
     ServedEngine,
     Steering,
@@ -83,6 +84,27 @@ def test_answers_are_those_of_the_model_in_process(loaded, engine_of, kind):
     assert done == [1] * len(PROMPTS)
     assert all(body["stop_token_ids"] == list(loaded.stop_ids) for body in server.bodies)
     assert {body["temperature"] for body in server.bodies} == {0}
+
+
+@pytest.mark.parametrize("kind", ["vllm", "text out", "text"])
+def test_a_server_is_asked_for_drawn_answers(loaded, engine_of, kind):
+    """Its own sampling: temperature and a seed a prompt and sample go out, and replies are kept."""
+    prompts = [loaded.tokenizer(text)["input_ids"] for text in ("Name a planet.", "Count to three")]
+    with AnswerServer({"base": echoing}, loaded.tokenizer, kind=kind) as server:
+        engine = engine_of(server)
+        options = {"max_new_tokens": 3, "batch_size": 2}
+        engine.answers(prompts, **options)
+        asked = len(server.bodies)
+        for sample in (0, 1, 0):
+            drawn = Sampling(temperature=0.7, top_p=0.9, seed=1, sample=sample)
+            engine.answers(prompts, sampling=drawn, **options)
+    bodies = server.bodies[asked:]
+    assert len(bodies) == len({body["seed"] for body in bodies}) == 4  # the third was answered
+    assert {(body["temperature"], body["top_p"]) for body in bodies} == {(0.7, 0.9)}
+    assert all(0 <= body["seed"] < 1 << 31 for body in bodies)
+    whole = {(body.get("top_k"), body.get("min_p")) for body in bodies}
+    assert whole == {(None, None) if kind == "text" else (-1, 0.0)}
+    assert not {"seed", "top_p"} & {key for body in server.bodies[:asked] for key in body}
 
 
 def test_a_server_that_takes_text_alone_gets_text_of_the_same_tokens(loaded, engine_of):
