@@ -1,5 +1,6 @@
 """Prompt sets: read from a file or a Hub dataset, pinned, without duplicates, split, compared.
 
+A prompt is a text, or a conversation that a model continues (`Conversation`).
 A set is identified by its prompts (`sha256`) and its origin: a dataset at a commit, or a file. Two
 prompts are the same prompt when their comparison keys are equal: whatever their case, spacing,
 invisible characters, variants of quotes and dashes, and punctuation at the ends of words. This
@@ -24,6 +25,14 @@ from abliterator.prompts._compare import (
     similarity,
     trigrams,
 )
+from abliterator.prompts._conversation import (
+    Conversation,
+    Prompt,
+    next_turn,
+    readable,
+    turns_of,
+    user_text,
+)
 from abliterator.prompts._file import as_prompt, read_file
 from abliterator.prompts._hub import read_dataset, resolve_revision
 from abliterator.prompts._sets import (
@@ -39,6 +48,8 @@ if TYPE_CHECKING:
 
 __all__ = [
     "NEAR_DUPLICATE",
+    "Conversation",
+    "Prompt",
     "PromptSet",
     "as_prompt",
     "check_distinct",
@@ -48,10 +59,14 @@ __all__ = [
     "hold_out",
     "load_prompts",
     "near_duplicates",
+    "next_turn",
     "normalised",
+    "readable",
     "resolve_revision",
     "similarity",
     "trigrams",
+    "turns_of",
+    "user_text",
 ]
 
 
@@ -65,7 +80,7 @@ def load_prompts(name: str, source: Source) -> PromptSet:
         PromptError: the source cannot be read, or has nothing usable.
     """
     source_set = read_file(name, source) if source.path else read_dataset(name, source)
-    distinct: dict[str, str] = {}
+    distinct: dict[str, Prompt] = {}
     for prompt in source_set.prompts:
         distinct.setdefault(comparison_key(prompt), prompt)
     rows = source_set.dropped + len(source_set.prompts)

@@ -13,6 +13,8 @@ from collections import Counter, defaultdict
 from collections.abc import Collection, Sequence
 from itertools import chain
 
+from abliterator.prompts._conversation import Prompt, user_text
+
 NEAR_DUPLICATE = 0.75
 """Similarity from which on two prompts are near duplicates: about one word changed in ten."""
 
@@ -35,19 +37,21 @@ _MEANS_SOMETHING = frozenset("#%&*/@\\§¶†‡")  # punctuation by its categor
 _NO_WORD = re.compile(r"[^\w\s]+")
 
 
-def normalised(prompt: str) -> str:
+def normalised(prompt: Prompt) -> str:
     """The spelling that decides the side of a split: NFKC, case folded, whitespace collapsed."""
-    return " ".join(unicodedata.normalize("NFKC", prompt).casefold().split())
+    return " ".join(unicodedata.normalize("NFKC", user_text(prompt)).casefold().split())
 
 
-def comparison_key(prompt: str) -> str:
+def comparison_key(prompt: Prompt) -> str:
     """The form in which prompts are compared: equal for two prompts that are the same.
+
+    Of a conversation all that the user says is compared.
 
     NFKC, case folded, without invisible characters; quotes, apostrophes and dashes in one variant
     each; punctuation at the ends of words removed, whitespace collapsed. A prompt of punctuation
     alone keeps it. Words, their order, numbers, accents and symbols (C++, $5, -5) all count.
     """
-    visible = _INVISIBLE.sub("", prompt).translate(_VARIANTS)
+    visible = _INVISIBLE.sub("", user_text(prompt)).translate(_VARIANTS)
     for _ in range(2):  # normal forms hold variants and invisible characters of their own
         visible = _INVISIBLE.sub("", normalised(visible).translate(_VARIANTS))
     words = filter(None, map(_bare, visible.split()))
@@ -81,7 +85,7 @@ def similarity(one: frozenset[str], other: frozenset[str]) -> float:
 
 
 def near_duplicates(
-    prompts: Sequence[str], others: Collection[str], *, threshold: float = NEAR_DUPLICATE
+    prompts: Sequence[Prompt], others: Collection[Prompt], *, threshold: float = NEAR_DUPLICATE
 ) -> list[int]:
     """Indices of the prompts that are near duplicates of one of `others`.
 

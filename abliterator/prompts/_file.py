@@ -1,4 +1,7 @@
-"""Prompt files: .txt (one prompt a line) and .jsonl (one object a line); errors name the line."""
+"""Prompt files: .txt (one prompt a line) and .jsonl (one object a line); errors name the line.
+
+An object has a text under `prompt`, or a conversation under `messages`, with `tools` if it has any.
+"""
 
 from __future__ import annotations
 
@@ -10,8 +13,11 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from pydantic import ValidationError
+
 from abliterator.errors import FileError, PromptError
 from abliterator.files import read_bytes
+from abliterator.prompts._conversation import Conversation, Prompt, readable
 from abliterator.prompts._sets import PromptSet
 
 if TYPE_CHECKING:
@@ -40,7 +46,7 @@ def read_file(name: str, source: Source) -> PromptSet:
             f"The {name} prompts name the column {columns[0]!r}, but {path} is plain text, "
             "which has no columns: remove `column` and `where`, or give a .jsonl file."
         )
-    prompts = []
+    prompts: list[Prompt] = []
     for number, line in _lines(path):
         if line.strip():
             where = f"{path}, line {number}"
@@ -49,9 +55,7 @@ def read_file(name: str, source: Source) -> PromptSet:
                 continue
             row = _row(line, where=where, key=source.column or "prompt")
             if all(equals_strictly(row.get(key), value) for key, value in source.where.items()):
-                prompts.append(
-                    as_prompt(_field(row, source.column or "prompt", where=where), where)
-                )
+                prompts.append(_prompt_of(row, source.column, where))
     if not prompts and source.where:
         raise PromptError(f"No line of the {name} prompts file {path} is as `where` asks.")
     if not prompts:
@@ -79,6 +83,40 @@ def as_prompt(text: str, where: str) -> str:
             "read. Mend the broken escape."
         ) from None
     return text.strip()
+
+
+def as_conversation(row: Mapping[str, object], column: str, where: str) -> Conversation:
+    """The messages in a column of a row, with its `tools`; PromptError where none can be answered.
+
+    Keys without a value, which tables of messages have, are left out.
+    """
+    messages, tools = row[column], row.get("tools") or ()
+    plain = json.loads(json.dumps({"messages": messages, "tools": tools}, default=str))
+    try:
+        if not all(isinstance(entry, dict) for name in plain for entry in plain[name]):
+            raise TypeError
+        conversation = Conversation.model_validate(
+            {name: [_without_none(entry) for entry in plain[name]] for name in plain}
+        )
+    except (ValidationError, TypeError) as error:
+        own = error.errors()[0]["msg"] if isinstance(error, ValidationError) else ""
+        problem = own.removeprefix("Value error, ") or "not a list of objects"
+        raise PromptError(
+            f'{where}: "{column}" is no conversation: {problem}. Expected a list of objects with '
+            '"role" and "content", the last of them of the user, and in "tools", where the row '
+            "has it, a list of JSON schemas."
+        ) from None
+    as_prompt(readable(conversation), where)
+    return conversation
+
+
+def holds_messages(value: object) -> bool:
+    """Whether a value of a column is a list of messages, not of texts."""
+    return isinstance(value, list) and bool(value) and isinstance(value[0], dict)
+
+
+def _without_none(message: dict[str, object]) -> dict[str, object]:
+    return {key: value for key, value in message.items() if value is not None}
 
 
 def shown(keys: Iterable[str]) -> str:
@@ -145,6 +183,15 @@ def _row(line: str, *, where: str, key: str) -> dict[str, object]:
     if not isinstance(row, dict):
         raise PromptError(f"{where}: JSON, but no object; {expected}.")
     return row
+
+
+def _prompt_of(row: Mapping[str, object], column: str | None, where: str) -> Prompt:
+    """The prompt of a row: a text, or a list of messages."""
+    if column is None:
+        column = "messages" if "messages" in row and "prompt" not in row else "prompt"
+    if holds_messages(row.get(column)) or (column in row and column == "messages"):
+        return as_conversation(row, column, where)
+    return as_prompt(_field(row, column, where=where), where)
 
 
 def _field(row: Mapping[str, object], key: str, *, where: str) -> str:
