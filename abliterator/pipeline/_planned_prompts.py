@@ -11,7 +11,7 @@ from abliterator.costs import spread
 from abliterator.errors import AbliteratorError
 from abliterator.pipeline._template_tokens import template_tokens
 from abliterator.pipeline.stages.prompts import PromptSets, divided_sets, uses
-from abliterator.prompts import PromptSet, load_prompts
+from abliterator.prompts import PromptSet, load_prompts, readable
 from abliterator.recipe import Prompts, Recipe, Source
 
 # Rows of splits that recipes name by default; others are known only where a slice says them.
@@ -109,7 +109,9 @@ def _lengths(sets: PromptSets, recipe: Recipe, around: int) -> dict[str, tuple[i
     def tokens(prompts: PromptSet) -> list[int]:
         if prompts.source in datasets:
             return spread(ASSUMED_TOKENS, len(prompts.prompts))
-        return [max(1, round(len(text) / _CHARACTERS_A_TOKEN)) for text in prompts.prompts]
+        return [
+            max(1, round(len(readable(prompt)) / _CHARACTERS_A_TOKEN)) for prompt in prompts.prompts
+        ]
 
     return {name: tuple(around + n for n in tokens(prompts)) for name, prompts in uses(sets)}
 

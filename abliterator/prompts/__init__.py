@@ -28,6 +28,7 @@ from abliterator.prompts._compare import (
 from abliterator.prompts._conversation import (
     Conversation,
     Prompt,
+    as_read,
     next_turn,
     readable,
     turns_of,
@@ -52,6 +53,7 @@ __all__ = [
     "Prompt",
     "PromptSet",
     "as_prompt",
+    "as_read",
     "check_distinct",
     "comparison_key",
     "count_near",

@@ -73,7 +73,12 @@ class Conversation(BaseModel):
 
     @property
     def text(self) -> str:
-        """The conversation as readable text: a paragraph a message, after its role."""
+        """The conversation as readable text: a paragraph a message, after its role.
+
+        A question alone is its text.
+        """
+        if len(self.messages) == 1 and not self.tools:
+            return _spoken(self.messages[0])
         lines = (f"{message['role'].capitalize()}: {_spoken(message)}" for message in self.messages)
         tools = [f"Tools: {', '.join(self.tool_names)}"] if self.tools else []
         return _paragraphs([*tools, *lines])
@@ -133,6 +138,18 @@ def turns_of(prompt: Prompt) -> int:
 def next_turn(prompt: Prompt, answers: Sequence[str]) -> Prompt:
     """What the model reads after its first answers: the prompt up to the next turn."""
     return prompt.answered(answers) if isinstance(prompt, Conversation) else prompt
+
+
+def as_read(prompt: Prompt, answers: Sequence[str] | None) -> str:
+    """What the model read before its last answer, as text.
+
+    Args:
+        prompt: as written.
+        answers: the model's own to the scripted turns before; None where they were one turn.
+    """
+    if isinstance(prompt, str):
+        return prompt
+    return (prompt.joined() if answers is None else prompt.answered(answers)).text
 
 
 def _require_message(message: Message, number: int) -> None:

@@ -187,8 +187,9 @@ def _row(line: str, *, where: str, key: str) -> dict[str, object]:
 
 def _prompt_of(row: Mapping[str, object], column: str | None, where: str) -> Prompt:
     """The prompt of a row: a text, or a list of messages."""
-    if column is None:
-        column = "messages" if "messages" in row and "prompt" not in row else "prompt"
+    if column is None and ("messages" not in row or "prompt" in row):
+        return as_prompt(_field(row, "prompt", where=where), where)
+    column = column or "messages"
     if holds_messages(row.get(column)) or (column in row and column == "messages"):
         return as_conversation(row, column, where)
     return as_prompt(_field(row, column, where=where), where)
@@ -203,7 +204,9 @@ def _field(row: Mapping[str, object], key: str, *, where: str) -> str:
         )
     value = row[key]
     if not isinstance(value, str):
-        raise PromptError(f'{where}: "{key}" is of type {type(value).__name__}; {expected}.')
+        hint = ', or with a conversation under "messages"' if holds_messages(value) else ""
+        kind = type(value).__name__
+        raise PromptError(f'{where}: "{key}" is of type {kind}; {expected}{hint}.')
     if not value.strip():
         raise PromptError(f'{where}: "{key}" is an empty text. Remove the line, or write a prompt.')
     return value

@@ -160,6 +160,7 @@ class PromptOrigin(Frozen):
     overlap: int = 0  # of those dropped, what an evaluation set has too
     near: int | None = None  # of n, near duplicates of an evaluation prompt; None: not compared
     license: str | None = None
+    conversations: int = 0  # of n, prompts of several messages or with tools
 
 
 class Provenance(Frozen):

@@ -31,6 +31,8 @@ class Item(Frozen):
     @property
     def described(self) -> Conversation:
         """The conversation with its tools described by the user, for templates without tools."""
+        if not self.prompt.tools:
+            return self.prompt
         first, *others = self.prompt.messages
         tools = json.dumps(list(self.prompt.tools), indent=1)
         text = "\n\n".join([_templates()["tools"]["described"], tools, first["content"]])
