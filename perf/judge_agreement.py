@@ -115,9 +115,7 @@ def string_match(rows: Sequence[Row]) -> Pairs:
 
 def table_of(rows: Sequence[Row]) -> tuple[np.ndarray, np.ndarray]:
     """(Features, one row an answer; the index of each label in `GRADES`)."""
-    values = [
-        list(weighing.features(read(r.answer), straight(r.prompt)).values()) for r in rows
-    ]
+    values = [list(weighing.features(read(r.answer), straight(r.prompt)).values()) for r in rows]
     return np.array(values), np.array([weighing.GRADES.index(r.label) for r in rows])
 
 
@@ -127,7 +125,9 @@ def fitted(tables: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> weighing.Weig
 
     values = np.vstack([values for values, _ in tables.values()])
     labels = np.concatenate([labels for _, labels in tables.values()])
-    counts = np.concatenate([np.full(len(labels), 1 / len(labels)) for _, labels in tables.values()])
+    counts = np.concatenate(
+        [np.full(len(labels), 1 / len(labels)) for _, labels in tables.values()]
+    )
     centre, spread = values.mean(0), values.std(0)
     spread[spread == 0] = 1.0
     regression = LogisticRegression(C=REGULARISATION, max_iter=3000)
@@ -211,7 +211,9 @@ def compare(models: Mapping[str, Sequence[Row]]) -> None:
             print(figures(f"{model} ({len(rows)}): {judge}", pairs), flush=True)
     for judge, each in kappas.items():
         three, two = zip(*each, strict=True)
-        print(f"{f'mean of {len(each)} models: {judge}':42s} {mean(three):.3f} {'':16s}  {mean(two):.3f}")
+        print(
+            f"{f'mean of {len(each)} models: {judge}':42s} {mean(three):.3f} {'':16s}  {mean(two):.3f}"
+        )
 
 
 def main() -> None:

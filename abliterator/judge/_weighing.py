@@ -63,9 +63,7 @@ def read_weights(raw: bytes) -> Weights:
     return Weights(tuple(data["constants"]), by_feature)
 
 
-def weigh(
-    sentences: Sequence[Sentence], request: str, using: Weights | None = None
-) -> Weighed:
+def weigh(sentences: Sequence[Sentence], request: str, using: Weights | None = None) -> Weighed:
     """The grade with the highest score.
 
     Args:

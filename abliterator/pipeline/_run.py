@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from abliterator.engines import DistributedEngine, Engine, ServedEngine, StreamedEngine
     from abliterator.evaluation import RenderedPrompts
     from abliterator.model import LoadedModel
+    from abliterator.prompts import Prompt
     from abliterator.record import Side
 
 
@@ -269,7 +270,7 @@ class Run:
         return self._pool
 
     def render(
-        self, engine: Engine, prompts: Sequence[str], *, name: str, max_new_tokens: int = 0
+        self, engine: Engine, prompts: Sequence[Prompt], *, name: str, max_new_tokens: int = 0
     ) -> RenderedPrompts:
         """Prompts with the token ids of each in the recipe's chat.
 

@@ -81,7 +81,10 @@ class Estimate(Frozen):
 
 
 class Completion(Frozen):
-    """One answer of one model to one prompt: a line of rollouts.jsonl."""
+    """One answer of one model to one prompt: a line of rollouts.jsonl.
+
+    Of a conversation, `prompt` is the readable text of all before the last answer, which is judged.
+    """
 
     set: str  # "target", "neutral", "over_refusal"
     side: Side
@@ -91,6 +94,7 @@ class Completion(Frozen):
     finish_reason: FinishReason
     n_tokens: int
     answer_start: int | None = None  # where the answer begins in `response`; None where not known
+    earlier: tuple[str, ...] = ()  # answers to scripted turns before, which `prompt` has too
 
 
 class SampledCompletion(Completion):
@@ -194,7 +198,7 @@ class Divergence(Frozen):
 
 
 class BenchmarkResult(Frozen):
-    """One metric of one lm-eval task on the same documents, base and edited, paired."""
+    """One metric of one benchmark task on the same documents, base and edited, paired."""
 
     metric: str
     n: int

@@ -166,6 +166,7 @@ class PromptOrigin(Frozen):
     near_dropped: int = 0  # of those dropped, near duplicates of an evaluation prompt
     alike: int | None = None  # of n, near duplicates of an earlier one of the set
     license: str | None = None
+    conversations: int = 0  # of n, prompts of several messages or with tools
 
 
 class Provenance(Frozen):

@@ -136,6 +136,8 @@ function sideElement(answer, column, words) {
     element("div", { class: "head" }, element("strong", {}, column.label), chip(answer.kind),
       grades, element("span", {}, `${answer.tokens} tokens${answer.cut ? ", cut" : ""}`),
       answer.rules ? element("span", {}, "rules: ", chip(answer.rules)) : null),
+    answer.read ? element("details", {}, element("summary", {}, "Conversation"),
+      element("p", { class: "text" }, marked(answer.read, words))) : null,
     answer.thinking ? element("details", {}, element("summary", {}, "Thinking"),
       element("p", { class: "text" }, marked(answer.thinking, words))) : null,
     element("p", { class: "text" }, answer.text ? marked(answer.text, words) : "(empty)"),

@@ -12,6 +12,7 @@ import pytest
 from click.testing import CliRunner
 
 from abliterator import costs, pipeline
+from abliterator.benchmarks.conversation import SKILLS, items_of, max_new_tokens
 from abliterator.cli import main
 from abliterator.costs import ACCELERATORS
 from abliterator.model import load_tokenizer, render_chat
@@ -367,6 +368,16 @@ def test_benchmarks_have_the_documents_of_their_files_limits_and_shots():
     )
     assert (generated.documents, generated.requests, generated.generated) == (200, 1, 32)
     assert planned_benchmarks(Benchmarks(tasks=())) == []
+
+
+def test_the_sizes_of_the_conversation_suite_are_its_own():
+    planned = planned_benchmarks(Benchmarks(preset="conversation"))
+    (whole,) = planned_benchmarks(Benchmarks(tasks=("conversation",)))
+    assert sum(size.documents for size in planned) == whole.documents == 120
+    for skill, size in zip(SKILLS, planned, strict=True):
+        turns = {len(item.prompt.turns) for item in items_of(skill)}
+        assert turns == {size.requests}
+        assert size.generated == max_new_tokens(skill)
 
 
 def test_weights_fill_memory_in_order_and_then_the_disk_with_a_note():

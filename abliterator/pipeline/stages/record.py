@@ -30,7 +30,7 @@ from abliterator.pipeline.stages.prompts import prompt_sets, uses
 from abliterator.pipeline.stages.rollouts import ANSWERS, SIDES, engines_of
 from abliterator.pipeline.stages.selection import selected_layers, selection_of
 from abliterator.pipeline.stages.tuning import planned_edits, tuning_record
-from abliterator.prompts import NEAR_DUPLICATE, PromptSet
+from abliterator.prompts import NEAR_DUPLICATE, Conversation, PromptSet
 from abliterator.recipe import ranges_of
 from abliterator.record import (
     Behaviour,
@@ -327,9 +327,10 @@ def _provenance(run: Run) -> Provenance:
 
 def prompt_origin(name: str, prompts: PromptSet) -> PromptOrigin:
     """The origin of a prompt set; `name` is its kind and use."""
-    names = PromptOrigin.model_fields.keys() - {"name", "n"}
+    names = PromptOrigin.model_fields.keys() - {"name", "n", "conversations"}
     fields = {field: getattr(prompts, field) for field in names}
-    return PromptOrigin(name=name, n=len(prompts.prompts), **fields)
+    conversations = sum(isinstance(prompt, Conversation) for prompt in prompts.prompts)
+    return PromptOrigin(name=name, n=len(prompts.prompts), conversations=conversations, **fields)
 
 
 def _digests(run: Run) -> dict[str, str]:

@@ -158,7 +158,7 @@ def _samples(run: Run, side: Side) -> list[SampledCompletion]:
 
 
 def _answers(run: Run, side: Side, sampling: Sampling | None = None) -> list[Completion]:
-    from abliterator.evaluation import answer_sets, as_completions
+    from abliterator.evaluation import answer_sets, completions_of, kept_answers
 
     limit, tokens = run.recipe.rollouts.limit, run.recipe.rollouts.max_new_tokens
     key, name = _side_key(run, side), f"{side}.jsonl"
@@ -167,12 +167,13 @@ def _answers(run: Run, side: Side, sampling: Sampling | None = None) -> list[Com
     journal = Journal(partial_file(run, "rollouts", name, key))
     sets = {name: s.prompts[:limit] for name, s in prompt_sets(run).evaluation.items()}
     answered = {name: KeptAnswers(journal, name) for name in sets}
-    if all(len(answered[name]) == len(prompts) for name, prompts in sets.items()):
+    finished = {name: kept_answers(prompts, answered[name]) for name, prompts in sets.items()}
+    if all(transcripts is not None for transcripts in finished.values()):
         return [  # without the model
             completion
             for name, prompts in sets.items()
-            for completion in as_completions(
-                [answered[name][i] for i in range(len(prompts))], prompts, set_name=name, side=side
+            for completion in completions_of(
+                finished[name] or (), prompts, set_name=name, side=side
             )
         ]
     engine = run.answering(folder_of(run, side), side)
@@ -188,6 +189,9 @@ def _answers(run: Run, side: Side, sampling: Sampling | None = None) -> list[Com
         bar=run.progress.bar,
         sampling=sampling,
         answered=answered,
+        render=lambda name, prompts: (
+            run.render(engine, prompts, name=name, max_new_tokens=tokens).token_ids
+        ),
     )
 
 
