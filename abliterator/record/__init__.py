@@ -58,6 +58,7 @@ from abliterator.record._selection import (
     Structure,
 )
 from abliterator.record._study import Agreement, ContrastDifference, Study, StudyRow
+from abliterator.record._survival import Survival, SurvivingStrength
 from abliterator.record._tuning import Trial, Tuning
 from abliterator.record._verification import AdapterVerification, EffectiveStrength, Verification
 
@@ -101,6 +102,8 @@ __all__ = [
     "Structure",
     "Study",
     "StudyRow",
+    "Survival",
+    "SurvivingStrength",
     "TensorDelta",
     "TensorEdit",
     "TextStatistics",

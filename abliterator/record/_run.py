@@ -14,6 +14,7 @@ from abliterator.record._measured import (
     Frozen,
 )
 from abliterator.record._selection import Selection
+from abliterator.record._survival import Survival
 from abliterator.record._tuning import Tuning
 
 
@@ -206,5 +207,6 @@ class RunRecord(Frozen):
     tuning: Tuning | None = None
     timing: dict[str, float] = {}
     quoted: tuple[Quotation, ...] = ()
+    survival: tuple[Survival, ...] = ()  # what quantisation leaves; measured after the build
     pictures: dict[str, str] = {}  # sha256 by path in the checkpoint; the card shows them
     provenance: Provenance
