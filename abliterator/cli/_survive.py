@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     "formats",
     default="fp8,int4,Q4_K_M,Q8_0",
     show_default=True,
-    help="Formats between commas: fp8, int8, int4, or types of llama.cpp such as Q4_K_M.",
+    help="Formats between commas: fp8, int8, int4, nvfp4, or types of llama.cpp.",
 )
 @click.option(
     "--limit", type=click.IntRange(1), help="Prompts of each set at most.  [default: the build's]"
@@ -51,8 +51,9 @@ def survive(
 
     Base and edited are quantised to each format, and measured as the build was: refusal, compliance
     and coherence on its target prompts, divergence on its neutral ones, and the strength of the
-    edit in the stored numbers. fp8, int8 and int4 are rounded to nearest by compressed-tensors
-    (pip install 'abliterator[survive]'); GGUF types are made by llama.cpp, whose server answers.
+    edit in the stored numbers. fp8, int8, int4 and nvfp4 are rounded to nearest by
+    compressed-tensors (pip install 'abliterator[survive]'); GGUF types such as Q4_K_M are made by
+    llama.cpp, whose server answers.
     The card then has the tables. Formats that were measured are not measured again.
     """
     from abliterator import pipeline

@@ -258,7 +258,7 @@ class SurvivalSession:
 
         run, stage = self.run, self.stage(entry)
         prompts = self._prompts
-        key = [stage.key(run), side]
+        key = [stage.key(run), side, self._tool if form.gguf else None]
         journal = Journal(partial_file(run, stage.name, f"{side}.jsonl", key))
         answered = KeptAnswers(journal, _TARGET)
         if n_missing := len(prompts) - len(answered):

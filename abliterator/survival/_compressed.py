@@ -21,7 +21,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 PACKAGE = "compressed-tensors"
-_GROUPS = (128, 64, 32)  # columns that share a scale: the first that divides every matrix
+# Columns that share a scale: the first that divides every matrix.
+_GROUPS = {"group": (128, 64, 32), "tensor_group": (16,)}
+_LAYOUTS = {"group": "pack-quantized", "tensor_group": "nvfp4-pack-quantized"}
 _IN_A_BLOCK = re.compile(r"\.\d+\.")
 # Small matrices of a block that quantisers leave alone: routers, gates, convolutions.
 _LEFT = re.compile(r"(^|[._])(router|gate|norm|conv\w*|embed\w*)\.weight$|shared_expert_gate")
@@ -84,17 +86,18 @@ def rounding_of(source: Checkpoint, entry: QuantizedFormat) -> Rounding:
             f"{source.folder} has no matrix in its blocks that {entry.name} would round."
         )
     scheme = preset_name_to_scheme(str(entry.scheme), ["Linear"])
-    group = None
-    if scheme.weights.strategy == "group":
-        group = next((g for g in _GROUPS if not any(width % g for width in widths)), None)
+    strategy, group = scheme.weights.strategy, None
+    if strategy in _GROUPS:
+        sizes = _GROUPS[strategy]
+        group = next((g for g in sizes if not any(width % g for width in widths)), None)
         if group is None:
             raise QuantizationError(
-                f"{entry.name} has one scale for {_GROUPS[-1]} columns or more, and matrices of "
+                f"{entry.name} has one scale for {sizes[-1]} columns or more, and matrices of "
                 f"{source.folder} have {', '.join(map(str, sorted(widths)))}, which no such group "
                 "divides. Leave it out of `--as`; a GGUF format may fit."
             )
         scheme.weights.group_size = group
-    layout = "float-quantized" if scheme.weights.type == "float" else "pack-quantized"
+    layout = _LAYOUTS.get(strategy, "float-quantized")
     compressor = BaseCompressor.get_value_from_registry(layout)
     return Rounding(scheme, compressor, layout, entry.label.format(group=group))
 
@@ -150,22 +153,23 @@ def write_rounded(source: Checkpoint, rounding: Rounding, quantized: Path, numbe
 def _rounded(weight: Tensor, rounding: Rounding) -> dict[str, Tensor]:
     """The parts that are stored of one matrix [out, in], by the ends of their names."""
     import torch
-    from compressed_tensors.quantization.utils import calculate_qparams
+    from compressed_tensors.quantization.utils import calculate_qparams, generate_gparam
 
     settings, numbers = rounding.scheme.weights, weight.float()
-    sharing = numbers
-    if settings.strategy == "group":
+    sharing = numbers.unsqueeze(-2)  # one scale a row
+    if settings.group_size is not None:
         sharing = numbers.unflatten(-1, (-1, settings.group_size))
-    kept = settings.strategy == "group"
-    lowest, highest = sharing.amin(-1, keepdim=not kept), sharing.amax(-1, keepdim=not kept)
+    lowest, highest = sharing.amin(-1), sharing.amax(-1)
+    if settings.strategy == "tensor_group":  # its scales are FP8, in units of one for the tensor
+        unit = generate_gparam(lowest.amin(), highest.amax())
+        scale, _ = calculate_qparams(lowest, highest, settings, unit)
+        parts = {"weight": numbers, "weight_scale": scale, "weight_global_scale": unit}
+        return dict(rounding.compressor.compress(parts, rounding.scheme))
     scale, _ = calculate_qparams(lowest, highest, settings)
     # the nearest is sought on the scale as it is stored
-    dtype = weight.dtype if weight.dtype != torch.float16 else torch.float32
-    scale = scale.to(dtype)
-    parts: dict[str, Tensor] = rounding.compressor.compress(
-        {"weight": numbers, "weight_scale": scale.float()}, rounding.scheme
-    )
-    return {**parts, "weight_scale": scale}
+    scale = scale.to(weight.dtype if weight.dtype != torch.float16 else torch.float32)
+    parts = {"weight": numbers, "weight_scale": scale.float()}
+    return {**rounding.compressor.compress(parts, rounding.scheme), "weight_scale": scale}
 
 
 def _is_rounded(name: str, info: Any) -> bool:

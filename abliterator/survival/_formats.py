@@ -29,6 +29,9 @@ _COMPRESSED = (
     QuantizedFormat("fp8", "compressed-tensors", "FP8 (E4M3), a scale a row", "FP8_DYNAMIC"),
     QuantizedFormat("int8", "compressed-tensors", "int8, a scale for {group} columns", "W8A16"),
     QuantizedFormat("int4", "compressed-tensors", "int4, a scale for {group} columns", "W4A16"),
+    QuantizedFormat(
+        "nvfp4", "compressed-tensors", "NVFP4 (E2M1), a scale for {group} columns", "NVFP4A16"
+    ),
 )
 # Those that need no calibration (importance matrix).
 _GGUF = (

@@ -10,7 +10,7 @@ import subprocess
 import time
 import urllib.request
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -36,15 +36,14 @@ class LlamaCpp(NamedTuple):
     @property
     def version(self) -> str:
         """Its name with the version that the server states, if it does."""
-        done = subprocess.run(
-            [self.server, "--version"],
-            capture_output=True,
-            env=child_environment(),
-            timeout=60,
-            check=False,
-        )
-        stated = _VERSION.search((done.stdout + done.stderr).decode(errors="replace"))
-        return f"llama.cpp {stated[1]}" if stated else "llama.cpp"
+        command, name = [self.server, "--version"], "llama.cpp"
+        with suppress(OSError, subprocess.SubprocessError):
+            done = subprocess.run(
+                command, capture_output=True, env=child_environment(), timeout=60, check=False
+            )
+            if stated := _VERSION.search((done.stdout + done.stderr).decode(errors="replace")):
+                return f"{name} {stated[1]}"
+        return name
 
 
 def find_llama_cpp(folder: Path | None = None) -> LlamaCpp:

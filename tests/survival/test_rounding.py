@@ -33,7 +33,7 @@ def rounded(source, tmp_path, name):
     return packed, numbers, rounding
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [*NAMES, "nvfp4"])
 def test_numbers_are_those_that_transformers_decodes(name, tmp_path):
     source = Checkpoint.open(save_model(tmp_path / "base", shard_size="60KB"))
     packed, numbers, _ = rounded(source, tmp_path, name)
