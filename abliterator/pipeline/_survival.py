@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from abliterator.checkpoint import Checkpoint
 from abliterator.errors import QuantizationError
@@ -88,6 +88,7 @@ class SurvivalSession:
     limit: int | None
     keep: bool = False
     _built: dict[Side, LogitFile] = field(default_factory=dict)
+    _is_begun: bool = False
 
     def stage(self, entry: QuantizedFormat) -> Stage:
         """The stage of a format."""
@@ -99,8 +100,9 @@ class SurvivalSession:
         return self.run.workspace.work / "survival" / "scratch"
 
     def clean(self) -> None:
-        """Deletes what is not to be kept."""
-        remove_whole(self.scratch)
+        """Deletes what is not to be kept; nothing of another run that has the folder."""
+        if self._is_begun:
+            remove_whole(self.scratch)
 
     @cached_property
     def _paths(self) -> list[AnswerPath]:
@@ -119,6 +121,9 @@ class SurvivalSession:
         from abliterator.evaluation import LogitFile
         from abliterator.judge import judge_completions, summarise
 
+        if not self._is_begun:
+            remove_whole(self.scratch)  # of a run that was killed
+            self._is_begun = True
         self.scratch.mkdir(parents=True, exist_ok=True)
         judge, seed = evaluation_judge(run), run.recipe.seed
         measured: dict[Side, _Measured] = {}
@@ -145,7 +150,7 @@ class SurvivalSession:
         )
         return [survival_file(entry.name).write(run, result)]
 
-    def _described(self, entry: QuantizedFormat) -> dict[str, str | tuple[str, ...]]:
+    def _described(self, entry: QuantizedFormat) -> dict[str, Any]:
         if entry.tool == "llama.cpp":
             kind = gguf_type(self._stored_dtype)
             return {

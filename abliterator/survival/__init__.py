@@ -1,9 +1,9 @@
 """Quantised forms of base and edited model, to measure what quantisation leaves of an edit.
 
-fp8, int8, int4 and nvfp4 are rounded to nearest by compressed-tensors, GGUF types by llama.cpp's own
-converter and quantiser, and answered through its server. Beside each quantised form comes a folder
-with the numbers that it stores, which every other part of abliterator can read and run. What is
-measured, and of which build, is outside this package.
+fp8, int8, int4 and nvfp4 are rounded to nearest by compressed-tensors, GGUF types by llama.cpp's
+own converter and quantiser, and answered through its server. Beside each quantised form comes a
+folder with the numbers that it stores, which every other part of abliterator can read and run. What
+is measured, and of which build, is outside this package.
 
     (entry,) = formats_named(["int4"])
     rounding = rounding_of(base, entry)

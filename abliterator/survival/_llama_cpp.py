@@ -19,7 +19,7 @@ from abliterator.files import read_text
 from abliterator.processes import child_environment, child_process, python_command, under_parent
 
 CONVERTER, QUANTIZER, SERVER = "convert_hf_to_gguf.py", "llama-quantize", "llama-server"
-_WHERE = ("", "build/bin", "bin")  # in a folder of llama.cpp
+_WHERE = ("", "build/bin", "build/bin/Release", "bin")  # in a folder of llama.cpp
 _GGUF_TYPES = {"F32": "f32", "F16": "f16", "BF16": "bf16"}  # by the dtype of safetensors
 _START_SECONDS, _POLL_SECONDS = 600.0, 0.2
 _LINES_SHOWN = 4
