@@ -43,10 +43,14 @@ def write_numbers(source: Checkpoint, gguf: Path, numbers: Path) -> None:
 def _stored(source: Checkpoint, gguf: Path) -> dict[str, Tensor]:
     """The tensors of a GGUF file by transformers' names."""
     import torch
+    import transformers
     from transformers import AutoConfig, AutoModelForCausalLM
 
     from abliterator.model import loading
 
+    options = {}
+    if kept_packed := getattr(transformers, "GgufConfig", None):  # newer ones may keep the blocks
+        options["quantization_config"] = kept_packed(dequantize=True)
     try:
         with loading(source.folder):
             config = AutoConfig.from_pretrained(source.folder, local_files_only=True)
@@ -56,6 +60,7 @@ def _stored(source: Checkpoint, gguf: Path) -> dict[str, Tensor]:
                 gguf_file=str(gguf.resolve()),
                 dtype=torch.float32,
                 local_files_only=True,
+                **options,
             )
     except AbliteratorError as error:
         raise QuantizationError(f"transformers does not read {gguf.name}: {error}") from error

@@ -17,7 +17,7 @@ def test_every_format_is_found_by_its_name():
 
 @pytest.mark.parametrize(
     ("names", "hint"),
-    [(["fp16"], "did you mean fp8"), (["Q4_K"], "did you mean Q4_K_"), ([], "names no format")],
+    [(["fp9"], "did you mean fp8"), (["Q4_K"], "did you mean Q4_K_"), ([], "names no format")],
 )
 def test_what_is_no_format_is_an_error_with_the_nearest(names, hint):
     with pytest.raises(RecipeError, match=hint):
