@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from abliterator.card._header import COMMIT, header, hub_base
 from abliterator.card._markdown import (
@@ -13,7 +13,7 @@ from abliterator.card._markdown import (
     without_paths,
     yaml_fence,
 )
-from abliterator.record import BenchmarkResult, Outlier, RunRecord
+from abliterator.record import BenchmarkResult, Outlier, RunRecord, Survival
 
 SETS = {
     "target": "Target prompts (the behaviour that was to go)",
@@ -91,6 +91,7 @@ def variables(record: RunRecord, *, adapter: bool) -> dict[str, object]:
         "divergences": _labels(DIVERGENCES),
         "divergence": record.divergence,
         "benchmarks": record.benchmarks,
+        "survival_rows": _survival_by_n(record.survival),
         "task_settings": _tasks_by_settings(record.benchmarks),
         "provenance": record.provenance,
         # a system prompt may look like a path ("/no_think") and must be shown as it was
@@ -113,6 +114,15 @@ def _outliers(record: RunRecord) -> list[tuple[str, Outlier]]:
 
 def _labels(texts: Mapping[str, str]) -> dict[str, Markdown]:
     return {name: Markdown(text) for name, text in texts.items()}
+
+
+def _survival_by_n(measured: Sequence[Survival]) -> dict[int, list[Survival]]:
+    """Formats by the number of target prompts that they answered."""
+    groups: dict[int, list[Survival]] = {}
+    for entry in measured:
+        cut = entry.behaviour.edited.truncated  # counted in every answer
+        groups.setdefault(cut.n if cut else 0, []).append(entry)
+    return groups
 
 
 def _tasks_by_settings(results: Mapping[str, BenchmarkResult]) -> dict[Markdown, list[str]]:

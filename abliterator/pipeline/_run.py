@@ -117,8 +117,8 @@ class Run:
         """Frees what is held, and shows that a model is loaded."""
         self.free()
         self.end_engine(candidates=False)  # both would not fit on one device
-        side = "edited" if folder == self.workspace.checkpoint else "base"
-        with self.progress.bar(f"loading {side}", 0):
+        names = {self.workspace.checkpoint: "edited", self.plan.source.folder: "base"}
+        with self.progress.bar(f"loading {names.get(folder, folder.name)}", 0):
             yield
 
     @property

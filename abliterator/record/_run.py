@@ -17,6 +17,7 @@ from abliterator.record._measured import (
 )
 from abliterator.record._selection import Selection
 from abliterator.record._side_effects import ConfidenceFigure, PairedFigure, SideEffect
+from abliterator.record._survival import Survival
 from abliterator.record._tuning import Tuning
 
 
@@ -220,5 +221,6 @@ class RunRecord(Frozen):
     tuning: Tuning | None = None
     timing: dict[str, float] = {}
     quoted: tuple[Quotation, ...] = ()
+    survival: tuple[Survival, ...] = ()  # what quantisation leaves; measured after the build
     pictures: dict[str, str] = {}  # sha256 by path in the checkpoint; the card shows them
     provenance: Provenance

@@ -20,6 +20,7 @@ from abliterator.files import copy_file, read_text, sha256_of_file, write_text_a
 from abliterator.pipeline._quantization import quantized_edits
 from abliterator.pipeline._run import Run
 from abliterator.pipeline._stage import Artefact, Stage
+from abliterator.pipeline._survived import survived
 from abliterator.pipeline.stages.bake import tensor_edits
 from abliterator.pipeline.stages.benchmarks import task_scores
 from abliterator.pipeline.stages.capture import MOMENTS
@@ -81,11 +82,13 @@ def _measured(run: Run) -> list[str]:
 def _key(run: Run) -> Any:
     base = run.plan.source.folder
     card = sha256_of_file(base / CARD) if (base / CARD).is_file() else None
-    return [
+    key = [
         {name: run.digest(name) for name in _measured(run)},
         run.recipe.published(),
         [run.base_digest(), card, stated(run.plan.card)],
     ]
+    quantised = [survival.model_dump(mode="json") for survival in survived(run)]
+    return [*key, quantised] if quantised else key
 
 
 def _run(run: Run) -> list[Path]:
@@ -144,6 +147,7 @@ def assemble(run: Run, timing: dict[str, float], pictures: dict[str, str]) -> Ru
         selection=selection_of(run),
         tuning=tuning_record(run),
         timing=timing,
+        survival=survived(run),
         pictures=pictures,
         provenance=_provenance(run),
     )
