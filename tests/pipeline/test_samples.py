@@ -9,9 +9,9 @@ import pytest
 from click.testing import CliRunner
 
 from abliterator import costs, pipeline
-from abliterator.costs import ACCELERATORS
 from abliterator.card import render_card
 from abliterator.cli import main
+from abliterator.costs import ACCELERATORS
 from abliterator.pipeline import Options
 from abliterator.recipe import load_recipe
 from abliterator.record import SampledCompletion
