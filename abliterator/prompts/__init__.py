@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 
 from abliterator.prompts._compare import (
     NEAR_DUPLICATE,
+    NEAR_WORDS,
     comparison_key,
     near_duplicates,
     nearly_equal,
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "NEAR_DUPLICATE",
+    "NEAR_WORDS",
     "PromptSet",
     "as_prompt",
     "check_distinct",

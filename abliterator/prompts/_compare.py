@@ -17,7 +17,8 @@ from math import ceil
 NEAR_DUPLICATE = 0.75
 """Similarity from which on two prompts are near duplicates: about one word changed in ten."""
 
-_SAME_WORDS = 4  # words that near duplicates have in common, at least, where one differs
+NEAR_WORDS = 4
+"""Words that near duplicates have in common, at least, where one differs."""
 
 # Default_Ignorable_Code_Point of Unicode (soft hyphen, zero-width and bidirectional characters,
 # variation selectors, tags), and the controls that are no whitespace.
@@ -130,7 +131,7 @@ def _word_keys(prompt: str) -> set[tuple[int, int]]:
     words = [hash(word) for word in comparison_key(prompt).split()]
     count, total = len(words), sum(words)
     keys = {(count - 1, total - word) for word in words} | {(count, total)}
-    return {key for key in keys if key[0] >= _SAME_WORDS}
+    return {key for key in keys if key[0] >= NEAR_WORDS}
 
 
 class _Trigrams:

@@ -30,7 +30,7 @@ from abliterator.pipeline.stages.prompts import prompt_sets, uses
 from abliterator.pipeline.stages.rollouts import ANSWERS, SIDES, engines_of
 from abliterator.pipeline.stages.selection import selected_layers, selection_of
 from abliterator.pipeline.stages.tuning import planned_edits, tuning_record
-from abliterator.prompts import NEAR_DUPLICATE, PromptSet
+from abliterator.prompts import NEAR_DUPLICATE, NEAR_WORDS, PromptSet
 from abliterator.recipe import ranges_of
 from abliterator.record import (
     Behaviour,
@@ -322,6 +322,7 @@ def _provenance(run: Run) -> Provenance:
         prompts=tuple(prompt_origin(name, prompts) for name, prompts in uses(sets)),
         dropped_overlap=sum(s.overlap for s in sets.extraction.values()),
         near_duplicate=NEAR_DUPLICATE,
+        near_words=NEAR_WORDS,
     )
 
 
