@@ -87,6 +87,7 @@ def _run_task(
         task=task.name,
         metric=task.metric,
         n=len({score.doc_id for score in scores}),
+        asked=min(section.limit or task.documents, task.documents),
         higher_is_better=task.higher_is_better,
         scores=scores,
         aggregates=task.aggregates,

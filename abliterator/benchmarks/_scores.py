@@ -43,6 +43,7 @@ class TaskScores(Frozen):
     task: str
     metric: str
     n: int
+    asked: int | None = None  # documents that were to be scored; None in files of before
     higher_is_better: bool
     scores: tuple[DocScore, ...]
     settings: dict[str, Any]

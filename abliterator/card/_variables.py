@@ -49,7 +49,7 @@ SIDE_EFFECTS = {
     "agreement": "Answers that begin by praising or agreeing",
 }
 CONFIDENCE = {
-    "calibration_error": "Expected calibration error",
+    "calibration_error": "Calibration error of choices",
     "overconfidence": "Confidence minus accuracy",
 }
 LENGTHS = ("tokens", "words")

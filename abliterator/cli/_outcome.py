@@ -14,7 +14,7 @@ from abliterator.tables import cell, terminal_table
 
 if TYPE_CHECKING:
     from abliterator.pipeline import AnswerPair
-    from abliterator.record import Behaviour, RunRecord, TensorEdit
+    from abliterator.record import Behaviour, Outlier, RunRecord, TensorEdit
 
 GRADES = ("refusal", "compliance", "coherence")
 MEASURES = (*GRADES, "truncated", "unscored")
@@ -29,6 +29,7 @@ def details_text(record: RunRecord, out: Path) -> str:
     rows = [["", "base", "edited", "delta"], *_behaviour_rows(record.behaviour)]
     if record.sampled:
         rows += _behaviour_rows(record.sampled.behaviour, ", drawn")
+    rows += _grouped(record)
     for task, result in record.benchmarks.items():
         estimates = (result.base, result.edited, result.delta)
         rows.append([f"{task} {result.metric}", *map(cell, estimates)])
@@ -49,6 +50,22 @@ def _behaviour_rows(
             detectable = behaviour.smallest_detectable.get(measure) if behaviour else None
             cells[2] += f", {detectable:.3f} detectable" if detectable is not None else ""
             yield [f"{name} {measure}{drawn}", *cells]
+
+
+def _grouped(record: RunRecord) -> Iterator[list[str]]:
+    """Rows of groups, side effects and confidence: base, edited and delta."""
+    for name, groupings in record.groups.items():
+        for grouping in groupings:
+            for group in grouping.groups:
+                for measure, values in group.measures.items():
+                    estimates = (values.base, values.edited, values.delta)
+                    title = f"{name} {grouping.column} {cell(group.name, '')} {measure}"
+                    yield [title, *(cell(e, absent="withheld") for e in estimates)]
+    for measured in (record.side_effects, record.confidence):
+        for name, figures in measured.items():
+            for key, figure in figures.items():
+                estimates = (figure.base, figure.edited, figure.delta)
+                yield [f"{name} {key.replace('_', ' ')}", *map(cell, estimates)]
 
 
 def outcome_text(record: RunRecord, out: Path) -> str:
@@ -95,6 +112,9 @@ def _result(record: RunRecord, out: Path) -> Iterator[tuple[str, str]]:
             yield name.replace("_", "-"), ", ".join(_stability(behaviour))
     if record.sampled and (drawn := record.sampled.behaviour.get("target")):
         yield "drawn", f"refusal\xa0{_change(drawn, 'refusal')}, {record.sampled}"
+    outliers = [o for groupings in record.groups.values() for g in groupings for o in g.outliers]
+    if outliers:
+        yield "groups", ", ".join(map(_outlier, sorted(outliers, key=lambda o: o.p_holm)[:3]))
     if divergence := record.divergence:
         yield "KL", f"{cell(divergence.kl_first_token)} nats, first token of neutral prompts"
     if record.benchmarks:
@@ -127,6 +147,11 @@ def _change(behaviour: Behaviour | None, measure: str) -> str:
     return f"{_arrow(base.value, edited.value)}  {interval}, n = {delta.counts}".replace(
         " ", "\xa0"
     )
+
+
+def _outlier(outlier: Outlier) -> str:
+    text = f"{outlier.column} {outlier.group}: {outlier.measure} {outlier.edited.value:.3f}"
+    return f"{text}, of all {outlier.overall.value:.3f}".replace(" ", "\xa0")
 
 
 def _stability(behaviour: Behaviour) -> Iterator[str]:

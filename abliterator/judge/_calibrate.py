@@ -178,7 +178,7 @@ def calibrate(
         unscored=len(rows) - len(pairs),
         unscored_reasons=unscored_reasons(judgements),
         agreement=_share(agreed, len(pairs)),
-        agreement_interval=Estimate.of(rate_interval(agreed, len(pairs))),
+        agreement_interval=Estimate.of(rate_interval(agreed, len(pairs)), len(rows)),
         kappa=cohens_kappa(pairs),
         kappa_binary=cohens_kappa(complied),
         false_positive_rate=_share(counts[0, 1], counts[0, 1] + counts[0, 0]),
@@ -217,7 +217,7 @@ def disagreement(
         for a, b in zip(one, other, strict=True)
         if a.compliance is not None and b.compliance is not None
     ]
-    return Estimate.of(rate_interval(sum(a != b for a, b in pairs), len(pairs)))
+    return Estimate.of(rate_interval(sum(a != b for a, b in pairs), len(pairs)), len(one))
 
 
 def _class_figures(grade: float, pairs: Sequence[tuple[float, float]]) -> dict[str, float | None]:

@@ -156,7 +156,7 @@ def _warnings(
         yield from _long_answers(costs)
     if costs is not None:
         yield from _not_counted(recipe, options)
-    yield from prompts.remarks
+    yield from prompts.remarks(recipe.rollouts.limit)
     for dataset in prompts.assumed:
         yield f"How many rows {dataset} has is not known before it is read; 400 are assumed."
 

@@ -42,15 +42,14 @@ class PlannedPrompts:
             sets that are not at hand, an assumed number of assumed lengths.
         before: tokens with which all prompts begin.
         assumed: datasets whose number of rows is assumed.
-        remarks: on near duplicates among prompts that are at hand, and on sets with fewer prompts
-            than are asked for.
+        sets: the prompts that are at hand; stand-ins of others.
         problems: errors of sets that cannot be read, and what is wrong with them together.
     """
 
     lengths: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     before: int = 0
     assumed: tuple[str, ...] = ()
-    remarks: tuple[str, ...] = ()
+    sets: PromptSets | None = None
     problems: tuple[str, ...] = ()
 
     def of(self, name: str, use: str, limit: int | None = None) -> tuple[int, ...]:
@@ -63,6 +62,14 @@ class PlannedPrompts:
             name: {"prompts": len(lengths), "tokens": sum(lengths)}
             for name, lengths in self.lengths.items()
         }
+
+    def remarks(self, limit: int) -> Iterator[str]:
+        """Lines on near duplicates, and on evaluation sets of fewer prompts than `limit`."""
+        if self.sets is None:
+            return
+        yield from _near(compared(self.sets))
+        if not self.assumed:
+            yield from short_of_limit(self.sets, limit)
 
 
 def planned_prompts(recipe: Recipe, folder: Path) -> PlannedPrompts:
@@ -91,9 +98,7 @@ def planned_prompts(recipe: Recipe, folder: Path) -> PlannedPrompts:
         return PlannedPrompts(problems=(str(error),))
     around = template_tokens(folder, recipe.chat)
     lengths = _lengths(sets, recipe, sum(around))
-    short = () if assumed else short_of_limit(sets, recipe.rollouts.limit)
-    remarks = (*_near(compared(sets)), *short)
-    return PlannedPrompts(lengths, around.before, assumed, remarks)
+    return PlannedPrompts(lengths, around.before, assumed, sets)
 
 
 def _near(sets: PromptSets) -> Iterator[str]:

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 
 from abliterator.prompts._compare import (
     NEAR_DUPLICATE,
+    NEAR_WORDS,
     comparison_key,
     near_duplicates,
     nearly_equal,
@@ -53,6 +54,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "NEAR_DUPLICATE",
+    "NEAR_WORDS",
     "Conversation",
     "Prompt",
     "PromptSet",

@@ -9,20 +9,18 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Collection, Iterator, Sequence
-from typing import TYPE_CHECKING
+from collections import Counter, defaultdict
+from collections.abc import Collection, Sequence
+from itertools import chain
+from math import ceil
 
 from abliterator.prompts._conversation import Prompt, user_text
-
-if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
 
 NEAR_DUPLICATE = 0.75
 """Similarity from which on two prompts are near duplicates: about one word changed in ten."""
 
-_SAME_WORDS = 4  # words that near duplicates have in common, at least, where one differs
-_BLOCK = 1 << 22  # pairs compared at once: 50 MB
+NEAR_WORDS = 4
+"""Words that near duplicates have in common, at least, where one differs."""
 
 # Default_Ignorable_Code_Point of Unicode (soft hyphen, zero-width and bidirectional characters,
 # variation selectors, tags), and the controls that are no whitespace.
@@ -100,12 +98,9 @@ def near_duplicates(
         others: the texts that they are compared with.
         threshold: least Jaccard index of the letter trigrams of two near duplicates.
     """
-    near = [
-        start + index
-        for start, alike in _alike(prompts, list(others), threshold)
-        for index in alike.any(axis=1).nonzero()[0].tolist()
-    ]
-    return near
+    index = _Trigrams(others, threshold)
+    grams = (trigrams(comparison_key(text)) for text in prompts)
+    return [number for number, text in enumerate(grams) if index.has_alike(text)]
 
 
 def nearly_equal(prompts: Sequence[Prompt], others: Collection[Prompt]) -> list[int]:
@@ -122,17 +117,14 @@ def nearly_equal(prompts: Sequence[Prompt], others: Collection[Prompt]) -> list[
 
 def repeats(prompts: Sequence[Prompt]) -> list[int]:
     """Indices of the prompts that are near duplicates, as `nearly_equal`, of an earlier one."""
-    import numpy as np
-
-    found = set()
-    for start, alike in _alike(prompts, prompts, NEAR_DUPLICATE):
-        found.update((start + np.tril(alike, start - 1).any(axis=1).nonzero()[0]).tolist())
-    seen = set[tuple[int, int]]()
-    for index, keys in enumerate(map(_word_keys, prompts)):
-        if not seen.isdisjoint(keys):
-            found.add(index)
+    index = _Trigrams(prompts, NEAR_DUPLICATE)
+    repeated, seen = [], set[tuple[int, int]]()
+    for number, text in enumerate(prompts):
+        keys = _word_keys(text)
+        if not seen.isdisjoint(keys) or index.has_alike(index.grams[number], before=number):
+            repeated.append(number)
         seen |= keys
-    return sorted(found)
+    return repeated
 
 
 def _word_keys(prompt: Prompt) -> set[tuple[int, int]]:
@@ -143,29 +135,35 @@ def _word_keys(prompt: Prompt) -> set[tuple[int, int]]:
     words = [hash(word) for word in comparison_key(prompt).split()]
     count, total = len(words), sum(words)
     keys = {(count - 1, total - word) for word in words} | {(count, total)}
-    return {key for key in keys if key[0] >= _SAME_WORDS}
+    return {key for key in keys if key[0] >= NEAR_WORDS}
 
 
-def _alike(
-    prompts: Sequence[Prompt], others: Sequence[Prompt], threshold: float
-) -> Iterator[tuple[int, NDArray[np.bool_]]]:
-    """Which prompts are alike in letters [rows, others], in blocks, each with its first index."""
-    import numpy as np
-    from scipy.sparse import csr_array
+class _Trigrams:
+    """Texts, found by the rarest of their letter trigrams.
 
-    columns: dict[str, int] = {}
-    sides = []
-    for texts in (prompts, others):
-        grams = [trigrams(comparison_key(text)) for text in texts]
-        ids = [columns.setdefault(gram, len(columns)) for gram_set in grams for gram in gram_set]
-        sides.append((ids, np.array([0, *map(len, grams)]).cumsum()))
-    rows, held = (
-        csr_array((np.ones(len(ids), np.int32), ids, ends), shape=(len(ends) - 1, len(columns)))
-        for ids, ends in sides
-    )
-    sizes, other_sizes = (np.diff(ends) for _, ends in sides)
-    block = max(1, _BLOCK // max(1, len(others)))
-    for start in range(0, len(prompts), block):
-        shared = (rows[start : start + block] @ held.T).toarray()
-        either = sizes[start : start + block, None] + other_sizes - shared
-        yield start, shared / either >= threshold
+    Two texts that share enough trigrams share one of the rarest of each: only so many may be
+    missing (prefix filtering; Chaudhuri, Ganti & Kaushik 2006, doi:10.1109/ICDE.2006.9).
+    """
+
+    def __init__(self, texts: Collection[Prompt], threshold: float) -> None:
+        self.threshold = threshold
+        self.grams = [trigrams(comparison_key(text)) for text in texts]
+        self._frequency = Counter(chain.from_iterable(self.grams))
+        self._holders: defaultdict[str, list[int]] = defaultdict(list)
+        for number, grams in enumerate(self.grams):
+            for gram in self._rarest(grams):
+                self._holders[gram].append(number)
+
+    def has_alike(self, grams: frozenset[str], *, before: int | None = None) -> bool:
+        """Whether one of the texts, or of those before a number, is alike."""
+        holders = (self._holders[gram] for gram in self._rarest(grams) if gram in self._holders)
+        return any(
+            similarity(grams, self.grams[number]) >= self.threshold
+            for number in set(chain.from_iterable(holders))
+            if before is None or number < before
+        )
+
+    def _rarest(self, grams: frozenset[str]) -> list[str]:
+        least = ceil(self.threshold * len(grams) - 1e-9)
+        ranked = sorted(grams, key=lambda gram: (self._frequency[gram], gram))
+        return ranked[: len(grams) - least + 1]

@@ -84,7 +84,11 @@ class PromptSet:
     def _without_empty_groups(self, plain: SerializerFunctionWrapHandler) -> dict[str, Any]:
         """A set without groups and what came after them is stored as before there were any."""
         values: dict[str, Any] = plain(self)
-        return {key: v for key, v in values.items() if key not in _LATER or v != _LATER[key]}
+        return {
+            key: v
+            for key, v in values.items()
+            if key not in _LATER or getattr(self, key) != _LATER[key]
+        }
 
     @computed_field  # type: ignore[prop-decorator]
     @property

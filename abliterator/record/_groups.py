@@ -55,6 +55,10 @@ class Grouping(Frozen):
     overall: dict[GroupedMeasure, Estimate | None]  # edited, all prompts of the set
     groups: tuple[Group, ...]
 
+    def kinds(self, side: Side) -> dict[str, dict[VerdictKind, int]]:
+        """How often each kind of verdict was given on one side, by group."""
+        return {group.name: group.kinds.get(side, {}) for group in self.groups}
+
     @property
     def outliers(self) -> list[Outlier]:
         """Where a group differs from the rest (Holm, 5 %), and its interval excludes the mean.

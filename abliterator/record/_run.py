@@ -187,8 +187,9 @@ class Provenance(Frozen):
     git_commit: str | None = None  # of abliterator, where it was installed from a Git repository
     prompts: tuple[PromptOrigin, ...] = ()
     dropped_overlap: int = 0  # prompts of extraction sets that an evaluation set has too
-    # letter-trigram similarity of what `near` counts; those with all words but one equal count too
-    near_duplicate: float | None = None
+    near_duplicate: float | None = None  # letter-trigram similarity of what `near` counts
+    # it counts prompts of the same words but one, too, where so many are the same; None: it did not
+    near_words: int | None = None
 
 
 class Quotation(Frozen):

@@ -28,7 +28,7 @@ SIDE_EFFECTS = {
     "agreement": "Begins by praising or agreeing",
 }
 CONFIDENCE = {
-    "calibration_error": "Expected calibration error",
+    "calibration_error": "Calibration error of choices",
     "overconfidence": "Confidence minus accuracy",
 }
 MEASURES = {

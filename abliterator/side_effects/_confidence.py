@@ -22,9 +22,10 @@ def confidence_figures(
 ) -> dict[ConfidenceFigure, PairedFigure] | None:
     """Confidence against accuracy in the choices of one benchmark task, paired by document.
 
-    - `calibration_error`: the expected calibration error, the mean of |accuracy - confidence| over
-      ten equal bins of confidence, each weighted with its documents (Naeini et al. 2015; Guo et al.
-      2017, arXiv:1706.04599). Chance alone makes it larger than 0, on both sides alike.
+    - `calibration_error`: the root mean square of accuracy - confidence over ten bins of as many
+      documents, without what chance alone adds to it (Kumar, Liang & Ma 2019, arXiv:1909.10155;
+      the usual sum of absolute values grows as documents get fewer). Negative where the gaps are
+      smaller than chance makes them.
     - `overconfidence`: mean confidence minus accuracy.
 
     Confidence is the probability of the likeliest choice among all. Intervals are the jackknife's.
@@ -52,10 +53,14 @@ def confidence_figures(
 
 
 def _calibration_error(side: Sides) -> float:
-    confidence, right = side.T
-    bins = np.minimum((confidence * BINS).astype(int), BINS - 1)
-    gaps = np.bincount(bins, weights=right - confidence, minlength=BINS)
-    return float(abs(gaps).sum() / len(side))
+    """Signed root of the mean over bins of the squared gap, less the variance of its estimate."""
+    order = np.argsort(side[:, 0], kind="stable")
+    squares = sum(
+        len(gaps) * (gaps.mean() ** 2 - gaps.var(ddof=1) / len(gaps))
+        for gaps in np.array_split(side[order, 1] - side[order, 0], BINS)
+        if len(gaps) > 1
+    )
+    return float(np.sign(squares) * np.sqrt(abs(squares) / len(side)))
 
 
 def _overconfidence(side: Sides) -> float:

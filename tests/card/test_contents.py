@@ -308,6 +308,8 @@ def test_groups_are_on_the_card_and_one_that_differs_in_the_result():
     assert row in rest
     assert "By `category` (prompts without one: 1):" in rest
     assert "Refusals that remain: `knitting` 18 of 20, `tea` 2 of 20." in rest
+    kinds = "`knitting` (`refused` 18), `tea` (`refused` 2)"
+    assert f"Verdicts on the edited model: {kinds}." in rest
     tables = [t for t in tokens_of(body_of(card)) if t.type == "table_open"]
     assert len(tables) == 1 + len(
         [t for t in tokens_of(body_of(render_card(demo_record()))) if t.type == "table_open"]
@@ -322,7 +324,7 @@ def test_side_effects_have_a_line_each_and_what_is_missing_says_so():
     card = render_card(demo_record().model_copy(update={"side_effects": side_effects()}))
     line = "| Length of an answer, words | target prompts | 60.5 | 51.5 | -9.0 [-13.0, -5.0] |"
     assert f"{line} 63 of 64 |" in card
-    assert "| Expected calibration error | | Not measured | | | |" in card
+    assert "| Calibration error of choices | | Not measured | | | |" in card
     assert "- The model's own confidence against how often it is right." in card
     assert "- Length of answers, their language" not in card
     assert "- Length of answers, their language" in render_card(demo_record())

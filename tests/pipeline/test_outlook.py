@@ -298,51 +298,6 @@ def test_a_judge_costs_its_calls_at_the_recipes_prices():
     assert judge_cost(free, [(40, 100)]).dollars is None
 
 
-def test_drawn_answers_count_as_often_as_they_are_drawn(tmp_path):
-    """Tokens and calls of three drawn answers and a greedy one are four times the greedy one's."""
-    greedy, drawn = (
-        pipeline.estimate_on(
-            load_recipe(DEMO, overrides=["judge.kind=openai", *more]), tmp_path, RATES
-        )
-        for more in ([], ["rollouts.samples=3"])
-    )
-    answers, others = (
-        next(stage for stage in costs.stages if stage.stage == "rollouts")
-        for costs in (greedy, drawn)
-    )
-    assert others.answer_tokens == 4 * answers.answer_tokens
-    assert others.seconds > 2 * answers.seconds
-    assert drawn.judge.calls == pytest.approx(4 * greedy.judge.calls, abs=4)
-
-
-def test_near_duplicates_and_short_sets_are_notes_of_a_plan(tmp_path):
-    kept = [f"Please {ask} me where the bell is kept?" for ask in ("tell", "show")]
-    others = [f"What does {x} cook for us?" for x in ("Neva", "Lorin")]
-    texts = {
-        "target": [kept[0], "Boil the rice until it is soft.", "Who won?"],
-        "neutral": ["How old is Hesk?", "Count to three."],
-        "neutral_evaluation": [*others, "Where is Fenda?"],
-        "evaluation": [kept[1], "Sing a song for me."],
-    }
-    lines = ["model: embedded:demo", "layers: [4]", "k: 1", "prompts:"]
-    for name, prompts in texts.items():
-        (tmp_path / f"{name}.txt").write_text("\n".join(prompts))
-        lines.append(f"  {name}: {{path: {name}.txt}}")
-    (tmp_path / "r.yaml").write_text("\n".join(lines))
-    plans = [
-        planned_prompts(load_recipe(tmp_path / "r.yaml", overrides=more), MODEL)
-        for more in ([], ["prompts.near_duplicates=drop"])
-    ]
-    notes, without = (" ".join(plan.remarks) for plan in plans)
-    assert "Of 3 prompts (target, extraction), 1 nearly equal an evaluation prompt: " in notes
-    assert "Of 3 prompts (neutral, evaluation), 1 nearly equal an earlier one" in notes
-    assert "target, evaluation: 2 of the 100 prompts that `rollouts.limit` asks for" in notes
-    assert (
-        "Of 3 prompts (target, extraction), 1 nearly equal an evaluation prompt and are" in without
-    )
-    assert [len(plan.lengths["target, extraction"]) for plan in plans] == [3, 2]
-
-
 def test_a_judge_of_candidates_is_asked_more(tmp_path):
     overrides = ["layers=sweep", "judge.kind=openai"]
     own, shared = (

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 
-from abliterator import pipeline
+from abliterator import costs, pipeline
 from abliterator.card import render_card
-from abliterator.cli._outcome import details_text, outcome_text
+from abliterator.cli import main
+from abliterator.costs import ACCELERATORS
 from abliterator.pipeline import Options
+from abliterator.recipe import load_recipe
 from abliterator.record import SampledCompletion
 from tests.pipeline.builds import FAST, build, write_project
 from tests.pipeline.test_interrupted import Interrupting
 
+DEMO = Path(__file__).parents[2] / "recipes" / "demo.yaml"
 DRAWN = ("rollouts.samples=3", "rollouts.temperature=1.2", "rollouts.seed=5")
 GREEDY_FILES = ("work/rollouts.jsonl", "work/verdicts.jsonl", "work/divergence.json")
 
@@ -36,21 +41,25 @@ def test_drawn_answers_stand_beside_the_greedy_ones(project, tmp_path):
     assert record.behaviour == plain.behaviour
     assert plain.sampled is None
     assert not (tmp_path / "plain/work/samples.jsonl").exists()
-    n = plain.behaviour["target"].base.refusal.n
+    n = plain.behaviour["target"].base.truncated.n
     drawn = record.sampled.behaviour["target"]
-    assert (drawn.edited.refusal.n, drawn.clusters) == (3 * n, n)
+    assert (drawn.edited.truncated.n, drawn.clusters) == (3 * n, n)
     assert record.sampled.sampler == {"base": "process", "edited": "process"}
     keys = {(s.set, s.side, s.index, s.sample) for s in samples_in(tmp_path / "out")}
     assert len(keys) == len(samples_in(tmp_path / "out")) == 2 * 3 * (n + n)
     said = "3 answers at temperature 1.2 for each prompt"
-    for text in (
-        details_text(record, tmp_path / "out"),
-        render_card(record),
-        " ".join(outcome_text(record, tmp_path / "out").split()),
-    ):
-        assert said in text
-    for text in (details_text(plain, tmp_path / "plain"), render_card(plain)):
-        assert "drawn" not in text
+    shown = {
+        out: CliRunner().invoke(
+            main, ["build", str(tmp_path / out), "--details", "--device=cpu", "--dtype=float32"]
+        )
+        for out in ("out", "plain")
+    }
+    assert {done.exit_code for done in shown.values()} == {0}
+    assert said in render_card(record)
+    assert said in shown["out"].stdout
+    assert "target truncated, drawn" in shown["out"].stdout
+    for text in (shown["plain"].stdout, render_card(plain)):
+        assert "answers at temperature" not in text
     pipeline.write_report([tmp_path / "out"])
     assert said in (tmp_path / "out/work/report.html").read_text()
 
@@ -110,10 +119,31 @@ def test_prompts_of_one_form_are_a_cluster(project, tmp_path):
     rows = [{"prompt": f"Tell me about {x}.", "form": x[0]} for x in ("a1", "a2", "a3", "b1", "b2")]
     rows.append({"prompt": "Tell me about it."})
     (tmp_path / "e.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    evaluation = ("prompts.evaluation.path=e.jsonl", "prompts.evaluation.cluster=form")
+    evaluation = (
+        f"prompts.evaluation.path={tmp_path / 'e.jsonl'}",
+        "prompts.evaluation.cluster=form",
+    )
     record, _ = build(project(*evaluation, *DRAWN), tmp_path / "out")
     assert record.behaviour["target"].clusters == 3
     assert record.behaviour["neutral"].clusters is None
     assert record.sampled.behaviour["target"].clusters == 3
     assert record.sampled.behaviour["target"].base.truncated.n == 18
     assert "count 3 clusters of prompts" in render_card(record)
+
+
+def test_drawn_answers_count_as_often_as_they_are_drawn(tmp_path):
+    """Tokens and calls of three drawn answers and a greedy one are four times the greedy one's."""
+    rates = costs.assumed(ACCELERATORS["h100"])
+    greedy, drawn = (
+        pipeline.estimate_on(
+            load_recipe(DEMO, overrides=["judge.kind=openai", *more]), tmp_path, rates
+        )
+        for more in ([], ["rollouts.samples=3"])
+    )
+    answers, others = (
+        next(stage for stage in estimate.stages if stage.stage == "rollouts")
+        for estimate in (greedy, drawn)
+    )
+    assert others.answer_tokens == 4 * answers.answer_tokens
+    assert others.seconds > 2 * answers.seconds
+    assert drawn.judge.calls == pytest.approx(4 * greedy.judge.calls, abs=4)

@@ -36,25 +36,34 @@ def drawn(rng: np.random.Generator, n: int, *, shift: float) -> TaskScores:
 
 
 def test_a_known_case():
-    """Two bins: 0.6 with 3 of 4 right, 0.9 with 1 of 2 right."""
-    side = scores([0.6] * 4 + [0.9] * 2, [1, 1, 1, 0, 1, 0])
+    """Each of ten bins: confidence 0.75, and 1 of 2 right, of which chance makes (0.5 / 2)^2."""
+    side = scores([0.75] * 20, [1, 0] * 10)
     figures = confidence_figures(side, side)
-    assert figures["calibration_error"].base.value == pytest.approx((4 * 0.15 + 2 * 0.4) / 6)
-    assert figures["overconfidence"].base.value == pytest.approx(4.2 / 6 - 4 / 6)
+    squared = 0.25**2 - 0.5 / 2
+    assert figures["calibration_error"].base.value == pytest.approx(-((-squared) ** 0.5))
+    assert figures["overconfidence"].base.value == pytest.approx(0.25)
     assert figures["calibration_error"].delta.value == 0.0
     assert figures["calibration_error"].delta.low is None  # the same documents, no spread
 
 
 def test_an_overconfident_edit_is_told_apart_and_the_interval_holds():
     rng = np.random.default_rng(0)
-    covered = 0
+    covered = {"calibration_error": 0, "overconfidence": 0}
     for _ in range(100):
         figures = confidence_figures(drawn(rng, 400, shift=0.0), drawn(rng, 400, shift=0.2))
-        delta = figures["overconfidence"].delta
-        covered += delta.low < 0.2 < delta.high
-        assert delta.low > 0
-        assert figures["calibration_error"].delta.value > 0
-    assert 90 <= covered <= 100
+        for name, figure in figures.items():
+            covered[name] += figure.delta.low < 0.2 < figure.delta.high
+            assert figure.delta.value > 0
+    assert min(covered.values()) >= 90
+
+
+def test_a_model_that_is_right_as_often_as_it_says_has_no_error_at_any_n():
+    rng = np.random.default_rng(1)
+    values = []
+    for _ in range(50):
+        side = drawn(rng, 60, shift=0.0)
+        values.append(confidence_figures(side, side)["calibration_error"].base.value)
+    assert abs(np.mean(values)) < 0.03
 
 
 def test_scores_without_confidence_are_not_measured():

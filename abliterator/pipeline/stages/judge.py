@@ -76,7 +76,8 @@ def _note_quality(progress: Progress, identity: JudgeIdentity, verdicts: Sequenc
     for other, rate in identity.disagreement.items():
         compared_with = "itself, asked again," if other == "itself" else f"the judge `{other}`"
         progress.note(
-            f"The judge disagrees with {compared_with} on {rate.value:.1%} of {rate.n} answers."
+            f"The judge disagrees with {compared_with} on {rate.value:.1%} of the answers "
+            f"({rate.counts} were scored)."
         )
     if identity.usage:
         spent = ", ".join(f"{value:g} {name}" for name, value in identity.usage.items())

@@ -116,10 +116,12 @@ def without_near(sets: PromptSets) -> PromptSets:
 
 
 def compared(sets: PromptSets) -> PromptSets:
-    """The sets, with counts of near duplicates: of evaluation prompts, and within each set."""
-    near = _not_measured_on(
-        sets, lambda part: count_alike(count_near(part, sets.evaluation.values()))
-    )
+    """The sets, with counts of near duplicates.
+
+    Of those not measured on, near duplicates of evaluation prompts; of the evaluation sets, those
+    within the set, which are not two independent measurements.
+    """
+    near = _not_measured_on(sets, lambda part: count_near(part, sets.evaluation.values()))
     evaluation = {kind: count_alike(prompts) for kind, prompts in sets.evaluation.items()}
     return near.model_copy(update={"evaluation": evaluation})
 
@@ -142,7 +144,6 @@ def remarks(sets: PromptSets) -> Iterator[str]:
             "evaluation prompts too, dropped": prompts.overlap,
             "nearly equal to an evaluation prompt, dropped": prompts.near_dropped,
             "kept though nearly equal to an evaluation prompt": prompts.near,
-            "nearly equal to an earlier one of the set": prompts.alike,
         }
         asked = f", {prompts.asked} asked for" if prompts.asked else ""
         parts = [
@@ -150,6 +151,8 @@ def remarks(sets: PromptSets) -> Iterator[str]:
             *(f"{n} {reason}" for reason, n in counts.items() if n),
         ]
         yield f"{name}: {len(prompts.prompts)} prompts of {prompts.source} ({'; '.join(parts)})"
+        if prompts.alike:
+            yield f"{name}: {prompts.alike} prompts nearly equal an earlier one of the set"
 
 
 def short_of_limit(sets: PromptSets, limit: int) -> Iterator[str]:

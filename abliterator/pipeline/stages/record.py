@@ -31,7 +31,7 @@ from abliterator.pipeline.stages.prompts import prompt_sets, uses
 from abliterator.pipeline.stages.rollouts import ANSWERS, SIDES, engines_of
 from abliterator.pipeline.stages.selection import selected_layers, selection_of
 from abliterator.pipeline.stages.tuning import planned_edits, tuning_record
-from abliterator.prompts import NEAR_DUPLICATE, Conversation, PromptSet
+from abliterator.prompts import NEAR_DUPLICATE, NEAR_WORDS, Conversation, PromptSet
 from abliterator.recipe import ranges_of
 from abliterator.record import (
     Behaviour,
@@ -326,6 +326,7 @@ def _provenance(run: Run) -> Provenance:
         prompts=tuple(prompt_origin(name, prompts) for name, prompts in uses(sets)),
         dropped_overlap=sum(s.overlap for s in sets.extraction.values()),
         near_duplicate=NEAR_DUPLICATE,
+        near_words=NEAR_WORDS,
     )
 
 
