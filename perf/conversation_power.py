@@ -68,8 +68,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("out", type=Path)
     parser.add_argument("checkpoints", type=Path, nargs="+")
+    parser.add_argument("--tasks", default="conversation", help="names, between commas")
     arguments = parser.parse_args()
-    tasks = resolve_tasks(["conversation"], folder=Path.cwd())
+    tasks = resolve_tasks(arguments.tasks.split(","), folder=Path.cwd())
     scores = {
         str(folder): scores_of(folder, tasks, arguments.out / "-".join(folder.resolve().parts[-2:]))
         for folder in arguments.checkpoints

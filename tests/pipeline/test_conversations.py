@@ -1,13 +1,15 @@
 """Conversations through a build: as prompts, and as the conversation suite."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
+from abliterator import pipeline
 from abliterator.errors import PromptError
 from abliterator.pipeline import write_report
 from abliterator.record import Completion
-from tests.pipeline.builds import build, write_project
+from tests.pipeline.builds import FAST, Log, build, write_project
 
 SUITE = ("benchmarks.tasks=[conversation_stopping]", "benchmarks.limit=3")
 
@@ -55,7 +57,9 @@ def test_conversations_are_answered_turn_by_turn_and_graded(project, tmp_path):
     # another edit: the base's conversations are kept
     changed = project(*SUITE, "edit.strength=0.5")
     kept = (out / "work/benchmarks/base/conversation_stopping.json").stat().st_mtime_ns
-    assert "benchmarks" in build(changed, out)[1]
+    log = Log()
+    pipeline.build(changed, out, options=replace(FAST, force=True), progress=log)
+    assert "benchmarks" in log.ran
     assert (out / "work/benchmarks/base/conversation_stopping.json").stat().st_mtime_ns == kept
 
 
