@@ -28,7 +28,7 @@ def details_text(record: RunRecord, out: Path) -> str:
 
     rows = [["", "base", "edited", "delta"]]
     for name, behaviour in record.behaviour.items():
-        for measure in MEASURES if behaviour else ():
+        for measure in _measures(behaviour) if behaviour else ():
             sides = (getattr(behaviour, side) for side in ("base", "edited", "delta"))
             cells = [cell(getattr(s, measure)) for s in sides]
             detectable = behaviour.smallest_detectable.get(measure) if behaviour else None
@@ -42,6 +42,11 @@ def details_text(record: RunRecord, out: Path) -> str:
     return render(
         "details", r=record, checkpoint=checkpoint, leak=leak, table=table, counted=counted
     )
+
+
+def _measures(behaviour: Behaviour) -> tuple[str, ...]:
+    thinks = behaviour.base.thinking_refusal or behaviour.edited.thinking_refusal
+    return (*MEASURES, "thinking_refusal") if thinks else MEASURES
 
 
 def outcome_text(record: RunRecord, out: Path) -> str:
@@ -83,6 +88,8 @@ def _result(record: RunRecord, out: Path) -> Iterator[tuple[str, str]]:
     target = record.behaviour.get("target")
     for measure in GRADES if target else ():
         yield measure, _change(target, measure)
+    if target and target.base.thinking_refusal and target.edited.thinking_refusal:
+        yield "thinking", "refuses\xa0in\xa0it " + _change(target, "thinking_refusal")
     for name, behaviour in record.behaviour.items():
         if behaviour and name != "target":
             yield name.replace("_", "-"), ", ".join(_stability(behaviour))

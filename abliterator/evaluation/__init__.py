@@ -21,6 +21,7 @@ from abliterator.evaluation._answers import (
     no_bar,
     summarise_draws,
 )
+from abliterator.evaluation._budgets import answers_within
 from abliterator.evaluation._context import EvaluationContext, RenderedPrompts
 from abliterator.evaluation._evaluator import EditEvaluator, MeasuredEdit, OnStep
 from abliterator.evaluation._kl import kl_divergence, kl_terms, require_finite
@@ -49,6 +50,7 @@ __all__ = [
     "answer_and_judge",
     "answer_path",
     "answer_sets",
+    "answers_within",
     "as_completions",
     "base_paths",
     "behind_thinking",

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from statistics import mean
 
 from abliterator.engines import Answer, Engine
+from abliterator.evaluation._budgets import answers_within
 from abliterator.evaluation._context import EvaluationContext, RenderedPrompts
 from abliterator.judge import estimates_of, estimates_of_draws, judge_completions
 from abliterator.record import AnswerSummary, Completion, Side, Verdict
@@ -125,9 +126,11 @@ def answer_sets(
     side: Side,
     max_new_tokens: int,
     batch_size: int,
+    thinking_tokens: int | None = None,
     bar: Bar = no_bar,
     stop_ids: Sequence[int] | None = None,
     answered: Mapping[str, MutableMapping[int, Answer]] | None = None,
+    continued: Mapping[str, MutableMapping[int, Answer]] | None = None,
 ) -> list[Completion]:
     """One side's greedy answers to several prompt sets, as lines of rollouts.jsonl.
 
@@ -137,22 +140,27 @@ def answer_sets(
         side: which model answers.
         max_new_tokens: at most this many tokens an answer.
         batch_size: prompts at a time.
+        thinking_tokens: of the thinking before an answer, at most (`answers_within`).
         bar: shows progress; called with a label and the number of prompts.
         stop_ids: tokens that end an answer; left out, the model's own. An edited folder of a build
             has its base's config and tokenizer byte for byte, so they are the same on both sides.
         answered: by set, the answers of an earlier call that was interrupted, to which each batch's
             are added (`Engine.answers`).
+        continued: the same of the answers that went on behind the budget of the thinking.
     """
     completions: list[Completion] = []
     for name, (prompts, token_ids) in sets.items():
         kept = answered[name] if answered is not None else {}
         with bar(f"{side} answers, {name}", len(prompts) - len(kept)) as advance:
-            answers = engine.answers(
+            answers = answers_within(
+                engine,
                 token_ids,
                 max_new_tokens=max_new_tokens,
+                thinking_tokens=thinking_tokens,
                 batch_size=batch_size,
                 stop_ids=stop_ids,
                 answered=kept,
+                continued=continued[name] if continued is not None else None,
                 on_batch=advance,
             )
         completions += as_completions(answers, prompts, set_name=name, side=side)

@@ -31,6 +31,7 @@ from abliterator.judge._summary import (
     summarise,
     unscored_reasons,
 )
+from abliterator.judge._thoughts import thinking_refuses
 from abliterator.judge._types import Answered, Judge, Judgement
 from abliterator.judge._verdicts import judge_completions
 
@@ -55,5 +56,6 @@ __all__ = [
     "read_calibration",
     "scored_verdicts",
     "summarise",
+    "thinking_refuses",
     "unscored_reasons",
 ]

@@ -34,7 +34,7 @@ def _uses(run: Run, sets: PromptSets) -> Iterator[tuple[str, Sequence[str], int]
     for name, prompts in sets.selection.items():
         yield f"selection {name}", prompts.prompts, answer_tokens
     for name, prompts in sets.evaluation.items():
-        limit, max_new_tokens = recipe.rollouts.limit, recipe.rollouts.max_new_tokens
+        limit, max_new_tokens = recipe.rollouts.limit, recipe.rollouts.most_tokens
         yield f"evaluation {name}", prompts.prompts[:limit], max_new_tokens
     divergence_prompts = sets.evaluation["neutral"].prompts[: recipe.divergence.limit]
     yield "evaluation neutral", divergence_prompts, recipe.divergence.tokens

@@ -105,11 +105,12 @@ def folder_of(run: Run, side: Side) -> Path:
 def _answers(run: Run, side: Side) -> list[Completion]:
     from abliterator.evaluation import answer_sets, as_completions
 
-    limit, tokens = run.recipe.rollouts.limit, run.recipe.rollouts.max_new_tokens
+    settings = run.recipe.rollouts
     journal = Journal(partial_file(run, "rollouts", f"{side}.jsonl", _side_key(run, side)))
-    sets = {name: s.prompts[:limit] for name, s in prompt_sets(run).evaluation.items()}
+    sets = {name: s.prompts[: settings.limit] for name, s in prompt_sets(run).evaluation.items()}
     answered = {name: KeptAnswers(journal, name) for name in sets}
-    if all(len(answered[name]) == len(prompts) for name, prompts in sets.items()):
+    is_whole = settings.thinking_tokens is None  # else it may go on behind the thinking
+    if is_whole and all(len(answered[name]) == len(prompts) for name, prompts in sets.items()):
         return [  # without the model
             completion
             for name, prompts in sets.items()
@@ -121,14 +122,16 @@ def _answers(run: Run, side: Side) -> list[Completion]:
     return answer_sets(
         engine,
         {
-            name: run.render(engine, prompts, name=name, max_new_tokens=tokens)
+            name: run.render(engine, prompts, name=name, max_new_tokens=settings.most_tokens)
             for name, prompts in sets.items()
         },
         side=side,
-        max_new_tokens=tokens,
+        max_new_tokens=settings.max_new_tokens,
+        thinking_tokens=settings.thinking_tokens,
         batch_size=run.batch_size,
         bar=run.progress.bar,
         answered=answered,
+        continued={name: KeptAnswers(journal, f"{name}, continued") for name in sets},
     )
 
 
