@@ -27,6 +27,7 @@ MEASURES = {
     "product": "Compliance x coherence",
     "truncated": "Cut at the token limit",
     "unscored": "Unscored",
+    "thinking_refusal": "Refuses in its thinking (by rules)",
     "repetition": "Share that repeats itself (counted, not judged)",
     "distinct": "Word pairs that are not repeats (counted, not judged)",
 }
@@ -35,8 +36,12 @@ RESULT_SETS = {
     "neutral": "neutral prompts",
     "over_refusal": "over-refusal prompts",
 }
+NAMED_POSITIONS = {
+    "instruction": "the last token of the user's own text",
+    "after_thinking": "the last token before the answer, behind the base's own thinking",
+}
 RESULT_MEASURES = {"refusal": "Refusal", "compliance": "Compliance", "coherence": "Coherence"}
-COUNTED = ("repetition", "distinct")
+COUNTED = ("thinking_refusal", "repetition", "distinct")
 DIVERGENCES = {
     "kl_first_token": "KL(base, edited) of the first answer token, nats",
     "kl": "KL(base, edited) per answer token, nats",
@@ -66,6 +71,7 @@ def variables(record: RunRecord, *, adapter: bool) -> dict[str, object]:
         "adapter": adapter,
         "record": record,
         "edit": record.edit,
+        "named_positions": NAMED_POSITIONS,
         "planned": record.edit.tensors is None,
         "selection": record.selection,
         "model": model,

@@ -20,6 +20,7 @@ from abliterator.cli._bake import bake
 from abliterator.cli._build import build
 from abliterator.cli._chat import chat
 from abliterator.cli._compare import compare
+from abliterator.cli._control_vector import control_vector
 from abliterator.cli._demo import demo
 from abliterator.cli._doctor import doctor
 from abliterator.cli._init import init
@@ -45,7 +46,7 @@ SECTIONS = {
     "Run": ("build", "sweep", "study", "bake", "pairs", "judge-calibrate"),
     "Stages of a build": ("directions", "rollouts", "judge", "benchmarks", "card"),
     "Inspect": ("chat", "report", "compare", "survive", "verify", "leak"),
-    "Publish": ("publish",),
+    "Publish": ("publish", "control-vector"),
 }
 
 
@@ -114,6 +115,7 @@ COMMANDS = (
     build,
     chat,
     compare,
+    control_vector,
     demo,
     doctor,
     init,

@@ -22,6 +22,7 @@ from abliterator.evaluation._answers import (
     no_bar,
     summarise_draws,
 )
+from abliterator.evaluation._budgets import answers_within
 from abliterator.evaluation._context import EvaluationContext, RenderedPrompts
 from abliterator.evaluation._conversations import answer_conversations, kept_answers, spoken
 from abliterator.evaluation._evaluator import EditEvaluator, MeasuredEdit, OnStep
@@ -54,6 +55,7 @@ __all__ = [
     "answer_path",
     "answer_sets",
     "answers_of",
+    "answers_within",
     "as_completions",
     "base_paths",
     "behind_thinking",

@@ -13,6 +13,7 @@ from abliterator.files import write_bytes_atomic
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from abliterator.directions import Position
     from abliterator.subspace import Moments, MomentSet
 
 # Sums are written after every batch where that takes less than this, else in so much of the time.
@@ -37,7 +38,7 @@ class CapturedSet:
         self,
         path: Path,
         parts: Mapping[str, Collection[int]],
-        positions: Sequence[int],
+        positions: Sequence[Position],
         shape: tuple[int, int],
         *,
         vectors: Tensor | None,
@@ -47,11 +48,11 @@ class CapturedSet:
         self.done: set[int] = set()
         self.vectors = vectors
         begun = self._read() if path.is_file() else {}
-        self._moments: dict[tuple[str, int], Moments] = self._begin(begun, shape)
+        self._moments: dict[tuple[str, Position], Moments] = self._begin(begun, shape)
 
     def _begin(
-        self, begun: Mapping[tuple[str, int], MomentSet], shape: tuple[int, int]
-    ) -> dict[tuple[str, int], Moments]:
+        self, begun: Mapping[tuple[str, Position], MomentSet], shape: tuple[int, int]
+    ) -> dict[tuple[str, Position], Moments]:
         from abliterator.subspace import Moments
 
         keys = [(part, position) for part in self._parts for position in self._positions]
@@ -71,12 +72,9 @@ class CapturedSet:
         if self._cost < _SHORT_S or perf_counter() - self._written > self._cost / _SHARE:
             self.write()
 
-    def frozen(self) -> dict[str, MomentSet]:
-        """The moments of every part; with several positions they are called PART@POSITION."""
-        return {
-            part if len(self._positions) == 1 else f"{part}@{position}": accumulated.freeze()
-            for (part, position), accumulated in self._moments.items()
-        }
+    def frozen(self) -> dict[tuple[str, Position], MomentSet]:
+        """The moments of every part at every position."""
+        return {key: accumulated.freeze() for key, accumulated in self._moments.items()}
 
     def write(self) -> None:
         """Writes the sums, unless an interrupt came between two of them."""
@@ -99,7 +97,7 @@ class CapturedSet:
         self._written = perf_counter()
         self._cost = self._written - start
 
-    def _read(self) -> dict[tuple[str, int], MomentSet]:
+    def _read(self) -> dict[tuple[str, Position], MomentSet]:
         """The sums in the file; none where a loss of power left it damaged."""
         from safetensors.torch import load
 

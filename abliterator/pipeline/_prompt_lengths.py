@@ -42,7 +42,7 @@ def _uses(run: Run, sets: PromptSets) -> Iterator[tuple[str, Sequence[Prompt], i
     for name, prompts in sets.selection.items():
         yield f"selection {name}", prompts.prompts, answer_tokens
     for name, prompts in sets.evaluation.items():
-        limit, max_new_tokens = recipe.rollouts.limit, recipe.rollouts.max_new_tokens
+        limit, max_new_tokens = recipe.rollouts.limit, recipe.rollouts.most_tokens
         yield f"evaluation {name}", prompts.prompts[:limit], max_new_tokens
         scripted = [prompt for prompt in prompts.prompts[:limit] if turns_of(prompt) > 1]
         for prompt in scripted:

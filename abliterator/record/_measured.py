@@ -126,6 +126,8 @@ class Verdict(Frozen):
     reasons: tuple[str, ...] = ()
     kind: VerdictKind | None = None  # None when unscored; "truncated" where no answer was reached
     thinking: str = ""  # split off before judging
+    # whether the thinking comes to a refusal, by rules; None without thinking
+    thinking_refused: bool | None = None
     text_statistics: TextStatistics | None = None
 
 
@@ -144,6 +146,7 @@ class BehaviourSide(Frozen):
     product: Estimate | None  # mean of compliance x coherence, per prompt
     truncated: Estimate | None
     unscored: Estimate | None
+    thinking_refusal: Estimate | None = None  # of answers with thinking, by rules
     repetition: Estimate | None = None  # text statistics: counted, not judged
     distinct: Estimate | None = None
 

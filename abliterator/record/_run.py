@@ -37,7 +37,7 @@ class EditSummary(Frozen):
     """The edit of the weights, summed over `edits.json`."""
 
     layers: tuple[int, ...]
-    positions: tuple[int, ...]
+    positions: tuple[int | str, ...]
     k: int
     strength: dict[str, float | dict[str, float]]  # per component, or per blocks ("9-24") of it
     components: tuple[str, ...]

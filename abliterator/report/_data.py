@@ -117,6 +117,8 @@ def _answer(
             "coherence": verdict.coherence,
             "reasons": verdict.reasons,
         }
+        if verdict.thinking_refused is not None:
+            fields["thinkingRefuses"] = verdict.thinking_refused
     if verdict is not None and by_rules is not None and by_rules.kind != verdict.kind:
         fields["rules"] = by_rules.kind or "unscored"
     return fields

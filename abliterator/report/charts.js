@@ -41,7 +41,7 @@ function candidateTitle(c) {
 
 function sweep(build, width) {
   const { base, candidates } = build.selection;
-  const positions = [...new Set(candidates.map((c) => c.position))].sort((x, y) => y - x);
+  const positions = [...new Set(candidates.map((c) => c.position))].sort((x, y) => (y - x) || 0);
   const hue = (c) => colour(SERIES[positions.indexOf(c.position) % SERIES.length]);
   const layers = candidates.map((c) => c.layer);
   const domain = [Math.min(...layers) - 0.5, Math.max(...layers) + 0.5];

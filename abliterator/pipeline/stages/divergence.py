@@ -37,7 +37,7 @@ def _base_key(run: Run) -> str:
             run.base_digest(),
             run.section("chat"),
             run.section("divergence"),
-            run.recipe.rollouts.max_new_tokens,
+            run.recipe.rollouts.most_thinking,
             prompt_sets(run).evaluation["neutral"].sha256,
             run.dtype,
             run.recipe.seed,
@@ -79,7 +79,7 @@ def _write_paths(run: Run) -> None:
         base,
         _rendered(run, base),
         tokens=run.recipe.divergence.tokens,
-        max_new_tokens=run.recipe.rollouts.max_new_tokens,
+        max_new_tokens=run.recipe.rollouts.most_thinking,
         batch_size=run.batch_size,
         bar=run.progress.bar,
     )

@@ -54,7 +54,7 @@ from abliterator.record import (
     Tool,
     Verdict,
 )
-from abliterator.verification import BASE_CARD, CARD, PICTURES, RECIPE, recipe_text
+from abliterator.verification import BASE_CARD, CARD, DIRECTIONS, PICTURES, RECIPE, recipe_text
 from abliterator.verification import RECORD as RECORD_FILE
 
 _GATING = re.compile("extra_gated_")
@@ -97,10 +97,52 @@ def _run(run: Run) -> list[Path]:
     timing = {name: marker.seconds for name, marker in markers.items() if marker is not None}
     pictures = _pictures(run)
     hashes = {name: sha256_of_file(path) for name, path in pictures.items()}
+    directions = out / DIRECTIONS
+    write_directions(run, directions)
     record = assemble(run, timing, hashes)
     recipe = out / RECIPE
     write_text_atomic(recipe, recipe_text(record))
-    return [RECORD_JSON.write(run, record), recipe, *pictures.values()]
+    return [RECORD_JSON.write(run, record), recipe, directions, *pictures.values()]
+
+
+def write_directions(run: Run, path: Path) -> None:
+    """Writes the removed subspace with its sites, for other programs and at run time."""
+    from safetensors.torch import load_file
+
+    from abliterator.bake import runtime_obstacle, runtime_sites
+    from abliterator.directions import save_published
+
+    stored, selected, anatomy = (
+        load_file(SUBSPACE.checked(run)),
+        selected_layers(run),
+        run.plan.anatomy,
+    )
+    plan = planned_edits(run)
+    sites, of_sites = runtime_sites(plan, run.plan.checkpoint, stored["subspace"])
+    source = run.plan.source
+    save_published(
+        path,
+        tensors={
+            "subspace": stored["subspace"],
+            "directions": stored["directions"].float(),
+            **of_sites,
+        },
+        sites=sites,
+        metadata={
+            "base_model": run.base_id,
+            "base_revision": source.revision or "",
+            "model_type": anatomy.model_type,
+            "recipe_digest": run.recipe.digest,
+            "n_layers": str(anatomy.n_layers),
+            "d_model": str(anatomy.d_model),
+            "blocks": anatomy.blocks,
+            "layers": json.dumps(selected.layers),
+            "positions": json.dumps(selected.positions),
+            "estimator": run.recipe.directions.estimator,
+            "k": str(selected.k),
+        },
+        obstacle=runtime_obstacle(plan),
+    )
 
 
 def _pictures(run: Run) -> dict[str, Path]:
@@ -342,6 +384,7 @@ def _digests(run: Run) -> dict[str, str]:
     files = {
         "moments": MOMENTS.checked(run),
         "directions": SUBSPACE.checked(run),
+        DIRECTIONS: run.workspace.checkpoint / DIRECTIONS,
     }
     card = run.plan.source.folder / CARD
     if card.is_file():

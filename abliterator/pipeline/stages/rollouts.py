@@ -160,15 +160,16 @@ def _samples(run: Run, side: Side) -> list[SampledCompletion]:
 def _answers(run: Run, side: Side, sampling: Sampling | None = None) -> list[Completion]:
     from abliterator.evaluation import answer_sets, completions_of, kept_answers
 
-    limit, tokens = run.recipe.rollouts.limit, run.recipe.rollouts.max_new_tokens
+    settings = run.recipe.rollouts
     key, name = _side_key(run, side), f"{side}.jsonl"
     if sampling is not None:
         key, name = _drawn_key(run, side), f"{side}-drawn{sampling.sample}.jsonl"
     journal = Journal(partial_file(run, "rollouts", name, key))
-    sets = {name: s.prompts[:limit] for name, s in prompt_sets(run).evaluation.items()}
+    sets = {name: s.prompts[: settings.limit] for name, s in prompt_sets(run).evaluation.items()}
     answered = {name: KeptAnswers(journal, name) for name in sets}
     finished = {name: kept_answers(prompts, answered[name]) for name, prompts in sets.items()}
-    if all(transcripts is not None for transcripts in finished.values()):
+    is_whole = settings.thinking_tokens is None  # else it may go on behind the thinking
+    if is_whole and all(transcripts is not None for transcripts in finished.values()):
         return [  # without the model
             completion
             for name, prompts in sets.items()
@@ -180,17 +181,19 @@ def _answers(run: Run, side: Side, sampling: Sampling | None = None) -> list[Com
     return answer_sets(
         engine,
         {
-            name: run.render(engine, prompts, name=name, max_new_tokens=tokens)
+            name: run.render(engine, prompts, name=name, max_new_tokens=settings.most_tokens)
             for name, prompts in sets.items()
         },
         side=side,
-        max_new_tokens=tokens,
+        max_new_tokens=settings.max_new_tokens,
+        thinking_tokens=settings.thinking_tokens,
         batch_size=run.batch_size,
         bar=run.progress.bar,
         sampling=sampling,
         answered=answered,
+        continued={name: KeptAnswers(journal, f"{name}, continued") for name in sets},
         render=lambda name, prompts: (
-            run.render(engine, prompts, name=name, max_new_tokens=tokens).token_ids
+            run.render(engine, prompts, name=name, max_new_tokens=settings.most_tokens).token_ids
         ),
     )
 

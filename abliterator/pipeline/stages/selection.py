@@ -51,9 +51,11 @@ class SelectedLayers(NamedTuple):
         return tuple(place.layer for place in self.places)
 
     @property
-    def positions(self) -> tuple[int, ...]:
+    def positions(self) -> tuple[int | str, ...]:
         """Their positions, each once, the last token's first."""
-        return tuple(sorted({place.position for place in self.places}, reverse=True))
+        from abliterator.directions import position_order
+
+        return tuple(sorted({place.position for place in self.places}, key=position_order))
 
 
 def selected_layers(run: Run) -> SelectedLayers:
@@ -204,6 +206,7 @@ def sampled(run: Run, name: str, n: int) -> list[Prompt]:
 
 
 def _pictures(run: Run, selection: Selection, selected: SelectedLayers) -> list[Path]:
+    from abliterator.directions import position_order
     from abliterator.plots import can_draw, draw_cosines, draw_curves
 
     if not can_draw():
@@ -215,7 +218,7 @@ def _pictures(run: Run, selection: Selection, selected: SelectedLayers) -> list[
     draw_cosines(paths[0], structure.cosines, structure.layers)
     if selection.candidates:
         paths.append(folder / "sweep.png")
-        ordered = sorted(selection.candidates, key=lambda c: (-c.position, c.layer))
+        ordered = sorted(selection.candidates, key=lambda c: (position_order(c.position), c.layer))
         answers = [c.answers for c in ordered]
         curves: dict[str, list[float | None]] = {
             "bypass, log-odds": [c.bypass for c in ordered],
