@@ -44,6 +44,27 @@ def render_chat(
         UnsupportedModel: as `render_messages`; if the template leaves out tools or their results;
             or if the tokenizer cannot encode the text.
     """
+    text = chat_text(
+        tokenizer, prompt, system=system, template_kwargs=template_kwargs, before=before
+    )
+    # The text of a prompt is in no error: some prompts are harmful.
+    with foreign(
+        f"The model's tokenizer cannot encode a prompt of {len(readable(prompt))} characters",
+        "Change or leave out the prompt.",
+        error=UnsupportedModel,
+    ):
+        return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def chat_text(
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: Prompt,
+    *,
+    system: str | None = None,
+    template_kwargs: Mapping[str, Any] | None = None,
+    before: Sequence[tuple[str, str]] = (),
+) -> str:
+    """The text that `render_chat` encodes; its arguments and errors."""
     turns: list[Message] = [] if system is None else [{"role": "system", "content": system}]
     for question, answer in before:
         turns.append({"role": "user", "content": question})
@@ -58,13 +79,7 @@ def render_chat(
     text = render_messages(tokenizer, turns, template_kwargs=template_kwargs)
     if isinstance(prompt, Conversation):
         _require_tools(text, prompt)
-    # The text of a prompt is in no error: some prompts are harmful.
-    with foreign(
-        f"The model's tokenizer cannot encode a prompt of {len(readable(prompt))} characters",
-        "Change or leave out the prompt.",
-        error=UnsupportedModel,
-    ):
-        return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    return text
 
 
 def render_messages(

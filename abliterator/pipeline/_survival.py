@@ -48,6 +48,7 @@ if TYPE_CHECKING:
 
     from abliterator.engines import AnswerPath, Engine
     from abliterator.evaluation import LogitFile
+    from abliterator.prompts import Prompt
 
 _TARGET = "target"
 _SLOTS = 4  # prompts that llama.cpp's server answers at a time
@@ -283,7 +284,7 @@ class SurvivalSession:
         return as_completions(answers, prompts, set_name=_TARGET, side=side)
 
     @property
-    def _prompts(self) -> Sequence[str]:
+    def _prompts(self) -> Sequence[Prompt]:
         run = self.run
         prompts = prompt_sets(run).evaluation[_TARGET].prompts[: run.recipe.rollouts.limit]
         return prompts[: self.limit]

@@ -132,16 +132,16 @@ def _span(estimate: Estimate) -> tuple[float, float, float]:
 
 def _side_effects(record: RunRecord) -> Iterator[tuple[str, str, PairedFigure | None, str]]:
     """Label, prompt set or task, figure and form of each line; one without a figure if not any."""
-    measured: Mapping[str, Mapping[Any, PairedFigure]]
-    for labels, measured in (
+    sections: tuple[tuple[Mapping[Any, str], Mapping[str, Mapping[Any, PairedFigure]]], ...] = (
         (SIDE_EFFECTS, record.side_effects),
         (CONFIDENCE, record.confidence),
-    ):
+    )
+    for labels, measured in sections:
         for key, label in labels.items():
             form = ".1f" if label.startswith("Length") else ".3f"
-            figures = [(name, of.get(key)) for name, of in measured.items() if key in of]
-            for name, figure in figures or [("", None)]:
-                yield label, name, figure, form
+            present = [name for name, figures in measured.items() if key in figures]
+            for name in present or [""]:
+                yield label, name, measured[name][key] if name else None, form
 
 
 def _refusal(record: RunRecord, side: str) -> Estimate | None:
