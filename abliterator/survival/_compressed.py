@@ -158,7 +158,7 @@ def _rounded(weight: Tensor, rounding: Rounding) -> dict[str, Tensor]:
     settings, numbers = rounding.scheme.weights, weight.float()
     sharing = numbers.unsqueeze(-2)  # one scale a row
     if settings.group_size is not None:
-        sharing = numbers.unflatten(-1, (-1, settings.group_size))
+        sharing = numbers.reshape(len(numbers), -1, settings.group_size)
     lowest, highest = sharing.amin(-1), sharing.amax(-1)
     if settings.strategy == "tensor_group":  # its scales are FP8, in units of one for the tensor
         unit = generate_gparam(lowest.amin(), highest.amax())

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import redirect_stderr
+from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -52,7 +54,8 @@ def _stored(source: Checkpoint, gguf: Path) -> dict[str, Tensor]:
     if kept_packed := getattr(transformers, "GgufConfig", None):  # newer ones may keep the blocks
         options["quantization_config"] = kept_packed(dequantize=True)
     try:
-        with loading(source.folder):
+        # its bar knows no switch, and progress is shown elsewhere
+        with loading(source.folder), redirect_stderr(StringIO()):
             config = AutoConfig.from_pretrained(source.folder, local_files_only=True)
             model = AutoModelForCausalLM.from_pretrained(
                 source.folder,

@@ -36,7 +36,7 @@ class LlamaCpp(NamedTuple):
     @property
     def version(self) -> str:
         """Its name with the version that the server states, if it does."""
-        command, name = [self.server, "--version"], "llama.cpp"
+        command, name = [str(self.server), "--version"], "llama.cpp"
         with suppress(OSError, subprocess.SubprocessError):
             done = subprocess.run(
                 command, capture_output=True, env=child_environment(), timeout=60, check=False
@@ -92,8 +92,13 @@ def convert(tools: LlamaCpp, folder: Path, gguf: Path, *, kind: str, log: Path) 
     changes = {}
     if tools.converter.suffix == ".py":  # its modules lie beside it
         command = python_command(*command)
-        changes["PYTHONPATH"] = str(tools.converter.resolve().parent)
-    _run(command, changes, log, f"{CONVERTER} refuses {folder}")
+        paths = (str(tools.converter.resolve().parent), os.environ.get("PYTHONPATH"))
+        changes["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
+    remedy = (
+        "Install the Python packages that it misses, use a newer llama.cpp, or leave GGUF formats "
+        "out of `--as`."
+    )
+    _run(command, changes, log, f"{CONVERTER} refuses {folder}", remedy)
 
 
 def quantize(tools: LlamaCpp, gguf: Path, quantized: Path, *, kind: str, log: Path) -> None:
@@ -103,7 +108,8 @@ def quantize(tools: LlamaCpp, gguf: Path, quantized: Path, *, kind: str, log: Pa
         QuantizationError: with the quantiser's last lines.
     """
     command = [str(tools.quantizer), str(gguf), str(quantized), kind]
-    _run(command, {}, log, f"{QUANTIZER} cannot make {kind} of {gguf.name}")
+    problem = f"{QUANTIZER} cannot make {kind} of {gguf.name}"
+    _run(command, {}, log, problem, "Use a newer llama.cpp, or leave the format out of `--as`.")
 
 
 def commands(name: str, kind: str) -> tuple[str, ...]:
@@ -115,7 +121,9 @@ def commands(name: str, kind: str) -> tuple[str, ...]:
     )
 
 
-def _run(command: Sequence[str], changes: dict[str, str], log: Path, problem: str) -> None:
+def _run(
+    command: Sequence[str], changes: dict[str, str], log: Path, problem: str, remedy: str
+) -> None:
     start = log.stat().st_size if log.exists() else 0
     with (
         log.open("a", encoding="utf-8") as errors,
@@ -127,7 +135,7 @@ def _run(command: Sequence[str], changes: dict[str, str], log: Path, problem: st
     if child.returncode:
         raise QuantizationError(
             f"{problem} (status {child.returncode}). Its last lines: {_last_lines(log, start)} "
-            "Leave GGUF formats out of `--as`, or use a newer llama.cpp."
+            f"{remedy}"
         )
 
 
