@@ -202,7 +202,7 @@ def sign_flip_test(
     """
     changes = _differences(base, edited)
     if (of_pair := _several(clusters, changes.size)) is not None:
-        changes = np.bincount(of_pair, changes)
+        changes = np.bincount(of_pair, changes).astype(np.float64)
     changes = changes[changes != 0]
     if changes.size < 2:  # scipy needs two; a single pair is as likely either way
         return 1.0

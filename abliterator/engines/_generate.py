@@ -272,7 +272,7 @@ def _continuations(
     def checked(_ids: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
         return require_numbers(logits, loaded)
 
-    processors = [checked]
+    processors: list[Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = [checked]
     if sampling is not None:
         processors.append(sampling.drawing([prompts[i] for i in batch], width))
     with torch.inference_mode():

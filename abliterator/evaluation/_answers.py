@@ -147,7 +147,6 @@ def answer_sets(
     """
     completions: list[Completion] = []
     drawn = f", drawn {sampling.sample + 1}" if sampling else ""
-    options = {"sampling": sampling} if sampling else {}
     for name, (prompts, token_ids) in sets.items():
         kept = answered[name] if answered is not None else {}
         with bar(f"{side} answers, {name}{drawn}", len(prompts) - len(kept)) as advance:
@@ -156,9 +155,9 @@ def answer_sets(
                 max_new_tokens=max_new_tokens,
                 batch_size=batch_size,
                 stop_ids=stop_ids,
+                sampling=sampling,
                 answered=kept,
                 on_batch=advance,
-                **options,
             )
         completions += as_completions(answers, prompts, set_name=name, side=side)
     return completions
