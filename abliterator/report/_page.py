@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import base64
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from importlib.resources import files
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
@@ -131,13 +131,14 @@ def _span(estimate: Estimate) -> tuple[float, float, float]:
 
 def _side_effects(record: RunRecord) -> Iterator[tuple[str, str, PairedFigure | None, str]]:
     """Label, prompt set or task, figure and form of each line; one without a figure if not any."""
+    measured: Mapping[str, Mapping[Any, PairedFigure]]
     for labels, measured in (
         (SIDE_EFFECTS, record.side_effects),
         (CONFIDENCE, record.confidence),
     ):
         for key, label in labels.items():
             form = ".1f" if label.startswith("Length") else ".3f"
-            figures = [(name, of[key]) for name, of in measured.items() if key in of]  # type: ignore[index]
+            figures = [(name, of.get(key)) for name, of in measured.items() if key in of]
             for name, figure in figures or [("", None)]:
                 yield label, name, figure, form
 
