@@ -17,6 +17,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from abliterator.directions import PublishedDirections, load_directions
     from abliterator.errors import AbliteratorError
     from abliterator.model import hooked, load_model
     from abliterator.pipeline import Model, bake_subspace, build, plan_model, plan_recipe
@@ -28,12 +29,14 @@ if TYPE_CHECKING:
 __all__ = [
     "AbliteratorError",
     "Model",
+    "PublishedDirections",
     "Recipe",
     "RunRecord",
     "ablate",
     "bake_subspace",
     "build",
     "hooked",
+    "load_directions",
     "load_model",
     "load_recipe",
     "orthonormal_basis",
@@ -45,12 +48,14 @@ __all__ = [
 _PACKAGE = {
     "AbliteratorError": "errors",
     "Model": "pipeline",
+    "PublishedDirections": "directions",
     "Recipe": "recipe",
     "RunRecord": "record",
     "ablate": "subspace",
     "bake_subspace": "pipeline",
     "build": "pipeline",
     "hooked": "model",
+    "load_directions": "directions",
     "load_model": "model",
     "load_recipe": "recipe",
     "orthonormal_basis": "subspace",

@@ -56,7 +56,7 @@ def cosines_figure(cosines: Sequence[Sequence[float]], layers: Sequence[int]) ->
 
 def draw_curves(
     path: Path,
-    places: Sequence[tuple[int, int]],
+    places: Sequence[tuple[int, int | str]],
     curves: Mapping[str, Sequence[float | None]],
     *,
     chosen: Sequence[int] = (),
@@ -65,7 +65,7 @@ def draw_curves(
 
     Args:
         path: of the picture.
-        places: layer and position of each value.
+        places: layer and position of each value; lines are in the order of their positions.
         curves: the values of each score; None is left out.
         chosen: layers that get a line across all panels.
     """
@@ -73,7 +73,7 @@ def draw_curves(
 
     figure = Figure(figsize=(WIDTH, 1.5 * len(curves) + 0.5), layout="constrained")
     panels = figure.subplots(len(curves), 1, sharex=True, squeeze=False)[:, 0]
-    positions = sorted({position for _, position in places}, reverse=True)
+    positions = list(dict.fromkeys(position for _, position in places))
     for axes, (name, values), colour in zip(panels, curves.items(), COLOURS, strict=False):
         for i, position in enumerate(positions):
             points = [

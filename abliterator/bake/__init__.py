@@ -21,6 +21,7 @@ from abliterator.bake._adapter import (
 )
 from abliterator.bake._plan import EditPlan, PlannedEdit, plan_edits, require_fit
 from abliterator.bake._preview import preview_edit, preview_edits
+from abliterator.bake._sites import runtime_obstacle, runtime_sites
 from abliterator.bake._stored import PANEL_ELEMENTS
 from abliterator.bake._workers import bake_on_workers
 from abliterator.bake._write import bake, bake_file, bake_workers, write_config
@@ -39,6 +40,8 @@ __all__ = [
     "preview_edits",
     "require_adapter_form",
     "require_fit",
+    "runtime_obstacle",
+    "runtime_sites",
     "write_adapter",
     "write_adapters",
     "write_config",

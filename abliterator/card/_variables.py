@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from abliterator.card._header import COMMIT, header, hub_base
 from abliterator.card._markdown import (
@@ -13,7 +13,7 @@ from abliterator.card._markdown import (
     without_paths,
     yaml_fence,
 )
-from abliterator.record import BenchmarkResult, Outlier, RunRecord
+from abliterator.record import BenchmarkResult, Outlier, RunRecord, Survival
 
 SETS = {
     "target": "Target prompts (the behaviour that was to go)",
@@ -27,6 +27,7 @@ MEASURES = {
     "product": "Compliance x coherence",
     "truncated": "Cut at the token limit",
     "unscored": "Unscored",
+    "thinking_refusal": "Refuses in its thinking (by rules)",
     "repetition": "Share that repeats itself (counted, not judged)",
     "distinct": "Word pairs that are not repeats (counted, not judged)",
 }
@@ -35,8 +36,12 @@ RESULT_SETS = {
     "neutral": "neutral prompts",
     "over_refusal": "over-refusal prompts",
 }
+NAMED_POSITIONS = {
+    "instruction": "the last token of the user's own text",
+    "after_thinking": "the last token before the answer, behind the base's own thinking",
+}
 RESULT_MEASURES = {"refusal": "Refusal", "compliance": "Compliance", "coherence": "Coherence"}
-COUNTED = ("repetition", "distinct")
+COUNTED = ("thinking_refusal", "repetition", "distinct")
 DIVERGENCES = {
     "kl_first_token": "KL(base, edited) of the first answer token, nats",
     "kl": "KL(base, edited) per answer token, nats",
@@ -66,6 +71,7 @@ def variables(record: RunRecord, *, adapter: bool) -> dict[str, object]:
         "adapter": adapter,
         "record": record,
         "edit": record.edit,
+        "named_positions": NAMED_POSITIONS,
         "planned": record.edit.tensors is None,
         "selection": record.selection,
         "model": model,
@@ -91,6 +97,7 @@ def variables(record: RunRecord, *, adapter: bool) -> dict[str, object]:
         "divergences": _labels(DIVERGENCES),
         "divergence": record.divergence,
         "benchmarks": record.benchmarks,
+        "survival_rows": _survival_by_n(record.survival),
         "task_settings": _tasks_by_settings(record.benchmarks),
         "provenance": record.provenance,
         # a system prompt may look like a path ("/no_think") and must be shown as it was
@@ -113,6 +120,15 @@ def _outliers(record: RunRecord) -> list[tuple[str, Outlier]]:
 
 def _labels(texts: Mapping[str, str]) -> dict[str, Markdown]:
     return {name: Markdown(text) for name, text in texts.items()}
+
+
+def _survival_by_n(measured: Sequence[Survival]) -> dict[int, list[Survival]]:
+    """Formats by the number of target prompts that they answered."""
+    groups: dict[int, list[Survival]] = {}
+    for entry in measured:
+        cut = entry.behaviour.edited.truncated  # counted in every answer
+        groups.setdefault(cut.n if cut else 0, []).append(entry)
+    return groups
 
 
 def _tasks_by_settings(results: Mapping[str, BenchmarkResult]) -> dict[Markdown, list[str]]:

@@ -20,6 +20,7 @@ from abliterator.cli._bake import bake
 from abliterator.cli._build import build
 from abliterator.cli._chat import chat
 from abliterator.cli._compare import compare
+from abliterator.cli._control_vector import control_vector
 from abliterator.cli._demo import demo
 from abliterator.cli._doctor import doctor
 from abliterator.cli._init import init
@@ -33,6 +34,7 @@ from abliterator.cli._recipes import recipes
 from abliterator.cli._report import report
 from abliterator.cli._stages import STAGE_COMMANDS
 from abliterator.cli._study import study
+from abliterator.cli._survive import survive
 from abliterator.cli._sweep import sweep
 from abliterator.cli._terminal import echo, fitted, printable
 from abliterator.cli._verify import verify
@@ -43,8 +45,8 @@ SECTIONS = {
     "Start": ("demo", "recipes", "init", "plan", "doctor"),
     "Run": ("build", "sweep", "study", "bake", "pairs", "judge-calibrate"),
     "Stages of a build": ("directions", "rollouts", "judge", "benchmarks", "card"),
-    "Inspect": ("chat", "report", "compare", "verify", "leak"),
-    "Publish": ("publish",),
+    "Inspect": ("chat", "report", "compare", "survive", "verify", "leak"),
+    "Publish": ("publish", "control-vector"),
 }
 
 
@@ -113,6 +115,7 @@ COMMANDS = (
     build,
     chat,
     compare,
+    control_vector,
     demo,
     doctor,
     init,
@@ -124,6 +127,7 @@ COMMANDS = (
     recipes,
     report,
     study,
+    survive,
     sweep,
     verify,
 )

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from abliterator.comparison import CompareSettings
     from abliterator.judge import Judge
     from abliterator.pipeline import Options
+    from abliterator.prompts import Prompt
     from abliterator.recipe import EngineSettings
     from abliterator.record import Comparison, Side
 
@@ -100,7 +101,7 @@ def compare(
         answers=cache_folder() / "answers.sqlite",
         vllm=find_vllm(vllm_python or engine.python) if engine.kind == "vllm" else None,
     )
-    if settings.tasks:
+    if any(task.skill is None for task in settings.tasks):
         sides: tuple[Side, ...] = () if settings.vllm else ("base", "edited")
         require_engine(settings.benchmarks.section.engine, computes, sides=sides)
     comparison = _measured(folder, edited, settings, options, judge_options)
@@ -135,7 +136,7 @@ def _measured(
         )
 
 
-def _prompts(limit: int, **paths: Path | None) -> dict[str, tuple[str, ...]]:
+def _prompts(limit: int, **paths: Path | None) -> dict[str, tuple[Prompt, ...]]:
     """The first `limit` prompts of each file that is given, by the set's name."""
     from abliterator.prompts import load_prompts
     from abliterator.recipe import Source

@@ -44,7 +44,7 @@ def _behaviour_rows(
     behaviours: Mapping[str, Behaviour | None], drawn: str = ""
 ) -> Iterator[list[str]]:
     for name, behaviour in behaviours.items():
-        for measure in MEASURES if behaviour else ():
+        for measure in _measures(behaviour) if behaviour else ():
             sides = (getattr(behaviour, side) for side in ("base", "edited", "delta"))
             cells = [cell(getattr(s, measure)) for s in sides]
             detectable = behaviour.smallest_detectable.get(measure) if behaviour else None
@@ -66,6 +66,11 @@ def _grouped(record: RunRecord) -> Iterator[list[str]]:
             for key, figure in figures.items():
                 estimates = (figure.base, figure.edited, figure.delta)
                 yield [f"{name} {key.replace('_', ' ')}", *map(cell, estimates)]
+
+
+def _measures(behaviour: Behaviour) -> tuple[str, ...]:
+    thinks = behaviour.base.thinking_refusal or behaviour.edited.thinking_refusal
+    return (*MEASURES, "thinking_refusal") if thinks else MEASURES
 
 
 def outcome_text(record: RunRecord, out: Path) -> str:
@@ -107,6 +112,8 @@ def _result(record: RunRecord, out: Path) -> Iterator[tuple[str, str]]:
     target = record.behaviour.get("target")
     for measure in GRADES if target else ():
         yield measure, _change(target, measure)
+    if target and target.base.thinking_refusal and target.edited.thinking_refusal:
+        yield "thinking", "refuses\xa0in\xa0it " + _change(target, "thinking_refusal")
     for name, behaviour in record.behaviour.items():
         if behaviour and name != "target":
             yield name.replace("_", "-"), ", ".join(_stability(behaviour))

@@ -14,6 +14,7 @@ its answers from a server, and all else from another engine, which is built when
 from abliterator.engines._completions import CompletionClient, Form
 from abliterator.engines._distributed import DistributedEngine
 from abliterator.engines._edits import Edit, Steering, StreamEdit, WriterEdit
+from abliterator.engines._generate import answer_of
 from abliterator.engines._open import open_engine
 from abliterator.engines._probe import Probed, probe, require_two_models
 from abliterator.engines._protocol import (
@@ -60,6 +61,7 @@ __all__ = [
     "VllmCheckpoint",
     "VllmModel",
     "WriterEdit",
+    "answer_of",
     "open_engine",
     "open_streamed",
     "probe",

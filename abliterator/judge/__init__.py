@@ -33,6 +33,7 @@ from abliterator.judge._summary import (
     summarise,
     unscored_reasons,
 )
+from abliterator.judge._thoughts import thinking_refuses
 from abliterator.judge._types import Answered, Judge, Judgement
 from abliterator.judge._verdicts import judge_completions
 
@@ -59,5 +60,6 @@ __all__ = [
     "read_calibration",
     "scored_verdicts",
     "summarise",
+    "thinking_refuses",
     "unscored_reasons",
 ]

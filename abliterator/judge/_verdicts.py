@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from abliterator.judge._coherence import distinct_share, loop_share
+from abliterator.judge._thoughts import thinking_refuses
 from abliterator.judge._types import Answered, Judge, Judgement
 from abliterator.record import Completion, TextStatistics, Verdict, VerdictKind
 
@@ -33,6 +34,7 @@ def _verdict(completion: Completion, judgement: Judgement) -> Verdict:
         reasons=judgement.reasons,
         kind=_kind(judgement, answer, truncated=truncated),
         thinking=thinking,
+        thinking_refused=thinking_refuses(thinking),
         text_statistics=statistics,
     )
 

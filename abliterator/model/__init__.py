@@ -13,6 +13,7 @@ from abliterator.model._chat import render_chat, render_messages, template_tail
 from abliterator.model._config import ask_for_plain_numbers, loading, read_config
 from abliterator.model._finite import require_numbers
 from abliterator.model._foreign import foreign
+from abliterator.model._instruction import up_to_instruction
 from abliterator.model._limits import (
     Limits,
     context_limit,
@@ -97,4 +98,5 @@ __all__ = [
     "stored_limits",
     "stored_parameter",
     "template_tail",
+    "up_to_instruction",
 ]

@@ -42,6 +42,7 @@ from abliterator.pipeline._study import (
     figures_of,
     study_stage,
 )
+from abliterator.pipeline._survive import SurvivalSettings, survive
 from abliterator.pipeline._vllm import vllm_note, vllm_of
 from abliterator.pipeline._workspace import Workspace, usable
 from abliterator.pipeline.stages import STAGES, stages_of
@@ -71,6 +72,7 @@ __all__ = [
     "Reproduction",
     "Silent",
     "StudySettings",
+    "SurvivalSettings",
     "Turns",
     "answer_pairs",
     "bake_subspace",
@@ -91,6 +93,7 @@ __all__ = [
     "run_stages",
     "run_study",
     "stages_of",
+    "survive",
     "write_report",
 ]
 

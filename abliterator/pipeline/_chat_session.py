@@ -161,7 +161,7 @@ def open_chat(
         folder = resolve_folder(name, revision=None).folder
         recipe = load_recipe(folder / RECIPE) if (folder / RECIPE).is_file() else None
         models = {side: (_load(folder, side, recipe, options), nullcontext) for side in sides}
-    tokens = max_new_tokens or (recipe.rollouts.max_new_tokens if recipe else 256)
+    tokens = max_new_tokens or (recipe.rollouts.most_tokens if recipe else 256)
     chat = recipe.chat if recipe else Chat()
     return ChatSession(models, chat, tokens, _notes(models), edited_at)
 

@@ -66,7 +66,7 @@ def probe_engines(run: Run, folders: dict[Side, Path]) -> dict[Side, EngineIdent
         if isinstance(engine.served, VllmModel):
             engine.served.start()
         prompt = _longest_prompt(run, engine)
-        probed[side] = engine.probed(prompt, max_new_tokens=run.recipe.rollouts.max_new_tokens)
+        probed[side] = engine.probed(prompt, max_new_tokens=run.recipe.rollouts.most_tokens)
         _note_other_tokens(run, engine, prompt, probed[side].tokens)
         section = run.recipe.engine
         if isinstance(engine.served, VllmModel):

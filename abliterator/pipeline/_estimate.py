@@ -169,7 +169,7 @@ class _Counted:
         """The answers of a side, greedy and drawn."""
         settings = self.recipe.rollouts
         return [
-            Answers(lengths[: settings.limit], settings.max_new_tokens, self._batch_size)
+            Answers(lengths[: settings.limit], settings.most_tokens, self._batch_size)
             for name, lengths in self.prompts.lengths.items()
             if name.endswith(", evaluation")
         ] * (1 + settings.samples)
@@ -180,8 +180,7 @@ class _Counted:
 
     def _selection(self) -> StageCost:
         settings, recipe = self.recipe.selection, self.recipe
-        sweep = recipe.directions.position == "sweep"
-        positions = _USUAL_POSITIONS if sweep else 1
+        positions = len(recipe.directions.positions) or _USUAL_POSITIONS
         scored = self.prompts.of("contrast", "extraction", settings.scored)
         return self.costs.selection(
             places=len(self.plan.layers) * positions if recipe.sweeps else 0,

@@ -9,6 +9,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, TypeAlias
 
+from abliterator.errors import DirectionError
 from abliterator.files import write_bytes_atomic
 from abliterator.pipeline._bake_subspace import bake_subspace
 from abliterator.pipeline._options import Options
@@ -20,7 +21,7 @@ from abliterator.source import resolve_folder
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from abliterator.directions import Directions, Subspace
+    from abliterator.directions import Directions, Position, Subspace
     from abliterator.engines import TransformersEngine
     from abliterator.subspace import MomentSet
 
@@ -68,19 +69,22 @@ class Model:
         self._system = system
         self._trust_remote_code = trust_remote_code
 
-    def directions(self, target: Prompts, contrast: Prompts, *, position: int = -1) -> Directions:
+    def directions(
+        self, target: Prompts, contrast: Prompts, *, position: Position = -1
+    ) -> Directions:
         """The difference of the mean residuals of two prompt sets, at every layer.
 
         Args:
             target: prompts on which the behaviour shows.
             contrast: prompts as like them as possible on which it does not.
-            position: token of the prompt, from its end.
+            position: token of the prompt, from its end; or "instruction", the last of its own text.
 
         Returns:
             `vectors` [n_layers, d_model] float64; row l - 1 is that of residual layer l.
 
         Raises:
             PromptError: for a file that cannot be read, or a prompt that is too long.
+            DirectionError: for a position that is none.
         """
         from abliterator.directions import fit_directions
 
@@ -148,18 +152,31 @@ class Model:
             write_bytes_atomic(file, save({"subspace": subspace.basis.contiguous()}))
             return bake_subspace(str(self.source.folder), file, Path(out), edit=edit)
 
-    def _moments(self, name: str, prompts: Prompts, position: int) -> MomentSet:
+    def _moments(self, name: str, prompts: Prompts, position: Position) -> MomentSet:
         from abliterator.capture import capture
+        from abliterator.model import up_to_instruction
 
-        return capture(self._engine, self._rendered(name, prompts), position=position)
+        texts, engine = self._texts(name, prompts), self._engine
+        token_ids = self._rendered(name, texts)
+        if isinstance(position, int):
+            return capture(engine, token_ids, position=position)
+        if position != "instruction":
+            raise DirectionError(
+                f'{position!r} is no position here. Give a number below 0, or "instruction".'
+            )
+        return capture(engine, up_to_instruction(engine.tokenizer, texts, system=self._system))
 
-    def _rendered(self, name: str, prompts: Prompts, **limits: Any) -> list[list[int]]:
-        from abliterator.model import render_prompts
+    def _texts(self, name: str, prompts: Prompts) -> Sequence[str]:
         from abliterator.prompts import load_prompts
 
         if isinstance(prompts, Path):
-            prompts = load_prompts(name, Source(path=prompts)).prompts
-        engine = self._engine
+            return load_prompts(name, Source(path=prompts)).prompts
+        return prompts
+
+    def _rendered(self, name: str, prompts: Prompts, **limits: Any) -> list[list[int]]:
+        from abliterator.model import render_prompts
+
+        prompts, engine = self._texts(name, prompts), self._engine
         return render_prompts(
             engine.tokenizer, prompts, engine.limits, name=name, system=self._system, **limits
         )

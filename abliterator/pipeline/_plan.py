@@ -180,8 +180,9 @@ def make_plan(source: ModelSource, edit: Edit, out: Path) -> Plan:
     checkpoint = Checkpoint.open(source.folder)
     card = card_metadata(source.folder)
     made_from = declared_base_models(card or {})
-    storage_of(checkpoint.config, made_from)  # before the anatomy, which cannot name the base
-    require_known_names(checkpoint.tensors, made_from)
+    # before the anatomy, which cannot name the base
+    storage = storage_of(checkpoint.config, made_from)
+    require_known_names(checkpoint.tensors, storage.owner, made_from)
     anatomy = anatomy_of(checkpoint.config)
     carried, left_out = auxiliary_files(source.folder)
     return Plan(
@@ -214,7 +215,29 @@ def plan_source(source: ModelSource, recipe: Recipe, out: Path) -> Plan:
         k=k,
         selection=selection_cost(recipe, len(layers)),
         tuning=tuning_cost(recipe),
+        notes=plan.notes + _position_notes(recipe),
     )
+
+
+def _position_notes(recipe: Recipe) -> tuple[str, ...]:
+    """Where in a prompt directions are taken, where that is no token of the template."""
+    positions, rollouts = recipe.directions.positions, recipe.rollouts
+    if len(positions) > 1:
+        yielded = [f"A sweep tries the positions {', '.join(map(str, positions))} of every layer."]
+    else:
+        yielded = []
+    if "instruction" in positions:
+        yielded.append(
+            "`position: instruction` takes directions at the last token of the user's own text, "
+            "before what the chat template adds."
+        )
+    if "after_thinking" in positions:
+        yielded.append(
+            "`position: after_thinking` takes directions where the answer begins, behind the "
+            f"base's own thinking: it first thinks up to {rollouts.most_thinking} tokens about "
+            "each prompt, and prompts on which it comes to no answer are left out."
+        )
+    return tuple(yielded)
 
 
 def require_room(plan: Plan, out: Path) -> None:
@@ -243,7 +266,7 @@ def require_layers(recipe: Recipe, anatomy: Anatomy) -> tuple[tuple[int, ...], i
     if recipe.layers == "sweep":
         candidates = tuple(recipe.selection.candidates(anatomy.n_layers))
         directions = recipe.directions
-        several = directions.position == "sweep" or directions.stack == "within_layer"
+        several = directions.sweeps_positions or directions.stack == "within_layer"
         if recipe.k != "auto" and recipe.k > len(candidates) and not several:
             raise RecipeError(
                 f"`k` is {recipe.k}, but the sweep has only {len(candidates)} candidate layers of "
@@ -273,7 +296,7 @@ def selection_cost(recipe: Recipe, n_layers: int) -> dict[str, int] | None:
     if recipe.sweeps:
         judged = max(settings.survivors, 1 if within else max(sizes))
         if recipe.directions.position != "sweep":
-            judged = min(n_layers, judged)
+            judged = min(n_layers * len(recipe.directions.positions), judged)
         answered, least = 0, 1 if within else sizes[0]
         for racing, prompts in settings.schedule(judged, settings.prompts, least):
             raced += racing * (prompts - answered)

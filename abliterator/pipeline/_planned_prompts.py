@@ -18,7 +18,7 @@ from abliterator.pipeline.stages.prompts import (
     short_of_limit,
     uses,
 )
-from abliterator.prompts import PromptSet, load_prompts
+from abliterator.prompts import PromptSet, load_prompts, readable
 from abliterator.recipe import Prompts, Recipe, Source
 
 # Rows of splits that recipes name by default; others are known only where a slice says them.
@@ -148,7 +148,9 @@ def _lengths(sets: PromptSets, recipe: Recipe, around: int) -> dict[str, tuple[i
     def tokens(prompts: PromptSet) -> list[int]:
         if prompts.source in datasets:
             return spread(ASSUMED_TOKENS, len(prompts.prompts))
-        return [max(1, round(len(text) / _CHARACTERS_A_TOKEN)) for text in prompts.prompts]
+        return [
+            max(1, round(len(readable(prompt)) / _CHARACTERS_A_TOKEN)) for prompt in prompts.prompts
+        ]
 
     return {name: tuple(around + n for n in tokens(prompts)) for name, prompts in uses(sets)}
 

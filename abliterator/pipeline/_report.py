@@ -183,7 +183,16 @@ def _pairs(base: TaskScores, edited: TaskScores) -> list[SamplePair]:
 
     others = {(s.doc_id, s.filter): s for s in edited.scores}
     return [
-        SamplePair(s.doc_id, s.filter, s.value, other.value, s.gold_loglik, other.gold_loglik)
+        SamplePair(
+            s.doc_id,
+            s.filter,
+            s.value,
+            other.value,
+            s.gold_loglik,
+            other.gold_loglik,
+            s.text,
+            other.text,
+        )
         for s in base.scores
         if (other := others.get((s.doc_id, s.filter))) is not None and other.value != s.value
     ]

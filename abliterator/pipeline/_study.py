@@ -158,6 +158,21 @@ def _run(
     return [figures.write(run, study), table]
 
 
+def _template_position(run: Run) -> int:
+    """The recipe's position; where it is swept, the last token.
+
+    Raises:
+        RecipeError: for a named one.
+    """
+    position = position_of(run)
+    if isinstance(position, str):
+        raise RecipeError(
+            f"A study takes directions at a token of the chat template; `directions.position` is "
+            f"{position}. Set it to -1."
+        )
+    return position
+
+
 def _extraction(run: Run, settings: StudySettings) -> _Measured:
     from abliterator.study import study_extraction
 
@@ -168,12 +183,12 @@ def _extraction(run: Run, settings: StudySettings) -> _Measured:
         study = study_extraction(
             engine,
             *(run.render(engine, texts, name=name).token_ids for name, texts in prompts.items()),
-            position=position_of(run),
+            position=_template_position(run),
             max_batch_tokens=run.recipe.capture.max_batch_tokens,
             on_step=lambda step: advance(1, status=step),
         )
     counts = {f"{name} prompts": len(texts) for name, texts in prompts.items()}
-    return study, {"position": position_of(run), **counts}
+    return study, {"position": _template_position(run), **counts}
 
 
 def _pairs(run: Run, settings: StudySettings) -> _Measured:
@@ -195,7 +210,7 @@ def _pairs(run: Run, settings: StudySettings) -> _Measured:
     layers = settings.layers or tuple(range(1, run.plan.anatomy.n_layers + 1))
     with _evaluator(run, settings, sets, edits=2 * len(layers)) as evaluator:
         study = study_pairs(evaluator, directions, layers)
-    counts = {"position": position_of(run), "prompts of each kind for directions": n}
+    counts = {"position": _template_position(run), "prompts of each kind for directions": n}
     return study, {**counts, **_described(evaluator)}
 
 
@@ -305,7 +320,7 @@ def _directions(
         capture(
             engine,
             run.render(engine, prompts, name=name).token_ids,
-            position=position_of(run),
+            position=_template_position(run),
             padding=settings.padding,
             max_batch_tokens=settings.max_batch_tokens,
         )

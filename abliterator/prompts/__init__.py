@@ -1,5 +1,6 @@
 """Prompt sets: read from a file or a Hub dataset, pinned, without duplicates, split, compared.
 
+A prompt is a text, or a conversation that a model continues (`Conversation`).
 A set is identified by its prompts (`sha256`) and its origin: a dataset at a commit, or a file. Two
 prompts are the same prompt when their comparison keys are equal: whatever their case, spacing,
 invisible characters, variants of quotes and dashes, and punctuation at the ends of words. This
@@ -27,6 +28,15 @@ from abliterator.prompts._compare import (
     similarity,
     trigrams,
 )
+from abliterator.prompts._conversation import (
+    Conversation,
+    Prompt,
+    as_read,
+    next_turn,
+    readable,
+    turns_of,
+    user_text,
+)
 from abliterator.prompts._file import as_prompt, read_file
 from abliterator.prompts._hub import read_dataset, resolve_revision
 from abliterator.prompts._sets import (
@@ -45,8 +55,11 @@ if TYPE_CHECKING:
 __all__ = [
     "NEAR_DUPLICATE",
     "NEAR_WORDS",
+    "Conversation",
+    "Prompt",
     "PromptSet",
     "as_prompt",
+    "as_read",
     "check_distinct",
     "comparison_key",
     "count_alike",
@@ -57,11 +70,15 @@ __all__ = [
     "load_prompts",
     "near_duplicates",
     "nearly_equal",
+    "next_turn",
     "normalised",
+    "readable",
     "repeats",
     "resolve_revision",
     "similarity",
     "trigrams",
+    "turns_of",
+    "user_text",
 ]
 
 

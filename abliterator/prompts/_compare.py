@@ -14,6 +14,8 @@ from collections.abc import Collection, Sequence
 from itertools import chain
 from math import ceil
 
+from abliterator.prompts._conversation import Prompt, user_text
+
 NEAR_DUPLICATE = 0.75
 """Similarity from which on two prompts are near duplicates: about one word changed in ten."""
 
@@ -39,19 +41,21 @@ _MEANS_SOMETHING = frozenset("#%&*/@\\§¶†‡")  # punctuation by its categor
 _NO_WORD = re.compile(r"[^\w\s]+")
 
 
-def normalised(prompt: str) -> str:
+def normalised(prompt: Prompt) -> str:
     """The spelling that decides the side of a split: NFKC, case folded, whitespace collapsed."""
-    return " ".join(unicodedata.normalize("NFKC", prompt).casefold().split())
+    return " ".join(unicodedata.normalize("NFKC", user_text(prompt)).casefold().split())
 
 
-def comparison_key(prompt: str) -> str:
+def comparison_key(prompt: Prompt) -> str:
     """The form in which prompts are compared: equal for two prompts that are the same.
+
+    Of a conversation all that the user says is compared.
 
     NFKC, case folded, without invisible characters; quotes, apostrophes and dashes in one variant
     each; punctuation at the ends of words removed, whitespace collapsed. A prompt of punctuation
     alone keeps it. Words, their order, numbers, accents and symbols (C++, $5, -5) all count.
     """
-    visible = _INVISIBLE.sub("", prompt).translate(_VARIANTS)
+    visible = _INVISIBLE.sub("", user_text(prompt)).translate(_VARIANTS)
     for _ in range(2):  # normal forms hold variants and invisible characters of their own
         visible = _INVISIBLE.sub("", normalised(visible).translate(_VARIANTS))
     words = filter(None, map(_bare, visible.split()))
@@ -85,7 +89,7 @@ def similarity(one: frozenset[str], other: frozenset[str]) -> float:
 
 
 def near_duplicates(
-    prompts: Sequence[str], others: Collection[str], *, threshold: float = NEAR_DUPLICATE
+    prompts: Sequence[Prompt], others: Collection[Prompt], *, threshold: float = NEAR_DUPLICATE
 ) -> list[int]:
     """Indices of the prompts whose letters are nearly those of one of `others`.
 
@@ -99,7 +103,7 @@ def near_duplicates(
     return [number for number, text in enumerate(grams) if index.has_alike(text)]
 
 
-def nearly_equal(prompts: Sequence[str], others: Collection[str]) -> list[int]:
+def nearly_equal(prompts: Sequence[Prompt], others: Collection[Prompt]) -> list[int]:
     """Indices of the prompts that are near duplicates of one of `others`, in letters or in words.
 
     In words: the same ones in any order, but for one that is changed, added or removed, where at
@@ -111,7 +115,7 @@ def nearly_equal(prompts: Sequence[str], others: Collection[str]) -> list[int]:
     return sorted(in_words.union(near_duplicates(prompts, others)))
 
 
-def repeats(prompts: Sequence[str]) -> list[int]:
+def repeats(prompts: Sequence[Prompt]) -> list[int]:
     """Indices of the prompts that are near duplicates, as `nearly_equal`, of an earlier one."""
     index = _Trigrams(prompts, NEAR_DUPLICATE)
     repeated, seen = [], set[tuple[int, int]]()
@@ -123,7 +127,7 @@ def repeats(prompts: Sequence[str]) -> list[int]:
     return repeated
 
 
-def _word_keys(prompt: str) -> set[tuple[int, int]]:
+def _word_keys(prompt: Prompt) -> set[tuple[int, int]]:
     """A number and a hash of the words, and of all but each one, in any order.
 
     Two prompts share one if at most one word of each is not in the other.
@@ -141,7 +145,7 @@ class _Trigrams:
     missing (prefix filtering; Chaudhuri, Ganti & Kaushik 2006, doi:10.1109/ICDE.2006.9).
     """
 
-    def __init__(self, texts: Collection[str], threshold: float) -> None:
+    def __init__(self, texts: Collection[Prompt], threshold: float) -> None:
         self.threshold = threshold
         self.grams = [trigrams(comparison_key(text)) for text in texts]
         self._frequency = Counter(chain.from_iterable(self.grams))

@@ -9,7 +9,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from abliterator.errors import PromptError
-from abliterator.prompts._file import as_prompt, equals_strictly, shown
+from abliterator.prompts._conversation import Prompt
+from abliterator.prompts._file import (
+    as_conversation,
+    as_prompt,
+    equals_strictly,
+    holds_messages,
+    shown,
+)
 from abliterator.prompts._groups import group_columns, read_clusters, read_groups
 from abliterator.prompts._sets import PromptSet
 
@@ -19,8 +26,9 @@ if TYPE_CHECKING:
     from abliterator.recipe import Source
 
 COMMIT = re.compile(r"[0-9a-f]{40}")
-# "text" comes last: instruction data often has a "text" with question and answer in one.
-USUAL_COLUMNS = ("prompt", "instruction", "Goal", "goal", "question", "text")
+# "text" comes late: instruction data often has a "text" with question and answer in one, and its
+# "messages" mostly end with the answer, so those of a prompt set are taken where nothing else is.
+USUAL_COLUMNS = ("prompt", "instruction", "Goal", "goal", "question", "text", "messages")
 
 
 def resolve_revision(dataset: str, revision: str | None) -> str:
@@ -50,9 +58,15 @@ def read_dataset(name: str, source: Source) -> PromptSet:
     _check_commit(rows, pinned)
     rows = _filtered(rows, source)
     column = _column(rows.column_names, source)
-    prompts, used = [], []
-    for number, value in enumerate(rows[column], start=1):
+    prompts: list[Prompt] = []
+    used: list[int] = []
+    tools = rows["tools"] if "tools" in rows.column_names else [None] * len(rows)
+    for number, (value, own_tools) in enumerate(zip(rows[column], tools, strict=True), start=1):
         where = f"Dataset {source.dataset}, split {pinned.split}, column {column}, row {number}"
+        if holds_messages(value):
+            prompts.append(as_conversation({column: value, "tools": own_tools}, column, where))
+            used.append(number - 1)
+            continue
         if value is not None and not isinstance(value, str):
             raise PromptError(
                 f"{where}: not a text but of type {type(value).__name__}. Name a column of texts "

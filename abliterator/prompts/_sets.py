@@ -21,6 +21,7 @@ from pydantic.dataclasses import dataclass
 from abliterator.errors import PromptError
 from abliterator.files import sha256_of_bytes
 from abliterator.prompts._compare import comparison_key, nearly_equal, normalised, repeats
+from abliterator.prompts._conversation import Conversation, Prompt
 
 
 @dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
@@ -32,7 +33,7 @@ class PromptSet:
     """
 
     name: str
-    prompts: tuple[str, ...]
+    prompts: tuple[Prompt, ...]
     source: str  # Hub dataset id, or file name
     revision: str | None = None  # commit of the dataset
     split: str | None = None
@@ -94,7 +95,9 @@ class PromptSet:
     def sha256(self) -> str:
         """Digest of the prompts in their order, whatever they were read from."""
         # not `digest_of`, which escapes what is not ASCII: cards of earlier versions have this form
-        listing = json.dumps(self.prompts, ensure_ascii=False, separators=(",", ":"))
+        listing = json.dumps(
+            self.prompts, ensure_ascii=False, separators=(",", ":"), default=Conversation.model_dump
+        )
         return sha256_of_bytes(listing.encode())
 
     @model_validator(mode="wrap")

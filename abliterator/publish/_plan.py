@@ -17,6 +17,7 @@ from abliterator.publish._require import require_measured
 from abliterator.record import AdapterVerification, Frozen, RunRecord, Verification
 from abliterator.verification import (
     CARD,
+    DIRECTIONS,
     OURS,
     PICTURES,
     RECORD,
@@ -202,7 +203,7 @@ def plan_adapter(checkpoint: PublishPlan, adapter: Path, target: Target) -> Publ
     verified_files(folders.checkpoint, checkpoint.verification.sha256, compared)
     if target.license is not None:
         adapter_files = [_with_license(file, target.license) for file in adapter_files]
-    ours = {*OURS, *PICTURES} - {CARD}
+    ours = {*OURS, *PICTURES, DIRECTIONS} - {CARD}
     checkpoint_files = [f for f in checkpoint.files if f.path in ours or is_legal(f.path)]
     return replace(
         checkpoint,

@@ -32,6 +32,8 @@ Strength = Annotated[float, Field(ge=0, le=2, allow_inf_nan=False)]
 Rungs = Annotated[tuple[Positive, ...], BeforeValidator(as_tuple)]
 # yaml reads the key 9 as a number
 Blocks = Annotated[str, BeforeValidator(lambda key: str(key) if type(key) is int else key)]
+NamedPosition = Literal["instruction", "after_thinking"]
+Position = Annotated[int, Field(le=-1)] | NamedPosition
 Experts = Annotated[
     tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1), BeforeValidator(as_tuple)
 ]
@@ -75,10 +77,19 @@ class DirectionSettings(Section):
     estimator: Literal["mean_difference", "tuned"] = "mean_difference"
     """`mean_difference` is r = mean(target) - mean(contrast); `tuned` continues from it by
     gradients (`tuning`)."""
-    position: Annotated[int, Field(le=-1)] | Literal["sweep"] = -1
-    """Token that the chat template puts after the prompt, from the end; -1 is the last one.
+    position: (
+        Position
+        | Literal["sweep"]
+        | Annotated[tuple[Position, ...], Field(min_length=2), BeforeValidator(as_tuple)]
+    ) = -1
+    """Token at which activations are taken: a number counts those that the chat template puts after
+    the prompt from their end, -1 being the last one.
 
-    `sweep` tries every such token of every layer and chooses by measurement (`selection`).
+    `instruction` is the last token of the user's own text, before anything of the template.
+    `after_thinking` is the last one before the answer, behind the base's own thinking about the
+    prompt (up to `rollouts.thinking_tokens`); prompts about which it thinks longer are left out.
+    `sweep` tries every token that the template puts after the prompt, `[-1, instruction]` those of
+    the list, in every layer, and chooses by measurement (`selection`).
     """
     projection: Literal["none", "neutral"] = "none"
     """`neutral` removes the component along the neutral mean from every direction."""
@@ -91,6 +102,25 @@ class DirectionSettings(Section):
     orthogonal to it, so `contrast` must be a set whose n-th prompt is the n-th of `target` without
     the behaviour.
     """
+
+    @field_validator("position")
+    @classmethod
+    def _distinct_positions(cls, value: Any) -> Any:
+        if isinstance(value, tuple) and len(set(value)) < len(value):
+            raise ValueError("a position is given twice")
+        return value
+
+    @property
+    def sweeps_positions(self) -> bool:
+        """Whether one of several positions is to be chosen by measurement."""
+        return self.position == "sweep" or isinstance(self.position, tuple)
+
+    @property
+    def positions(self) -> tuple[int | str, ...]:
+        """The positions that are named; none where all of the template are to be tried."""
+        if self.position == "sweep":
+            return ()
+        return self.position if isinstance(self.position, tuple) else (self.position,)
 
     @model_validator(mode="after")
     def _differences_as_they_are(self) -> Self:

@@ -16,7 +16,16 @@ class Rollouts(Section):
     """Answers of the base and the edited model: greedy ones, and beside them drawn ones."""
 
     max_new_tokens: Positive = 256
-    """Tokens of an answer, at most; below 100, late refusals are missed."""
+    """Tokens of an answer, at most; below 100, late refusals are missed.
+
+    Without `thinking_tokens`, those of the thinking before it are among them.
+    """
+    thinking_tokens: Positive | None = None
+    """Tokens of a reasoning model's thinking, at most: a budget of its own, so that answers are
+    reached; then `max_new_tokens` are those of the answer behind it.
+
+    Thinking beyond it is not closed by force: the answer counts as truncated.
+    """
     limit: Positive = 100
     """Prompts of each set that are answered."""
     batch_size: Positive | Literal["auto"] = "auto"
@@ -54,6 +63,21 @@ class Rollouts(Section):
     def greedy(self) -> Rollouts:
         """The settings of the greedy answers alone."""
         return self.model_copy(update={"samples": 0})
+
+    @property
+    def most_tokens(self) -> int:
+        """Tokens that may be generated for one prompt, thinking included."""
+        return self.max_new_tokens + (self.thinking_tokens or 0)
+
+    @property
+    def most_thinking(self) -> int:
+        """Tokens of the thinking before an answer, at most."""
+        return self.thinking_tokens or self.max_new_tokens
+
+    @model_serializer(mode="wrap")
+    def _dump_given(self, plain: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Without a budget that is not given: recipes of before it keep their digests."""
+        return {name: value for name, value in plain(self).items() if value is not None}
 
 
 class JudgeSettings(ServerSettings):

@@ -20,8 +20,9 @@ class Source(Section):
     """Where prompts come from: a local file, or a Hub dataset at a revision."""
 
     path: Annotated[Path | None, Field(strict=False)] = None
-    """Local .txt (one prompt a line) or .jsonl (objects with `prompt`); relative to the recipe, or
-    to the package's recipes as `embedded:demo/target.jsonl`.
+    """Local .txt (one prompt a line) or .jsonl (objects with `prompt`, or a conversation under
+    `messages`); relative to the recipe, or to the package's recipes as
+    `embedded:demo/target.jsonl`.
     """
     dataset: str | None = None
     """Hub dataset id."""

@@ -129,7 +129,7 @@ class Recipe(Section):
     @property
     def sweeps(self) -> bool:
         """Whether layers or positions are to be chosen by measurement."""
-        return self.layers == "sweep" or self.directions.position == "sweep"
+        return self.layers == "sweep" or self.directions.sweeps_positions
 
     @property
     def tunes(self) -> bool:

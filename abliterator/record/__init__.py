@@ -63,6 +63,7 @@ from abliterator.record._selection import (
 )
 from abliterator.record._side_effects import ConfidenceFigure, PairedFigure, SideEffect
 from abliterator.record._study import Agreement, ContrastDifference, Study, StudyRow
+from abliterator.record._survival import Survival, SurvivingStrength
 from abliterator.record._tuning import Trial, Tuning
 from abliterator.record._verification import AdapterVerification, EffectiveStrength, Verification
 
@@ -117,6 +118,8 @@ __all__ = [
     "Structure",
     "Study",
     "StudyRow",
+    "Survival",
+    "SurvivingStrength",
     "TensorDelta",
     "TensorEdit",
     "TextStatistics",

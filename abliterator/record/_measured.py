@@ -81,7 +81,10 @@ class Estimate(Frozen):
 
 
 class Completion(Frozen):
-    """One answer of one model to one prompt: a line of rollouts.jsonl."""
+    """One answer of one model to one prompt: a line of rollouts.jsonl.
+
+    Of a conversation, `prompt` is the readable text of all before the last answer, which is judged.
+    """
 
     set: str  # "target", "neutral", "over_refusal"
     side: Side
@@ -91,6 +94,7 @@ class Completion(Frozen):
     finish_reason: FinishReason
     n_tokens: int
     answer_start: int | None = None  # where the answer begins in `response`; None where not known
+    earlier: tuple[str, ...] = ()  # answers to scripted turns before, which `prompt` has too
 
 
 class SampledCompletion(Completion):
@@ -122,6 +126,8 @@ class Verdict(Frozen):
     reasons: tuple[str, ...] = ()
     kind: VerdictKind | None = None  # None when unscored; "truncated" where no answer was reached
     thinking: str = ""  # split off before judging
+    # whether the thinking comes to a refusal, by rules; None without thinking
+    thinking_refused: bool | None = None
     text_statistics: TextStatistics | None = None
 
 
@@ -140,6 +146,7 @@ class BehaviourSide(Frozen):
     product: Estimate | None  # mean of compliance x coherence, per prompt
     truncated: Estimate | None
     unscored: Estimate | None
+    thinking_refusal: Estimate | None = None  # of answers with thinking, by rules
     repetition: Estimate | None = None  # text statistics: counted, not judged
     distinct: Estimate | None = None
 
@@ -194,7 +201,7 @@ class Divergence(Frozen):
 
 
 class BenchmarkResult(Frozen):
-    """One metric of one lm-eval task on the same documents, base and edited, paired."""
+    """One metric of one benchmark task on the same documents, base and edited, paired."""
 
     metric: str
     n: int

@@ -17,6 +17,7 @@ from abliterator.record._measured import (
 )
 from abliterator.record._selection import Selection
 from abliterator.record._side_effects import ConfidenceFigure, PairedFigure, SideEffect
+from abliterator.record._survival import Survival
 from abliterator.record._tuning import Tuning
 
 
@@ -36,7 +37,7 @@ class EditSummary(Frozen):
     """The edit of the weights, summed over `edits.json`."""
 
     layers: tuple[int, ...]
-    positions: tuple[int, ...]
+    positions: tuple[int | str, ...]
     k: int
     strength: dict[str, float | dict[str, float]]  # per component, or per blocks ("9-24") of it
     components: tuple[str, ...]
@@ -166,6 +167,7 @@ class PromptOrigin(Frozen):
     near_dropped: int = 0  # of those dropped, near duplicates of an evaluation prompt
     alike: int | None = None  # of n, near duplicates of an earlier one of the set
     license: str | None = None
+    conversations: int = 0  # of n, prompts of several messages or with tools
 
 
 class Provenance(Frozen):
@@ -220,5 +222,6 @@ class RunRecord(Frozen):
     tuning: Tuning | None = None
     timing: dict[str, float] = {}
     quoted: tuple[Quotation, ...] = ()
+    survival: tuple[Survival, ...] = ()  # what quantisation leaves; measured after the build
     pictures: dict[str, str] = {}  # sha256 by path in the checkpoint; the card shows them
     provenance: Provenance

@@ -32,7 +32,7 @@ class Candidate(Frozen):
     """
 
     layer: int
-    position: int = -1
+    position: int | str = -1
     bypass: float
     kl: float
     induce: float
@@ -50,7 +50,7 @@ class Stack(Frozen):
 
     k: int
     layers: tuple[int, ...]
-    positions: tuple[int, ...] = ()
+    positions: tuple[int | str, ...] = ()
     kl: float
     answers: AnswerSummary
     draws: int = 1
@@ -71,7 +71,7 @@ class Structure(Frozen):
     """Cosines and effective rank of the candidates' directions."""
 
     layers: tuple[int, ...]
-    position: int = -1  # of the directions whose cosines these are
+    position: int | str = -1  # of the directions whose cosines these are
     cosines: tuple[tuple[float, ...], ...]
     participation_ratio: float  # of the layers that were judged, or given
     verdict: str  # "single direction" or "low-rank subspace"
@@ -89,7 +89,7 @@ class Selection(Frozen):
     """The layers and k that a selection chose, with the measurements behind them."""
 
     layers: tuple[int, ...]  # in order of preference
-    positions: tuple[int, ...]  # of each of them
+    positions: tuple[int | str, ...]  # of each of them
     k: int
     why: str
     base: SelectionBase

@@ -20,6 +20,8 @@ class SamplePair(NamedTuple):
         edited: the same of the edited model.
         gold_base: log-likelihood of the right answer, nats; None where answers are generated.
         gold_edited: the same of the edited model.
+        text_base: what was said, where the document is a conversation.
+        text_edited: the same with the edited model.
     """
 
     doc_id: int
@@ -28,6 +30,8 @@ class SamplePair(NamedTuple):
     edited: float
     gold_base: float | None = None
     gold_edited: float | None = None
+    text_base: str | None = None
+    text_edited: str | None = None
 
 
 @dataclass(frozen=True)

@@ -87,7 +87,8 @@ def _answers(build: Build) -> dict[str, list[dict[str, Any]]]:
     for answer in build.answers:
         key = (answer.set, answer.side, answer.index)
         row = sets.setdefault(answer.set, {}).setdefault(answer.index, {"prompt": answer.prompt})
-        row[answer.side] = _answer(answer, verdicts.get(key), by_rules.get(key))
+        row[answer.side] = {"read": answer.prompt} if answer.earlier else {}
+        row[answer.side] |= _answer(answer, verdicts.get(key), by_rules.get(key))
         columns = build.groups.get(answer.set, {})
         if groups := {name: group for name, c in columns.items() if (group := c[answer.index])}:
             row["groups"] = groups
@@ -116,6 +117,8 @@ def _answer(
             "coherence": verdict.coherence,
             "reasons": verdict.reasons,
         }
+        if verdict.thinking_refused is not None:
+            fields["thinkingRefuses"] = verdict.thinking_refused
     if verdict is not None and by_rules is not None and by_rules.kind != verdict.kind:
         fields["rules"] = by_rules.kind or "unscored"
     return fields

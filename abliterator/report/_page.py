@@ -38,6 +38,7 @@ MEASURES = {
     "product": "Compliance × coherence",
     "truncated": "Cut at the token limit",
     "unscored": "Unscored",
+    "thinking_refusal": "Refuses in its thinking",
     "repetition": "Share that repeats itself",
     "distinct": "Distinct word pairs",
 }

@@ -136,7 +136,10 @@ function sideElement(answer, column, words) {
     element("div", { class: "head" }, element("strong", {}, column.label), chip(answer.kind),
       grades, element("span", {}, `${answer.tokens} tokens${answer.cut ? ", cut" : ""}`),
       answer.rules ? element("span", {}, "rules: ", chip(answer.rules)) : null),
-    answer.thinking ? element("details", {}, element("summary", {}, "Thinking"),
+    answer.read ? element("details", {}, element("summary", {}, "Conversation"),
+      element("p", { class: "text" }, marked(answer.read, words))) : null,
+    answer.thinking ? element("details", {},
+      element("summary", {}, answer.thinkingRefuses ? "Thinking (comes to a refusal)" : "Thinking"),
       element("p", { class: "text" }, marked(answer.thinking, words))) : null,
     element("p", { class: "text" }, answer.text ? marked(answer.text, words) : "(empty)"),
     answer.reasons && answer.reasons.length
@@ -185,7 +188,8 @@ addEventListener("keydown", (event) => {
 
 // Two columns compared: only in a report on several builds.
 const MEASURES = { refusal: "Refusal", compliance: "Compliance", coherence: "Coherence",
-  product: "Compliance × coherence", truncated: "Cut at the token limit", unscored: "Unscored" };
+  product: "Compliance × coherence", truncated: "Cut at the token limit", unscored: "Unscored",
+  thinking_refusal: "Refuses in its thinking" };
 
 function drawComparison() {
   const [a, b] = [state.a, state.b];

@@ -41,7 +41,7 @@ function candidateTitle(c) {
 
 function sweep(build, width) {
   const { base, candidates } = build.selection;
-  const positions = [...new Set(candidates.map((c) => c.position))].sort((x, y) => y - x);
+  const positions = [...new Set(candidates.map((c) => c.position))].sort((x, y) => (y - x) || 0);
   const hue = (c) => colour(SERIES[positions.indexOf(c.position) % SERIES.length]);
   const layers = candidates.map((c) => c.layer);
   const domain = [Math.min(...layers) - 0.5, Math.max(...layers) + 0.5];
@@ -226,9 +226,12 @@ $$("[data-flips]").forEach((select) => {
     { label: "Gold answer, nats", number: true, value: (d) => (d[4] === null ? null : d[5] - d[4]),
       text: (d) => (d[4] === null ? "–" : `${number(d[4], 2)} → ${number(d[5], 2)}`) },
   ];
+  const said = ["Base said", "Edited said"].map((label, i) => (
+    { label, value: (d) => d[6 + i], text: (d) => element("details", {}, element("summary", {}, "conversation"), element("pre", {}, d[6 + i])) }));
   const fill = () => {
     const rows = (flipped[select.value] || []).filter((d) => !way.value || (d[3] > d[2]) === (way.value === "gained"));
-    if (rows.length) longTable(columns, rows, place, 20);
+    const isTalk = rows.length && rows[0][6] !== null;
+    if (rows.length) longTable(isTalk ? [...columns.slice(0, 5), ...said] : columns, rows, place, 20);
     else place.replaceChildren(element("p", { class: "hint" }, "No document flipped."));
   };
   [select, way].forEach((input) => input.addEventListener("change", fill));

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from abliterator.directions import Directions, Place, Subspace, stack_at, within_layer
+from abliterator.directions import Directions, Place, Position, Subspace, stack_at, within_layer
 from abliterator.errors import DirectionError
 from abliterator.subspace import orthonormal_basis
 
@@ -26,9 +26,9 @@ class Pool:
     """
 
     places: Sequence[Place]
-    directions: Mapping[int, Directions]
-    shuffled: Sequence[Mapping[int, Directions]] = ()
-    differences: Mapping[int, Tensor] = field(default_factory=dict)
+    directions: Mapping[Position, Directions]
+    shuffled: Sequence[Mapping[Position, Directions]] = ()
+    differences: Mapping[Position, Tensor] = field(default_factory=dict)
 
     def direction(self, place: Place) -> Tensor:
         """The direction r [H] of a place, as extracted."""

@@ -8,7 +8,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from abliterator.directions import Directions, Place, stack, stack_at
+from abliterator.directions import Directions, Place, Position, stack, stack_at
 from abliterator.engines import Edit, StreamEdit
 from abliterator.evaluation import EditEvaluator, MeasuredEdit
 from abliterator.judge import summarise
@@ -87,7 +87,7 @@ def study_alpha(evaluator: EditEvaluator, basis: Tensor, alphas: Sequence[float]
 
 
 def study_confirmation(
-    evaluator: EditEvaluator, directions: Mapping[int, Directions], places: Sequence[Place]
+    evaluator: EditEvaluator, directions: Mapping[Position, Directions], places: Sequence[Place]
 ) -> Study:
     """The first places one by one, then stacked by 3 and by 5, then the directions of all layers.
 

@@ -8,7 +8,7 @@ with its control tokens; `split_text` on text alone, which shows less.
     # Split(thinking="<think>Shall I?</think>", answer="Yes.", is_known=True)
 """
 
-from abliterator.thinking._split import Opened, Split, split_text
+from abliterator.thinking._split import Opened, Split, split_text, without_marks
 from abliterator.thinking._tokens import Splitter
 
-__all__ = ["Opened", "Split", "Splitter", "split_text"]
+__all__ = ["Opened", "Split", "Splitter", "split_text", "without_marks"]

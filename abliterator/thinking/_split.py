@@ -9,6 +9,7 @@ from typing import NamedTuple
 from abliterator.thinking._formats import Channels, Formats, Mark, formats
 
 _FENCE = re.compile(r"```.*?```", re.DOTALL)
+_CONTROL = re.compile(r"<\|[^<>|\s]+\|>(?:\s*assistant\b)?")  # a token, and the role behind it
 _UNFINISHED_TAG = re.compile(r"\s*[<\[◁][^\s>\]▷]*\Z")
 
 
@@ -56,6 +57,18 @@ def split_text(
     if split.thinking or opened_here.is_closed:
         split = _without_wrapper(split, table, is_cut=is_cut)
     return _without_unfinished_mark(split, table) if is_cut else split
+
+
+def without_marks(thinking: str) -> str:
+    """The thinking of a `Split` without the marks of any format."""
+    table = formats()
+    for channels in table.channels:
+        if channels.control in thinking or channels.begins.search(thinking):
+            thinking = channels.header.sub("\n", thinking)
+    for begin, end in table.wrappers:
+        thinking = begin.sub("\n", thinking)
+        thinking = re.sub(re.escape(end), "\n", thinking, flags=re.IGNORECASE)
+    return _CONTROL.sub("\n", table.pattern.sub("\n", thinking))
 
 
 def _by_channel(text: str, channels: Channels, channel: str | None) -> Split:

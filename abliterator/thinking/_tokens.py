@@ -103,7 +103,9 @@ class Splitter:
             return Opened()
         mark, after = marks[-1], text[marks[-1].end :]
         if not mark.opens:
-            return Opened(is_closed=not after.strip())
+            # a paired mark alone may be what any prompt has
+            closes = not mark.paired or any(m.opens and m.block == mark.block for m in marks)
+            return Opened(is_closed=closes and not after.strip())
         if after.strip() and not self._begins_a_reply(text[: mark.start], after):
             return Opened()
         return Opened(mark.block)

@@ -21,6 +21,7 @@ from abliterator.verification._compare import verify
 from abliterator.verification._findings import (
     BASE_CARD,
     CARD,
+    DIRECTIONS,
     EDITS,
     OURS,
     PICTURES,
@@ -34,6 +35,7 @@ from abliterator.verification._strength import stored_strengths
 __all__ = [
     "BASE_CARD",
     "CARD",
+    "DIRECTIONS",
     "EDITS",
     "OURS",
     "PICTURES",

@@ -12,9 +12,11 @@ from abliterator.checkpoint import (
     CONFIG_ENTRY,
     CONFIG_FILE,
     INDEX_FILE,
+    QUANTISER_FILE,
     Checkpoint,
     edited_config,
     edited_index,
+    edited_quantiser_config,
 )
 from abliterator.errors import FileError
 from abliterator.files import read_text, sha256_of_file
@@ -24,6 +26,7 @@ from abliterator.record import RunRecord, TensorEdit
 from abliterator.verification._findings import (
     BASE_CARD,
     CARD,
+    DIRECTIONS,
     EDITS,
     PICTURES,
     RECIPE,
@@ -48,7 +51,10 @@ class AuxiliaryFileCheck:
     ) -> None:
         self._base, self._checkpoint, self._findings = base, checkpoint, findings
         self._dequantized = dequantized
-        self._index = edited_index(base, dequantized.dense, dequantized.dropped)
+        self._edited = {
+            INDEX_FILE: edited_index(base, dequantized.dense, dequantized.dropped),
+            QUANTISER_FILE: edited_quantiser_config(base.folder, dequantized.modules),
+        }
 
     def compare(self, file: str) -> None:
         """Compares one file with the base's, or with the one text that an edit may make of it."""
@@ -60,8 +66,8 @@ class AuxiliaryFileCheck:
         findings.sha256[file] = sha256_of_file(path)
         if file == CONFIG_FILE:
             self._compare_config(path.read_bytes(), file)
-        elif file == INDEX_FILE and self._index is not None:
-            if path.read_bytes() != self._index.encode():
+        elif (text := self._edited.get(file)) is not None:
+            if path.read_bytes() != text.encode():
                 findings.fault(f"{file} is not what the edit makes of the base's.")
         elif findings.sha256[file] == findings.base_sha256[file]:
             findings.identical_bytes += path.stat().st_size
@@ -149,7 +155,7 @@ def check_record(
 ) -> None:
     """What record.json, and so the card, says of the edit and of the base; nothing if none is.
 
-    The pictures that it vouches for are hashed, like the files that abliterator always writes.
+    The files that it vouches for are hashed, like the files that abliterator always writes.
     """
     path = checkpoint / RECORD
     if not path.is_file():
@@ -173,12 +179,16 @@ def check_record(
             f"{RECORD} says that the largest leak is {format_leak(record.edit.max_leak)}, {EDITS} "
             f"{format_leak(leak)}."
         )
-    for file in sorted(record.pictures.keys() & set(PICTURES)):
-        picture = checkpoint / file
-        if picture.is_file() and sha256_of_file(picture) == record.pictures[file]:
-            findings.sha256[file] = record.pictures[file]
+    vouched = {file: record.pictures[file] for file in PICTURES if file in record.pictures}
+    if DIRECTIONS in record.provenance.digests:
+        vouched[DIRECTIONS] = record.provenance.digests[DIRECTIONS]
+    for file, digest in sorted(vouched.items()):
+        path = checkpoint / file
+        if path.is_file() and sha256_of_file(path) == digest:
+            findings.sha256[file] = digest
         else:
-            findings.fault(f"{file} is not the picture that {RECORD} has the hash of.")
+            kind = "picture" if file in PICTURES else "file"
+            findings.fault(f"{file} is not the {kind} that {RECORD} has the hash of.")
     for file, digest in record.model.files_sha256.items():
         if findings.base_sha256.get(file) != digest:
             findings.fault(f"{file} of the base is not the one that {RECORD} was made with.")

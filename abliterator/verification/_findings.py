@@ -11,6 +11,8 @@ from abliterator.record import TensorEdit
 
 EDITS = "abliterator/edits.json"
 RECORD = "abliterator/record.json"
+DIRECTIONS = "abliterator/directions.safetensors"
+"""The removed subspace with its sites, for other programs; a record has its hash."""
 CARD = "README.md"
 RECIPE = "recipe.yaml"
 OURS = (CARD, RECIPE, EDITS, RECORD)

@@ -48,6 +48,7 @@ ARTEFACTS = (
     "checkpoint/config.json",
     "checkpoint/tokenizer.json",
     "checkpoint/abliterator/edits.json",
+    "checkpoint/abliterator/directions.safetensors",
     "checkpoint/abliterator/record.json",
     "checkpoint/recipe.yaml",
     "checkpoint/README.md",

@@ -1,6 +1,7 @@
 """Positions and stacks of directions, from a recipe to a baked checkpoint of a tiny model."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -10,13 +11,14 @@ from safetensors.torch import load_file
 from abliterator import pipeline
 from abliterator.capture import capture, load_moments
 from abliterator.directions import stack, within_layer
-from abliterator.engines import TransformersEngine
+from abliterator.engines import TransformersEngine, answer_of
 from abliterator.errors import DirectionError, PromptError, RecipeError
 from abliterator.model import load_model, render_chat, template_tail
 from abliterator.pipeline import Options
 from abliterator.pipeline.stages.prompts import PromptSets
 from abliterator.recipe import load_recipe
 from abliterator.subspace import cosine_matrix
+from abliterator.thinking import Splitter
 from abliterator.verification import verify
 
 FAST = Options(device="cpu", dtype="float32")
@@ -169,3 +171,140 @@ def test_a_stack_of_layers_may_come_from_several_positions(recipe, tmp_path):
 
     again = stack(Directions(stored["directions"]), (2, 1)).basis
     torch.testing.assert_close(stored["subspace"], again)
+
+
+# Positions with a name
+
+
+def test_an_instruction_is_captured_as_the_prompt_up_to_it(recipe, tmp_path):
+    """A residual depends on no later token: the whole prompt has the same, further in."""
+    work = made(recipe("directions.position=instruction"), tmp_path / "out", "directions")
+    found = load_moments(work / "moments.safetensors")
+    loaded = load_model(Path(recipe().model), device="cpu", dtype="float32")
+    prompts = used(work).extraction["target"].prompts
+    whole = [render_chat(loaded.tokenizer, prompt) for prompt in prompts]
+    assert all(loaded.tokenizer.decode(ids[:-TAIL]).endswith(" now?") for ids in whole)
+    further_in = capture(TransformersEngine(loaded), whole, position=-TAIL - 1)
+    torch.testing.assert_close(found["target"].mean, further_in.mean, rtol=1e-4, atol=1e-5)
+    at_the_end = capture(TransformersEngine(loaded), whole)
+    assert not torch.allclose(found["target"].mean, at_the_end.mean, atol=1e-2)
+    with pytest.raises(DirectionError, match="own text is `instruction`"):
+        made(recipe(f"directions.position={-TAIL - 1}"), tmp_path / "beyond")
+
+
+def test_several_positions_are_swept_and_told(recipe, tmp_path):
+    swept = recipe("directions.position=[instruction, -1, -2]", "k=auto")
+    work = made(swept, tmp_path / "out", "capture")
+    found = load_moments(work / "moments.safetensors")
+    kinds = {name.partition("@")[0] for name in found}
+    assert {"target", "contrast", "target/half0"} <= kinds
+    assert set(found) == {f"{kind}@{p}" for kind in kinds for p in (-1, -2, "instruction")}
+    for position in ("instruction", -2):
+        alone = made(recipe(f"directions.position={position}", "k=auto"), tmp_path / "x", "capture")
+        alone = load_moments(alone / "moments.safetensors")
+        assert torch.equal(found[f"target@{position}"].mean, alone["target"].mean)
+        shutil.rmtree(tmp_path / "x")
+    plan = pipeline.plan_recipe(swept, tmp_path / "plan")
+    assert any("positions -1" not in n and "instruction, -1, -2" in n for n in plan.notes)
+    assert any("last token of the user's own text" in note for note in plan.notes)
+    assert plan.selection["judged"] == 2 * 3  # layers and positions
+
+
+def test_pairs_are_captured_at_a_named_position(recipe, tmp_path):
+    overrides = ("directions.stack=within_layer", "k=2", "directions.position=instruction")
+    out = tmp_path / "out"
+    work = made(recipe(*overrides), out)
+    differences = load_file(work / "differences.safetensors")
+    assert set(differences) == {"instruction"}
+    assert len(differences["instruction"]) == len(used(work).pairs)
+    verification = verify(Path(recipe().model), out / "checkpoint")
+    assert verification.ok
+
+
+THOUGHT, LONG = "Which river is it? The old one.", "Which river is it? " * 9
+
+
+class Notes(pipeline.Silent):
+    def __init__(self):
+        self.notes = []
+
+    def note(self, text):
+        self.notes.append(text)
+
+
+def thinking(monkeypatch, *, long):
+    """Lets every model think before it answers, for too long about the prompts with a word."""
+
+    def answers(self, prompts, *, max_new_tokens, answered=None, on_batch=None, **_):
+        splitter, rows = Splitter(self.tokenizer), []
+        for prompt in prompts:
+            text = LONG if long in self.tokenizer.decode(prompt) else THOUGHT
+            reply = f"<think>\n{text}\n</think>\n\nIn the old town."
+            row = self.tokenizer(reply, add_special_tokens=False)["input_ids"]
+            rows.append(answer_of(splitter, prompt, [*row, 2][:max_new_tokens], [2]))
+        return rows
+
+    monkeypatch.setattr(TransformersEngine, "answers", answers)
+
+
+def test_after_thinking_is_where_the_answer_begins(recipe, tmp_path, monkeypatch):
+    thinking(monkeypatch, long="ae")
+    made_recipe = recipe("directions.position=after_thinking", "rollouts.thinking_tokens=60")
+    log = Notes()
+    pipeline.run_stages(made_recipe, tmp_path / "out", until="capture", options=FAST, progress=log)
+    work = tmp_path / "out" / "work"
+    loaded = load_model(Path(recipe().model), device="cpu", dtype="float32")
+    prompts = [p for p in used(work).extraction["target"].prompts if "ae" not in p]
+    behind = loaded.tokenizer(f"<think>\n{THOUGHT}\n</think>\n\n", add_special_tokens=False)
+    extended = [render_chat(loaded.tokenizer, p) + behind["input_ids"] for p in prompts]
+    found = load_moments(work / "moments.safetensors")["target"]
+    assert found.n == len(prompts) == len(used(work).extraction["target"].prompts) - 1
+    expected = capture(TransformersEngine(loaded), extended)
+    torch.testing.assert_close(found.mean, expected.mean)
+    n = f"on {len(prompts)} of the {len(prompts) + 1} target"
+    assert any(f"within 60 tokens {n}" in note for note in log.notes)
+
+
+def test_a_base_that_comes_to_no_answer(recipe, tmp_path, monkeypatch):
+    thinking(monkeypatch, long="now")
+    with pytest.raises(DirectionError, match=r"within 80 tokens on 0 of the .*thinking_tokens"):
+        made(recipe("directions.position=after_thinking"), tmp_path / "out", "capture")
+
+
+def test_a_base_that_does_not_think(recipe, tmp_path):
+    with pytest.raises(DirectionError, match=r"thinks and comes .* on 0 of .* another position"):
+        made(recipe("directions.position=after_thinking"), tmp_path / "out", "capture")
+
+
+def test_thinking_that_the_template_closes(recipe, tmp_path):
+    """A template that writes an empty thought: the answer begins behind the prompt."""
+    folder = tmp_path / "model"
+    shutil.copytree(recipe().model, folder)
+    template = folder / "chat_template.jinja"
+    text = template.read_text()
+    assert "assistant\n" in text
+    template.write_text(text.replace("assistant\n", "assistant\n<think>\n\n</think>\n\n"))
+    overrides = (f"model={folder}", "rollouts.max_new_tokens=4")
+    after, last = (
+        load_moments(
+            made(recipe(*overrides, f"directions.position={p}"), tmp_path / str(p), "capture")
+            / "moments.safetensors"
+        )["target"]
+        for p in ("after_thinking", -1)
+    )
+    assert torch.equal(after.mean, last.mean)
+
+
+@pytest.mark.parametrize(
+    ("position", "says"),
+    [
+        ("middle", "instruction"),
+        ("[-1]", "at least 2"),
+        ("[-1, -1]", "given twice"),
+        ("[-1, sweep]", "directions.position"),
+        ("0", "less than or equal to -1"),
+    ],
+)
+def test_positions_that_are_none(recipe, position, says):
+    with pytest.raises(RecipeError, match=says):
+        recipe(f"directions.position={position}")

@@ -6,9 +6,11 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 from abliterator import Model
-from abliterator.errors import CheckpointError, OutputError
+from abliterator.errors import CheckpointError, DirectionError, OutputError
+from abliterator.model import template_tail
 from abliterator.recipe import Edit
 
 ROOT = Path(__file__).parents[2]
@@ -68,3 +70,15 @@ def test_the_baked_model_answers_as_the_preview_does(model, directions, tmp_path
 def test_a_model_that_is_not_there():
     with pytest.raises(CheckpointError):
         Model("./nothing")
+
+
+def test_a_direction_at_the_end_of_the_users_text(model):
+    """What the template puts behind it is the same in both kinds."""
+    target, contrast = ["Where is Neva?", "Where is it?"], ["What is Neva?", "What is it?"]
+    found = model.directions(target, contrast, position="instruction").vectors
+    tail = len(template_tail(model._engine.tokenizer))
+    further_in = model.directions(target, contrast, position=-tail - 1).vectors
+    torch.testing.assert_close(found, further_in, rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(found, model.directions(target, contrast).vectors, atol=1e-2)
+    with pytest.raises(DirectionError, match="'after_thinking' is no position here"):
+        model.directions(target, contrast, position="after_thinking")

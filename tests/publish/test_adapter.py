@@ -18,7 +18,7 @@ from abliterator.cli import main
 from abliterator.errors import PublishError
 from abliterator.publish import Target, plan_adapter, plan_publish
 from abliterator.publish._load_check import check_loads
-from abliterator.verification import EDITS, RECORD
+from abliterator.verification import DIRECTIONS, EDITS, RECORD
 from tests.helpers.hub_repos import Fault
 from tests.publish.conftest import (
     NAME,
@@ -32,7 +32,7 @@ from tests.publish.conftest import (
 )
 
 LORA = "somebody/tiny-lora"
-FILES = {"README.md", ADAPTER_CONFIG, ADAPTER_WEIGHTS, "recipe.yaml", EDITS, RECORD}
+FILES = {"README.md", ADAPTER_CONFIG, ADAPTER_WEIGHTS, "recipe.yaml", DIRECTIONS, EDITS, RECORD}
 
 LOAD = """
 import sys, torch

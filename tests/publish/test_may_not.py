@@ -62,6 +62,18 @@ def test_pictures_go_along_if_the_record_vouches_for_them(built, out):
             plan_publish(built[0], out / "checkpoint", Target(NAME))
 
 
+def test_directions_go_along_as_the_record_vouches_for_them(built, out):
+    file = out / "checkpoint" / "abliterator" / "directions.safetensors"
+    plan = plan_publish(built[0], out / "checkpoint", Target(NAME))
+    assert "abliterator/directions.safetensors" in {file.path for file in plan.files}
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    for damage in (lambda: file.write_bytes(data), file.unlink):
+        damage()
+        with pytest.raises(PublishError, match=r"directions\.safetensors is not the file that"):
+            plan_publish(built[0], out / "checkpoint", Target(NAME))
+
+
 @pytest.mark.parametrize("name", ["README.md", "recipe.yaml", "abliterator/record.json"])
 def test_a_build_that_did_not_end(built, out, name):
     (out / "checkpoint" / name).unlink()

@@ -97,6 +97,19 @@ def test_closed_by_the_prompt(name):
         assert split.answer.strip() == ANSWER or "Kimi" in name
 
 
+def test_a_chat_format_alone_closes_nothing():
+    """HyperCLOVA's mark after its thinking is what every ChatML prompt ends with."""
+    tokenizer = tokenizer_of(REPLIES["think, as words"])
+    splitter = Splitter(tokenizer)
+    assert not splitter.opened_by(prompt_ids(tokenizer)).is_closed
+    assert splitter.opened_by(prompt_ids(tokenizer, "<think>\n\n</think>\n\n")).is_closed
+    thought = "assistant/think\nHm.<|im_end|>\n<|im_start|>assistant\n"
+    assert splitter.opened_by(ids(tokenizer, f"<|im_start|>{thought}")).is_closed
+    reply = ids(tokenizer, "<answer>Yes.</answer>")
+    whole = splitter.split(prompt_ids(tokenizer), reply, is_cut=False)
+    assert whole == ("", "<answer>Yes.</answer>", True)
+
+
 @pytest.mark.parametrize("name", [n for n in REPLIES if n not in ("Solar Open", "Muse Glimmer")])
 def test_closed_though_nothing_opened_it(name):
     reply = REPLIES[name]

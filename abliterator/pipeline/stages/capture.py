@@ -6,13 +6,15 @@ The stage writes work/moments.safetensors, from which `fitted` makes directions.
 from __future__ import annotations
 
 import random
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from abliterator.errors import DirectionError
 from abliterator.files import write_bytes_atomic
 from abliterator.pipeline._captured import CapturedSet
 from abliterator.pipeline._kept import partial_file
+from abliterator.pipeline._positions import Reading, captured_positions, readings
 from abliterator.pipeline._run import Run
 from abliterator.pipeline._stage import Artefact, Stage
 from abliterator.pipeline.stages.prompts import prompt_sets
@@ -20,11 +22,12 @@ from abliterator.pipeline.stages.prompts import prompt_sets
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from abliterator.directions import Directions
+    from abliterator.directions import Directions, Position
     from abliterator.engines import Engine
     from abliterator.prompts import PromptSet
     from abliterator.subspace import MomentSet
 
+T = TypeVar("T")
 
 MOMENTS = Artefact("capture", "work/moments.safetensors")
 # target - contrast of every pair, [pairs, L, H] float32 by position; only for `within_layer`
@@ -33,6 +36,7 @@ DIFFERENCES = Artefact("capture", "work/differences.safetensors")
 
 def _key(run: Run) -> Any:
     recipe = run.recipe
+    thinks = "after_thinking" in recipe.directions.positions
     return [
         run.base_digest(),
         run.section("chat"),
@@ -41,13 +45,14 @@ def _key(run: Run) -> Any:
         [recipe.directions.stack, prompt_sets(run).pairs, _shuffles(run), recipe.seed],
         {name: s.sha256 for name, s in _captured(run).items()},
         run.dtype,
+        *([recipe.rollouts.most_thinking] if thinks else []),
     ]
 
 
-def position_of(run: Run) -> int:
+def position_of(run: Run) -> Position:
     """The recipe's position; where it is swept, the last token."""
-    position = run.recipe.directions.position
-    return -1 if position == "sweep" else position
+    directions = run.recipe.directions
+    return -1 if directions.sweeps_positions else directions.positions[0]
 
 
 def _captured(run: Run) -> dict[str, PromptSet]:
@@ -72,73 +77,71 @@ def _run(run: Run) -> list[Path]:
     from abliterator.capture import save_moments
 
     engine = run.engine(run.plan.source.folder)
-    positions = _positions(run, engine)
+    positions = captured_positions(run, engine)
     moments: dict[str, MomentSet] = {}
-    vectors: dict[str, Tensor] = {}
+    vectors: dict[tuple[str, Position], dict[int, Tensor]] = {}
     for name, prompts in _captured(run).items():
-        moments_of_set, vectors_of_set = _capture_set(run, engine, name, prompts, positions)
-        moments |= moments_of_set
-        vectors |= {name: vectors_of_set} if vectors_of_set is not None else {}
+        for reading in readings(run, engine, name, prompts.prompts, positions):
+            captured = _capture_set(run, engine, name, len(prompts.prompts), reading)
+            for (part, position), moments_there in captured.frozen().items():
+                moments[part if len(positions) == 1 else f"{part}@{position}"] = moments_there
+            if captured.vectors is not None:
+                for i, position in enumerate(reading.positions):
+                    by_row = zip(reading.rows, captured.vectors[:, i], strict=True)
+                    vectors[name, position] = dict(by_row)
     save_moments(MOMENTS.path(run), moments)
     if not vectors:
         return [MOMENTS.path(run)]
-    target, contrast = (list(side) for side in zip(*prompt_sets(run).pairs, strict=True))
-    pairs = vectors["target"][target] - vectors["contrast"][contrast]
-    tensors = {str(p): pairs[:, i].contiguous() for i, p in enumerate(positions)}
+    tensors = {
+        str(p): _paired(prompt_sets(run).pairs, vectors["target", p], vectors["contrast", p])
+        for p in positions
+    }
     write_bytes_atomic(DIFFERENCES.path(run), save(tensors))
     return [MOMENTS.path(run), DIFFERENCES.path(run)]
 
 
-def _positions(run: Run, engine: Engine) -> tuple[int, ...]:
-    """The positions that are captured, -1 first.
+def _paired(
+    pairs: Sequence[tuple[int, int]], target: Mapping[int, Tensor], contrast: Mapping[int, Tensor]
+) -> Tensor:
+    """[pairs, L, H] target - contrast, of the pairs that were captured on both sides."""
+    import torch
 
-    Raises:
-        DirectionError: for a position that the chat template does not have.
-    """
-    from abliterator.model import template_tail
-
-    chat, position = run.recipe.chat, run.recipe.directions.position
-    tail = template_tail(engine.tokenizer, system=chat.system, template_kwargs=chat.template_kwargs)
-    layout = f"The chat template puts {len(tail)} tokens after every prompt"
-    if position == "sweep":
-        if not tail:
-            raise DirectionError(
-                f"{layout}, so there is no position to sweep. Leave `position: -1`."
-            )
-        return tuple(range(-1, -len(tail) - 1, -1))
-    if position < -len(tail) and position != -1:
+    captured = [(t, c) for t, c in pairs if t in target and c in contrast]
+    if not captured:
         raise DirectionError(
-            f"{layout}, so `directions.position` can be -1 to {-len(tail)}; it is {position}."
+            "No pair of prompts has both of its sides captured at `directions.position`. Raise "
+            "`rollouts.thinking_tokens`, or take another position."
         )
-    return (position,)
+    return torch.stack([target[t] - contrast[c] for t, c in captured])
 
 
-def _capture_set(
-    run: Run, engine: Engine, name: str, prompts: PromptSet, positions: tuple[int, ...]
-) -> tuple[dict[str, MomentSet], Tensor | None]:
+def _capture_set(run: Run, engine: Engine, name: str, n: int, reading: Reading) -> CapturedSet:
     """Moments of a set, and of a random half of it for each shuffle; for pairs all vectors too."""
     import torch
 
-    n, anatomy, settings = len(prompts.prompts), run.plan.anatomy, run.recipe.capture
-    parts: dict[str, frozenset[int]] = {name: frozenset(range(n))}
+    anatomy, settings = run.plan.anatomy, run.recipe.capture
+    members: dict[str, Collection[int]] = {name: range(n)}
     for i in range(_shuffles(run) if name in ("target", "contrast") else 0):
         half = random.Random(f"{run.recipe.seed} {name} {i}").sample(range(n), n // 2)
-        parts[f"{name}/half{i}"] = frozenset(half)
-    shape = anatomy.n_layers, anatomy.d_model
+        members[f"{name}/half{i}"] = frozenset(half)
+    shape, rows = (anatomy.n_layers, anatomy.d_model), reading.rows
     paired = run.recipe.directions.stack == "within_layer" and name in ("target", "contrast")
+    named = "".join(f"-{p}" for p in reading.positions if isinstance(p, str))
     captured = CapturedSet(
-        partial_file(run, "capture", f"{name}.safetensors", [name, _key(run)]),
-        parts,
-        positions,
+        partial_file(run, "capture", f"{name}{named}.safetensors", [name, _key(run)]),
+        {
+            part: frozenset(i for i, row in enumerate(rows) if row in of)
+            for part, of in members.items()
+        },
+        reading.positions,
         shape,
-        vectors=torch.zeros(n, len(positions), *shape) if paired else None,
+        vectors=torch.zeros(len(rows), len(reading.positions), *shape) if paired else None,
     )
-    token_ids = run.render(engine, prompts.prompts, name=name).token_ids
-    with run.progress.bar(f"capture {name}", n - len(captured.done)) as advance:
+    with run.progress.bar(f"capture {name}", len(rows) - len(captured.done)) as advance:
         try:
             for batch, residuals in engine.hidden_states(
-                token_ids,
-                positions=positions,
+                reading.token_ids,
+                positions=reading.offsets,
                 padding=settings.padding,
                 max_batch_tokens=settings.max_batch_tokens,
                 skipped=frozenset(captured.done),
@@ -147,32 +150,44 @@ def _capture_set(
                 advance(len(batch))
         finally:
             captured.write()
-    return captured.frozen(), captured.vectors
+    return captured
 
 
-def differences(run: Run) -> dict[int, Tensor]:
+def differences(run: Run) -> dict[Position, Tensor]:
     """Paired differences [N, L, H] by position; none where stacks are of layers."""
     from safetensors.torch import load_file
 
     if run.recipe.directions.stack != "within_layer":
         return {}
-    tensors = load_file(DIFFERENCES.checked(run))
-    return {int(position): tensors[position] for position in sorted(tensors, key=int, reverse=True)}
+    return _by_position(
+        {_read_position(name): pairs for name, pairs in load_file(DIFFERENCES.checked(run)).items()}
+    )
 
 
-def _moments(run: Run) -> dict[int, dict[str, MomentSet]]:
+def _read_position(name: str) -> Position:
+    return int(name) if name.startswith("-") else name
+
+
+def _by_position(values: Mapping[Position, T]) -> dict[Position, T]:
+    """The same in the order of positions, -1 first."""
+    from abliterator.directions import position_order
+
+    return {position: values[position] for position in sorted(values, key=position_order)}
+
+
+def _moments(run: Run) -> dict[Position, dict[str, MomentSet]]:
     """Moments by position and part; -1 first."""
     from abliterator.capture import load_moments
 
-    by_position: dict[int, dict[str, MomentSet]] = {}
+    by_position: dict[Position, dict[str, MomentSet]] = {}
     for name, moments in load_moments(MOMENTS.checked(run)).items():
-        part, _, position = name.partition("@")
-        index = int(position) if position else position_of(run)
-        by_position.setdefault(index, {})[part] = moments
-    return {position: by_position[position] for position in sorted(by_position, reverse=True)}
+        part, _, suffix = name.partition("@")
+        position = _read_position(suffix) if suffix else position_of(run)
+        by_position.setdefault(position, {})[part] = moments
+    return _by_position(by_position)
 
 
-def fitted(run: Run) -> dict[int, Directions]:
+def fitted(run: Run) -> dict[Position, Directions]:
     """The directions of all layers by position, from the captured moments."""
     from abliterator.directions import fit_directions
 
@@ -187,7 +202,7 @@ def fitted(run: Run) -> dict[int, Directions]:
     }
 
 
-def shuffled(run: Run) -> list[dict[int, Directions]]:
+def shuffled(run: Run) -> list[dict[Position, Directions]]:
     """Directions of shuffled labels by position, one mapping a shuffle."""
     from abliterator.directions import fit_shuffled
 

@@ -37,7 +37,7 @@ def _base_key(run: Run) -> str:
             run.base_digest(),
             run.section("chat"),
             run.section("divergence"),
-            run.recipe.rollouts.max_new_tokens,
+            run.recipe.rollouts.most_thinking,
             prompt_sets(run).evaluation["neutral"].sha256,
             run.dtype,
             run.recipe.seed,
@@ -54,7 +54,7 @@ def _run(run: Run) -> list[Path]:
     divergence = measure_divergence(
         lambda side: run.engine(folder_of(run, side)),
         lambda engine: _rendered(run, engine),
-        _read_paths(run),
+        answer_paths(run),
         tokens=run.recipe.divergence.tokens,
         scratch=run.workspace.work / "base_logits.bin",
         max_batch_tokens=run.recipe.capture.max_batch_tokens,
@@ -79,14 +79,15 @@ def _write_paths(run: Run) -> None:
         base,
         _rendered(run, base),
         tokens=run.recipe.divergence.tokens,
-        max_new_tokens=run.recipe.rollouts.max_new_tokens,
+        max_new_tokens=run.recipe.rollouts.most_thinking,
         batch_size=run.batch_size,
         bar=run.progress.bar,
     )
     write_text_atomic(PATHS.path(run), json.dumps(paths) + "\n")
 
 
-def _read_paths(run: Run) -> list[AnswerPath]:
+def answer_paths(run: Run) -> list[AnswerPath]:
+    """The base's greedy answers along which the divergence is measured."""
     from abliterator.engines import AnswerPath
 
     return [

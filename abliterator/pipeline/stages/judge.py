@@ -84,4 +84,4 @@ def _note_quality(progress: Progress, identity: JudgeIdentity, verdicts: Sequenc
         progress.note(f"The judge's calls of this folder: {spent}.")
 
 
-JUDGE = Stage("judge", 4, _key, _run)
+JUDGE = Stage("judge", 5, _key, _run)

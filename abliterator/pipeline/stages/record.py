@@ -20,6 +20,7 @@ from abliterator.files import copy_file, read_text, sha256_of_file, write_text_a
 from abliterator.pipeline._quantization import quantized_edits
 from abliterator.pipeline._run import Run
 from abliterator.pipeline._stage import Artefact, Stage
+from abliterator.pipeline._survived import survived
 from abliterator.pipeline.stages.bake import tensor_edits
 from abliterator.pipeline.stages.benchmarks import task_scores
 from abliterator.pipeline.stages.capture import MOMENTS
@@ -30,7 +31,7 @@ from abliterator.pipeline.stages.prompts import prompt_sets, uses
 from abliterator.pipeline.stages.rollouts import ANSWERS, SIDES, engines_of
 from abliterator.pipeline.stages.selection import selected_layers, selection_of
 from abliterator.pipeline.stages.tuning import planned_edits, tuning_record
-from abliterator.prompts import NEAR_DUPLICATE, NEAR_WORDS, PromptSet
+from abliterator.prompts import NEAR_DUPLICATE, NEAR_WORDS, Conversation, PromptSet
 from abliterator.recipe import ranges_of
 from abliterator.record import (
     Behaviour,
@@ -53,7 +54,7 @@ from abliterator.record import (
     Tool,
     Verdict,
 )
-from abliterator.verification import BASE_CARD, CARD, PICTURES, RECIPE, recipe_text
+from abliterator.verification import BASE_CARD, CARD, DIRECTIONS, PICTURES, RECIPE, recipe_text
 from abliterator.verification import RECORD as RECORD_FILE
 
 _GATING = re.compile("extra_gated_")
@@ -81,11 +82,13 @@ def _measured(run: Run) -> list[str]:
 def _key(run: Run) -> Any:
     base = run.plan.source.folder
     card = sha256_of_file(base / CARD) if (base / CARD).is_file() else None
-    return [
+    key = [
         {name: run.digest(name) for name in _measured(run)},
         run.recipe.published(),
         [run.base_digest(), card, stated(run.plan.card)],
     ]
+    quantised = [survival.model_dump(mode="json") for survival in survived(run)]
+    return [*key, quantised] if quantised else key
 
 
 def _run(run: Run) -> list[Path]:
@@ -94,10 +97,52 @@ def _run(run: Run) -> list[Path]:
     timing = {name: marker.seconds for name, marker in markers.items() if marker is not None}
     pictures = _pictures(run)
     hashes = {name: sha256_of_file(path) for name, path in pictures.items()}
+    directions = out / DIRECTIONS
+    write_directions(run, directions)
     record = assemble(run, timing, hashes)
     recipe = out / RECIPE
     write_text_atomic(recipe, recipe_text(record))
-    return [RECORD_JSON.write(run, record), recipe, *pictures.values()]
+    return [RECORD_JSON.write(run, record), recipe, directions, *pictures.values()]
+
+
+def write_directions(run: Run, path: Path) -> None:
+    """Writes the removed subspace with its sites, for other programs and at run time."""
+    from safetensors.torch import load_file
+
+    from abliterator.bake import runtime_obstacle, runtime_sites
+    from abliterator.directions import save_published
+
+    stored, selected, anatomy = (
+        load_file(SUBSPACE.checked(run)),
+        selected_layers(run),
+        run.plan.anatomy,
+    )
+    plan = planned_edits(run)
+    sites, of_sites = runtime_sites(plan, run.plan.checkpoint, stored["subspace"])
+    source = run.plan.source
+    save_published(
+        path,
+        tensors={
+            "subspace": stored["subspace"],
+            "directions": stored["directions"].float(),
+            **of_sites,
+        },
+        sites=sites,
+        metadata={
+            "base_model": run.base_id,
+            "base_revision": source.revision or "",
+            "model_type": anatomy.model_type,
+            "recipe_digest": run.recipe.digest,
+            "n_layers": str(anatomy.n_layers),
+            "d_model": str(anatomy.d_model),
+            "blocks": anatomy.blocks,
+            "layers": json.dumps(selected.layers),
+            "positions": json.dumps(selected.positions),
+            "estimator": run.recipe.directions.estimator,
+            "k": str(selected.k),
+        },
+        obstacle=runtime_obstacle(plan),
+    )
 
 
 def _pictures(run: Run) -> dict[str, Path]:
@@ -144,6 +189,7 @@ def assemble(run: Run, timing: dict[str, float], pictures: dict[str, str]) -> Ru
         selection=selection_of(run),
         tuning=tuning_record(run),
         timing=timing,
+        survival=survived(run),
         pictures=pictures,
         provenance=_provenance(run),
     )
@@ -328,15 +374,17 @@ def _provenance(run: Run) -> Provenance:
 
 def prompt_origin(name: str, prompts: PromptSet) -> PromptOrigin:
     """The origin of a prompt set; `name` is its kind and use."""
-    names = PromptOrigin.model_fields.keys() - {"name", "n"}
+    names = PromptOrigin.model_fields.keys() - {"name", "n", "conversations"}
     fields = {field: getattr(prompts, field) for field in names}
-    return PromptOrigin(name=name, n=len(prompts.prompts), **fields)
+    conversations = sum(isinstance(prompt, Conversation) for prompt in prompts.prompts)
+    return PromptOrigin(name=name, n=len(prompts.prompts), conversations=conversations, **fields)
 
 
 def _digests(run: Run) -> dict[str, str]:
     files = {
         "moments": MOMENTS.checked(run),
         "directions": SUBSPACE.checked(run),
+        DIRECTIONS: run.workspace.checkpoint / DIRECTIONS,
     }
     card = run.plan.source.folder / CARD
     if card.is_file():

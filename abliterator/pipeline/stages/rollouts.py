@@ -158,36 +158,43 @@ def _samples(run: Run, side: Side) -> list[SampledCompletion]:
 
 
 def _answers(run: Run, side: Side, sampling: Sampling | None = None) -> list[Completion]:
-    from abliterator.evaluation import answer_sets, as_completions
+    from abliterator.evaluation import answer_sets, completions_of, kept_answers
 
-    limit, tokens = run.recipe.rollouts.limit, run.recipe.rollouts.max_new_tokens
+    settings = run.recipe.rollouts
     key, name = _side_key(run, side), f"{side}.jsonl"
     if sampling is not None:
         key, name = _drawn_key(run, side), f"{side}-drawn{sampling.sample}.jsonl"
     journal = Journal(partial_file(run, "rollouts", name, key))
-    sets = {name: s.prompts[:limit] for name, s in prompt_sets(run).evaluation.items()}
+    sets = {name: s.prompts[: settings.limit] for name, s in prompt_sets(run).evaluation.items()}
     answered = {name: KeptAnswers(journal, name) for name in sets}
-    if all(len(answered[name]) == len(prompts) for name, prompts in sets.items()):
+    finished = {name: kept_answers(prompts, answered[name]) for name, prompts in sets.items()}
+    is_whole = settings.thinking_tokens is None  # else it may go on behind the thinking
+    if is_whole and all(transcripts is not None for transcripts in finished.values()):
         return [  # without the model
             completion
             for name, prompts in sets.items()
-            for completion in as_completions(
-                [answered[name][i] for i in range(len(prompts))], prompts, set_name=name, side=side
+            for completion in completions_of(
+                finished[name] or (), prompts, set_name=name, side=side
             )
         ]
     engine = run.answering(folder_of(run, side), side)
     return answer_sets(
         engine,
         {
-            name: run.render(engine, prompts, name=name, max_new_tokens=tokens)
+            name: run.render(engine, prompts, name=name, max_new_tokens=settings.most_tokens)
             for name, prompts in sets.items()
         },
         side=side,
-        max_new_tokens=tokens,
+        max_new_tokens=settings.max_new_tokens,
+        thinking_tokens=settings.thinking_tokens,
         batch_size=run.batch_size,
         bar=run.progress.bar,
         sampling=sampling,
         answered=answered,
+        continued={name: KeptAnswers(journal, f"{name}, continued") for name in sets},
+        render=lambda name, prompts: (
+            run.render(engine, prompts, name=name, max_new_tokens=settings.most_tokens).token_ids
+        ),
     )
 
 

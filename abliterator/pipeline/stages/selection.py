@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from abliterator.directions import Place, Subspace
     from abliterator.engines import Engine
     from abliterator.evaluation import EvaluationContext, RenderedPrompts
+    from abliterator.prompts import Prompt
     from abliterator.selection import Pool, ScoringPrompts
 
 
@@ -50,9 +51,11 @@ class SelectedLayers(NamedTuple):
         return tuple(place.layer for place in self.places)
 
     @property
-    def positions(self) -> tuple[int, ...]:
+    def positions(self) -> tuple[int | str, ...]:
         """Their positions, each once, the last token's first."""
-        return tuple(sorted({place.position for place in self.places}, reverse=True))
+        from abliterator.directions import position_order
+
+        return tuple(sorted({place.position for place in self.places}, key=position_order))
 
 
 def selected_layers(run: Run) -> SelectedLayers:
@@ -189,13 +192,13 @@ def held_out_context(
     )
 
 
-def rendered(run: Run, prompts: Sequence[str], *, name: str) -> RenderedPrompts:
+def rendered(run: Run, prompts: Sequence[Prompt], *, name: str) -> RenderedPrompts:
     """Prompts of a choice, with room for an answer of `selection.tokens`."""
     engine, tokens = run.engine(run.plan.source.folder), run.recipe.selection.tokens
     return run.render(engine, prompts, name=name, max_new_tokens=tokens)
 
 
-def sampled(run: Run, name: str, n: int) -> list[str]:
+def sampled(run: Run, name: str, n: int) -> list[Prompt]:
     """At most `n` prompts of an extraction set, drawn by the recipe's seed; none if it has none."""
     sets = prompt_sets(run).extraction
     prompts = sets[name].prompts if name in sets else ()
@@ -203,6 +206,7 @@ def sampled(run: Run, name: str, n: int) -> list[str]:
 
 
 def _pictures(run: Run, selection: Selection, selected: SelectedLayers) -> list[Path]:
+    from abliterator.directions import position_order
     from abliterator.plots import can_draw, draw_cosines, draw_curves
 
     if not can_draw():
@@ -214,7 +218,7 @@ def _pictures(run: Run, selection: Selection, selected: SelectedLayers) -> list[
     draw_cosines(paths[0], structure.cosines, structure.layers)
     if selection.candidates:
         paths.append(folder / "sweep.png")
-        ordered = sorted(selection.candidates, key=lambda c: (-c.position, c.layer))
+        ordered = sorted(selection.candidates, key=lambda c: (position_order(c.position), c.layer))
         answers = [c.answers for c in ordered]
         curves: dict[str, list[float | None]] = {
             "bypass, log-odds": [c.bypass for c in ordered],

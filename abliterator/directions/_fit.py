@@ -1,29 +1,16 @@
-"""From moments to directions, and from directions to the subspace that is removed.
-
-Reads moments of prompt sets and writes one artefact, directions.safetensors, with `directions`
-[L, H] (row l - 1 belongs to residual layer l) and `subspace` [H, k], or [L, H, k] where each block
-has one of its own. This module reads no model and no weights.
-
-    directions = fit_directions(target, contrast)
-    subspace = stack(directions, layers=(16, 15, 17))
-"""
+"""From moments to directions, and from directions to the subspace that is removed."""
 
 from __future__ import annotations
 
-import json
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor
 
-from abliterator.errors import DirectionError
-from abliterator.files import write_bytes_atomic
-from abliterator.subspace import DEPENDENT_BELOW, MomentSet, orthonormal_basis, orthonormal_columns
+from abliterator.subspace import DEPENDENT_BELOW, MomentSet, orthonormal_basis
 
 
 @dataclass(frozen=True)
@@ -37,16 +24,20 @@ class Directions:
     vectors: Tensor
 
 
+# A token of the prompt: counted from its end, or named.
+Position: TypeAlias = int | str
+
+
 class Place(NamedTuple):
     """The layer and token position of a direction.
 
     Attributes:
         layer: residual layer, 1 .. L.
-        position: token of the prompt, from its end.
+        position: token of the prompt, from its end; or the name of a token.
     """
 
     layer: int
-    position: int = -1
+    position: Position = -1
 
     def __str__(self) -> str:
         """The layer, and the position where it is not the last token."""
@@ -108,7 +99,12 @@ def stack(directions: Directions, layers: Sequence[int]) -> Subspace:
     return stack_at({-1: directions}, [Place(layer) for layer in layers])
 
 
-def stack_at(directions: Mapping[int, Directions], places: Sequence[Place]) -> Subspace:
+def position_order(position: Position) -> tuple[int, str]:
+    """A key that sorts positions: -1, the last token, first, then those before it, then names."""
+    return (-position, "") if isinstance(position, int) else (sys.maxsize, position)
+
+
+def stack_at(directions: Mapping[Position, Directions], places: Sequence[Place]) -> Subspace:
     """Stacks the directions of `places`, in order of preference, into an orthonormal basis.
 
     Args:
@@ -163,51 +159,3 @@ def within_layer(direction: Tensor, differences: Tensor) -> Tensor:
     # the rounding error of a float32 zero is no direction
     is_nonzero = lengths > DEPENDENT_BELOW * differences.double().norm()
     return torch.cat([direction.double()[None], components[is_nonzero]])
-
-
-def save_directions(path: Path, directions: Directions, subspace: Subspace) -> None:
-    """Writes `directions` and `subspace` with the layers as metadata, atomically."""
-    tensors = {"directions": directions.vectors, "subspace": subspace.basis.contiguous()}
-    data = save(tensors, metadata={"layers": json.dumps(subspace.layers)})
-    write_bytes_atomic(path, data)
-
-
-def load_subspace(path: Path) -> Subspace:
-    """Reads `subspace` from any safetensors file, and makes its columns orthonormal.
-
-    It is [H, k] for all blocks, or [L, H, k]: one for each block.
-
-    Raises:
-        DirectionError: if the file cannot be read, lacks it, or its columns are dependent; the
-            column is named, and its block.
-    """
-    try:
-        with safe_open(path, framework="pt") as file:
-            names = list(file.keys())
-            columns = file.get_tensor("subspace") if "subspace" in names else None
-            metadata = file.metadata() or {}
-    except (OSError, SafetensorError) as error:
-        raise DirectionError(f"Cannot read a subspace from {path}: {error}.") from error
-    if columns is None or columns.ndim not in (2, 3) or not columns.is_floating_point():
-        seen_shape = (
-            "" if columns is None else f", `subspace` as {columns.dtype} {list(columns.shape)}"
-        )
-        raise DirectionError(
-            f"{path} must hold a floating-point tensor `subspace` of shape [d_model, k], or "
-            "[n_layers, d_model, k] with one subspace a block; it holds "
-            f"{', '.join(names) or 'nothing'}{seen_shape}."
-        )
-    if 0 in columns.shape:
-        sizes = dict(zip(("n_layers", "d_model", "k")[-columns.ndim :], columns.shape, strict=True))
-        empty = next(name for name, size in sizes.items() if size == 0)
-        raise DirectionError(f"`subspace` in {path} has shape {list(columns.shape)}: {empty} is 0.")
-    return Subspace(orthonormal_columns(columns), _layers(metadata))
-
-
-def _layers(metadata: dict[str, str]) -> tuple[int, ...]:
-    try:
-        layers = json.loads(metadata.get("layers", "[]"))
-    except json.JSONDecodeError:
-        return ()  # a file of another program, in which `layers` means something else
-    is_valid = isinstance(layers, list) and all(isinstance(layer, int) for layer in layers)
-    return tuple(layers) if is_valid else ()

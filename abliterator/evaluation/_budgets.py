@@ -1,0 +1,85 @@
+"""Answers of models that think first, with a budget for the thinking and one for the answer."""
+
+from __future__ import annotations
+
+from collections.abc import MutableMapping, Sequence
+from typing import Any
+
+from abliterator.engines import Answer, Engine, OnBatch, answer_of
+from abliterator.thinking import Splitter
+
+Answered = MutableMapping[int, Answer]
+
+
+def answers_within(
+    engine: Engine,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    thinking_tokens: int | None,
+    answered: Answered | None = None,
+    continued: Answered | None = None,
+    on_batch: OnBatch | None = None,
+    **options: Any,
+) -> list[Answer]:
+    """Greedy answers of which the thinking has a budget of its own.
+
+    The tokens are those of one greedy decoding. It ends where the answer has `max_new_tokens`, or
+    where it has not begun within `thinking_tokens`: then the thinking is not closed by force, since
+    no user would get what follows, and the answer is cut before its first token.
+
+    Args:
+        engine: the model.
+        prompts: token ids.
+        max_new_tokens: of an answer, at most; without a budget, of the thinking too.
+        thinking_tokens: within which an answer must begin; None for one limit for both.
+        answered: the answers of an earlier call that was interrupted (`Engine.answers`).
+        continued: the same of the answers that went on behind the budget.
+        on_batch: called with the number of prompts done after each batch.
+        options: of `Engine.answers`.
+    """
+    first = engine.answers(
+        prompts,
+        max_new_tokens=thinking_tokens or max_new_tokens,
+        answered=answered,
+        on_batch=on_batch,
+        **options,
+    )
+    if thinking_tokens is None:
+        return first
+    splitter = Splitter(engine.tokenizer)
+    answers = [
+        _within(splitter, prompt, answer, max_new_tokens)
+        for prompt, answer in zip(prompts, first, strict=True)
+    ]
+    unfinished = [i for i, answer in enumerate(answers) if _goes_on(answer, max_new_tokens)]
+    if not unfinished:
+        return answers
+    rest = engine.answers(
+        [(*prompts[i], *answers[i].token_ids) for i in unfinished],
+        max_new_tokens=max_new_tokens,
+        answered=continued,
+        **options,
+    )
+    for i, continuation in zip(unfinished, rest, strict=True):
+        row = (*answers[i].token_ids, *continuation.token_ids)
+        is_ended = continuation.finish_reason == "stop"
+        whole = answer_of(splitter, prompts[i], row, (), is_ended=is_ended)
+        answers[i] = _within(splitter, prompts[i], whole, max_new_tokens)
+    return answers
+
+
+def _goes_on(answer: Answer, max_new_tokens: int) -> bool:
+    """Whether an answer has begun and may have more tokens."""
+    n = len(answer.token_ids) - answer.start_token
+    return answer.finish_reason == "length" and 0 < n < max_new_tokens
+
+
+def _within(
+    splitter: Splitter, prompt: Sequence[int], answer: Answer, max_new_tokens: int
+) -> Answer:
+    """The answer without the tokens beyond its budget."""
+    end = answer.start_token + max_new_tokens
+    if len(answer.token_ids) <= end:
+        return answer
+    return answer_of(splitter, prompt, answer.token_ids[:end], ())
