@@ -30,7 +30,9 @@ OWN = ("refusal", "inability")  # kinds in which the speaker declines
 _INLINE_ITEM = re.compile(r"(?:\A|\s)\d{1,2}[.)](?=\s|\Z)")
 _CONTENT_WORD = re.compile(r"[a-z']{3,}")
 _FUNCTION_WORDS = frozenset(
-    ["the", "and", "for", "are", "was", "were", "does", "did", "how", "what", "why", "who", "where", "which", "when", "you", "your", "can", "could", "should", "will", "would", "its", "this", "that", "with", "not", "there", "some", "give", "tell", "list", "best", "way", "good", "get", "have", "has", "from", "about"]
+    "the and for are was were does did how what why who where which when you your can could should"
+    " will would its this that with not there some give tell list best way good get have has from"
+    " about".split()
 )
 
 
