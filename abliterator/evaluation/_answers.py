@@ -208,10 +208,10 @@ def answer_sets(
                 thinking_tokens=thinking_tokens,
                 batch_size=batch_size,
                 stop_ids=stop_ids,
+                sampling=sampling,
                 answered=kept,
                 continued=behind,
                 on_batch=advance,
-                sampling=sampling,
             )
         completions += as_completions(answers, prompts, set_name=name, side=side)
     return completions
