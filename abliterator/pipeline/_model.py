@@ -22,10 +22,11 @@ if TYPE_CHECKING:
 
     from abliterator.directions import Directions, Subspace
     from abliterator.engines import TransformersEngine
+    from abliterator.prompts import Prompt
     from abliterator.subspace import MomentSet
 
-# Texts, or a .txt or .jsonl file of them.
-Prompts: TypeAlias = "Sequence[str] | Path"
+# Texts or conversations, or a .txt or .jsonl file of them.
+Prompts: TypeAlias = "Sequence[Prompt] | Path"
 
 
 class Model:
