@@ -1,66 +1,125 @@
 """What the conversation suite tells apart, for every two of some checkpoints.
 
-    python perf/conversation_power.py OUT BASE SOUND STRONG # folders; OUT keeps scores
+    python perf/conversation_power.py OUT BASE SOUND STRONG          # folders; OUT keeps answers
+    python perf/conversation_power.py OUT BASE STRONG --given        # a fraction of the time
 
-Each checkpoint holds the 120 conversations once (on the CPU, float32). For every two of them the
-table has the paired delta with its interval, p and Holm's p, and how many conversations would show
-a true delta of that size with 80 % power at the 5 % level.
+Each checkpoint holds the suite's conversations once, on the CPU in float32; with `--given` those
+alone whose earlier answers are given, so that the model answers once. For every two checkpoints the
+table has the paired delta with its interval, the exact McNemar p, and how many conversations
+would show a true delta of that size with 80 % power at the 5 % level.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import time
+from collections.abc import Sequence
 from itertools import combinations
 from pathlib import Path
 
-from abliterator.benchmarks import (
-    Task,
-    TaskScores,
-    compare_tasks,
-    keep_scores,
-    kept_scores,
-    resolve_tasks,
+from abliterator import statistics
+from abliterator.benchmarks.conversation import (
+    SKILLS,
+    Item,
+    Skill,
+    items_of,
+    max_new_tokens,
+    passes,
 )
 from abliterator.engines import Engine, open_engine
-from abliterator.evaluation import score_conversations
-from abliterator.recipe import Benchmarks, Chat
-from abliterator.record import BenchmarkResult
+from abliterator.evaluation import answer_conversations, spoken
+from abliterator.model import render_prompts
 from abliterator.tables import markdown_table
 
+Values = dict[str, list[float]]
 
-def scores_of(folder: Path, tasks: list[Task], out: Path) -> dict[str, TaskScores]:
-    """The scores of a checkpoint; those that `out` has are not measured again."""
-    section, engine = Benchmarks(tasks=("conversation",), batch_size=20), None
-    scores = {}
-    for task in tasks:
-        kept = kept_scores(out, task.name, task.digest)
-        if kept is None:
-            engine = engine or opened(folder)
+
+def items(skill: Skill, *, given: bool) -> list[Item]:
+    """The conversations of a skill; with `given`, those of one answer."""
+    return [item for item in items_of(skill) if not given or len(item.prompt.turns) == 1]
+
+
+def measured(folder: Path, out: Path, *, given: bool) -> Values:
+    """1 or 0 of each conversation, by skill; what `out` has is not measured again."""
+    kept = json.loads(out.read_text(encoding="utf-8")) if out.is_file() else {}
+    engine = None
+    for skill in SKILLS:
+        if skill not in kept:
+            engine = engine or open_engine(folder, device="cpu", dtype="float32")
             start = time.process_time()
-            kept = score_conversations(engine, task, section, Chat(), settings={})
-            keep_scores(out, task.digest, kept)
-            right = sum(score.value for score in kept.scores)
+            kept[skill] = answered(engine, skill, items(skill, given=given))
+            right = sum(value for value, _ in kept[skill])
+            seconds = time.process_time() - start
             print(
-                f"{out.name}: {task.name} {right:.0f} of {kept.n}, "
-                f"{time.process_time() - start:.0f} CPU seconds",
+                f"{out.stem} {skill}: {right} of {len(kept[skill])}, {seconds:.0f} CPU s",
                 flush=True,
             )
-        scores[task.name] = kept
-    return scores
+            out.parent.mkdir(parents=True, exist_ok=True)
+            out.write_text(json.dumps(kept, indent=1), encoding="utf-8")
+    return {skill: [float(value) for value, _ in kept[skill]] for skill in SKILLS}
 
 
-def opened(folder: Path) -> Engine:
-    """The checkpoint's engine in this process."""
-    return open_engine(folder, device="cpu", dtype="float32")
+def answered(engine: Engine, skill: Skill, some: Sequence[Item]) -> list[tuple[int, str]]:
+    """Whether each last answer is right, and the answer; tools are described by the user."""
+    limit = max_new_tokens(skill)
+    transcripts = answer_conversations(
+        engine,
+        [item.described for item in some],
+        lambda prompts: render_prompts(engine.tokenizer, prompts, engine.limits, name=skill),
+        max_new_tokens=limit,
+        batch_size=10,
+    )
+    return [
+        (
+            int(passes(item.check, spoken(own)[-1], truncated=own[-1].finish_reason == "length")),
+            text,
+        )
+        for item, own in zip(some, transcripts, strict=True)
+        for text in spoken(own)[-1:]
+    ]
 
 
-def needed(result: BenchmarkResult) -> str:
+def rows(before: Values, after: Values) -> list[list[str]]:
+    """The table of two checkpoints: all conversations, then each skill."""
+    groups = {"all": [*SKILLS], **{skill: [skill] for skill in SKILLS}}
+    pairs = {
+        name: tuple([v for skill in skills for v in side[skill]] for side in (before, after))
+        for name, skills in groups.items()
+    }
+    p = {
+        name: statistics.mcnemar_exact([*map(bool, a)], [*map(bool, b)])
+        for name, (a, b) in pairs.items()
+    }
+    return [
+        [
+            name,
+            str(len(a)),
+            f"{sum(a) / len(a):.2f}",
+            f"{sum(b) / len(b):.2f}",
+            shown(statistics.paired_delta(a, b)),
+            f"{p[name]:.2g}",
+            needed(a, b),
+        ]
+        for name, (a, b) in pairs.items()
+    ]
+
+
+def shown(delta: statistics.Interval | None) -> str:
+    """A delta with its interval, if it has one."""
+    assert delta is not None
+    value, low, high, _ = delta
+    return f"{value:+.2f}" + (f" [{low:+.2f}, {high:+.2f}]" if low is not None else "")
+
+
+def needed(before: Sequence[float], after: Sequence[float]) -> str:
     """Conversations that would show a true delta of the size that was measured."""
-    if result.smallest_detectable is None or result.delta.value == 0:
-        return "-"
-    return str(math.ceil(result.n * (result.smallest_detectable / result.delta.value) ** 2))
+    smallest = statistics.smallest_detectable(before, after)
+    delta = (sum(after) - sum(before)) / len(before)
+    return (
+        "-" if not (smallest and delta) else str(math.ceil(len(before) * (smallest / delta) ** 2))
+    )
 
 
 def main() -> None:
@@ -68,31 +127,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("out", type=Path)
     parser.add_argument("checkpoints", type=Path, nargs="+")
-    parser.add_argument("--tasks", default="conversation", help="names, between commas")
+    parser.add_argument("--given", action="store_true")
     arguments = parser.parse_args()
-    tasks = resolve_tasks(arguments.tasks.split(","), folder=Path.cwd())
-    scores = {
-        str(folder): scores_of(folder, tasks, arguments.out / "-".join(folder.resolve().parts[-2:]))
+    values = {
+        str(folder): measured(
+            folder,
+            arguments.out
+            / f"{'-'.join(folder.resolve().parts[-2:])}{'-given' * arguments.given}.json",
+            given=arguments.given,
+        )
         for folder in arguments.checkpoints
     }
-    for one, other in combinations(scores, 2):
+    heads = ["", "n", "first", "second", "delta", "p", "n needed"]
+    for one, other in combinations(values, 2):
         print(f"\n{one} -> {other}\n")
-        rows = [
-            [
-                name,
-                str(result.n),
-                f"{result.base.value:.2f}",
-                f"{result.edited.value:.2f}",
-                f"{result.delta:+.3f}",
-                f"+{result.gained} -{result.lost}",
-                f"{result.p_value:.3g}",
-                f"{result.p_holm:.3g}",
-                needed(result),
-            ]
-            for name, result in compare_tasks(scores[one], scores[other]).items()
-        ]
-        heads = ["task", "n", "first", "second", "delta", "changed", "p", "Holm", "n needed"]
-        print(markdown_table(heads, rows))
+        print(markdown_table(heads, rows(values[one], values[other])))
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from abliterator.prompts import Prompt
     from abliterator.subspace import MomentSet
 
-# Texts, or a .txt or .jsonl file of them.
+# Texts or conversations, or a .txt or .jsonl file of them.
 Prompts: TypeAlias = "Sequence[Prompt] | Path"
 
 

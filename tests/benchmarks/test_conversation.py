@@ -1,5 +1,7 @@
 """The conversation suite: its conversations, and grading that is exact without a model."""
 
+import json
+import re
 from pathlib import Path
 
 import pytest
@@ -36,12 +38,37 @@ def test_every_skill_has_conversations_of_its_own(skill):
     items = items_of(skill)
     assert len({item.prompt for item in items}) == len(items) == ITEMS
     assert all(item.check != Check() for item in items)
-    assert not any("{" in m["content"] for item in items for m in item.prompt.messages)
+    holes = re.compile(r"\{\w+(:int)?\}")
+    assert not any(holes.search(m["content"]) for item in items for m in item.prompt.messages)
     assert 0 < max_new_tokens(skill) <= 100
 
 
+@pytest.mark.parametrize("skill", SKILLS)
+def test_half_of_the_conversations_give_the_answers_before_the_last(skill):
+    turns = [len(item.prompt.turns) for item in items_of(skill)]
+    assert 8 <= turns.count(1) <= 10
+    assert len(set(turns)) == 2
+
+
 def test_a_fact_is_asked_for_after_ten_turns():
-    assert {len(item.prompt.turns) for item in items_of("recall")} == {12}
+    roles = [[m["role"] for m in item.prompt.messages] for item in items_of("recall")]
+    assert {of_item.count("user") for of_item in roles} == {12}
+
+
+def test_given_answers_show_the_format_that_is_asked_for():
+    """Each of them passes the check that its own request would have."""
+    shown = [item for item in items_of("format") if len(item.prompt.turns) == 1]
+    for item in shown:
+        own = item.check.model_dump(exclude_defaults=True)
+        for answer in (m["content"] for m in item.prompt.messages if m["role"] == "assistant"):
+            if "numbered" in own:
+                assert passes(Check(numbered=len(answer.splitlines())), answer)
+            elif "bullets" in own:
+                assert passes(Check(bullets=len(answer.splitlines())), answer)
+            elif "json_value" in own:
+                assert passes(Check(json_value=json.loads(answer)), answer)
+            else:
+                assert passes(Check(listed=answer.removesuffix(".")), answer)
 
 
 @pytest.mark.parametrize("skill", SKILLS)

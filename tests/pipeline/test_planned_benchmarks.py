@@ -28,6 +28,6 @@ def test_the_sizes_of_the_conversation_suite_are_its_own():
     (whole,) = planned_benchmarks(Benchmarks(tasks=("conversation",)))
     assert sum(size.documents for size in planned) == whole.documents == 120
     for skill, size in zip(SKILLS, planned, strict=True):
-        turns = {len(item.prompt.turns) for item in items_of(skill)}
-        assert turns == {size.requests}
+        answers = sum(len(item.prompt.turns) for item in items_of(skill))
+        assert size.requests - 1 < answers / size.documents <= size.requests
         assert size.generated == max_new_tokens(skill)

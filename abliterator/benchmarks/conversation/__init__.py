@@ -2,7 +2,8 @@
 
 Facts recalled after ten turns, instructions and formats kept, corrections taken up, tools called,
 stopping when told: 20 conversations of each, made from templates by a fixed seed, and graded by
-exact rules. The model answers every turn; the last answer is graded.
+exact rules. In half of them the model answers every turn, in the others all answers but the last
+are given; the last answer is graded.
 
     for item in items_of("recall"):
         ask(item.prompt)                    # a Conversation; its turns are answered one by one
