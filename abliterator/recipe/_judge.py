@@ -52,12 +52,11 @@ class Rollouts(Section):
         return self
 
     @model_serializer(mode="wrap")
-    def _dump_samples(self, plain: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Without the keys of drawn answers where there are none: digests stay as they were."""
-        values: dict[str, Any] = plain(self)
-        if not self.samples:
-            values = {key: v for key, v in values.items() if key not in {"samples", *_OF_SAMPLES}}
-        return values
+    def _dump_given(self, plain: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Without later keys that are not given: recipes of before them keep their digests."""
+        absent = set() if self.samples else {"samples", *_OF_SAMPLES}
+        absent |= set() if self.thinking_tokens else {"thinking_tokens"}
+        return {key: value for key, value in plain(self).items() if key not in absent}
 
     @property
     def greedy(self) -> Rollouts:
@@ -73,11 +72,6 @@ class Rollouts(Section):
     def most_thinking(self) -> int:
         """Tokens of the thinking before an answer, at most."""
         return self.thinking_tokens or self.max_new_tokens
-
-    @model_serializer(mode="wrap")
-    def _dump_given(self, plain: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Without a budget that is not given: recipes of before it keep their digests."""
-        return {name: value for name, value in plain(self).items() if value is not None}
 
 
 class JudgeSettings(ServerSettings):
