@@ -121,16 +121,20 @@ def _span(estimate: Estimate) -> tuple[float, float, float]:
 
 def _side_effects(record: RunRecord) -> Iterator[tuple[str, str, PairedFigure | None, str]]:
     """Label, prompt set or task, figure and form of each line; one without a figure if not any."""
-    measured: Mapping[str, Mapping[Any, PairedFigure]]
-    for labels, measured in (
-        (SIDE_EFFECTS, record.side_effects),
-        (CONFIDENCE, record.confidence),
-    ):
-        for key, label in labels.items():
-            form = ".1f" if label.startswith("Length") else ".3f"
-            figures = [(name, of.get(key)) for name, of in measured.items() if key in of]
-            for name, figure in figures or [("", None)]:
-                yield label, name, figure, form
+    yield from _figures(SIDE_EFFECTS, record.side_effects)
+    yield from _figures(CONFIDENCE, record.confidence)
+
+
+def _figures(
+    labels: Mapping[str, str], measured: Mapping[str, Mapping[Any, PairedFigure]]
+) -> Iterator[tuple[str, str, PairedFigure | None, str]]:
+    for key, label in labels.items():
+        form = ".1f" if label.startswith("Length") else ".3f"
+        names = [name for name, figures in measured.items() if key in figures]
+        for name in names:
+            yield label, name, measured[name][key], form
+        if not names:
+            yield label, "", None, form
 
 
 def _refusal(record: RunRecord, side: str) -> Estimate | None:
