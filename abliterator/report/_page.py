@@ -132,16 +132,20 @@ def _span(estimate: Estimate) -> tuple[float, float, float]:
 
 def _side_effects(record: RunRecord) -> Iterator[tuple[str, str, PairedFigure | None, str]]:
     """Label, prompt set or task, figure and form of each line; one without a figure if not any."""
-    sections: tuple[tuple[Mapping[Any, str], Mapping[str, Mapping[Any, PairedFigure]]], ...] = (
-        (SIDE_EFFECTS, record.side_effects),
-        (CONFIDENCE, record.confidence),
-    )
-    for labels, measured in sections:
-        for key, label in labels.items():
-            form = ".1f" if label.startswith("Length") else ".3f"
-            present = [name for name, figures in measured.items() if key in figures]
-            for name in present or [""]:
-                yield label, name, measured[name][key] if name else None, form
+    yield from _figures(SIDE_EFFECTS, record.side_effects)
+    yield from _figures(CONFIDENCE, record.confidence)
+
+
+def _figures(
+    labels: Mapping[str, str], measured: Mapping[str, Mapping[Any, PairedFigure]]
+) -> Iterator[tuple[str, str, PairedFigure | None, str]]:
+    for key, label in labels.items():
+        form = ".1f" if label.startswith("Length") else ".3f"
+        names = [name for name, figures in measured.items() if key in figures]
+        for name in names:
+            yield label, name, measured[name][key], form
+        if not names:
+            yield label, "", None, form
 
 
 def _refusal(record: RunRecord, side: str) -> Estimate | None:

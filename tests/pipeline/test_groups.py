@@ -9,7 +9,7 @@ import pytest
 from abliterator import pipeline
 from abliterator.files import sha256_of_file
 from abliterator.pipeline import Options
-from abliterator.record import RunRecord
+from abliterator.record import Completion, RunRecord
 from tests.pipeline.builds import build, write_project
 from tests.report.builds import Page
 
@@ -28,11 +28,19 @@ def project(tmp_path_factory, tiny_folder):
 def test_groups_are_measured_shown_and_named_later_without_asking_a_model(project, tmp_path):
     recipe, file = project
     out = tmp_path / "out"
-    record, _ = build(recipe(f"prompts.evaluation.path={file}"), out)
+    record, _ = build(recipe(f"prompts.evaluation.path={file}", "rollouts.max_new_tokens=9"), out)
     assert record.groups.keys() == {"target"}
     (grouping,) = record.groups["target"]
     assert [(g.name, g.asked) for g in grouping.groups] == [("early", 4), ("late", 4)]
+    lines = (out / "work" / "rollouts.jsonl").read_text("utf-8").splitlines()
+    answers = [Completion.model_validate_json(line) for line in lines]
     assert record.side_effects.keys() == {"target", "neutral"}
+    for name, figures in record.side_effects.items():
+        for side in ("base", "edited"):
+            lengths = [a.n_tokens for a in answers if (a.set, a.side) == (name, side)]
+            measured = getattr(figures["tokens"], side)
+            assert (measured.n, measured.asked) == (len(lengths), len(lengths))
+            assert measured.value == pytest.approx(sum(lengths) / len(lengths))
     assert RunRecord.model_validate_json(record.model_dump_json()) == record
     card = (out / "checkpoint" / "README.md").read_text("utf-8")
     assert "| `early` | Refusal |" in card
@@ -41,7 +49,9 @@ def test_groups_are_measured_shown_and_named_later_without_asking_a_model(projec
         ["early"] * 4 + ["late"] * 4
     )
     weights = sha256_of_file(out / "checkpoint" / "model.safetensors")
-    named = recipe(f"prompts.evaluation={{path: {file}, groups: [kind]}}")
+    named = recipe(
+        f"prompts.evaluation={{path: {file}, groups: [kind]}}", "rollouts.max_new_tokens=9"
+    )
     forced = Options(device="cpu", dtype="float32", force=True)
     regrouped, ran = build(named, out, forced)
     assert [g.column for g in regrouped.groups["target"]] == ["kind"]

@@ -335,11 +335,12 @@ def _side_effects(run: Run) -> dict[str, dict[SideEffect, PairedFigure]]:
     from abliterator.side_effects import side_effects
 
     answers = ANSWERS.read_lines(run, Completion)
-    by_set = {
-        name: ([a for a in answers if a.set == name and a.side == side] for side in SIDES)
-        for name in prompt_sets(run).evaluation
-    }
-    return {name: side_effects(*sides) for name, sides in by_set.items()}
+    figures = {}
+    for name in prompt_sets(run).evaluation:
+        of_set = [answer for answer in answers if answer.set == name]
+        base, edited = ([a for a in of_set if a.side == side] for side in SIDES)
+        figures[name] = side_effects(base, edited)
+    return figures
 
 
 def _confidence(run: Run) -> dict[str, dict[ConfidenceFigure, PairedFigure]]:
