@@ -69,12 +69,12 @@ class Said(NamedTuple):
 class Asked:
     """The prompts, and one model in memory whose weights are replaced."""
 
-    def __init__(self, model: Path, n: int) -> None:
+    def __init__(self, model: Path, n: int, requests: int) -> None:
         self.engine = TransformersEngine(load_model(model, device="cpu", dtype="float32"))
         folder = ROOT / "recipes" / "smollm2"
         self._requests, self._ordinary = (
-            [json.loads(line)["prompt"] for line in (folder / f"{name}.jsonl").open()][:n]
-            for name in ("declined_heldout", "ordinary")
+            [json.loads(line)["prompt"] for line in (folder / f"{name}.jsonl").open()][:count]
+            for name, count in (("declined_heldout", requests), ("ordinary", n))
         )
         self.original = self.again()
 
@@ -176,9 +176,10 @@ def told(interval: Interval | None, digits: int) -> str:
 def row(name: str, way: str, said: Said, base: Said, exact: Said, megabytes: float) -> None:
     """Prints one line of the table."""
     declined, n = sum(said.declined), len(said.declined)
+    shown = told(rate_interval(declined, n), 2) if n else "-"
     moved, off = (kl_divergence(other.logprobs, said.logprobs) for other in (base, exact))
     print(
-        f"| {name} | {way} | {declined}/{n} {told(rate_interval(declined, n), 2)} | "
+        f"| {name} | {way} | {declined}/{n} {shown} | "
         f"{told(mean_interval(moved.tolist()), 4)} | {told(mean_interval(off.tolist()), 4)} | "
         f"{megabytes:.0f} |",
         flush=True,
@@ -219,12 +220,14 @@ def main() -> None:
     parser.add_argument("model", type=Path)
     parser.add_argument("subspace", type=Path)
     parser.add_argument("--n", type=int, default=72, help="prompts of each set")
+    parser.add_argument("--requests", type=int, help="of those that are declined; 0: KL alone")
     parser.add_argument("--formats", nargs="+", choices=NAMES, default=NAMES)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     basis = load_subspace(arguments.subspace).basis
     edit = load_recipe(ROOT / "recipes" / "smollm2.yaml").edit
-    asked = Asked(arguments.model, arguments.n)
+    requests = arguments.n if arguments.requests is None else arguments.requests
+    asked = Asked(arguments.model, arguments.n, requests)
     print("| format | way | declines | KL from the base | KL from the exact edit | MB |")
     print("|---|---|---|---|---|---|")
     for name in arguments.formats:

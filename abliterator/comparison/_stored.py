@@ -1,4 +1,4 @@
-"""The tensors of a checkpoint decoded to float32, from plain formats, FP8 or MXFP4."""
+"""The tensors of a checkpoint decoded to float32, from plain and from quantised formats."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 
 # Bits of the significand, the leading 1 included; and the smallest step, where there is one.
 _BITS = {"BF16": 8, "F16": 11, "F32": 24, "F64": 53, "F8_E4M3": 4, "U8": 2}
-_SMALLEST_STEP = {"F8_E4M3": 2.0**-9, "U8": 0.5}  # U8 is MXFP4
+_SMALLEST_STEP = {"F8_E4M3": 2.0**-9, "U8": 0.5}  # U8 is FP4
+_INTEGERS = ("I8", "I32")  # packed or not, they are one unit apart
 
 
 class Numbers(NamedTuple):
@@ -126,6 +127,8 @@ def _steps(numbers: torch.Tensor, dtype: str) -> torch.Tensor:
     """A unit in the last place of each number of a format; 0 for a plain 0."""
     import torch
 
+    if dtype in _INTEGERS:
+        return torch.ones_like(numbers)
     _, exponent = torch.frexp(numbers)
     step = torch.exp2((exponent - _BITS[dtype]).float())
     if dtype in _SMALLEST_STEP:

@@ -66,6 +66,15 @@ class Weight:
         return data
 
 
+def is_packed(folder: Path) -> bool:
+    """Whether weights of the checkpoint in `folder` are packed, so that `load_model` decodes them.
+
+    Raises:
+        UnsupportedModel: as `packed_weights` does.
+    """
+    return packed_weights(folder) is not None
+
+
 def packed_weights(folder: Path) -> dict[str, Weight] | None:
     """All weights of a checkpoint by their plain names; None where no numbers are packed.
 

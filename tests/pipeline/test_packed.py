@@ -11,9 +11,11 @@ import torch
 from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 
+from abliterator.anatomy import anatomy_of
 from abliterator.bake import preview_edit
 from abliterator.checkpoint import Checkpoint
 from abliterator.cli import main
+from abliterator.costs import shape_of
 from abliterator.errors import AbliteratorError
 from abliterator.formats import storage_of
 from abliterator.model import load_model
@@ -318,6 +320,14 @@ def test_the_plan_says_what_each_way_costs(base):
     assert (entry["format"], entry["way"]) == ("NVFP4", "keep")
     assert entry["keep"]["bytes"] < entry["dequantize"]["bytes"]
     assert entry["keep"]["leak"] > entry["dequantize"]["leak"]
+
+
+@pytest.mark.parametrize("name", PACKED)
+def test_parameters_are_counted_in_numbers(name, base):
+    checkpoint = Checkpoint.open(base(name))
+    found = shape_of(checkpoint, anatomy_of(checkpoint.config))
+    loaded = load_model(base(name), device="cpu", dtype="float32").model
+    assert found.parameters == sum(p.numel() for p in loaded.parameters())
 
 
 def test_edits_of_a_packed_model_say_how_it_is_stored(base, tmp_path):
