@@ -86,6 +86,8 @@ class Verdict(Frozen):
     kind: VerdictKind | None = None  # None when unscored; "truncated" where no answer was reached
     thinking: str = ""  # split off before judging
     text_statistics: TextStatistics | None = None
+    # of a local judge: the probability of each of its labels, by what is labelled
+    labels: dict[str, dict[str, float]] | None = None
 
 
 class BehaviourSide(Frozen):
