@@ -228,6 +228,8 @@ def _behaviour(
     if not settings.prompts:
         return {}
     answers = [answer for side in SIDES for answer in _answers(models, side, settings, bar)]
+    if judge.identity.kind == "local" and settings.pool is None:
+        models.free()  # the judge needs the room
     verdicts = judge_completions(answers, judge)
     behaviours = {
         name: summarise(

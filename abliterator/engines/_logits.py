@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -148,15 +148,19 @@ def _log_likelihoods(
         n = inputs.shape[1]
         return _last_logprobs(loaded, rows, keep=n, cache=prefix_cache, start=start)[0]
 
+    @lru_cache(maxsize=1)  # labels of one question mostly differ in their last token alone
+    def after(tokens: Tokens) -> Tensor:
+        inputs = torch.tensor([tokens] * len(batch), device=loaded.device)
+        can_continue = cache is not None and cache_is_continued(
+            loaded, partial(_both, from_start, from_cache, inputs)
+        )
+        return from_cache(inputs) if can_continue else from_start(inputs)
+
     columns = []
     for tokens in continuations:
         column = first[:, -1, tokens[0]].double()
         if len(tokens) > 1:
-            inputs = torch.tensor([tokens[:-1]] * len(batch), device=loaded.device)
-            can_continue = cache is not None and cache_is_continued(
-                loaded, partial(_both, from_start, from_cache, inputs)
-            )
-            logprobs = from_cache(inputs) if can_continue else from_start(inputs)
+            logprobs = after(tuple(tokens[:-1]))
             steps, following = torch.arange(len(tokens) - 1), torch.tensor(tokens[1:])
             column = column + logprobs[:, steps, following].double().sum(dim=1)
         columns.append(column)

@@ -29,7 +29,10 @@ from abliterator.record import CalibrationSummary, Estimate, Frozen, Grade, Judg
 from abliterator.statistics import rate_interval
 
 # The fields that identify a judge, beside what a run measures of it.
-_SAME = ("kind", "model", "base_url", "prompt_sha256", "version", "votes")
+_SAME = (
+    *("kind", "model", "base_url", "prompt_sha256", "version", "votes"),
+    *("weights_sha256", "format"),
+)
 CLASSES = {0.0: "refused", 0.5: "partial", 1.0: "complied"}
 
 

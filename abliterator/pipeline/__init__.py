@@ -24,6 +24,7 @@ from abliterator.pipeline._chat_session import ChatSession, Turns, open_chat
 from abliterator.pipeline._estimate import Estimate, estimate
 from abliterator.pipeline._first_recipe import first_recipe
 from abliterator.pipeline._judges import judge_of, note_plain_http, require_key
+from abliterator.pipeline._local_judge import JudgeHost
 from abliterator.pipeline._model import Model
 from abliterator.pipeline._options import Options
 from abliterator.pipeline._outlook import expected_seconds, with_outlook
@@ -65,6 +66,7 @@ __all__ = [
     "Build",
     "ChatSession",
     "Estimate",
+    "JudgeHost",
     "Model",
     "Options",
     "Plan",

@@ -74,15 +74,41 @@ class Rollouts(Section):
         return self.thinking_tokens or self.max_new_tokens
 
 
+BASE = "base"  # as a judge's model: the recipe's own
+JudgeFormat = Literal[
+    "auto", "labels", "wildguard", "llama_guard_3", "llama_guard_4", "qwen3guard", "harmbench",
+    "strongreject",
+]  # fmt: skip
+_EVERY, _LOCAL = {"kind", "calibration"}, {"model", "revision", "format"}
+
+
 class JudgeSettings(ServerSettings):
-    """The judge of the answers. All keys but `kind` and `calibration` belong to `kind: openai`."""
+    """The judge of the answers.
+
+    `calibration` belongs to every kind; `model`, `revision` and `format` to `kind: local`; all keys
+    but the last two to `kind: openai`.
+    """
 
     section: ClassVar[str] = "judge"
 
-    kind: Literal["rules", "openai"] = "rules"
+    kind: Literal["rules", "openai", "local"] = "rules"
     """`rules`: phrases and repetition, offline; its name stands wherever its numbers appear.
 
     `openai`: a model behind a server with OpenAI's protocol.
+
+    `local`: `model` in this process, an instruct or guard model. Its labels are the most probable
+    of those allowed, so that every answer gets one.
+    """
+    model: Annotated[str, Field(min_length=1)] = "deepseek-flash"
+    """Model, as the server names it; of a local judge its Hub id or folder, or `base`: the model
+    that is edited, before the edit."""
+    revision: str | None = None
+    """Commit of a local judge on the Hub. Default: the build resolves it once and records it."""
+    format: JudgeFormat = "auto"
+    """How a local judge is asked: `labels`, the rubric of this tool; or the format that a guard
+    was trained for.
+
+    `auto`: by the model's name.
     """
     votes: Annotated[int, Field(ge=1, le=9)] = 1
     """Verdicts requested for each answer, an odd number; their median counts."""
@@ -94,6 +120,11 @@ class JudgeSettings(ServerSettings):
     the recipe: record and card carry its figures, and the name and sha256 of its labels.
     """
 
+    @property
+    def is_base(self) -> bool:
+        """Whether the model that is edited judges."""
+        return self.kind == "local" and self.model == BASE
+
     @model_validator(mode="after")
     def _median_exists(self) -> Self:
         if self.votes % 2 == 0:
@@ -102,16 +133,34 @@ class JudgeSettings(ServerSettings):
 
     @model_validator(mode="after")
     def _only_what_applies(self) -> Self:
-        if self.kind == "rules":
-            fields = type(self).model_fields
-            changed = self.model_fields_set - {"calibration"}
-            inapplicable = [n for n in changed if getattr(self, n) != fields[n].default]
-            if inapplicable:
-                raise ValueError(f"`{min(inapplicable)}` belongs to `kind: openai`")
+        fields = type(self).model_fields
+        changed = {n for n in self.model_fields_set if getattr(self, n) != fields[n].default}
+        applicable = {
+            "rules": _EVERY,
+            "local": _EVERY | _LOCAL,
+            "openai": fields.keys() - {"revision", "format"},
+        }[self.kind]
+        if inapplicable := changed - applicable:
+            name = min(inapplicable)
+            owner = "local" if name in ("revision", "format") else "openai"
+            raise ValueError(f"`{name}` belongs to `kind: {owner}`")
+        if self.kind == "local" and "model" not in changed:
+            raise ValueError(
+                "`kind: local` needs `model`: a Hub id, a folder, or `base` for the recipe's own"
+            )
+        if self.is_base and self.revision is not None:
+            raise ValueError("`revision` of the judge `base` is the recipe's own")
         return self
 
     @model_serializer(mode="wrap")
     def _dump_applicable(self, plain: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        values = {"kind": "rules"} if self.kind == "rules" else plain(self)
-        values.pop("calibration", None)
-        return values if self.calibration is None else {**values, "calibration": self.calibration}
+        values = plain(self)
+        calibration = values.pop("calibration", None)
+        if self.kind == "rules":
+            values = {"kind": "rules"}
+        elif self.kind == "local":
+            values = {"kind": "local", **{name: values[name] for name in sorted(_LOCAL)}}
+        else:
+            for name in ("revision", "format"):
+                values.pop(name, None)
+        return values if calibration is None else {**values, "calibration": calibration}

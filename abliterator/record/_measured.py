@@ -129,6 +129,8 @@ class Verdict(Frozen):
     # whether the thinking comes to a refusal, by rules; None without thinking
     thinking_refused: bool | None = None
     text_statistics: TextStatistics | None = None
+    # of a local judge: the probability of each of its labels, by what is labelled
+    labels: dict[str, dict[str, float]] | None = None
 
 
 class SampledVerdict(Verdict):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import AliasChoices, Field
+from pydantic import AliasChoices, Field, SerializerFunctionWrapHandler, model_serializer
 
 from abliterator.record._groups import Grouping
 from abliterator.record._measured import (
@@ -121,6 +121,9 @@ class CalibrationSummary(Frozen):
     sha256: str | None = None  # of the whole calibration
 
 
+_LOCAL = ("revision", "weights_sha256", "format", "dtype", "is_base", "by_rules")
+
+
 class JudgeIdentity(Frozen):
     """The judge that gave the verdicts; `calibration` is None where it was not measured."""
 
@@ -136,6 +139,21 @@ class JudgeIdentity(Frozen):
     votes: int = 1
     disagreement: dict[str, Estimate] = {}  # share of other verdicts: "itself", "rules"
     usage: dict[str, float] = {}  # calls, invalid (replies that were no verdict), usd
+    # of a judge in the process of the run
+    revision: str | None = None  # its commit on the Hub
+    weights_sha256: str | None = None  # digest of the hashes of its files
+    format: str | None = None  # how it was asked
+    dtype: str | None = None
+    is_base: bool = False  # the model that was edited judged the edit
+    by_rules: tuple[str, ...] = ()  # grades that its words do not always give: the rule judge's
+
+    @model_serializer(mode="wrap")
+    def _dump_local(self, plain: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Without what belongs to local judges alone: keys of other judges stay what they were."""
+        values: dict[str, Any] = plain(self)
+        if self.kind != "local":
+            values = {name: value for name, value in values.items() if name not in _LOCAL}
+        return values
 
 
 class EngineIdentity(Frozen):
