@@ -1,6 +1,6 @@
 """Reads an answer: its sentences, the kinds of phrases in each, and what its words are about.
 
-    read("I'm sorry, but I can't help with that.")[0].rules  # {"refusal": "cannot_do_it", ...}
+read("I'm sorry, but I can't help with that.")[0].rules  # {"refusal": "cannot_do_it", ...}
 """
 
 from __future__ import annotations
