@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import platform
 import re
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, distribution, version
 from pathlib import Path
@@ -20,36 +20,34 @@ from abliterator.files import copy_file, read_text, sha256_of_file, write_text_a
 from abliterator.pipeline._quantization import quantized_edits
 from abliterator.pipeline._run import Run
 from abliterator.pipeline._stage import Artefact, Stage
+from abliterator.pipeline._summaries import (
+    behaviour_of,
+    benchmark_results,
+    confidence_of,
+    groupings_of,
+    sampled_answers,
+    side_effects_of,
+)
 from abliterator.pipeline._survived import survived
 from abliterator.pipeline.stages.bake import tensor_edits
-from abliterator.pipeline.stages.benchmarks import task_scores
 from abliterator.pipeline.stages.capture import MOMENTS
 from abliterator.pipeline.stages.directions import SUBSPACE
 from abliterator.pipeline.stages.divergence import DIVERGENCE_JSON
-from abliterator.pipeline.stages.judge import IDENTITY, SAMPLE_VERDICTS, VERDICTS
+from abliterator.pipeline.stages.judge import IDENTITY, VERDICTS
 from abliterator.pipeline.stages.prompts import prompt_sets, uses
-from abliterator.pipeline.stages.rollouts import ANSWERS, SIDES, engines_of
+from abliterator.pipeline.stages.rollouts import engines_of
 from abliterator.pipeline.stages.selection import selected_layers, selection_of
 from abliterator.pipeline.stages.tuning import planned_edits, tuning_record
 from abliterator.prompts import NEAR_DUPLICATE, NEAR_WORDS, Conversation, PromptSet
 from abliterator.recipe import ranges_of
 from abliterator.record import (
-    Behaviour,
-    BenchmarkResult,
-    Completion,
-    ConfidenceFigure,
     Divergence,
     EditSummary,
-    Grouping,
     JudgeIdentity,
     ModelIdentity,
-    PairedFigure,
     PromptOrigin,
     Provenance,
     RunRecord,
-    SampledAnswers,
-    SampledVerdict,
-    SideEffect,
     TensorEdit,
     Tool,
     Verdict,
@@ -177,14 +175,14 @@ def assemble(run: Run, timing: dict[str, float], pictures: dict[str, str]) -> Ru
         recipe_digest=run.recipe.digest,
         model=_model(run),
         edit=_edit(run),
-        behaviour=_behaviour(run, verdicts),
-        sampled=_sampled(run),
-        groups=_groups(run, verdicts),
-        side_effects=_side_effects(run),
-        confidence=_confidence(run),
+        behaviour=behaviour_of(run, verdicts),
+        sampled=sampled_answers(run),
+        groups=groupings_of(run, verdicts),
+        side_effects=side_effects_of(run),
+        confidence=confidence_of(run),
         engines={str(side): engine for side, engine in engines_of(run).items()},
         divergence=DIVERGENCE_JSON.read_as(run, Divergence),
-        benchmarks=_benchmarks(run),
+        benchmarks=benchmark_results(run),
         judge=IDENTITY.read_as(run, JudgeIdentity),
         selection=selection_of(run),
         tuning=tuning_record(run),
@@ -260,98 +258,6 @@ def _strengths(run: Run, edits: Sequence[TensorEdit]) -> dict[str, float | dict[
         else:
             strengths[component] = ranges_of(by_block)
     return strengths
-
-
-def _behaviour(run: Run, verdicts: Sequence[Verdict]) -> dict[str, Behaviour | None]:
-    from abliterator.judge import summarise
-
-    summaries: dict[str, Behaviour | None] = {"target": None, "neutral": None, "over_refusal": None}
-    for name in prompt_sets(run).evaluation:
-        sides, clusters = _sides(verdicts, name), _clusters(run, name)
-        summaries[name] = summarise(*sides, clusters=clusters, seed=run.recipe.seed)
-    return summaries
-
-
-def _clusters(run: Run, name: str) -> list[Hashable] | None:
-    """The cluster of each evaluation prompt, where the recipe names a column of them."""
-    clusters = prompt_sets(run).evaluation[name].clusters
-    return [i if cluster is None else cluster for i, cluster in enumerate(clusters)] or None
-
-
-def _sampled(run: Run) -> SampledAnswers | None:
-    """The drawn answers; those to one prompt, or to prompts of one cluster, are a cluster."""
-    from abliterator.judge import summarise
-
-    settings, engine = run.recipe.rollouts, run.recipe.engine.kind
-    if not (samples := settings.samples):
-        return None
-    numbered = [
-        verdict.model_copy(update={"index": verdict.index * samples + verdict.sample})
-        for verdict in SAMPLE_VERDICTS.read_lines(run, SampledVerdict)
-    ]
-    behaviour = {}
-    for name, prompts in prompt_sets(run).evaluation.items():
-        of_prompts = _clusters(run, name) or range(len(prompts.prompts))
-        behaviour[name] = summarise(
-            *_sides(numbered, name),
-            clusters=[cluster for cluster in of_prompts for _ in range(samples)],
-            seed=run.recipe.seed,
-        )
-    by = engines_of(run)
-    return SampledAnswers(
-        **settings.model_dump(include={"samples", "temperature", "top_p", "seed"}),
-        sampler={side: engine if side in by else "process" for side in SIDES},
-        behaviour=behaviour,
-    )
-
-
-def _groups(run: Run, verdicts: Sequence[Verdict]) -> dict[str, tuple[Grouping, ...]]:
-    """Verdicts by group, of the sets whose prompts have groups."""
-    from abliterator.groups import group_verdicts
-
-    groups = {
-        name: group_verdicts(*_sides(verdicts, name), prompts.groups, seed=run.recipe.seed)
-        for name, prompts in prompt_sets(run).evaluation.items()
-    }
-    return {name: groupings for name, groupings in groups.items() if groupings}
-
-
-def _sides(verdicts: Sequence[Verdict], name: str) -> tuple[list[Verdict], list[Verdict]]:
-    """The verdicts of one prompt set on base and edited."""
-    of_set = [verdict for verdict in verdicts if verdict.set == name]
-    return [v for v in of_set if v.side == "base"], [v for v in of_set if v.side == "edited"]
-
-
-def _benchmarks(run: Run) -> dict[str, BenchmarkResult]:
-    from abliterator.benchmarks import compare_tasks
-
-    if not run.tasks:
-        return {}
-    return compare_tasks(task_scores(run, "base"), task_scores(run, "edited"), seed=run.recipe.seed)
-
-
-def _side_effects(run: Run) -> dict[str, dict[SideEffect, PairedFigure]]:
-    """Length, language and agreement of the answers, by prompt set."""
-    from abliterator.side_effects import side_effects
-
-    answers = ANSWERS.read_lines(run, Completion)
-    figures = {}
-    for name in prompt_sets(run).evaluation:
-        of_set = [answer for answer in answers if answer.set == name]
-        base, edited = ([a for a in of_set if a.side == side] for side in SIDES)
-        figures[name] = side_effects(base, edited)
-    return figures
-
-
-def _confidence(run: Run) -> dict[str, dict[ConfidenceFigure, PairedFigure]]:
-    """Confidence against accuracy of the benchmark tasks whose choices have probabilities."""
-    from abliterator.side_effects import confidence_figures
-
-    if not run.tasks:
-        return {}
-    base, edited = (task_scores(run, side) for side in SIDES)
-    figures = {task: confidence_figures(scores, edited[task]) for task, scores in base.items()}
-    return {task: figure for task, figure in figures.items() if figure is not None}
 
 
 def _provenance(run: Run) -> Provenance:
