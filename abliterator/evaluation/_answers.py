@@ -7,9 +7,10 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from statistics import mean
+from typing import Any, Unpack
 
-from abliterator.engines import Answer, Engine, Sampling
-from abliterator.evaluation._budgets import answers_within
+from abliterator.engines import Answer, Engine
+from abliterator.evaluation._budgets import AnswerOptions, answers_within
 from abliterator.evaluation._context import EvaluationContext, RenderedPrompts
 from abliterator.evaluation._conversations import answer_conversations, spoken
 from abliterator.judge import estimates_of, estimates_of_draws, judge_completions
@@ -149,15 +150,11 @@ def answer_sets(
     sets: Mapping[str, RenderedPrompts],
     *,
     side: Side,
-    max_new_tokens: int,
-    batch_size: int,
-    thinking_tokens: int | None = None,
     bar: Bar = no_bar,
-    stop_ids: Sequence[int] | None = None,
-    sampling: Sampling | None = None,
     answered: Mapping[str, MutableMapping[int, Answer]] | None = None,
     continued: Mapping[str, MutableMapping[int, Answer]] | None = None,
     render: Callable[[str, Sequence[Prompt]], Sequence[Sequence[int]]] | None = None,
+    **options: Unpack[AnswerOptions],
 ) -> list[Completion]:
     """One side's answers to several prompt sets, as lines of rollouts.jsonl.
 
@@ -165,53 +162,28 @@ def answer_sets(
         engine: the model.
         sets: by name.
         side: which model answers.
-        max_new_tokens: at most this many tokens an answer.
-        batch_size: prompts at a time.
-        thinking_tokens: of the thinking before an answer, at most (`answers_within`).
         bar: shows progress; called with a label and the number of prompts.
-        stop_ids: tokens that end an answer; left out, the model's own. An edited folder of a build
-            has its base's config and tokenizer byte for byte, so they are the same on both sides.
-        sampling: draws the answers; greedy ones without.
         answered: by set, the answers of an earlier call that was interrupted, to which each batch's
             are added (`Engine.answers`); of scripted turns as `answer_conversations` keeps them.
         continued: the same of the answers that went on behind the budget of the thinking.
         render: token ids of prompts of a set, to answer scripted turns one after the other; left
             out, they are answered as one turn.
+        options: see `AnswerOptions`. An edited folder of a build has its base's config and
+            tokenizer byte for byte, so that the model's own stop ids are the same on both sides.
     """
     completions: list[Completion] = []
-    drawn = f", drawn {sampling.sample + 1}" if sampling else ""
+    drawn = f", drawn {sampling.sample + 1}" if (sampling := options.get("sampling")) else ""
     for name, (prompts, token_ids) in sets.items():
         kept = answered[name] if answered is not None else {}
         behind = continued[name] if continued is not None else {}
         n = sum(map(turns_of, prompts)) if render else len(prompts)
         with bar(f"{side} answers, {name}{drawn}", n - len(kept)) as advance:
-            if render is not None and n > len(prompts):
-                transcripts = answer_conversations(
-                    engine,
-                    prompts,
-                    partial(render, name),
-                    max_new_tokens=max_new_tokens,
-                    thinking_tokens=thinking_tokens,
-                    batch_size=batch_size,
-                    stop_ids=stop_ids,
-                    sampling=sampling,
-                    answered=kept,
-                    continued=behind,
-                    on_batch=advance,
-                )
-                completions += completions_of(transcripts, prompts, set_name=name, side=side)
-                continue
-            answers = answers_within(
-                engine,
-                token_ids,
-                max_new_tokens=max_new_tokens,
-                thinking_tokens=thinking_tokens,
-                batch_size=batch_size,
-                stop_ids=stop_ids,
-                sampling=sampling,
-                answered=kept,
-                continued=behind,
-                on_batch=advance,
-            )
-        completions += as_completions(answers, prompts, set_name=name, side=side)
+            progress: dict[str, Any] = {"answered": kept, "continued": behind, "on_batch": advance}
+            if render is None or n == len(prompts):
+                answers = answers_within(engine, token_ids, **progress, **options)
+                completions += as_completions(answers, prompts, set_name=name, side=side)
+            else:
+                of_set = partial(render, name)
+                turns = answer_conversations(engine, prompts, of_set, **progress, **options)
+                completions += completions_of(turns, prompts, set_name=name, side=side)
     return completions

@@ -3,47 +3,66 @@
 from __future__ import annotations
 
 from collections.abc import MutableMapping, Sequence
-from typing import Any
+from typing import Any, Required, TypedDict, Unpack
 
-from abliterator.engines import Answer, Engine, OnBatch, answer_of
+from abliterator.engines import Answer, Engine, OnBatch, Sampling, answer_of
 from abliterator.thinking import Splitter
 
 Answered = MutableMapping[int, Answer]
+
+
+class AnswerOptions(TypedDict, total=False):
+    """How a model answers, whatever is asked.
+
+    Attributes:
+        max_new_tokens: of an answer, at most; without a budget, of the thinking too.
+        batch_size: prompts at a time.
+        thinking_tokens: within which an answer must begin; None for one limit for both.
+        stop_ids: tokens that end an answer; left out, the model's own.
+        sampling: draws the answers; greedy ones without.
+    """
+
+    max_new_tokens: Required[int]
+    batch_size: Required[int]
+    thinking_tokens: int | None
+    stop_ids: Sequence[int] | None
+    sampling: Sampling | None
 
 
 def answers_within(
     engine: Engine,
     prompts: Sequence[Sequence[int]],
     *,
-    max_new_tokens: int,
-    thinking_tokens: int | None,
     answered: Answered | None = None,
     continued: Answered | None = None,
     on_batch: OnBatch | None = None,
-    **options: Any,
+    **options: Unpack[AnswerOptions],
 ) -> list[Answer]:
-    """Greedy answers of which the thinking has a budget of its own.
+    """Answers of which the thinking has a budget of its own.
 
-    The tokens are those of one greedy decoding. It ends where the answer has `max_new_tokens`, or
-    where it has not begun within `thinking_tokens`: then the thinking is not closed by force, since
-    no user would get what follows, and the answer is cut before its first token.
+    The tokens of greedy ones are those of one greedy decoding. It ends where the answer has
+    `max_new_tokens`, or where it has not begun within `thinking_tokens`: then the thinking is not
+    closed by force, since no user would get what follows, and the answer is cut before its first
+    token.
 
     Args:
         engine: the model.
         prompts: token ids.
-        max_new_tokens: of an answer, at most; without a budget, of the thinking too.
-        thinking_tokens: within which an answer must begin; None for one limit for both.
         answered: the answers of an earlier call that was interrupted (`Engine.answers`).
         continued: the same of the answers that went on behind the budget.
         on_batch: called with the number of prompts done after each batch.
-        options: of `Engine.answers`.
+        options: see `AnswerOptions`.
     """
+    max_new_tokens, thinking_tokens = options["max_new_tokens"], options.get("thinking_tokens")
+    how: dict[str, Any] = {
+        key: options[key] for key in ("batch_size", "stop_ids", "sampling") if key in options
+    }
     first = engine.answers(
         prompts,
         max_new_tokens=thinking_tokens or max_new_tokens,
         answered=answered,
         on_batch=on_batch,
-        **options,
+        **how,
     )
     if thinking_tokens is None:
         return first
@@ -63,7 +82,7 @@ def answers_within(
         [(*prompts[i], *answers[i].token_ids) for i in unfinished],
         max_new_tokens=max_new_tokens,
         answered=continued,
-        **options,
+        **how,
     )
     for i, continuation in zip(unfinished, rest, strict=True):
         row = (*answers[i].token_ids, *continuation.token_ids)

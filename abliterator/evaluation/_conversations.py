@@ -7,10 +7,10 @@ its turns, and answered. A prompt of one turn is answered in round 0, as it woul
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, MutableMapping, Sequence
-from typing import TypeAlias
+from typing import TypeAlias, Unpack
 
-from abliterator.engines import Answer, Engine, Sampling
-from abliterator.evaluation._budgets import answers_within
+from abliterator.engines import Answer, Engine
+from abliterator.evaluation._budgets import AnswerOptions, answers_within
 from abliterator.prompts import Prompt, next_turn, turns_of
 
 Kept: TypeAlias = MutableMapping[int, Answer]
@@ -22,14 +22,10 @@ def answer_conversations(
     prompts: Sequence[Prompt],
     render: Render,
     *,
-    max_new_tokens: int,
-    batch_size: int,
-    thinking_tokens: int | None = None,
-    stop_ids: Sequence[int] | None = None,
-    sampling: Sampling | None = None,
     answered: Kept | None = None,
     continued: Kept | None = None,
     on_batch: Callable[[int], None] | None = None,
+    **options: Unpack[AnswerOptions],
 ) -> list[list[Answer]]:
     """The answers to all turns of each prompt; the last of them is what is measured.
 
@@ -37,15 +33,11 @@ def answer_conversations(
         engine: the model.
         prompts: texts, and conversations with scripted turns or without.
         render: token ids of prompts, each read up to its next turn.
-        max_new_tokens: at most this many tokens an answer.
-        batch_size: prompts at a time.
-        thinking_tokens: within which an answer must begin (`answers_within`).
-        stop_ids: tokens that end an answer; left out, the model's own.
-        sampling: draws the answers; greedy ones without.
         answered: answers of an earlier call that was interrupted, by turn * len(prompts) + index of
             the prompt; each batch's are added by `update`.
         continued: the same of the answers that went on behind the budget of the thinking.
         on_batch: called with the number of answers done after each batch.
+        options: see `AnswerOptions`.
 
     Raises:
         PromptError: for a conversation that has outgrown what the model reads.
@@ -57,14 +49,10 @@ def answer_conversations(
         new = answers_within(
             engine,
             render([next_turn(prompts[i], spoken(answers[i])) for i in rows]),
-            max_new_tokens=max_new_tokens,
-            thinking_tokens=thinking_tokens,
-            batch_size=batch_size,
-            stop_ids=stop_ids,
             answered=_OfTurn({} if answered is None else answered, keys),
             continued=_OfTurn({} if continued is None else continued, keys),
             on_batch=on_batch,
-            sampling=sampling,
+            **options,
         )
         for i, answer in zip(rows, new, strict=True):
             answers[i].append(answer)
