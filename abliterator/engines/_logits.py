@@ -212,7 +212,7 @@ def _side_by_side(
             cache=prompts.copied([row for row in range(n) for _ in part]),
             start=prompts.length,
         )
-        logprobs = logprobs.view(n, len(part), *logprobs.shape[1:])
+        logprobs = logprobs.reshape(n, len(part), width, -1)
         after |= {ids: logprobs[:, j, : len(ids)] for j, ids in enumerate(part)}
     first = torch.tensor([begun[0]] * n, device=loaded.device)
     is_same = cache_is_continued(loaded, lambda: (from_start(first), after[begun[0]]))
