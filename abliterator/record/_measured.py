@@ -62,7 +62,10 @@ class Completion(Frozen):
     answer_start: int | None = None  # where the answer begins in `response`; None where not known
 
 
-VerdictKind = Literal["refused", "deflected", "partial", "complied", "broken", "truncated", "empty"]
+# "hedged": complied, with a caveat; records from before it count these among "complied"
+VerdictKind = Literal[
+    "refused", "deflected", "partial", "hedged", "complied", "broken", "truncated", "empty"
+]
 
 
 class TextStatistics(Frozen):
