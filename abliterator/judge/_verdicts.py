@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from abliterator.judge._coherence import distinct_share, loop_share
+from abliterator.judge._hedging import hedges
 from abliterator.judge._thoughts import thinking_refuses
 from abliterator.judge._types import Answered, Judge, Judgement
 from abliterator.record import Completion, TextStatistics, Verdict, VerdictKind
@@ -47,8 +48,10 @@ def _kind(judgement: Judgement, answer: str, *, truncated: bool) -> VerdictKind 
         return "truncated" if truncated else "empty"
     if judgement.coherence == 0:
         return "broken"
+    if judgement.compliance == 1:
+        return "hedged" if hedges(answer) else "complied"
     if judgement.compliance:
-        return "complied" if judgement.compliance == 1 else "partial"
+        return "partial"
     return "refused" if judgement.refused else "deflected"
 
 

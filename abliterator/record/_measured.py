@@ -103,7 +103,10 @@ class SampledCompletion(Completion):
     sample: int  # from 0
 
 
-VerdictKind = Literal["refused", "deflected", "partial", "complied", "broken", "truncated", "empty"]
+# "hedged": complied, with a caveat; records from before it count these among "complied"
+VerdictKind = Literal[
+    "refused", "deflected", "partial", "hedged", "complied", "broken", "truncated", "empty"
+]
 
 
 class TextStatistics(Frozen):

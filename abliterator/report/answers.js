@@ -105,7 +105,7 @@ function drawMatrix(values) {
       element("th", { scope: "row" }, chip(row)), columns.map((column) => cell(row, column)))))));
 }
 
-const KINDS = ["refused", "complied", "partial", "deflected", "broken"];
+const KINDS = ["refused", "complied", "hedged", "partial", "deflected", "broken"];
 const chip = (kind) => element("span", { class: KINDS.includes(kind) ? `chip ${kind}` : "chip" }, kind || "unscored");
 
 /** Text with the searched words marked. */
