@@ -21,6 +21,7 @@ from pathlib import Path
 
 from abliterator import statistics
 from abliterator.benchmarks.conversation import (
+    ITEMS,
     SKILLS,
     Item,
     Skill,
@@ -36,20 +37,20 @@ from abliterator.tables import markdown_table
 Values = dict[str, list[float]]
 
 
-def items(skill: Skill, *, given: bool) -> list[Item]:
+def items(skill: Skill, n: int, *, given: bool) -> list[Item]:
     """The conversations of a skill; with `given`, those of one answer."""
-    return [item for item in items_of(skill) if not given or len(item.prompt.turns) == 1]
+    return [item for item in items_of(skill, n) if not given or len(item.prompt.turns) == 1]
 
 
-def measured(folder: Path, out: Path, *, given: bool) -> Values:
+def measured(folder: Path, out: Path, skills: list[Skill], n: int, *, given: bool) -> Values:
     """1 or 0 of each conversation, by skill; what `out` has is not measured again."""
     kept = json.loads(out.read_text(encoding="utf-8")) if out.is_file() else {}
     engine = None
-    for skill in SKILLS:
+    for skill in skills:
         if skill not in kept:
             engine = engine or open_engine(folder, device="cpu", dtype="float32")
             start = time.process_time()
-            kept[skill] = answered(engine, skill, items(skill, given=given))
+            kept[skill] = answered(engine, skill, items(skill, n, given=given))
             right = sum(value for value, _ in kept[skill])
             seconds = time.process_time() - start
             print(
@@ -58,7 +59,7 @@ def measured(folder: Path, out: Path, *, given: bool) -> Values:
             )
             out.parent.mkdir(parents=True, exist_ok=True)
             out.write_text(json.dumps(kept, indent=1), encoding="utf-8")
-    return {skill: [float(value) for value, _ in kept[skill]] for skill in SKILLS}
+    return {skill: [float(value) for value, _ in kept[skill]] for skill in skills}
 
 
 def answered(engine: Engine, skill: Skill, some: Sequence[Item]) -> list[tuple[int, str]]:
@@ -83,7 +84,7 @@ def answered(engine: Engine, skill: Skill, some: Sequence[Item]) -> list[tuple[i
 
 def rows(before: Values, after: Values) -> list[list[str]]:
     """The table of two checkpoints: all conversations, then each skill."""
-    groups = {"all": [*SKILLS], **{skill: [skill] for skill in SKILLS}}
+    groups = {"all": [*before], **{skill: [skill] for skill in before}}
     pairs = {
         name: tuple([v for skill in skills for v in side[skill]] for side in (before, after))
         for name, skills in groups.items()
@@ -128,12 +129,16 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("checkpoints", type=Path, nargs="+")
     parser.add_argument("--given", action="store_true")
+    parser.add_argument("--items", type=int, default=ITEMS, help="of each skill")
+    parser.add_argument("--skills", default=",".join(SKILLS), help="names, between commas")
     arguments = parser.parse_args()
     values = {
         str(folder): measured(
             folder,
             arguments.out
             / f"{'-'.join(folder.resolve().parts[-2:])}{'-given' * arguments.given}.json",
+            arguments.skills.split(","),
+            arguments.items,
             given=arguments.given,
         )
         for folder in arguments.checkpoints

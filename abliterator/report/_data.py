@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
 
 from abliterator.record import AnswerSummary, Completion, Estimate, Selection, Tuning, Verdict
-from abliterator.report._build import Build
+from abliterator.report._build import Build, SamplePair
 
 Key: TypeAlias = tuple[str, str, int]  # set, side, index: names an answer
 
@@ -51,7 +51,7 @@ def _build(build: Build) -> dict[str, Any]:
         "selection": None if record.selection is None else _selection(record.selection),
         "cosines": [[round(cosine, 3) for cosine in row] for row in build.cosines],
         "tuning": None if record.tuning is None else _tuning(record.tuning),
-        "flipped": {task: [list(pair) for pair in pairs] for task, pairs in build.flipped.items()},
+        "flipped": {task: [*map(_pair, pairs)] for task, pairs in build.flipped.items()},
         "tensors": [
             {
                 "name": edit.name,
@@ -93,6 +93,14 @@ def _answers(build: Build) -> dict[str, list[dict[str, Any]]]:
         if groups := {name: group for name, c in columns.items() if (group := c[answer.index])}:
             row["groups"] = groups
     return {name: [rows[index] for index in sorted(rows)] for name, rows in sets.items()}
+
+
+def _pair(pair: SamplePair) -> list[Any]:
+    """The document as a row; the texts at its end are those of conversations alone."""
+    return [value for i, value in enumerate(pair) if i < _WITHOUT_TEXTS or value is not None]
+
+
+_WITHOUT_TEXTS = SamplePair._fields.index("text_base")
 
 
 def _by_key(verdicts: Sequence[Verdict]) -> Mapping[Key, Verdict]:

@@ -230,7 +230,7 @@ $$("[data-flips]").forEach((select) => {
     { label, value: (d) => d[6 + i], text: (d) => element("details", {}, element("summary", {}, "conversation"), element("pre", {}, d[6 + i])) }));
   const fill = () => {
     const rows = (flipped[select.value] || []).filter((d) => !way.value || (d[3] > d[2]) === (way.value === "gained"));
-    const isTalk = rows.length && rows[0][6] !== null;
+    const isTalk = rows.length && rows[0].length > 6;
     if (rows.length) longTable(isTalk ? [...columns.slice(0, 5), ...said] : columns, rows, place, 20);
     else place.replaceChildren(element("p", { class: "hint" }, "No document flipped."));
   };

@@ -11,6 +11,7 @@ import pytest
 
 from abliterator.benchmarks import (
     ScoredCheckpoint,
+    _scores,
     _subprocess,
     compare_tasks,
     measure_sides,
@@ -139,7 +140,7 @@ def test_a_task_that_was_asked_otherwise_is_run_again_on_both_sides(tasks, tmp_p
         asked.append((name, today))
         found = scored([1.0], task="toy_choice").model_dump(mode="json")
         found["scores"][0]["prompt_hash"] = today
-        kept = _subprocess._sealed(job["keys"]["toy_choice"], found)
+        kept = _scores._sealed(job["keys"]["toy_choice"], found)
         Path(job["out"]).mkdir(parents=True, exist_ok=True)
         (Path(job["out"]) / "toy_choice.json").write_text(json.dumps(kept))
 

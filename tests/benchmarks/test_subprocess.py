@@ -12,6 +12,7 @@ import pytest
 
 from abliterator.benchmarks import (
     ScoredCheckpoint,
+    _scores,
     _subprocess,
     measure_sides,
     resolve_tasks,
@@ -76,7 +77,7 @@ def test_too_little_memory_halves_the_batch_of_both_sides(monkeypatch, plain, ta
             found = scored([1.0], task=task["name"]).model_dump(mode="json")
             path = Path(job["out"]) / f"{task['name']}.json"
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps(_subprocess._sealed(job["keys"][task["name"]], found)))
+            path.write_text(json.dumps(_scores._sealed(job["keys"][task["name"]], found)))
 
     monkeypatch.setattr(_subprocess, "_run_child", child)
     sides = {side: ScoredCheckpoint(Path(side), side) for side in ("base", "edited")}
@@ -196,16 +197,16 @@ def test_benchmark_scores_that_were_changed_are_not_kept(tmp_path):
         "scores": [],
         "settings": {},
     }
-    kept = _subprocess._sealed("key", scores)
+    kept = _scores._sealed("key", scores)
     (tmp_path / "facts.json").write_text(json.dumps(kept))
-    assert _subprocess._read(tmp_path, "facts", "key").n == 1
-    assert _subprocess._read(tmp_path, "facts", "other") is None
+    assert _scores.kept_scores(tmp_path, "facts", "key").n == 1
+    assert _scores.kept_scores(tmp_path, "facts", "other") is None
     for damage in ({"scores": {**scores, "n": 2}}, {"sha256": "0"}, {"key": "other"}):
         (tmp_path / "facts.json").write_text(json.dumps({**kept, **damage}))
-        assert _subprocess._read(tmp_path, "facts", "key") is None
+        assert _scores.kept_scores(tmp_path, "facts", "key") is None
     for text in ("", "[]", "{}", '{"key": "key"}', "\x00"):
         (tmp_path / "facts.json").write_text(text)
-        assert _subprocess._read(tmp_path, "facts", "key") is None
+        assert _scores.kept_scores(tmp_path, "facts", "key") is None
 
 
 def test_scores_of_any_task_name_are_kept_where_windows_allows(tmp_path, monkeypatch):
@@ -222,5 +223,5 @@ def test_scores_of_any_task_name_are_kept_where_windows_allows(tmp_path, monkeyp
     with windows_rules(tmp_path), (tmp_path / "stdout").open("w") as stdout:
         monkeypatch.setattr(sys, "stdout", stdout)
         assert _subprocess.main(tmp_path / "job.json") == 0
-    assert _subprocess._read(tmp_path / "out", name, "key") == scored([1.0], task=name)
+    assert _scores.kept_scores(tmp_path / "out", name, "key") == scored([1.0], task=name)
     assert [path.parent for path in tmp_path.rglob("*%3A*")] == [tmp_path / "out"]

@@ -41,14 +41,14 @@ class Item(Frozen):
 
 
 @cache
-def items_of(skill: Skill) -> tuple[Item, ...]:
-    """The conversations of a skill, always the same."""
+def items_of(skill: Skill, n: int = ITEMS) -> tuple[Item, ...]:
+    """The first `n` conversations of a skill, always the same; the suite has `ITEMS` of them."""
     templates = _templates()
     make = _MAKERS[skill]
     return tuple(
         # a generator for each item, so that a changed template changes its own items alone
         make(templates, templates[skill], number, random.Random(f"{skill} {number}"))
-        for number in range(ITEMS)
+        for number in range(n)
     )
 
 
@@ -140,7 +140,7 @@ def _stopping(all_: Any, own: Any, number: int, draw: random.Random) -> Item:
     values |= {**_answer_to(first), "other_answer": _answer_to(other)["answer"]}
     values |= {"last_any_of": last["any_of"], "topic": topic[-1], "new_topic": new_topic[-1]}
     values |= {"topic_forms": topic, "new_topic_forms": new_topic}
-    values["done"] = words["done"][number // len(own["requests"])]
+    values["done"] = words["done"][number // len(own["requests"]) % len(words["done"])]
     turns = [*zip(request["turns"], request["answers"], strict=True)]
     return _item(turns, request["stop"], request["check"], values, is_shown=is_shown)
 
