@@ -6,7 +6,8 @@ what it was made from. What is not to be kept is deleted as soon as it was measu
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property, partial
@@ -47,7 +48,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from abliterator.engines import AnswerPath, Engine
-    from abliterator.evaluation import LogitFile
+    from abliterator.evaluation import LogitFile, PathDivergence
     from abliterator.prompts import Prompt
 
 _TARGET = "target"
@@ -61,6 +62,29 @@ class _Form(NamedTuple):
     gguf: Path | None
     n_bytes: int
     withheld: str | None = None
+
+
+class _Compared:
+    """Logits of one pass, compared with those of several files as they are handed on.
+
+    Attributes:
+        of: for each file, the divergence from it by index of a path.
+    """
+
+    def __init__(
+        self,
+        files: Sequence[LogitFile],
+        paths: Sequence[AnswerPath],
+        logits: Iterator[tuple[int, Tensor]],
+    ) -> None:
+        self.of: list[dict[int, PathDivergence]] = [{} for _ in files]
+        self._files, self._paths, self._logits = files, paths, logits
+
+    def __iter__(self) -> Iterator[tuple[int, Tensor]]:
+        for index, rows in self._logits:
+            for file, compared in zip(self._files, self.of, strict=True):
+                compared[index] = file.compare(self._paths, [(index, rows)])[index]
+            yield index, rows
 
 
 class _Measured(NamedTuple):
@@ -181,12 +205,13 @@ class SurvivalSession:
             if form.numbers is None:
                 return _Measured(form, answers)
             engine = run.engine(form.numbers)
-            summarised = partial(self._divergence, engine)
-            rounding, divergence = summarised(built), None
             if side == "base":
-                logits.write(self._paths, self._logits(engine))
-                return _Measured(form, answers, rounding)
-            divergence = summarised(logits)
+                compared = _Compared([built], self._paths, self._logits(engine))
+                logits.write(self._paths, compared)
+                return _Measured(form, answers, self._summary(compared.of[0]))
+            compared = _Compared([built, logits], self._paths, self._logits(engine))
+            deque(compared, maxlen=0)
+            rounding, divergence = map(self._summary, compared.of)
             base, basis = folder_of(run, "base"), removed_subspace(run).basis
             strengths = surviving_strengths(base, run.workspace.checkpoint, form.numbers, basis)
             return _Measured(form, answers, rounding, divergence, strengths)
@@ -195,12 +220,12 @@ class SurvivalSession:
         limit = self.run.recipe.capture.max_batch_tokens
         return engine.logits(self._paths, max_batch_tokens=limit)
 
-    def _divergence(self, engine: Engine, before: LogitFile) -> Divergence:
+    def _summary(self, compared: Mapping[int, PathDivergence]) -> Divergence:
         from abliterator.evaluation import summarise_divergence
 
         recipe = self.run.recipe
-        compared = before.compare(self._paths, self._logits(engine))
-        return summarise_divergence(compared, tokens=recipe.divergence.tokens, seed=recipe.seed)
+        paths = [compared[index] for index in range(len(self._paths))]
+        return summarise_divergence(paths, tokens=recipe.divergence.tokens, seed=recipe.seed)
 
     def _built_logits(self, side: Side) -> LogitFile:
         """The distributions of a side as it was built."""
