@@ -25,6 +25,7 @@ from abliterator.formats._packed import (
 from abliterator.formats._scheme import Headers, Settings, misfit
 
 BITS = (4, 8)
+_INSIDE = r"(\..*)?"  # all experts' own modules, too
 
 
 def compressed_integers(name: str, headers: Headers, settings: Settings) -> Layout | None:
@@ -96,7 +97,10 @@ def gptq_without(
     GPTQModel and vLLM leave alone what a pattern of `dynamic` that begins with "-:" matches, and
     the first that matches counts; optimum quantises what `modules_in_block_to_quantize` lists.
     """
-    rules: dict[str, Any] = {f"-:^{re.escape(module)}$": {} for module in plain}
+    rules: dict[str, Any] = {
+        f"-:^{re.escape(module)}{_INSIDE if module.endswith('.experts') else ''}$": {}
+        for module in plain
+    }
     dynamic = settings.get("dynamic")
     return {
         "dynamic": {**rules, **(dynamic if isinstance(dynamic, Mapping) else {})},

@@ -144,7 +144,7 @@ class Storage:
         quantized: Mapping[str, Layout],
     ) -> dict[str, Any]:
         if self.scheme.without is not None:
-            rest = {_module(name) for name in quantized} - set(units)
+            rest = {n.rpartition(".")[0] for n in quantized if _module(n) not in units}
             changes = self.scheme.without(self.settings, [*modules], sorted(rest, key=_order))
             return {**self.settings, **changes}
         inner = self.settings.get(self.scheme.inside)

@@ -1,4 +1,8 @@
-"""The load check: plain transformers loads a planned checkpoint, plain PEFT an adapter."""
+"""The load check: plain transformers loads a planned checkpoint, plain PEFT an adapter.
+
+A checkpoint in a format that transformers has no code for (ModelOpt's NVFP4) is loaded as
+abliterator itself runs it.
+"""
 
 from __future__ import annotations
 
@@ -7,8 +11,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from abliterator.errors import PublishError
-from abliterator.files import link_file
+from abliterator.errors import AbliteratorError, PublishError
+from abliterator.files import link_file, read_text
 from abliterator.processes import child_environment, child_process, python_command
 from abliterator.publish._plan import PublishPlan
 
@@ -31,6 +35,8 @@ def check_loads(plan: PublishPlan) -> None:
                 link_file(file.content, target)
         if plan.what == "adapter":
             report = _run([str(plan.folders.base), "--adapter", folder], plan.remote_code)
+        elif _is_unknown_to_transformers(Path(folder)):
+            report = _loaded_here(Path(folder))
         else:
             report = _run([folder], plan.remote_code)
         problem = _problem(report, plan.what)
@@ -38,10 +44,33 @@ def check_loads(plan: PublishPlan) -> None:
         # the folder that was loaded is deleted by now
         problem = problem.replace(folder, f"the planned {plan.what}")
         loader = "PEFT" if plan.what == "adapter" else "transformers"
+        how = f"Plain {loader}, offline in a fresh process,"
         raise PublishError(
-            f"Plain {loader}, offline in a fresh process, {problem}. Nothing was published. "
+            f"{report.get('loader', how)} {problem}. Nothing was published. "
             f"Look at the {plan.what} with `abliterator verify`, and at the versions in its card."
         )
+
+
+def _is_unknown_to_transformers(folder: Path) -> bool:
+    """Whether the weights are quantised by a method that transformers does not know."""
+    from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
+
+    settings = json.loads(read_text(folder / "config.json")).get("quantization_config")
+    if not isinstance(settings, dict) or "quant_method" not in settings:
+        return False
+    return settings["quant_method"] not in {"bitsandbytes", *AUTO_QUANTIZATION_CONFIG_MAPPING}
+
+
+def _loaded_here(folder: Path) -> dict[str, Any]:
+    """The report of a load by abliterator, which decodes the weights and runs a first pass."""
+    from abliterator.model import load_model
+
+    report: dict[str, Any] = {"loader": "abliterator, which alone decodes them here,"}
+    try:
+        load_model(folder, device="cpu", dtype=None)
+    except AbliteratorError as error:
+        return {**report, "error": str(error)}
+    return {**report, "missing": [], "mismatched": [], "finite": True}
 
 
 def _run(arguments: list[str], remote_code: bool) -> dict[str, Any]:

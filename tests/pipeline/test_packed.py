@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -218,6 +219,14 @@ def test_the_config_says_what_is_no_longer_quantised(name, base, tmp_path):
         assert not edited & set(still)
         assert "model.layers.0.self_attn.q_proj" in still
         assert any(module.startswith(f"model.layers.0.mlp.{down}") for module in still)
+        # both tools match a module's own name with them
+        packed = {n.rpartition(".")[0] for n in stored(tmp_path) if n.endswith(".qweight")}
+        assert packed == set(still)
+        plain = {
+            n.rpartition(".")[0] for n in stored(base(name)) if n.endswith(".qweight")
+        } - packed
+        left = {m for m in packed | plain if any(re.match(r[2:], m) for r in rules)}
+        assert left == plain
     else:
         listed = after.pop(LISTS[name[:3]])
         patterns = {"int4_group experts": "re:model[.]layers[.]1[.]mlp[.]experts[.].*"}

@@ -4,10 +4,18 @@ from __future__ import annotations
 
 import subprocess
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
+import pytest
+
+from abliterator.errors import PublishError
+from abliterator.files import sha256_of_bytes
 from abliterator.processes import python_command
 from abliterator.publish import Target, _files, _load_check, plan_publish
+from abliterator.publish._files import PlannedFile
+from tests.helpers.quantised import save_quantised
+from tests.helpers.tiny import VOCABULARY
 from tests.helpers.windows_rules import windows_rules
 
 
@@ -20,6 +28,28 @@ def test_a_plan_loads_on_windows(built, out, tmp_path, monkeypatch):
     with windows_rules(tmp_path):
         _load_check.check_loads(plan)
     assert list(tmp_path.iterdir()) == [out]
+
+
+def test_a_format_that_transformers_does_not_know(built, out, tmp_path, tiny_tokenizer):
+    """ModelOpt's NVFP4 is loaded as every stage of a build loads it."""
+    folder = save_quantised("modelopt", tmp_path / "model", vocabulary=VOCABULARY)
+    tiny_tokenizer.save_pretrained(folder)
+
+    def files():
+        for path in sorted(folder.iterdir()):
+            data = path.read_bytes()
+            yield PlannedFile(
+                path=path.name, size=len(data), sha256=sha256_of_bytes(data), content=data
+            )
+
+    plan = plan_publish(built[0], out / "checkpoint", Target("somebody/a"))
+    _load_check.check_loads(replace(plan, files=tuple(files())))
+    config = folder / "config.json"
+    config.write_text(
+        config.read_text().replace('"intermediate_size": 384', '"intermediate_size": 380')
+    )
+    with pytest.raises(PublishError, match="abliterator, which alone"):
+        _load_check.check_loads(replace(plan, files=tuple(files())))
 
 
 def test_the_process_ends_with_its_parent(tmp_path):
