@@ -11,7 +11,7 @@ model's answers against those to all other prompts of the set, adjusted by Holm 
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
 from statistics import mean
 
 from abliterator.judge import scored_verdicts
@@ -26,6 +26,7 @@ from abliterator.record import (
     VerdictKind,
 )
 from abliterator.statistics import (
+    clustered_rate,
     holm,
     mcnemar_exact,
     mean_interval,
@@ -42,6 +43,7 @@ MEASURES: dict[GroupedMeasure, Callable[[Verdict], float]] = {
     "coherence": lambda verdict: verdict.coherence or 0.0,
 }
 
+Clusters = Sequence[Hashable]  # of every prompt of the set
 Values = Mapping[int, float]  # of the prompts with a verdict, by index
 Cell = tuple[str, str, GroupedMeasure]  # column, group, measure
 
@@ -51,6 +53,7 @@ def group_verdicts(
     edited: Sequence[Verdict],
     columns: Mapping[str, Sequence[str | None]],
     *,
+    clusters: Clusters | None = None,
     seed: int = 0,
 ) -> tuple[Grouping, ...]:
     """Behaviour by group, for each column that divides the prompts into at least two.
@@ -63,6 +66,8 @@ def group_verdicts(
         base: verdicts of one prompt set on the base.
         edited: the same of the edited model.
         columns: by name, the group of each prompt of the set by its index; None without one.
+        clusters: the cluster of each prompt of the set, where some resemble each other: intervals
+            and tests are then over clusters, and a group's means of clusters are compared.
         seed: of bootstrap and random permutations.
     """
     values = {
@@ -74,12 +79,12 @@ def group_verdicts(
     overall = {
         measure: None
         if _is_withheld(len(indices), len(after))
-        else _estimate([*after.values()], len(indices), seed=seed)
+        else _estimate(after, len(indices), clusters=clusters, seed=seed)
         for measure, (_, after) in values.items()
     }
     measures = _holm_adjusted(
         {
-            (column, name, measure): _measure(of_group, *sides, seed=seed)
+            (column, name, measure): _measure(of_group, *sides, clusters, seed=seed)
             for (column, name), of_group in members.items()
             for measure, sides in values.items()
         }
@@ -126,20 +131,31 @@ def _by_prompt(verdicts: Sequence[Verdict], measure: Callable[[Verdict], float])
     return {index: mean(values) for index, values in by_prompt.items()}
 
 
-def _measure(indices: Sequence[int], base: Values, edited: Values, *, seed: int) -> GroupMeasure:
+def _measure(
+    indices: Sequence[int], base: Values, edited: Values, clusters: Clusters | None, *, seed: int
+) -> GroupMeasure:
     """One measure of the prompts with these indices, against that of all others."""
     asked, group = len(indices), set(indices)
-    before, after = ([side[i] for i in indices if i in side] for side in (base, edited))
-    paired = [i for i in indices if i in base and i in edited]
-    pairs = [base[i] for i in paired], [edited[i] for i in paired]
-    rest = [value for index, value in edited.items() if index not in group]
-    is_known = [not _is_withheld(asked, len(values)) for values in (before, after, paired)]
+    before, after = ({i: side[i] for i in indices if i in side} for side in (base, edited))
+    rest = {index: value for index, value in edited.items() if index not in group}
+    both = [i for i in indices if i in before and i in after]
+    pairs = [before[i] for i in both], [after[i] for i in both]
+    of_pairs = None if clusters is None else [clusters[i] for i in both]
+    has_pairs = not _is_withheld(asked, len(both))
+    delta = paired_delta(*pairs, clusters=of_pairs, seed=seed) if has_pairs else None
+    estimates = (
+        None
+        if _is_withheld(asked, len(values))
+        else _estimate(values, asked, clusters=clusters, seed=seed)
+        for values in (before, after)
+    )
+    measured, other = (_of_clusters(values, clusters) for values in (after, rest))
+    is_compared = rest and not _is_withheld(asked, len(after))
     return GroupMeasure(
-        base=_estimate(before, asked, seed=seed) if is_known[0] else None,
-        edited=_estimate(after, asked, seed=seed) if is_known[1] else None,
-        delta=Estimate.of(paired_delta(*pairs, seed=seed), asked) if is_known[2] else None,
-        p_delta=_paired_test(*pairs, seed=seed) if is_known[2] else None,
-        p_rest=relabelling_test(after, rest, seed=seed) if is_known[1] and rest else None,
+        **dict(zip(("base", "edited"), estimates, strict=True)),
+        delta=Estimate.of(delta, asked),
+        p_delta=_paired_test(*pairs, clusters=of_pairs, seed=seed) if has_pairs else None,
+        p_rest=relabelling_test(measured, other, seed=seed) if is_compared else None,
     )
 
 
@@ -147,17 +163,38 @@ def _is_withheld(asked: int, scored: int) -> bool:
     return scored == 0 or asked - scored > max(1, MAX_UNSCORED * asked)
 
 
-def _estimate(values: Sequence[float], asked: int, *, seed: int) -> Estimate | None:
+def _estimate(
+    values: Values, asked: int, *, clusters: Clusters | None, seed: int
+) -> Estimate | None:
     """A rate where each value is 0 or 1 (its interval holds at 0 and 1), else a mean."""
-    if _are_flags(values):
-        return Estimate.of(rate_interval(int(sum(values)), len(values)), asked)
-    return Estimate.of(mean_interval(values, seed=seed), asked)
+    data = [*values.values()]
+    if clusters is not None:
+        return Estimate.of(clustered_rate(data, [clusters[index] for index in values]), asked)
+    if _are_flags(data):
+        return Estimate.of(rate_interval(int(sum(data)), len(data)), asked)
+    return Estimate.of(mean_interval(data, seed=seed), asked)
 
 
-def _paired_test(base: Sequence[float], edited: Sequence[float], *, seed: int) -> float:
-    if _are_flags([*base, *edited]):
+def _of_clusters(values: Values, clusters: Clusters | None) -> list[float]:
+    """The mean of each cluster, in whose prompts answers resemble each other."""
+    if clusters is None:
+        return [*values.values()]
+    of_cluster: defaultdict[Hashable, list[float]] = defaultdict(list)
+    for index, value in values.items():
+        of_cluster[clusters[index]].append(value)
+    return [mean(members) for members in of_cluster.values()]
+
+
+def _paired_test(
+    base: Sequence[float],
+    edited: Sequence[float],
+    *,
+    clusters: Sequence[Hashable] | None,
+    seed: int,
+) -> float:
+    if clusters is None and _are_flags([*base, *edited]):
         return mcnemar_exact([*map(bool, base)], [*map(bool, edited)])
-    return sign_flip_test(base, edited, seed=seed)
+    return sign_flip_test(base, edited, clusters=clusters, seed=seed)
 
 
 def _are_flags(values: Iterable[float]) -> bool:

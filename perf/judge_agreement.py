@@ -1,21 +1,22 @@
 """How far the rule judge agrees with people on answers of models that nobody tuned it on.
 
     python perf/judge_agreement.py FOLDER
-    python perf/judge_agreement.py FOLDER --fit gpt4,llama2new --write abliterator/judge/weights.yaml
+    python perf/judge_agreement.py FOLDER --fit gpt4,llama2new --write WEIGHTS.yaml
 
-FOLDER holds labelled answers, `...completions_MODEL.csv`; several files of a model are joined. Three
-layouts are known by their columns:
+FOLDER has a folder for each source, and in it labelled answers, `...completions_MODEL.csv` or
+`...response_MODEL.csv`; several files of a model are joined. docs/measurements.md says where public
+ones are. Three layouts are known by their columns:
 
-    prompt, completion, final_label            XSTest (paul-rottger/exaggerated-safety, CC-BY-4.0; labels
-                                               1_full_compliance, 2_full_refusal, 3_partial_refusal) and
-                                               its replication (mdazizulaman/XSTest-Replication-and-Extension)
-    prompt, response, response_refusal_label   WildGuardTest (allenai/wildguardmix, ODC-BY): compliance, refusal
-    question, response, action                 Do-Not-Answer (Libr-AI/do-not-answer, CC-BY-NC-SA-4.0): 0 declines,
-                                               5 does as told; other actions are neither and are left out
+    prompt, completion, final_label           XSTest and its replication: 1_full_compliance,
+                                              2_full_refusal, 3_partial_refusal
+    prompt, response, response_refusal_label  WildGuardTest: compliance, refusal
+    question, response, action                Do-Not-Answer: 0 declines and 1 refutes, which are
+                                              refusals; 2, 3 and 5 discuss, inform and obey;
+                                              4 pleads ignorance, is neither and is left out
 
-Of every model: the judge as it is; the judge with weights fitted to all *other* models of the folder
-(leave one model out); XSTest's own string match, complied or not. The last lines are means over
-models. Fitting wants scikit-learn, which the package itself does not.
+Of every model: the judge as it is; the judge with weights fitted to all *other* models of the
+folder (leave one model out); XSTest's own string match, complied or not. The last lines are means
+over the models of each source. Fitting wants scikit-learn, which the package itself does not.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ import argparse
 import csv
 import re
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from statistics import mean
@@ -39,7 +40,7 @@ from abliterator.judge._calibrate import CLASSES, cohens_kappa
 from abliterator.judge._reading import read, straight
 from abliterator.judge._rule_judge import RuleJudge
 
-NAME = re.compile(r"completions_(?P<model>.+)\.csv\Z")
+NAME = re.compile(r"(?:completions|response)_(?P<model>.+)\.csv\Z")
 # columns of the prompt, the answer and its label -> grade of each label
 LAYOUTS = {
     ("prompt", "completion", "final_label"): {
@@ -48,27 +49,38 @@ LAYOUTS = {
         "3_partial_refusal": 0.5,
     },
     ("prompt", "response", "response_refusal_label"): {"compliance": 1.0, "refusal": 0.0},
-    ("question", "response", "action"): {"0": 0.0, "5": 1.0},
+    ("question", "response", "action"): {
+        "0": 0.0,
+        "1": 0.0,
+        "2": 1.0,
+        "3": 1.0,
+        "5": 1.0,
+    },
 }
-REGULARISATION = 0.05  # inverse strength; leave-one-model-out kappa is flat from 0.03 to 0.3
+REGULARISATION = 0.1  # inverse strength; leave-one-model-out kappa is flat from 0.03 to 0.3
+# Source -> types of prompts whose labels nothing is fitted to. Asked why a group should have
+# fewer rights, or why a crime was right, a model may reject the premise: the replication's
+# annotators call that compliance. XSTest's own call it a refusal, and so does the judge.
+DISPUTED = {"replication": {"contrast_discr", "contrast_historical_events"}}
 
 Pairs = Sequence[tuple[float, float]]  # label, verdict
 
 
 class Row(NamedTuple):
-    """A labelled answer."""
+    """A labelled answer; `fits` is whether weights may be fitted to it."""
 
     prompt: str
     answer: str
     label: float
+    fits: bool = True
 
 
-def models_in(folder: Path) -> dict[str, list[Row]]:
-    """Model -> its labelled answers, empty ones left out."""
+def models_in(folder: Path) -> dict[tuple[str, str], list[Row]]:
+    """(Source, model) -> its labelled answers, empty ones left out."""
     by_model = defaultdict(list)
-    for path in sorted(folder.glob("*completions_*.csv")):
+    for path in sorted(folder.glob("*/*.csv")):
         if match := NAME.search(path.name):
-            by_model[match["model"]] += rows_of(path)
+            by_model[path.parent.name, match["model"]] += rows_of(path)
     return dict(by_model)
 
 
@@ -76,11 +88,12 @@ def rows_of(path: Path) -> list[Row]:
     """The labelled answers of one file."""
     with path.open(newline="", encoding="utf-8-sig") as file:
         rows = list(csv.DictReader(file))
+    disputed = DISPUTED.get(path.parent.name, set())
     for columns, grades in LAYOUTS.items():
         if rows and set(columns) <= rows[0].keys():
             prompt, answer, label = columns
             return [
-                Row(r[prompt], r[answer], grades[r[label]])
+                Row(r[prompt], r[answer], grades[r[label]], r.get("type") not in disputed)
                 for r in rows
                 if r[answer].strip() and r[label] in grades
             ]
@@ -113,21 +126,27 @@ def string_match(rows: Sequence[Row]) -> Pairs:
 # Fitting
 
 
-def table_of(rows: Sequence[Row]) -> tuple[np.ndarray, np.ndarray]:
-    """(Features, one row an answer; the index of each label in `GRADES`)."""
+class Table(NamedTuple):
+    """Answers that weights may be fitted to: features, one row each; indices into `GRADES`."""
+
+    values: np.ndarray
+    labels: np.ndarray
+
+
+def table_of(rows: Sequence[Row]) -> Table:
+    """The table of one model's answers."""
+    rows = [row for row in rows if row.fits]
     values = [list(weighing.features(read(r.answer), straight(r.prompt)).values()) for r in rows]
-    return np.array(values), np.array([weighing.GRADES.index(r.label) for r in rows])
+    return Table(np.array(values), np.array([weighing.GRADES.index(r.label) for r in rows]))
 
 
-def fitted(tables: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> weighing.Weights:
+def fitted(tables: Sequence[Table]) -> weighing.Weights:
     """Weights from the tables of some models; each model counts the same."""
     from sklearn.linear_model import LogisticRegression
 
-    values = np.vstack([values for values, _ in tables.values()])
-    labels = np.concatenate([labels for _, labels in tables.values()])
-    counts = np.concatenate(
-        [np.full(len(labels), 1 / len(labels)) for _, labels in tables.values()]
-    )
+    values = np.vstack([table.values for table in tables])
+    labels = np.concatenate([table.labels for table in tables])
+    counts = np.concatenate([np.full(len(table.labels), 1 / len(table.labels)) for table in tables])
     centre, spread = values.mean(0), values.std(0)
     spread[spread == 0] = 1.0
     regression = LogisticRegression(C=REGULARISATION, max_iter=3000)
@@ -154,17 +173,17 @@ def judging_with(weights: weighing.Weights) -> Iterator[None]:
         rules.weigh = own
 
 
-def write(path: Path, weights: weighing.Weights, models: Sequence[str]) -> None:
+def write(path: Path, weights: weighing.Weights, models: Iterable[tuple[str, str]]) -> None:
     """Writes weights into a weights file; its comment and what each feature is stay."""
-    text = path.read_text()
+    text = path.read_text(encoding="utf-8")
     data: dict[str, Any] = yaml.safe_load(text)
-    data["fitted_on"] = list(models)
+    data["fitted_on"] = [" ".join(model) for model in sorted(models)]
     data["constants"] = [round(value, 4) for value in weights.constants]
     for name, entry in data["features"].items():
         entry["weights"] = [round(value, 4) for value in weights.by_feature[name]]
     comment = "".join(line for line in text.splitlines(keepends=True) if line.startswith("#"))
     dumped = yaml.safe_dump(data, sort_keys=False, width=110, default_flow_style=None)
-    path.write_text(comment + dumped)
+    path.write_text(comment + dumped, encoding="utf-8")
 
 
 # Figures
@@ -178,7 +197,7 @@ def figures(name: str, pairs: Pairs) -> str:
         f"{what} {said.count(grade) / len(said):.2f}" if said else f"{what}    -"
         for (grade, what), said in zip(CLASSES.items(), by_label.values(), strict=True)
     )
-    return f"{name:42s} {kappa:.3f} [{low:.3f}, {high:.3f}]  {binary(pairs):.3f}  {recall}"
+    return f"{name:48s} {kappa:.3f} [{low:.3f}, {high:.3f}]  {binary(pairs):.3f}  {recall}"
 
 
 def binary(pairs: Pairs) -> float:
@@ -195,25 +214,24 @@ def with_interval(pairs: Pairs, resamples: int = 500) -> tuple[float, float, flo
     return cohens_kappa(pairs) or 0.0, float(low), float(high)
 
 
-def compare(models: Mapping[str, Sequence[Row]]) -> None:
+def compare(models: Mapping[tuple[str, str], Sequence[Row]]) -> None:
     """Prints the table."""
     tables = {model: table_of(rows) for model, rows in models.items()}
     kappas = defaultdict(list)
-    print(f"{'':42s} kappa, three classes    binary  recall")
-    for model, rows in models.items():
-        others = {other: table for other, table in tables.items() if other != model}
+    print(f"{'':48s} kappa, three classes    binary  recall")
+    for (source, model), rows in models.items():
+        others = [table for other, table in tables.items() if other != (source, model)]
         judges = {"as it is": judged(rows), "string match": string_match(rows)}
         if others:
             with judging_with(fitted(others)):
                 judges["fitted to the others"] = judged(rows)
         for judge, pairs in judges.items():
-            kappas[judge].append((cohens_kappa(pairs) or 0.0, binary(pairs)))
-            print(figures(f"{model} ({len(rows)}): {judge}", pairs), flush=True)
-    for judge, each in kappas.items():
+            kappas[source, judge].append((cohens_kappa(pairs) or 0.0, binary(pairs)))
+            print(figures(f"{source} {model} ({len(rows)}): {judge}", pairs), flush=True)
+    for (source, judge), each in kappas.items():
         three, two = zip(*each, strict=True)
-        print(
-            f"{f'mean of {len(each)} models: {judge}':42s} {mean(three):.3f} {'':16s}  {mean(two):.3f}"
-        )
+        name = f"{source}, mean of {len(each)}: {judge}"
+        print(f"{name:48s} {mean(three):.3f} {'':16s}  {mean(two):.3f}")
 
 
 def main() -> None:
@@ -226,8 +244,8 @@ def main() -> None:
     models = models_in(arguments.folder)
     if not arguments.fit:
         return compare(models)
-    chosen = arguments.fit.split(",")
-    write(arguments.write, fitted({name: table_of(models[name]) for name in chosen}), chosen)
+    chosen = {model for model in models if model[1] in arguments.fit.split(",")}
+    write(arguments.write, fitted([table_of(models[model]) for model in sorted(chosen)]), chosen)
     return None
 
 

@@ -195,11 +195,13 @@ class CompletionClient:
         )
 
     def row(self, form: Form, reply: Reply) -> Sequence[int]:
-        """Token ids of a reply; of a server that gives none, those of its text."""
+        """Token ids of a reply; of a server that gives none, or not all, those of its text."""
         if form.ids_out:
             if reply.token_ids is None:
                 raise self._unusable("gave no token ids, though it did when it was probed", reply)
-            return reply.token_ids
+            # llama.cpp lists no tokens that only begin a character of several, such as an emoji
+            if "logprobs" not in form.parameters or len(reply.token_ids) >= reply.output_tokens:
+                return reply.token_ids
         encoded: list[int] = self.tokenizer.encode(reply.text, add_special_tokens=False)
         return encoded
 
@@ -216,7 +218,8 @@ class CompletionClient:
         if reason not in CUT | ENDED:
             raise self._unusable(f"ended an answer with {reason or 'no reason'}", reply)
         # an answer encoded again may have fewer tokens than were generated
-        generated = len(row) if form.ids_out else reply.output_tokens or max_new_tokens
+        is_exact = row is reply.token_ids
+        generated = len(row) if is_exact else reply.output_tokens or max_new_tokens
         if reason in CUT and generated < max_new_tokens and not set(row) & set(stop_ids):
             raise self._unusable(
                 f"cut an answer after {generated} of {max_new_tokens} tokens: its context is too "

@@ -143,6 +143,7 @@ class DistributedEngine:
         continuations: Sequence[Tokens],
         *,
         max_batch_tokens: int,
+        together: bool = False,
     ) -> Tensor:
         """[N, C] log-probabilities of each continuation after each prompt."""
         results = self.results(
@@ -150,6 +151,7 @@ class DistributedEngine:
             prompts=prompts,
             continuations=continuations,
             max_batch_tokens=max_batch_tokens,
+            together=together,
         )
         return torch.stack(in_order(results))
 

@@ -164,8 +164,17 @@ class Engine(Protocol):
         continuations: Sequence[Tokens],
         *,
         max_batch_tokens: int,
+        together: bool = False,
     ) -> Tensor:
-        """[N, C] float64 log-probabilities of each of C continuations after each prompt, nats."""
+        """[N, C] float64 log-probabilities of each of C continuations after each prompt, nats.
+
+        Args:
+            prompts: token ids.
+            continuations: token ids, none empty.
+            max_batch_tokens: tokens in a batch.
+            together: run what continues a prompt as rows of one batch. The same numbers but for
+                rounding.
+        """
 
     def edited(self, edit: Edit) -> AbstractContextManager[None]:
         """The model under an edit, as long as the context is open."""

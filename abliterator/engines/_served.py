@@ -278,10 +278,11 @@ class ServedEngine:
         continuations: Sequence[Tokens],
         *,
         max_batch_tokens: int,
+        together: bool = False,
     ) -> Tensor:
         """[N, C] log-probabilities of each continuation after each prompt."""
         return self._passes().log_likelihoods(
-            prompts, continuations, max_batch_tokens=max_batch_tokens
+            prompts, continuations, max_batch_tokens=max_batch_tokens, together=together
         )
 
     @contextmanager

@@ -156,10 +156,15 @@ class TransformersEngine:
         continuations: Sequence[Tokens],
         *,
         max_batch_tokens: int,
+        together: bool = False,
     ) -> Tensor:
         """[N, C] log-probabilities of each continuation after each prompt."""
         return log_likelihoods(
-            self.loaded, prompts, continuations, max_batch_tokens=max_batch_tokens
+            self.loaded,
+            prompts,
+            continuations,
+            max_batch_tokens=max_batch_tokens,
+            together=together,
         )
 
     def edited(self, edit: Edit) -> AbstractContextManager[None]:

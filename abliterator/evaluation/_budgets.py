@@ -52,7 +52,11 @@ def answers_within(
         _within(splitter, prompt, answer, max_new_tokens)
         for prompt, answer in zip(prompts, first, strict=True)
     ]
-    unfinished = [i for i, answer in enumerate(answers) if _goes_on(answer, max_new_tokens)]
+    unfinished = [
+        i
+        for i, (prompt, answer) in enumerate(zip(prompts, answers, strict=True))
+        if _goes_on(splitter, prompt, answer, max_new_tokens)
+    ]
     if not unfinished:
         return answers
     rest = engine.answers(
@@ -65,14 +69,20 @@ def answers_within(
         row = (*answers[i].token_ids, *continuation.token_ids)
         is_ended = continuation.finish_reason == "stop"
         whole = answer_of(splitter, prompts[i], row, (), is_ended=is_ended)
-        answers[i] = _within(splitter, prompts[i], whole, max_new_tokens)
+        if whole.start_token <= thinking_tokens:
+            answers[i] = _within(splitter, prompts[i], whole, max_new_tokens)
     return answers
 
 
-def _goes_on(answer: Answer, max_new_tokens: int) -> bool:
-    """Whether an answer has begun and may have more tokens."""
+def _goes_on(
+    splitter: Splitter, prompt: Sequence[int], answer: Answer, max_new_tokens: int
+) -> bool:
+    """Whether an answer has begun, or may have, and may have more tokens."""
     n = len(answer.token_ids) - answer.start_token
-    return answer.finish_reason == "length" and 0 < n < max_new_tokens
+    if answer.finish_reason != "length" or n >= max_new_tokens:
+        return False
+    # what was cut may be the beginning of a mark of thinking, or of an answer that begins like one
+    return n > 0 or bool(splitter.split(prompt, answer.token_ids, is_cut=False).answer.strip())
 
 
 def _within(

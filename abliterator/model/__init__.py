@@ -30,7 +30,7 @@ from abliterator.model._padding import (
     right_padding_is_neutral,
 )
 from abliterator.model._placement import main_device, needs_disk
-from abliterator.model._prefix import ByRow, Prefix, run_prefix, shared_tokens
+from abliterator.model._prefix import ByRow, Prefix, is_plain, run_prefix, shared_tokens
 from abliterator.model._run import (
     BATCH,
     BatchInPass,
@@ -73,6 +73,7 @@ __all__ = [
     "head_at",
     "hooked",
     "is_packed",
+    "is_plain",
     "limits_of",
     "load_model",
     "load_tokenizer",

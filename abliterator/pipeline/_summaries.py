@@ -72,7 +72,12 @@ def groupings_of(run: Run, verdicts: Sequence[Verdict]) -> dict[str, tuple[Group
     from abliterator.groups import group_verdicts
 
     groups = {
-        name: group_verdicts(*_sides(verdicts, name), prompts.groups, seed=run.recipe.seed)
+        name: group_verdicts(
+            *_sides(verdicts, name),
+            prompts.groups,
+            clusters=_clusters(run, name),
+            seed=run.recipe.seed,
+        )
         for name, prompts in prompt_sets(run).evaluation.items()
     }
     return {name: groupings for name, groupings in groups.items() if groupings}

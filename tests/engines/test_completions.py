@@ -22,10 +22,12 @@ from abliterator.engines import (
     ServedEngine,
     Steering,
     TransformersEngine,
+    _completions,
     require_two_models,
 )
 from abliterator.errors import GenerationError, PromptError, ServerError
 from abliterator.recipe import load_engine
+from abliterator.server import Reply
 from tests.helpers.answer_server import AnswerServer, answers_of, echoing
 from tests.server.seams import shorten_waits
 
@@ -356,3 +358,16 @@ def test_the_folder_is_not_needed_for_more_than_config_and_tokenizer(loaded, tin
         engine = served(server, folder, loaded.tokenizer, tmp_path / "answers.sqlite")
         found = engine.answers(PROMPTS, max_new_tokens=6, batch_size=1)
     assert found == loaded.answers(PROMPTS, max_new_tokens=6, batch_size=1)
+
+
+@pytest.mark.parametrize("listed", [[5], None])
+def test_an_answer_whose_tokens_are_not_all_listed_is_encoded_again(loaded, tmp_path, listed):
+    """llama.cpp lists one token of those that make a character together."""
+    section = load_engine(["engine.kind=server", "engine.base_url=http://127.0.0.1:1"])
+    settings = section.server("base", model="x")
+    client = CompletionClient(settings, loaded.tokenizer, cache=tmp_path / "cache")
+    whole = loaded.tokenizer.encode("é x", add_special_tokens=False)
+    with_ids, with_logprobs = _completions.FORMS[:2]
+    reply = Reply("é x", "stop", output_tokens=len(whole), token_ids=listed or whole)
+    assert client.row(with_logprobs, reply) == whole
+    assert client.row(with_ids, reply) == (listed or whole)

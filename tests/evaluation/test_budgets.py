@@ -57,7 +57,7 @@ def test_only_answers_that_have_begun_go_on(engine):
     model.asked.clear()
     budget = len(ids(model.tokenizer, THOUGHT)) + 12
     thinks, thinks_long, short, long = within(model, prompts.token_ids, budget, budget + 40)
-    assert thinks.text[thinks.start :] == ANSWER
+    assert thinks.text[thinks.start :].strip() == ANSWER
     assert (thinks_long.start, thinks_long.finish_reason) == (len(thinks_long.text), "length")
     assert short.text == "Hello there."
     assert len(long.token_ids) == budget + 40
@@ -75,7 +75,20 @@ def test_only_answers_that_have_begun_go_on(engine):
         thinking_tokens=budget,
         batch_size=4,
     )
-    assert line.response[line.answer_start :] == ANSWER
+    assert line.response[line.answer_start :].strip() == ANSWER
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_an_answer_that_begins_like_a_mark_goes_on(engine, name):
+    """Cut there, it may be the beginning of a thought; what comes next decides."""
+    model = engine(name)
+    for text in ("[ is a bracket.", "<b> is a tag, and so on.", "\u00e9 is a letter."):
+        (prompt,) = told(model, name, {"What is it?": (None, text)})[1]
+        for thinking in (1, 2, 3):
+            (answer,) = within(model, [prompt], thinking, 40)
+            assert answer.text.strip() == text, thinking
+            assert answer.finish_reason == "stop"
+        model.replies.clear()
 
 
 def test_without_a_budget_one_limit_holds_for_both(engine):

@@ -115,6 +115,30 @@ def test_groups_with_answers_that_have_no_verdict(unscored, is_withheld):
         assert (refusal.edited.n, refusal.edited.asked) == (19, 20)
 
 
+def test_prompts_that_resemble_each_other_are_not_counted_as_independent():
+    """Clusters of ten that answer alike, at random: counted as prompts, groups seem to differ."""
+    rng = np.random.default_rng(2)
+    clusters = [index // 10 for index in range(100)]
+    named = {"prompts": 0, "clusters": 0}
+    for _ in range(20):
+        alike = rng.random(10) < 0.4
+        edited = verdicts("edited", [alike[cluster] for cluster in clusters])
+        for unit, of in (("prompts", None), ("clusters", clusters)):
+            (grouping,) = group_verdicts(BASE, edited, {"category": FIVE}, clusters=of)
+            named[unit] += bool(grouping.outliers)
+    assert named["clusters"] <= 2 < 10 < named["prompts"]
+
+
+def test_clusters_of_one_prompt_each_change_no_test():
+    edited = verdicts("edited", [index // 20 == 1 for index in range(100)])
+    (alone,) = group_verdicts(BASE, edited, {"category": FIVE}, clusters=range(100))
+    plain = by_category(edited)
+    for one, other in zip(alone.groups, plain.groups, strict=True):
+        for measure, values in one.measures.items():
+            assert values.p_rest == other.measures[measure].p_rest
+            assert values.edited.value == other.measures[measure].edited.value
+
+
 def test_several_answers_to_a_prompt_count_as_one_prompt():
     once = verdicts("edited", [index % 4 == 0 for index in range(100)])
     (grouping,) = group_verdicts(BASE * 3, once * 3, {"category": FIVE})

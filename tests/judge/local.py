@@ -45,7 +45,7 @@ class Published:
         self.tokenizer, self.output, self.prompts = tokenizer, output, []
         self.limits, self.stop_ids = Limits(context), (2,)
 
-    def log_likelihoods(self, prompts, continuations, *, max_batch_tokens):
+    def log_likelihoods(self, prompts, continuations, **options):
         self.prompts += prompts
         texts = [self.tokenizer.decode(ids) for ids in continuations]
         row = [-1.0 if text == self.output else -50.0 for text in texts]

@@ -151,7 +151,7 @@ def test_control_tokens_of_an_answer_stay_text(tiny_tokenizer, tmp_path):
 
 def test_what_is_broken_does_not_comply(tiny_tokenizer, tmp_path):
     class Broken(Published):
-        def log_likelihoods(self, prompts, continuations, *, max_batch_tokens):
+        def log_likelihoods(self, prompts, continuations, **options):
             texts = [self.tokenizer.decode(ids) for ids in continuations]
             row = [
                 0.0 if t in ("compliance: complied", "coherence: broken") else -9.0 for t in texts

@@ -10,6 +10,7 @@ from abliterator.errors import PromptError
 from abliterator.pipeline import write_report
 from abliterator.record import Completion
 from tests.pipeline.builds import FAST, Log, build, write_project
+from tests.pipeline.test_interrupted import Interrupting
 
 SUITE = ("benchmarks.tasks=[conversation_stopping]", "benchmarks.limit=3")
 
@@ -69,3 +70,16 @@ def test_a_suite_that_outgrows_the_model_is_an_error_before_it_runs(project, tmp
     config.write_text(json.dumps(plain | {"max_position_embeddings": 256}))
     with pytest.raises(PromptError, match="conversation_recall"):
         build(project("benchmarks.tasks=[conversation_recall]"), tmp_path / "out")
+
+
+def test_answers_of_an_interrupted_suite_are_not_given_again(project, tmp_path):
+    recipe, out = project(*SUITE, "benchmarks.batch_size=2"), tmp_path / "out"
+    runs = [Interrupting(after=7, of="answers, conversation"), Interrupting()]
+    with pytest.raises(KeyboardInterrupt):
+        pipeline.run_stages(recipe, out, until="benchmarks", options=FAST, progress=runs[0])
+    pipeline.run_stages(recipe, out, until="benchmarks", options=FAST, progress=runs[1])
+    for side in ("base", "edited"):
+        label = f"{side} answers, conversation_stopping"
+        assert runs[0].done[label] + runs[1].done[label] == 9  # three turns of three
+    assert runs[0].done["edited answers, conversation_stopping"] > 0
+    assert not (out / "work/partial/benchmarks").exists()

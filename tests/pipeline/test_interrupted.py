@@ -7,6 +7,7 @@ from contextlib import contextmanager
 import pytest
 
 from abliterator import pipeline
+from abliterator.engines import TransformersEngine
 from tests.pipeline.builds import FAST, write_project
 
 UNTIL = "rollouts"
@@ -100,3 +101,44 @@ def test_an_answer_that_was_not_written_whole_is_given_again(run, tmp_path):
     journal.write_bytes(data[: len(data) - 5])
     assert json.loads(data.splitlines()[-1])["set"]
     assert run("out", Interrupting()) == expected
+
+
+def test_answers_that_went_on_behind_a_budget_are_kept(tmp_path, tiny_folder, monkeypatch):
+    """Of a model that does not think, the budget changes nothing but where answers go on."""
+    recipe_of = write_project(tmp_path, tiny_folder)
+    asked = []
+    answers = TransformersEngine.answers
+
+    def counted(self, prompts, *, answered=None, **options):
+        missing = len(prompts) - len(answered or {})
+        if missing:
+            asked.append(missing)
+        if len(asked) == stop_at:
+            raise KeyboardInterrupt
+        return answers(self, prompts, answered=answered, **options)
+
+    monkeypatch.setattr(TransformersEngine, "answers", counted)
+
+    def run(out, *overrides):
+        recipe = recipe_of("rollouts.max_new_tokens=6", *overrides)
+        pipeline.run_stages(recipe, tmp_path / out, until=UNTIL, options=FAST)
+        return (tmp_path / out / "work" / "rollouts.jsonl").read_bytes()
+
+    stop_at = None
+    plain, n = run("plain"), sum(asked)
+    asked.clear()
+    assert run("budget", "rollouts.thinking_tokens=2") == plain
+    calls = len(asked)
+    assert n < sum(asked) <= 2 * n  # all once, and those that go on again
+    asked.clear()
+    stop_at, finished = 2, 0
+    while True:  # each run is interrupted at its second call, until one has no second
+        try:
+            whole = run("out", "rollouts.thinking_tokens=2")
+        except KeyboardInterrupt:
+            finished += 1
+            asked.clear()
+            continue
+        break
+    assert whole == plain
+    assert finished + len(asked) == calls  # no call was made again

@@ -157,11 +157,12 @@ class StreamedEngine:
         continuations: Sequence[Tokens],
         *,
         max_batch_tokens: int,
+        together: bool = False,
     ) -> Tensor:
         """[N, C] log-probabilities of each continuation after each prompt."""
         self._drop_placed()
         return self.streamed.log_likelihoods(
-            prompts, continuations, max_batch_tokens=max_batch_tokens
+            prompts, continuations, max_batch_tokens=max_batch_tokens, together=together
         )
 
     @contextmanager

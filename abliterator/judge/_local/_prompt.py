@@ -87,15 +87,12 @@ class Asker:
 
     def log_likelihoods(self, prompts: Sequence[Tokens]) -> list[list[float]]:
         """Log-probabilities of the outputs after each prompt; -inf of one that is there already."""
-        # those that differ in their last token alone come one after the other, and share a pass
-        order = sorted(range(len(self.outputs)), key=lambda i: self.outputs[i][:-1])
         table = self.engine.log_likelihoods(
-            prompts, [self.outputs[i] for i in order], max_batch_tokens=MAX_BATCH_TOKENS
+            prompts, self.outputs, max_batch_tokens=MAX_BATCH_TOKENS, together=True
         )
-        columns = dict(zip(order, table.T.tolist(), strict=True))
-        absent = [-math.inf] * len(prompts)
-        counted = [absent if i in self.repeated else columns[i] for i in range(len(columns))]
-        return [list(row) for row in zip(*counted, strict=True)]
+        table[:, sorted(self.repeated)] = -math.inf
+        rows: list[list[float]] = table.tolist()
+        return rows
 
     @property
     def repeated(self) -> set[int]:
