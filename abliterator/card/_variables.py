@@ -87,6 +87,7 @@ def variables(record: RunRecord, *, adapter: bool) -> dict[str, object]:
         "result_sets": _labels(RESULT_SETS),
         "result_measures": _labels(RESULT_MEASURES),
         "drawn": Markdown(record.sampled or ""),
+        "drawn_of_target": _drawn_of_target(record),
         "counted": COUNTED,
         "outliers": _outliers(record),
         "escape": escape,
@@ -116,6 +117,13 @@ def _outliers(record: RunRecord) -> list[tuple[str, Outlier]]:
         for outlier in grouping.outliers
     )
     return sorted(outliers, key=lambda named: named[1].p_holm)
+
+
+def _drawn_of_target(record: RunRecord) -> Markdown:
+    """How answers to target prompts were drawn, and for how many."""
+    if record.sampled is None or "target" not in record.sampled.behaviour:
+        return Markdown()
+    return Markdown(record.sampled.drawn("target"))
 
 
 def _labels(texts: Mapping[str, str]) -> dict[str, Markdown]:

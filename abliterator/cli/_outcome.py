@@ -118,7 +118,7 @@ def _result(record: RunRecord, out: Path) -> Iterator[tuple[str, str]]:
         if behaviour and name != "target":
             yield name.replace("_", "-"), ", ".join(_stability(behaviour))
     if record.sampled and (drawn := record.sampled.behaviour.get("target")):
-        yield "drawn", f"refusal\xa0{_change(drawn, 'refusal')}, {record.sampled}"
+        yield "drawn", f"refusal\xa0{_change(drawn, 'refusal')}, {record.sampled.drawn('target')}"
     outliers = [o for groupings in record.groups.values() for g in groupings for o in g.outliers]
     if outliers:
         yield "groups", ", ".join(map(_outlier, sorted(outliers, key=lambda o: o.p_holm)[:3]))

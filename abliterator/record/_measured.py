@@ -189,8 +189,18 @@ class SampledAnswers(Frozen):
     behaviour: dict[str, Behaviour]
 
     def __str__(self) -> str:
+        return f"{self._answers} for each prompt"
+
+    def drawn(self, name: str) -> str:
+        """`4 answers at temperature 0.7 for each of 48 prompts`, of one prompt set."""
+        answers = self.behaviour[name].base.unscored
+        prompts = answers.n // self.samples if answers else 0
+        return f"{self._answers} for each of {prompts} prompts"
+
+    @property
+    def _answers(self) -> str:
         top_p = f" and top-p {self.top_p:g}" if self.top_p < 1 else ""
-        return f"{self.samples} answers at temperature {self.temperature:g}{top_p} for each prompt"
+        return f"{self.samples} answers at temperature {self.temperature:g}{top_p}"
 
 
 class Divergence(Frozen):

@@ -75,8 +75,11 @@ def measures_tables(record: RunRecord) -> list[tuple[str, Behaviour]]:
     """The measured prompt sets, each with a title: of greedy answers, then of drawn ones."""
     tables = [(SETS.get(name, name), b) for name, b in record.behaviour.items() if b]
     if record.sampled:
-        drawn = record.sampled.behaviour.items()
-        tables += [(f"{SETS.get(name, name)}, {record.sampled}", b) for name, b in drawn]
+        sampled = record.sampled
+        tables += [
+            (f"{SETS.get(name, name)}, {sampled.drawn(name)}", b)
+            for name, b in sampled.behaviour.items()
+        ]
     return tables
 
 

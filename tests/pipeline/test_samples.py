@@ -56,12 +56,14 @@ def test_drawn_answers_stand_beside_the_greedy_ones(project, tmp_path):
     }
     assert {done.exit_code for done in shown.values()} == {0}
     assert said in render_card(record)
+    assert f"for each of {n} prompts)." in render_card(record)
     assert said in shown["out"].stdout
     assert "target truncated, drawn" in shown["out"].stdout
     for text in (shown["plain"].stdout, render_card(plain)):
         assert "answers at temperature" not in text
     pipeline.write_report([tmp_path / "out"])
-    assert said in (tmp_path / "out/work/report.html").read_text()
+    report = (tmp_path / "out/work/report.html").read_text()
+    assert f"Target prompts, {record.sampled.drawn('target')}" in report
 
 
 def test_drawn_answers_do_not_depend_on_batches_and_greedy_ones_outlive_them(project, tmp_path):
