@@ -207,4 +207,7 @@ class RunRecord(Frozen):
     timing: dict[str, float] = {}
     quoted: tuple[Quotation, ...] = ()
     pictures: dict[str, str] = {}  # sha256 by path in the checkpoint; the card shows them
+    files: dict[
+        str, str
+    ] = {}  # sha256 of files for other programs, by their path in the checkpoint
     provenance: Provenance
