@@ -19,6 +19,7 @@ traceback.
      ├── JudgeError            answers could not be judged
      ├── PairsError            contrast pairs could not be made as asked
      ├── BenchmarkError        a benchmark task is unknown, unreachable or cannot be compared
+     ├── QuantizationError     a model could not be quantised, or a tool for it is not installed
      └── PublishError          a checkpoint is not fit to be published, or the Hub refused it
 """
 
@@ -81,6 +82,10 @@ class PairsError(AbliteratorError):
 
 class BenchmarkError(AbliteratorError):
     """A benchmark task is unknown, unreachable or cannot be compared."""
+
+
+class QuantizationError(AbliteratorError):
+    """A model could not be quantised, or a tool for it is not installed."""
 
 
 class PublishError(AbliteratorError):

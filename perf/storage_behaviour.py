@@ -46,7 +46,8 @@ from abliterator.judge import RuleJudge
 from abliterator.model import load_model, render_chat
 from abliterator.recipe import Edit, load_recipe
 from abliterator.statistics import Interval, mean_interval, rate_interval
-from tests.helpers.quantised import FORMATS, mxfp4, rewrite
+from tests.helpers.packed import PACKED
+from tests.helpers.quantised import FORMATS, mxfp4, pack_linear, rewrite
 
 ROOT = Path(__file__).parents[1]
 TOKENS = 40
@@ -55,7 +56,7 @@ WAYS = {
     "keep": {"quantized": "keep", "rounding": "compensated"},
     "dequantize": {"quantized": "dequantize", "rounding": "compensated"},
 }
-NAMES = ("fp8_block", "compressed_row", "compressed_tensor", "mxfp4")
+NAMES = ("fp8_block", "compressed_row", "compressed_tensor", "mxfp4", *PACKED)
 
 
 class Said(NamedTuple):
@@ -68,12 +69,12 @@ class Said(NamedTuple):
 class Asked:
     """The prompts, and one model in memory whose weights are replaced."""
 
-    def __init__(self, model: Path, n: int) -> None:
+    def __init__(self, model: Path, n: int, requests: int) -> None:
         self.engine = TransformersEngine(load_model(model, device="cpu", dtype="float32"))
         folder = ROOT / "recipes" / "smollm2"
         self._requests, self._ordinary = (
-            [json.loads(line)["prompt"] for line in (folder / f"{name}.jsonl").open()][:n]
-            for name in ("declined_heldout", "ordinary")
+            [json.loads(line)["prompt"] for line in (folder / f"{name}.jsonl").open()][:count]
+            for name, count in (("declined_heldout", requests), ("ordinary", n))
         )
         self.original = self.again()
 
@@ -113,6 +114,9 @@ def stored(model: Path, name: str, folder: Path) -> None:
         numbers, scale = FORMATS[name].quantise(weight.float())
         return {tensor: numbers, tensor + FORMATS[name].suffix: scale}
 
+    if name in PACKED:
+        pack_linear(folder, name)
+        return
     if name != "mxfp4":
         rewrite(folder, quantise, FORMATS[name].settings)
         return
@@ -136,11 +140,11 @@ def weights_of(folder: Path) -> dict[str, Tensor]:
     checkpoint = Checkpoint.open(folder)
     storage, found = storage_of(checkpoint.config), {}
     for name in checkpoint.tensors:
-        if name.endswith("_proj.weight"):
+        if storage.weight_name(name).endswith("_proj.weight"):
             layout = storage.layout(name, checkpoint.tensors)
-            scales = checkpoint.read(layout.scales) if layout.scales else None
+            scales = layout.scales_from(checkpoint.read)
             (matrix,) = layout.matrices(bytearray(checkpoint.read(name)), 0, scales)
-            found[name] = matrix.decoded(0, matrix.shape[1])
+            found[storage.weight_name(name)] = matrix.decoded(0, matrix.shape[1])
     return found
 
 
@@ -153,10 +157,10 @@ def edited_mxfp4(
             continue
         weight = load_file(checkpoint.folder / edit.info.file)[name].float()
         blocks, exponents = (part.numpy() for part in mxfp4(weight.T[None]))
-        layout = Mxfp4Layout(name, "U8", blocks.shape, name + "_scales", name)
+        layout = Mxfp4Layout(name, "U8", blocks.shape, (name + "_scales",), name)
         as_expert = replace(edit, writer=replace(edit.writer, axis=1), layout=layout, stored=layout)
         removal = removal_of(edit.writer, checkpoint, basis)
-        buffer, scales = bytearray(blocks.tobytes()), exponents.tobytes()
+        buffer, scales = bytearray(blocks.tobytes()), (exponents.tobytes(),)
         edit_stored(memoryview(buffer), as_expert, removal, plan.settings, scales=scales)
         (matrix,) = layout.matrices(buffer, 1, scales)
         yield name, matrix.decoded(0, matrix.shape[1])
@@ -172,9 +176,10 @@ def told(interval: Interval | None, digits: int) -> str:
 def row(name: str, way: str, said: Said, base: Said, exact: Said, megabytes: float) -> None:
     """Prints one line of the table."""
     declined, n = sum(said.declined), len(said.declined)
+    shown = told(rate_interval(declined, n), 2) if n else "-"
     moved, off = (kl_divergence(other.logprobs, said.logprobs) for other in (base, exact))
     print(
-        f"| {name} | {way} | {declined}/{n} {told(rate_interval(declined, n), 2)} | "
+        f"| {name} | {way} | {declined}/{n} {shown} | "
         f"{told(mean_interval(moved.tolist()), 4)} | {told(mean_interval(off.tolist()), 4)} | "
         f"{megabytes:.0f} |",
         flush=True,
@@ -215,12 +220,14 @@ def main() -> None:
     parser.add_argument("model", type=Path)
     parser.add_argument("subspace", type=Path)
     parser.add_argument("--n", type=int, default=72, help="prompts of each set")
+    parser.add_argument("--requests", type=int, help="of those that are declined; 0: KL alone")
     parser.add_argument("--formats", nargs="+", choices=NAMES, default=NAMES)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     basis = load_subspace(arguments.subspace).basis
     edit = load_recipe(ROOT / "recipes" / "smollm2.yaml").edit
-    asked = Asked(arguments.model, arguments.n)
+    requests = arguments.n if arguments.requests is None else arguments.requests
+    asked = Asked(arguments.model, arguments.n, requests)
     print("| format | way | declines | KL from the base | KL from the exact edit | MB |")
     print("|---|---|---|---|---|---|")
     for name in arguments.formats:

@@ -1,6 +1,6 @@
 """What each quantised format keeps of an edit, and what it costs: leak, noise and bytes.
 
-    python perf/storage_formats.py [--d-model 2048] [--k 1 3 16]
+    python perf/storage_formats.py [--d-model 2048] [--k 1 3 16] [--formats int4_group nvfp4]
 
 Makes one block of a random model in every format (with few columns: each is edited alone), removes
 a random subspace of rank k from it, keeping the format (by plain and by compensated rounding) and
@@ -24,6 +24,7 @@ from abliterator.checkpoint import Checkpoint
 from abliterator.formats import mxfp4_numbers, mxfp4_scales
 from abliterator.recipe import Edit
 from abliterator.subspace import orthonormal_basis
+from tests.helpers.packed import PACKED, reference
 from tests.helpers.quantised import BLOCK, FORMATS, expanded, mxfp4, save_mxfp4, save_quantised
 
 WAYS = {
@@ -37,7 +38,9 @@ def own_noise(name: str, d_model: int) -> float:
     """|stored - W| / |W| of normal weights."""
     weight = torch.randn(d_model, d_model, generator=torch.Generator().manual_seed(2))
     weight = weight.mul_(d_model**-0.5).bfloat16().float()
-    if name == "mxfp4":
+    if name in PACKED:
+        stored = reference(name, PACKED[name].quantise(weight))
+    elif name == "mxfp4":
         blocks, exponents = mxfp4(weight.T[None])
         stored = mxfp4_numbers(blocks[0]) * mxfp4_scales(exponents[0])
     else:
@@ -69,11 +72,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--d-model", type=int, default=2048)
     parser.add_argument("--k", type=int, nargs="+", default=[1, 3, 16])
+    names = [*FORMATS, "mxfp4", *PACKED]
+    parser.add_argument("--formats", nargs="+", choices=names, default=names)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     print("| format (own noise) | way | k | leak | noise / |W| | noise / nearest's | MB |")
     print("|---|---|---|---|---|---|---|")
-    for name in (*FORMATS, "mxfp4"):
+    for name in arguments.formats:
         own = own_noise(name, arguments.d_model)
         with tempfile.TemporaryDirectory() as temporary:
             folder = Path(temporary) / "base"

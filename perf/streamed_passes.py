@@ -172,6 +172,8 @@ def main() -> None:
         child(arguments.child, arguments.tokenizer, count, activations)
         return
     runs: dict[str, list[dict[str, float]]] = {"in memory": [], "streamed": []}
+    if arguments.out is not None:
+        arguments.out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=arguments.out) as name:
         folder = Path(name)
         make_model(folder, arguments.tokenizer, arguments.gigabytes)

@@ -24,8 +24,8 @@ from abliterator.subspace import random_basis
 from tests.benchmarks.toy import opened
 from tests.evaluation.test_divergence import first_token_logprobs
 from tests.helpers import tiny
+from tests.helpers.baked import planned
 from tests.helpers.quantised import D_MODEL, save_quantised
-from tests.pipeline.test_quantised import planned
 from tests.selection.test_rows import (
     BASES,
     PROMPTS,

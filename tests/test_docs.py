@@ -104,8 +104,9 @@ def test_every_command_that_the_docs_name_exists():
 def test_recipes_on_pages_are_valid(tmp_path, page):
     example, *sections = blocks("yaml", ROOT / page)
     assert set(yaml.safe_load(example)) >= {"model", "layers", "k"}
-    for more in ("", *sections):
-        (tmp_path / "r.yaml").write_text(example + more)
+    for more in ("{}", *sections):
+        merged = {**yaml.safe_load(example), **yaml.safe_load(more)}
+        (tmp_path / "r.yaml").write_text(yaml.safe_dump(merged))
         load_recipe(tmp_path / "r.yaml")
 
 

@@ -94,7 +94,7 @@ class Anatomy:
                 f"{len(shapes)} tensors, less than one a block. Use a checkpoint whose config and "
                 "weights belong together."
             )
-        on_disk = {self._table_name(name): name for name in shapes}
+        on_disk = self._on_disk(shapes)
         expected = {writer.name: writer for writer in self._expected(on_disk)}
         self._check_present(expected.values(), on_disk)
         for table_name, name in on_disk.items():
@@ -114,6 +114,18 @@ class Anatomy:
             )
         return tuple(writers)
 
+    def _on_disk(self, names: Collection[str]) -> dict[str, str]:
+        """Names on disk by the table's."""
+        on_disk: dict[str, str] = {}
+        for name in names:
+            other = on_disk.setdefault(self._table_name(name), name)
+            if other != name:
+                raise UnsupportedModel(
+                    f"The checkpoint has one weight in two forms, {other} and {name}: which of "
+                    "them a loader would take is not clear. Use a checkpoint in one format."
+                )
+        return on_disk
+
     def left_alone(self, names: Collection[str]) -> dict[str, int]:
         """Number of tensors, by label, outside the language model's stream: they stay unedited."""
         counts: dict[str, int] = defaultdict(int)
@@ -124,7 +136,11 @@ class Anatomy:
         return dict(counts)
 
     def _table_name(self, name: str) -> str:
-        """A tensor's name in the language model's own checkpoint, from its name on disk."""
+        """A tensor's name in the language model's own checkpoint, from its name on disk.
+
+        Packed numbers have the name of the weight that they are.
+        """
+        name = self.storage.weight_name(name)
         for prefix_on_disk, prefix in self._wrapper.prefixes.items():
             if name.startswith(prefix_on_disk):
                 return prefix + name.removeprefix(prefix_on_disk)
@@ -296,6 +312,8 @@ class Anatomy:
                 )
         shape = shapes[on_disk[writer.name]]
         dimensions = (2 + writer.packed if writer.kind == "weight" else 1) + writer.fused
+        if self.storage.packs(on_disk[writer.name]):
+            return  # its layout says what shape the weight has
         if len(shape) != dimensions or shape[writer.axis] != self.d_model:
             raise UnsupportedModel(
                 f"Tensor {on_disk[writer.name]} has shape {list(shape)}, expected {dimensions} "

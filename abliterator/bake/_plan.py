@@ -11,7 +11,8 @@ from abliterator.anatomy import Anatomy, Writer, broad_component
 from abliterator.bake._experts import Indices, experts_of_blocks, share_edited
 from abliterator.checkpoint import DTYPE_BITS, Checkpoint, TensorInfo
 from abliterator.errors import RecipeError, UnsupportedModel
-from abliterator.formats import FORMATS, Dequantized, Layout, Storage, preferred
+from abliterator.files import damaged
+from abliterator.formats import FORMATS, Dequantized, Layout, PackedLayout, Storage, preferred
 from abliterator.recipe import Edit
 
 if TYPE_CHECKING:
@@ -138,6 +139,7 @@ def plan_edits(checkpoint: Checkpoint, anatomy: Anatomy, settings: Edit) -> Edit
         if strength == 0 or share == () or (writer.kind == "bias" and not settings.biases):
             continue
         layout = anatomy.storage.layout(writer.name, checkpoint.tensors)
+        _require_matrix(writer, layout, anatomy.d_model)
         info = checkpoint.tensors[writer.name]
         stored = _stored(layout, settings.quantized)
         edits.append(PlannedEdit(writer, info, strength, layout, stored, share))
@@ -206,6 +208,32 @@ def _require_editable_embeddings(writers: tuple[Writer, ...], anatomy: Anatomy) 
         raise UnsupportedModel(
             f"`edit.embeddings` would edit {embeddings[0]}, which is also the output head of "
             f"this model (tied): the head would change too. Leave `embeddings: false`."
+        )
+
+
+def require_sound_scales(checkpoint: Checkpoint, plan: EditPlan) -> None:
+    """Checks what the edited tensors' numbers are read with, before anything is written.
+
+    Raises:
+        CheckpointError: for scales that are no numbers, zero points and groups out of range, and a
+            stated shape that is not that of the numbers; the tensor is named.
+    """
+    layouts = {edit.info.name: edit.layout for edit in plan.edits}
+    for name, layout in {**layouts, **plan.dequantized(checkpoint).layouts}.items():
+        fault = layout.fault(layout.scales_from(checkpoint.read))
+        if fault is not None:
+            raise damaged(checkpoint.folder / checkpoint.tensors[name].file, fault)
+
+
+def _require_matrix(writer: Writer, layout: Layout, d_model: int) -> None:
+    """Checks that a weight whose numbers are packed is a matrix that writes d_model numbers."""
+    if not isinstance(layout, PackedLayout):
+        return
+    if writer.axis != 0 or writer.fused or layout.plain_shape[0] != d_model:
+        raise UnsupportedModel(
+            f"Tensor {layout.name} holds packed numbers of a matrix {list(layout.plain_shape)}; "
+            f"one of [{d_model}, in] was expected, d_model being the model's width in config.json. "
+            "Edit the model that it was made from in bfloat16."
         )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from math import isfinite
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from abliterator.bake._plan import PlannedEdit
 from abliterator.checkpoint import Checkpoint
 from abliterator.files import damaged
-from abliterator.formats import FORMATS, Matrix
+from abliterator.formats import FORMATS, Matrix, Units
 from abliterator.recipe import Edit
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ def edit_stored(
     removal: Removal,
     settings: Edit,
     *,
-    scales: bytes | None = None,
+    scales: Sequence[bytes] = (),
     out: memoryview | None = None,
     on_panel: Callable[[], None] = lambda: None,
 ) -> StoredEdit:
@@ -62,7 +62,7 @@ def edit_stored(
         edit: the plan of this tensor.
         removal: of the subspace, through the gains of the writer.
         settings: how to round, and whether to keep column norms.
-        scales: bytes of its scales, for formats that have them.
+        scales: bytes of the tensors `layout.scales`, for formats that have them.
         out: where the edited bytes go, in the layout `edit.stored`; without it, in place.
         on_panel: called before each panel of columns; what it raises ends the edit.
 
@@ -74,7 +74,7 @@ def edit_stored(
     if out is None:
         pairs: Iterator[tuple[Matrix, Matrix]] = ((matrix, matrix) for matrix in sources)
     else:
-        if edit.experts is not None and scales is not None:
+        if edit.experts is not None and scales:
             edit.layout.dequantize(buffer, scales, out, on_panel)  # the other experts
         targets = edit.stored.matrices(out, edit.layout.dense_axis(axis), experts=edit.experts)
         pairs = zip(sources, targets, strict=True)
@@ -121,7 +121,7 @@ class _DeferredPanel(NamedTuple):
         start: its first column.
         exact: [m, c], before rounding.
         stored: [m, c], each rounded to the nearest.
-        scale: [m, c], the units of what is stored, if there are any.
+        units: of what is stored [m, c], if there are any.
         writes: Bᵀ W' [k, c] of all rows as they are stored.
         error: what of `writes` comes from rounding.
     """
@@ -129,7 +129,7 @@ class _DeferredPanel(NamedTuple):
     start: int
     exact: Tensor
     stored: Tensor
-    scale: Tensor | None
+    units: Units | None
     writes: Tensor
     error: Tensor
 
@@ -161,9 +161,9 @@ class _MatrixEditor:
         from abliterator.subspace import keep_column_norms
 
         sums = self._sums
-        exact, scale = source.get(start, stop)
-        if scale is not None:
-            exact.mul_(scale)
+        exact, units = source.get(start, stop)
+        if units is not None:
+            units.weights_(exact)
         if self._measures:
             sums.size += _square(exact)
         lengths = exact.norm(dim=0) if self._keeps_norms else None
@@ -177,10 +177,10 @@ class _MatrixEditor:
         sums.wrote += wrote
         if lengths is not None:
             exact = keep_column_norms(exact, lengths)
-        scale = scale if self._target is source else None
-        numbers = self._target.rounded(exact if scale is None else exact / scale)
+        units = units if self._target is source else None
+        numbers = self._target.rounded(exact if units is None else units.numbers(exact))
         self._target.put(start, numbers)
-        stored = numbers if scale is None else numbers.mul_(scale)
+        stored = numbers if units is None else units.weights_(numbers)
         writes = self._removal.reads(stored)
         if self._measures:
             nearest = _square(stored - exact)
@@ -190,9 +190,9 @@ class _MatrixEditor:
             sums.writes += _square(writes)
             return
         rows, error = self._rows, writes - self._removal.reads(exact)
-        units = None if scale is None else scale[rows]
+        of_rows = None if units is None else units.rows(rows)
         self._deferred.append(
-            _DeferredPanel(start, exact[rows], stored[rows], units, writes, error)
+            _DeferredPanel(start, exact[rows], stored[rows], of_rows, writes, error)
         )
         if sum(panel.exact.numel() for panel in self._deferred) >= DEFERRED_ELEMENTS:
             self.finish()
@@ -207,15 +207,14 @@ class _MatrixEditor:
         basis, rounded = self._removal.read[self._rows], self._target.rounded
         exact = _joined([panel.exact for panel in panels])
         before = _joined([panel.stored for panel in panels])
-        units = [panel.scale for panel in panels if panel.scale is not None]
-        scales = _joined(units) if units else None
+        units = _joined_units([panel.units for panel in panels if panel.units is not None])
         error = _joined([panel.error for panel in panels])
-        after = compensate(exact, error, basis, _store_in(scales, rounded))
-        if scales is not None:
-            numbers = rounded(after / scales)
-            after = numbers * scales  # what is measured is what is stored
-        else:
-            numbers = after
+        steps = self._target.steps
+        after = compensate(exact, error, basis, _store_in(units, rounded), steps=steps)
+        numbers = after
+        if units is not None:
+            numbers = rounded(units.numbers(after))
+            after = units.weights_(numbers.clone())  # what is measured is what is stored
         widths = [panel.exact.shape[1] for panel in panels]
         edges = accumulate(widths, initial=0)
         for panel, (start, stop) in zip(panels, pairwise(edges), strict=True):
@@ -233,16 +232,24 @@ def _joined(parts: list[Tensor]) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
 
-def _store_in(scales: Tensor | None, rounded: Callable[[Tensor], Tensor]) -> Store:
-    """The `Store` for `compensate`: rounds in units of `scales` [m, c] if there are any."""
+def _joined_units(parts: list[Units]) -> Units | None:
+    """Concatenates the units of columns; None for none."""
+    if not parts:
+        return None
+    zeros = [part.zero for part in parts if part.zero is not None]
+    return Units(_joined([part.scale for part in parts]), _joined(zeros) if zeros else None)
+
+
+def _store_in(units: Units | None, rounded: Callable[[Tensor], Tensor]) -> Store:
+    """The `Store` for `compensate`: rounds in units [m, c] if there are any."""
 
     def store(
         numbers: Tensor, places: Tensor | None = None, columns: slice = slice(None)
     ) -> Tensor:
-        if scales is None:
+        if units is None:
             return rounded(numbers)
-        units = scales[:, columns] if places is None else scales[:, columns].gather(0, places)
-        return rounded(numbers / units) * units
+        of_part = units.columns(columns) if places is None else units.at(places, columns)
+        return of_part.weights_(rounded(of_part.numbers(numbers)))
 
     return store
 

@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from abliterator.bake._plan import EditPlan, require_fit
+from abliterator.bake._plan import EditPlan, require_fit, require_sound_scales
 from abliterator.bake._write import bake_file, bake_workers, write_other_files
 from abliterator.checkpoint import Checkpoint
 from abliterator.devices import release_memory
@@ -74,6 +74,7 @@ def bake_on_workers(
         WorkerError: if workers die on one file three times, or none is left.
     """
     require_fit(basis, plan)
+    require_sound_scales(checkpoint, plan)
     shared = replace(checkpoint, folder=checkpoint.folder.resolve())
     job = pool.number(BakeFile(shared, plan, pack_tensor(basis), out.resolve()))
     files, done = checkpoint.weight_files, list[TensorEdit]()

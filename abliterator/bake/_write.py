@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from abliterator.anatomy import Writer
-from abliterator.bake._plan import EditPlan, nbytes_of, require_fit
+from abliterator.bake._plan import EditPlan, nbytes_of, require_fit, require_sound_scales
 from abliterator.bake._stored import StoredEdit, edit_stored, read_vector
 from abliterator.checkpoint import (
     CONFIG_FILE,
     INDEX_FILE,
+    QUANTISER_FILE,
     Checkpoint,
     FileThreads,
     PatchedTensor,
@@ -22,6 +23,7 @@ from abliterator.checkpoint import (
     auxiliary_files,
     edited_config,
     edited_index,
+    edited_quantiser_config,
     patch_file,
     shard_layout,
 )
@@ -90,6 +92,7 @@ def bake(
         One `TensorEdit` per edited tensor, in the order of the files.
     """
     require_fit(basis, plan)
+    require_sound_scales(checkpoint, plan)
     done: list[TensorEdit] = []
     files = checkpoint.weight_files
     with FileThreads(workers or bake_workers(checkpoint, plan)) as threads:
@@ -108,11 +111,15 @@ def write_other_files(
 ) -> None:
     """Writes all of the edited checkpoint but its weight files; arguments are those of `bake`."""
     dequantized = plan.dequantized(checkpoint)
-    index = edited_index(checkpoint, dequantized.dense, dequantized.dropped)
-    if index is not None:
-        write_text_atomic(out / INDEX_FILE, index)
+    edited = {
+        INDEX_FILE: edited_index(checkpoint, dequantized.dense, dequantized.dropped),
+        QUANTISER_FILE: edited_quantiser_config(checkpoint.folder, dequantized.modules),
+    }
     for file in auxiliary_files(checkpoint.folder)[0]:
-        if file != CONFIG_FILE and (file != INDEX_FILE or index is None):
+        text = edited.get(file)
+        if text is not None:
+            write_text_atomic(out / file, text)
+        elif file != CONFIG_FILE:
             copy_file(checkpoint.folder / file, out / file)
     write_config(checkpoint, plan, out, made_from)
 
@@ -203,16 +210,15 @@ class _ShardEditor:
         """Edits the bytes of one tensor in place, or returns it as plain numbers."""
         edit, dequantized = self.planned.get(info.name), self.dequantized.layouts.get(info.name)
         layout = edit.layout if edit is not None else dequantized
-        scales, check = None, self._threads.check
-        if layout is not None and layout.scales is not None:
-            scales = self._checkpoint.read(layout.scales)
+        check = self._threads.check
+        scales = () if layout is None else layout.scales_from(self._checkpoint.read)
         out = None if dequantized is None else memoryview(bytearray(nbytes_of(dequantized.dense)))
         if edit is not None:
             removal = removal_of(edit.writer, self._checkpoint, self._basis)
             self._measured[info.name] = edit_stored(
                 buffer, edit, removal, self._settings, scales=scales, out=out, on_panel=check
             )
-        elif dequantized is not None and scales is not None and out is not None:
+        elif dequantized is not None and out is not None:
             dequantized.dequantize(buffer, scales, out, check)
         else:
             raise ValueError(f"{info.name} is neither edited nor quantised")

@@ -1,4 +1,4 @@
-"""Benchmarks by lm-eval: the effect of an edit, document by document.
+"""Benchmarks by lm-eval, and conversations: the effect of an edit, document by document.
 
 `resolve_tasks` checks every task before a model is loaded, `measure_sides` scores *saved*
 checkpoints by their paths (so the files that ship are what is measured), each in a process of its
@@ -22,16 +22,26 @@ One metric of a task is reported: `acc_norm` for arc_easy, arc_challenge, hellas
 usual; else the first of `acc`, `acc_norm`, `exact_match`; else the first metric the task lists.
 Within a group, metrics that the group has a score of are preferred to those that it has none of.
 Only metrics that are means over documents qualify, since no other can be paired.
+
+The tasks `conversation_*` (`abliterator.benchmarks.conversation`) are no tasks of lm-eval: whoever
+has an engine lets it answer them, and `conversation_scores` grades the transcripts.
 """
 
 from __future__ import annotations
 
 from abliterator.benchmarks._compare import compare_tasks
+from abliterator.benchmarks._conversations import Transcript, conversation_scores
 from abliterator.benchmarks._presets import PRESETS, preset_tasks
-from abliterator.benchmarks._scores import Aggregate, DocScore, TaskScores
+from abliterator.benchmarks._scores import (
+    Aggregate,
+    DocScore,
+    TaskScores,
+    keep_scores,
+    kept_scores,
+)
 from abliterator.benchmarks._settings import RunSettings, require_engine
 from abliterator.benchmarks._subprocess import ScoredCheckpoint, StoppedChild, measure_sides
-from abliterator.benchmarks._tasks import Task, resolve_tasks
+from abliterator.benchmarks._tasks import Task, is_conversation, resolve_tasks
 from abliterator.benchmarks._workers import score_on_workers
 
 __all__ = [
@@ -43,7 +53,12 @@ __all__ = [
     "StoppedChild",
     "Task",
     "TaskScores",
+    "Transcript",
     "compare_tasks",
+    "conversation_scores",
+    "is_conversation",
+    "keep_scores",
+    "kept_scores",
     "measure_sides",
     "preset_tasks",
     "require_engine",

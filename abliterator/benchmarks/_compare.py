@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from itertools import accumulate, chain
+from itertools import chain
 from typing import Any, NamedTuple
 
 from abliterator import statistics
@@ -59,7 +59,7 @@ def compare_tasks(
         for key, answer_filter in _keys(scores.task, _filters(scores)).items():
             pairs = _pairs(scores, edited[name], answer_filter)
             settings = {**scores.settings, "filter": answer_filter}
-            results[key] = _result(scores, pairs, settings, seed=seed)
+            results[key] = _result(scores, pairs, settings, asked=scores.asked, seed=seed)
     return _holm_adjusted(results)
 
 
@@ -90,7 +90,14 @@ def _compare_aggregate(
             "tasks": len(tasks),
             "mean_over": "documents" if aggregate.by_size else "tasks",
         }
-        results[key] = _result(sides[0][0], list(chain(*tasks)), settings, seed=seed)
+        asked = [base.asked for base, _ in sides if name in _filters(base)]
+        results[key] = _result(
+            sides[0][0],
+            list(chain(*tasks)),
+            settings,
+            asked=None if None in asked else sum(filter(None, asked)),
+            seed=seed,
+        )
     return results
 
 
@@ -151,15 +158,20 @@ def _pairs(base: TaskScores, edited: TaskScores, name: str) -> list[Pair]:
 
 
 def _result(
-    task: TaskScores, pairs: Sequence[Pair], settings: dict[str, Any], *, seed: int
+    task: TaskScores,
+    pairs: Sequence[Pair],
+    settings: dict[str, Any],
+    *,
+    asked: int | None,
+    seed: int,
 ) -> BenchmarkResult:
     before, after = [pair.base.value for pair in pairs], [pair.edited.value for pair in pairs]
     return BenchmarkResult(
         metric=task.metric,
         n=len(pairs),
-        base=_estimate(before, seed=seed),
-        edited=_estimate(after, seed=seed),
-        delta=_as_estimate(statistics.paired_delta(before, after, seed=seed)),
+        base=_estimate(before, asked, seed=seed),
+        edited=_estimate(after, asked, seed=seed),
+        delta=_as_estimate(statistics.paired_delta(before, after, seed=seed), asked),
         smallest_detectable=statistics.smallest_detectable(before, after),
         higher_is_better=task.higher_is_better,
         settings=settings,
@@ -204,11 +216,9 @@ def _answer_rates(pairs: Sequence[Pair]) -> dict[str, Estimate]:
 
 
 def _holm_adjusted(results: Mapping[str, BenchmarkResult]) -> dict[str, BenchmarkResult]:
-    """Holm's step-down p-values over all results (Holm 1979): 5 % family-wise error."""
-    tested = sorted((r.p_value, name) for name, r in results.items() if r.p_value is not None)
-    scaled = (min(1.0, (len(tested) - rank) * p) for rank, (p, _) in enumerate(tested))
-    names = (name for _, name in tested)
-    adjusted = dict(zip(names, accumulate(scaled, max), strict=True))
+    """The results with p-values that hold for all of them together."""
+    tested = {name: r.p_value for name, r in results.items() if r.p_value is not None}
+    adjusted = dict(zip(tested, statistics.holm([*tested.values()]), strict=True))
     return {
         name: result.model_copy(update={"p_holm": adjusted.get(name)})
         for name, result in results.items()
@@ -219,15 +229,15 @@ def _right_or_wrong(values: Sequence[float]) -> bool:
     return all(value in (0.0, 1.0) for value in values)
 
 
-def _estimate(values: Sequence[float], *, seed: int) -> Estimate:
+def _estimate(values: Sequence[float], asked: int | None, *, seed: int) -> Estimate:
     """A rate where each document is right or wrong (its interval holds at 0 and 1), else a mean."""
     if _right_or_wrong(values):
-        return _as_estimate(statistics.rate_interval(int(sum(values)), len(values)))
-    return _as_estimate(statistics.mean_interval(values, seed=seed))
+        return _as_estimate(statistics.rate_interval(int(sum(values)), len(values)), asked)
+    return _as_estimate(statistics.mean_interval(values, seed=seed), asked)
 
 
-def _as_estimate(interval: statistics.Interval | None) -> Estimate:
-    estimate = Estimate.of(interval)
+def _as_estimate(interval: statistics.Interval | None, asked: int | None = None) -> Estimate:
+    estimate = Estimate.of(interval, asked)
     if estimate is None:
         raise BenchmarkError("A benchmark task has no scored documents. Raise `benchmarks.limit`.")
     return estimate

@@ -87,6 +87,7 @@ def _run_task(
         task=task.name,
         metric=task.metric,
         n=len({score.doc_id for score in scores}),
+        asked=min(section.limit or task.documents, task.documents),
         higher_is_better=task.higher_is_better,
         scores=scores,
         aggregates=task.aggregates,
@@ -133,9 +134,18 @@ def _doc_score(model: Any, loaded: Any, task: Task, sample: Mapping[str, Any]) -
         filter=sample["filter"],
         value=value,
         gold_loglik=_gold_loglik(loaded, sample, log_likelihoods),
+        confidence=_confidence(loaded, task, log_likelihoods),
         **hashes,
         **_answer_flaws(model, loaded, sample),
     )
+
+
+def _confidence(loaded: Any, task: Task, log_likelihoods: list[float]) -> float | None:
+    """Probability of the likeliest choice among all; None where not the likeliest is scored."""
+    if loaded.OUTPUT_TYPE != "multiple_choice" or task.metric != "acc" or not log_likelihoods:
+        return None
+    highest = max(log_likelihoods)
+    return 1 / sum(math.exp(value - highest) for value in log_likelihoods)
 
 
 def _gold_loglik(

@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from abliterator.benchmarks._run import run_tasks
-from abliterator.benchmarks._scores import TaskScores
+from abliterator.benchmarks._scores import TaskScores, keep_scores, kept_scores
 from abliterator.benchmarks._settings import RunSettings
 from abliterator.benchmarks._tasks import Task
-from abliterator.errors import AbliteratorError, BenchmarkError, FileError
-from abliterator.files import digest_of, portable_name, read_text, write_text_atomic
+from abliterator.errors import AbliteratorError, BenchmarkError
+from abliterator.files import digest_of, portable_name, write_text_atomic
 from abliterator.processes import (
     HUB_TOKENS,
     KILLED,
@@ -182,7 +182,7 @@ def measure_side(
     """
     folder = out / side
     keys = {task.name: _key(checkpoint, task, settings, side) for task in tasks}
-    kept = {name: kept for name, key in keys.items() if (kept := _read(folder, name, key))}
+    kept = {name: kept for name, key in keys.items() if (kept := kept_scores(folder, name, key))}
     for name in kept:
         on_task(side, name)
     missing = [task for task in tasks if task.name not in kept]
@@ -203,7 +203,7 @@ def measure_side(
                 on_task=lambda name: on_task(side, name),
             )
         for task in missing:
-            scores = _read(folder, task.name, keys[task.name])
+            scores = kept_scores(folder, task.name, keys[task.name])
             if scores is None:
                 raise RuntimeError(f"{task.name} was not scored, though its process ended well")
             kept[task.name] = scores
@@ -224,22 +224,6 @@ def _key(checkpoint: ScoredCheckpoint, task: Task, settings: RunSettings, side: 
         },
     )
     return digest_of([checkpoint.digest, task.model_dump(mode="json"), plain, settings.url(side)])
-
-
-def _read(folder: Path, task: str, key: str) -> TaskScores | None:
-    """Scores stored under the key; None where there are none, or their digest does not match."""
-    try:
-        plain = json.loads(read_text(folder / portable_name(task, ".json")))
-        if plain != _sealed(key, plain["scores"]):
-            return None
-        return TaskScores.model_validate(plain["scores"])
-    except (FileError, ValueError, TypeError, KeyError):
-        return None
-
-
-def _sealed(key: str, scores: Any) -> dict[str, Any]:
-    """The contents of a file of scores: the scores, their key, and a digest of both."""
-    return {"key": key, "sha256": digest_of([key, scores]), "scores": scores}
 
 
 def _run_child(job: Mapping[str, Any], *, log: Path, on_task: Callable[[str], None]) -> None:
@@ -291,10 +275,7 @@ def main(job_file: Path) -> int:
     to_parent = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8")
 
     def keep(scores: TaskScores) -> None:
-        plain = _sealed(job["keys"][scores.task], scores.model_dump(mode="json"))
-        write_text_atomic(
-            out / portable_name(scores.task, ".json"), json.dumps(plain, indent=1) + "\n"
-        )
+        keep_scores(out, job["keys"][scores.task], scores)
         print(f"done {scores.task}", file=to_parent, flush=True)
 
     try:

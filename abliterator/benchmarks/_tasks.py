@@ -15,6 +15,7 @@ from abliterator.benchmarks._files import FILE_FORMATS, local_task
 from abliterator.benchmarks._isolation import hub_offline, lm_eval_isolated
 from abliterator.benchmarks._registry import registered_tasks, yaml_settings
 from abliterator.benchmarks._scores import Aggregate
+from abliterator.benchmarks.conversation import SKILLS, VERSION, Skill, items_of
 from abliterator.errors import BenchmarkError, PromptError
 from abliterator.files import digest_of
 from abliterator.prompts import resolve_revision
@@ -62,6 +63,14 @@ class Task(Frozen):
     num_fewshot: int | None = None
     chat_template: bool | None = None
 
+    @property
+    def skill(self) -> Skill | None:
+        """The skill of the conversation suite that it tests; None for a task of lm-eval's."""
+        return self.spec.settings.get("conversation_skill")
+
+
+CONVERSATION = "conversation"  # a group of tasks, as its preset is named
+
 
 def resolve_tasks(
     tasks: Sequence[str | BenchmarkTask],
@@ -72,8 +81,8 @@ def resolve_tasks(
     """Finds, checks and loads every task and its documents, without any model.
 
     Args:
-        tasks: paths of task files (`.yaml`, relative to `folder`), or names of lm-eval's tasks,
-            groups and tags.
+        tasks: paths of task files (`.yaml`, relative to `folder`), names of lm-eval's tasks,
+            groups and tags, or of the conversation suite and its skills.
         folder: the recipe's folder.
         revisions: commits of Hub datasets, by dataset; others are pinned to what the Hub has now.
 
@@ -101,6 +110,8 @@ def _resolved(request: BenchmarkTask, folder: Path, revisions: Mapping[str, str]
         settings, hashes = local_task(folder / request.task)
         spec = Spec(settings=settings)
         return [_checked(settings["task"], spec, request, revisions, hashes=hashes)]
+    if conversations := _conversation_tasks(request):
+        return conversations
     return [
         _checked(
             task.name,
@@ -110,6 +121,30 @@ def _resolved(request: BenchmarkTask, folder: Path, revisions: Mapping[str, str]
             aggregates=task.aggregates,
         )
         for task in registered_tasks(request.task)
+    ]
+
+
+def is_conversation(task: str | BenchmarkTask) -> bool:
+    """Whether a name is of the conversation suite, which lm-eval does not run."""
+    return bool(_conversation_tasks(BenchmarkTask(task=task) if isinstance(task, str) else task))
+
+
+def _conversation_tasks(request: BenchmarkTask) -> list[Task]:
+    """The tasks of the conversation suite that a name means; none for any other name."""
+    return [
+        Task(
+            name=f"{CONVERSATION}_{skill}",
+            digest=digest_of([VERSION, [i.model_dump(mode="json") for i in items_of(skill)]]),
+            metric="acc",
+            higher_is_better=True,
+            version=VERSION,
+            documents=len(items_of(skill)),
+            spec=Spec(settings={"conversation_skill": skill}),
+            aggregates=(Aggregate(group=CONVERSATION, metric="acc"),),
+            limit=request.limit,
+        )
+        for skill in SKILLS
+        if request.task in (CONVERSATION, f"{CONVERSATION}_{skill}")
     ]
 
 

@@ -10,7 +10,13 @@ import torch
 from lm_eval.models.huggingface import HFLM
 
 from abliterator.errors import BenchmarkError
-from abliterator.model import ask_for_plain_numbers, load_model, main_device, placement_of
+from abliterator.model import (
+    ask_for_plain_numbers,
+    is_packed,
+    load_model,
+    main_device,
+    placement_of,
+)
 
 
 def open_transformers(
@@ -26,7 +32,7 @@ def open_transformers(
 
     Raises:
         BenchmarkError: if lm-eval computes on a device of another type, or options have no meaning
-            for a model that is spread over several devices.
+            for a model that is spread over several devices or whose weights are packed.
     """
     weights: dict[str, Any] = {"device": device, "max_memory": max_memory}
     places = placement_of(
@@ -38,8 +44,10 @@ def open_transformers(
     first = torch.device(main_device(places))
     # lm-eval knows some devices by their index alone, and takes another for a name it does not know
     name = "cpu" if first.type == "cpu" else f"{first.type}:{first.index or 0}"
+    packed = is_packed(folder)
     model = _Model(
-        weights=weights if len(places) > 1 else None,
+        weights=weights if len(places) > 1 or packed else None,
+        packed=packed,
         pretrained=str(folder),
         device=name,
         parallelize=len(places) > 1,
@@ -60,15 +68,19 @@ _HONOURED = {"dtype", "gpus", "parallelize", "quantization_config", "trust_remot
 
 
 class _Model(HFLM):  # type: ignore[misc]  # lm-eval has no types
-    """HFLM, but `load_model` loads a model that lies on several devices."""
+    """HFLM, but `load_model` loads a model that is spread, or whose weights are packed."""
 
-    def __init__(self, *, weights: dict[str, Any] | None, **options: Any) -> None:
-        self._weights = weights
+    def __init__(
+        self, *, weights: dict[str, Any] | None, packed: bool = False, **options: Any
+    ) -> None:
+        self._weights, self._packed = weights, packed
         super().__init__(**options)
 
     def _get_config(self, *args: Any, **kwargs: Any) -> None:
         super()._get_config(*args, **kwargs)
         ask_for_plain_numbers(self._config)
+        if self._packed:  # `load_model` decodes them, and leaves nothing quantised
+            del self._config.quantization_config
 
     def _create_model(self, pretrained: str, **options: Any) -> None:
         if self._weights is None:
@@ -84,7 +96,8 @@ class _Model(HFLM):  # type: ignore[misc]  # lm-eval has no types
         if unknown:
             raise BenchmarkError(
                 f"`benchmarks.engine.options` says {', '.join(unknown)}, which is not possible for "
-                "a model that is spread over several devices. Leave it out, or use one device."
+                "a model that is spread over several devices, or whose weights are packed. Leave "
+                "it out, or use one device."
             )
         self._model = load_model(
             Path(pretrained),

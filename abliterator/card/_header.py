@@ -95,11 +95,12 @@ def _results(record: RunRecord) -> Iterator[EvalResult]:
     from huggingface_hub import EvalResult
 
     for task, result in record.benchmarks.items():
+        by_rules = "conversation_suite" in result.settings
         if PLAIN_NAME.fullmatch(task) and PLAIN_NAME.fullmatch(result.metric):
             yield EvalResult(
                 task_type="text-generation",
                 dataset_type=task,
-                dataset_name=f"{task} (lm-eval)",
+                dataset_name=f"{task} ({'abliterator' if by_rules else 'lm-eval'})",
                 metric_type=result.metric,
                 metric_value=round(result.edited.value, 4),
                 metric_args={"n": result.edited.n, **_standard_error(result)},

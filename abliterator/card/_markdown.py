@@ -103,10 +103,10 @@ def yaml_fence(values: dict[str, Any]) -> Markdown:
 
 
 def estimate(measured: Estimate | None, form: str = ".3f") -> Markdown:
-    """`0.950 [0.888, 0.978], n 100`; `Not measured` for None."""
+    """`0.950 [0.888, 0.978], n 98 of 100`; `Not measured` for None."""
     if measured is None:
         return Markdown(NOT_MEASURED)
-    return Markdown(f"{interval(measured, form)}, n {measured.n}")
+    return Markdown(f"{interval(measured, form)}, n {measured.counts}")
 
 
 def interval(measured: Estimate | None, form: str = ".3f") -> Markdown:
@@ -131,8 +131,8 @@ def value(measured: Estimate | None) -> Markdown:
 
 
 def n_of(measured: Estimate | None) -> Markdown:
-    """The n of an estimate; empty for None."""
-    return Markdown("" if measured is None else measured.n)
+    """How many an estimate is of, and how many were asked; empty for None."""
+    return Markdown("" if measured is None else measured.counts)
 
 
 def gain(difference: Estimate | None, kl: float | None = None) -> Markdown:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from abliterator.card._header import COMMIT, header, hub_base
 from abliterator.card._markdown import (
@@ -13,7 +13,7 @@ from abliterator.card._markdown import (
     without_paths,
     yaml_fence,
 )
-from abliterator.record import BenchmarkResult, RunRecord
+from abliterator.record import BenchmarkResult, Outlier, RunRecord, Survival
 
 SETS = {
     "target": "Target prompts (the behaviour that was to go)",
@@ -47,12 +47,24 @@ DIVERGENCES = {
     "kl": "KL(base, edited) per answer token, nats",
     "top1_agreement": "Same most likely next token",
 }
+SIDE_EFFECTS = {
+    "tokens": "Length of an answer, tokens",
+    "words": "Length of an answer, words",
+    "other_language": "Answers in another language than their prompt",
+    "agreement": "Answers that begin by praising or agreeing",
+}
+CONFIDENCE = {
+    "calibration_error": "Calibration error of choices",
+    "overconfidence": "Confidence minus accuracy",
+}
+LENGTHS = ("tokens", "words")
 LLAMA_3 = {f"llama{number}": Markdown(f"Llama {number}") for number in ("3.1", "3.2", "3.3", "4")}
 
 
 def variables(record: RunRecord, *, adapter: bool) -> dict[str, object]:
     """All variables of the card's templates; the labels in them need no escape."""
     model, base, commit = record.model, hub_base(record), record.model.revision or ""
+    behaviours = record.behaviour.values()
     is_pinned = base is not None and COMMIT.fullmatch(commit)
     return {
         "header": Markdown(header(record, adapter=adapter)),
@@ -74,10 +86,18 @@ def variables(record: RunRecord, *, adapter: bool) -> dict[str, object]:
         "measures": _labels(MEASURES),
         "result_sets": _labels(RESULT_SETS),
         "result_measures": _labels(RESULT_MEASURES),
+        "drawn": Markdown(record.sampled or ""),
         "counted": COUNTED,
+        "outliers": _outliers(record),
+        "escape": escape,
+        "counts_asked": any(b and b.base.unscored and b.base.unscored.asked for b in behaviours),
+        "side_effects": _labels(SIDE_EFFECTS),
+        "confidence": _labels(CONFIDENCE),
+        "forms": {key: ".1f" if key in LENGTHS else ".3f" for key in SIDE_EFFECTS},
         "divergences": _labels(DIVERGENCES),
         "divergence": record.divergence,
         "benchmarks": record.benchmarks,
+        "survival_rows": _survival_by_n(record.survival),
         "task_settings": _tasks_by_settings(record.benchmarks),
         "provenance": record.provenance,
         # a system prompt may look like a path ("/no_think") and must be shown as it was
@@ -87,8 +107,28 @@ def variables(record: RunRecord, *, adapter: bool) -> dict[str, object]:
     }
 
 
+def _outliers(record: RunRecord) -> list[tuple[str, Outlier]]:
+    """The prompt set and the group of every group that differs, the surest first."""
+    outliers = (
+        (name, outlier)
+        for name, groupings in record.groups.items()
+        for grouping in groupings
+        for outlier in grouping.outliers
+    )
+    return sorted(outliers, key=lambda named: named[1].p_holm)
+
+
 def _labels(texts: Mapping[str, str]) -> dict[str, Markdown]:
     return {name: Markdown(text) for name, text in texts.items()}
+
+
+def _survival_by_n(measured: Sequence[Survival]) -> dict[int, list[Survival]]:
+    """Formats by the number of target prompts that they answered."""
+    groups: dict[int, list[Survival]] = {}
+    for entry in measured:
+        cut = entry.behaviour.edited.truncated  # counted in every answer
+        groups.setdefault(cut.n if cut else 0, []).append(entry)
+    return groups
 
 
 def _tasks_by_settings(results: Mapping[str, BenchmarkResult]) -> dict[Markdown, list[str]]:

@@ -23,9 +23,11 @@ from abliterator.checkpoint._config import (
     ADAPTER_METADATA,
     ADAPTER_WEIGHTS,
     CONFIG_ENTRY,
+    QUANTISER_FILE,
     adapter_config,
     adapter_tensors,
     edited_config,
+    edited_quantiser_config,
 )
 from abliterator.checkpoint._fingerprint import fingerprint
 from abliterator.checkpoint._folder import ADAPTER_CONFIG, CONFIG_FILE, INDEX_FILE, Checkpoint
@@ -42,6 +44,7 @@ __all__ = [
     "CONFIG_FILE",
     "DTYPE_BITS",
     "INDEX_FILE",
+    "QUANTISER_FILE",
     "Checkpoint",
     "FileThreads",
     "PatchedFile",
@@ -56,6 +59,7 @@ __all__ = [
     "declared_base_models",
     "edited_config",
     "edited_index",
+    "edited_quantiser_config",
     "fingerprint",
     "is_legal",
     "is_opened_by_loaders",

@@ -6,9 +6,13 @@ Each has one allowed text, so that a verification can compute it again.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any
+
+from abliterator.checkpoint._folder import read_json
+from abliterator.files import damaged
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 ADAPTER_METADATA = {"format": "pt"}
@@ -16,6 +20,9 @@ ADAPTER_METADATA = {"format": "pt"}
 
 CONFIG_ENTRY = "abliterator"
 """Key under which config.json says who edited the weights; loaders keep it and do not read it."""
+
+QUANTISER_FILE = "hf_quant_config.json"
+"""Where ModelOpt says a second time what is quantised."""
 
 # Keys that would be false of the edited model: save_pretrained writes where the base came from.
 _FALSE_NOW = {"_name_or_path", CONFIG_ENTRY}
@@ -40,6 +47,29 @@ def edited_config(
     removed = _FALSE_NOW.union(key for key, value in changed.items() if value is None)
     values = {key: changed.get(key, value) for key, value in base.items() if key not in removed}
     return json.dumps({**values, CONFIG_ENTRY: dict(made_by)}, indent=2) + "\n"
+
+
+def edited_quantiser_config(folder: Path, modules: Sequence[str]) -> str | None:
+    """The text of QUANTISER_FILE when some modules are no longer quantised; None for no change.
+
+    Args:
+        folder: of the base.
+        modules: as `exclude_modules` lists them.
+
+    Raises:
+        CheckpointError: the file is no JSON, or holds no list there.
+    """
+    path = folder / QUANTISER_FILE
+    if not modules or not path.is_file():
+        return None
+    config = read_json(path)
+    quantization = config.get("quantization", {})
+    listed = quantization.get("exclude_modules") or [] if isinstance(quantization, dict) else None
+    if not isinstance(listed, list):
+        raise damaged(path, "its list of modules that are not quantised is no list")
+    added = [module for module in modules if module not in listed]
+    quantization = {**quantization, "exclude_modules": [*listed, *added]}
+    return json.dumps({**config, "quantization": quantization}, indent=4) + "\n"
 
 
 def adapter_config(

@@ -34,6 +34,7 @@ from abliterator.cli._recipes import recipes
 from abliterator.cli._report import report
 from abliterator.cli._stages import STAGE_COMMANDS
 from abliterator.cli._study import study
+from abliterator.cli._survive import survive
 from abliterator.cli._sweep import sweep
 from abliterator.cli._terminal import echo, fitted, printable
 from abliterator.cli._verify import verify
@@ -44,7 +45,7 @@ SECTIONS = {
     "Start": ("demo", "recipes", "init", "plan", "doctor"),
     "Run": ("build", "sweep", "study", "bake", "pairs", "judge-calibrate"),
     "Stages of a build": ("directions", "rollouts", "judge", "benchmarks", "card"),
-    "Inspect": ("chat", "report", "compare", "verify", "leak"),
+    "Inspect": ("chat", "report", "compare", "survive", "verify", "leak"),
     "Publish": ("publish", "control-vector"),
 }
 
@@ -126,6 +127,7 @@ COMMANDS = (
     recipes,
     report,
     study,
+    survive,
     sweep,
     verify,
 )

@@ -28,7 +28,8 @@ if TYPE_CHECKING:
     from abliterator.benchmarks import RunSettings, Task
     from abliterator.comparison import CompareSettings
     from abliterator.judge import Judge
-    from abliterator.pipeline import Options
+    from abliterator.pipeline import JudgeHost, Options
+    from abliterator.prompts import Prompt
     from abliterator.recipe import EngineSettings
     from abliterator.record import Comparison, Side
 
@@ -75,7 +76,8 @@ def compare(
 
     BASE and EDITED are Hub ids or folders. Weights, chat template, tokenizer and config are always
     compared; --target and --neutral let both answer, --neutral measures divergence, --tasks runs
-    lm-eval. An API judge: --recipe, or --set judge.base_url=URL --set judge.model=NAME. A server
+    lm-eval. An API judge: --recipe, or --set judge.base_url=URL --set judge.model=NAME. A judge in
+    this process: --judge local --set judge.model=ID-OR-FOLDER (`base` is BASE). A server
     that answers: --set engine.kind=server --set engine.base_url=URL --set engine.base=NAME --set
     engine.edited=NAME, and engine.edited_url where that is another server. vLLM, started for both:
     --set engine.kind=vllm.
@@ -100,7 +102,7 @@ def compare(
         answers=cache_folder() / "answers.sqlite",
         vllm=find_vllm(vllm_python or engine.python) if engine.kind == "vllm" else None,
     )
-    if settings.tasks:
+    if any(task.skill is None for task in settings.tasks):
         sides: tuple[Side, ...] = () if settings.vllm else ("base", "edited")
         require_engine(settings.benchmarks.section.engine, computes, sides=sides)
     comparison = _measured(folder, edited, settings, options, judge_options)
@@ -116,10 +118,13 @@ def _measured(
 ) -> Comparison:
     """The comparison of the base in `folder` with `edited`, under progress bars."""
     from abliterator.comparison import compare as compare_checkpoints
+    from abliterator.pipeline import JudgeHost
+    from abliterator.source import ModelSource
     from abliterator.workers import open_pool
 
     bars = Bars()
-    judge = _judge(bars, **judge_options)
+    host = JudgeHost(options, ModelSource(folder, str(folder), None), note=bars.note)
+    judge = _judge(bars, host, **judge_options)
     with (
         tempfile.TemporaryDirectory(prefix="abliterator-") as scratch,
         nullcontext() if options.pool is None else open_pool(options.pool) as pool,
@@ -135,7 +140,7 @@ def _measured(
         )
 
 
-def _prompts(limit: int, **paths: Path | None) -> dict[str, tuple[str, ...]]:
+def _prompts(limit: int, **paths: Path | None) -> dict[str, tuple[Prompt, ...]]:
     """The first `limit` prompts of each file that is given, by the set's name."""
     from abliterator.prompts import load_prompts
     from abliterator.recipe import Source
@@ -177,7 +182,7 @@ def _engine(overrides: tuple[str, ...], base: str) -> tuple[EngineSettings, tupl
     return engine.model_copy(update={"base": engine.base or base}), others
 
 
-def _judge(bars: Bars, **arguments: Any) -> Judge:
+def _judge(bars: Bars, host: JudgeHost, **arguments: Any) -> Judge:
     """The judge that the options name, after checking that its key is set."""
     from abliterator.files import cache_folder
     from abliterator.pipeline import judge_of, note_plain_http, require_key
@@ -185,7 +190,7 @@ def _judge(bars: Bars, **arguments: Any) -> Judge:
     settings = read_judge(**arguments)
     require_key(settings)
     note_plain_http(settings, bars)
-    return judge_of(settings, cache=cache_folder() / "judge.sqlite")
+    return judge_of(settings, cache=cache_folder() / "judge.sqlite", host=host)
 
 
 def _tasks(names: str) -> list[Task]:

@@ -19,6 +19,7 @@ from abliterator.files import read_text
 if TYPE_CHECKING:
     from abliterator.pipeline import Options
     from abliterator.recipe import JudgeSettings, Recipe
+    from abliterator.source import ModelSource
 
 VERBOSE = "abliterator.verbose"  # in the context of a command
 
@@ -197,7 +198,7 @@ judge_arguments = together(
     click.option(
         "--judge",
         "kind",
-        type=click.Choice(["rules", "openai"]),
+        type=click.Choice(["rules", "openai", "local"]),
         help="What grades the answers.  [default: the recipe's judge, else rules]",
     ),
     click.option(
@@ -230,6 +231,16 @@ def read_judge(
     if recipe is not None:
         return load_recipe(recipe, overrides=overrides).judge
     return load_judge(overrides)
+
+
+def recipe_model(recipe: Path | None) -> ModelSource | None:
+    """The model of a recipe whose judge it is; None of any other judge, and without a recipe."""
+    from abliterator.recipe import load_recipe
+    from abliterator.source import resolve_folder
+
+    if recipe is None or not (loaded := load_recipe(recipe)).judge.is_base:
+        return None
+    return resolve_folder(loaded.model, revision=loaded.revision)
 
 
 def recipe_arguments(*, required: bool = True, several: bool = False) -> Decorator:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 import textwrap
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,7 +14,7 @@ from abliterator.tables import cell, terminal_table
 
 if TYPE_CHECKING:
     from abliterator.pipeline import AnswerPair
-    from abliterator.record import Behaviour, RunRecord, TensorEdit
+    from abliterator.record import Behaviour, Outlier, RunRecord, TensorEdit
 
 GRADES = ("refusal", "compliance", "coherence")
 MEASURES = (*GRADES, "truncated", "unscored")
@@ -26,14 +26,10 @@ def details_text(record: RunRecord, out: Path) -> str:
     """Every figure, base and edited side by side, with its interval."""
     from abliterator.judge import counted
 
-    rows = [["", "base", "edited", "delta"]]
-    for name, behaviour in record.behaviour.items():
-        for measure in _measures(behaviour) if behaviour else ():
-            sides = (getattr(behaviour, side) for side in ("base", "edited", "delta"))
-            cells = [cell(getattr(s, measure)) for s in sides]
-            detectable = behaviour.smallest_detectable.get(measure) if behaviour else None
-            cells[2] += f", {detectable:.3f} detectable" if detectable is not None else ""
-            rows.append([f"{name} {measure}", *cells])
+    rows = [["", "base", "edited", "delta"], *_behaviour_rows(record.behaviour)]
+    if record.sampled:
+        rows += _behaviour_rows(record.sampled.behaviour, ", drawn")
+    rows += _grouped(record)
     for task, result in record.benchmarks.items():
         estimates = (result.base, result.edited, result.delta)
         rows.append([f"{task} {result.metric}", *map(cell, estimates)])
@@ -42,6 +38,34 @@ def details_text(record: RunRecord, out: Path) -> str:
     return render(
         "details", r=record, checkpoint=checkpoint, leak=leak, table=table, counted=counted
     )
+
+
+def _behaviour_rows(
+    behaviours: Mapping[str, Behaviour | None], drawn: str = ""
+) -> Iterator[list[str]]:
+    for name, behaviour in behaviours.items():
+        for measure in _measures(behaviour) if behaviour else ():
+            sides = (getattr(behaviour, side) for side in ("base", "edited", "delta"))
+            cells = [cell(getattr(s, measure)) for s in sides]
+            detectable = behaviour.smallest_detectable.get(measure) if behaviour else None
+            cells[2] += f", {detectable:.3f} detectable" if detectable is not None else ""
+            yield [f"{name} {measure}{drawn}", *cells]
+
+
+def _grouped(record: RunRecord) -> Iterator[list[str]]:
+    """Rows of groups, side effects and confidence: base, edited and delta."""
+    for name, groupings in record.groups.items():
+        for grouping in groupings:
+            for group in grouping.groups:
+                for measure, values in group.measures.items():
+                    estimates = (values.base, values.edited, values.delta)
+                    title = f"{name} {grouping.column} {cell(group.name, '')} {measure}"
+                    yield [title, *(cell(e, absent="withheld") for e in estimates)]
+    for measured in (record.side_effects, record.confidence):
+        for name, figures in measured.items():
+            for key, figure in figures.items():
+                estimates = (figure.base, figure.edited, figure.delta)
+                yield [f"{name} {key.replace('_', ' ')}", *map(cell, estimates)]
 
 
 def _measures(behaviour: Behaviour) -> tuple[str, ...]:
@@ -93,6 +117,11 @@ def _result(record: RunRecord, out: Path) -> Iterator[tuple[str, str]]:
     for name, behaviour in record.behaviour.items():
         if behaviour and name != "target":
             yield name.replace("_", "-"), ", ".join(_stability(behaviour))
+    if record.sampled and (drawn := record.sampled.behaviour.get("target")):
+        yield "drawn", f"refusal\xa0{_change(drawn, 'refusal')}, {record.sampled}"
+    outliers = [o for groupings in record.groups.values() for g in groupings for o in g.outliers]
+    if outliers:
+        yield "groups", ", ".join(map(_outlier, sorted(outliers, key=lambda o: o.p_holm)[:3]))
     if divergence := record.divergence:
         yield "KL", f"{cell(divergence.kl_first_token)} nats, first token of neutral prompts"
     if record.benchmarks:
@@ -122,7 +151,14 @@ def _change(behaviour: Behaviour | None, measure: str) -> str:
     interval = f"{delta.value:+.3f}"
     if delta.low is not None:
         interval += f" [{delta.low:+.3f}, {delta.high:+.3f}]"
-    return f"{_arrow(base.value, edited.value)}  {interval}, n = {delta.n}".replace(" ", "\xa0")
+    return f"{_arrow(base.value, edited.value)}  {interval}, n = {delta.counts}".replace(
+        " ", "\xa0"
+    )
+
+
+def _outlier(outlier: Outlier) -> str:
+    text = f"{outlier.column} {outlier.group}: {outlier.measure} {outlier.edited.value:.3f}"
+    return f"{text}, of all {outlier.overall.value:.3f}".replace(" ", "\xa0")
 
 
 def _stability(behaviour: Behaviour) -> Iterator[str]:

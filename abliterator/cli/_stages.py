@@ -32,6 +32,6 @@ STAGE_COMMANDS = (
     _stage_command("directions", "Capture activations and find the subspace."),
     _stage_command("rollouts", "Let base and edited answer the evaluation prompts."),
     _stage_command("judge", "Judge the answers of base and edited."),
-    _stage_command("benchmarks", "Run lm-eval on base and edited."),
+    _stage_command("benchmarks", "Run lm-eval and conversations on base and edited."),
     _stage_command("card", "Write record.json and the model card."),
 )

@@ -81,8 +81,10 @@ def _answer_cells(answers: AnswerSummary | None) -> list[str]:
     if answers is None:
         return ["", "", "", ""]
     means = (answers.compliance, answers.coherence, answers.product)
-    n = max((mean.n for mean in means if mean is not None), default=0)
-    return [str(n), *(cell(mean and mean.value) for mean in means)]
+    largest = max(
+        (mean for mean in means if mean is not None), key=lambda mean: mean.n, default=None
+    )
+    return [largest.counts if largest else "0", *(cell(mean and mean.value) for mean in means)]
 
 
 def _control_cell(answers: AnswerSummary | None, kl: float | None) -> str:

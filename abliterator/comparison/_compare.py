@@ -36,11 +36,14 @@ from abliterator.evaluation import (
     Bar,
     RenderedPrompts,
     answer_sets,
+    answers_of,
     base_paths,
     measure_divergence,
     no_bar,
+    score_conversations,
 )
 from abliterator.judge import Judge, RuleJudge, judge_completions, summarise
+from abliterator.prompts import Prompt
 from abliterator.recipe import EngineSettings
 from abliterator.record import (
     Asking,
@@ -81,7 +84,7 @@ class CompareSettings:
         pool: workers that hold the models, instead of this process; closed before benchmarks.
     """
 
-    prompts: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    prompts: Mapping[str, Sequence[Prompt]] = field(default_factory=dict)
     tasks: Sequence[Task] = ()
     max_new_tokens: int = 256
     kl_tokens: int = 32
@@ -174,10 +177,12 @@ def _measured(
     divergence = None
     if "divergence" not in withheld:
         divergence = _divergence(models, settings, scratch=scratch, bar=bar)
+    conversations = _conversation_scores(models, settings, bar)
     models.free()
     benchmarks = {}
     if settings.tasks:
         scores = _benchmark_scores(setups, models, settings, scratch=scratch, bar=bar)
+        scores = {side: {**conversations[side], **scores[side]} for side in SIDES}
         benchmarks = _benchmarks(scores, prompting, seed=settings.seed)
     return {
         "withheld": withheld,
@@ -223,6 +228,8 @@ def _behaviour(
     if not settings.prompts:
         return {}
     answers = [answer for side in SIDES for answer in _answers(models, side, settings, bar)]
+    if judge.identity.kind == "local" and settings.pool is None:
+        models.free()  # the judge needs the room
     verdicts = judge_completions(answers, judge)
     behaviours = {
         name: summarise(
@@ -260,6 +267,7 @@ def _answers(
         batch_size=settings.batch_size,
         bar=bar,
         stop_ids=models.stop_ids,
+        render=lambda name, prompts: _rendered(engine, prompts, name, limit),
     )
 
 
@@ -282,7 +290,7 @@ def _probe_server(models: SingleModelLoader, settings: CompareSettings) -> None:
 
 
 def _rendered(
-    engine: Engine, prompts: Sequence[str], name: str, max_new_tokens: int
+    engine: Engine, prompts: Sequence[Prompt], name: str, max_new_tokens: int
 ) -> list[list[int]]:
     from abliterator.model import render_prompts
 
@@ -322,6 +330,28 @@ def _divergence(
     )
 
 
+def _conversation_scores(
+    models: SingleModelLoader, settings: CompareSettings, bar: Bar
+) -> dict[Side, dict[str, TaskScores]]:
+    """Scores of both sides on the tasks of the conversation suite."""
+    scores: dict[Side, dict[str, TaskScores]] = {side: {} for side in SIDES}
+    run = settings.benchmarks
+    for side, own in scores.items():
+        for task in settings.tasks:
+            if task.skill is not None:
+                with bar(f"{side} answers, {task.name}", answers_of(task, run.section)) as advance:
+                    own[task.name] = score_conversations(
+                        models.answering(side),
+                        task,
+                        run.section,
+                        run.chat,
+                        settings={"dtype": run.dtype, "engine": settings.engine.kind},
+                        stop_ids=models.stop_ids,
+                        on_batch=advance,
+                    )
+    return scores
+
+
 def _benchmark_scores(
     setups: tuple[Setup, Setup],
     models: SingleModelLoader,
@@ -330,15 +360,18 @@ def _benchmark_scores(
     scratch: Path,
     bar: Bar,
 ) -> dict[Side, dict[str, TaskScores]]:
+    tasks = [task for task in settings.tasks if task.skill is None]
+    if not tasks:
+        return {side: {} for side in SIDES}
     folders = [setup.folder for setup in setups]
     if models.prompting == "as_base":
         folders[1] = link_with_base_prompting(*setups, scratch / "edited")
     digests = [str(fingerprint(setup.checkpoint)) for setup in setups]
-    with bar("benchmark tasks, both sides", 2 * len(settings.tasks)) as advance:
+    with bar("benchmark tasks, both sides", 2 * len(tasks)) as advance:
         try:
             return measure_sides(
                 dict(zip(SIDES, map(ScoredCheckpoint, folders, digests), strict=True)),
-                settings.tasks,
+                tasks,
                 settings.benchmarks,
                 out=scratch / "benchmarks",
                 on_task=lambda side, task: advance(1),

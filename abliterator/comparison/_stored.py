@@ -1,4 +1,4 @@
-"""The tensors of a checkpoint decoded to float32, from plain formats, FP8 or MXFP4."""
+"""The tensors of a checkpoint decoded to float32, from plain and from quantised formats."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 
 # Bits of the significand, the leading 1 included; and the smallest step, where there is one.
 _BITS = {"BF16": 8, "F16": 11, "F32": 24, "F64": 53, "F8_E4M3": 4, "U8": 2}
-_SMALLEST_STEP = {"F8_E4M3": 2.0**-9, "U8": 0.5}  # U8 is MXFP4
+_SMALLEST_STEP = {"F8_E4M3": 2.0**-9, "U8": 0.5}  # U8 is FP4
+_INTEGERS = ("I8", "I32")  # packed or not, they are one unit apart
 
 
 class Numbers(NamedTuple):
@@ -39,7 +40,9 @@ class Side:
     def layouts(self) -> dict[str, Layout | None]:
         """Layout of every tensor but scales, by that name; None where it cannot be decoded."""
         layouts = {name: self._layout(name) for name in self.checkpoint.tensors}
-        scales = {layout.scales for layout in layouts.values() if layout is not None}
+        scales = {
+            name for layout in layouts.values() if layout is not None for name in layout.scales
+        }
         return {
             layout.dense.name if layout is not None and layout.quantized else name: layout
             for name, layout in layouts.items()
@@ -58,8 +61,7 @@ class Side:
     def stored(self, name: str) -> tuple[object, ...]:
         """Format, shape, bytes and scales of a tensor, to compare it across checkpoints."""
         layout, info = self.layouts[name], self.checkpoint.tensors[self.stored_name(name)]
-        scales = None if layout is None or layout.scales is None else layout.scales
-        units = None if scales is None else self.checkpoint.read(scales)
+        units = () if layout is None else layout.scales_from(self.checkpoint.read)
         return info.dtype, info.shape, self.checkpoint.read(info.name), units
 
     def numbers(self, name: str) -> Numbers | None:
@@ -70,11 +72,12 @@ class Side:
         if layout is None:
             return None
         data = bytearray(self.checkpoint.read(layout.name))
-        if layout.scales is None:
+        if not layout.quantized:
             weight = FORMATS[layout.dtype].view(data, layout.shape).float()
             return Numbers(weight, _steps(weight, layout.dtype))
         axis = max(0, min(1, len(layout.shape) - 2))
-        matrices = list(layout.matrices(data, axis, self.checkpoint.read(layout.scales)))
+        scales = layout.scales_from(self.checkpoint.read)
+        matrices = list(layout.matrices(data, axis, scales))
         parts = [_decoded(matrix, layout.dtype) for matrix in matrices]
         if layout.dense_axis(axis) != axis:  # the plain tensor has the stream's axis last
             parts = [Numbers(weight.T, step.T) for weight, step in parts]
@@ -113,10 +116,10 @@ def _decoded(matrix: Matrix, dtype: str) -> Numbers:
 
     weights, steps = [], []
     for start, stop in matrix.ranges(matrix.shape[0] * matrix.shape[1]):
-        units, scale = matrix.get(start, stop)
-        factor = 1.0 if scale is None else scale
-        weights.append(units * factor)
-        steps.append(_steps(units, dtype) * factor)
+        numbers, units = matrix.get(start, stop)
+        step = _steps(numbers, dtype)
+        steps.append(step if units is None else step * units.scale)
+        weights.append(numbers if units is None else units.weights_(numbers))
     return Numbers(torch.cat(weights, dim=1).float(), torch.cat(steps, dim=1).float())
 
 
@@ -124,6 +127,8 @@ def _steps(numbers: torch.Tensor, dtype: str) -> torch.Tensor:
     """A unit in the last place of each number of a format; 0 for a plain 0."""
     import torch
 
+    if dtype in _INTEGERS:
+        return torch.ones_like(numbers)
     _, exponent = torch.frexp(numbers)
     step = torch.exp2((exponent - _BITS[dtype]).float())
     if dtype in _SMALLEST_STEP:

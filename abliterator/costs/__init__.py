@@ -14,13 +14,14 @@ from abliterator.costs._machine import ACCELERATORS, Assumed, Machine, assumed
 from abliterator.costs._passes import Work, spread
 from abliterator.costs._shape import Matrix, ModelShape, dtype_bytes, shape_of
 from abliterator.costs._stages import Costs
-from abliterator.costs._types import Answerer, Answers, Benchmark, Setup, StageCost
+from abliterator.costs._types import Answerer, Answers, Batch, Benchmark, Setup, StageCost
 
 __all__ = [
     "ACCELERATORS",
     "Answerer",
     "Answers",
     "Assumed",
+    "Batch",
     "Benchmark",
     "Costs",
     "Machine",

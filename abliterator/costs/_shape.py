@@ -11,6 +11,7 @@ from typing import Any
 
 from abliterator.anatomy import Anatomy
 from abliterator.checkpoint import DTYPE_BITS, Checkpoint
+from abliterator.formats import PackedLayout
 
 _EXPERT = re.compile(r"\bexperts\.(\d+\.)?")
 _KEY = re.compile(r"\b(k_proj|kv_a_proj_with_mqa)\.weight$")
@@ -74,7 +75,7 @@ def shape_of(checkpoint: Checkpoint, anatomy: Anatomy) -> ModelShape:
     A tensor of two dimensions or more in a block counts as a matrix that multiplies every token,
     unless its name says that it is an expert's.
     """
-    shapes = {name: _unpacked(info.shape, info.dtype) for name, info in checkpoint.tensors.items()}
+    shapes = _shapes(checkpoint, anatomy)
     counted = Counter(
         matrix
         for name, shape in shapes.items()
@@ -97,6 +98,22 @@ def shape_of(checkpoint: Checkpoint, anatomy: Anatomy) -> ModelShape:
         parameters=sum(map(math.prod, shapes.values())),
         stored=sum(info.nbytes for info in checkpoint.tensors.values()),
     )
+
+
+def _shapes(checkpoint: Checkpoint, anatomy: Anatomy) -> dict[str, tuple[int, ...]]:
+    """Shapes in numbers by the names of plain weights, without what packed ones are read with."""
+    storage, tensors = anatomy.storage, checkpoint.tensors
+    layouts = {name: storage.quantized_layout(name, tensors) for name in tensors}
+    packed = {
+        name: layout.dense for name, layout in layouts.items() if isinstance(layout, PackedLayout)
+    }
+    owners = {layout.name for layout in packed.values()}
+    shapes = {
+        name: _unpacked(info.shape, info.dtype)
+        for name, info in tensors.items()
+        if name not in packed and (storage.owner(name) == name or storage.owner(name) not in owners)
+    }
+    return shapes | {layout.name: layout.shape for layout in packed.values()}
 
 
 def _unpacked(shape: tuple[int, ...], dtype: str) -> tuple[int, ...]:

@@ -27,6 +27,7 @@ from abliterator.engines._protocol import (
     Tokens,
 )
 from abliterator.engines._remote import ModelFolder, SharedFolder
+from abliterator.engines._sampling import Sampling
 from abliterator.engines._served import Served, ServedByName, ServedEngine, ServedModel
 from abliterator.engines._streamed import StreamedEngine, open_streamed
 from abliterator.engines._transformers import TransformersEngine
@@ -45,6 +46,7 @@ __all__ = [
     "OnBatch",
     "Padding",
     "Probed",
+    "Sampling",
     "Served",
     "ServedByName",
     "ServedEngine",

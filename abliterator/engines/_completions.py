@@ -1,4 +1,4 @@
-"""Greedy answers from a server with OpenAI's protocol, as token ids.
+"""Answers from a server with OpenAI's protocol, as token ids.
 
 Prompts go as token ids and answers come back as token ids where the server can do that; else the
 text is encoded again. What a killed run had in flight is all that the next one asks for again.
@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from abliterator.engines._generate import answer_of
 from abliterator.engines._protocol import Answer, OnBatch
+from abliterator.engines._sampling import Sampling
 from abliterator.errors import ServerError
 from abliterator.server import (
     CompletionRequest,
@@ -112,9 +113,10 @@ class CompletionClient:
         identity: str,
         max_new_tokens: int,
         stop_ids: Sequence[int],
+        sampling: Sampling | None = None,
         on_batch: OnBatch | None = None,
     ) -> list[Answer]:
-        """Greedy answers of a served model, one a prompt.
+        """Answers of a served model, one a prompt.
 
         Args:
             model: name under which the server serves it.
@@ -123,6 +125,7 @@ class CompletionClient:
             identity: of what is served, beside its name: a part of the cache's keys.
             max_new_tokens: at most this many tokens an answer.
             stop_ids: tokens that end an answer.
+            sampling: draws the answers, by the server's own rules; greedy without.
             on_batch: called with 1 after each answer.
 
         Raises:
@@ -131,7 +134,14 @@ class CompletionClient:
         """
         settings = self.settings.model_copy(update={"model": model})
         requests = [
-            self.request(form, prompt, identity, max_new_tokens=max_new_tokens, stop_ids=stop_ids)
+            self.request(
+                form,
+                prompt,
+                identity,
+                max_new_tokens=max_new_tokens,
+                stop_ids=stop_ids,
+                sampling=sampling,
+            )
             for prompt in prompts
         ]
 
@@ -153,6 +163,7 @@ class CompletionClient:
         *,
         max_new_tokens: int,
         stop_ids: Sequence[int],
+        sampling: Sampling | None = None,
     ) -> CompletionRequest:
         """The request for one answer.
 
@@ -165,6 +176,8 @@ class CompletionClient:
             "max_tokens": max_new_tokens,
             **form.parameters,
         }
+        if sampling is not None:
+            body |= _drawn(form, sampling, prompt)
         if form.ids_in:
             body["stop_token_ids"] = list(stop_ids)
         return CompletionRequest(body, identity)
@@ -182,11 +195,13 @@ class CompletionClient:
         )
 
     def row(self, form: Form, reply: Reply) -> Sequence[int]:
-        """Token ids of a reply; of a server that gives none, those of its text."""
+        """Token ids of a reply; of a server that gives none, or not all, those of its text."""
         if form.ids_out:
             if reply.token_ids is None:
                 raise self._unusable("gave no token ids, though it did when it was probed", reply)
-            return reply.token_ids
+            # llama.cpp lists no tokens that only begin a character of several, such as an emoji
+            if "logprobs" not in form.parameters or len(reply.token_ids) >= reply.output_tokens:
+                return reply.token_ids
         encoded: list[int] = self.tokenizer.encode(reply.text, add_special_tokens=False)
         return encoded
 
@@ -203,7 +218,8 @@ class CompletionClient:
         if reason not in CUT | ENDED:
             raise self._unusable(f"ended an answer with {reason or 'no reason'}", reply)
         # an answer encoded again may have fewer tokens than were generated
-        generated = len(row) if form.ids_out else reply.output_tokens or max_new_tokens
+        is_exact = row is reply.token_ids
+        generated = len(row) if is_exact else reply.output_tokens or max_new_tokens
         if reason in CUT and generated < max_new_tokens and not set(row) & set(stop_ids):
             raise self._unusable(
                 f"cut an answer after {generated} of {max_new_tokens} tokens: its context is too "
@@ -220,6 +236,18 @@ class CompletionClient:
             f"The server {self.settings.base_url} ({name}) {what}. What was answered is kept, and "
             "the same command goes on from there."
         )
+
+
+def _drawn(form: Form, sampling: Sampling, prompt: Sequence[int]) -> dict[str, Any]:
+    """Fields of a request for a drawn answer; its seed has 31 bits, which every server takes."""
+    fields = {
+        "temperature": sampling.temperature,
+        "top_p": sampling.top_p,
+        "seed": sampling.seed_of(prompt) >> 32,
+    }
+    if "repetition_penalty" in form.parameters:  # such servers have defaults of their own for these
+        fields |= {"top_k": -1, "min_p": 0.0}
+    return fields
 
 
 async def _all(

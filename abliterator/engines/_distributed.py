@@ -29,6 +29,7 @@ from abliterator.engines._remote import (
     pack,
     unpack,
 )
+from abliterator.engines._sampling import Sampling
 from abliterator.engines._side_by_side import GroupedEdits
 from abliterator.engines._work import by_prompt, in_order
 from abliterator.model import Limits, load_tokenizer
@@ -105,10 +106,11 @@ class DistributedEngine:
         batch_size: int,
         stop_ids: Sequence[int] | None = None,
         share_prefix: bool = False,
+        sampling: Sampling | None = None,
         answered: MutableMapping[int, Answer] | None = None,
         on_batch: OnBatch | None = None,
     ) -> list[Answer]:
-        """Greedy answers, one a prompt."""
+        """Answers, one a prompt."""
         results = self.results(
             "answers",
             prompts=prompts,
@@ -116,6 +118,7 @@ class DistributedEngine:
             batch_size=batch_size,
             stop_ids=self.stop_ids if stop_ids is None else stop_ids,
             share_prefix=share_prefix,
+            sampling=sampling,
             skipped=frozenset(answered or ()),
         )
         return in_order(results, on_batch, answered)
@@ -140,6 +143,7 @@ class DistributedEngine:
         continuations: Sequence[Tokens],
         *,
         max_batch_tokens: int,
+        together: bool = False,
     ) -> Tensor:
         """[N, C] log-probabilities of each continuation after each prompt."""
         results = self.results(
@@ -147,6 +151,7 @@ class DistributedEngine:
             prompts=prompts,
             continuations=continuations,
             max_batch_tokens=max_batch_tokens,
+            together=together,
         )
         return torch.stack(in_order(results))
 

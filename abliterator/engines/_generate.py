@@ -1,4 +1,4 @@
-"""Greedy decoding, the same for base and edited.
+"""Greedy decoding, or sampling with a seed, the same for base and edited.
 
 A model's generation_config for sampling, penalties or lengths does not apply: two models are
 compared, so only the weights may differ.
@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from abliterator.engines._protocol import Answer
+from abliterator.engines._sampling import Sampling
 from abliterator.engines._work import Work, in_order
 from abliterator.errors import GenerationError
 from abliterator.model import (
@@ -77,7 +78,7 @@ def generate(
     on_batch: Callable[[int], None] | None = None,
     **options: Any,
 ) -> list[Answer]:
-    """Greedy answers, one a prompt, as `Engine.answers` gives them; a batch too large is halved."""
+    """Answers, one a prompt, as `Engine.answers` gives them; a batch too large is halved."""
     with answer_work(loaded, prompts, skipped=answered or (), **options) as work:
         return in_order(work.results(), on_batch, answered)
 
@@ -92,9 +93,10 @@ def answer_work(
     stop_ids: Sequence[int],
     share_prefix: bool = False,
     by_row: ByRow | None = None,
+    sampling: Sampling | None = None,
     skipped: Collection[int] = (),
 ) -> Iterator[Work[list[Answer]]]:
-    """Batches of answers: the likeliest token at every step, up to a stop or `max_new_tokens`.
+    """Batches of answers: the likeliest token at every step, or a drawn one, up to a stop.
 
     Prompts of similar length share a left-padded batch, those of one length where padding would
     change what this model answers.
@@ -113,7 +115,7 @@ def answer_work(
 
     def run_part(batch: list[int], whole: list[int]) -> list[Answer]:
         width = max(len(prompts[i]) for i in whole)
-        rows = _continuations(loaded, prompts, batch, width, prefix=prefix)
+        rows = _continuations(loaded, prompts, batch, width, prefix=prefix, sampling=sampling)
         return [
             answer_of(splitter, prompts[i], row, stop_ids)
             for i, row in zip(batch, rows, strict=True)
@@ -263,16 +265,20 @@ def _continuations(
     *,
     prefix: Prefix,
     streamer: BaseStreamer | None = None,
+    sampling: Sampling | None = None,
 ) -> list[list[int]]:
     """New tokens of each prompt in `batch`, padded to `width`, and padding after the stop token."""
 
     def checked(_ids: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
         return require_numbers(logits, loaded)
 
+    processors: list[Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = [checked]
+    if sampling is not None:
+        processors.append(sampling.drawing([prompts[i] for i in batch], width))
     with torch.inference_mode():
         output = loaded.model.generate(
             **_inputs(loaded, prompts, batch, prefix, width),
-            logits_processor=[checked],
+            logits_processor=processors,
             streamer=streamer,
         )
     continuations: list[list[int]] = output[:, width:].tolist()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ from abliterator.model import (
     cache_is_continued,
     cache_name,
     equal_length_batches,
+    is_plain,
     limits_of,
     positions_from,
     require_fit,
@@ -103,6 +104,7 @@ def likelihood_work(
     continuations: Sequence[Tokens],
     *,
     max_batch_tokens: int,
+    together: bool = False,
     by_row: ByRow | None = None,
 ) -> Work[list[Tensor]]:
     """Batches that give [C] float64 log-probabilities a prompt, as `Engine.log_likelihoods` does.
@@ -115,13 +117,14 @@ def likelihood_work(
         prompts: token ids, one rendered prompt each.
         continuations: token ids, none empty.
         max_batch_tokens: tokens in a batch.
+        together: continuations of a prompt as rows of one batch, where the model can.
         by_row: the edit of each prompt, where they run under several.
     """
     prefix = _run_prefix(loaded, prompts, by_row)
     rests = [prompt[prefix.length :] for prompt in prompts]
     return Work(
         partial(equal_length_batches, rests, max_batch_tokens),
-        partial(_log_likelihoods, loaded, rests, continuations, prefix),
+        partial(_log_likelihoods, loaded, rests, continuations, prefix, together),
         run_batches=loaded.run_batches,
     )
 
@@ -131,6 +134,7 @@ def _log_likelihoods(
     prompts: Sequence[Sequence[int]],
     continuations: Sequence[Tokens],
     prefix: Prefix,
+    together: bool,
     batch: list[int],
 ) -> list[Tensor]:
     """[C] float64 log-probabilities of each prompt in `batch`, whose prompts have one length."""
@@ -148,19 +152,71 @@ def _log_likelihoods(
         n = inputs.shape[1]
         return _last_logprobs(loaded, rows, keep=n, cache=prefix_cache, start=start)[0]
 
+    @lru_cache(maxsize=1)  # labels of one question mostly differ in their last token alone
+    def after(tokens: Tokens) -> Tensor:
+        inputs = torch.tensor([tokens] * len(batch), device=loaded.device)
+        can_continue = cache is not None and cache_is_continued(
+            loaded, partial(_both, from_start, from_cache, inputs)
+        )
+        return from_cache(inputs) if can_continue else from_start(inputs)
+
+    rows: dict[Tokens, Tensor] = {}
+    if together and is_plain(cache):
+        shared = Prefix(start + ids.shape[1], cache)
+        rows = _side_by_side(loaded, continuations, shared, len(batch), from_start)
     columns = []
     for tokens in continuations:
         column = first[:, -1, tokens[0]].double()
         if len(tokens) > 1:
-            inputs = torch.tensor([tokens[:-1]] * len(batch), device=loaded.device)
-            can_continue = cache is not None and cache_is_continued(
-                loaded, partial(_both, from_start, from_cache, inputs)
-            )
-            logprobs = from_cache(inputs) if can_continue else from_start(inputs)
+            begun = tuple(tokens[:-1])
+            logprobs = rows[begun] if begun in rows else after(begun)
             steps, following = torch.arange(len(tokens) - 1), torch.tensor(tokens[1:])
             column = column + logprobs[:, steps, following].double().sum(dim=1)
         columns.append(column)
     return list(torch.stack(columns, dim=1))
+
+
+def _side_by_side(
+    loaded: LoadedModel,
+    continuations: Sequence[Tokens],
+    prompts: Prefix,
+    n: int,
+    from_start: Callable[[Tensor], Tensor],
+) -> dict[Tokens, Tensor]:
+    """Log-probabilities [N, tokens, V] after each of what the continuations begin with.
+
+    They are rows of one batch, padded after their end, which no earlier token sees. Empty where
+    that gives other numbers than a pass from the start.
+
+    Args:
+        loaded: the model.
+        continuations: token ids.
+        prompts: the prompts' cache, a row each.
+        n: prompts.
+        from_start: log-probabilities after tokens that continue the prompts without their cache.
+    """
+    begun = list(dict.fromkeys(tuple(c[:-1]) for c in continuations if len(c) > 1))
+    if not begun:
+        return {}
+    width = max(map(len, begun))
+    size = n * width * loaded.model.config.get_text_config().vocab_size * 4
+    at_once = max(1, 4 * BATCH_BYTES // max(1, size))
+    after: dict[Tokens, Tensor] = {}
+    for i in range(0, len(begun), at_once):
+        part = begun[i : i + at_once]
+        inputs = torch.tensor([[*ids, *[ids[-1]] * (width - len(ids))] for ids in part] * n)
+        logprobs, _ = _last_logprobs(
+            loaded,
+            inputs.to(loaded.device),
+            keep=width,
+            cache=prompts.copied([row for row in range(n) for _ in part]),
+            start=prompts.length,
+        )
+        logprobs = logprobs.view(n, len(part), *logprobs.shape[1:])
+        after |= {ids: logprobs[:, j, : len(ids)] for j, ids in enumerate(part)}
+    first = torch.tensor([begun[0]] * n, device=loaded.device)
+    is_same = cache_is_continued(loaded, lambda: (from_start(first), after[begun[0]]))
+    return after if is_same else {}
 
 
 def _both(

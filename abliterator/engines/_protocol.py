@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol
 
 from abliterator.engines._edits import Edit
+from abliterator.engines._sampling import Sampling
 from abliterator.record import FinishReason
 
 if TYPE_CHECKING:
@@ -23,7 +24,7 @@ OnBatch = Callable[[int], None]
 
 @dataclass(frozen=True)
 class Answer:
-    """One greedy answer.
+    """One answer.
 
     Attributes:
         text: decoded without special tokens; before it, the model's thinking with them.
@@ -57,7 +58,7 @@ class AnswerPath(NamedTuple):
 
 
 class Engine(Protocol):
-    """A model that computes hidden states, greedy answers and distributions.
+    """A model that computes hidden states, answers and distributions.
 
     Every method works under the edit that is in force (`edited`), if any. Prompts are
     token ids; results come in the order of the prompts unless a method says otherwise.
@@ -115,10 +116,11 @@ class Engine(Protocol):
         batch_size: int,
         stop_ids: Sequence[int] | None = None,
         share_prefix: bool = False,
+        sampling: Sampling | None = None,
         answered: MutableMapping[int, Answer] | None = None,
         on_batch: OnBatch | None = None,
     ) -> list[Answer]:
-        """Greedy answers, one a prompt.
+        """Answers, one a prompt: greedy ones unless `sampling` says otherwise.
 
         Args:
             prompts: none may be empty.
@@ -127,6 +129,8 @@ class Engine(Protocol):
             stop_ids: tokens that end an answer; the model's own unless given.
             share_prefix: run the tokens with which all prompts begin once, not once a prompt. The
                 same answers but for rounding: two tokens that nearly tie may change places.
+            sampling: draws the answers. In process the same seed gives the same answers whatever
+                the batches, up to the rounding of logits; a server draws by its own rules.
             answered: answers by index of an earlier call with the same arguments that was
                 interrupted: those prompts are not run again, and the others in the same batches.
                 Each batch's answers are added by `update`, which may write them to a disk.
@@ -160,8 +164,17 @@ class Engine(Protocol):
         continuations: Sequence[Tokens],
         *,
         max_batch_tokens: int,
+        together: bool = False,
     ) -> Tensor:
-        """[N, C] float64 log-probabilities of each of C continuations after each prompt, nats."""
+        """[N, C] float64 log-probabilities of each of C continuations after each prompt, nats.
+
+        Args:
+            prompts: token ids.
+            continuations: token ids, none empty.
+            max_batch_tokens: tokens in a batch.
+            together: run what continues a prompt as rows of one batch. The same numbers but for
+                rounding.
+        """
 
     def edited(self, edit: Edit) -> AbstractContextManager[None]:
         """The model under an edit, as long as the context is open."""

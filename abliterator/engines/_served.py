@@ -31,6 +31,7 @@ from abliterator.engines._protocol import (
     SideBySide,
     Tokens,
 )
+from abliterator.engines._sampling import Sampling
 from abliterator.model import Limits, read_config, require_fit, stored_limits
 
 if TYPE_CHECKING:
@@ -170,10 +171,11 @@ class ServedEngine:
         batch_size: int,
         stop_ids: Sequence[int] | None = None,
         share_prefix: bool = False,
+        sampling: Sampling | None = None,
         answered: MutableMapping[int, Answer] | None = None,
         on_batch: OnBatch | None = None,
     ) -> list[Answer]:
-        """Greedy answers, one a prompt; of an edit that no server can serve, from the passes."""
+        """Answers, one a prompt; of an edit that no server can serve, from the passes."""
         model = self._edits[-1].model if self._edits else self.served.model()
         stop_ids = self.stop_ids if stop_ids is None else stop_ids
         if model is None:
@@ -184,6 +186,7 @@ class ServedEngine:
                 batch_size=batch_size,
                 stop_ids=stop_ids,
                 share_prefix=share_prefix,
+                sampling=sampling,
                 answered=answered,
                 on_batch=on_batch,
             )
@@ -194,6 +197,7 @@ class ServedEngine:
             [prompts[i] for i in missing],
             max_new_tokens=max_new_tokens,
             stop_ids=stop_ids,
+            sampling=sampling,
             on_batch=on_batch,
         )
         answers.update(zip(missing, served, strict=True))
@@ -206,6 +210,7 @@ class ServedEngine:
         *,
         max_new_tokens: int,
         stop_ids: Sequence[int],
+        sampling: Sampling | None = None,
         on_batch: OnBatch | None = None,
     ) -> list[Answer]:
         if not prompts:
@@ -221,6 +226,7 @@ class ServedEngine:
             identity=model.identity,
             max_new_tokens=max_new_tokens,
             stop_ids=stop_ids,
+            sampling=sampling,
             on_batch=on_batch,
         )
 
@@ -272,10 +278,11 @@ class ServedEngine:
         continuations: Sequence[Tokens],
         *,
         max_batch_tokens: int,
+        together: bool = False,
     ) -> Tensor:
         """[N, C] log-probabilities of each continuation after each prompt."""
         return self._passes().log_likelihoods(
-            prompts, continuations, max_batch_tokens=max_batch_tokens
+            prompts, continuations, max_batch_tokens=max_batch_tokens, together=together
         )
 
     @contextmanager

@@ -25,6 +25,7 @@ from abliterator.engines._protocol import (
     Padding,
     Tokens,
 )
+from abliterator.engines._sampling import Sampling
 from abliterator.engines._side_by_side import EditsByRow, edited_by_row
 from abliterator.model import Limits, LoadedModel, block_paths, hooked, limits_of
 from abliterator.subspace import removal_of_basis
@@ -97,10 +98,11 @@ class TransformersEngine:
         batch_size: int,
         stop_ids: Sequence[int] | None = None,
         share_prefix: bool = False,
+        sampling: Sampling | None = None,
         answered: MutableMapping[int, Answer] | None = None,
         on_batch: OnBatch | None = None,
     ) -> list[Answer]:
-        """Greedy answers, one a prompt."""
+        """Answers, one a prompt."""
         return generate(
             self.loaded,
             prompts,
@@ -108,6 +110,7 @@ class TransformersEngine:
             batch_size=batch_size,
             stop_ids=self.stop_ids if stop_ids is None else stop_ids,
             share_prefix=share_prefix,
+            sampling=sampling,
             answered=answered,
             on_batch=on_batch,
         )
@@ -153,10 +156,15 @@ class TransformersEngine:
         continuations: Sequence[Tokens],
         *,
         max_batch_tokens: int,
+        together: bool = False,
     ) -> Tensor:
         """[N, C] log-probabilities of each continuation after each prompt."""
         return log_likelihoods(
-            self.loaded, prompts, continuations, max_batch_tokens=max_batch_tokens
+            self.loaded,
+            prompts,
+            continuations,
+            max_batch_tokens=max_batch_tokens,
+            together=together,
         )
 
     def edited(self, edit: Edit) -> AbstractContextManager[None]:

@@ -17,12 +17,14 @@ from abliterator.evaluation._answers import (
     answer_and_judge,
     answer_sets,
     as_completions,
+    completions_of,
     judge_answers,
     no_bar,
     summarise_draws,
 )
 from abliterator.evaluation._budgets import answers_within
 from abliterator.evaluation._context import EvaluationContext, RenderedPrompts
+from abliterator.evaluation._conversations import answer_conversations, kept_answers, spoken
 from abliterator.evaluation._evaluator import EditEvaluator, MeasuredEdit, OnStep
 from abliterator.evaluation._kl import kl_divergence, kl_terms, require_finite
 from abliterator.evaluation._paths import (
@@ -35,6 +37,7 @@ from abliterator.evaluation._paths import (
     summarise_divergence,
 )
 from abliterator.evaluation._perplexity import neutral_text, text_perplexity
+from abliterator.evaluation._suite import answers_of, score_conversations
 from abliterator.evaluation._two_checkpoints import measure_divergence
 
 __all__ = [
@@ -48,13 +51,17 @@ __all__ = [
     "PathDivergence",
     "RenderedPrompts",
     "answer_and_judge",
+    "answer_conversations",
     "answer_path",
     "answer_sets",
+    "answers_of",
     "answers_within",
     "as_completions",
     "base_paths",
     "behind_thinking",
+    "completions_of",
     "judge_answers",
+    "kept_answers",
     "kl_divergence",
     "kl_terms",
     "measure_divergence",
@@ -62,6 +69,8 @@ __all__ = [
     "no_bar",
     "path_divergence",
     "require_finite",
+    "score_conversations",
+    "spoken",
     "summarise_divergence",
     "summarise_draws",
     "text_perplexity",

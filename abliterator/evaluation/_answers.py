@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from statistics import mean
 
-from abliterator.engines import Answer, Engine
+from abliterator.engines import Answer, Engine, Sampling
 from abliterator.evaluation._budgets import answers_within
 from abliterator.evaluation._context import EvaluationContext, RenderedPrompts
+from abliterator.evaluation._conversations import answer_conversations, spoken
 from abliterator.judge import estimates_of, estimates_of_draws, judge_completions
+from abliterator.prompts import Prompt, as_read, turns_of
 from abliterator.record import AnswerSummary, Completion, Side, Verdict
 
 Bar = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
@@ -94,7 +97,12 @@ def answer_and_judge(
 
 
 def as_completions(
-    answers: Sequence[Answer], prompts: Sequence[str], *, set_name: str, side: Side
+    answers: Sequence[Answer],
+    prompts: Sequence[Prompt],
+    *,
+    set_name: str,
+    side: Side,
+    before: Sequence[Sequence[Answer]] | None = None,
 ) -> list[Completion]:
     """Answers as lines of rollouts.jsonl: each with its prompt, set, side and index.
 
@@ -103,20 +111,37 @@ def as_completions(
         prompts: as written, before rendering.
         set_name: the set they come from, such as "target".
         side: which model answered.
+        before: the answers to each prompt's scripted turns before the last; None where these were
+            one turn.
     """
+    earlier = [None] * len(prompts) if before is None else [*map(spoken, before)]
     return [
         Completion(
             set=set_name,
             side=side,
             index=index,
-            prompt=prompt,
+            prompt=as_read(prompt, own),
             response=answer.text,
             finish_reason=answer.finish_reason,
             n_tokens=len(answer.token_ids),
             answer_start=answer.start,
+            earlier=tuple(own or ()),
         )
-        for index, (prompt, answer) in enumerate(zip(prompts, answers, strict=True))
+        for index, (prompt, answer, own) in enumerate(zip(prompts, answers, earlier, strict=True))
     ]
+
+
+def completions_of(
+    transcripts: Sequence[Sequence[Answer]], prompts: Sequence[Prompt], *, set_name: str, side: Side
+) -> list[Completion]:
+    """The last answers to prompts as lines of rollouts.jsonl, with those to the turns before."""
+    return as_completions(
+        [answers[-1] for answers in transcripts],
+        prompts,
+        set_name=set_name,
+        side=side,
+        before=[answers[:-1] for answers in transcripts],
+    )
 
 
 def answer_sets(
@@ -129,10 +154,12 @@ def answer_sets(
     thinking_tokens: int | None = None,
     bar: Bar = no_bar,
     stop_ids: Sequence[int] | None = None,
+    sampling: Sampling | None = None,
     answered: Mapping[str, MutableMapping[int, Answer]] | None = None,
     continued: Mapping[str, MutableMapping[int, Answer]] | None = None,
+    render: Callable[[str, Sequence[Prompt]], Sequence[Sequence[int]]] | None = None,
 ) -> list[Completion]:
-    """One side's greedy answers to several prompt sets, as lines of rollouts.jsonl.
+    """One side's answers to several prompt sets, as lines of rollouts.jsonl.
 
     Args:
         engine: the model.
@@ -144,14 +171,36 @@ def answer_sets(
         bar: shows progress; called with a label and the number of prompts.
         stop_ids: tokens that end an answer; left out, the model's own. An edited folder of a build
             has its base's config and tokenizer byte for byte, so they are the same on both sides.
+        sampling: draws the answers; greedy ones without.
         answered: by set, the answers of an earlier call that was interrupted, to which each batch's
-            are added (`Engine.answers`).
+            are added (`Engine.answers`); of scripted turns as `answer_conversations` keeps them.
         continued: the same of the answers that went on behind the budget of the thinking.
+        render: token ids of prompts of a set, to answer scripted turns one after the other; left
+            out, they are answered as one turn.
     """
     completions: list[Completion] = []
+    drawn = f", drawn {sampling.sample + 1}" if sampling else ""
     for name, (prompts, token_ids) in sets.items():
         kept = answered[name] if answered is not None else {}
-        with bar(f"{side} answers, {name}", len(prompts) - len(kept)) as advance:
+        behind = continued[name] if continued is not None else {}
+        n = sum(map(turns_of, prompts)) if render else len(prompts)
+        with bar(f"{side} answers, {name}{drawn}", n - len(kept)) as advance:
+            if render is not None and n > len(prompts):
+                transcripts = answer_conversations(
+                    engine,
+                    prompts,
+                    partial(render, name),
+                    max_new_tokens=max_new_tokens,
+                    thinking_tokens=thinking_tokens,
+                    batch_size=batch_size,
+                    stop_ids=stop_ids,
+                    sampling=sampling,
+                    answered=kept,
+                    continued=behind,
+                    on_batch=advance,
+                )
+                completions += completions_of(transcripts, prompts, set_name=name, side=side)
+                continue
             answers = answers_within(
                 engine,
                 token_ids,
@@ -159,8 +208,9 @@ def answer_sets(
                 thinking_tokens=thinking_tokens,
                 batch_size=batch_size,
                 stop_ids=stop_ids,
+                sampling=sampling,
                 answered=kept,
-                continued=continued[name] if continued is not None else None,
+                continued=behind,
                 on_batch=advance,
             )
         completions += as_completions(answers, prompts, set_name=name, side=side)

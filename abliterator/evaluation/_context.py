@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from abliterator.bake import EditPlan
 from abliterator.engines import Engine, WriterEdit
 from abliterator.judge import Judge
+from abliterator.prompts import Prompt
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 class RenderedPrompts(NamedTuple):
     """Prompts as they were written, and the token ids of each in a chat, in one order."""
 
-    prompts: Sequence[str]
+    prompts: Sequence[Prompt]
     token_ids: Sequence[Sequence[int]]
 
     def at(self, indices: Sequence[int]) -> RenderedPrompts:

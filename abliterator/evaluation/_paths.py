@@ -234,7 +234,7 @@ def path_divergence(base: Tensor, edited: Tensor) -> PathDivergence:
 
 
 def summarise_divergence(
-    paths: Sequence[PathDivergence], *, tokens: int, seed: int = 0
+    paths: Sequence[PathDivergence], *, tokens: int, seed: int = 0, asked: int | None = None
 ) -> Divergence:
     """Means over prompts; `kl` and `top1_agreement` of a prompt are means over its positions.
 
@@ -242,10 +242,11 @@ def summarise_divergence(
         paths: one a prompt.
         tokens: positions of a path, at most.
         seed: of the intervals.
+        asked: prompts, with those on which the base came to no answer.
     """
 
     def mean(values: Iterator[float]) -> Estimate | None:
-        return Estimate.of(mean_interval(list(values), seed=seed))
+        return Estimate.of(mean_interval(list(values), seed=seed), asked)
 
     return Divergence(
         kl_first_token=mean(float(path.kl[0]) for path in paths),

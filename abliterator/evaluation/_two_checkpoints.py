@@ -68,7 +68,9 @@ def measure_divergence(
             )
         with bar("edited distributions", len(paths)) as advance:
             path_divergences = file.compare(paths, logits(load("edited"), advance))
-    divergence = summarise_divergence(path_divergences, tokens=tokens, seed=seed)
+    divergence = summarise_divergence(
+        path_divergences, tokens=tokens, seed=seed, asked=len(prompts)
+    )
     return divergence.model_copy(
         update={
             "perplexity_base": base.value,

@@ -31,8 +31,11 @@ _NOT_HERE = {
 
 
 @contextmanager
-def replacing(destination: Path, size: int) -> Iterator[OpenFile]:
+def replacing(destination: Path, size: int, *, is_durable: bool = True) -> Iterator[OpenFile]:
     """A new file of `size` bytes that replaces `destination` unless the block raises.
+
+    Where it is durable, it also outlives a loss of power, for which the disk has to be waited for;
+    else it is only sure to outlive the process.
 
     It is called `partial_of(destination)` until then, and is removed when anything is raised. A
     disk without space for it is an error before the work. (Not by posix_fallocate: where a file
@@ -49,11 +52,13 @@ def replacing(destination: Path, size: int) -> Iterator[OpenFile]:
             stream = partial.open("xb", buffering=0)
         with stream:
             yield OpenFile(destination, stream, size)
-            with writable(destination, size):
-                os.fsync(stream.fileno())
+            if is_durable:
+                with writable(destination, size):
+                    os.fsync(stream.fileno())
         with writable(destination, size):
             partial.replace(destination)
-            _sync_folder(destination.parent)
+            if is_durable:
+                _sync_folder(destination.parent)
     except BaseException:
         with suppress(OSError):
             partial.unlink(missing_ok=True)
@@ -112,9 +117,9 @@ def link_file(source: Path, destination: Path) -> None:
     copy_file(source, destination)
 
 
-def write_bytes_atomic(path: Path, data: bytes) -> None:
-    """Write `data` to `path`: afterwards the file has all of it, or is as it was."""
-    with replacing(path, len(data)) as out:
+def write_bytes_atomic(path: Path, data: bytes, *, is_durable: bool = True) -> None:
+    """Write `data` to `path`: afterwards the file has all of it, or is as it was (`replacing`)."""
+    with replacing(path, len(data), is_durable=is_durable) as out:
         write_fully(out, memoryview(data))
 
 

@@ -8,8 +8,8 @@ edit means, are outside this package.
 
     storage = storage_of(config)                              # or UnsupportedModel
     layout = storage.layout("model.layers.3.mlp.down_proj.weight", headers)
-    for matrix in layout.matrices(buffer, axis=0, scales=scales):
-        numbers, scale = matrix.get(0, 128)                   # [H, c] in units of [H, c]
+    for matrix in layout.matrices(buffer, axis=0, scales=layout.scales_from(read)):
+        numbers, units = matrix.get(0, 128)                   # [H, c] in units of [H, c]
         matrix.put(0, matrix.rounded(numbers))
 """
 
@@ -18,14 +18,17 @@ from abliterator.formats._measured import Measured, Way, measured, preferred
 from abliterator.formats._numbers import (
     FORMATS,
     Format,
+    Units,
     format_of,
     mxfp4_blocks,
     mxfp4_numbers,
     mxfp4_rounded,
     mxfp4_scales,
 )
+from abliterator.formats._packed import PackedLayout
 from abliterator.formats._refused import refused, require_known_names
-from abliterator.formats._storage import Dequantized, Header, Storage, storage_of
+from abliterator.formats._scheme import Header
+from abliterator.formats._storage import Dequantized, Storage, storage_of
 
 __all__ = [
     "FORMATS",
@@ -35,7 +38,9 @@ __all__ = [
     "Layout",
     "Matrix",
     "Measured",
+    "PackedLayout",
     "Storage",
+    "Units",
     "Way",
     "format_of",
     "measured",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -12,6 +12,7 @@ from abliterator.formats._numbers import (
     FORMATS,
     MXFP4_GROUP,
     Format,
+    Units,
     mxfp4_blocks,
     mxfp4_numbers,
     mxfp4_rounded,
@@ -38,21 +39,23 @@ class Matrix(ABC):
 
     Attributes:
         compute: dtype of calculations.
-        rounded: rounds numbers, in units of their scales, to the nearest that can be stored.
+        rounded: rounds numbers, in their units, to the nearest that can be stored.
         shape: (H, n).
+        steps: of compensated rounding before it goes on number by number.
     """
 
+    steps = 1
     compute: torch.dtype
     rounded: Callable[[Tensor], Tensor]
     shape: tuple[int, int]
 
     @abstractmethod
-    def get(self, start: int, stop: int) -> tuple[Tensor, Tensor | None]:
-        """Copies of columns [H, c] in `compute`, and their scales [H, c]; None if it has none."""
+    def get(self, start: int, stop: int) -> tuple[Tensor, Units | None]:
+        """Copies of columns [H, c] in `compute`, and their units; None if it has none."""
 
     @abstractmethod
     def put(self, start: int, numbers: Tensor, rows: Tensor | None = None) -> None:
-        """Stores numbers, representable in units of the scales, from column `start` on.
+        """Stores numbers, representable in their units, from column `start` on.
 
         Args:
             start: first column.
@@ -68,9 +71,9 @@ class Matrix(ABC):
             yield start, min(start + width, columns)
 
     def decoded(self, start: int, stop: int) -> Tensor:
-        """Columns [H, c] multiplied by their scales, in `compute`."""
-        numbers, scale = self.get(start, stop)
-        return numbers if scale is None else numbers.mul_(scale)
+        """The weights of columns [H, c], in `compute`."""
+        numbers, units = self.get(start, stop)
+        return numbers if units is None else units.weights_(numbers)
 
 
 @dataclass(frozen=True)
@@ -81,20 +84,29 @@ class Layout(ABC):
         name: of the tensor.
         dtype: as in its header.
         shape: as in its header.
-        scales: name of the tensor of its scales, if it has any.
+        scales: names of the tensors that its numbers mean nothing without: scales, and what else
+            the format has, in the order in which `matrices` takes their bytes.
     """
 
     name: str
     dtype: str
     shape: Shape
-    scales: str | None = None
+    scales: tuple[str, ...] = ()
 
     kind = "plain"  # its name in `MEASURED` and in messages
 
     @property
     def quantized(self) -> bool:
         """Whether its numbers are in units of scales."""
-        return self.scales is not None
+        return bool(self.scales)
+
+    def scales_from(self, read: Callable[[str], bytes]) -> tuple[bytes, ...]:
+        """The bytes of the tensors `scales`, in their order; `read` gives those of one by name."""
+        return tuple(read(name) for name in self.scales)
+
+    def fault(self, scales: Sequence[bytes]) -> str | None:
+        """What is wrong with the bytes of the tensors `scales`, as a clause; None for nothing."""
+        return None
 
     @property
     def dense(self) -> PlainLayout:
@@ -108,7 +120,7 @@ class Layout(ABC):
     def dequantize(
         self,
         buffer: Bytes,
-        scales: bytes,
+        scales: Sequence[bytes],
         out: Bytes,
         on_panel: Callable[[], None] = lambda: None,
     ) -> None:
@@ -125,14 +137,14 @@ class Layout(ABC):
 
     @abstractmethod
     def matrices(
-        self, buffer: Bytes, axis: int, scales: bytes | None = None, experts: Experts = None
+        self, buffer: Bytes, axis: int, scales: Sequence[bytes] = (), experts: Experts = None
     ) -> Iterator[Matrix]:
         """The stored matrices: one, or one per expert.
 
         Args:
             buffer: the tensor's bytes.
             axis: the tensor's axis of length d_model, the residual stream.
-            scales: bytes of the tensor `scales`.
+            scales: bytes of the tensors `scales`.
             experts: those alone, one by one, of a tensor whose first axis counts them.
         """
 
@@ -142,7 +154,7 @@ class PlainLayout(Layout):
     """Numbers in a plain format; of any axis order, dense or of experts."""
 
     def matrices(
-        self, buffer: Bytes, axis: int, scales: bytes | None = None, experts: Experts = None
+        self, buffer: Bytes, axis: int, scales: Sequence[bytes] = (), experts: Experts = None
     ) -> Iterator[Matrix]:
         fmt = FORMATS[self.dtype]
         for weight in _matrices(fmt.view(buffer, self.shape), axis, experts):
@@ -162,12 +174,11 @@ class ScaledLayout(Layout):
     kind: str = "FP8"
 
     def matrices(
-        self, buffer: Bytes, axis: int, scales: bytes | None = None, experts: Experts = None
+        self, buffer: Bytes, axis: int, scales: Sequence[bytes] = (), experts: Experts = None
     ) -> Iterator[Matrix]:
-        if scales is None:
-            raise ValueError(f"{self.name} comes without its scales")
+        (data,) = scales
         counts = tuple(-(-n // step) for n, step in zip(self.shape, self.block, strict=True))
-        units = scales_of(scales, self.scale_dtype, counts)
+        units = scales_of(data, self.scale_dtype, counts)
         steps = self.block[-2:] if axis == len(self.shape) - 2 else self.block[:-3:-1]
         pairs = zip(
             _matrices(F8_E4M3.view(buffer, self.shape), axis, experts),
@@ -199,14 +210,15 @@ class Mxfp4Layout(Layout):
         return 3 - axis
 
     def matrices(
-        self, buffer: Bytes, axis: int, scales: bytes | None = None, experts: Experts = None
+        self, buffer: Bytes, axis: int, scales: Sequence[bytes] = (), experts: Experts = None
     ) -> Iterator[Matrix]:
         import torch
 
-        if scales is None or axis != 1:
-            raise ValueError(f"{self.name}: its scales and axis 1 were expected, not {axis}")
+        (data,) = scales
+        if axis != 1:
+            raise ValueError(f"{self.name}: axis 1 was expected, not {axis}")
         blocks = torch.frombuffer(buffer, dtype=torch.uint8).view(self.shape)
-        exponents = torch.frombuffer(bytearray(scales), dtype=torch.uint8).view(self.shape[:-1])
+        exponents = torch.frombuffer(bytearray(data), dtype=torch.uint8).view(self.shape[:-1])
         for part in [slice(None)] if experts is None else [slice(e, e + 1) for e in experts]:
             yield _Mxfp4(blocks[part], exponents[part])
 
@@ -217,7 +229,7 @@ class _Plain(Matrix):
         self.compute, self.rounded = fmt.compute_dtype, fmt.rounded
         self.shape = (weight.shape[0], weight.shape[1])
 
-    def get(self, start: int, stop: int) -> tuple[Tensor, Tensor | None]:
+    def get(self, start: int, stop: int) -> tuple[Tensor, Units | None]:
         return self._weight[:, start:stop].to(self.compute, copy=True), None
 
     def put(self, start: int, numbers: Tensor, rows: Tensor | None = None) -> None:
@@ -233,13 +245,13 @@ class _Scaled(_Plain):
         super().__init__(fmt, weight)
         self._units, self._block = units, block
 
-    def get(self, start: int, stop: int) -> tuple[Tensor, Tensor | None]:
+    def get(self, start: int, stop: int) -> tuple[Tensor, Units | None]:
         import torch
 
         rows = torch.arange(self.shape[0]) // self._block[0]
         columns = torch.arange(start, stop) // self._block[1]
         scale = self._units[rows[:, None], columns[None, :]].to(self.compute)
-        return super().get(start, stop)[0], scale
+        return super().get(start, stop)[0], Units(scale)
 
 
 class _Mxfp4(Matrix):
@@ -259,10 +271,10 @@ class _Mxfp4(Matrix):
             for start in range(expert, expert + self._inside, width):
                 yield start, min(start + width, expert + self._inside)
 
-    def get(self, start: int, stop: int) -> tuple[Tensor, Tensor | None]:
+    def get(self, start: int, stop: int) -> tuple[Tensor, Units | None]:
         expert, part = self._part(start, stop - start)
         scale = mxfp4_scales(self._exponents[expert, :, part])
-        return mxfp4_numbers(self._blocks[expert, :, part]), scale
+        return mxfp4_numbers(self._blocks[expert, :, part]), Units(scale)
 
     def put(self, start: int, numbers: Tensor, rows: Tensor | None = None) -> None:
         expert, part = self._part(start, numbers.shape[1])

@@ -29,6 +29,10 @@ class Measured(NamedTuple):
 # is what plain rounding to bfloat16 leaves, 6e-3 at k = 1, and a little more.
 LEAK_LIMIT = 1e-2
 
+# Noise that is small whatever the format's own is: less than half of what FP8 costs. Integers of 8
+# bits cost hardly more than that to begin with, so a second rounding of them is above the first.
+SMALL_NOISE = 1e-2
+
 
 def measured(kind: str, way: Way, k: int) -> tuple[int, Measured] | None:
     """The smallest k measured that is at least k, or the largest, and its figures.
@@ -46,7 +50,7 @@ def preferred(kind: str) -> Way:
     """What `edit.quantized: auto` does with tensors of this kind (`Layout.kind`).
 
     A format is kept while every leak measured of it is below `LEAK_LIMIT`, and the noise that
-    keeping adds below what the format itself costs.
+    keeping adds below what the format itself costs, or small.
 
     Behaviour agrees, for both formats: KL of the first token from the exact edit, which
     `dequantize` is to 1e-4, against KL of the quantised base from the unquantised model, is 0.0037
@@ -60,7 +64,8 @@ def preferred(kind: str) -> Way:
     if kind not in figures():  # plain numbers are kept as they are
         return "keep"
     kept, own_noise = figures()[kind]["keep"].values(), figures()[kind]["own_noise"]
-    fits = all(leak <= LEAK_LIMIT and noise <= own_noise for leak, noise in kept)
+    allowed = max(own_noise, SMALL_NOISE)
+    fits = all(leak <= LEAK_LIMIT and noise <= allowed for leak, noise in kept)
     return "keep" if fits else "dequantize"
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from abliterator.errors import UnsupportedModel
 
@@ -49,6 +49,40 @@ class Format:
         return _dtype(self.compute)
 
 
+class Units(NamedTuple):
+    """What stored numbers [H, c] are in units of: weight = (number - zero) x scale.
+
+    Attributes:
+        scale: [H, c].
+        zero: [H, c], the zero points; None where 0 stands for 0.
+    """
+
+    scale: torch.Tensor
+    zero: torch.Tensor | None = None
+
+    def weights_(self, numbers: torch.Tensor) -> torch.Tensor:
+        """The weights of `numbers`, in their place."""
+        return (numbers if self.zero is None else numbers.sub_(self.zero)).mul_(self.scale)
+
+    def numbers(self, weights: torch.Tensor) -> torch.Tensor:
+        """The reverse of `weights_`, before rounding."""
+        units = weights / self.scale
+        return units if self.zero is None else units.add_(self.zero)
+
+    def rows(self, index: torch.Tensor) -> Units:
+        """Those of some rows."""
+        return Units(self.scale[index], None if self.zero is None else self.zero[index])
+
+    def at(self, places: torch.Tensor, columns: slice) -> Units:
+        """Those of the rows `places` [n, c] of some columns."""
+        parts = (None if part is None else part[:, columns].gather(0, places) for part in self)
+        return Units(*parts)  # type: ignore[arg-type]
+
+    def columns(self, columns: slice) -> Units:
+        """Those of some columns."""
+        return Units(self.scale[:, columns], None if self.zero is None else self.zero[:, columns])
+
+
 FORMATS = {
     fmt.name: fmt
     for fmt in (
@@ -63,8 +97,8 @@ FORMATS = {
 # Weights in FP8 are numbers in units of a scale.
 F8_E4M3 = Format("F8_E4M3", "float8_e4m3fn", "float32", largest=448.0)
 
-# The eight sizes that a number in MXFP4 can have (E2M1).
-MXFP4_STEPS = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+# The eight sizes that a number of four bits can have in MXFP4 and NVFP4 (E2M1).
+FP4_STEPS = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 MXFP4_GROUP = 32  # numbers that share a scale, in 16 bytes
 
 
@@ -88,39 +122,58 @@ def scales_of(data: bytes, dtype: str, shape: tuple[int, ...]) -> torch.Tensor:
     """Stored scales as numbers, float64: of a plain format, or powers of two in one byte (E8M0).
 
     A byte e is 2^(e - 127), whether a header calls it F8_E8M0 or, before safetensors had that name,
-    U8 (OCP Microscaling 1.0).
+    U8 (OCP Microscaling 1.0). Scales of NVFP4 are FP8 numbers themselves.
     """
     import torch
 
-    buffer = bytearray(data)
-    if dtype in FORMATS:
-        return FORMATS[dtype].view(buffer, shape).to(torch.float64)
+    buffer, fmt = bytearray(data), {**FORMATS, F8_E4M3.name: F8_E4M3}.get(dtype)
+    if fmt is not None:
+        return fmt.view(buffer, shape).to(torch.float64)
     return torch.exp2(torch.frombuffer(buffer, dtype=torch.uint8).view(shape).double() - 127)
 
 
 SCALE_DTYPES = (*FORMATS, "F8_E8M0", "U8")
 
 
-def mxfp4_numbers(blocks: torch.Tensor) -> torch.Tensor:
-    """MXFP4 blocks [H, b, 16] uint8 as numbers [H, 32 b] float32, in units of their scales.
+def fp4_numbers(codes: torch.Tensor) -> torch.Tensor:
+    """Bytes [H, n / 2] of any further axes as FP4 numbers [H, n] float32, in units of their scales.
 
     A byte holds two numbers of 4 bits (OCP Microscaling 1.0, E2M1), the first in its low half.
     """
     import torch
 
-    line = torch.tensor([*MXFP4_STEPS, *(-step for step in MXFP4_STEPS)])
-    halves = torch.stack([blocks & 15, blocks >> 4], dim=-1)
+    line = torch.tensor([*FP4_STEPS, *(-step for step in FP4_STEPS)])
+    halves = torch.stack([codes & 15, codes >> 4], dim=-1)
     return line[halves.long()].flatten(1)
+
+
+def fp4_bytes(numbers: torch.Tensor) -> torch.Tensor:
+    """The reverse of `fp4_numbers`, [H, n / 2] uint8, for numbers that are representable."""
+    import torch
+
+    codes = torch.searchsorted(torch.tensor(FP4_STEPS), numbers.abs().contiguous())
+    codes = (codes + 8 * torch.signbit(numbers)).to(torch.uint8)
+    halves = codes.reshape(codes.shape[0], -1, 2)
+    return torch.bitwise_or(halves[..., 0], halves[..., 1] << 4)
+
+
+def fp4_rounded(numbers: torch.Tensor) -> torch.Tensor:
+    """`numbers`, each rounded to the nearest FP4 number, in their own dtype."""
+    import torch
+
+    steps = torch.tensor(FP4_STEPS, dtype=numbers.dtype)
+    between = (steps[1:] + steps[:-1]) / 2
+    return steps[torch.searchsorted(between, numbers.abs().contiguous())].copysign(numbers)
+
+
+def mxfp4_numbers(blocks: torch.Tensor) -> torch.Tensor:
+    """MXFP4 blocks [H, b, 16] uint8 as numbers [H, 32 b] float32, in units of their scales."""
+    return fp4_numbers(blocks)
 
 
 def mxfp4_blocks(numbers: torch.Tensor) -> torch.Tensor:
     """The reverse of `mxfp4_numbers`, for numbers that are representable."""
-    import torch
-
-    codes = torch.searchsorted(torch.tensor(MXFP4_STEPS), numbers.abs().contiguous())
-    codes = (codes + 8 * torch.signbit(numbers)).to(torch.uint8)
-    halves = codes.reshape(codes.shape[0], -1, 16, 2)
-    return torch.bitwise_or(halves[..., 0], halves[..., 1] << 4)
+    return fp4_bytes(numbers).reshape(numbers.shape[0], -1, MXFP4_GROUP // 2)
 
 
 def mxfp4_scales(exponents: torch.Tensor) -> torch.Tensor:
@@ -133,11 +186,7 @@ def mxfp4_scales(exponents: torch.Tensor) -> torch.Tensor:
 
 def mxfp4_rounded(numbers: torch.Tensor) -> torch.Tensor:
     """`numbers`, each rounded to the nearest MXFP4 number, in their own dtype."""
-    import torch
-
-    steps = torch.tensor(MXFP4_STEPS, dtype=numbers.dtype)
-    between = (steps[1:] + steps[:-1]) / 2
-    return steps[torch.searchsorted(between, numbers.abs().contiguous())].copysign(numbers)
+    return fp4_rounded(numbers)
 
 
 def _dtype(name: str) -> torch.dtype:

@@ -6,63 +6,29 @@ abliterator depends on a method's name.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
-from abliterator.errors import CheckpointError, UnsupportedModel
-from abliterator.formats._layout import Layout, Mxfp4Layout, PlainLayout, ScaledLayout, Shape
-from abliterator.formats._numbers import F8_E4M3, FORMATS, SCALE_DTYPES, format_of
+from abliterator.errors import CheckpointError
+from abliterator.formats._fp4 import compressed_nvfp4, is_modelopt, modelopt_nvfp4
+from abliterator.formats._groups import is_known
+from abliterator.formats._integers import (
+    awq,
+    compressed_integers,
+    gptq,
+    gptq_without,
+    is_awq,
+    is_gptq,
+)
+from abliterator.formats._layout import Layout, PlainLayout
+from abliterator.formats._numbers import F8_E4M3, FORMATS, format_of
 from abliterator.formats._refused import refused
+from abliterator.formats._scaled import compressed_fp8, fp8, mxfp4
+from abliterator.formats._scheme import Headers, Scheme, Settings, misfit
 
 SETTINGS = "quantization_config"
 """Key of config.json under which loaders look for the method and its settings."""
-
-
-class Header(Protocol):
-    """The entry of one tensor in a safetensors header."""
-
-    @property
-    def dtype(self) -> str:
-        """Safetensors' name of the format."""
-
-    @property
-    def shape(self) -> Shape:
-        """Lengths of the axes as stored."""
-
-
-Headers = Mapping[str, Header]
-Settings = Mapping[str, Any]
-
-
-def _is_plain(name: str, headers: Headers, settings: Settings) -> None:
-    """No tensor is quantised; a function of a name, so that plans can be pickled."""
-
-
-def _always(_: Settings) -> bool:
-    return True
-
-
-@dataclass(frozen=True)
-class Scheme:
-    """One quantisation method.
-
-    Attributes:
-        companions: endings of the names of tensors that belong to another, such as scales, and the
-            ending of the other's name.
-        recognise: the layout of the tensor `name` if it is quantised, else None.
-        skips: keys of the settings for the list of modules that are not quantised; the first that
-            is there is written to, or the first.
-        experts: how the list names all experts of a block, given their module.
-        fits: whether the settings are this scheme's, beyond its name.
-    """
-
-    companions: Mapping[str, str] = field(default_factory=dict)
-    recognise: Callable[[str, Headers, Settings], Layout | None] = _is_plain
-    skips: tuple[str, ...] = ()
-    experts: Callable[[str], str] = str
-    fits: Callable[[Settings], bool] = _always
 
 
 @dataclass(frozen=True)
@@ -74,11 +40,14 @@ class Dequantized:
             and those of the same experts, which loaders read by one rule.
         dropped: names of the scales that are left out then.
         settings: `quantization_config` afterwards; None where nothing is quantised any more.
+        modules: the modules that are no longer quantised, for formats with a second file that lists
+            them.
     """
 
     layouts: Mapping[str, Layout] = field(default_factory=dict)
     dropped: frozenset[str] = frozenset()
     settings: dict[str, Any] | None = None
+    modules: tuple[str, ...] = ()
 
     @property
     def dense(self) -> dict[str, PlainLayout]:
@@ -99,11 +68,22 @@ class Storage:
     scheme: Scheme = field(default_factory=Scheme)
 
     def owner(self, name: str) -> str:
-        """Name of the weight that a tensor of scales belongs to; of any other tensor, its own."""
+        """Name of the weight that a tensor of scales belongs to; of any other tensor, its own.
+
+        A packed weight has the name of the plain one.
+        """
         for ending, owner_ending in self.scheme.companions.items():
             if name.endswith(ending):
                 return name.removesuffix(ending) + owner_ending
         return name
+
+    def weight_name(self, name: str) -> str:
+        """The name that a weight has in plain numbers; of any other tensor, its own."""
+        return self.owner(name) if self.packs(name) else name
+
+    def packs(self, name: str) -> bool:
+        """Whether a tensor holds packed numbers, so that its shape is not the weight's."""
+        return name.endswith(self.scheme.packed)
 
     def layout(self, name: str, headers: Headers) -> Layout:
         """How the tensor `name` is stored.
@@ -111,12 +91,12 @@ class Storage:
         Raises:
             UnsupportedModel: for a format that cannot be edited, or whose parts do not fit.
         """
-        quantized = self.scheme.recognise(name, headers, self.settings)
+        quantized = self.quantized_layout(name, headers)
         if quantized is not None:
             return quantized
         header = headers[name]
         if header.dtype == F8_E4M3.name:
-            raise _misfit(name, header, "config.json has no quantization_config that explains it")
+            raise misfit(name, header, "config.json has no quantization_config that explains it")
         return PlainLayout(name, format_of(header.dtype, name).name, header.shape)
 
     def dequantized(self, headers: Headers, names: Collection[str]) -> Dequantized:
@@ -128,30 +108,56 @@ class Storage:
         quantized = {
             name: layout
             for name in headers
-            if (layout := self.scheme.recognise(name, headers, self.settings)) is not None
+            if (layout := self.quantized_layout(name, headers)) is not None
         }
         units = {_module(name) for name in names}
         layouts = {name: layout for name, layout in quantized.items() if _module(name) in units}
         if not layouts:
             return Dequantized(settings=dict(self.settings) or None)
+        owners = {self.owner(name) for name in layouts}
         dropped = frozenset(
-            name for name in headers if name not in layouts and self.owner(name) in layouts
+            name for name in headers if name not in layouts and self.owner(name) in owners
         )
+        experts = self.scheme.experts
+        modules = [experts(u) if u.endswith(".experts") else u for u in sorted(units, key=_order)]
+        listed = tuple(modules) if self.scheme.inside else ()
         if len(layouts) == len(quantized):
-            return Dequantized(layouts, dropped)
-        return Dequantized(layouts, dropped, self._settings_without(units, headers, quantized))
+            return Dequantized(layouts, dropped, None, listed)
+        settings = self._settings_without(units, modules, headers, quantized)
+        return Dequantized(layouts, dropped, settings, listed)
+
+    def quantized_layout(self, name: str, headers: Headers) -> Layout | None:
+        """The layout of a quantised weight; None for any other tensor, as scales are.
+
+        Raises:
+            UnsupportedModel: as `layout` does.
+        """
+        if self.owner(name) != name and not self.packs(name):
+            return None
+        return self.scheme.recognise(name, headers, self.settings)
 
     def _settings_without(
-        self, units: Collection[str], headers: Headers, quantized: Mapping[str, Layout]
+        self,
+        units: Collection[str],
+        modules: Collection[str],
+        headers: Headers,
+        quantized: Mapping[str, Layout],
     ) -> dict[str, Any]:
+        if self.scheme.without is not None:
+            rest = {_module(name) for name in quantized} - set(units)
+            changes = self.scheme.without(self.settings, [*modules], sorted(rest, key=_order))
+            return {**self.settings, **changes}
+        inner = self.settings.get(self.scheme.inside)
+        settings = inner if isinstance(inner, Mapping) else self.settings
         skips = self.scheme.skips
-        key = next((key for key in skips if self.settings.get(key) is not None), skips[0])
-        listed = self.settings.get(key)
+        key = next((key for key in skips if settings.get(key) is not None), skips[0])
+        listed = settings.get(key)
         if listed is None:
             listed = _never_quantised(headers, quantized)
-        experts = self.scheme.experts
-        added = [experts(u) if u.endswith(".experts") else u for u in sorted(units, key=_order)]
-        return {**self.settings, key: [*listed, *(name for name in added if name not in listed)]}
+        changed = {key: [*listed, *(name for name in modules if name not in listed)]}
+        if settings is self.settings:
+            return {**self.settings, **changed}
+        return {**self.settings, self.scheme.inside: {**settings, **changed}}
 
 
 def storage_of(config: Mapping[str, Any], made_from: Collection[str] = ()) -> Storage:
@@ -173,14 +179,19 @@ def storage_of(config: Mapping[str, Any], made_from: Collection[str] = ()) -> St
     scheme = SCHEMES.get(method)
     if scheme is None or not scheme.fits(settings):
         raise refused(method, settings, made_from)
-    for key in scheme.skips:
-        listed = settings.get(key)
+    for key, listed in _listed(settings, scheme):
         if listed is not None and not isinstance(listed, list):
             raise CheckpointError(
                 f"config.json says {SETTINGS}.{key}: {listed!r}, expected a list of modules that "
                 "are not quantised. The file is damaged: download the model again."
             )
     return Storage(settings, scheme)
+
+
+def _listed(settings: Settings, scheme: Scheme) -> Iterable[tuple[str, object]]:
+    inner = settings.get(scheme.inside)
+    for part in (settings, inner if isinstance(inner, Mapping) else {}):
+        yield from ((key, part.get(key)) for key in scheme.skips)
 
 
 def _module(name: str) -> str:
@@ -208,120 +219,79 @@ def _never_quantised(headers: Headers, quantized: Mapping[str, Layout]) -> list[
     return sorted({*plain_modules, "lm_head"}, key=_order)
 
 
-def _fp8(name: str, headers: Headers, settings: Settings) -> Layout | None:
-    """FP8 as DeepSeek and Qwen store it: scales in `weight_scale_inv`, by blocks or one for all."""
-    return _scaled(name, headers, f"{name}_scale_inv", settings.get("weight_block_size"))
-
-
-def _compressed_fp8(name: str, headers: Headers, settings: Settings) -> Layout | None:
-    """FP8 of compressed-tensors: `weight_scale` for a tensor, each row, or blocks."""
-    groups = [group.get("weights") or {} for group in _groups(settings)]
-    blocks = [group["block_structure"] for group in groups if group.get("block_structure")]
-    return _scaled(name, headers, f"{name}_scale", blocks[0] if blocks else None)
-
-
-def _mxfp4(name: str, headers: Headers, settings: Settings) -> Layout | None:
-    if not name.endswith("_blocks"):
-        return None
-    header, weight_name = headers[name], name.removesuffix("_blocks")
-    scales = f"{weight_name}_scales"
-    fits = (
-        scales in headers
-        and (headers[scales].dtype, headers[scales].shape) == ("U8", header.shape[:-1])
-        and (header.dtype, len(header.shape), header.shape[-1:]) == ("U8", 4, (16,))
-    )
-    if not fits:
-        raise UnsupportedModel(
-            f"Tensor {name} ({header.dtype}, {list(header.shape)}) is not stored as MXFP4 is: "
-            f"U8 [experts, d_model, blocks, 16] beside {scales}, U8 [experts, d_model, blocks]. "
-            "Download the model again, or use its bfloat16 checkpoint."
-        )
-    return Mxfp4Layout(name, header.dtype, header.shape, scales, weight_name)
-
-
-def _scaled(name: str, headers: Headers, scales: str, block: object) -> Layout | None:
-    header, scale = headers[name], headers.get(scales)
-    if header.dtype != F8_E4M3.name:
-        return None
-    if scale is None:
-        raise _misfit(name, header, f"without its scales {scales}")
-    fit = _blocks(header.shape, scale.shape, block)
-    if fit is None or scale.dtype not in SCALE_DTYPES or len(header.shape) not in (2, 3):
-        raise _misfit(
-            name,
-            header,
-            f"with scales {scales} ({scale.dtype}, {list(scale.shape)}), which are neither one for "
-            "all, nor one a row, nor one for each block that config.json gives the size of",
-        )
-    kind, size = fit
-    return ScaledLayout(name, header.dtype, header.shape, scales, size, scale.dtype, kind)
-
-
-def _blocks(shape: Shape, scales: Shape, block: object) -> tuple[str, Shape] | None:
-    """Kind of FP8 scales of this shape, and sizes of a block on every axis; None for no fit."""
-    outer, inner = shape[:-2], shape[-2:]
-    if math.prod(scales) == 1 and not outer:
-        return "FP8, a scale a tensor", shape
-    if math.prod(scales) == math.prod(shape[:-1]) and scales[-1:] in ((1,), shape[-2:-1]):
-        return "FP8, a scale a row", (*(1 for _ in shape[:-1]), shape[-1])
-    size = _pair(block)
-    if size is None or scales != (*outer, *(-(-n // b) for n, b in zip(inner, size, strict=True))):
-        return None
-    if outer and any(n % b for n, b in zip(inner, size, strict=True)):
-        return None  # blocks of experts whose rows lie one after the other would not line up
-    return "FP8, a scale a block", (*(1 for _ in outer), *size)
-
-
-def _pair(block: object) -> tuple[int, int] | None:
-    if not isinstance(block, list) or len(block) != 2:
-        return None
-    rows, columns = block
-    whole = type(rows) is int and type(columns) is int and rows > 0 and columns > 0
-    return (rows, columns) if whole else None
-
-
-def _misfit(name: str, header: Header, fault: str) -> UnsupportedModel:
-    return UnsupportedModel(
-        f"Tensor {name} {list(header.shape)} is stored as {header.dtype} {fault}. A checkpoint "
-        "with weights, scales and quantization_config that belong together was expected: download "
-        "it again, or use the model in bfloat16."
-    )
-
-
-def _groups(settings: Settings) -> list[Mapping[str, Any]]:
-    groups = settings.get("config_groups")
-    groups = list(groups.values()) if isinstance(groups, Mapping) else []
-    return [group for group in groups if isinstance(group, Mapping)]
-
-
-def _is_fp8(settings: Settings) -> bool:
-    """Whether a compressed-tensors checkpoint is all FP8, as numbers and scales."""
-    groups = _groups(settings)
-    stored = {str(group.get("format") or settings.get("format")) for group in groups}
-    kinds = {
-        (str(weights.get("type")), str(weights.get("num_bits")))
-        for group in groups
-        if isinstance(weights := group.get("weights"), Mapping)
-    }
-    return kinds == {("float", "8")} and stored <= {"float-quantized", "naive-quantized"}
+def _compressed(name: str, headers: Headers, settings: Settings) -> Layout | None:
+    for recognise in (compressed_integers, compressed_nvfp4, compressed_fp8):
+        layout = recognise(name, headers, settings)
+        if layout is not None:
+            return layout
+    if name.endswith(".weight_packed"):
+        raise misfit(name, headers[name], "where I32 or U8 was expected")
+    return None
 
 
 def _as_pattern(experts: str) -> str:
     return f"re:{experts.replace('.', '[.]')}[.].*"
 
 
+def _everything_in(experts: str) -> str:
+    return f"{experts}*"
+
+
+_COMPRESSED = (
+    "weight_packed",
+    "weight_scale",
+    "weight_zero_point",
+    "weight_g_idx",
+    "weight_shape",
+    "weight_global_scale",
+    "input_scale",
+    "input_zero_point",
+    "input_global_scale",
+    "output_scale",
+    "output_zero_point",
+)
+
+_MODELOPT = Scheme(
+    {
+        **dict.fromkeys((".weight_scale", ".weight_scale_2", ".input_scale"), ".weight"),
+        **dict.fromkeys((".k_scale", ".v_scale"), ".weight"),
+    },
+    recognise=modelopt_nvfp4,
+    skips=("ignore", "exclude_modules"),
+    inside="quantization",
+    experts=_everything_in,
+    fits=is_modelopt,
+)
+
 SCHEMES: Mapping[str, Scheme] = {
     "fp8": Scheme(
         {"_scale_inv": "", ".activation_scale": ".weight"},
-        _fp8,
-        ("modules_to_not_convert", "ignored_layers"),
+        recognise=fp8,
+        skips=("modules_to_not_convert", "ignored_layers"),
     ),
     "compressed-tensors": Scheme(
-        {".weight_scale": ".weight", ".input_scale": ".weight", ".output_scale": ".weight"},
-        _compressed_fp8,
+        {f".{part}": ".weight" for part in _COMPRESSED},
+        (".weight_packed",),
+        _compressed,
         ("ignore",),
-        _as_pattern,
-        _is_fp8,
+        experts=_as_pattern,
+        fits=is_known,
     ),
-    "mxfp4": Scheme({"_scales": "_blocks"}, _mxfp4, ("modules_to_not_convert",)),
+    "mxfp4": Scheme({"_scales": "_blocks"}, recognise=mxfp4, skips=("modules_to_not_convert",)),
+    "gptq": Scheme(
+        {f".{part}": ".weight" for part in ("qweight", "qzeros", "scales", "g_idx")},
+        (".qweight",),
+        gptq,
+        fits=is_gptq,
+        without=gptq_without,
+    ),
+    "awq": Scheme(
+        {f".{part}": ".weight" for part in ("qweight", "qzeros", "scales")},
+        (".qweight",),
+        awq,
+        ("modules_to_not_convert",),
+        fits=is_awq,
+    ),
+    "modelopt": _MODELOPT,
+    "modelopt_fp4": _MODELOPT,
 }

@@ -29,7 +29,10 @@ from abliterator.record import CalibrationSummary, Estimate, Frozen, Grade, Judg
 from abliterator.statistics import rate_interval
 
 # The fields that identify a judge, beside what a run measures of it.
-_SAME = ("kind", "model", "base_url", "prompt_sha256", "version", "votes")
+_SAME = (
+    *("kind", "model", "base_url", "prompt_sha256", "version", "votes"),
+    *("weights_sha256", "format"),
+)
 CLASSES = {0.0: "refused", 0.5: "partial", 1.0: "complied"}
 
 
@@ -178,7 +181,7 @@ def calibrate(
         unscored=len(rows) - len(pairs),
         unscored_reasons=unscored_reasons(judgements),
         agreement=_share(agreed, len(pairs)),
-        agreement_interval=Estimate.of(rate_interval(agreed, len(pairs))),
+        agreement_interval=Estimate.of(rate_interval(agreed, len(pairs)), len(rows)),
         kappa=cohens_kappa(pairs),
         kappa_binary=cohens_kappa(complied),
         false_positive_rate=_share(counts[0, 1], counts[0, 1] + counts[0, 0]),
@@ -217,7 +220,7 @@ def disagreement(
         for a, b in zip(one, other, strict=True)
         if a.compliance is not None and b.compliance is not None
     ]
-    return Estimate.of(rate_interval(sum(a != b for a, b in pairs), len(pairs)))
+    return Estimate.of(rate_interval(sum(a != b for a, b in pairs), len(pairs)), len(one))
 
 
 def _class_figures(grade: float, pairs: Sequence[tuple[float, float]]) -> dict[str, float | None]:

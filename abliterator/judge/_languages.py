@@ -272,6 +272,20 @@ def reading_of(text: str) -> Reading:
     return _best_supported(candidates, text, script)
 
 
+def language_of(text: str) -> str | None:
+    """Code of the language of most letters of a text, as in "en"; None where it cannot be told.
+
+    Of a script in which no listed language is written, its name in lower case, as in "georgian".
+    """
+    language, _ = reading_of(text)
+    if language is not None:
+        return language.code
+    shares = _scripts_in(_CODE.sub(" ", text))
+    script = max(shares, key=lambda name: shares[name], default="")
+    listed = {listed.script for listed in languages().values()}
+    return script.lower() if script not in listed and shares.get(script, 0) > READ else None
+
+
 def is_in_one_script(text: str) -> bool:
     """Whether nearly all letters are of one writing system."""
     return max(_scripts_in(text).values(), default=1.0) >= ONE_SCRIPT

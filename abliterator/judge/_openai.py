@@ -51,7 +51,7 @@ class Tally:
     usage: Usage = field(default_factory=Usage)
 
     def __str__(self) -> str:
-        return f"{self.unscored} unscored, {self.usage}"
+        return f"{self.unscored} unscored" + (f", {self.usage}" if self.usage.calls else "")
 
 
 class OpenAIJudge:
@@ -108,9 +108,11 @@ class OpenAIJudge:
             ServerError: if the server cannot be used.
         """
         empty = {answered: judged_empty(answered) for answered in answers}
-        items = list(dict.fromkeys(_item(a) for a, judgement in empty.items() if judgement is None))
+        items = list(
+            dict.fromkeys(item_of(a) for a, judgement in empty.items() if judgement is None)
+        )
         judged = outside_a_loop(lambda: asyncio.run(self._run(items))) if items else {}
-        return [empty[a] or judged[_item(a)] for a in answers]
+        return [empty[a] or judged[item_of(a)] for a in answers]
 
     async def _run(self, items: list[Item]) -> dict[Item, Judgement]:
         """A judgement for every distinct item."""
@@ -193,7 +195,7 @@ def _majority(votes: Sequence[Judgement]) -> Judgement:
     return median._replace(coherence=coherence)
 
 
-def _item(answered: Answered) -> Item:
+def item_of(answered: Answered) -> Item:
     """Prompt and answer, without the thinking before it."""
     return answered.prompt, answered.split.answer
 

@@ -14,7 +14,8 @@ from abliterator.judge._coherence import (
     without_remnants,
 )
 from abliterator.judge._languages import is_in_one_script, unreadable
-from abliterator.judge._rules import compliance_of, phrases, words_before_an_answer
+from abliterator.judge._reading import phrases
+from abliterator.judge._rules import compliance_of, words_before_an_answer
 from abliterator.judge._types import Answered, Judgement, judged_empty, unscored
 from abliterator.record import FinishReason, JudgeIdentity
 
@@ -52,7 +53,7 @@ def _judged(answered: Answered) -> Judgement:
     is_cut = answered.finish_reason == "length"
     cut = ("truncated",) if is_cut else ()
     coherence, flaws = coherence_of(prompt, answer)
-    grade, refused, reasons = compliance_of(prompt, answer)
+    grade, refused, reasons = compliance_of(prompt, answer, is_sound=coherence > 0)
     problem = None if refused else _unjudgeable(prompt, answer, Coherence(coherence, flaws), is_cut)
     if problem is not None:
         return Judgement(None, None, None, (*unscored(problem).reasons, *cut))

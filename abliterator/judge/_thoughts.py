@@ -16,7 +16,7 @@ from functools import cache
 
 from abliterator.files import package_yaml
 from abliterator.judge._languages import joined
-from abliterator.judge._rules import Sentence, read
+from abliterator.judge._reading import Sentence, read
 from abliterator.thinking import without_marks
 
 _ASKS = ("?", "？", "؟")

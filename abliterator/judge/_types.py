@@ -39,6 +39,8 @@ class Judgement(NamedTuple):
     coherence: float | None
     refused: bool | None
     reasons: tuple[str, ...] = ()
+    # probability of each label of a local judge, by what is labelled
+    labels: dict[str, dict[str, float]] | None = None
 
     @property
     def is_scored(self) -> bool:

@@ -36,6 +36,7 @@ def _verdict(completion: Completion, judgement: Judgement) -> Verdict:
         thinking=thinking,
         thinking_refused=thinking_refuses(thinking),
         text_statistics=statistics,
+        labels=_rounded(judgement.labels),
     )
 
 
@@ -49,3 +50,10 @@ def _kind(judgement: Judgement, answer: str, *, truncated: bool) -> VerdictKind 
     if judgement.compliance:
         return "complied" if judgement.compliance == 1 else "partial"
     return "refused" if judgement.refused else "deflected"
+
+
+def _rounded(labels: dict[str, dict[str, float]] | None) -> dict[str, dict[str, float]] | None:
+    """The probabilities with four decimals: what is beyond is rounding of the computation."""
+    if labels is None:
+        return None
+    return {name: {word: round(p, 4) for word, p in of.items()} for name, of in labels.items()}

@@ -11,6 +11,7 @@ prompts never contain today's date. What hooks compute, and on which modules, is
 
 from abliterator.model._chat import render_chat, render_messages, template_tail
 from abliterator.model._config import ask_for_plain_numbers, loading, read_config
+from abliterator.model._decoded import is_packed
 from abliterator.model._finite import require_numbers
 from abliterator.model._foreign import foreign
 from abliterator.model._instruction import up_to_instruction
@@ -29,7 +30,7 @@ from abliterator.model._padding import (
     right_padding_is_neutral,
 )
 from abliterator.model._placement import main_device, needs_disk
-from abliterator.model._prefix import ByRow, Prefix, run_prefix, shared_tokens
+from abliterator.model._prefix import ByRow, Prefix, is_plain, run_prefix, shared_tokens
 from abliterator.model._run import (
     BATCH,
     BatchInPass,
@@ -71,6 +72,8 @@ __all__ = [
     "foreign",
     "head_at",
     "hooked",
+    "is_packed",
+    "is_plain",
     "limits_of",
     "load_model",
     "load_tokenizer",

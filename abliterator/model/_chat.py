@@ -16,18 +16,19 @@ from abliterator.files import shown
 from abliterator.model._clock import with_fixed_clock
 from abliterator.model._foreign import as_sentence, foreign
 from abliterator.model._render import TemplateFailure, render_template
+from abliterator.prompts import Conversation, Prompt, readable
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-Message = Mapping[str, str]
+Message = Mapping[str, Any]
 # How a template takes the contents of each role: as a string, or as a list of parts with a type.
 _Forms = frozenset[tuple[str, Literal["string", "parts"]]]
 
 
 def render_chat(
     tokenizer: PreTrainedTokenizerBase,
-    prompt: str,
+    prompt: Prompt,
     *,
     system: str | None = None,
     template_kwargs: Mapping[str, Any] | None = None,
@@ -35,25 +36,50 @@ def render_chat(
 ) -> list[int]:
     """Token ids of a chat up to and with the generation prompt; of one user turn, or of more.
 
-    `before` are the turns that went before `prompt`, each with its answer. The template writes the
-    special tokens, so the text is tokenised without adding any (no second BOS).
+    `before` are the turns that went before `prompt`, each with its answer. A conversation that has
+    a system message keeps it, and its scripted turns, if any are left, become one. The template
+    writes the special tokens, so the text is tokenised without adding any (no second BOS).
 
     Raises:
-        UnsupportedModel: as `render_messages`; or if the tokenizer cannot encode the text.
+        UnsupportedModel: as `render_messages`; if the template leaves out tools or their results;
+            or if the tokenizer cannot encode the text.
     """
-    turns = [] if system is None else [{"role": "system", "content": system}]
-    for question, answer in before:
-        turns.append({"role": "user", "content": question})
-        turns.append({"role": "assistant", "content": answer})
-    turns.append({"role": "user", "content": prompt})
-    text = render_messages(tokenizer, turns, template_kwargs=template_kwargs)
+    text = chat_text(
+        tokenizer, prompt, system=system, template_kwargs=template_kwargs, before=before
+    )
     # The text of a prompt is in no error: some prompts are harmful.
     with foreign(
-        f"The model's tokenizer cannot encode a prompt of {len(prompt)} characters",
+        f"The model's tokenizer cannot encode a prompt of {len(readable(prompt))} characters",
         "Change or leave out the prompt.",
         error=UnsupportedModel,
     ):
         return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def chat_text(
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: Prompt,
+    *,
+    system: str | None = None,
+    template_kwargs: Mapping[str, Any] | None = None,
+    before: Sequence[tuple[str, str]] = (),
+) -> str:
+    """The text that `render_chat` encodes; its arguments and errors."""
+    turns: list[Message] = [] if system is None else [{"role": "system", "content": system}]
+    for question, answer in before:
+        turns.append({"role": "user", "content": question})
+        turns.append({"role": "assistant", "content": answer})
+    if isinstance(prompt, Conversation):
+        messages = prompt.joined().messages
+        turns = [*([] if messages[0]["role"] == "system" else turns), *messages]
+        if prompt.tools:
+            template_kwargs = {**(template_kwargs or {}), "tools": list(prompt.tools)}
+    else:
+        turns.append({"role": "user", "content": prompt})
+    text = render_messages(tokenizer, turns, template_kwargs=template_kwargs)
+    if isinstance(prompt, Conversation):
+        _require_tools(text, prompt)
+    return text
 
 
 def render_messages(
@@ -131,7 +157,7 @@ class _Template:
         """The text of the messages, contents in their forms; raises TemplateFailure."""
         shaped: list[dict[str, Any]] = [
             {**message, "content": [{"type": "text", "text": message["content"]}]}
-            if (message["role"], "parts") in forms
+            if (message["role"], "parts") in forms and message.get("content") is not None
             else dict(message)
             for message in messages
         ]
@@ -270,6 +296,20 @@ def _require_prompt(
             f"The model's chat template leaves out most of a prompt of {len(prompt)} characters, "
             "so the model would not read it. Change or leave out the prompt: the template probably "
             "takes part of it for a tag of its own."
+        )
+
+
+def _require_tools(text: str, conversation: Conversation) -> None:
+    """Raises UnsupportedModel where the rendered text lacks a tool, or what one returned."""
+    results = [m["content"] for m in conversation.messages if m["role"] == "tool"]
+    missing = [name for name in conversation.tool_names if name not in text]
+    # a template may write a text as JSON
+    unread = [r for r in results if r.strip() not in text and json.dumps(r)[1:-1] not in text]
+    if missing or unread:
+        part = f"the tool {missing[0]!r}" if missing else "the result of a tool"
+        raise UnsupportedModel(
+            f"The model's chat template leaves out {part} of a conversation, so the model would "
+            "not read it. Use a model whose template takes tools, or describe them in the prompt."
         )
 
 

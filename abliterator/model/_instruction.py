@@ -7,7 +7,8 @@ from itertools import takewhile
 from typing import TYPE_CHECKING, Any
 
 from abliterator.errors import UnsupportedModel
-from abliterator.model._chat import render_messages
+from abliterator.model._chat import chat_text
+from abliterator.prompts import Prompt
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
 
 def up_to_instruction(
     tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[str],
+    prompts: Sequence[Prompt],
     *,
     system: str | None = None,
     template_kwargs: Mapping[str, Any] | None = None,
@@ -28,7 +29,7 @@ def up_to_instruction(
 
     Args:
         tokenizer: of the model.
-        prompts: of the user.
+        prompts: of the user; of a conversation the last message.
         system: as in `render_chat`.
         template_kwargs: as in `render_chat`.
 
@@ -36,10 +37,8 @@ def up_to_instruction(
         UnsupportedModel: if a prompt is not followed by what the template writes after others.
     """
 
-    def rendered(prompt: str) -> str:
-        turns = [] if system is None else [{"role": "system", "content": system}]
-        turns.append({"role": "user", "content": prompt})
-        return render_messages(tokenizer, turns, template_kwargs=template_kwargs)
+    def rendered(prompt: Prompt) -> str:
+        return chat_text(tokenizer, prompt, system=system, template_kwargs=template_kwargs)
 
     # no two of them end alike, so what all have in common is the template's
     tail = _common_end([rendered(probe) for probe in ("Name a planet.", "7", "What is it?")])

@@ -11,6 +11,7 @@ from abliterator.errors import CheckpointError, PromptError
 from abliterator.model._chat import render_chat
 from abliterator.model._config import read_config
 from abliterator.model._load import LoadedModel
+from abliterator.prompts import Prompt, readable
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedTokenizerBase
@@ -96,7 +97,7 @@ def _number(value: object) -> int:
 
 def render_prompts(
     tokenizer: PreTrainedTokenizerBase,
-    prompts: Iterable[str],
+    prompts: Iterable[Prompt],
     limits: Limits,
     *,
     name: str,
@@ -121,9 +122,10 @@ def render_prompts(
     rendered = []
     for number, prompt in enumerate(prompts, start=1):
         where = f"Prompt {number} of the set {name!r}"
-        if limits.context is not None and len(prompt) > CHARACTERS_A_TOKEN * limits.context:
+        characters = len(readable(prompt))
+        if limits.context is not None and characters > CHARACTERS_A_TOKEN * limits.context:
             raise PromptError(
-                f"{where} has {len(prompt):,} characters, and the model reads "
+                f"{where} has {characters:,} characters, and the model reads "
                 f"{limits.context:,} tokens at most. Shorten or remove it."
             )
         ids = render_chat(tokenizer, prompt, **chat)

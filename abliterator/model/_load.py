@@ -23,6 +23,7 @@ from abliterator.devices import (
 from abliterator.errors import CheckpointError, GenerationError, RecipeError
 from abliterator.files import read_text, require_plain_folder, shown
 from abliterator.model._config import factory, loading, read_config, require_weights_enough
+from abliterator.model._decoded import from_weights, packed_weights
 from abliterator.model._finite import require_first_pass
 from abliterator.model._foreign import foreign
 from abliterator.model._placement import (
@@ -170,16 +171,20 @@ def _load_weights(
             require_weights_enough(config, folder)
         placement = _placement(config, folder, limit, dtype, trust_remote_code)
         options, offloaded = offload_options(placement)
-        model, report = factory(config).from_pretrained(
-            folder,
-            config=config,
-            dtype=dtype or "auto",
-            local_files_only=True,
-            use_safetensors=True,
-            trust_remote_code=trust_remote_code,
-            output_loading_info=True,
-            **options,
-        )
+        weights = packed_weights(folder)
+        if weights is not None:
+            model, report = from_weights(folder, config, weights, dtype, options)
+        else:
+            model, report = factory(config).from_pretrained(
+                folder,
+                config=config,
+                dtype=dtype or "auto",
+                local_files_only=True,
+                use_safetensors=True,
+                trust_remote_code=trust_remote_code,
+                output_loading_info=True,
+                **options,
+            )
         remove_with(model, offloaded)
     if report["missing_keys"]:
         missing = sorted(report["missing_keys"])

@@ -6,7 +6,7 @@ import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeGuard
 
 import torch
 
@@ -86,8 +86,6 @@ def run_prefix(
     of a prompt has other logits than the whole prompt; and with a model's own code, which need not
     accept a cache under the name that `generate` uses today.
     """
-    from transformers.cache_utils import DynamicCache, DynamicLayer
-
     shared = shared_tokens(prompts)
     own_code = not type(loaded.model).__module__.startswith("transformers.")
     if shared < WORTH_SHARING or own_code:
@@ -100,14 +98,21 @@ def run_prefix(
     first = torch.zeros(1, dtype=torch.long)
     with head_at(output_head(loaded.model), first, first):
         output = loaded.model(input_ids=ids, use_cache=True)
-    cache: object = getattr(output, cache_name(loaded.model), None)
-    if not isinstance(cache, DynamicCache) or type(cache) is not DynamicCache:
-        return Prefix(by_row=by_row)
-    if any(type(layer) is not DynamicLayer for layer in cache.layers):
+    cache = getattr(output, cache_name(loaded.model), None)
+    if not is_plain(cache):
         return Prefix(by_row=by_row)
     prefix = Prefix(shared, cache, by_row)
     is_continued = continues_alike(loaded, prompts[0], prefix, rows=len(rows))
     return prefix if is_continued else Prefix(by_row=by_row)
+
+
+def is_plain(cache: object) -> TypeGuard[DynamicCache]:
+    """Whether a model's cache has keys and values of all tokens, and nothing else."""
+    from transformers.cache_utils import DynamicCache, DynamicLayer
+
+    if not isinstance(cache, DynamicCache) or type(cache) is not DynamicCache:
+        return False
+    return all(type(layer) is DynamicLayer for layer in cache.layers)
 
 
 def shared_tokens(prompts: Sequence[Sequence[int]]) -> int:

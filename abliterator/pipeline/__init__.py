@@ -24,6 +24,7 @@ from abliterator.pipeline._chat_session import ChatSession, Turns, open_chat
 from abliterator.pipeline._estimate import Estimate, estimate
 from abliterator.pipeline._first_recipe import first_recipe
 from abliterator.pipeline._judges import judge_of, note_plain_http, require_key
+from abliterator.pipeline._local_judge import JudgeHost
 from abliterator.pipeline._model import Model
 from abliterator.pipeline._options import Options
 from abliterator.pipeline._outlook import expected_seconds, with_outlook
@@ -42,6 +43,7 @@ from abliterator.pipeline._study import (
     figures_of,
     study_stage,
 )
+from abliterator.pipeline._survive import SurvivalSettings, survive
 from abliterator.pipeline._vllm import vllm_note, vllm_of
 from abliterator.pipeline._workspace import Workspace, usable
 from abliterator.pipeline.stages import STAGES, stages_of
@@ -64,6 +66,7 @@ __all__ = [
     "Build",
     "ChatSession",
     "Estimate",
+    "JudgeHost",
     "Model",
     "Options",
     "Plan",
@@ -71,6 +74,7 @@ __all__ = [
     "Reproduction",
     "Silent",
     "StudySettings",
+    "SurvivalSettings",
     "Turns",
     "answer_pairs",
     "bake_subspace",
@@ -91,6 +95,7 @@ __all__ = [
     "run_stages",
     "run_study",
     "stages_of",
+    "survive",
     "write_report",
 ]
 

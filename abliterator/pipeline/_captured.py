@@ -6,6 +6,7 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING
+from zlib import crc32
 
 from abliterator.files import write_bytes_atomic
 
@@ -15,14 +16,18 @@ if TYPE_CHECKING:
     from abliterator.directions import Position
     from abliterator.subspace import Moments, MomentSet
 
-SHARE = 1 / 20  # of the time, at most, that goes into writing sums
+# Sums are written after every batch where that takes less than this, else in so much of the time.
+_SHORT_S = 0.005
+_SHARE = 1 / 20
+_CHECK_BYTES = 4  # CRC-32 of the rest of the file, at its start
 
 
 class CapturedSet:
     """Moments of a set and of parts of it by position, and all vectors where they are wanted.
 
     The sums are taken in the order of the batches, so an interrupted capture that goes on has the
-    bits of one that was not.
+    bits of one that was not. They are written after every batch, without waiting for the disk;
+    less often where they are so large that this would take long.
 
     Attributes:
         done: indices of the prompts that are in the sums.
@@ -54,7 +59,7 @@ class CapturedSet:
         return {key: Moments(*shape, begun.get(key)) for key in keys}
 
     def add(self, batch: Sequence[int], residuals: Tensor) -> None:
-        """Adds the residuals [N, P, L, H] of a batch; writes the sums from time to time."""
+        """Adds the residuals [N, P, L, H] of a batch; writes the sums, unless that takes long."""
         self._is_whole = False  # an interrupt may come between two sums
         for (part, position), accumulated in self._moments.items():
             rows = [row for row, index in enumerate(batch) if index in self._parts[part]]
@@ -64,7 +69,7 @@ class CapturedSet:
             self.vectors[batch] = residuals.float().cpu()
         self.done.update(batch)
         self._is_whole = True
-        if perf_counter() - self._written > self._cost / SHARE:
+        if self._cost < _SHORT_S or perf_counter() - self._written > self._cost / _SHARE:
             self.write()
 
     def frozen(self) -> dict[tuple[str, Position], MomentSet]:
@@ -86,16 +91,23 @@ class CapturedSet:
             moments, name = accumulated.freeze(), f"{part}@{position}"
             tensors |= {f"{name}.mean": moments.mean, f"{name}.m2": moments.m2}
             tensors[f"{name}.n"] = torch.tensor(moments.n)
-        write_bytes_atomic(self._path, save(tensors))
+        data = save(tensors)
+        check = crc32(data).to_bytes(_CHECK_BYTES)
+        write_bytes_atomic(self._path, check + data, is_durable=False)
         self._written = perf_counter()
         self._cost = self._written - start
 
     def _read(self) -> dict[tuple[str, Position], MomentSet]:
-        from safetensors.torch import load_file
+        """The sums in the file; none where a loss of power left it damaged."""
+        from safetensors.torch import load
 
         from abliterator.subspace import MomentSet
 
-        tensors = load_file(self._path)
+        content = self._path.read_bytes()
+        check, data = content[:_CHECK_BYTES], content[_CHECK_BYTES:]
+        if check != crc32(data).to_bytes(_CHECK_BYTES) or not data:
+            return {}
+        tensors = load(data)
         self.done = set(tensors["done"].tolist())
         self.vectors = tensors.get("vectors")
         names = {(p, i): f"{p}@{i}" for p in self._parts for i in self._positions}

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
-from abliterator.costs import Answers, Costs, Machine, Setup, StageCost, Work, shape_of
+from abliterator.anatomy import anatomy_of
+from abliterator.costs import Answers, Batch, Costs, Machine, Setup, StageCost, Work, shape_of
+from abliterator.errors import CheckpointError, UnsupportedModel
+from abliterator.pipeline._local_judge import judge_on_disk
 from abliterator.pipeline._plan import Plan
 from abliterator.pipeline._planned_benchmarks import planned_benchmarks
 from abliterator.pipeline._planned_prompts import PlannedPrompts
@@ -22,6 +26,9 @@ _USUAL_POSITIONS = 5
 _KL_TOKENS = 4  # of `abliterator.selection`
 # Tokens of the judge's rubric and frame, and of a reply; seconds of a call.
 _RUBRIC, _VERDICT, _CALL = 560, 60, 3.0
+# Passes over labels of one answer, and tokens of a label: most need none of their own.
+_LABEL_PASSES, _LABEL = 5, 4
+_TOGETHER = 4096  # tokens of a batch that a local judge reads
 _MILLION = 1_000_000
 
 
@@ -166,12 +173,13 @@ class _Counted:
         return self.costs.capture(sets, self.recipe.capture.max_batch_tokens)
 
     def _evaluated(self) -> list[Answers]:
+        """The answers of a side, greedy and drawn."""
         settings = self.recipe.rollouts
         return [
             Answers(lengths[: settings.limit], settings.most_tokens, self._batch_size)
             for name, lengths in self.prompts.lengths.items()
             if name.endswith(", evaluation")
-        ]
+        ] * (1 + settings.samples)
 
     def _held_out(self, tokens: int, batch_size: int) -> Answers:
         lengths = self.prompts.of("target", "selection")
@@ -228,6 +236,8 @@ class _Counted:
         )
 
     def _judge(self) -> StageCost:
+        if self.recipe.judge.kind == "local":
+            return local_judge_cost(self._judged(), self._judge_work)
         cost = self.judge_cost()
         if cost is None:
             return self.costs.judge(self._answers)
@@ -239,11 +249,25 @@ class _Counted:
         return 2 * sum(len(answers.lengths) for answers in self._evaluated())
 
     def judge_cost(self) -> JudgeCost | None:
-        """Calls of the judge; None for the rule judge."""
-        if self.recipe.judge.kind == "rules":
+        """Calls of the judge; None for one that is not behind a server."""
+        if self.recipe.judge.kind != "openai":
             return None
-        judged = [(n, a.tokens) for a in self._evaluated() for n in a.lengths] * 2
-        return judge_cost(self.recipe.judge, [*judged, *self._chosen()])
+        return judge_cost(self.recipe.judge, self._judged())
+
+    def _judged(self) -> list[tuple[int, int]]:
+        """Tokens of question and answer of all that the recipe's judge grades."""
+        evaluated = [(n, a.tokens) for a in self._evaluated() for n in a.lengths] * 2
+        return [*evaluated, *self._chosen()]
+
+    @property
+    def _judge_work(self) -> Work | None:
+        """The local judge on this machine; None where its files or its type are not known."""
+        with suppress(CheckpointError, UnsupportedModel):
+            checkpoint = judge_on_disk(self.recipe.judge, self.plan.checkpoint)
+            if checkpoint is not None:
+                shape = shape_of(checkpoint, anatomy_of(checkpoint.config))
+                return Work(shape, self.costs.work.machine)
+        return None
 
     def _chosen(self) -> list[tuple[int, int]]:
         """Tokens of question and answer where the recipe's judge grades candidates and trials."""
@@ -254,6 +278,23 @@ class _Counted:
         edits += (self.plan.tuning or {}).get("trials", 0) * 2
         lengths = self.prompts.of("target", "selection")
         return [(n, recipe.selection.tokens) for n in lengths] * round(edits)
+
+
+def local_judge_cost(judged: Sequence[tuple[int, int]], work: Work | None) -> StageCost:
+    """What it costs to judge answers by a model of this process, which is loaded for it.
+
+    Args:
+        judged: tokens of each question and of its answer, at most.
+        work: the model; None where it is not known, and so is its cost.
+    """
+    if work is None:
+        return StageCost(stage="judge", seconds=0.0)
+    lengths = [_RUBRIC + question + answer for question, answer in judged]
+    mean = sum(lengths) / max(1, len(lengths))
+    labels = _LABEL_PASSES * work.forward(1, _LABEL, cached=mean, logits=_LABEL)
+    seconds = work.scores(lengths, _TOGETHER, positions=1) + len(lengths) * labels
+    longest = Batch(1, max(lengths, default=0), _LABEL)
+    return Costs(work).stage("judge", seconds, batch=longest, loads=1, read=sum(lengths))
 
 
 def judge_cost(settings: JudgeSettings, judged: Sequence[tuple[int, int]]) -> JudgeCost:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from abliterator.pipeline._local_judge import JudgeHost, local_judge
 from abliterator.pipeline._progress import Progress
 from abliterator.pipeline._run import Run
 from abliterator.recipe import JudgeSettings
@@ -16,8 +18,18 @@ if TYPE_CHECKING:
 
 def evaluation_judge(run: Run, on_verdict: Callable[[Tally], None] | None = None) -> Judge:
     """The judge of the answers of base and edited."""
-    cache = run.workspace.work / "judge.sqlite"
-    return judge_of(run.recipe.judge, cache=cache, seed=run.recipe.seed, on_verdict=on_verdict)
+
+    def make_room() -> None:
+        run.end_engine()
+        run.free()
+
+    return judge_of(
+        run.recipe.judge,
+        cache=run.workspace.work / "judge.sqlite",
+        seed=run.recipe.seed,
+        on_verdict=on_verdict,
+        host=replace(_host(run), make_room=make_room),
+    )
 
 
 def choosing_judge(run: Run) -> Judge:
@@ -28,7 +40,22 @@ def choosing_judge(run: Run) -> Judge:
         return RuleJudge()
     # calibration changes no verdict, so it must not change the key of a selection
     settings = run.recipe.judge.model_copy(update={"calibration": None})
-    return judge_of(settings, cache=run.workspace.work / "judge.sqlite", seed=run.recipe.seed)
+    return judge_of(
+        settings,
+        cache=run.workspace.work / "judge.sqlite",
+        seed=run.recipe.seed,
+        # candidates are answered and judged in turn, so both models stay in memory
+        host=replace(_host(run), keeps=True),
+    )
+
+
+def _host(run: Run) -> JudgeHost:
+    return JudgeHost(
+        options=run.options,
+        base=run.plan.source,
+        trust_remote_code=run.recipe.trust_remote_code,
+        note=run.progress.note,
+    )
 
 
 def judge_of(
@@ -37,25 +64,31 @@ def judge_of(
     cache: Path,
     seed: int = 0,
     on_verdict: Callable[[Tally], None] | None = None,
+    host: JudgeHost | None = None,
 ) -> Judge:
     """The judge of a recipe's section.
 
     Args:
         settings: the section.
         cache: file that caches the replies of a model judge.
-        seed: of the order in which it judges.
+        seed: of the order in which a model behind a server judges.
         on_verdict: called with the tally after each verdict.
+        host: device and base of a local judge.
 
     Raises:
-        JudgeError: for a calibration that cannot be read, or is of another judge.
+        JudgeError: for a calibration that cannot be read, or is of another judge; and for a local
+            model that cannot be a judge.
+        CheckpointError: for a local judge that is not there.
     """
     from abliterator.judge import Calibrated, OpenAIJudge, RuleJudge, read_calibration
 
-    judge: Judge = (
-        RuleJudge()
-        if settings.kind == "rules"
-        else OpenAIJudge(settings, cache=cache, seed=seed, on_verdict=on_verdict)
-    )
+    judge: Judge
+    if settings.kind == "rules":
+        judge = RuleJudge()
+    elif settings.kind == "openai":
+        judge = OpenAIJudge(settings, cache=cache, seed=seed, on_verdict=on_verdict)
+    else:
+        judge = local_judge(settings, host or JudgeHost(), cache=cache, on_verdict=on_verdict)
     if settings.calibration is None:
         return judge
     calibration = read_calibration(Path(settings.calibration), judge.identity)

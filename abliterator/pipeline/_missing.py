@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict
 
 from abliterator.errors import AbliteratorError
 from abliterator.pipeline._judges import require_key
+from abliterator.pipeline._local_judge import judge_source
 from abliterator.pipeline._plan import Plan, require_room
 from abliterator.pipeline._planned_prompts import PlannedPrompts
 from abliterator.recipe import Prompts, Recipe, Source
@@ -20,7 +21,7 @@ class Missing(BaseModel):
     """One thing that a build needs and this machine has not.
 
     Attributes:
-        what: "prompts", "dataset", "key", "extra", "disk", "memory" or "device".
+        what: "prompts", "dataset", "key", "judge", "extra", "disk", "memory" or "device".
         problem: what was seen and expected, and what to do.
     """
 
@@ -43,6 +44,7 @@ def missing(recipe: Recipe, plan: Plan, prompts: PlannedPrompts, out: Path) -> I
     yield from _datasets(recipe)
     checks: dict[str, Callable[[], Any]] = {
         "key": lambda: require_key(recipe.judge),
+        "judge": lambda: _require_judge(recipe, plan),
         "extra": lambda: _require_engine(recipe),
         "disk": lambda: require_room(plan, out),
     }
@@ -51,6 +53,14 @@ def missing(recipe: Recipe, plan: Plan, prompts: PlannedPrompts, out: Path) -> I
             check()
         except AbliteratorError as error:
             yield Missing(what=what, problem=str(error))
+
+
+def _require_judge(recipe: Recipe, plan: Plan) -> None:
+    """Raises CheckpointError for a local judge that is not here and cannot be downloaded."""
+    from huggingface_hub import constants
+
+    if recipe.judge.kind == "local" and constants.HF_HUB_OFFLINE:
+        judge_source(recipe.judge, plan.source)
 
 
 def _require_engine(recipe: Recipe) -> None:

@@ -23,10 +23,11 @@ if TYPE_CHECKING:
 
     from abliterator.directions import Directions, Position, Subspace
     from abliterator.engines import TransformersEngine
+    from abliterator.prompts import Prompt
     from abliterator.subspace import MomentSet
 
-# Texts, or a .txt or .jsonl file of them.
-Prompts: TypeAlias = "Sequence[str] | Path"
+# Texts or conversations, or a .txt or .jsonl file of them.
+Prompts: TypeAlias = "Sequence[Prompt] | Path"
 
 
 class Model:
@@ -166,7 +167,7 @@ class Model:
             )
         return capture(engine, up_to_instruction(engine.tokenizer, texts, system=self._system))
 
-    def _texts(self, name: str, prompts: Prompts) -> Sequence[str]:
+    def _texts(self, name: str, prompts: Prompts) -> Sequence[Prompt]:
         from abliterator.prompts import load_prompts
 
         if isinstance(prompts, Path):

@@ -11,6 +11,7 @@ from abliterator.costs import Machine, calibrate, known_machine, remember
 from abliterator.devices import AUTO, CPU, device_memory
 from abliterator.errors import RecipeError, WorkerError
 from abliterator.pipeline._estimate import Estimate, estimate
+from abliterator.pipeline._local_judge import judge_on_disk
 from abliterator.pipeline._missing import Missing, missing
 from abliterator.pipeline._options import Options
 from abliterator.pipeline._plan import Plan, plan_source
@@ -156,8 +157,37 @@ def _warnings(
         yield from _long_answers(costs)
     if costs is not None:
         yield from _not_counted(recipe, options)
+    yield from prompts.remarks(recipe.rollouts.limit)
+    if recipe.judge.kind == "local":
+        yield _judge_note(recipe, plan, where, options)
     for dataset in prompts.assumed:
         yield f"How many rows {dataset} has is not known before it is read; 400 are assumed."
+
+
+def _judge_note(recipe: Recipe, plan: Plan, where: Where, options: Options) -> str:
+    """Where a local judge will lie, and when."""
+    settings = recipe.judge
+    judge = judge_on_disk(settings, plan.checkpoint)
+    if judge is None:
+        return (
+            f"The judge {settings.model} is not on this machine: the build downloads it first, and "
+            "its time and memory are not part of the estimate."
+        )
+    alone = where_weights_lie(
+        judge, device=options.device, dtype=options.dtype, max_memory=options.max_memory
+    )
+    size = f"{alone.weights / 1e9:.1f} GB in {alone.dtype}"
+    name = "the base itself" if settings.is_base else Path(settings.model).name
+    text = f"The judge ({name}, {size}) is loaded when base and edited are answered and freed"
+    text += ", in part on disk, which is slow" if alone.streams else ""
+    if recipe.selection.judge != "recipe" or not (recipe.selects or recipe.tunes):
+        return f"{text}."
+    both, free = alone.weights + where.weights, max(_room(where), _room(alone))
+    fits = "which fits" if both < free else "which does not fit: take a smaller judge or dtype"
+    return (
+        f"{text}. Candidates are judged while the base answers: both lie in memory, "
+        f"{both / 1e9:.1f} of {free / 1e9:.1f} GB that are free, {fits}."
+    )
 
 
 def _on_disk(

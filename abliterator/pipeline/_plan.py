@@ -180,8 +180,9 @@ def make_plan(source: ModelSource, edit: Edit, out: Path) -> Plan:
     checkpoint = Checkpoint.open(source.folder)
     card = card_metadata(source.folder)
     made_from = declared_base_models(card or {})
-    storage_of(checkpoint.config, made_from)  # before the anatomy, which cannot name the base
-    require_known_names(checkpoint.tensors, made_from)
+    # before the anatomy, which cannot name the base
+    storage = storage_of(checkpoint.config, made_from)
+    require_known_names(checkpoint.tensors, storage.owner, made_from)
     anatomy = anatomy_of(checkpoint.config)
     carried, left_out = auxiliary_files(source.folder)
     return Plan(

@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from abliterator.costs import spread
 from abliterator.errors import AbliteratorError
+from abliterator.files import sha256_of_bytes
 from abliterator.pipeline._template_tokens import template_tokens
-from abliterator.pipeline.stages.prompts import PromptSets, divided_sets, uses
-from abliterator.prompts import PromptSet, load_prompts
+from abliterator.pipeline.stages.prompts import (
+    PromptSets,
+    compared,
+    divided_sets,
+    short_of_limit,
+    uses,
+)
+from abliterator.prompts import PromptSet, load_prompts, readable
 from abliterator.recipe import Prompts, Recipe, Source
 
 # Rows of splits that recipes name by default; others are known only where a slice says them.
@@ -35,12 +42,14 @@ class PlannedPrompts:
             sets that are not at hand, an assumed number of assumed lengths.
         before: tokens with which all prompts begin.
         assumed: datasets whose number of rows is assumed.
+        sets: the prompts that are at hand; stand-ins of others.
         problems: errors of sets that cannot be read, and what is wrong with them together.
     """
 
     lengths: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     before: int = 0
     assumed: tuple[str, ...] = ()
+    sets: PromptSets | None = None
     problems: tuple[str, ...] = ()
 
     def of(self, name: str, use: str, limit: int | None = None) -> tuple[int, ...]:
@@ -53,6 +62,14 @@ class PlannedPrompts:
             name: {"prompts": len(lengths), "tokens": sum(lengths)}
             for name, lengths in self.lengths.items()
         }
+
+    def remarks(self, limit: int) -> Iterator[str]:
+        """Lines on near duplicates, and on evaluation sets of fewer prompts than `limit`."""
+        if self.sets is None:
+            return
+        yield from _near(compared(self.sets))
+        if not self.assumed:
+            yield from short_of_limit(self.sets, limit)
 
 
 def planned_prompts(recipe: Recipe, folder: Path) -> PlannedPrompts:
@@ -80,7 +97,27 @@ def planned_prompts(recipe: Recipe, folder: Path) -> PlannedPrompts:
     except AbliteratorError as error:
         return PlannedPrompts(problems=(str(error),))
     around = template_tokens(folder, recipe.chat)
-    return PlannedPrompts(_lengths(sets, recipe, sum(around)), around.before, assumed)
+    lengths = _lengths(sets, recipe, sum(around))
+    return PlannedPrompts(lengths, around.before, assumed, sets)
+
+
+def _near(sets: PromptSets) -> Iterator[str]:
+    """A line on each set with near duplicates."""
+    for name, prompts in uses(sets):
+        of = f"Of {len(prompts.prompts) + prompts.near_dropped} prompts ({name}),"
+        if prompts.near_dropped:
+            yield f"{of} {prompts.near_dropped} nearly equal an evaluation prompt and are dropped."
+        if prompts.near:
+            yield (
+                f"{of} {prompts.near} nearly equal an evaluation prompt: figures on what was not "
+                "seen may be too good. `prompts.near_duplicates: drop` leaves them out."
+            )
+        if prompts.alike and name.endswith("evaluation"):
+            yield (
+                f"{of} {prompts.alike} nearly equal an earlier one: they count as one measurement "
+                "each. Intervals take groups of such prompts into account where a column names "
+                "them (`cluster`)."
+            )
 
 
 def _loaded_or_counted(name: str, source: Source) -> PromptSet:
@@ -88,7 +125,9 @@ def _loaded_or_counted(name: str, source: Source) -> PromptSet:
     if source.path is not None:
         return load_prompts(name, source)
     rows = min(_rows(source) or ASSUMED_ROWS, source.limit or ASSUMED_ROWS * 1000)
-    stand_ins = tuple(f"{name} {number}" for number in range(max(2, rows)))
+    # hashes, since no two of them may resemble each other
+    names = (f"{name} {number}" for number in range(max(2, rows)))
+    stand_ins = tuple(sha256_of_bytes(text.encode()) for text in names)
     return PromptSet(name=name, prompts=stand_ins, source=str(source.dataset))
 
 
@@ -109,7 +148,9 @@ def _lengths(sets: PromptSets, recipe: Recipe, around: int) -> dict[str, tuple[i
     def tokens(prompts: PromptSet) -> list[int]:
         if prompts.source in datasets:
             return spread(ASSUMED_TOKENS, len(prompts.prompts))
-        return [max(1, round(len(text) / _CHARACTERS_A_TOKEN)) for text in prompts.prompts]
+        return [
+            max(1, round(len(readable(prompt)) / _CHARACTERS_A_TOKEN)) for prompt in prompts.prompts
+        ]
 
     return {name: tuple(around + n for n in tokens(prompts)) for name, prompts in uses(sets)}
 

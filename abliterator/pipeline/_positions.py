@@ -17,6 +17,7 @@ from abliterator.pipeline._run import Run
 if TYPE_CHECKING:
     from abliterator.directions import Position
     from abliterator.engines import Engine
+    from abliterator.prompts import Prompt
 
 MIN_PROMPTS = 2  # of each kind: a mean of fewer has no spread
 
@@ -65,7 +66,7 @@ def captured_positions(run: Run, engine: Engine) -> tuple[Position, ...]:
 
 
 def readings(
-    run: Run, engine: Engine, name: str, prompts: Sequence[str], positions: Sequence[Position]
+    run: Run, engine: Engine, name: str, prompts: Sequence[Prompt], positions: Sequence[Position]
 ) -> Iterator[Reading]:
     """The passes that capture `positions` of a prompt set.
 
@@ -83,7 +84,9 @@ def readings(
         yield Reading(("after_thinking",), (-1,), list(behind), list(behind.values()))
 
 
-def _instructions(run: Run, engine: Engine, name: str, prompts: Sequence[str]) -> list[list[int]]:
+def _instructions(
+    run: Run, engine: Engine, name: str, prompts: Sequence[Prompt]
+) -> list[list[int]]:
     from abliterator.model import up_to_instruction
 
     run.render(engine, prompts, name=name)  # checks them against the limits of the model
@@ -94,17 +97,18 @@ def _instructions(run: Run, engine: Engine, name: str, prompts: Sequence[str]) -
 
 
 def _behind_thinking(
-    run: Run, engine: Engine, name: str, prompts: Sequence[str]
+    run: Run, engine: Engine, name: str, prompts: Sequence[Prompt]
 ) -> dict[int, tuple[int, ...]]:
     """By index, each prompt with the base's thinking about it, up to where its answer begins.
 
     Where the template closes the thinking itself, the answer begins behind the prompt.
     """
+    from abliterator.prompts import readable
     from abliterator.thinking import Splitter
 
     budget = run.recipe.rollouts.most_thinking
     token_ids = run.render(engine, prompts, name=name, max_new_tokens=budget).token_ids
-    key = [name, budget, run.base_digest(), run.section("chat"), list(prompts)]
+    key = [name, budget, run.base_digest(), run.section("chat"), [*map(readable, prompts)]]
     journal = Journal(partial_file(run, "capture", f"thoughts-{name}.jsonl", key))
     answered = KeptAnswers(journal, name)
     with run.progress.bar(f"thinking, {name}", len(prompts) - len(answered)) as advance:

@@ -20,6 +20,7 @@ from abliterator.pipeline._workspace import Workspace, usable
 from abliterator.pipeline.stages.bake import TENSOR_EDITS
 from abliterator.pipeline.stages.directions import SUBSPACE
 from abliterator.pipeline.stages.judge import IDENTITY, VERDICTS
+from abliterator.pipeline.stages.prompts import PROMPT_SETS, PromptSets
 from abliterator.pipeline.stages.record import RECORD_JSON, read_record
 from abliterator.pipeline.stages.rollouts import ANSWERS
 from abliterator.record import Completion, JudgeIdentity, TensorEdit, Verdict
@@ -105,6 +106,12 @@ def _build(folder: Path, name: str, progress: Progress) -> Build:
                 changes=_changes(workspace, edits, progress),
                 gates=recipe.selection.model_dump(include={"max_kl", "min_induce"}),
                 cosines=_cosines(SUBSPACE.checked(finished)),
+                groups={
+                    name: prompts.groups
+                    for name, prompts in PROMPT_SETS.read_as(
+                        finished, PromptSets
+                    ).evaluation.items()
+                },
                 flipped=_flipped(finished),
             )
         except ValueError as error:  # pydantic's, of an artefact of another version
@@ -176,7 +183,16 @@ def _pairs(base: TaskScores, edited: TaskScores) -> list[SamplePair]:
 
     others = {(s.doc_id, s.filter): s for s in edited.scores}
     return [
-        SamplePair(s.doc_id, s.filter, s.value, other.value, s.gold_loglik, other.gold_loglik)
+        SamplePair(
+            s.doc_id,
+            s.filter,
+            s.value,
+            other.value,
+            s.gold_loglik,
+            other.gold_loglik,
+            s.text,
+            other.text,
+        )
         for s in base.scores
         if (other := others.get((s.doc_id, s.filter))) is not None and other.value != s.value
     ]

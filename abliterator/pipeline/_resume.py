@@ -6,7 +6,6 @@ first run of a recipe resolved are kept by the later ones.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from time import perf_counter
@@ -14,6 +13,7 @@ from time import perf_counter
 from abliterator.devices import enough_memory
 from abliterator.errors import AbliteratorError, OutputError, RecipeError
 from abliterator.pipeline._judges import judge_of
+from abliterator.pipeline._local_judge import COMMIT, JudgeHost
 from abliterator.pipeline._options import Options
 from abliterator.pipeline._plan import plan_source, require_room
 from abliterator.pipeline._progress import Progress, Silent
@@ -34,7 +34,6 @@ from abliterator.recipe import Prompts, Recipe, Source
 from abliterator.source import resolve_folder
 
 _SMALLER = "smaller batches (`rollouts.batch_size`, `tuning.batch`)"
-COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
 def run_missing(
@@ -116,9 +115,12 @@ def prepare(
     vllm = vllm_of(pinned_recipe, options.vllm_python)
     require_room(plan, out)
     tasks = benchmark_tasks(pinned_recipe, device)
-    judge_of(pinned_recipe.judge, cache=workspace.work)  # its calibration is read, no model asked
+    # its calibration is read and a local model found; none is asked
+    host = JudgeHost(options, plan.source)
+    judge = judge_of(pinned_recipe.judge, cache=workspace.work, host=host)
     if resolved is None:
         pinned_recipe = pin_tasks(resolve(recipe, plan.source.revision), tasks)
+        pinned_recipe = _with_judge(pinned_recipe, judge.identity.revision)
     return Run(pinned_recipe, plan, workspace, options, progress or Silent(), tasks, vllm)
 
 
@@ -140,6 +142,14 @@ def resolve(recipe: Recipe, revision: str | None) -> Recipe:
 
     prompts = _with_revisions(recipe.prompts, commit_of)
     return recipe.model_copy(update={"revision": revision, "prompts": prompts})
+
+
+def _with_judge(recipe: Recipe, revision: str | None) -> Recipe:
+    """The recipe with the commit of a local judge that is not the base."""
+    if recipe.judge.kind != "local" or recipe.judge.is_base:
+        return recipe
+    judge = recipe.judge.model_copy(update={"revision": revision})
+    return recipe.model_copy(update={"judge": judge})
 
 
 def _with_revisions(prompts: Prompts, revision: Callable[[str, Source], str | None]) -> Prompts:
@@ -164,7 +174,10 @@ def pinned(recipe: Recipe, resolved: Recipe) -> Recipe:
     revisions = {"revisions": resolved.benchmarks.revisions}
     benchmarks = recipe.benchmarks.model_copy(update=revisions)
     changes = {"revision": resolved.revision, "prompts": prompts, "benchmarks": benchmarks}
-    return recipe.model_copy(update=changes)
+    pinned_recipe = recipe.model_copy(update=changes)
+    if recipe.judge.model != resolved.judge.model:
+        return pinned_recipe
+    return _with_judge(pinned_recipe, resolved.judge.revision)
 
 
 def require_pinned_code(recipe: Recipe) -> None:

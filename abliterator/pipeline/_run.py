@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from abliterator.engines import DistributedEngine, Engine, ServedEngine, StreamedEngine
     from abliterator.evaluation import RenderedPrompts
     from abliterator.model import LoadedModel
+    from abliterator.prompts import Prompt
     from abliterator.record import Side
 
 
@@ -116,8 +117,8 @@ class Run:
         """Frees what is held, and shows that a model is loaded."""
         self.free()
         self.end_engine(candidates=False)  # both would not fit on one device
-        side = "edited" if folder == self.workspace.checkpoint else "base"
-        with self.progress.bar(f"loading {side}", 0):
+        names = {self.workspace.checkpoint: "edited", self.plan.source.folder: "base"}
+        with self.progress.bar(f"loading {names.get(folder, folder.name)}", 0):
             yield
 
     @property
@@ -269,7 +270,7 @@ class Run:
         return self._pool
 
     def render(
-        self, engine: Engine, prompts: Sequence[str], *, name: str, max_new_tokens: int = 0
+        self, engine: Engine, prompts: Sequence[Prompt], *, name: str, max_new_tokens: int = 0
     ) -> RenderedPrompts:
         """Prompts with the token ids of each in the recipe's chat.
 

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from abliterator.directions import Directions
     from abliterator.engines import Engine
     from abliterator.evaluation import EditEvaluator, RenderedPrompts
-    from abliterator.prompts import PromptSet
+    from abliterator.prompts import Prompt, PromptSet
     from abliterator.study import Contrast
 
 _Measured = tuple[Study, dict[str, Any]]  # a study, and what its tables are headed by
@@ -258,7 +258,7 @@ def _shuffled(run: Run) -> list[Tensor]:
     sets, engine = prompt_sets(run).extraction, run.engine(run.plan.source.folder)
     bases = []
     for draw in range(run.recipe.selection.controls):
-        halves: tuple[list[str], list[str]] = [], []
+        halves: tuple[list[Prompt], list[Prompt]] = [], []
         for name in ("target", "contrast"):
             prompts = list(sets[name].prompts)
             random.Random(f"{run.recipe.seed} {name} {draw}").shuffle(prompts)
@@ -310,7 +310,7 @@ def _evaluator(
 
 
 def _directions(
-    run: Run, engine: Engine, target: Sequence[str], contrast: Sequence[str]
+    run: Run, engine: Engine, target: Sequence[Prompt], contrast: Sequence[Prompt]
 ) -> Directions:
     from abliterator.capture import capture
     from abliterator.directions import fit_directions

@@ -1,4 +1,7 @@
-"""Prompt files: .txt (one prompt a line) and .jsonl (one object a line); errors name the line."""
+"""Prompt files: .txt (one prompt a line) and .jsonl (one object a line); errors name the line.
+
+An object has a text under `prompt`, or a conversation under `messages`, with `tools` if it has any.
+"""
 
 from __future__ import annotations
 
@@ -10,8 +13,12 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from pydantic import ValidationError
+
 from abliterator.errors import FileError, PromptError
 from abliterator.files import read_bytes
+from abliterator.prompts._conversation import Conversation, Prompt, readable
+from abliterator.prompts._groups import group_columns, read_clusters, read_groups
 from abliterator.prompts._sets import PromptSet
 
 if TYPE_CHECKING:
@@ -34,13 +41,19 @@ def read_file(name: str, source: Source) -> PromptSet:
             f"The {name} prompts file {path} ends in {suffix or 'no suffix'}; a prompt file is "
             '.txt (one prompt a line) or .jsonl (one {"prompt": ...} a line).'
         )
-    columns = [*([source.column] if source.column else []), *source.where]
+    columns = [*([source.column] if source.column else []), *source.where, *(source.groups or ())]
+    columns += [source.cluster] if source.cluster else []
     if suffix == ".txt" and columns:
         raise PromptError(
             f"The {name} prompts name the column {columns[0]!r}, but {path} is plain text, "
-            "which has no columns: remove `column` and `where`, or give a .jsonl file."
+            "which has no columns: remove `column`, `where` and `groups` (and `cluster`), or give "
+            "a .jsonl file."
         )
-    prompts = []
+    prompts: list[Prompt] = []
+    clusters = []
+    cells: dict[str, list[object]] = {}
+    if suffix == ".jsonl":
+        cells = {column: [] for column in group_columns(source)}
     for number, line in _lines(path):
         if line.strip():
             where = f"{path}, line {number}"
@@ -49,14 +62,23 @@ def read_file(name: str, source: Source) -> PromptSet:
                 continue
             row = _row(line, where=where, key=source.column or "prompt")
             if all(equals_strictly(row.get(key), value) for key, value in source.where.items()):
-                prompts.append(
-                    as_prompt(_field(row, source.column or "prompt", where=where), where)
-                )
+                prompts.append(_prompt_of(row, source.column, where))
+                for column, values in cells.items():
+                    values.append(row.get(column))
+                if source.cluster:
+                    clusters.append(row.get(source.cluster))
     if not prompts and source.where:
         raise PromptError(f"No line of the {name} prompts file {path} is as `where` asks.")
     if not prompts:
         raise PromptError(f"The {name} prompts file {path} is empty: write one prompt a line.")
-    return PromptSet(name=name, prompts=tuple(prompts), source=path.name)
+    origin = f"The {name} prompts file {path}"
+    return PromptSet(
+        name=name,
+        prompts=tuple(prompts),
+        source=path.name,
+        groups=read_groups(cells, source, origin),
+        clusters=read_clusters(clusters, source, origin) if source.cluster else (),
+    )
 
 
 def as_prompt(text: str, where: str) -> str:
@@ -79,6 +101,40 @@ def as_prompt(text: str, where: str) -> str:
             "read. Mend the broken escape."
         ) from None
     return text.strip()
+
+
+def as_conversation(row: Mapping[str, object], column: str, where: str) -> Conversation:
+    """The messages in a column of a row, with its `tools`; PromptError where none can be answered.
+
+    Keys without a value, which tables of messages have, are left out.
+    """
+    messages, tools = row[column], row.get("tools") or ()
+    plain = json.loads(json.dumps({"messages": messages, "tools": tools}, default=str))
+    try:
+        if not all(isinstance(entry, dict) for name in plain for entry in plain[name]):
+            raise TypeError
+        conversation = Conversation.model_validate(
+            {name: [_without_none(entry) for entry in plain[name]] for name in plain}
+        )
+    except (ValidationError, TypeError) as error:
+        own = error.errors()[0]["msg"] if isinstance(error, ValidationError) else ""
+        problem = own.removeprefix("Value error, ") or "not a list of objects"
+        raise PromptError(
+            f'{where}: "{column}" is no conversation: {problem}. Expected a list of objects with '
+            '"role" and "content", the last of them of the user, and in "tools", where the row '
+            "has it, a list of JSON schemas."
+        ) from None
+    as_prompt(readable(conversation), where)
+    return conversation
+
+
+def holds_messages(value: object) -> bool:
+    """Whether a value of a column is a list of messages, not of texts."""
+    return isinstance(value, list) and bool(value) and isinstance(value[0], dict)
+
+
+def _without_none(message: dict[str, object]) -> dict[str, object]:
+    return {key: value for key, value in message.items() if value is not None}
 
 
 def shown(keys: Iterable[str]) -> str:
@@ -147,6 +203,16 @@ def _row(line: str, *, where: str, key: str) -> dict[str, object]:
     return row
 
 
+def _prompt_of(row: Mapping[str, object], column: str | None, where: str) -> Prompt:
+    """The prompt of a row: a text, or a list of messages."""
+    if column is None and ("messages" not in row or "prompt" in row):
+        return as_prompt(_field(row, "prompt", where=where), where)
+    column = column or "messages"
+    if holds_messages(row.get(column)) or (column in row and column == "messages"):
+        return as_conversation(row, column, where)
+    return as_prompt(_field(row, column, where=where), where)
+
+
 def _field(row: Mapping[str, object], key: str, *, where: str) -> str:
     expected = f'expected one JSON object with a text under "{key}"'
     if key not in row:
@@ -156,7 +222,9 @@ def _field(row: Mapping[str, object], key: str, *, where: str) -> str:
         )
     value = row[key]
     if not isinstance(value, str):
-        raise PromptError(f'{where}: "{key}" is of type {type(value).__name__}; {expected}.')
+        hint = ', or with a conversation under "messages"' if holds_messages(value) else ""
+        kind = type(value).__name__
+        raise PromptError(f'{where}: "{key}" is of type {kind}; {expected}{hint}.')
     if not value.strip():
         raise PromptError(f'{where}: "{key}" is an empty text. Remove the line, or write a prompt.')
     return value

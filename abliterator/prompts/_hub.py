@@ -9,7 +9,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from abliterator.errors import PromptError
-from abliterator.prompts._file import as_prompt, equals_strictly, shown
+from abliterator.prompts._conversation import Prompt
+from abliterator.prompts._file import (
+    as_conversation,
+    as_prompt,
+    equals_strictly,
+    holds_messages,
+    shown,
+)
+from abliterator.prompts._groups import group_columns, read_clusters, read_groups
 from abliterator.prompts._sets import PromptSet
 
 if TYPE_CHECKING:
@@ -18,8 +26,9 @@ if TYPE_CHECKING:
     from abliterator.recipe import Source
 
 COMMIT = re.compile(r"[0-9a-f]{40}")
-# "text" comes last: instruction data often has a "text" with question and answer in one.
-USUAL_COLUMNS = ("prompt", "instruction", "Goal", "goal", "question", "text")
+# "text" comes late: instruction data often has a "text" with question and answer in one, and its
+# "messages" mostly end with the answer, so those of a prompt set are taken where nothing else is.
+USUAL_COLUMNS = ("prompt", "instruction", "Goal", "goal", "question", "text", "messages")
 
 
 def resolve_revision(dataset: str, revision: str | None) -> str:
@@ -49,9 +58,15 @@ def read_dataset(name: str, source: Source) -> PromptSet:
     _check_commit(rows, pinned)
     rows = _filtered(rows, source)
     column = _column(rows.column_names, source)
-    prompts = []
-    for number, value in enumerate(rows[column], start=1):
+    prompts: list[Prompt] = []
+    used: list[int] = []
+    tools = rows["tools"] if "tools" in rows.column_names else [None] * len(rows)
+    for number, (value, own_tools) in enumerate(zip(rows[column], tools, strict=True), start=1):
         where = f"Dataset {source.dataset}, split {pinned.split}, column {column}, row {number}"
+        if holds_messages(value):
+            prompts.append(as_conversation({column: value, "tools": own_tools}, column, where))
+            used.append(number - 1)
+            continue
         if value is not None and not isinstance(value, str):
             raise PromptError(
                 f"{where}: not a text but of type {type(value).__name__}. Name a column of texts "
@@ -60,6 +75,7 @@ def read_dataset(name: str, source: Source) -> PromptSet:
         # a dataset's empty rows, which its user cannot correct, are counted; a file's are errors
         if value and value.strip():
             prompts.append(as_prompt(value, where))
+            used.append(number - 1)
     return PromptSet(
         name=name,
         prompts=tuple(prompts),
@@ -68,6 +84,8 @@ def read_dataset(name: str, source: Source) -> PromptSet:
         split=pinned.split,
         license=license_,
         dropped=len(rows) - len(prompts),
+        groups=_groups(rows, used, source),
+        clusters=_clusters(rows, used, source),
     )
 
 
@@ -95,6 +113,31 @@ def _filtered(rows: Dataset, source: Source) -> Dataset:
         values = enumerate(rows[column])
         rows = rows.select([i for i, value in values if equals_strictly(value, expected)])
     return rows
+
+
+def _groups(rows: Dataset, used: list[int], source: Source) -> dict[str, tuple[str | None, ...]]:
+    """The groups of the used rows, by column; classes have their names."""
+    columns = [c for c in group_columns(source) if source.groups or c in rows.column_names]
+    cells = {}
+    for column in columns:
+        if column not in rows.column_names:
+            raise PromptError(
+                f"Dataset {source.dataset} has no column {column} for `groups`: name one of its "
+                f"own; there are {shown(rows.column_names)}."
+            )
+        values = list(rows[column])
+        if hasattr(feature := rows.features[column], "int2str"):  # numbers that stand for names
+            values = [None if number is None else feature.int2str(number) for number in values]
+        cells[column] = [values[i] for i in used]
+    return read_groups(cells, source, f"Dataset {source.dataset}")
+
+
+def _clusters(rows: Dataset, used: list[int], source: Source) -> tuple[str | None, ...]:
+    if source.cluster is None:
+        return ()
+    values = list(rows[source.cluster]) if source.cluster in rows.column_names else []
+    cells = [values[i] for i in used] if values else []
+    return read_clusters(cells, source, f"Dataset {source.dataset}")
 
 
 def _check_commit(rows: Dataset, source: Source) -> None:

@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import field, replace
 from typing import Any
 
-from pydantic import ConfigDict, ValidationError, computed_field, model_validator
+from pydantic import (
+    ConfigDict,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    computed_field,
+    model_serializer,
+    model_validator,
+)
 from pydantic.dataclasses import dataclass
 
 from abliterator.errors import PromptError
 from abliterator.files import sha256_of_bytes
-from abliterator.prompts._compare import comparison_key, near_duplicates, normalised
+from abliterator.prompts._compare import comparison_key, nearly_equal, normalised, repeats
+from abliterator.prompts._conversation import Conversation, Prompt
 
 
 @dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
@@ -25,15 +33,22 @@ class PromptSet:
     """
 
     name: str
-    prompts: tuple[str, ...]
+    prompts: tuple[Prompt, ...]
     source: str  # Hub dataset id, or file name
     revision: str | None = None  # commit of the dataset
     split: str | None = None
     license: str | None = None  # as the dataset's card states it
     read: int = 0  # prompts in the source, before anything was dropped; 0 where there is none
+    asked: int | None = None  # the source's `limit`
     dropped: int = 0  # duplicates, empty rows of a dataset, and overlaps that were removed
     overlap: int = 0  # of those, prompts that are evaluation prompts too
     near: int | None = None  # near duplicates of evaluation prompts, still in; None: not compared
+    near_dropped: int = 0  # of those dropped, near duplicates of evaluation prompts
+    alike: int | None = None  # near duplicates of an earlier prompt of the set; None: not compared
+    # by column ("category"), the group of each prompt; None of a prompt without one
+    groups: dict[str, tuple[str | None, ...]] = field(default_factory=dict)
+    # which prompts resemble each other, by the name of their cluster; None of one by itself
+    clusters: tuple[str | None, ...] = ()
 
     def __post_init__(self) -> None:
         """Refuses a set without prompts, which nothing can be measured on or learned from."""
@@ -42,13 +57,47 @@ class PromptSet:
                 f"No {self.name} prompts are left of {self.source} ({self.dropped} dropped as "
                 "empty, duplicate or overlapping): at least one is needed, so give another source."
             )
+        labels = {**self.groups, **({"`cluster`": self.clusters} if self.clusters else {})}
+        for column, groups in labels.items():
+            if len(groups) != len(self.prompts):
+                raise PromptError(
+                    f"The {self.name} prompts have {len(groups)} groups in the column {column} "
+                    f"and are {len(self.prompts)}: expected one group each."
+                )
+
+    def take(self, indices: Sequence[int]) -> PromptSet:
+        """The set of the prompts at these indices, in their order, with all that belongs to each.
+
+        Raises:
+            PromptError: no index is given.
+        """
+        return replace(
+            self,
+            prompts=tuple(self.prompts[i] for i in indices),
+            groups={
+                name: tuple(column[i] for i in indices) for name, column in self.groups.items()
+            },
+            clusters=tuple(self.clusters[i] for i in indices) if self.clusters else (),
+        )
+
+    @model_serializer(mode="wrap")
+    def _without_empty_groups(self, plain: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """A set without groups and what came after them is stored as before there were any."""
+        values: dict[str, Any] = plain(self)
+        return {
+            key: v
+            for key, v in values.items()
+            if key not in _LATER or getattr(self, key) != _LATER[key]
+        }
 
     @computed_field  # type: ignore[prop-decorator]
     @property
     def sha256(self) -> str:
         """Digest of the prompts in their order, whatever they were read from."""
         # not `digest_of`, which escapes what is not ASCII: cards of earlier versions have this form
-        listing = json.dumps(self.prompts, ensure_ascii=False, separators=(",", ":"))
+        listing = json.dumps(
+            self.prompts, ensure_ascii=False, separators=(",", ":"), default=Conversation.model_dump
+        )
         return sha256_of_bytes(listing.encode())
 
     @model_validator(mode="wrap")
@@ -66,6 +115,11 @@ class PromptSet:
             f"The stored prompt set {data.get('name')!r} is damaged or was changed by hand: its "
             "fields or prompts do not fit its sha256. Delete it and load the prompts again."
         )
+
+
+# fields of later versions, and what they are where there is nothing to store
+_LATER: dict[str, Any] = {"groups": {}, "clusters": (), "asked": None, "near_dropped": 0}
+_LATER |= {"alike": None}
 
 
 def hold_out(prompts: PromptSet, *, fraction: float, seed: int) -> tuple[PromptSet, PromptSet]:
@@ -94,14 +148,11 @@ def hold_out(prompts: PromptSet, *, fraction: float, seed: int) -> tuple[PromptS
             "evaluation set."
         )
     held = set(ranked[: min(max(round(len(ranked) * fraction), 1), len(ranked) - 1)])
-    sides: tuple[list[str], list[str]] = ([], [])
-    for prompt in prompts.prompts:
-        sides[comparison_key(prompt) in held].append(prompt)
-    training, held_out = map(tuple, sides)
-    return (
-        replace(prompts, prompts=training),
-        replace(prompts, prompts=held_out, name=f"{prompts.name}_held_out"),
-    )
+    sides: tuple[list[int], list[int]] = ([], [])
+    for index, prompt in enumerate(prompts.prompts):
+        sides[comparison_key(prompt) in held].append(index)
+    training, held_out = map(prompts.take, sides)
+    return training, replace(held_out, name=f"{prompts.name}_held_out")
 
 
 def check_distinct(a: PromptSet, b: PromptSet) -> None:
@@ -133,9 +184,11 @@ def drop_overlap(training: PromptSet, evaluation: PromptSet) -> PromptSet:
         PromptError: no training prompt is left.
     """
     evaluated = _keys(evaluation)
-    remaining = tuple(
-        prompt for prompt in training.prompts if comparison_key(prompt) not in evaluated
-    )
+    remaining = [
+        index
+        for index, prompt in enumerate(training.prompts)
+        if comparison_key(prompt) not in evaluated
+    ]
     if not remaining:
         raise PromptError(
             f"All {len(training.prompts)} {training.name} prompts (from {training.source}) are "
@@ -144,8 +197,7 @@ def drop_overlap(training: PromptSet, evaluation: PromptSet) -> PromptSet:
         )
     removed = len(training.prompts) - len(remaining)
     return replace(
-        training,
-        prompts=remaining,
+        training.take(remaining),
         dropped=training.dropped + removed,
         overlap=training.overlap + removed,
     )
@@ -154,10 +206,37 @@ def drop_overlap(training: PromptSet, evaluation: PromptSet) -> PromptSet:
 def count_near(training: PromptSet, evaluations: Iterable[PromptSet]) -> PromptSet:
     """The training set with `near`: the number of near duplicates of evaluation prompts.
 
-    They are kept: a request for 7 hours is not the request for 6. `near_duplicates` defines them.
+    They are kept: a request for 7 hours is not the request for 6. `nearly_equal` defines them.
     """
     evaluated = [prompt for evaluation in evaluations for prompt in evaluation.prompts]
-    return replace(training, near=len(near_duplicates(training.prompts, evaluated)))
+    return replace(training, near=len(nearly_equal(training.prompts, evaluated)))
+
+
+def count_alike(prompts: PromptSet) -> PromptSet:
+    """The set with `alike`: how many of its prompts are near duplicates of an earlier one."""
+    return replace(prompts, alike=len(repeats(prompts.prompts)))
+
+
+def drop_near(training: PromptSet, evaluations: Iterable[PromptSet]) -> PromptSet:
+    """The training set without near duplicates of evaluation prompts, which are counted.
+
+    Raises:
+        PromptError: no training prompt is left.
+    """
+    evaluated = [prompt for evaluation in evaluations for prompt in evaluation.prompts]
+    near = set(nearly_equal(training.prompts, evaluated))
+    remaining = [index for index in range(len(training.prompts)) if index not in near]
+    if not remaining:
+        raise PromptError(
+            f"All {len(near)} {training.name} prompts (from {training.source}) nearly equal an "
+            "evaluation prompt, so none is left: set `prompts.near_duplicates: keep`, or give "
+            "other prompts."
+        )
+    return replace(
+        training.take(remaining),
+        dropped=training.dropped + len(near),
+        near_dropped=training.near_dropped + len(near),
+    )
 
 
 def _keys(prompts: PromptSet) -> set[str]:

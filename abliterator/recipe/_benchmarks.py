@@ -27,7 +27,7 @@ class DivergenceSettings(Section):
     """Answer tokens compared for each prompt, along the base's greedy answer."""
 
 
-Preset = Literal["demo", "quick", "replication", "damage"]
+Preset = Literal["demo", "quick", "replication", "damage", "conversation"]
 
 
 class BenchmarkTask(Section):
@@ -111,16 +111,18 @@ def _renamed(preset: Any) -> Any:
 
 
 class Benchmarks(Section):
-    """What lm-eval measures, base and edited on the same documents.
+    """What lm-eval measures, base and edited on the same documents; also whole conversations.
 
     A recipe without the section measures nothing; a section that names no tasks, the five of the
     replication (`preset: replication`), which need the Hub.
     """
 
     preset: Annotated[Preset | None, BeforeValidator(_renamed)] = None
-    """A named list of tasks, before those of `tasks`; `demo` needs no Hub."""
+    """A named list of tasks, before those of `tasks`; `demo` and `conversation` need no Hub."""
     tasks: Tasks = ()
-    """Names of lm-eval tasks, groups and tags, or YAML files, relative to the recipe."""
+    """Names of lm-eval tasks, groups and tags, `conversation`, or YAML files, relative to the
+    recipe.
+    """
     limit: Positive | None = 500
     """Documents of each task; null for all."""
     batch_size: Positive = 8

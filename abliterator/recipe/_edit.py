@@ -166,7 +166,7 @@ class Edit(Section):
     """`compensated` chooses the rounding of each number so that the stored matrix writes nothing
     along the removed directions; `nearest` leaves 2e-3 to 6e-3 of them in bfloat16."""
     quantized: Literal["auto", "keep", "dequantize"] = "auto"
-    """How edited tensors that are quantised (FP8, MXFP4) are stored: `keep` keeps the format.
+    """How edited tensors that are quantised (FP8, FP4, int4, int8) are stored: `keep` keeps it.
 
     `dequantize` writes them as bfloat16 (of experts, all tensors of the block's), and config.json
     says which modules are no longer quantised: the checkpoint grows, and the edit is exact up to

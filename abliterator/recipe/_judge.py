@@ -9,9 +9,11 @@ from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, mod
 from abliterator.recipe._section import Positive, Section
 from abliterator.recipe._server import ServerSettings
 
+_OF_SAMPLES = {"temperature", "top_p", "seed"}
+
 
 class Rollouts(Section):
-    """Greedy answers of the base and the edited model."""
+    """Answers of the base and the edited model: greedy ones, and beside them drawn ones."""
 
     max_new_tokens: Positive = 256
     """Tokens of an answer, at most; below 100, late refusals are missed.
@@ -31,6 +33,35 @@ class Rollouts(Section):
 
     `auto`: 64 on a GPU, else 16.
     """
+    samples: Annotated[int, Field(ge=0, le=100)] = 0
+    """Answers drawn for each prompt beside the greedy one: how often users meet a refusal.
+
+    They need as much time each as the greedy answers. The next three keys belong to them.
+    """
+    temperature: Annotated[float, Field(gt=0, le=10)] = 0.7
+    """Temperature at which answers are drawn."""
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Tokens are drawn from the smallest set of likeliest ones that has this probability."""
+    seed: Annotated[int, Field(ge=0)] = 0
+    """Seed of the drawn answers, the same whatever the batches; a server draws by its own rules."""
+
+    @model_validator(mode="after")
+    def _samples_are_drawn(self) -> Self:
+        if not self.samples and (unused := sorted(self.model_fields_set & _OF_SAMPLES)):
+            raise ValueError(f"`{unused[0]}` belongs to `samples`: set `samples` too")
+        return self
+
+    @model_serializer(mode="wrap")
+    def _dump_given(self, plain: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Without later keys that are not given: recipes of before them keep their digests."""
+        absent = set() if self.samples else {"samples", *_OF_SAMPLES}
+        absent |= set() if self.thinking_tokens else {"thinking_tokens"}
+        return {key: value for key, value in plain(self).items() if key not in absent}
+
+    @property
+    def greedy(self) -> Rollouts:
+        """The settings of the greedy answers alone."""
+        return self.model_copy(update={"samples": 0})
 
     @property
     def most_tokens(self) -> int:
@@ -42,21 +73,42 @@ class Rollouts(Section):
         """Tokens of the thinking before an answer, at most."""
         return self.thinking_tokens or self.max_new_tokens
 
-    @model_serializer(mode="wrap")
-    def _dump_given(self, plain: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Without a budget that is not given: recipes of before it keep their digests."""
-        return {name: value for name, value in plain(self).items() if value is not None}
+
+BASE = "base"  # as a judge's model: the recipe's own
+JudgeFormat = Literal[
+    "auto", "labels", "wildguard", "llama_guard_3", "llama_guard_4", "qwen3guard", "harmbench",
+    "strongreject",
+]  # fmt: skip
+_EVERY, _LOCAL = {"kind", "calibration"}, {"model", "revision", "format"}
 
 
 class JudgeSettings(ServerSettings):
-    """The judge of the answers. All keys but `kind` and `calibration` belong to `kind: openai`."""
+    """The judge of the answers.
+
+    `calibration` belongs to every kind; `model`, `revision` and `format` to `kind: local`; all keys
+    but the last two to `kind: openai`.
+    """
 
     section: ClassVar[str] = "judge"
 
-    kind: Literal["rules", "openai"] = "rules"
+    kind: Literal["rules", "openai", "local"] = "rules"
     """`rules`: phrases and repetition, offline; its name stands wherever its numbers appear.
 
     `openai`: a model behind a server with OpenAI's protocol.
+
+    `local`: `model` in this process, an instruct or guard model. Its labels are the most probable
+    of those allowed, so that every answer gets one.
+    """
+    model: Annotated[str, Field(min_length=1)] = "deepseek-flash"
+    """Model, as the server names it; of a local judge its Hub id or folder, or `base`: the model
+    that is edited, before the edit."""
+    revision: str | None = None
+    """Commit of a local judge on the Hub. Default: the build resolves it once and records it."""
+    format: JudgeFormat = "auto"
+    """How a local judge is asked: `labels`, the rubric of this tool; or the format that a guard
+    was trained for.
+
+    `auto`: by the model's name.
     """
     votes: Annotated[int, Field(ge=1, le=9)] = 1
     """Verdicts requested for each answer, an odd number; their median counts."""
@@ -68,6 +120,11 @@ class JudgeSettings(ServerSettings):
     the recipe: record and card carry its figures, and the name and sha256 of its labels.
     """
 
+    @property
+    def is_base(self) -> bool:
+        """Whether the model that is edited judges."""
+        return self.kind == "local" and self.model == BASE
+
     @model_validator(mode="after")
     def _median_exists(self) -> Self:
         if self.votes % 2 == 0:
@@ -76,16 +133,34 @@ class JudgeSettings(ServerSettings):
 
     @model_validator(mode="after")
     def _only_what_applies(self) -> Self:
-        if self.kind == "rules":
-            fields = type(self).model_fields
-            changed = self.model_fields_set - {"calibration"}
-            inapplicable = [n for n in changed if getattr(self, n) != fields[n].default]
-            if inapplicable:
-                raise ValueError(f"`{min(inapplicable)}` belongs to `kind: openai`")
+        fields = type(self).model_fields
+        changed = {n for n in self.model_fields_set if getattr(self, n) != fields[n].default}
+        applicable = {
+            "rules": _EVERY,
+            "local": _EVERY | _LOCAL,
+            "openai": fields.keys() - {"revision", "format"},
+        }[self.kind]
+        if inapplicable := changed - applicable:
+            name = min(inapplicable)
+            owner = "local" if name in ("revision", "format") else "openai"
+            raise ValueError(f"`{name}` belongs to `kind: {owner}`")
+        if self.kind == "local" and "model" not in changed:
+            raise ValueError(
+                "`kind: local` needs `model`: a Hub id, a folder, or `base` for the recipe's own"
+            )
+        if self.is_base and self.revision is not None:
+            raise ValueError("`revision` of the judge `base` is the recipe's own")
         return self
 
     @model_serializer(mode="wrap")
     def _dump_applicable(self, plain: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        values = {"kind": "rules"} if self.kind == "rules" else plain(self)
-        values.pop("calibration", None)
-        return values if self.calibration is None else {**values, "calibration": self.calibration}
+        values = plain(self)
+        calibration = values.pop("calibration", None)
+        if self.kind == "rules":
+            values = {"kind": "rules"}
+        elif self.kind == "local":
+            values = {"kind": "local", **{name: values[name] for name in sorted(_LOCAL)}}
+        else:
+            for name in ("revision", "format"):
+                values.pop(name, None)
+        return values if calibration is None else {**values, "calibration": calibration}

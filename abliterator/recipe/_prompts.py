@@ -5,17 +5,24 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import (
+    BeforeValidator,
+    Field,
+    SerializerFunctionWrapHandler,
+    model_serializer,
+    model_validator,
+)
 
-from abliterator.recipe._section import Positive, Section
+from abliterator.recipe._section import Positive, Section, as_tuple
 
 
 class Source(Section):
     """Where prompts come from: a local file, or a Hub dataset at a revision."""
 
     path: Annotated[Path | None, Field(strict=False)] = None
-    """Local .txt (one prompt a line) or .jsonl (objects with `prompt`); relative to the recipe, or
-    to the package's recipes as `embedded:demo/target.jsonl`.
+    """Local .txt (one prompt a line) or .jsonl (objects with `prompt`, or a conversation under
+    `messages`); relative to the recipe, or to the package's recipes as
+    `embedded:demo/target.jsonl`.
     """
     dataset: str | None = None
     """Hub dataset id."""
@@ -29,6 +36,16 @@ class Source(Section):
     """Column that holds the prompt. Default: the first there is of `prompt`, `instruction`..."""
     where: dict[str, str | int | bool] = {}
     """Keep only the rows whose columns have these values: `where: {label: safe}`."""
+    groups: Annotated[tuple[str, ...] | None, BeforeValidator(as_tuple)] = None
+    """Columns by which results are reported in groups: `[category, language]`.
+
+    Default: `category` and `language`, where there are such columns; `[]` for no groups.
+    """
+    cluster: str | None = None
+    """Column whose equal values mark prompts that resemble each other, such as a `form`.
+
+    Intervals and tests of the evaluation then count these clusters, not single prompts.
+    """
     limit: Positive | None = None
     """Number of prompts used, counted after duplicates are dropped."""
 
@@ -41,6 +58,15 @@ class Source(Section):
                 "`revision`, `config` and `split` belong to a `dataset`, not to a `path`"
             )
         return self
+
+    @model_serializer(mode="wrap")
+    def _dump_named_groups(self, plain: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Without `groups` and `cluster` where none are named: older recipes keep their digests."""
+        values: dict[str, Any] = plain(self)
+        for key in ("groups", "cluster"):
+            if getattr(self, key) is None:
+                values.pop(key, None)
+        return values
 
 
 # AdvBench's requests and Alpaca's instructions as published on the Hub: what the field extracts
@@ -80,6 +106,10 @@ class Prompts(Section):
     """Benign prompts that look like target."""
     holdout: Annotated[float, Field(gt=0, lt=1)] = 0.25
     """Share held out for evaluation where no evaluation set is given."""
+    near_duplicates: Literal["keep", "drop"] = "keep"
+    """What happens to prompts that are learned or chosen from and nearly equal one that is measured
+    on: in letters, or in all words but one. They are counted, or `drop`ped too.
+    """
 
     @model_validator(mode="before")
     @classmethod
@@ -87,6 +117,14 @@ class Prompts(Section):
         # the default evaluation set is the test split of the default target set, and fits no other
         if isinstance(values, dict) and "target" not in values:
             return {"evaluation": DEFAULT_EVALUATION, **values}
+        return values
+
+    @model_serializer(mode="wrap")
+    def _dump_dropping(self, plain: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Without `near_duplicates: keep`: recipes of before have no such key."""
+        values: dict[str, Any] = plain(self)
+        if self.near_duplicates == "keep":
+            values.pop("near_duplicates", None)
         return values
 
 

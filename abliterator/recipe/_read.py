@@ -16,7 +16,7 @@ from abliterator.recipe._benchmarks import is_task_file
 from abliterator.recipe._bundled import EMBEDDED, bundled_folder
 from abliterator.recipe._edit import Edit
 from abliterator.recipe._engine import EngineSettings
-from abliterator.recipe._judge import JudgeSettings
+from abliterator.recipe._judge import BASE, JudgeSettings
 from abliterator.recipe._pairs import PairsSpec
 from abliterator.recipe._prompts import Source
 from abliterator.recipe._recipe import Recipe
@@ -194,6 +194,12 @@ def _anchor_paths(values: dict[str, Any], folder: Path) -> None:
     judge = values.get("judge")
     if isinstance(judge, dict) and isinstance(file := _text_of(judge.get("calibration")), str):
         judge["calibration"] = _anchored(file, folder)
+    if isinstance(judge, dict) and isinstance(model := _text_of(judge.get("model")), str):
+        # an override has no kind beside it, and no server's model is called like a path
+        is_path = model.startswith((".", "/", "~"))
+        names_folder = judge.get("kind") == "local" and model != BASE and _is_local(model, folder)
+        if is_path or names_folder:
+            judge["model"] = _anchored(model, folder)
     engine = values.get("engine")
     if isinstance(engine, dict) and isinstance(python := _text_of(engine.get("python")), str):
         engine["python"] = _anchored_command(python, folder)

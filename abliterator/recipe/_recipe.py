@@ -115,6 +115,8 @@ class Recipe(Section):
                 source["path"] = Path(source["path"]).name
         if "calibration" in plain["judge"]:
             plain["judge"]["calibration"] = Path(plain["judge"]["calibration"]).name
+        if self.judge.kind == "local" and Path(self.judge.model).is_absolute():
+            plain["judge"]["model"] = Path(self.judge.model).name
         if "engine" in plain:
             plain["engine"] = self.engine.published()
         tasks = plain["benchmarks"]["tasks"]

@@ -19,6 +19,7 @@ from abliterator.record._comparison import (
     WeightDiff,
     WeightVerdict,
 )
+from abliterator.record._groups import Group, GroupedMeasure, Grouping, GroupMeasure, Outlier
 from abliterator.record._measured import (
     Behaviour,
     BehaviourSide,
@@ -29,6 +30,9 @@ from abliterator.record._measured import (
     FinishReason,
     Frozen,
     Grade,
+    SampledAnswers,
+    SampledCompletion,
+    SampledVerdict,
     Side,
     TextStatistics,
     Verdict,
@@ -57,7 +61,9 @@ from abliterator.record._selection import (
     Stack,
     Structure,
 )
+from abliterator.record._side_effects import ConfidenceFigure, PairedFigure, SideEffect
 from abliterator.record._study import Agreement, ContrastDifference, Study, StudyRow
+from abliterator.record._survival import Survival, SurvivingStrength
 from abliterator.record._tuning import Trial, Tuning
 from abliterator.record._verification import AdapterVerification, EffectiveStrength, Verification
 
@@ -73,6 +79,7 @@ __all__ = [
     "Candidate",
     "Comparison",
     "Completion",
+    "ConfidenceFigure",
     "ContrastDifference",
     "Difference",
     "Divergence",
@@ -83,10 +90,16 @@ __all__ = [
     "FinishReason",
     "Frozen",
     "Grade",
+    "Group",
+    "GroupMeasure",
+    "GroupedMeasure",
+    "Grouping",
     "JudgeIdentity",
     "Measurement",
     "ModelIdentity",
+    "Outlier",
     "OwnScores",
+    "PairedFigure",
     "Part",
     "PromptOrigin",
     "Provenance",
@@ -94,13 +107,19 @@ __all__ = [
     "Quotation",
     "RunRecord",
     "Rung",
+    "SampledAnswers",
+    "SampledCompletion",
+    "SampledVerdict",
     "Selection",
     "SelectionBase",
     "Side",
+    "SideEffect",
     "Stack",
     "Structure",
     "Study",
     "StudyRow",
+    "Survival",
+    "SurvivingStrength",
     "TensorDelta",
     "TensorEdit",
     "TextStatistics",

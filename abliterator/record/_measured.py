@@ -4,7 +4,13 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, ConfigDict
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    SerializerFunctionWrapHandler,
+    model_serializer,
+)
 
 Side = Literal["base", "edited"]
 FinishReason = Literal["stop", "length"]
@@ -26,31 +32,59 @@ class Frozen(BaseModel):
 
 
 class Estimate(Frozen):
-    """A rate or a mean with its 95 % interval; `low` and `high` are None where there is none."""
+    """A rate or a mean with its 95 % interval; `low` and `high` are None where there is none.
+
+    `n` prompts or documents were scored, of `asked` that were put to the model; None in records of
+    before they were counted.
+    """
 
     value: float
     low: float | None
     high: float | None
     n: int
+    asked: int | None = None
 
     @classmethod
-    def of(cls, interval: tuple[float, float | None, float | None, int] | None) -> Self | None:
+    def of(
+        cls,
+        interval: tuple[float, float | None, float | None, int] | None,
+        asked: int | None = None,
+    ) -> Self | None:
         """The estimate of a `statistics.Interval`; None for no data."""
         if interval is None:
             return None
         value, low, high, n = interval
-        return cls(value=value, low=low, high=high, n=n)
+        return cls(value=value, low=low, high=high, n=n, asked=asked)
+
+    @model_serializer(mode="wrap")
+    def _without_unknown(self, plain: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """An estimate that does not know `asked` is written as before it was counted."""
+        values: dict[str, Any] = plain(self)
+        if self.asked is None:
+            values.pop("asked", None)
+        return values
+
+    @property
+    def counts(self) -> str:
+        """`98 of 100`: how many were scored, of how many that were asked; `98` if unknown."""
+        return f"{self.n}" if self.asked is None else f"{self.n} of {self.asked}"
 
     def __format__(self, form: str) -> str:
-        """`value [low, high] (n=40)`, numbers as `form` has it; no brackets without an interval."""
+        """`value [low, high] (n=38 of 40)`, numbers as `form` has it; no brackets if no interval.
+
+        Without `of 40` where it is not known how many were asked.
+        """
         interval = ""
         if self.low is not None and self.high is not None:
             interval = f" [{self.low:{form}}, {self.high:{form}}]"
-        return f"{self.value:{form}}{interval} (n={self.n})"
+        return f"{self.value:{form}}{interval} (n={self.counts})"
 
 
 class Completion(Frozen):
-    """One answer of one model to one prompt: a line of rollouts.jsonl."""
+    """One answer of one model to one prompt: a line of rollouts.jsonl.
+
+    Of a conversation, `prompt` is the readable text of all before the last answer, which is judged.
+    """
 
     set: str  # "target", "neutral", "over_refusal"
     side: Side
@@ -60,6 +94,13 @@ class Completion(Frozen):
     finish_reason: FinishReason
     n_tokens: int
     answer_start: int | None = None  # where the answer begins in `response`; None where not known
+    earlier: tuple[str, ...] = ()  # answers to scripted turns before, which `prompt` has too
+
+
+class SampledCompletion(Completion):
+    """One of several answers that were drawn for a prompt: a line of samples.jsonl."""
+
+    sample: int  # from 0
 
 
 VerdictKind = Literal["refused", "deflected", "partial", "complied", "broken", "truncated", "empty"]
@@ -88,6 +129,14 @@ class Verdict(Frozen):
     # whether the thinking comes to a refusal, by rules; None without thinking
     thinking_refused: bool | None = None
     text_statistics: TextStatistics | None = None
+    # of a local judge: the probability of each of its labels, by what is labelled
+    labels: dict[str, dict[str, float]] | None = None
+
+
+class SampledVerdict(Verdict):
+    """A judge's verdict on one SampledCompletion."""
+
+    sample: int
 
 
 class BehaviourSide(Frozen):
@@ -118,6 +167,27 @@ class Behaviour(Frozen):
     p_value: dict[str, float | None] = {}
     kinds: dict[Side, dict[VerdictKind, int]] = {}
     unscored_reasons: dict[Side, dict[str, int]] = {}  # why answers have no verdict, counted
+    # answers that resemble each other, over which intervals and tests are: those to one prompt, or
+    # to prompts of one form; None where every answer counts by itself
+    clusters: int | None = None
+
+
+class SampledAnswers(Frozen):
+    """Answers drawn at a temperature, several a prompt, beside the greedy ones.
+
+    `behaviour` has the prompt sets by name; n counts answers, and prompts are their clusters.
+    """
+
+    samples: int  # answers a prompt and side
+    temperature: float
+    top_p: float
+    seed: int
+    sampler: dict[Side, str]  # what drew: "process", or the kind of the engine whose server did
+    behaviour: dict[str, Behaviour]
+
+    def __str__(self) -> str:
+        top_p = f" and top-p {self.top_p:g}" if self.top_p < 1 else ""
+        return f"{self.samples} answers at temperature {self.temperature:g}{top_p} for each prompt"
 
 
 class Divergence(Frozen):
@@ -133,7 +203,7 @@ class Divergence(Frozen):
 
 
 class BenchmarkResult(Frozen):
-    """One metric of one lm-eval task on the same documents, base and edited, paired."""
+    """One metric of one benchmark task on the same documents, base and edited, paired."""
 
     metric: str
     n: int

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import AliasChoices, Field
+from pydantic import AliasChoices, Field, SerializerFunctionWrapHandler, model_serializer
 
+from abliterator.record._groups import Grouping
 from abliterator.record._measured import (
     Behaviour,
     BenchmarkResult,
     Divergence,
     Estimate,
     Frozen,
+    SampledAnswers,
 )
 from abliterator.record._selection import Selection
+from abliterator.record._side_effects import ConfidenceFigure, PairedFigure, SideEffect
+from abliterator.record._survival import Survival
 from abliterator.record._tuning import Tuning
 
 
@@ -117,6 +121,9 @@ class CalibrationSummary(Frozen):
     sha256: str | None = None  # of the whole calibration
 
 
+_LOCAL = ("revision", "weights_sha256", "format", "dtype", "is_base", "by_rules")
+
+
 class JudgeIdentity(Frozen):
     """The judge that gave the verdicts; `calibration` is None where it was not measured."""
 
@@ -132,6 +139,21 @@ class JudgeIdentity(Frozen):
     votes: int = 1
     disagreement: dict[str, Estimate] = {}  # share of other verdicts: "itself", "rules"
     usage: dict[str, float] = {}  # calls, invalid (replies that were no verdict), usd
+    # of a judge in the process of the run
+    revision: str | None = None  # its commit on the Hub
+    weights_sha256: str | None = None  # digest of the hashes of its files
+    format: str | None = None  # how it was asked
+    dtype: str | None = None
+    is_base: bool = False  # the model that was edited judged the edit
+    by_rules: tuple[str, ...] = ()  # grades that its words do not always give: the rule judge's
+
+    @model_serializer(mode="wrap")
+    def _dump_local(self, plain: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Without what belongs to local judges alone: keys of other judges stay what they were."""
+        values: dict[str, Any] = plain(self)
+        if self.kind != "local":
+            values = {name: value for name, value in values.items() if name not in _LOCAL}
+        return values
 
 
 class EngineIdentity(Frozen):
@@ -156,10 +178,14 @@ class PromptOrigin(Frozen):
     n: int
     sha256: str  # of the prompts as used
     read: int | None = None  # prompts in the source; None in records of before it was counted
+    asked: int | None = None  # the source's `limit`
     dropped: int = 0  # of those: duplicates, empty rows, and what an evaluation set has too
     overlap: int = 0  # of those dropped, what an evaluation set has too
     near: int | None = None  # of n, near duplicates of an evaluation prompt; None: not compared
+    near_dropped: int = 0  # of those dropped, near duplicates of an evaluation prompt
+    alike: int | None = None  # of n, near duplicates of an earlier one of the set
     license: str | None = None
+    conversations: int = 0  # of n, prompts of several messages or with tools
 
 
 class Provenance(Frozen):
@@ -180,6 +206,8 @@ class Provenance(Frozen):
     prompts: tuple[PromptOrigin, ...] = ()
     dropped_overlap: int = 0  # prompts of extraction sets that an evaluation set has too
     near_duplicate: float | None = None  # letter-trigram similarity of what `near` counts
+    # it counts prompts of the same words but one, too, where so many are the same; None: it did not
+    near_words: int | None = None
 
 
 class Quotation(Frozen):
@@ -198,6 +226,12 @@ class RunRecord(Frozen):
     model: ModelIdentity
     edit: EditSummary
     behaviour: dict[str, Behaviour | None] = {}
+    sampled: SampledAnswers | None = None  # None where the recipe has no `rollouts.samples`
+    groups: dict[str, tuple[Grouping, ...]] = {}  # by prompt set, one for each column of groups
+    # by prompt set: length, language and agreement of the answers
+    side_effects: dict[str, dict[SideEffect, PairedFigure]] = {}
+    # by benchmark task: whether the model's own probabilities are how often it is right
+    confidence: dict[str, dict[ConfidenceFigure, PairedFigure]] = {}
     engines: dict[str, EngineIdentity] = {}  # by side; empty: transformers, in this process
     divergence: Divergence | None = None
     benchmarks: dict[str, BenchmarkResult] = {}
@@ -206,6 +240,7 @@ class RunRecord(Frozen):
     tuning: Tuning | None = None
     timing: dict[str, float] = {}
     quoted: tuple[Quotation, ...] = ()
+    survival: tuple[Survival, ...] = ()  # what quantisation leaves; measured after the build
     pictures: dict[str, str] = {}  # sha256 by path in the checkpoint; the card shows them
     files: dict[
         str, str

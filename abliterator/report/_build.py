@@ -20,6 +20,8 @@ class SamplePair(NamedTuple):
         edited: the same of the edited model.
         gold_base: log-likelihood of the right answer, nats; None where answers are generated.
         gold_edited: the same of the edited model.
+        text_base: what was said, where the document is a conversation.
+        text_edited: the same with the edited model.
     """
 
     doc_id: int
@@ -28,6 +30,8 @@ class SamplePair(NamedTuple):
     edited: float
     gold_base: float | None = None
     gold_edited: float | None = None
+    text_base: str | None = None
+    text_edited: str | None = None
 
 
 @dataclass(frozen=True)
@@ -44,6 +48,7 @@ class Build:
         changes: |W' - W| / |W| of each of them by name; empty where the base is not at hand.
         gates: limits of the selection by the recipe's key: `max_kl`, `min_induce`.
         cosines: [L, L] between the directions of all layers, from the first on.
+        groups: by prompt set and column, the group of each prompt; None of one without.
         flipped: documents of each benchmark task whose value changed.
     """
 
@@ -56,6 +61,7 @@ class Build:
     changes: Mapping[str, float] = field(default_factory=dict)
     gates: Mapping[str, float] = field(default_factory=dict)
     cosines: Sequence[Sequence[float]] = ()
+    groups: Mapping[str, Mapping[str, Sequence[str | None]]] = field(default_factory=dict)
     flipped: Mapping[str, Sequence[SamplePair]] = field(default_factory=dict)
 
     @cached_property

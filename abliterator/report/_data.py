@@ -77,7 +77,7 @@ _SIDES = ("base", "edited", "delta")
 def _estimate(estimate: Estimate | None) -> list[float | None] | None:
     if estimate is None:
         return None
-    return [estimate.value, estimate.low, estimate.high, estimate.n]
+    return [estimate.value, estimate.low, estimate.high, estimate.n, estimate.asked]
 
 
 def _answers(build: Build) -> dict[str, list[dict[str, Any]]]:
@@ -87,7 +87,11 @@ def _answers(build: Build) -> dict[str, list[dict[str, Any]]]:
     for answer in build.answers:
         key = (answer.set, answer.side, answer.index)
         row = sets.setdefault(answer.set, {}).setdefault(answer.index, {"prompt": answer.prompt})
-        row[answer.side] = _answer(answer, verdicts.get(key), by_rules.get(key))
+        row[answer.side] = {"read": answer.prompt} if answer.earlier else {}
+        row[answer.side] |= _answer(answer, verdicts.get(key), by_rules.get(key))
+        columns = build.groups.get(answer.set, {})
+        if groups := {name: group for name, c in columns.items() if (group := c[answer.index])}:
+            row["groups"] = groups
     return {name: [rows[index] for index in sorted(rows)] for name, rows in sets.items()}
 
 

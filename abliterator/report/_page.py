@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import base64
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from importlib.resources import files
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from abliterator.record import Estimate, RunRecord
+from abliterator.record import Behaviour, Estimate, PairedFigure, RunRecord
 from abliterator.report._build import Build
 from abliterator.report._data import inert_json, page_data
 from abliterator.report._models import compliance, model_rows
@@ -21,6 +21,16 @@ if TYPE_CHECKING:
 
 SCRIPTS = ("plot/d3.min.js", "plot/plot.umd.min.js", "page.js", "answers.js", "charts.js")
 SETS = {"target": "Target prompts", "neutral": "Neutral prompts", "over_refusal": "Over-refusal"}
+SIDE_EFFECTS = {
+    "tokens": "Length of an answer, tokens",
+    "words": "Length of an answer, words",
+    "other_language": "In another language than the prompt",
+    "agreement": "Begins by praising or agreeing",
+}
+CONFIDENCE = {
+    "calibration_error": "Calibration error of choices",
+    "overconfidence": "Confidence minus accuracy",
+}
 MEASURES = {
     "refusal": "Refusal",
     "compliance": "Compliance",
@@ -55,9 +65,19 @@ def render_report(builds: Sequence[Build]) -> str:
             script_hashes=" ".join(map(_csp_hash, scripts)),
             data=Markup(inert_json(page_data(builds))),
             sets=SETS,
+            tables=measures_tables,
             measures=MEASURES,
         )
     )
+
+
+def measures_tables(record: RunRecord) -> list[tuple[str, Behaviour]]:
+    """The measured prompt sets, each with a title: of greedy answers, then of drawn ones."""
+    tables = [(SETS.get(name, name), b) for name, b in record.behaviour.items() if b]
+    if record.sampled:
+        drawn = record.sampled.behaviour.items()
+        tables += [(f"{SETS.get(name, name)}, {record.sampled}", b) for name, b in drawn]
+    return tables
 
 
 @cache
@@ -89,6 +109,7 @@ def _environment() -> Environment:
         "span": _span,
         "compliance": compliance,
         "refusal": _refusal,
+        "side_effects": _side_effects,
     }
     return environment
 
@@ -107,6 +128,24 @@ def _span(estimate: Estimate) -> tuple[float, float, float]:
     low = estimate.value if estimate.low is None else estimate.low
     high = estimate.value if estimate.high is None else estimate.high
     return tuple(round(100 * min(1.0, max(0.0, x)), 2) for x in (estimate.value, low, high))  # type: ignore[return-value]
+
+
+def _side_effects(record: RunRecord) -> Iterator[tuple[str, str, PairedFigure | None, str]]:
+    """Label, prompt set or task, figure and form of each line; one without a figure if not any."""
+    yield from _figures(SIDE_EFFECTS, record.side_effects)
+    yield from _figures(CONFIDENCE, record.confidence)
+
+
+def _figures(
+    labels: Mapping[str, str], measured: Mapping[str, Mapping[Any, PairedFigure]]
+) -> Iterator[tuple[str, str, PairedFigure | None, str]]:
+    for key, label in labels.items():
+        form = ".1f" if label.startswith("Length") else ".3f"
+        names = [name for name, figures in measured.items() if key in figures]
+        for name in names:
+            yield label, name, measured[name][key], form
+        if not names:
+            yield label, "", None, form
 
 
 def _refusal(record: RunRecord, side: str) -> Estimate | None:

@@ -21,19 +21,23 @@ function pairsOf(a, b) {
       if (!left || !right) return;
       const haystack = [row.prompt, left.text, right.text, left.thinking || "", right.thinking || ""]
         .join("\n").toLowerCase();
-      pairs.push({ set, index, prompt: row.prompt, left, right, haystack });
+      const groups = Object.entries(row.groups || {}).map(([column, name]) => `${column}: ${name}`);
+      pairs.push({ set, index, prompt: row.prompt, groups, left, right, haystack });
     });
   }
   return pairs;
 }
 
 const kinds = (side) => [...new Set(state.pairs.map((pair) => pair[side].kind))].sort();
-const filter = { set: $("#f-set"), change: $("#f-change"), a: $("#f-a"), b: $("#f-b"),
+const filter = { set: $("#f-set"), group: $("#f-group"), change: $("#f-change"), a: $("#f-a"), b: $("#f-b"),
   rules: $("#f-rules"), search: $("#f-search") };
 
 function resetFilters() {
   const sets = [...new Set(state.pairs.map((pair) => pair.set))];
   options(filter.set, [["", "all"], ...sets.map((set) => [set, SET_NAMES[set] || set])]);
+  const groups = [...new Set(state.pairs.flatMap((pair) => pair.groups))].sort();
+  options(filter.group, [["", "all"], ...groups.map((group) => [group, group])]);
+  $("#f-group-label").hidden = !groups.length;
   options(filter.change, [["", "any"], ["changed", "changed"], ["same", "unchanged"]]);
   options(filter.a, [["", "any"], ...kinds("left").map((kind) => [kind, kind])]);
   options(filter.b, [["", "any"], ...kinds("right").map((kind) => [kind, kind])]);
@@ -45,8 +49,8 @@ function resetFilters() {
   filter.search.value = "";
 }
 
-function matches(pair, { set, change, a, b, rules, words }) {
-  return (!set || pair.set === set)
+function matches(pair, { set, group, change, a, b, rules, words }) {
+  return (!set || pair.set === set) && (!group || pair.groups.includes(group))
     && (!a || pair.left.kind === a) && (!b || pair.right.kind === b)
     && (!change || (pair.left.kind !== pair.right.kind) === (change === "changed"))
     && (!rules || pair.left.rules !== undefined || pair.right.rules !== undefined)
@@ -54,7 +58,7 @@ function matches(pair, { set, change, a, b, rules, words }) {
 }
 
 function applyFilters() {
-  const values = { set: filter.set.value, change: filter.change.value, a: filter.a.value,
+  const values = { set: filter.set.value, group: filter.group.value, change: filter.change.value, a: filter.a.value,
     b: filter.b.value, rules: filter.rules.checked,
     words: filter.search.value.toLowerCase().split(/\s+/).filter(Boolean) };
   state.matches = state.pairs.filter((pair) => matches(pair, values));
@@ -132,6 +136,8 @@ function sideElement(answer, column, words) {
     element("div", { class: "head" }, element("strong", {}, column.label), chip(answer.kind),
       grades, element("span", {}, `${answer.tokens} tokens${answer.cut ? ", cut" : ""}`),
       answer.rules ? element("span", {}, "rules: ", chip(answer.rules)) : null),
+    answer.read ? element("details", {}, element("summary", {}, "Conversation"),
+      element("p", { class: "text" }, marked(answer.read, words))) : null,
     answer.thinking ? element("details", {},
       element("summary", {}, answer.thinkingRefuses ? "Thinking (comes to a refusal)" : "Thinking"),
       element("p", { class: "text" }, marked(answer.thinking, words))) : null,
@@ -142,7 +148,8 @@ function sideElement(answer, column, words) {
 
 function pairElement(pair, words) {
   return element("article", { class: "pair", tabindex: -1 },
-    element("h3", {}, element("small", {}, `${SET_NAMES[pair.set] || pair.set} ${pair.index + 1}`),
+    element("h3", {}, element("small", {},
+      [`${SET_NAMES[pair.set] || pair.set} ${pair.index + 1}`, ...pair.groups].join(", ")),
       element("span", {}, marked(pair.prompt, words))),
     element("div", { class: "sides" }, sideElement(pair.left, state.a, words),
       sideElement(pair.right, state.b, words)));
@@ -157,6 +164,15 @@ function chooseColumns(a, b) {
 
 Object.values(filter).forEach((input) =>
   input.addEventListener(input.type === "search" ? "input" : "change", applyFilters));
+// A count of refusals that remain shows these answers.
+$$("[data-show-group]").forEach((button) => button.addEventListener("click", () => {
+  resetFilters();
+  filter.set.value = button.dataset.showSet;
+  filter.group.value = button.dataset.showGroup;
+  filter.b.value = "refused";
+  applyFilters();
+  $("#answers").scrollIntoView({ block: "start" });
+}));
 $("#f-clear").addEventListener("click", () => { resetFilters(); applyFilters(); });
 $("#more").addEventListener("click", showMore);
 addEventListener("keydown", (event) => {
@@ -198,7 +214,7 @@ function drawComparison() {
           element("td", { class: "n", "data-label": b.label }, estimate(y)),
           element("td", { class: "n", "data-label": "B − A" }, x && y ? signed(y[0] - x[0]) : "–"),
           element("td", { class: "n", "data-label": "n" },
-            [x, y].map((e) => (e ? String(e[3]) : "–")).join(", "))))))),
+            [x, y].map((e) => (e ? counts(e) : "–")).join(", "))))))),
     element("p", { class: "hint" },
       `Differences are of the values: columns of two builds are not paired. ${state.pairs.length} prompts were put to both.`));
 }

@@ -34,7 +34,7 @@ function candidateTitle(c) {
   const lines = [`layer ${c.layer}${c.position === -1 ? "" : `, token ${c.position}`}`,
     `bypass ${number(c.bypass)}`, `KL ${small(c.kl)}`, `induce ${number(c.induce)}`];
   for (const key of ["compliance", "coherence"])
-    if (c[key]) lines.push(`${key} ${number(c[key][0])} (n = ${c[key][3]})`);
+    if (c[key]) lines.push(`${key} ${number(c[key][0])} (n = ${counts(c[key])})`);
   if (c.stopped.length) lines.push(`stopped by ${c.stopped.join(", ")}`);
   return lines.join("\n");
 }
@@ -136,7 +136,7 @@ function front(build, width, key, better) {
           rows.filter((t) => (t.start || t.selected) && (t.kl > middle) === (anchor === "end")),
           { x: "kl", y: of(0), text: trialName, dy: -11, textAnchor: anchor })),
         Plot.tip(rows, Plot.pointer({ ...TIP, x: "kl", y: of(0), title: (t) =>
-          `${trialName(t)}\n${key} ${number(t[key][0])} (n = ${t[key][3]})\nKL ${small(t.kl)}\nKL weight ${t.weight}, scale ${t.scale}` })),
+          `${trialName(t)}\n${key} ${number(t[key][0])} (n = ${counts(t[key])})\nKL ${small(t.kl)}\nKL weight ${t.weight}, scale ${t.scale}` })),
       ],
     })];
 }
@@ -226,9 +226,12 @@ $$("[data-flips]").forEach((select) => {
     { label: "Gold answer, nats", number: true, value: (d) => (d[4] === null ? null : d[5] - d[4]),
       text: (d) => (d[4] === null ? "–" : `${number(d[4], 2)} → ${number(d[5], 2)}`) },
   ];
+  const said = ["Base said", "Edited said"].map((label, i) => (
+    { label, value: (d) => d[6 + i], text: (d) => element("details", {}, element("summary", {}, "conversation"), element("pre", {}, d[6 + i])) }));
   const fill = () => {
     const rows = (flipped[select.value] || []).filter((d) => !way.value || (d[3] > d[2]) === (way.value === "gained"));
-    if (rows.length) longTable(columns, rows, place, 20);
+    const isTalk = rows.length && rows[0][6] !== null;
+    if (rows.length) longTable(isTalk ? [...columns.slice(0, 5), ...said] : columns, rows, place, 20);
     else place.replaceChildren(element("p", { class: "hint" }, "No document flipped."));
   };
   [select, way].forEach((input) => input.addEventListener("change", fill));

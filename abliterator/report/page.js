@@ -36,7 +36,10 @@ function small(value) {
   return value !== 0 && Math.abs(value) < 0.001 ? value.toExponential(1).replace(/-/g, "−") : number(value);
 }
 
-/** Cells of an estimate [value, low, high, n]: the value, and its interval in small type. */
+/** How many an estimate is of, and of how many that were asked where that is known. */
+const counts = (entry) => (entry[4] === null ? `${entry[3]}` : `${entry[3]} of ${entry[4]}`);
+
+/** Cells of an estimate [value, low, high, n, asked]: the value, and its interval in small type. */
 function estimate(entry, format = number) {
   if (!entry) return [element("span", { class: "none" }, "–"), " ", element("small")];
   const [value, low, high] = entry;

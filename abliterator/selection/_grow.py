@@ -137,7 +137,8 @@ def _gain(before: JudgedAnswers | Control, after: JudgedAnswers, seed: int) -> E
         for b, a in zip(before.products, after.products, strict=True)
         if b is not None and a is not None
     ]
-    return Estimate.of(paired_delta([b for b, _ in pairs], [a for _, a in pairs], seed=seed))
+    delta = paired_delta([b for b, _ in pairs], [a for _, a in pairs], seed=seed)
+    return Estimate.of(delta, len(after.products))
 
 
 def _reason_not_better(tried: Stack, settings: recipe.Selection) -> str | None:

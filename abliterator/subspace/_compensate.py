@@ -89,13 +89,20 @@ def compensating_rows(basis: Tensor, per_direction: int = COMPENSATED_ROWS) -> T
 
 
 def compensate(
-    exact: Tensor, error: Tensor, basis: Tensor, store: Store, *, fine: int = FINE_ELEMENTS
+    exact: Tensor,
+    error: Tensor,
+    basis: Tensor,
+    store: Store,
+    *,
+    fine: int = FINE_ELEMENTS,
+    steps: int = 1,
 ) -> Tensor:
     """Rounds columns so that their errors cancel in the subspace.
 
     Least noise under the constraint Bᵀ(stored - exact) = 0 is rounding of `exact - B a` for some a
     per column (its Lagrangian), which moves the elements nearest to a tie first; one step towards
-    that a is made in all rows. The remaining error is cancelled by single elements: those of a
+    that a is made in all rows, or several where numbers lie on a coarse grid already and a small
+    step moves none of them. The remaining error is cancelled by single elements: those of a
     column that move what is read by the smallest steps, coarser ones first, each rounded where it
     and all that come after it, if these could take any value, would leave least (nearest plane,
     Babai 1986). Only the last k elements' steps are left then; of the last 2 k, therefore, both
@@ -108,14 +115,23 @@ def compensate(
         basis: B [m, k] in these rows, same dtype; its columns need not be orthonormal.
         store: rounds numbers to representable ones.
         fine: elements per direction and column that are rounded one by one.
+        steps: towards a, of which the one that leaves least is taken for each column.
 
     Returns:
         [m, c]: what is to be stored.
     """
     nearest = store(exact)
     inverse = torch.linalg.pinv(basis.T @ basis, hermitian=True)
-    stored = store(exact - basis @ (inverse @ error))
+    moves = inverse @ error
+    stored = store(exact - basis @ moves)
     remaining = error + basis.T @ (stored - nearest)
+    left = remaining
+    for _ in range(steps - 1):
+        moves = moves + inverse @ left
+        moved = store(exact - basis @ moves)
+        left = error + basis.T @ (moved - nearest)
+        better = left.square().sum(dim=0) < remaining.square().sum(dim=0)
+        stored, remaining = stored.where(~better, moved), remaining.where(~better, left)
     count = min(fine * basis.shape[1], basis.shape[0])
     # numbers of one power of two have one step
     powers = (stored / torch.frexp(stored).mantissa).nan_to_num(0.0)

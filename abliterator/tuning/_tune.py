@@ -13,6 +13,7 @@ from torch import Tensor
 
 from abliterator.evaluation import EditEvaluator, OnStep, RenderedPrompts, behind_thinking
 from abliterator.files import Journal
+from abliterator.prompts import readable
 from abliterator.record import Trial
 from abliterator.tuning._descend import descend
 from abliterator.tuning._kept import KeptSteps, dump_pairs, load_pairs
@@ -114,7 +115,7 @@ def _dump_prompts(context: TuningContext) -> list[Any]:
     """The prompts that are learned from, behind the base's thinking, as a JSON value."""
     context = _behind_thinking(context)
     return [
-        [list(rendered.prompts), [list(ids) for ids in rendered.token_ids]]
+        [[*map(readable, rendered.prompts)], [list(ids) for ids in rendered.token_ids]]
         for rendered in (context.target, context.neutral)
     ]
 

@@ -12,9 +12,11 @@ from abliterator.checkpoint import (
     CONFIG_ENTRY,
     CONFIG_FILE,
     INDEX_FILE,
+    QUANTISER_FILE,
     Checkpoint,
     edited_config,
     edited_index,
+    edited_quantiser_config,
 )
 from abliterator.errors import FileError
 from abliterator.files import read_text, sha256_of_file
@@ -49,7 +51,10 @@ class AuxiliaryFileCheck:
     ) -> None:
         self._base, self._checkpoint, self._findings = base, checkpoint, findings
         self._dequantized = dequantized
-        self._index = edited_index(base, dequantized.dense, dequantized.dropped)
+        self._edited = {
+            INDEX_FILE: edited_index(base, dequantized.dense, dequantized.dropped),
+            QUANTISER_FILE: edited_quantiser_config(base.folder, dequantized.modules),
+        }
 
     def compare(self, file: str) -> None:
         """Compares one file with the base's, or with the one text that an edit may make of it."""
@@ -61,8 +66,8 @@ class AuxiliaryFileCheck:
         findings.sha256[file] = sha256_of_file(path)
         if file == CONFIG_FILE:
             self._compare_config(path.read_bytes(), file)
-        elif file == INDEX_FILE and self._index is not None:
-            if path.read_bytes() != self._index.encode():
+        elif (text := self._edited.get(file)) is not None:
+            if path.read_bytes() != text.encode():
                 findings.fault(f"{file} is not what the edit makes of the base's.")
         elif findings.sha256[file] == findings.base_sha256[file]:
             findings.identical_bytes += path.stat().st_size

@@ -194,7 +194,7 @@ class _WeightComparison:
     def _numbers(self, info: TensorInfo, new: TensorInfo, stored: bytearray) -> bytearray:
         """Bytes of a quantised tensor of the base as plain numbers, in the layout of `new`."""
         layout, numbers = self.dequantized.layouts[info.name], bytearray(new.nbytes)
-        layout.dequantize(stored, self.base.read(layout.scales or info.name), numbers)
+        layout.dequantize(stored, layout.scales_from(self.base.read), numbers)
         return numbers
 
     def _compare_edited(self, pair: _Pair, info: TensorInfo, new: TensorInfo) -> None:

@@ -134,7 +134,7 @@ class LeakMeter:
         experts: tuple[int, ...] | None,
     ) -> float:
         """‖(D Q)ᵀ W‖² (Frobenius) of a stored tensor, `reads` being D Q."""
-        scales = None if layout.scales is None else self._base.read(layout.scales)
+        scales = layout.scales_from(self._base.read)
         total = 0.0
         for matrix in layout.matrices(data, axis, scales, experts):
             if matrix.shape[0] != reads.shape[0]:

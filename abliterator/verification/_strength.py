@@ -151,7 +151,7 @@ class _Writes:
     def _matrices(self, writer: Writer) -> Iterator[Matrix]:
         tensors = self.checkpoint.tensors
         layout = self._storage.layout(writer.name, tensors)
-        scales = None if layout.scales is None else self.checkpoint.read(layout.scales)
+        scales = layout.scales_from(self.checkpoint.read)
         # one expert at a time, in whatever order of axes a format has them
         experts = tuple(range(self._n_experts)) if writer.fused or writer.packed else None
         return layout.matrices(

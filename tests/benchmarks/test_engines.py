@@ -84,7 +84,8 @@ def test_a_server_gives_the_numbers_of_the_model_in_process(
         assert scores.settings == {**expected[name].settings, "engine": "server"}
         for ours, theirs in zip(scores.scores, expected[name].scores, strict=True):
             assert ours.gold_loglik == pytest.approx(theirs.gold_loglik, abs=1e-4)
-            exact = {"gold_loglik": None}
+            assert ours.confidence == pytest.approx(theirs.confidence, abs=1e-4)
+            exact = {"gold_loglik": None, "confidence": None}
             assert ours.model_copy(update=exact) == theirs.model_copy(update=exact)
 
 

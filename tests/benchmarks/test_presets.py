@@ -8,6 +8,7 @@ from abliterator.benchmarks import (
     PRESETS,
     _registry,
     _tasks,
+    is_conversation,
     preset_tasks,
     resolve_tasks,
 )
@@ -23,6 +24,8 @@ def test_presets_name_tasks_that_lm_eval_has():
         for request in preset_tasks(preset):
             if request.task.endswith(".yaml"):
                 assert Path(request.task).is_file()
+            elif is_conversation(request):
+                assert preset == "conversation"
             else:
                 named = [task.name for task in _registry.registered_tasks(request.task)]
                 expected = MMLU_SUBSET if request.task == "mmlu_subset" else [request.task]
@@ -81,3 +84,11 @@ def test_the_demo_preset_needs_no_hub(offline, tmp_path):
         ("everyday_choice", 60),
         ("sums_generation", 60),
     ]
+
+
+def test_the_conversation_preset_is_the_whole_suite(tmp_path):
+    tasks = resolve_tasks(preset_tasks("conversation"), folder=tmp_path)
+    assert tasks == resolve_tasks(["conversation"], folder=tmp_path)
+    assert sum(task.documents for task in tasks) == 120
+    (alone,) = resolve_tasks(["conversation_tools"], folder=tmp_path)
+    assert alone in tasks

@@ -18,13 +18,18 @@ from abliterator.record import (
     Divergence,
     EditSummary,
     Estimate,
+    Group,
+    Grouping,
+    GroupMeasure,
     JudgeIdentity,
     ModelIdentity,
+    PairedFigure,
     PromptOrigin,
     Provenance,
     RunRecord,
     Selection,
     SelectionBase,
+    SideEffect,
     Structure,
     Tool,
     Trial,
@@ -252,6 +257,37 @@ def tuning() -> Tuning:
     )
     tuned = start.model_copy(update={"kl_weight": 20.0, "on_front": True})
     return Tuning(preference_pairs=40, trials=(start, tuned), selected=1)
+
+
+def groups() -> dict[str, tuple[Grouping, ...]]:
+    """Target prompts of two categories, of which one still declines."""
+
+    def measured(edited: Estimate, p: float) -> GroupMeasure:
+        return GroupMeasure(
+            base=rate(1.0, 0.839, 1.0, 20),
+            edited=edited,
+            delta=rate(edited.value - 1.0, n=20),
+            p_delta=p,
+            p_delta_holm=p,
+            p_rest=p,
+            p_rest_holm=p,
+        )
+
+    def group(name: str, refusal: Estimate, refused: int) -> Group:
+        measures = {"refusal": measured(refusal, 0.001), "compliance": measured(rate(0.5), 1.0)}
+        kinds = {"base": {"refused": 20}, "edited": {"refused": refused}}
+        return Group(name=name, asked=20, answers=20, measures=measures, kinds=kinds)
+
+    declines = Estimate(value=0.9, low=0.699, high=0.972, n=19, asked=20)
+    members = (group("knitting", declines, 18), group("tea", rate(0.1, 0.0, 0.5, 20), 2))
+    overall = {"refusal": rate(0.5, n=40), "compliance": rate(0.5, n=40)}
+    return {"target": (Grouping(column="category", ungrouped=1, overall=overall, groups=members),)}
+
+
+def side_effects() -> dict[str, dict[SideEffect, PairedFigure]]:
+    """Lengths of answers to target prompts, of which one was left out."""
+    delta = Estimate(value=-9.0, low=-13.0, high=-5.0, n=63, asked=64)
+    return {"target": {"words": PairedFigure(base=rate(60.5), edited=rate(51.5), delta=delta)}}
 
 
 PICTURES = {"abliterator/cosines.png": SHA, "abliterator/sweep.png": SHA}

@@ -21,6 +21,7 @@ from huggingface_hub import ModelCard
 from abliterator.card import render_adapter_card, render_card
 from abliterator.record import (
     CalibrationSummary,
+    Estimate,
     JudgeIdentity,
     QuantizedEdits,
     Quotation,
@@ -34,10 +35,12 @@ from tests.card.records import (
     SHA,
     body_of,
     demo_record,
+    groups,
     header_of,
     hub_record,
     rate,
     selection,
+    side_effects,
     tokens_of,
     tuning,
 )
@@ -290,6 +293,53 @@ def test_numbers_of_the_rule_judge_are_called_so():
     assert card.count("| Measure (rule judge) | Base | Edited | Delta |") == 2
     assert "a rule judge: phrase and repetition rules, no model" in card
     assert "uncalibrated" in card
+
+
+def test_groups_are_on_the_card_and_one_that_differs_in_the_result():
+    card = render_card(demo_record().model_copy(update={"groups": groups()}))
+    result, _, rest = card.partition("## How to load and serve it")
+    assert (
+        "**Groups differ.** Refusal of the edited model on target prompts is 0.900 [0.699, 0.972], "
+        "n 19 of 20 for `category` `knitting`, and 0.500 for all."
+    ) in result
+    row = (
+        "| `knitting` | Refusal | 1.000 [0.839, 1.000] | 0.900 [0.699, 0.972] | -0.100 | 19 of 20 |"
+    )
+    assert row in rest
+    assert "By `category` (prompts without one: 1):" in rest
+    assert "Refusals that remain: `knitting` 18 of 20, `tea` 2 of 20." in rest
+    kinds = "`knitting` (`refused` 18), `tea` (`refused` 2)"
+    assert f"Verdicts on the edited model: {kinds}." in rest
+    tables = [t for t in tokens_of(body_of(card)) if t.type == "table_open"]
+    assert len(tables) == 1 + len(
+        [t for t in tokens_of(body_of(render_card(demo_record()))) if t.type == "table_open"]
+    )
+
+
+def test_a_card_without_groups_does_not_speak_of_them():
+    assert "roups" not in render_card(demo_record()).replace("groups of", "")
+
+
+def test_side_effects_have_a_line_each_and_what_is_missing_says_so():
+    card = render_card(demo_record().model_copy(update={"side_effects": side_effects()}))
+    line = "| Length of an answer, words | target prompts | 60.5 | 51.5 | -9.0 [-13.0, -5.0] |"
+    assert f"{line} 63 of 64 |" in card
+    assert "| Calibration error of choices | | Not measured | | | |" in card
+    assert "- The model's own confidence against how often it is right." in card
+    assert "- Length of answers, their language" not in card
+    assert "- Length of answers, their language" in render_card(demo_record())
+
+
+def test_how_many_were_asked_stands_beside_how_many_were_scored():
+    record = demo_record()
+    target = record.behaviour["target"]
+    edited = target.edited.model_copy(
+        update={"refusal": Estimate(value=0.1, low=0.0, high=0.2, n=98, asked=100)}
+    )
+    behaviour = {"target": target.model_copy(update={"edited": edited})}
+    card = render_card(record.model_copy(update={"behaviour": behaviour}))
+    assert "| 98 of 100 |" in card
+    assert "0.100 [0.000, 0.200], n 98 of 100" in card
 
 
 def test_another_judge_is_named_with_its_calibration():

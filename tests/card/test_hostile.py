@@ -25,9 +25,11 @@ from tests.card.records import (
     FieldPath,
     body_of,
     demo_record,
+    groups,
     header_of,
     rate,
     selection,
+    side_effects,
     structure,
     tokens_of,
     tuning,
@@ -101,6 +103,8 @@ def hostile_base() -> RunRecord:
     data["tuning"] = tuning()
     data["edit"]["strength"]["expert"] = {"9-24": 0.6}
     data["selection"] = selection()
+    data["groups"] = groups()
+    data["side_effects"] = side_effects()
     data["pictures"] = {**PICTURES, "abliterator/other": SHA}
     data["provenance"] |= {"git_commit": COMMIT, "hardware": "x", "digests": {"directions": SHA}}
     return RunRecord.model_validate(data)
@@ -123,11 +127,23 @@ def _texts(value: Any, path: FieldPath = ()) -> Iterator[FieldPath]:
         yield path
 
 
+GROUPED = ("refusal", "compliance")
 # Texts that select what is shown, so that another one is meant to change the structure.
 MEANT = {
     *(("behaviour", name) for name in ("target", "neutral", "over_refusal")),
     *(("pictures", name) for name in PICTURES),
     ("judge", "kind"),
+    *(("side_effects", "target", *more) for more in ((), ("words",))),
+    ("groups", "target"),
+    *(("groups", "target", 0, "overall", name) for name in GROUPED),
+    *(
+        ("groups", "target", 0, "groups", i, *more)
+        for i in (0, 1)
+        for more in (
+            *(("measures", name) for name in GROUPED),
+            *(("kinds", side, *kind) for side in ("base", "edited") for kind in ((), ("refused",))),
+        )
+    ),
 }
 FREE_TEXT = list(_texts(hostile_base()))
 RENDERERS = {"checkpoint": render_card, "adapter": render_adapter_card}

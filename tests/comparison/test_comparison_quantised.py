@@ -77,6 +77,25 @@ def test_our_edit_is_directional_whether_it_stays_quantised_or_not(name, k, way,
 
 
 @pytest.mark.parametrize("way", ["keep", "dequantize"])
+@pytest.mark.parametrize("name", ["int8_row", "int4_zeros", "nvfp4", "modelopt", "gptq", "awq"])
+def test_packed_weights_have_figures_under_their_plain_name(name, way, base, tmp_path):
+    found = diff(base(name), baked(base(name), tmp_path, 1, quantized=way))
+    writers = {
+        f"model.layers.{layer}.{part}.weight"
+        for layer in (0, 1)
+        for part in ("self_attn.o_proj", "mlp.down_proj")
+    }
+    assert {delta.name for delta in found.deltas} == writers
+    assert all(0.01 < delta.relative < 0.5 for delta in found.deltas)
+    assert {delta.shape for delta in found.deltas} == {(D_MODEL, D_MODEL), (D_MODEL, 384)}
+    assert (found.only_base, found.only_edited) == ((), ())
+    assert diff(base(name), base(name)).verdict == "identical"
+    if way == "dequantize":
+        told = [(delta.rank, delta.side, round(delta.strength)) for delta in found.deltas]
+        assert told == [(1, "output", 1)] * 4
+
+
+@pytest.mark.parametrize("way", ["keep", "dequantize"])
 def test_mxfp4_experts_have_figures_under_their_plain_name(way, base, tmp_path):
     found = diff(base("mxfp4"), baked(base("mxfp4"), tmp_path, 1, quantized=way))
     told = {delta.name: delta for delta in found.deltas}

@@ -17,14 +17,17 @@ import torch
 from abliterator.engines import (
     AnswerPath,
     CompletionClient,
+    Sampling,
     ServedByName,
     ServedEngine,
     Steering,
     TransformersEngine,
+    _completions,
     require_two_models,
 )
 from abliterator.errors import GenerationError, PromptError, ServerError
 from abliterator.recipe import load_engine
+from abliterator.server import Reply
 from tests.helpers.answer_server import AnswerServer, answers_of, echoing
 from tests.server.seams import shorten_waits
 
@@ -83,6 +86,27 @@ def test_answers_are_those_of_the_model_in_process(loaded, engine_of, kind):
     assert done == [1] * len(PROMPTS)
     assert all(body["stop_token_ids"] == list(loaded.stop_ids) for body in server.bodies)
     assert {body["temperature"] for body in server.bodies} == {0}
+
+
+@pytest.mark.parametrize("kind", ["vllm", "text out", "text"])
+def test_a_server_is_asked_for_drawn_answers(loaded, engine_of, kind):
+    """Its own sampling: temperature and a seed a prompt and sample go out, and replies are kept."""
+    prompts = [loaded.tokenizer(text)["input_ids"] for text in ("Name a planet.", "Count to three")]
+    with AnswerServer({"base": echoing}, loaded.tokenizer, kind=kind) as server:
+        engine = engine_of(server)
+        options = {"max_new_tokens": 3, "batch_size": 2}
+        engine.answers(prompts, **options)
+        asked = len(server.bodies)
+        for sample in (0, 1, 0):
+            drawn = Sampling(temperature=0.7, top_p=0.9, seed=1, sample=sample)
+            engine.answers(prompts, sampling=drawn, **options)
+    bodies = server.bodies[asked:]
+    assert len(bodies) == len({body["seed"] for body in bodies}) == 4  # the third was answered
+    assert {(body["temperature"], body["top_p"]) for body in bodies} == {(0.7, 0.9)}
+    assert all(0 <= body["seed"] < 1 << 31 for body in bodies)
+    whole = {(body.get("top_k"), body.get("min_p")) for body in bodies}
+    assert whole == {(None, None) if kind == "text" else (-1, 0.0)}
+    assert not {"seed", "top_p"} & {key for body in server.bodies[:asked] for key in body}
 
 
 def test_a_server_that_takes_text_alone_gets_text_of_the_same_tokens(loaded, engine_of):
@@ -334,3 +358,16 @@ def test_the_folder_is_not_needed_for_more_than_config_and_tokenizer(loaded, tin
         engine = served(server, folder, loaded.tokenizer, tmp_path / "answers.sqlite")
         found = engine.answers(PROMPTS, max_new_tokens=6, batch_size=1)
     assert found == loaded.answers(PROMPTS, max_new_tokens=6, batch_size=1)
+
+
+@pytest.mark.parametrize("listed", [[5], None])
+def test_an_answer_whose_tokens_are_not_all_listed_is_encoded_again(loaded, tmp_path, listed):
+    """llama.cpp lists one token of those that make a character together."""
+    section = load_engine(["engine.kind=server", "engine.base_url=http://127.0.0.1:1"])
+    settings = section.server("base", model="x")
+    client = CompletionClient(settings, loaded.tokenizer, cache=tmp_path / "cache")
+    whole = loaded.tokenizer.encode("é x", add_special_tokens=False)
+    with_ids, with_logprobs = _completions.FORMS[:2]
+    reply = Reply("é x", "stop", output_tokens=len(whole), token_ids=listed or whole)
+    assert client.row(with_logprobs, reply) == whole
+    assert client.row(with_ids, reply) == (listed or whole)

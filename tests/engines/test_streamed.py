@@ -13,6 +13,7 @@ from abliterator.bake import plan_edits
 from abliterator.checkpoint import Checkpoint
 from abliterator.engines import (
     AnswerPath,
+    Sampling,
     Steering,
     StreamedEngine,
     StreamEdit,
@@ -256,6 +257,8 @@ def test_answers_need_an_engine_or_the_placed_model(tiny_folder, cpu_alone):
         answers = engine.answers(PROMPTS, **arguments)
         assert answers == expected.answers(PROMPTS, **arguments)
     assert answers != engine.answers(PROMPTS, **arguments)
+    drawn = {**arguments, "sampling": Sampling(temperature=1.5, seed=1)}
+    assert engine.answers(PROMPTS, **drawn) == expected.answers(PROMPTS, **drawn)
     with (
         engine.edited_side_by_side(writers, max_batch_tokens=64) as one,
         expected.edited_side_by_side(writers, max_batch_tokens=64) as other,

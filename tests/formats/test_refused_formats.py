@@ -31,11 +31,11 @@ def group(**weights):
 
 REFUSED = {
     "gptq": (
-        {"quant_method": "gptq", "bits": 4, "group_size": 128, "desc_act": True, "sym": True},
+        {"quant_method": "gptq", "bits": 4, "group_size": 128, "checkpoint_format": "marlin"},
         {"qweight": INT, "qzeros": INT, "scales": HALF, "g_idx": INT[0]},
     ),
     "awq": (
-        {"quant_method": "awq", "bits": 4, "group_size": 128, "version": "gemm"},
+        {"quant_method": "awq", "bits": 4, "group_size": 128, "version": "gemv"},
         {"qweight": INT, "qzeros": INT, "scales": HALF},
     ),
     "auto-round": (
@@ -57,32 +57,33 @@ REFUSED = {
         {"quant_method": "bitsandbytes", "load_in_8bit": True},
         {"weight": INT.to(torch.int8), "SCB": torch.zeros(4), "weight_format": BYTES[0, 0]},
     ),
-    "compressed-tensors int4": (
+    "compressed-tensors int3": (
+        {
+            "quant_method": "compressed-tensors",
+            "format": "pack-quantized",
+            **group(num_bits=3, type="int", strategy="group", group_size=128),
+        },
+        {"weight_packed": INT, "weight_scale": HALF, "weight_shape": INT[0, :2].long()},
+    ),
+    "compressed-tensors sparse": (
         {
             "quant_method": "compressed-tensors",
             "format": "pack-quantized",
             **group(num_bits=4, type="int", strategy="group", group_size=128),
+            "sparsity_config": {"format": "sparse-24-bitmask", "sparsity_structure": "2:4"},
         },
         {"weight_packed": INT, "weight_scale": HALF, "weight_shape": INT[0, :2].long()},
     ),
-    "compressed-tensors int8": (
+    "compressed-tensors mxfp4": (
         {
             "quant_method": "compressed-tensors",
-            "format": "int-quantized",
-            **group(num_bits=8, type="int", strategy="channel"),
+            "format": "mxfp4-pack-quantized",
+            **group(num_bits=4, type="float", strategy="group", group_size=32),
         },
-        {"weight": INT.to(torch.int8), "weight_scale": HALF[:, :1]},
-    ),
-    "compressed-tensors nvfp4": (
-        {
-            "quant_method": "compressed-tensors",
-            "format": "nvfp4-pack-quantized",
-            **group(num_bits=4, type="float", strategy="tensor_group", group_size=16),
-        },
-        {"weight_packed": BYTES, "weight_scale": FP8, "weight_global_scale": torch.zeros(1)},
+        {"weight_packed": BYTES, "weight_scale": BYTES},
     ),
     "modelopt": (
-        {"quant_method": "modelopt", "quant_algo": "NVFP4"},
+        {"quant_method": "modelopt", "quant_algo": "MIXED_PRECISION"},
         {"weight": BYTES, "weight_scale": FP8, "weight_scale_2": torch.zeros(())},
     ),
     "fbgemm_fp8": (
@@ -152,4 +153,6 @@ def test_what_is_not_refused(method):
     settings = {"quant_method": method}
     if method == "compressed-tensors":
         settings |= {"format": "float-quantized", **group(num_bits=8, type="float")}
+    if method.startswith("modelopt"):
+        settings |= {"quant_algo": "NVFP4"}
     assert storage_of({"quantization_config": settings}).scheme is SCHEMES[method]

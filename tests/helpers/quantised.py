@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, GptOssConfig, LlamaConfig, Qwen3MoeConfig
 
 from abliterator.formats import mxfp4_blocks, mxfp4_rounded, mxfp4_scales
+from tests.helpers.packed import PACKED
 from tests.helpers.tiny import randomise
 
 D_MODEL, BLOCK = 256, 128
@@ -109,8 +110,8 @@ def save_quantised(
     """Saves a tiny random model in a format.
 
     Args:
-        name: of `FORMATS`, for a Llama with its linear weights in it; the same and " experts", for
-            a Qwen 3 with experts; or "mxfp4", for a gpt-oss with its experts in that.
+        name: of `FORMATS` or `PACKED`, for a Llama with its linear weights in it; the same and
+            " experts", for a Qwen 3 with experts; or "mxfp4", for a gpt-oss with its experts in it.
         folder: where to.
         shard_size: as transformers takes it.
         d_model: width of the stream.
@@ -137,6 +138,8 @@ def save_quantised(
         else LlamaConfig(**sizes)
     )
     _save(config, folder, shard_size)
+    if name in PACKED:
+        return pack_linear(folder, name)
     fmt = FORMATS[name]
 
     def quantise(tensor: str, weight: Tensor) -> dict[str, Tensor]:
@@ -146,6 +149,18 @@ def save_quantised(
         return {tensor: numbers, tensor + fmt.suffix: scale}
 
     return rewrite(folder, quantise, fmt.settings)
+
+
+def pack_linear(folder: Path, name: str) -> Path:
+    """Stores the linear weights of a checkpoint's blocks in a format of `PACKED`."""
+
+    def quantise(tensor: str, weight: Tensor) -> dict[str, Tensor]:
+        if not tensor.endswith("_proj.weight"):
+            return {tensor: weight}
+        module = tensor.removesuffix("weight")
+        return {module + e: part for e, part in PACKED[name].quantise(weight.float()).items()}
+
+    return rewrite(folder, quantise, PACKED[name].settings)
 
 
 def save_mxfp4(

@@ -16,7 +16,8 @@ from abliterator.judge import (
     RuleJudge,
 )
 from abliterator.judge._coherence import coherence_of
-from abliterator.judge._rules import compliance_of, phrases
+from abliterator.judge._reading import phrases
+from abliterator.judge._rules import compliance_of
 from abliterator.thinking import split_text
 from tests.judge.scripted import judged_as
 

@@ -98,6 +98,50 @@ def test_the_section_of_the_rule_judge_is_one_word():
     assert JudgeSettings(**asked.model_dump()) == asked
 
 
+@pytest.mark.parametrize(
+    ("broken", "message"),
+    [
+        ({"kind": "local"}, "needs `model`"),
+        ({"kind": "local", "model": "m", "votes": 3}, "`votes` belongs to `kind: openai`"),
+        ({"kind": "local", "model": "base", "revision": "c" * 40}, "recipe's own"),
+        ({"kind": "local", "model": "m", "format": "other"}, "format"),
+        ({"kind": "openai", "format": "labels"}, "`format` belongs to `kind: local`"),
+        ({"kind": "rules", "revision": "c" * 40}, "`revision` belongs to `kind: local`"),
+    ],
+)
+def test_settings_of_a_local_judge_that_make_no_sense(broken, message):
+    with pytest.raises(ValidationError, match=message):
+        JudgeSettings(**broken)
+
+
+def test_the_section_of_a_local_judge_has_its_own_keys():
+    local = JudgeSettings(kind="local", model="org/m")
+    assert local.model_dump() == {
+        "kind": "local",
+        "model": "org/m",
+        "revision": None,
+        "format": "auto",
+    }
+    assert JudgeSettings(**local.model_dump()) == local
+    assert not {"revision", "format"} & set(JudgeSettings(kind="openai").model_dump())
+    assert JudgeSettings(kind="local", model="base").is_base
+    assert not JudgeSettings(kind="openai", model="base").is_base
+
+
+def test_the_folder_of_a_local_judge_is_relative_to_the_recipe(tmp_path):
+    from abliterator.recipe import load_recipe
+
+    (tmp_path / "guard").mkdir()
+    path = tmp_path / "recipe.yaml"
+    plain = {"model": "m", "layers": [1], "k": 1}
+    path.write_text(json.dumps({**plain, "judge": {"kind": "local", "model": "guard"}}))
+    recipe = load_recipe(path)
+    assert recipe.judge.model == str(tmp_path / "guard")
+    assert recipe.published()["judge"]["model"] == "guard"
+    path.write_text(json.dumps({**plain, "judge": {"kind": "local", "model": "base"}}))
+    assert load_recipe(path).judge.model == "base"
+
+
 def test_openai_is_not_imported_by_the_room():
     code = "import sys, abliterator.judge, abliterator.pipeline; print('openai' in sys.modules)"
     env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}

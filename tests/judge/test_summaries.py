@@ -193,3 +193,39 @@ def test_guards_are_summed_up_even_where_rates_are_withheld():
     assert behaviour.base.compliance is None
     assert (behaviour.base.repetition.value, behaviour.base.repetition.n) == (0, 2)
     assert behaviour.base.distinct is None
+
+
+def test_answers_to_one_prompt_count_as_a_cluster():
+    """Four equal answers to each of ten prompts are no more certain than one to each."""
+    once = [NO] * 3 + [YES] * 7
+    often = [score for score in once for _ in range(4)]
+    clusters = [i // 4 for i in range(40)]
+    single = summarise(verdicts("base", *[NO] * 10), verdicts("edited", *once))
+    base, edited = verdicts("base", *[NO] * 40), verdicts("edited", *often)
+    several = summarise(base, edited, clusters=clusters)
+    careless = summarise(base, edited)
+    assert (single.clusters, several.clusters) == (None, 10)
+    for side in ("base", "edited", "delta"):
+        one, four = (getattr(b, side).refusal for b in (single, several))
+        assert (one.value, four.value, four.n) == (four.value, one.value, 40)
+    widths = [
+        behaviour.edited.refusal.high - behaviour.edited.refusal.low
+        for behaviour in (careless, single, several)
+    ]
+    assert widths[0] < 0.6 * widths[1] < 0.6 * widths[2]
+    assert several.delta.refusal.low < single.delta.refusal.low + 0.05
+    assert several.p_value["refusal"] == pytest.approx(2 / 2**7)  # seven prompts changed, not 28
+    assert careless.p_value["refusal"] < 1e-6
+    wide = several.smallest_detectable["refusal"] / careless.smallest_detectable["refusal"]
+    assert wide > 1.9
+
+
+def test_clusters_go_by_index():
+    base, edited = verdicts("base", NO, NO, YES, YES), verdicts("edited", YES, YES, YES, NO)
+    labels = ["a", "a", "b", "c"]
+    assert summarise(base[::-1], edited, clusters=labels) == summarise(
+        base, edited, clusters=labels
+    )
+    gap = verdicts("base", None, *[NO] * 60), verdicts("edited", *[YES] * 61)
+    behaviour = summarise(*gap, clusters=[0, *range(60)])
+    assert (behaviour.base.refusal.n, behaviour.delta.refusal.n) == (60, 60)

@@ -108,15 +108,16 @@ def test_given_answers_are_read_as_one_by_one(name, loaded, alone):
 
 
 def test_openings_are_scored_as_one_by_one(name, loaded):
-    openings = [(11, 12, 13), (20, 21)]
+    openings = [(11, 12, 13), (20, 21)]  # of two lengths, so that one is padded where they share
 
-    def scores(prompts):
+    def scores(prompts, **options):
         engine = TransformersEngine(loaded)
-        return log_odds(engine.log_likelihoods(prompts, openings, max_batch_tokens=64))
+        return log_odds(engine.log_likelihoods(prompts, openings, max_batch_tokens=64, **options))
 
     found, alone = scores(PROMPTS), [scores([prompt]) for prompt in PROMPTS]
     # a difference of log-odds adds the rounding of several log-probabilities
     torch.testing.assert_close(found, torch.cat(alone), atol=5e-4, rtol=0)
+    torch.testing.assert_close(found, scores(PROMPTS, together=True), atol=5e-4, rtol=0)
     if name in INCONSISTENT:
         return
     expected = []

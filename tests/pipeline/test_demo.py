@@ -188,14 +188,15 @@ def set_fields(value: Any, path: str = "") -> Iterator[str]:
 
 @pytest.fixture(scope="module")
 def special(tmp_path_factory, tiny_folder):
-    """The record of a tiny build that drops prompts and asks a judge's server."""
+    """The record of a tiny build that drops prompts, asks a judge's server, and has groups."""
     folder = tmp_path_factory.mktemp("special")
     names = {"target": "Where is", "neutral": "What is", "evaluation": "Where then is"}
     lines = {name: [f"{words} the {x}?" for x in "abcdefgh"] for name, words in names.items()}
     lines["target"] += [lines["target"][0], lines["evaluation"][0]]
     for name, prompts_of_set in lines.items():
-        (folder / f"{name}.txt").write_text("\n".join(prompts_of_set))
-    sets = ", ".join(f"{name}: {{path: {name}.txt}}" for name in names)
+        rows = ({"prompt": p, "category": str(i % 2)} for i, p in enumerate(prompts_of_set))
+        (folder / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    sets = ", ".join(f"{name}: {{path: {name}.jsonl}}" for name in names)
     with JudgeServer(reply=verdict("complied", "coherent")) as server:
         (folder / "r.yaml").write_text(
             f"model: {tiny_folder()}\nlayers: [2]\nk: 1\nprompts: {{{sets}}}\n"

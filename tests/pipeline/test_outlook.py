@@ -16,13 +16,12 @@ from abliterator.cli import main
 from abliterator.costs import ACCELERATORS
 from abliterator.model import load_tokenizer, render_chat
 from abliterator.pipeline._estimate import judge_cost
-from abliterator.pipeline._planned_benchmarks import planned_benchmarks
 from abliterator.pipeline._planned_prompts import planned_prompts
 from abliterator.pipeline._template_tokens import USUAL, template_tokens
 from abliterator.pipeline._where import where_weights_lie
 from abliterator.pipeline._workspace import Workspace
 from abliterator.pipeline.stages.prompts import divided_sets, uses
-from abliterator.recipe import Benchmarks, Chat, JudgeSettings, Prices, load_recipe
+from abliterator.recipe import Chat, JudgeSettings, Prices, load_recipe
 from tests.test_public_api import HEAVY
 
 ROOT = Path(__file__).parents[2]
@@ -308,20 +307,6 @@ def test_a_judge_of_candidates_is_asked_more(tmp_path):
     assert own.judge is not None
     assert shared.judge is not None
     assert own.judge.calls < shared.judge.calls
-
-
-def test_benchmarks_have_the_documents_of_their_files_limits_and_shots():
-    tasks = str(ROOT / "recipes/demo/tasks/demo_facts.yaml")
-    section = Benchmarks(tasks=(tasks, "arc_easy", "unheard_of"), limit=100, num_fewshot=2)
-    facts, arc, other = planned_benchmarks(section)
-    assert facts[:2] == (100, 6)
-    assert arc[:3] == (100, 4, 120)
-    assert other.documents == 100
-    (generated,) = planned_benchmarks(
-        Benchmarks(tasks=(str(ROOT / "recipes/demo/tasks/demo_declined_facts.yaml"),), limit=None)
-    )
-    assert (generated.documents, generated.requests, generated.generated) == (200, 1, 32)
-    assert planned_benchmarks(Benchmarks(tasks=())) == []
 
 
 def test_weights_fill_memory_in_order_and_then_the_disk_with_a_note():

@@ -11,10 +11,12 @@ import pytest
 from click.testing import CliRunner
 
 from abliterator.cli import main
+from abliterator.pipeline._planned_prompts import planned_prompts
 from abliterator.pipeline.stages.prompts import compared, load_sets, uses
 from abliterator.recipe import load_recipe
 
 ROOT = Path(__file__).parents[2]
+MODEL = ROOT / "abliterator" / "data" / "demo" / "model"
 RECIPE = """
 model: {model}
 layers: [2]
@@ -63,6 +65,8 @@ def test_what_was_read_and_dropped_is_told(project):
     )
     assert told in done.stderr.splitlines()
     assert "target, evaluation: 3 prompts of evaluation.jsonl (3 read)" in done.stderr.splitlines()
+    alike = "target, evaluation: 2 prompts nearly equal an earlier one of the set"
+    assert alike in done.stderr.splitlines()
     record = json.loads(Path("out/checkpoint/abliterator/record.json").read_text())["provenance"]
     (target,) = [s for s in record["prompts"] if s["name"] == "target, extraction"]
     counts = {name: target[name] for name in ("read", "dropped", "overlap", "n", "near")}
@@ -77,12 +81,44 @@ def test_what_was_read_and_dropped_is_told(project):
 
 
 @pytest.mark.parametrize(
-    ("recipe", "counts"),
-    [("demo", [96, 96, 96, 96]), ("smollm2", [144, 144, 72, 72])],
+    ("recipe", "counts", "near"),
+    [("demo", [96, 96, 96, 96], [0, 0, 0, 0]), ("smollm2", [144, 144, 72, 72], [2, 0, 0, 0])],
 )
-def test_templated_sets_keep_all_that_they_have(recipe, counts):
-    """Requests of the same forms are different prompts, and none is nearly an evaluated one."""
+def test_templated_sets_keep_all_that_they_have(recipe, counts, near):
+    """Requests of the same forms are different prompts.
+
+    None is nearly an evaluated one, but for two of SmolLM2's that differ from one in a word.
+    """
     prompts = load_recipe(ROOT / "recipes" / f"{recipe}.yaml").prompts
     sets = [s for _, s in uses(compared(load_sets(prompts, seed=0, neutral_too=False)))]
     assert [len(s.prompts) for s in sets] == counts
-    assert [(s.read, s.dropped, s.near or 0) for s in sets] == [(n, 0, 0) for n in counts]
+    assert [(s.read, s.dropped) for s in sets] == [(n, 0) for n in counts]
+    assert [s.near or 0 for s in sets] == near
+
+
+def test_near_duplicates_and_short_sets_are_notes_of_a_plan(tmp_path):
+    kept = [f"Please {ask} me where the bell is kept?" for ask in ("tell", "show")]
+    others = [f"What does {x} cook for us?" for x in ("Neva", "Lorin")]
+    texts = {
+        "target": [kept[0], "Boil the rice until it is soft.", "Who won?"],
+        "neutral": ["How old is Hesk?", "Count to three."],
+        "neutral_evaluation": [*others, "Where is Fenda?"],
+        "evaluation": [kept[1], "Sing a song for me."],
+    }
+    lines = ["model: embedded:demo", "layers: [4]", "k: 1", "prompts:"]
+    for name, prompts in texts.items():
+        (tmp_path / f"{name}.txt").write_text("\n".join(prompts))
+        lines.append(f"  {name}: {{path: {name}.txt}}")
+    (tmp_path / "r.yaml").write_text("\n".join(lines))
+    plans = [
+        planned_prompts(load_recipe(tmp_path / "r.yaml", overrides=more), MODEL)
+        for more in ([], ["prompts.near_duplicates=drop"])
+    ]
+    notes, without = (" ".join(plan.remarks(100)) for plan in plans)
+    assert "Of 3 prompts (target, extraction), 1 nearly equal an evaluation prompt: " in notes
+    assert "Of 3 prompts (neutral, evaluation), 1 nearly equal an earlier one" in notes
+    assert "target, evaluation: 2 of the 100 prompts that `rollouts.limit` asks for" in notes
+    assert (
+        "Of 3 prompts (target, extraction), 1 nearly equal an evaluation prompt and are" in without
+    )
+    assert [len(plan.lengths["target, extraction"]) for plan in plans] == [3, 2]

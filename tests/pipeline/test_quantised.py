@@ -11,10 +11,9 @@ import pytest
 import torch
 from click.testing import CliRunner
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
-from abliterator.anatomy import anatomy_of
-from abliterator.bake import bake, plan_edits, preview_edit
+from abliterator.bake import bake, preview_edit
 from abliterator.checkpoint import Checkpoint
 from abliterator.cli import main
 from abliterator.formats import storage_of
@@ -23,13 +22,13 @@ from abliterator.pipeline import bake_subspace
 from abliterator.pipeline._plan import make_plan
 from abliterator.pipeline._quantization import quantized_edits
 from abliterator.recipe import Edit
-from abliterator.record import TensorEdit
 from abliterator.source import ModelSource
-from abliterator.subspace import ablate, orthonormal_basis
+from abliterator.subspace import ablate
 from abliterator.verification import EDITS, verify
 from tests.helpers import tiny
+from tests.helpers.baked import baked, basis, planned, rms, stored
 from tests.helpers.leak import leak_meter
-from tests.helpers.quantised import D_MODEL, FORMATS, save_quantised
+from tests.helpers.quantised import FORMATS, save_quantised
 
 # transformers warns of the very argument with which it is to be told to decode on loading
 pytestmark = pytest.mark.filterwarnings("ignore:You passed `quantization_config`:UserWarning")
@@ -53,32 +52,6 @@ def base(tmp_path_factory):
         return made[key]
 
     return make
-
-
-def basis(k):
-    return orthonormal_basis(torch.randn(k, D_MODEL, generator=torch.Generator().manual_seed(3)))
-
-
-def planned(folder, **settings):
-    checkpoint = Checkpoint.open(folder)
-    return checkpoint, plan_edits(checkpoint, anatomy_of(checkpoint.config), Edit(**settings))
-
-
-def baked(folder, out, *, k=1, **settings) -> tuple[TensorEdit, ...]:
-    checkpoint, plan = planned(folder, **settings)
-    edits = bake(checkpoint, plan, basis(k), out, made_from={"subspace_sha256": "0" * 64})
-    report = out / EDITS
-    report.parent.mkdir()
-    report.write_text(json.dumps([edit.model_dump(mode="json") for edit in edits]))
-    return edits
-
-
-def stored(folder):
-    return {
-        name: tensor
-        for path in folder.glob("*.safetensors")
-        for name, tensor in load_file(path).items()
-    }
 
 
 def run(folder, **options):
@@ -109,10 +82,6 @@ def as_loaded(name):
     from transformers import CompressedTensorsConfig
 
     return {"quantization_config": CompressedTensorsConfig(dequantize=True)}
-
-
-def rms(values):
-    return (sum(value**2 for value in values) / len(values)) ** 0.5
 
 
 @pytest.mark.parametrize("k", [1, 3, 16])
@@ -330,7 +299,7 @@ def test_numbers_are_those_that_the_loader_itself_decodes(name, base):
     for edit in plan.edits:
         if not edit.layout.quantized:
             continue
-        scales = checkpoint.read(edit.layout.scales)
+        scales = edit.layout.scales_from(checkpoint.read)
         buffer = bytearray(checkpoint.read(edit.info.name))
         (matrix,) = edit.layout.matrices(buffer, edit.writer.axis, scales)
         numbers = torch.cat([matrix.decoded(*r) for r in matrix.ranges(1 << 12)], dim=1)

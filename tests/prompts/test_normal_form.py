@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import sys
 import time
+from collections import Counter
 
 import pytest
 from hypothesis import example, given
@@ -14,9 +15,13 @@ from abliterator.errors import PromptError
 from abliterator.prompts import (
     check_distinct,
     comparison_key,
+    count_alike,
     count_near,
+    drop_near,
     near_duplicates,
+    nearly_equal,
     normalised,
+    repeats,
     similarity,
     trigrams,
 )
@@ -112,6 +117,70 @@ def test_near_duplicates_are_counted_and_stay(a, b, near):
     assert (kept.prompts, kept.near) == ((a,), int(near))
 
 
+REQUEST = "Take a picture of the old bridge!"
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        "take a PICTURE of the old bridge",
+        "Take a picture of the new bridge.",
+        "Take a picture of the bridge",
+        "Please: take a picture of the old bridge!",
+        "Of the old bridge, take a picture",
+        "Take a picture of the 12 bridge",
+        "Take a picture, of the old 'bridge'?!",
+    ],
+)
+def test_one_word_case_punctuation_and_order_make_no_other_prompt(other):
+    assert nearly_equal([other, "Boil rice."], [REQUEST]) == [0]
+    assert nearly_equal([REQUEST], ["Boil rice.", other]) == [0]
+    assert repeats(["Boil rice.", REQUEST, other]) == [2]
+
+
+@pytest.mark.parametrize(
+    ("a", "b"),
+    [
+        (REQUEST, "Take a photo of the new bridge!"),  # two words
+        ("Who is Neva?", "Who is Lorin?"),  # too few words in common
+        ("Where does Neva live?", "Where does Lorin live?"),
+        (REQUEST, "Mach ein Foto der alten Brücke!"),
+        (REQUEST, "Photograph that ancient crossing."),
+    ],
+)
+def test_what_is_not_found(a, b):
+    assert nearly_equal([a], [b]) == repeats([a, b]) == []
+
+
+words = st.lists(st.sampled_from(["a", "b", "c", "dd", "ee"]), max_size=7).map(" ".join)
+
+
+@given(st.lists(words, max_size=7), st.lists(words, max_size=7))
+def test_nearly_equal_is_alike_in_letters_or_in_all_words_but_one(prompts, others):
+    def near(one, other):
+        alike = similarity(trigrams(comparison_key(one)), trigrams(comparison_key(other))) >= 0.75
+        left, right = Counter(one.split()), Counter(other.split())
+        least = min((left - right).total(), (right - left).total())
+        most = max((left - right).total(), (right - left).total())
+        return alike or ((left & right).total() >= 4 and least <= most <= 1)
+
+    expected = [i for i, one in enumerate(prompts) if any(near(one, o) for o in others)]
+    assert nearly_equal(prompts, others) == expected
+    earlier = [i for i, one in enumerate(prompts) if any(near(one, o) for o in prompts[:i])]
+    assert repeats(prompts) == earlier
+
+
+def test_near_duplicates_are_dropped_and_counted_where_that_is_asked():
+    training = prompt_set("Boil rice.", REQUEST, "Who is Neva?")
+    measured = prompt_set("Take a picture of the new bridge.", name="evaluation")
+    left = drop_near(training, [measured])
+    assert (left.prompts, left.dropped, left.near_dropped) == (("Boil rice.", "Who is Neva?"), 1, 1)
+    assert count_near(left, [measured]).near == 0
+    assert count_alike(training).alike == 0
+    with pytest.raises(PromptError, match=r"All 1 target prompts .* nearly equal an evaluation"):
+        drop_near(prompt_set(REQUEST), [measured])
+
+
 @pytest.mark.slow
 def test_many_prompts_are_compared_in_seconds():
     """A line per prompt pair would be minutes; templated prompts, which all share much."""
@@ -122,6 +191,7 @@ def test_many_prompts_are_compared_in_seconds():
     ]
     start = time.process_time()
     near_duplicates(prompts[:25_000], prompts[25_000:])
+    nearly_equal(prompts[:25_000], prompts[25_000:])
     assert time.process_time() - start < 60
 
 

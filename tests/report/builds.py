@@ -8,7 +8,7 @@ from pathlib import Path
 
 from abliterator.record import Completion, TensorEdit, Verdict
 from abliterator.report import Build, SamplePair
-from tests.card.records import SHA, demo_record, selection, tuning
+from tests.card.records import SHA, demo_record, groups, selection, side_effects, tuning
 
 HOSTILE = (
     "</script><script>document.title='owned'</script><img src=x onerror=alert(1)>"
@@ -67,6 +67,10 @@ def build(
 ) -> Build:
     """A build with every part; `text` stands wherever free text may."""
     record = demo_record().model_copy(update={"selection": selection(), "tuning": tuning()})
+    grouping = groups()["target"][0].model_copy(update={"column": f"category {text}"})
+    record = record.model_copy(
+        update={"groups": {"target": (grouping,)}, "side_effects": side_effects()}
+    )
     identity = record.model.model_copy(update={"id": model or f"org {text}"})
     recipe = {**record.recipe, "chat": {"system": text}}
     benchmarks = {f"task {text}": record.benchmarks["toy_facts"]}
@@ -84,6 +88,11 @@ def build(
         changes={f"model.layers.1 {text}": 0.25},
         gates={"max_kl": 0.1, "min_induce": 0.0},
         cosines=[[1.0, 0.5], [0.5, 1.0]],
+        groups={
+            "target": {
+                f"category {text}": ["knitting" if index % 2 else None for index in range(n)]
+            }
+        },
         flipped={f"task {text}": [SamplePair(3, f"none {text}", 0.0, 1.0, -2.0, -0.5)]},
     )
 

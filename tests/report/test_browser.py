@@ -70,6 +70,21 @@ def test_filters(open_page):
     assert len(shown(page)) == 40
 
 
+def test_the_refusals_that_remain_of_a_group_are_shown(open_page):
+    page = open_page(build(n=40))
+    page.select_option("#f-group", "category plain: knitting")
+    assert page.text_content("#count") == "20 of 40 pairs"
+    page.click("#f-clear")
+    page.locator("details.groups summary").click()
+    page.click('[data-show-group="category plain: knitting"]')
+    assert page.input_value("#f-b") == "refused"
+    assert page.text_content("#count") == "0 of 40 pairs"  # odd ones comply
+    page.select_option("#f-b", "")
+    assert shown(page)[0] == "prompt 1 plain"
+    heads = page.locator("#pairs .pair h3 > small").all_text_contents()
+    assert heads[0] == "target 2, category plain: knitting"
+
+
 def test_the_keyboard_alone_is_enough(open_page):
     page = open_page(build(n=40))
     page.keyboard.press("/")

@@ -97,6 +97,9 @@ def test_the_page_has_what_was_measured():
                 assert number(estimate.value, form) in text
     assert number(record.divergence.kl_first_token.value) in text
     assert "Private." in text
+    assert "knitting: refusal 0.900, of all 0.500" in text
+    assert "knitting, 18 of 20" in text
+    assert "Length of an answer, wordsTarget prompts60.5 51.5 −9.0 [−13.0, −5.0]63 of 64" in text
     ids = {value for _, name, value in page.attributes if name == "id"}
     links = [value[1:] for _, name, value in page.attributes if name == "href"]
     assert set(links) <= ids
@@ -106,12 +109,16 @@ def test_the_page_has_what_was_measured():
 def test_the_data_has_every_pair_gate_tensor_and_the_record():
     (shown,) = json.loads(Page(render_report([build(n=5)])).data)["builds"]
     assert len(shown["answers"]["target"]) == 5
+    assert [row.get("groups") for row in shown["answers"]["target"][:2]] == [
+        None,
+        {"category plain": "knitting"},
+    ]
     assert shown["answers"]["target"][0]["base"]["rules"] == "partial"
     assert "rules" not in shown["answers"]["target"][1]["base"]
     assert shown["gates"] == {"max_kl": 0.1, "min_induce": 0.0}
     (tensor,) = shown["tensors"]
     assert (tensor["change"], round(tensor["off"], 9)) == (0.25, 1e-7)
-    assert shown["flipped"] == {"task plain": [[3, "none plain", 0.0, 1.0, -2.0, -0.5]]}
+    assert shown["flipped"] == {"task plain": [[3, "none plain", 0.0, 1.0, -2.0, -0.5, None, None]]}
     assert shown["record"] == build().record_text
     assert [trial["selected"] for trial in shown["tuning"]] == [False, True]
 

@@ -107,7 +107,7 @@ def test_a_build(settings, dtype, tmp_path):
     assert_same_build(*on_both(tmp_path, "build", settings=settings, dtype=dtype))
 
 
-@pytest.mark.parametrize("name", ["fp8_block", "compressed_row", "mxfp4"])
+@pytest.mark.parametrize("name", ["fp8_block", "compressed_row", "mxfp4", "awq", "modelopt"])
 def test_a_build_of_low_precision_weights(name, tmp_path):
     model = save_quantised(name, tmp_path / "model", vocabulary=VOCABULARY)
     train_tokenizer().save_pretrained(model)

@@ -13,11 +13,13 @@ from scipy import stats
 
 from abliterator.statistics import (
     Interval,
+    holm,
     jackknife_interval,
     mcnemar_exact,
     mean_interval,
     paired_delta,
     rate_interval,
+    relabelling_test,
     sign_flip_test,
     smallest_detectable,
 )
@@ -288,3 +290,46 @@ def test_a_jackknife_without_spread_has_no_interval():
     assert jackknife_interval(2.0, [2.0, 2.0], 10) == Interval(2.0, None, None, 10)
     with pytest.raises(ValueError, match="finite"):
         jackknife_interval(2.0, [math.nan, 2.0], 10)
+
+
+GRADES = st.lists(st.sampled_from([0.0, 0.5, 1.0]), min_size=1, max_size=6)
+
+
+@given(GRADES, GRADES)
+def test_relabelling_counts_every_way_to_share_the_values(group, rest):
+    values = [*group, *rest]
+    expected = len(group) * math.fsum(values) / len(values)
+    sums = [math.fsum(drawn) for drawn in itertools.combinations(values, len(group))]
+    observed = abs(math.fsum(group) - expected)
+    share = sum(abs(s - expected) >= observed - 1e-9 for s in sums) / len(sums)
+    assert relabelling_test(group, rest) == pytest.approx(share)
+
+
+def test_relabelling_of_two_rates_is_fishers_test_where_that_is_symmetric():
+    found = relabelling_test([1.0] * 9 + [0.0], [1.0] + [0.0] * 9)
+    assert found == pytest.approx(stats.fisher_exact([[9, 1], [1, 9]]).pvalue)
+
+
+def test_relabelling_of_many_values_agrees_with_scipy():
+    rng = np.random.default_rng(0)
+    group, rest = rng.normal(0.6, 1.0, 15), rng.normal(0.0, 1.0, 30)
+    wanted = stats.permutation_test(
+        (group, rest), lambda a, b, axis: a.mean(axis) - b.mean(axis), vectorized=True, rng=1
+    )
+    assert relabelling_test(group, rest) == pytest.approx(wanted.pvalue, abs=0.01)
+
+
+@pytest.mark.parametrize(("group", "rest"), [([], [1.0]), ([1.0], []), ([1.0, 1.0], [1.0])])
+def test_relabelling_what_cannot_differ(group, rest):
+    assert relabelling_test(group, rest) == 1.0
+
+
+def test_relabelling_refuses_nan():
+    with pytest.raises(ValueError, match="finite"):
+        relabelling_test([math.nan], [1.0])
+
+
+def test_holm_on_known_values():
+    assert holm([0.01, 0.04, 0.03, 0.5]) == pytest.approx([0.04, 0.09, 0.09, 0.5])
+    assert holm([0.6, 0.7]) == [1.0, 1.0]
+    assert holm([]) == []

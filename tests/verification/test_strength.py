@@ -126,7 +126,11 @@ def test_a_pass_tells_left_from_removed_from_inverted(tiny_folder, tmp_path, str
         assert entry.strength == pytest.approx(strength, abs=1e-6 if strength == 0 else 0.3)
 
 
-@pytest.mark.parametrize("name", ["fp8_block", "compressed_row", "fp8_block experts", "mxfp4"])
+FORMATS = ("fp8_block", "compressed_row", "fp8_block experts", "mxfp4")
+PACKED = ("int4_group", "modelopt", "gptq", "awq")
+
+
+@pytest.mark.parametrize("name", [*FORMATS, *PACKED])
 @pytest.mark.parametrize("quantized", ["keep", "dequantize"])
 def test_formats_are_read_as_transformers_reads_them(tmp_path, tiny_tokenizer, name, quantized):
     """Nearest rounding, which restores a part of a direction: measured on both, and equal."""

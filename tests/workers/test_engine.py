@@ -15,6 +15,7 @@ from abliterator.engines import (
     AnswerPath,
     DistributedEngine,
     ModelFolder,
+    Sampling,
     Steering,
     StreamEdit,
     TransformersEngine,
@@ -111,6 +112,13 @@ def test_answers_and_distributions_under_an_edit(local, distributed, prompts, ed
         return answers, logits, likelihoods
 
     assert same(measured(local), measured(distributed))
+
+
+def test_drawn_answers_do_not_depend_on_the_number_of_workers(local, distributed, prompts):
+    options = {"max_new_tokens": 6, "batch_size": 4, "sampling": Sampling(1.5, seed=2)}
+    drawn = local.answers(prompts, **options)
+    assert same(drawn, distributed.answers(prompts, **options))
+    assert not same(drawn, local.answers(prompts, max_new_tokens=6, batch_size=4))
 
 
 @pytest.mark.parametrize("kind", ["writers", "steering"])

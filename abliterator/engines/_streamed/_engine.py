@@ -14,6 +14,7 @@ from torch import Tensor
 from abliterator.devices import CPU, device_memory, release_memory
 from abliterator.engines._edits import Edit
 from abliterator.engines._protocol import Answer, AnswerPath, OnBatch, Padding, SideBySide, Tokens
+from abliterator.engines._sampling import Sampling
 from abliterator.engines._streamed._passes import Passes
 from abliterator.engines._streamed._weights import PartialWeights
 from abliterator.engines._transformers import TransformersEngine
@@ -103,10 +104,11 @@ class StreamedEngine:
         batch_size: int,
         stop_ids: Sequence[int] | None = None,
         share_prefix: bool = False,
+        sampling: Sampling | None = None,
         answered: MutableMapping[int, Answer] | None = None,
         on_batch: OnBatch | None = None,
     ) -> list[Answer]:
-        """Greedy answers of the placed model.
+        """Answers of the placed model.
 
         Raises:
             GenerationError: without such a model, or as `Engine.answers`.
@@ -118,6 +120,7 @@ class StreamedEngine:
                 batch_size=batch_size,
                 stop_ids=stop_ids,
                 share_prefix=share_prefix,
+                sampling=sampling,
                 answered=answered,
                 on_batch=on_batch,
             )
@@ -154,11 +157,12 @@ class StreamedEngine:
         continuations: Sequence[Tokens],
         *,
         max_batch_tokens: int,
+        together: bool = False,
     ) -> Tensor:
         """[N, C] log-probabilities of each continuation after each prompt."""
         self._drop_placed()
         return self.streamed.log_likelihoods(
-            prompts, continuations, max_batch_tokens=max_batch_tokens
+            prompts, continuations, max_batch_tokens=max_batch_tokens, together=together
         )
 
     @contextmanager

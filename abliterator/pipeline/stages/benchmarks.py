@@ -1,6 +1,7 @@
-"""lm-eval on base and edited.
+"""lm-eval and the conversation suite on base and edited.
 
-The stage writes work/benchmarks/SIDE/TASK.json.
+The stage writes work/benchmarks/SIDE/TASK.json. The recipe's `engine` answers conversations, as it
+does rollouts; answers are kept batch by batch while the stage is not done.
 """
 
 from __future__ import annotations
@@ -11,7 +12,8 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from abliterator.files import digest_of, portable_name
+from abliterator.files import Journal, digest_of, portable_name
+from abliterator.pipeline._kept import KeptAnswers, partial_file
 from abliterator.pipeline._run import Run
 from abliterator.pipeline._stage import Artefact, Stage
 from abliterator.pipeline._vllm import depends_on, served_by_vllm
@@ -36,13 +38,19 @@ def benchmark_tasks(recipe: Recipe, device: str) -> Sequence[Task]:
     settings = recipe.benchmarks
     if not (settings.preset or settings.tasks):
         return ()
-    from abliterator.benchmarks import preset_tasks, require_engine, resolve_tasks
+    from abliterator.benchmarks import (
+        is_conversation,
+        preset_tasks,
+        require_engine,
+        resolve_tasks,
+    )
 
     engine = benchmark_engine(recipe)
     # the server of `engine` is checked when it has something to score
     sides: tuple[Side, ...] = SIDES if engine == settings.engine else ()
-    require_engine(engine, device, sides=sides)
     tasks = [*preset_tasks(settings.preset), *settings.tasks]
+    if not all(map(is_conversation, tasks)):
+        require_engine(engine, device, sides=sides)
     return resolve_tasks(tasks, folder=Path.cwd(), revisions=settings.revisions)
 
 
@@ -62,7 +70,12 @@ def probe_benchmarks(run: Run) -> None:
     engine = benchmark_engine(run.recipe)
     is_own = engine == run.recipe.benchmarks.engine
     is_running = run.recipe.engine.kind == "server"
-    if run.tasks and not is_own and is_running and run.workspace.marker(BENCHMARKS.name) is None:
+    if (
+        _by_lm_eval(run)
+        and not is_own
+        and is_running
+        and run.workspace.marker(BENCHMARKS.name) is None
+    ):
         from abliterator.benchmarks import require_engine
 
         require_engine(engine, run.device, sides=SIDES[:1])
@@ -84,6 +97,7 @@ def _key(run: Run) -> Any:
         *_engine_of_the_recipe(run),
         {task.name: task.digest for task in run.tasks},
         run.dtype,
+        *(run.answers_depend_on() if len(_by_lm_eval(run)) < len(run.tasks) else ()),
     ]
 
 
@@ -103,8 +117,59 @@ def _side_digest(run: Run, side: Side) -> str:
 
 
 def _run(run: Run) -> list[Path]:
-    if not run.tasks:
-        return []
+    for side in SIDES:
+        for task in run.tasks:
+            if task.skill is not None:
+                _hold_conversations(run, side, task)
+    if _by_lm_eval(run):
+        _run_lm_eval(run, _by_lm_eval(run))
+    return [_scores(side, task).path(run) for side in SIDES for task in run.tasks]
+
+
+def _by_lm_eval(run: Run) -> list[Task]:
+    """The tasks that are not of the conversation suite."""
+    return [task for task in run.tasks if task.skill is None]
+
+
+def _hold_conversations(run: Run, side: Side, task: Task) -> None:
+    """Lets a side answer the conversations of a task, unless its scores are kept."""
+    from abliterator.benchmarks import keep_scores, kept_scores
+    from abliterator.evaluation import answers_of, score_conversations
+
+    section, folder = run.recipe.benchmarks, _scores(side, task).path(run).parent
+    key = digest_of(
+        [
+            _side_digest(run, side),
+            task.digest,
+            task.limit or section.limit,
+            section.batch_size,
+            run.section("chat"),
+            run.dtype,
+            *run.answers_depend_on(),
+        ]
+    )
+    if kept_scores(folder, task.name, key) is not None:
+        return
+    answered = KeptAnswers(
+        Journal(partial_file(run, "benchmarks", f"{side}-{task.name}.jsonl", key)), task.name
+    )
+    with run.progress.bar(
+        f"{side} answers, {task.name}", answers_of(task, section) - len(answered)
+    ) as advance:
+        scores = score_conversations(
+            run.answering(folder_of(run, side), side),
+            task,
+            section,
+            run.recipe.chat,
+            settings={"dtype": run.dtype, "engine": run.recipe.engine.kind},
+            answered=answered,
+            on_batch=advance,
+        )
+    keep_scores(folder, key, scores)
+
+
+def _run_lm_eval(run: Run, tasks: Sequence[Task]) -> None:
+    """Scores both sides on tasks of lm-eval."""
     from abliterator.benchmarks import (
         RunSettings,
         ScoredCheckpoint,
@@ -132,7 +197,7 @@ def _run(run: Run) -> list[Path]:
         side: ScoredCheckpoint(folder_of(run, side), _side_digest(run, side)) for side in SIDES
     }
     secrets, out = key_names(run.recipe.published()), run.workspace.work / "benchmarks"
-    with run.progress.bar("benchmark tasks, both sides", len(SIDES) * len(run.tasks)) as advance:
+    with run.progress.bar("benchmark tasks, both sides", len(SIDES) * len(tasks)) as advance:
 
         def on_task(side: Side, task: str) -> None:
             advance(1)
@@ -140,13 +205,12 @@ def _run(run: Run) -> list[Path]:
         arguments: dict[str, Any] = {"out": out, "on_task": on_task, "secrets": secrets}
         if run.options.pool is not None and engine.kind == "transformers":
             pool = run.workers(run.options.pool)
-            score_on_workers(pool, sides, run.tasks, settings, **arguments)
+            score_on_workers(pool, sides, tasks, settings, **arguments)
             del arguments["on_task"]
         run.free()
         if by_vllm:
             arguments["serving"] = serving
-        measure_sides(sides, run.tasks, settings, **arguments)
-    return [_scores(side, task).path(run) for side in SIDES for task in run.tasks]
+        measure_sides(sides, tasks, settings, **arguments)
 
 
 def _note_plain_http(run: Run) -> None:

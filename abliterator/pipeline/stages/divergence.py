@@ -54,7 +54,7 @@ def _run(run: Run) -> list[Path]:
     divergence = measure_divergence(
         lambda side: run.engine(folder_of(run, side)),
         lambda engine: _rendered(run, engine),
-        _read_paths(run),
+        answer_paths(run),
         tokens=run.recipe.divergence.tokens,
         scratch=run.workspace.work / "base_logits.bin",
         max_batch_tokens=run.recipe.capture.max_batch_tokens,
@@ -86,7 +86,8 @@ def _write_paths(run: Run) -> None:
     write_text_atomic(PATHS.path(run), json.dumps(paths) + "\n")
 
 
-def _read_paths(run: Run) -> list[AnswerPath]:
+def answer_paths(run: Run) -> list[AnswerPath]:
+    """The base's greedy answers along which the divergence is measured."""
     from abliterator.engines import AnswerPath
 
     return [

@@ -19,7 +19,9 @@ from abliterator.pipeline._stage import Artefact, Stage
 from abliterator.prompts import (
     PromptSet,
     check_distinct,
+    count_alike,
     count_near,
+    drop_near,
     drop_overlap,
     hold_out,
     load_prompts,
@@ -74,7 +76,7 @@ def _run(run: Run) -> list[Path]:
     if recipe.directions.stack == "within_layer":
         sets = with_pairs(sets, recipe.prompts)
     sets = compared(sets)
-    for remark in remarks(sets):
+    for remark in [*remarks(sets), *short_of_limit(sets, recipe.rollouts.limit)]:
         run.progress.note(remark)
     return [PROMPT_SETS.write(run, sets)]
 
@@ -89,12 +91,12 @@ def divided_sets(
     """
     neutral_too = recipe.directions.projection == "neutral" or recipe.tunes
     sets = load_sets(recipe.prompts, seed=recipe.seed, neutral_too=neutral_too, load=load)
-    if not (recipe.selects or recipe.tunes):
-        return sets
-    return set_apart(sets, recipe.prompts, prompts=recipe.selection.prompts, seed=recipe.seed)
+    if recipe.selects or recipe.tunes:
+        sets = set_apart(sets, recipe.prompts, prompts=recipe.selection.prompts, seed=recipe.seed)
+    return without_near(sets) if recipe.prompts.near_duplicates == "drop" else sets
 
 
-PROMPTS = Stage("prompts", 4, _key, _run)
+PROMPTS = Stage("prompts", 5, _key, _run)
 
 
 def uses(sets: PromptSets) -> Iterator[tuple[str, PromptSet]]:
@@ -104,11 +106,29 @@ def uses(sets: PromptSets) -> Iterator[tuple[str, PromptSet]]:
             yield f"{kind}, {use}", prompts
 
 
+def without_near(sets: PromptSets) -> PromptSets:
+    """The sets without near duplicates of evaluation prompts in those not measured on.
+
+    Raises:
+        PromptError: if none is left of a set.
+    """
+    return _not_measured_on(sets, lambda part: drop_near(part, sets.evaluation.values()))
+
+
 def compared(sets: PromptSets) -> PromptSets:
-    """The sets, with counts of near duplicates of evaluation prompts in those not measured on."""
-    measured = sets.evaluation.values()
+    """The sets, with counts of near duplicates.
+
+    Of those not measured on, near duplicates of evaluation prompts; of the evaluation sets, those
+    within the set, which are not two independent measurements.
+    """
+    near = _not_measured_on(sets, lambda part: count_near(part, sets.evaluation.values()))
+    evaluation = {kind: count_alike(prompts) for kind, prompts in sets.evaluation.items()}
+    return near.model_copy(update={"evaluation": evaluation})
+
+
+def _not_measured_on(sets: PromptSets, change: Callable[[PromptSet], PromptSet]) -> PromptSets:
     extraction, selection = (
-        {kind: count_near(prompts, measured) for kind, prompts in part.items()}
+        {kind: change(prompts) for kind, prompts in part.items()}
         for part in (sets.extraction, sets.selection)
     )
     return sets.model_copy(update={"extraction": extraction, "selection": selection})
@@ -118,12 +138,28 @@ def remarks(sets: PromptSets) -> Iterator[str]:
     """A line on each set: its size and source, and how many prompts were dropped."""
     for name, prompts in uses(sets):
         counts = {
-            "duplicates or empty, dropped": prompts.dropped - prompts.overlap,
+            "duplicates or empty, dropped": prompts.dropped
+            - prompts.overlap
+            - prompts.near_dropped,
             "evaluation prompts too, dropped": prompts.overlap,
+            "nearly equal to an evaluation prompt, dropped": prompts.near_dropped,
             "kept though nearly equal to an evaluation prompt": prompts.near,
         }
-        parts = [f"{prompts.read} read", *(f"{n} {reason}" for reason, n in counts.items() if n)]
+        asked = f", {prompts.asked} asked for" if prompts.asked else ""
+        parts = [
+            f"{prompts.read} read{asked}",
+            *(f"{n} {reason}" for reason, n in counts.items() if n),
+        ]
         yield f"{name}: {len(prompts.prompts)} prompts of {prompts.source} ({'; '.join(parts)})"
+        if prompts.alike:
+            yield f"{name}: {prompts.alike} prompts nearly equal an earlier one of the set"
+
+
+def short_of_limit(sets: PromptSets, limit: int) -> Iterator[str]:
+    """A line on each evaluation set with fewer prompts than `rollouts.limit` asks for."""
+    for name, prompts in sets.evaluation.items():
+        if (n := len(prompts.prompts)) < limit:
+            yield f"{name}, evaluation: {n} of the {limit} prompts that `rollouts.limit` asks for"
 
 
 def load_sets(

@@ -20,8 +20,16 @@ from abliterator.files import copy_file, read_text, sha256_of_file, write_text_a
 from abliterator.pipeline._quantization import quantized_edits
 from abliterator.pipeline._run import Run
 from abliterator.pipeline._stage import Artefact, Stage
+from abliterator.pipeline._summaries import (
+    behaviour_of,
+    benchmark_results,
+    confidence_of,
+    groupings_of,
+    sampled_answers,
+    side_effects_of,
+)
+from abliterator.pipeline._survived import survived
 from abliterator.pipeline.stages.bake import tensor_edits
-from abliterator.pipeline.stages.benchmarks import task_scores
 from abliterator.pipeline.stages.capture import MOMENTS
 from abliterator.pipeline.stages.directions import SUBSPACE
 from abliterator.pipeline.stages.divergence import DIVERGENCE_JSON
@@ -30,11 +38,9 @@ from abliterator.pipeline.stages.prompts import prompt_sets, uses
 from abliterator.pipeline.stages.rollouts import engines_of
 from abliterator.pipeline.stages.selection import selected_layers, selection_of
 from abliterator.pipeline.stages.tuning import planned_edits, tuning_record
-from abliterator.prompts import NEAR_DUPLICATE, PromptSet
+from abliterator.prompts import NEAR_DUPLICATE, NEAR_WORDS, Conversation, PromptSet
 from abliterator.recipe import ranges_of
 from abliterator.record import (
-    Behaviour,
-    BenchmarkResult,
     Divergence,
     EditSummary,
     JudgeIdentity,
@@ -74,11 +80,13 @@ def _measured(run: Run) -> list[str]:
 def _key(run: Run) -> Any:
     base = run.plan.source.folder
     card = sha256_of_file(base / CARD) if (base / CARD).is_file() else None
-    return [
+    key = [
         {name: run.digest(name) for name in _measured(run)},
         run.recipe.published(),
         [run.base_digest(), card, stated(run.plan.card)],
     ]
+    quantised = [survival.model_dump(mode="json") for survival in survived(run)]
+    return [*key, quantised] if quantised else key
 
 
 def _run(run: Run) -> list[Path]:
@@ -160,20 +168,26 @@ def assemble(run: Run, timing: dict[str, float], pictures: dict[str, str]) -> Ru
         timing: seconds of each stage.
         pictures: sha256 of each picture of the card, by its path in the checkpoint.
     """
+    verdicts = VERDICTS.read_lines(run, Verdict)
     return RunRecord(
         tool=Tool(version=version("abliterator")),
         recipe=run.recipe.published(),
         recipe_digest=run.recipe.digest,
         model=_model(run),
         edit=_edit(run),
-        behaviour=_behaviour(run),
+        behaviour=behaviour_of(run, verdicts),
+        sampled=sampled_answers(run),
+        groups=groupings_of(run, verdicts),
+        side_effects=side_effects_of(run),
+        confidence=confidence_of(run),
         engines={str(side): engine for side, engine in engines_of(run).items()},
         divergence=DIVERGENCE_JSON.read_as(run, Divergence),
-        benchmarks=_benchmarks(run),
+        benchmarks=benchmark_results(run),
         judge=IDENTITY.read_as(run, JudgeIdentity),
         selection=selection_of(run),
         tuning=tuning_record(run),
         timing=timing,
+        survival=survived(run),
         pictures=pictures,
         files={DIRECTIONS: sha256_of_file(run.workspace.checkpoint / DIRECTIONS)},
         provenance=_provenance(run),
@@ -247,27 +261,6 @@ def _strengths(run: Run, edits: Sequence[TensorEdit]) -> dict[str, float | dict[
     return strengths
 
 
-def _behaviour(run: Run) -> dict[str, Behaviour | None]:
-    from abliterator.judge import summarise
-
-    verdicts = VERDICTS.read_lines(run, Verdict)
-    summaries: dict[str, Behaviour | None] = {"target": None, "neutral": None, "over_refusal": None}
-    for name in prompt_sets(run).evaluation:
-        base, edited = (
-            [v for v in verdicts if v.set == name and v.side == side] for side in ("base", "edited")
-        )
-        summaries[name] = summarise(base, edited, seed=run.recipe.seed)
-    return summaries
-
-
-def _benchmarks(run: Run) -> dict[str, BenchmarkResult]:
-    from abliterator.benchmarks import compare_tasks
-
-    if not run.tasks:
-        return {}
-    return compare_tasks(task_scores(run, "base"), task_scores(run, "edited"), seed=run.recipe.seed)
-
-
 def _provenance(run: Run) -> Provenance:
     sets = prompt_sets(run)
     return Provenance(
@@ -283,14 +276,16 @@ def _provenance(run: Run) -> Provenance:
         prompts=tuple(prompt_origin(name, prompts) for name, prompts in uses(sets)),
         dropped_overlap=sum(s.overlap for s in sets.extraction.values()),
         near_duplicate=NEAR_DUPLICATE,
+        near_words=NEAR_WORDS,
     )
 
 
 def prompt_origin(name: str, prompts: PromptSet) -> PromptOrigin:
     """The origin of a prompt set; `name` is its kind and use."""
-    names = PromptOrigin.model_fields.keys() - {"name", "n"}
+    names = PromptOrigin.model_fields.keys() - {"name", "n", "conversations"}
     fields = {field: getattr(prompts, field) for field in names}
-    return PromptOrigin(name=name, n=len(prompts.prompts), **fields)
+    conversations = sum(isinstance(prompt, Conversation) for prompt in prompts.prompts)
+    return PromptOrigin(name=name, n=len(prompts.prompts), conversations=conversations, **fields)
 
 
 def _digests(run: Run) -> dict[str, str]:

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from abliterator.directions import Place, Subspace
     from abliterator.engines import Engine
     from abliterator.evaluation import EvaluationContext, RenderedPrompts
+    from abliterator.prompts import Prompt
     from abliterator.selection import Pool, ScoringPrompts
 
 
@@ -191,13 +192,13 @@ def held_out_context(
     )
 
 
-def rendered(run: Run, prompts: Sequence[str], *, name: str) -> RenderedPrompts:
+def rendered(run: Run, prompts: Sequence[Prompt], *, name: str) -> RenderedPrompts:
     """Prompts of a choice, with room for an answer of `selection.tokens`."""
     engine, tokens = run.engine(run.plan.source.folder), run.recipe.selection.tokens
     return run.render(engine, prompts, name=name, max_new_tokens=tokens)
 
 
-def sampled(run: Run, name: str, n: int) -> list[str]:
+def sampled(run: Run, name: str, n: int) -> list[Prompt]:
     """At most `n` prompts of an extraction set, drawn by the recipe's seed; none if it has none."""
     sets = prompt_sets(run).extraction
     prompts = sets[name].prompts if name in sets else ()

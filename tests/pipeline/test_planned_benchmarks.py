@@ -1,0 +1,33 @@
+"""How many documents and answers of benchmarks a plan counts."""
+
+from pathlib import Path
+
+from abliterator.benchmarks.conversation import SKILLS, items_of, max_new_tokens
+from abliterator.pipeline._planned_benchmarks import planned_benchmarks
+from abliterator.recipe import Benchmarks
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_benchmarks_have_the_documents_of_their_files_limits_and_shots():
+    tasks = str(ROOT / "recipes/demo/tasks/demo_facts.yaml")
+    section = Benchmarks(tasks=(tasks, "arc_easy", "unheard_of"), limit=100, num_fewshot=2)
+    facts, arc, other = planned_benchmarks(section)
+    assert facts[:2] == (100, 6)
+    assert arc[:3] == (100, 4, 120)
+    assert other.documents == 100
+    (generated,) = planned_benchmarks(
+        Benchmarks(tasks=(str(ROOT / "recipes/demo/tasks/demo_declined_facts.yaml"),), limit=None)
+    )
+    assert (generated.documents, generated.requests, generated.generated) == (200, 1, 32)
+    assert planned_benchmarks(Benchmarks(tasks=())) == []
+
+
+def test_the_sizes_of_the_conversation_suite_are_its_own():
+    planned = planned_benchmarks(Benchmarks(preset="conversation"))
+    (whole,) = planned_benchmarks(Benchmarks(tasks=("conversation",)))
+    assert sum(size.documents for size in planned) == whole.documents == 120
+    for skill, size in zip(SKILLS, planned, strict=True):
+        answers = sum(len(item.prompt.turns) for item in items_of(skill))
+        assert size.requests - 1 < answers / size.documents <= size.requests
+        assert size.generated == max_new_tokens(skill)
