@@ -242,4 +242,7 @@ class RunRecord(Frozen):
     quoted: tuple[Quotation, ...] = ()
     survival: tuple[Survival, ...] = ()  # what quantisation leaves; measured after the build
     pictures: dict[str, str] = {}  # sha256 by path in the checkpoint; the card shows them
+    files: dict[
+        str, str
+    ] = {}  # sha256 of files for other programs, by their path in the checkpoint
     provenance: Provenance

@@ -180,8 +180,8 @@ def check_record(
             f"{format_leak(leak)}."
         )
     vouched = {file: record.pictures[file] for file in PICTURES if file in record.pictures}
-    if DIRECTIONS in record.provenance.digests:
-        vouched[DIRECTIONS] = record.provenance.digests[DIRECTIONS]
+    if DIRECTIONS in record.files:
+        vouched[DIRECTIONS] = record.files[DIRECTIONS]
     for file, digest in sorted(vouched.items()):
         path = checkpoint / file
         if path.is_file() and sha256_of_file(path) == digest:

@@ -189,6 +189,7 @@ def assemble(run: Run, timing: dict[str, float], pictures: dict[str, str]) -> Ru
         timing=timing,
         survival=survived(run),
         pictures=pictures,
+        files={DIRECTIONS: sha256_of_file(run.workspace.checkpoint / DIRECTIONS)},
         provenance=_provenance(run),
     )
 
@@ -291,7 +292,6 @@ def _digests(run: Run) -> dict[str, str]:
     files = {
         "moments": MOMENTS.checked(run),
         "directions": SUBSPACE.checked(run),
-        DIRECTIONS: run.workspace.checkpoint / DIRECTIONS,
     }
     card = run.plan.source.folder / CARD
     if card.is_file():
