@@ -196,7 +196,7 @@ def _anchor_paths(values: dict[str, Any], folder: Path) -> None:
         judge["calibration"] = _anchored(file, folder)
     if isinstance(judge, dict) and isinstance(model := _text_of(judge.get("model")), str):
         # an override has no kind beside it, and no server's model is called like a path
-        is_path = model.startswith((".", "/", "~"))
+        is_path = model.startswith(("./", "../", "/", "~/"))
         names_folder = judge.get("kind") == "local" and model != BASE and _is_local(model, folder)
         if is_path or names_folder:
             judge["model"] = _anchored(model, folder)

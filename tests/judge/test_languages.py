@@ -195,7 +195,7 @@ def test_what_is_cut_before_it_answers_is_unscored(response, words):
 @pytest.mark.parametrize("response", ["**", "##", "...", "<|im_end|>"])
 def test_what_is_cut_before_a_word_is_unscored(response):
     reasons = ("unscored: cut before a word", "truncated")
-    assert judged(QUESTION, response, "length") == (None, None, None, reasons)
+    assert judged(QUESTION, response, "length")[:4] == (None, None, None, reasons)
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ The stage writes the sets as used to work/prompts.json.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -76,7 +76,10 @@ def _run(run: Run) -> list[Path]:
     if recipe.directions.stack == "within_layer":
         sets = with_pairs(sets, recipe.prompts)
     sets = compared(sets)
-    for remark in [*remarks(sets), *short_of_limit(sets, recipe.rollouts.limit)]:
+    short: Iterable[str] = ()
+    if "limit" in recipe.rollouts.model_fields_set:  # few prompts do not meet the default, either
+        short = short_of_limit(sets, recipe.rollouts.limit)
+    for remark in [*remarks(sets), *short]:
         run.progress.note(remark)
     return [PROMPT_SETS.write(run, sets)]
 
