@@ -157,7 +157,7 @@ def _warnings(
         yield from _long_answers(costs)
     if costs is not None:
         yield from _not_counted(recipe, options)
-    yield from prompts.remarks(recipe.rollouts.limit)
+    yield from prompts.remarks(recipe.rollouts)
     if recipe.judge.kind == "local":
         yield _judge_note(recipe, plan, where, options)
     for dataset in prompts.assumed:

@@ -19,7 +19,7 @@ from abliterator.pipeline.stages.prompts import (
     uses,
 )
 from abliterator.prompts import PromptSet, load_prompts, readable
-from abliterator.recipe import Prompts, Recipe, Source
+from abliterator.recipe import Prompts, Recipe, Rollouts, Source
 
 # Rows of splits that recipes name by default; others are known only where a slice says them.
 _KNOWN_ROWS = {
@@ -63,13 +63,13 @@ class PlannedPrompts:
             for name, lengths in self.lengths.items()
         }
 
-    def remarks(self, limit: int) -> Iterator[str]:
-        """Lines on near duplicates, and on evaluation sets of fewer prompts than `limit`."""
+    def remarks(self, rollouts: Rollouts) -> Iterator[str]:
+        """Lines on near duplicates, and on evaluation sets that fall short of their limit."""
         if self.sets is None:
             return
         yield from _near(compared(self.sets))
         if not self.assumed:
-            yield from short_of_limit(self.sets, limit)
+            yield from short_of_limit(self.sets, rollouts)
 
 
 def planned_prompts(recipe: Recipe, folder: Path) -> PlannedPrompts:

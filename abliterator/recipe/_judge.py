@@ -47,8 +47,10 @@ class Rollouts(Section):
 
     @model_validator(mode="after")
     def _samples_are_drawn(self) -> Self:
-        if not self.samples and (unused := sorted(self.model_fields_set & _OF_SAMPLES)):
-            raise ValueError(f"`{unused[0]}` belongs to `samples`: set `samples` too")
+        fields = type(self).model_fields
+        changed = [name for name in _OF_SAMPLES if getattr(self, name) != fields[name].default]
+        if changed and not self.samples:
+            raise ValueError(f"`{min(changed)}` belongs to `samples`: set `samples` too")
         return self
 
     @model_serializer(mode="wrap")

@@ -38,7 +38,7 @@ def test_the_recipe_loads_and_plans(model, tiny_folder, tmp_path):
     plan = pipeline.plan_recipe(recipe, tmp_path / "out")
     assert plan.selection is not None
     assert plan.tuning is not None
-    assert not plan.notes
+    assert not [note for note in plan.notes if "nearly equal" not in note]
 
 
 @pytest.mark.parametrize("model", ["llama", "embedded:demo"])

@@ -13,7 +13,7 @@ from click.testing import CliRunner
 from abliterator.cli import main
 from abliterator.pipeline._planned_prompts import planned_prompts
 from abliterator.pipeline.stages.prompts import compared, load_sets, uses
-from abliterator.recipe import load_recipe
+from abliterator.recipe import Rollouts, load_recipe
 
 ROOT = Path(__file__).parents[2]
 MODEL = ROOT / "abliterator" / "data" / "demo" / "model"
@@ -114,7 +114,7 @@ def test_near_duplicates_and_short_sets_are_notes_of_a_plan(tmp_path):
         planned_prompts(load_recipe(tmp_path / "r.yaml", overrides=more), MODEL)
         for more in ([], ["prompts.near_duplicates=drop"])
     ]
-    notes, without = (" ".join(plan.remarks(100)) for plan in plans)
+    notes, without = (" ".join(plan.remarks(Rollouts(limit=100))) for plan in plans)
     assert "Of 3 prompts (target, extraction), 1 nearly equal an evaluation prompt: " in notes
     assert "Of 3 prompts (neutral, evaluation), 1 nearly equal an earlier one" in notes
     assert "target, evaluation: 2 of the 100 prompts that `rollouts.limit` asks for" in notes

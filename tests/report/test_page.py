@@ -118,7 +118,7 @@ def test_the_data_has_every_pair_gate_tensor_and_the_record():
     assert shown["gates"] == {"max_kl": 0.1, "min_induce": 0.0}
     (tensor,) = shown["tensors"]
     assert (tensor["change"], round(tensor["off"], 9)) == (0.25, 1e-7)
-    assert shown["flipped"] == {"task plain": [[3, "none plain", 0.0, 1.0, -2.0, -0.5, None, None]]}
+    assert shown["flipped"] == {"task plain": [[3, "none plain", 0.0, 1.0, -2.0, -0.5]]}
     assert shown["record"] == build().record_text
     assert [trial["selected"] for trial in shown["tuning"]] == [False, True]
 

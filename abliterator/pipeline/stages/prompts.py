@@ -5,7 +5,7 @@ The stage writes the sets as used to work/prompts.json.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from abliterator.prompts import (
     hold_out,
     load_prompts,
 )
-from abliterator.recipe import Prompts, Recipe, Source
+from abliterator.recipe import Prompts, Recipe, Rollouts, Source
 from abliterator.record import Frozen
 
 
@@ -76,10 +76,7 @@ def _run(run: Run) -> list[Path]:
     if recipe.directions.stack == "within_layer":
         sets = with_pairs(sets, recipe.prompts)
     sets = compared(sets)
-    short: Iterable[str] = ()
-    if "limit" in recipe.rollouts.model_fields_set:  # few prompts do not meet the default, either
-        short = short_of_limit(sets, recipe.rollouts.limit)
-    for remark in [*remarks(sets), *short]:
+    for remark in [*remarks(sets), *short_of_limit(sets, recipe.rollouts)]:
         run.progress.note(remark)
     return [PROMPT_SETS.write(run, sets)]
 
@@ -158,10 +155,12 @@ def remarks(sets: PromptSets) -> Iterator[str]:
             yield f"{name}: {prompts.alike} prompts nearly equal an earlier one of the set"
 
 
-def short_of_limit(sets: PromptSets, limit: int) -> Iterator[str]:
-    """A line on each evaluation set with fewer prompts than `rollouts.limit` asks for."""
+def short_of_limit(sets: PromptSets, rollouts: Rollouts) -> Iterator[str]:
+    """A line on each evaluation set with fewer prompts than the recipe asks for, if it does."""
+    if "limit" not in rollouts.model_fields_set:
+        return
     for name, prompts in sets.evaluation.items():
-        if (n := len(prompts.prompts)) < limit:
+        if (n := len(prompts.prompts)) < (limit := rollouts.limit):
             yield f"{name}, evaluation: {n} of the {limit} prompts that `rollouts.limit` asks for"
 
 
