@@ -22,7 +22,15 @@ from abliterator.pipeline._quantization import quantized_edits
 from abliterator.pipeline.stages import record as record_stage
 from abliterator.prompts import PromptSet
 from abliterator.recipe import load_engine, load_recipe
-from abliterator.record import Estimate, ModelIdentity, RunRecord, TensorEdit
+from abliterator.record import (
+    Behaviour,
+    BehaviourSide,
+    Divergence,
+    Estimate,
+    ModelIdentity,
+    RunRecord,
+    TensorEdit,
+)
 from abliterator.source import resolve_folder
 from tests.helpers.judge_server import JudgeServer, verdict
 
@@ -143,23 +151,43 @@ SET_ELSEWHERE = {
     "tuning.strengths": "tests/tuning/test_tuning.py",  # of work/tuning.json
     "edit.experts": "tests/anatomy/test_experts.py",
     "judge.calibration": "tests/judge/test_calibrate.py",
+    **dict.fromkeys(
+        (f"judge.{name}" for name in ("format", "is_base", "weights_sha256", "dtype")),
+        "tests/pipeline/test_local_judge.py",
+    ),
+    "judge.revision": "abliterator/pipeline/_local_judge.py",
+    "judge.by_rules": "tests/judge/test_local_formats.py",
+    **dict.fromkeys(
+        (f"behaviour.{side}.thinking_refusal" for side in ("base", "edited", "delta")),
+        "tests/judge/test_thoughts.py",
+    ),
     "benchmarks.higher_is_better": "abliterator/benchmarks/_compare.py",
     "quoted": "tests/card/test_contents.py",  # no stage quotes; a card shows what a record quotes
     "quoted.source": "tests/card/test_contents.py",
     "quoted.says": "tests/card/test_contents.py",
 }
 CONSTANT = {"tool.name"}
+SURVIVAL = {  # what `abliterator survive` writes
+    True: "abliterator/survival/_strengths.py",
+    False: "abliterator/pipeline/_survival.py",
+}
 
 
 def every_field(model: type[BaseModel], path: str = "") -> Iterator[str]:
     """The path of every field, nested ones too; items of lists and mappings have their owner's.
 
-    An `Estimate` is one value: whether it has an interval depends on what was measured.
+    An `Estimate` is one value: whether it has an interval depends on what was measured. So is a
+    summary of behaviour or divergence that is not the record's own, which has those fields too.
     """
     for name, field in model.model_fields.items():
         yield path + name
         for inner in models_in(field.annotation):
-            yield from every_field(inner, f"{path}{name}.")
+            if (
+                not path
+                or inner not in (Behaviour, BehaviourSide, Divergence)
+                or path == "behaviour."
+            ):
+                yield from every_field(inner, f"{path}{name}.")
 
 
 def models_in(annotation: Any) -> Iterator[type[BaseModel]]:
@@ -188,19 +216,29 @@ def set_fields(value: Any, path: str = "") -> Iterator[str]:
 
 @pytest.fixture(scope="module")
 def special(tmp_path_factory, tiny_folder):
-    """The record of a tiny build that drops prompts, asks a judge's server, and has groups."""
+    """The record of a tiny build that drops prompts, asks a judge's server, and has groups.
+
+    Its answers are drawn too, its prompts have clusters, and one of them is a conversation.
+    """
     folder = tmp_path_factory.mktemp("special")
-    names = {"target": "Where is", "neutral": "What is", "evaluation": "Where then is"}
+    names = {"target": "Where is", "neutral": "What is", "evaluation": "Who then saw"}
     lines = {name: [f"{words} the {x}?" for x in "abcdefgh"] for name, words in names.items()}
+    lines["neutral"] = ["Cross a river.", "Paint my door.", "Name two birds.", "Why does it snow?"]
+    lines["neutral"] += ["Sing softly.", "Who was Anna?", "Add three and four.", "Describe fire."]
     lines["target"] += [lines["target"][0], lines["evaluation"][0]]
+    lines["target"].append("Who then saw it, the a?")  # nearly an evaluation prompt
     for name, prompts_of_set in lines.items():
-        rows = ({"prompt": p, "category": str(i % 2)} for i, p in enumerate(prompts_of_set))
+        rows = [{"prompt": p, "category": str(i % 2)} for i, p in enumerate(prompts_of_set)]
+        if name == "evaluation":
+            rows.append({"messages": [{"role": "user", "content": "Where is it?"}]})
         (folder / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    sets = ", ".join(f"{name}: {{path: {name}.jsonl}}" for name in names)
+    sets = ", ".join(f"{name}: {{path: {name}.jsonl}}" for name in ("target", "neutral"))
+    sets += ", evaluation: {path: evaluation.jsonl, cluster: category, limit: 20}"
+    sets += ", near_duplicates: drop"
     with JudgeServer(reply=verdict("complied", "coherent")) as server:
         (folder / "r.yaml").write_text(
             f"model: {tiny_folder()}\nlayers: [2]\nk: 1\nprompts: {{{sets}}}\n"
-            "rollouts: {max_new_tokens: 48}\n"
+            "rollouts: {max_new_tokens: 48, samples: 2, temperature: 0.9, top_p: 0.9, seed: 3}\n"
             f"judge: {{kind: openai, base_url: '{server.url}', model: m, api_key_env: null, "
             "votes: 3}\n"
         )
@@ -272,11 +310,13 @@ def from_the_code() -> Iterator[str]:
 def test_every_field_of_a_record_is_set_by_some_run(record, special, searched):
     known = {path for run in (record, special, searched) for path in set_fields(run)}
     known |= {*from_the_code()} | CONSTANT
-    for path, file in SET_ELSEWHERE.items():
+    every = set(every_field(RunRecord))
+    survival = {path for path in every if path.partition(".")[0] == "survival"}
+    elsewhere = SET_ELSEWHERE | {p: SURVIVAL[p.startswith("survival.strengths.")] for p in survival}
+    for path, file in elsewhere.items():
         assert path.rpartition(".")[2] in (ROOT / file).read_text()
-    unset = {*every_field(RunRecord)} - known - SET_ELSEWHERE.keys() - {"provenance.git_commit"}
-    assert not unset
-    assert not SET_ELSEWHERE.keys() & known  # what is listed is special
+    assert not every - known - elsewhere.keys() - {"provenance.git_commit"}
+    assert not elsewhere.keys() & known  # what is listed is special
 
 
 @pytest.mark.parametrize(
