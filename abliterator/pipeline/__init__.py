@@ -43,7 +43,7 @@ from abliterator.pipeline._study import (
     figures_of,
     study_stage,
 )
-from abliterator.pipeline._survive import SurvivalSettings, survive
+from abliterator.pipeline._survival._command import SurvivalSettings, survive
 from abliterator.pipeline._vllm import vllm_note, vllm_of
 from abliterator.pipeline._workspace import Workspace, usable
 from abliterator.pipeline.stages import STAGES, stages_of

@@ -169,7 +169,7 @@ SET_ELSEWHERE = {
 CONSTANT = {"tool.name"}
 SURVIVAL = {  # what `abliterator survive` writes
     True: "abliterator/survival/_strengths.py",
-    False: "abliterator/pipeline/_survival.py",
+    False: "abliterator/pipeline/_survival/_session.py",
 }
 
 

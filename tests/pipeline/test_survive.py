@@ -139,7 +139,9 @@ def test_what_cannot_be_made_is_an_error_before_any_work(out, monkeypatch, tmp_p
         survive(out, "fp8", "int4")
     with pytest.raises(QuantizationError, match="llama-server is not in"):
         survive(out, "fp8", "Q8_0", llama_cpp=tmp_path)
-    monkeypatch.setattr("abliterator.pipeline._survive.free_bytes", lambda folder: 1 << 20)
+    monkeypatch.setattr(
+        "abliterator.pipeline._survival._command.free_bytes", lambda folder: 1 << 20
+    )
     with pytest.raises(OutputError, match=r"0\.0 GB free\. Make room"):
         survive(out, "fp8")
     assert not (out / "work" / "survival").exists()

@@ -28,7 +28,7 @@ from abliterator.pipeline._summaries import (
     sampled_answers,
     side_effects_of,
 )
-from abliterator.pipeline._survived import survived
+from abliterator.pipeline._survival._results import survived
 from abliterator.pipeline.stages.bake import tensor_edits
 from abliterator.pipeline.stages.capture import MOMENTS
 from abliterator.pipeline.stages.directions import SUBSPACE

@@ -21,7 +21,7 @@ from abliterator.pipeline._judges import evaluation_judge
 from abliterator.pipeline._kept import KeptAnswers, partial_file
 from abliterator.pipeline._run import Run
 from abliterator.pipeline._stage import Stage
-from abliterator.pipeline._survived import survival_file, survival_stage
+from abliterator.pipeline._survival._results import survival_file, survival_stage
 from abliterator.pipeline._workspace import remove_whole
 from abliterator.pipeline.stages.directions import removed_subspace
 from abliterator.pipeline.stages.divergence import answer_paths

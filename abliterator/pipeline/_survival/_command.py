@@ -12,7 +12,7 @@ from abliterator.pipeline._options import Options
 from abliterator.pipeline._progress import Progress
 from abliterator.pipeline._resume import prepare, run_missing
 from abliterator.pipeline._run import Run
-from abliterator.pipeline._survival import SurvivalSession
+from abliterator.pipeline._survival._session import SurvivalSession
 from abliterator.pipeline._workspace import Workspace, usable
 from abliterator.pipeline.stages import stages_of
 from abliterator.pipeline.stages.card import CARD
