@@ -26,7 +26,18 @@ GIVEN = {
     "NAME": "somebody/edited",
 }
 # In the order in which a reader gives them, whatever the README's.
-ORDER = ("recipes", "init", "plan", "build", "report", "chat", "verify", "leak", "publish")
+ORDER = (
+    "recipes",
+    "init",
+    "plan",
+    "build",
+    "report",
+    "chat",
+    "verify",
+    "leak",
+    "publish",
+    "survive",
+)
 # Those that take a minute are commands of other tests: of the demo, and of the package's options.
 ELSEWHERE = {"demo", "doctor", "--help"}
 

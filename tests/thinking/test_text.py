@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from abliterator.cli import main
 from abliterator.judge import (
     Answered,
+    Judgement,
     RuleJudge,
     calibrate,
     judge_completions,
@@ -98,7 +99,7 @@ def test_no_judge_is_shown_a_thought(tmp_path):
     assert shown.count("Coldgate") == len(REPLIES)
     assert "private" not in shown
     assert {judgement[:3] for judgement in found[::2]} == {(1.0, 1.0, False)}
-    assert found[1::2] == [(0.0, 0.0, False, ("empty", "truncated"))] * len(REPLIES)
+    assert found[1::2] == [Judgement(0.0, 0.0, False, ("empty", "truncated"))] * len(REPLIES)
     by_rules = RuleJudge().judge_all(asked)
     assert {judgement[:3] for judgement in by_rules[::2]} == {(1.0, 1.0, False)}
     assert by_rules[1::2] == found[1::2]
