@@ -123,7 +123,7 @@ def _result(record: RunRecord, out: Path) -> Iterator[tuple[str, str]]:
     if outliers:
         yield "groups", ", ".join(map(_outlier, sorted(outliers, key=lambda o: o.p_holm)[:3]))
     if divergence := record.divergence:
-        yield "KL, nats", f"{cell(divergence.kl_first_token)}, first token, neutral prompts"
+        yield "KL", f"{cell(divergence.kl_first_token)} nats, first token, neutral"
     if record.benchmarks:
         deltas = (f"{task}\xa0{r.delta.value:+.3f}" for task, r in record.benchmarks.items())
         yield "benchmarks", ", ".join(deltas)
