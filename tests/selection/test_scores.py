@@ -68,7 +68,7 @@ def test_the_judge_that_is_given_judges_and_what_it_cannot_score_is_not_0(contex
     )
     assert many.products.count(None) == 1  # of 101
     n = len(many.verdicts) - 1
-    assert many.summary.product == Estimate(value=0.5, low=None, high=None, n=n)
+    assert many.summary.product == Estimate(value=0.5, low=None, high=None, n=n, asked=n + 1)
     gain = _grow._gain(judged, judged, 0)
     assert (gain.value, gain.n) == (0.0, len(PROMPTS) - 1)
     silent = tuple(v.model_copy(update={"compliance": None}) for v in judged.verdicts)
