@@ -192,4 +192,6 @@ def test_given_layers_keep_their_order_and_only_k_is_chosen(context, base, scrip
     assert found.structure.participation_ratio == pytest.approx(2)
     assert Selection.model_validate_json(found.model_dump_json()) == found
     card = render_card(demo_record().model_copy(update={"selection": found}))
-    assert "| 2 | 0.010 | 0.000 | 1.000 | 0.000 | -1.000 | 0.000 at KL 0.010 |  | 20 of 20 |" in card
+    assert (
+        "| 2 | 0.010 | 0.000 | 1.000 | 0.000 | -1.000 | 0.000 at KL 0.010 |  | 20 of 20 |" in card
+    )
