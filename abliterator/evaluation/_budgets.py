@@ -71,11 +71,8 @@ def answers_within(
         _within(splitter, prompt, answer, max_new_tokens)
         for prompt, answer in zip(prompts, first, strict=True)
     ]
-    unfinished = [
-        i
-        for i, (prompt, answer) in enumerate(zip(prompts, answers, strict=True))
-        if _goes_on(splitter, prompt, answer, max_new_tokens)
-    ]
+    places = range(len(prompts))
+    unfinished = [i for i in places if _goes_on(splitter, prompts[i], answers[i], max_new_tokens)]
     if not unfinished:
         return answers
     rest = engine.answers(

@@ -10,7 +10,7 @@ from abliterator.benchmarks.conversation import Item, items_of, max_new_tokens
 from abliterator.engines import Answer, Engine
 from abliterator.errors import UnsupportedModel
 from abliterator.evaluation._conversations import Kept, answer_conversations, spoken
-from abliterator.prompts import Prompt, turns_of
+from abliterator.prompts import Conversation, Prompt, turns_of
 from abliterator.recipe import Benchmarks, Chat
 
 
@@ -69,13 +69,7 @@ def score_conversations(
         answered=answered,
         on_batch=on_batch,
     )
-    transcripts = []
-    for prompt, own in zip(prompts, answers, strict=True):
-        *earlier, last = spoken(own)
-        cut = own[-1].finish_reason == "length"
-        if not last.strip():
-            last = _call_beside_the_answer(own[-1])
-        transcripts.append(Transcript(prompt.answered(earlier), last, cut))
+    transcripts = [_transcript(p, own) for p, own in zip(prompts, answers, strict=True)]
     has_tools = bool(items[0].prompt.tools)
     tools = {"tools": "chat template" if by_template else "described"} if has_tools else {}
     stated = chat.model_dump(include={"system", "template_kwargs"}, exclude_defaults=True)
@@ -92,6 +86,14 @@ def conversations_of(task: Task, section: Benchmarks) -> tuple[Item, ...]:
 def answers_of(task: Task, section: Benchmarks) -> int:
     """How many answers the conversations of a task take."""
     return sum(turns_of(item.prompt) for item in conversations_of(task, section))
+
+
+def _transcript(prompt: Conversation, answers: Sequence[Answer]) -> Transcript:
+    """A conversation up to its last turn, and the answer to that."""
+    *earlier, last = spoken(answers)
+    if not last.strip():
+        last = _call_beside_the_answer(answers[-1])
+    return Transcript(prompt.answered(earlier), last, answers[-1].finish_reason == "length")
 
 
 def _call_beside_the_answer(answer: Answer) -> str:
