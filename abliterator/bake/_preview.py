@@ -121,8 +121,18 @@ def preview_edits(loaded: LoadedModel, plan: EditPlan, bases: Sequence[Tensor]) 
 
 
 def _on_devices(removal: Removal, dtype: torch.dtype) -> Callable[[torch.device], Removal]:
-    """The removal on a device, copied there once: the blocks of a model may lie on several."""
-    return cache(lambda device: removal.to(dtype, device))
+    """The removal on a device, copied there once: the blocks of a model may lie on several.
+
+    Gradients flow through the copy, whether or not the first pass that needs it records any.
+    """
+    import torch
+
+    @cache
+    def copied(device: torch.device) -> Removal:
+        with torch.inference_mode(mode=False), torch.enable_grad():
+            return removal.to(dtype, device)
+
+    return copied
 
 
 def _stacked(removals: Sequence[Removal]) -> Removal:

@@ -29,7 +29,7 @@ class Removal:
     take: Tensor
     read: Tensor
 
-    def to(self, dtype: torch.dtype, device: str = "cpu") -> Removal:
+    def to(self, dtype: torch.dtype, device: torch.device | str = "cpu") -> Removal:
         """The same in another dtype, on another device.
 
         Converted on the device that it comes from, as its gradients are, so that float64 stays on

@@ -89,6 +89,24 @@ def test_gradients_flow_through_what_rows_share(tiny_loaded, monkeypatch):
     assert shared.abs().max() > 1e-3
 
 
+@pytest.mark.parametrize("without_gradients", [torch.no_grad, torch.inference_mode])
+def test_gradients_flow_after_a_pass_that_records_none(tiny_loaded, without_gradients):
+    """As where the model is first measured for wider rows, in the middle of a descent."""
+    context = tiny_context(tiny_loaded("llama"))
+    basis, ids = basis_of(2).requires_grad_(), torch.tensor([[4, 9, 17]])
+    gradients = []
+    for passes_before in (0, 1):
+        basis.grad = None
+        with preview_edit(context.loaded, context.plan, basis):
+            for _ in range(passes_before):
+                with without_gradients():
+                    context.loaded.model(ids)
+            context.loaded.model(ids).logits[0, -1].log_softmax(0)[5].backward()
+        gradients.append(basis.grad)
+    assert gradients[0].abs().max() > 1e-3
+    assert gradients[1].equal(gradients[0])
+
+
 def test_what_is_not_tuned_stays(tiny_loaded):
     context = tiny_context(tiny_loaded("llama"), steps=3, batch=2, kl_weights=(1.0,))
     pairs, basis = pairs_of(), basis_of(2)
