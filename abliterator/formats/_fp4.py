@@ -72,14 +72,12 @@ def _nvfp4(name: str, headers: Headers, whole: tuple[str, str]) -> Layout:
         Part("scale", f"{module}.weight_scale", scale.dtype, scale.shape),
         Part(*whole, one.dtype, one.shape),
     )
-    return Fp4Layout(
+    return Fp4Layout.of(
         name,
-        header.dtype,
-        header.shape,
-        tuple(part.name for part in parts),
+        header,
         parts,
-        f"{module}.weight",
-        (rows, columns),
-        GROUP,
-        "NVFP4",
+        plain_name=f"{module}.weight",
+        plain_shape=(rows, columns),
+        group=GROUP,
+        kind="NVFP4",
     )

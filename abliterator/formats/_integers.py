@@ -52,18 +52,15 @@ def compressed_integers(name: str, headers: Headers, settings: Settings) -> Layo
     parts = [scale, zero]
     parts += [_part(name, headers, "order", f"{module}.weight_g_idx", "I32", (columns,))]
     parts += [_part(name, headers, "shape", f"{module}.weight_shape", ("I64", "I32"), (2,))]
-    present = tuple(part for part in parts if part is not None)
-    return IntegerLayout(
+    return IntegerLayout.of(
         name,
-        header.dtype,
-        header.shape,
-        tuple(part.name for part in present),
-        present,
-        f"{module}.weight",
-        (rows, columns),
-        group,
-        f"int{bits}, a scale a {kind}",
-        bits,
+        header,
+        parts,
+        plain_name=f"{module}.weight",
+        plain_shape=(rows, columns),
+        group=group,
+        kind=f"int{bits}, a scale a {kind}",
+        bits=bits,
         zero_bits=bits if zero is not None and zero.dtype == "I32" else 0,
     )
 
@@ -155,18 +152,15 @@ def _in_first(name: str, headers: Headers, settings: Settings, *, awq_order: boo
     order = _part(name, headers, "order", f"{module}.g_idx", "I32", (columns,))
     if awq_order and order is not None:
         raise misfit(name, header, f"beside {order.name}, which GPTQ has and AWQ has not")
-    present = tuple(part for part in (scale, zero, order) if part is not None)
-    return IntegerLayout(
+    return IntegerLayout.of(
         name,
-        header.dtype,
-        header.shape,
-        tuple(part.name for part in present),
-        present,
-        f"{module}.weight",
-        (rows, columns),
-        group,
-        f"int{bits}, a scale a {'row' if group >= columns else 'group'}",
-        bits,
+        header,
+        (scale, zero, order),
+        plain_name=f"{module}.weight",
+        plain_shape=(rows, columns),
+        group=group,
+        kind=f"int{bits}, a scale a {'row' if group >= columns else 'group'}",
+        bits=bits,
         turned=True,
         along_out=awq_order,
         places=AWQ_ORDER if awq_order else IN_TURN,

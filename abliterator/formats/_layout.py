@@ -42,9 +42,11 @@ class Matrix(ABC):
         rounded: rounds numbers, in their units, to the nearest that can be stored.
         shape: (H, n).
         steps: of compensated rounding before it goes on number by number.
+        together: columns that are stored together, of which `get` takes all or none.
     """
 
     steps = 1
+    together = 1
     compute: torch.dtype
     rounded: Callable[[Tensor], Tensor]
     shape: tuple[int, int]
@@ -66,7 +68,7 @@ class Matrix(ABC):
     def ranges(self, elements: int) -> Iterator[tuple[int, int]]:
         """Ranges of columns that `get` takes at once, of about so many elements each."""
         rows, columns = self.shape
-        width = max(1, elements // rows)
+        width = self.together * max(1, elements // (self.together * rows))
         for start in range(0, columns, width):
             yield start, min(start + width, columns)
 

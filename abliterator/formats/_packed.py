@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 from abliterator.formats._layout import (
     DENSE,
@@ -27,6 +27,8 @@ from abliterator.formats._numbers import (
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
+
+    from abliterator.formats._scheme import Header
 
 WORD_BITS = 32
 STEPS = 4  # 10 leave hardly less: int4, k = 16: noise over nearest's 1.41 with 1, 1.17 with 4, 1.16
@@ -64,6 +66,30 @@ class PackedLayout(Layout):
     plain_shape: tuple[int, int] = (0, 0)
     group: int = 0
     kind: str = ""
+
+    @classmethod
+    def of(
+        cls,
+        name: str,
+        header: Header,
+        parts: Iterable[Part | None],
+        *,
+        plain_name: str,
+        plain_shape: tuple[int, int],
+        **attributes: Any,
+    ) -> Self:
+        """The layout of a tensor with those of its parts that are there."""
+        present = tuple(part for part in parts if part is not None)
+        return cls(
+            name,
+            header.dtype,
+            header.shape,
+            tuple(part.name for part in present),
+            parts=present,
+            plain_name=plain_name,
+            plain_shape=plain_shape,
+            **attributes,
+        )
 
     @property
     def dense(self) -> PlainLayout:
@@ -204,6 +230,7 @@ class IntegerLayout(PackedLayout):
 
 class _Integers(Matrix):
     steps = STEPS
+    together = WORD_BITS
 
     def __init__(self, layout: IntegerLayout, words: Tensor, units: Units, groups: Tensor) -> None:
         import torch
@@ -213,12 +240,6 @@ class _Integers(Matrix):
         self._words = words if layout.turned == layout.along_out else words.T
         self.compute, self.rounded = torch.float32, self._rounded
         self.shape = layout.plain_shape
-
-    def ranges(self, elements: int) -> Iterator[tuple[int, int]]:
-        rows, columns = self.shape
-        width = WORD_BITS * max(1, elements // (WORD_BITS * rows))
-        for start in range(0, columns, width):
-            yield start, min(start + width, columns)
 
     def get(self, start: int, stop: int) -> tuple[Tensor, Units | None]:
         groups = self._groups[start:stop]
@@ -322,6 +343,7 @@ class Fp4Layout(PackedLayout):
 
 class _Fp4(Matrix):
     steps = STEPS
+    together = WORD_BITS
 
     def __init__(self, codes: Tensor, scale: Tensor, group: int) -> None:
         import torch
@@ -329,12 +351,6 @@ class _Fp4(Matrix):
         self._codes, self._scale, self._group = codes, scale, group
         self.compute, self.rounded = torch.float32, _rounded_fp4
         self.shape = (codes.shape[0], 2 * codes.shape[1])
-
-    def ranges(self, elements: int) -> Iterator[tuple[int, int]]:
-        rows, columns = self.shape
-        width = WORD_BITS * max(1, elements // (WORD_BITS * rows))
-        for start in range(0, columns, width):
-            yield start, min(start + width, columns)
 
     def get(self, start: int, stop: int) -> tuple[Tensor, Units | None]:
         import torch

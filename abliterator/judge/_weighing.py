@@ -3,7 +3,7 @@
 Where an answer never says "I cannot", what it does shows in many small things: whether the request
 is judged, what follows a "however", what the words are about, whether there is a list. Each is a
 feature; logistic regression gives every grade a score, and the highest is the grade. The weights
-are data (weights.yaml) and were fitted to answers that people had labelled, by scripts/fit_judge.
+are data (weights.yaml), fitted to answers that people had labelled (perf/judge_agreement.py --fit).
 
     weigh(read(answer), request)                     # Weighed(grade=0.5, features=("turns", ...))
 """
