@@ -7,10 +7,10 @@ class of modules, unless `ignore` lists it.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
+from abliterator.formats._patterns import matches
 from abliterator.formats._scheme import Settings
 
 # Formats in which an edit can be stored: type and bits of the numbers.
@@ -81,10 +81,7 @@ def _matches(module: str, entry: object) -> bool:
         return False
     if not entry.startswith("re:"):
         return entry == module
-    try:
-        return re.match(entry.removeprefix("re:"), module) is not None
-    except re.error:
-        return False
+    return matches(entry.removeprefix("re:"), module)
 
 
 def _format(group: Mapping[str, Any], settings: Settings) -> str:

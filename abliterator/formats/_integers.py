@@ -22,6 +22,7 @@ from abliterator.formats._packed import (
     IntegerLayout,
     Part,
 )
+from abliterator.formats._patterns import matches
 from abliterator.formats._scheme import Headers, Settings, misfit
 
 BITS = (4, 8)
@@ -112,11 +113,7 @@ def _of_module(name: str, settings: Settings) -> Settings:
     for pattern, own in dynamic.items() if isinstance(dynamic, Mapping) else ():
         sign, _, rest = str(pattern).partition(":")
         expression = rest if sign in ("+", "-") else str(pattern)
-        try:
-            matches = re.match(expression, module) is not None
-        except re.error:
-            continue
-        if matches:
+        if matches(expression, module):
             excluded = {"excluded": True} if sign == "-" else {}
             return {**settings, **(own if isinstance(own, Mapping) else {}), **excluded}
     return settings
