@@ -295,8 +295,11 @@ class Selection(Section):
     """
     keep: Annotated[float, Field(gt=0, le=1)] = 0.5
     """Share of the survivors that goes on to the next rung."""
-    batch_size: Positive = 64
-    """Rows in one forward pass; rows of several candidates share a batch."""
+    batch_size: Positive | Literal["auto"] = 64
+    """Rows in one forward pass; rows of several candidates share a batch.
+
+    `auto`: as `rollouts.batch_size`.
+    """
     stacks: Layers = (1, 2, 3, 5)
     """Sizes that `k: auto` tries; it stops at the first that is no better than the one before."""
     controls: Positive = 3
