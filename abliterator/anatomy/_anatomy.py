@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -64,6 +65,8 @@ class Anatomy:
         n_experts: routed experts of a block; 0 where there are none.
         extra_blocks: blocks after the last one, which predict further tokens (MTP): left alone.
         storage: how its weights are stored.
+        sublayers: where a block holds several residual streams (hyper-connections), module paths,
+            with {layer}, of what it mixes into them: of every entry, a block has one. Else empty.
     """
 
     model_type: str
@@ -74,6 +77,7 @@ class Anatomy:
     n_experts: int = 0
     extra_blocks: int = 0
     storage: Storage = field(default_factory=Storage)
+    sublayers: tuple[tuple[str, ...], ...] = ()
     _family: Family = field(kw_only=True, repr=False)
     _wrapper: Wrapper = field(default_factory=Wrapper, kw_only=True, repr=False)
 
@@ -254,10 +258,9 @@ class Anatomy:
     def _check_claimed(self, table_name: str, name: str) -> None:
         """Stops at a tensor that is neither an expected writer nor a reader in the table."""
         owner = self.storage.owner(table_name)
-        writes, reads = (
-            next((m for pattern in patterns if (m := pattern.fullmatch(owner))), None)
-            for patterns in (self._family.writer_names, self._family.reader_names)
-        )
+        writes, reads = self._claims(owner)
+        if not (writes or reads):  # it may have the name of a scale, and be none
+            writes, reads = self._claims(table_name)
         match = writes or reads
         shown = name if name.isprintable() else ascii(name)
         if match is None:
@@ -281,6 +284,13 @@ class Anatomy:
                 f"config.json leaves no place for it ({self.n_experts} experts). Use a checkpoint "
                 "whose config and weights belong together."
             )
+
+    def _claims(self, name: str) -> list[re.Match[str] | None]:
+        """How the table's names of writers, and those of readers, match a name."""
+        return [
+            next((m for pattern in patterns if (m := pattern.fullmatch(name))), None)
+            for patterns in (self._family.writer_names, self._family.reader_names)
+        ]
 
     def _check_present(self, expected: Collection[Writer], on_disk: Collection[str]) -> None:
         """Stops where writers, or gains after them, are not there; says how many of how many."""

@@ -34,6 +34,7 @@ def anatomy_of(config: Mapping[str, Any]) -> Anatomy:
     text = config if wrapper is None else _text_config(config, model_type)
     family = _family_of(str(text.get("model_type")), wrapper="text_config" in config)
     _check_requirements(model_type, family, text)
+    in_memory = (wrapper or Wrapper()).at_run_time
     quantised = config.get("quantization_config")
     if quantised and not isinstance(quantised, Mapping):
         raise CheckpointError(
@@ -45,11 +46,12 @@ def anatomy_of(config: Mapping[str, Any]) -> Anatomy:
         model_type=model_type,
         n_layers=_size(text, *family.n_layers),
         d_model=_size(text, *family.d_model),
-        blocks=(wrapper or Wrapper()).at_run_time(family.blocks),
+        blocks=in_memory(family.blocks),
         tied_embeddings=bool(family.tied_by_default if tied is None else tied),
         n_experts=_n_experts(family, text),
         extra_blocks=max(_count(text, key) for key in table().predictors.counted_by),
         storage=storage_of(config),
+        sublayers=tuple(tuple(map(in_memory, names)) for names in family.sublayers),
         _family=family,
         _wrapper=wrapper or Wrapper(),
     )

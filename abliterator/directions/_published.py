@@ -122,6 +122,8 @@ class PublishedDirections:
     def added(self, model: nn.Module, *, layer: int, scale: float) -> Iterator[None]:
         """Adds a direction after a block, at every token: h <- h + scale r (steering).
 
+        Where the block holds several residual streams, it is added to each of them.
+
         Args:
             model: the base, as transformers loads it.
             layer: residual layer, 1 .. L.
@@ -131,11 +133,15 @@ class PublishedDirections:
             DirectionError: for a layer that the file has no direction of.
             UnsupportedModel: for a model that lacks the block.
         """
-        from abliterator.model import block_paths, hooked
+        from abliterator.model import block_paths, hooked, in_each_stream
 
         direction = scale * self.direction(layer)
         path = block_paths(self.metadata["blocks"], layer)[-1]
-        with hooked(model, {path: lambda hidden: hidden + direction.to(hidden)}):
+
+        def add(hidden: Tensor) -> Tensor:
+            return in_each_stream(hidden, len(direction), lambda h: h + direction.to(h))
+
+        with hooked(model, {path: add}):
             yield
 
     def _hook(self, model: nn.Module, site: Site, scale: float) -> partial[Tensor]:

@@ -194,7 +194,7 @@ def make_plan(source: ModelSource, edit: Edit, out: Path) -> Plan:
         sum((source.folder / name).stat().st_size for name in carried),
         tuple(left_out),
         free_bytes(out),
-        notes=notes_on(source, checkpoint, card),
+        notes=notes_on(source, checkpoint, anatomy, card),
         card=card or {},
     )
 

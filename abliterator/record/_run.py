@@ -92,6 +92,7 @@ class ModelIdentity(Frozen):
     n_layers: int
     d_model: int
     model_type: str
+    several_streams: bool = False  # whether its blocks hold several residual streams
     license: str | None = None  # its id on the Hub
     license_name: str | None = None
     license_link: str | None = None

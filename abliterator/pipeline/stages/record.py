@@ -134,6 +134,7 @@ def write_directions(run: Run, path: Path) -> None:
             "n_layers": str(anatomy.n_layers),
             "d_model": str(anatomy.d_model),
             "blocks": anatomy.blocks,
+            **({"streams": "several"} if anatomy.sublayers else {}),
             "layers": json.dumps(selected.layers),
             "positions": json.dumps(selected.positions),
             "estimator": run.recipe.directions.estimator,
@@ -202,6 +203,7 @@ def _model(run: Run) -> ModelIdentity:
         n_layers=anatomy.n_layers,
         d_model=anatomy.d_model,
         model_type=anatomy.model_type,
+        several_streams=bool(anatomy.sublayers),
         **stated(run.plan.card),
         files_sha256=run.base_files(),
     )
