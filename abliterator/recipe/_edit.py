@@ -9,7 +9,14 @@ from collections.abc import Mapping
 from itertools import chain
 from typing import Annotated, Any, Literal, Self, TypeVar
 
-from pydantic import BeforeValidator, Field, field_validator, model_validator
+from pydantic import (
+    BeforeValidator,
+    Field,
+    SerializerFunctionWrapHandler,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 
 from abliterator.errors import RecipeError
 from abliterator.recipe._section import Layers, Positive, Section, as_tuple
@@ -177,6 +184,21 @@ class Edit(Section):
 
     The checkpoint is always made, since it is what is measured; so the two mean the same.
     """
+    partial: bool = False
+    """Edit a model whose own blocks bring the removed directions back into the stream.
+
+    Gemma 3n, MiniMax-01 and a few others hand on copies of the stream that they rescale. What is
+    written is edited exactly; what these copies carry remains, and plan, card and `verify` say so.
+    Without it such a model is refused, with it every other one.
+    """
+
+    @model_serializer(mode="wrap")
+    def _dump_named_partial(self, plain: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Without `partial` where it is false: recipes of before it keep their digests."""
+        values: dict[str, Any] = plain(self)
+        if values.get("partial") is False:
+            del values["partial"]
+        return values
 
     @field_validator("strength", mode="before")
     @classmethod

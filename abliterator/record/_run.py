@@ -51,6 +51,7 @@ class EditSummary(Frozen):
     quantized: tuple[QuantizedEdits, ...] = ()
     # routed experts of every block, or per blocks ("3-5"), where not all are edited; None for all
     experts: tuple[int, ...] | dict[str, Literal["all"] | tuple[int, ...]] | None = None
+    partial: str | None = None  # why the stream keeps what no writer writes; None where it does not
 
 
 class TensorEdit(Frozen):

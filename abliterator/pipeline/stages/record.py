@@ -243,6 +243,7 @@ def _edit(run: Run) -> EditSummary:
         edited_bytes=planned_edits(run).edited_bytes,
         quantized=quantized_edits(edits),
         experts=None if run.recipe.edit.experts == "all" else run.recipe.edit.experts,
+        partial=run.plan.anatomy.partial,
     )
 
 
