@@ -71,9 +71,14 @@ def fit_directions(
     """
     vectors = target.mean - contrast.mean
     if remove_mean_of is not None:
-        mean = torch.nn.functional.normalize(remove_mean_of.mean, dim=1)
-        vectors = vectors - (vectors * mean).sum(dim=1, keepdim=True) * mean
+        vectors = without_mean(vectors, remove_mean_of.mean)
     return Directions(vectors)
+
+
+def without_mean(vectors: Tensor, mean: Tensor) -> Tensor:
+    """Vectors [L, H] without their components along the means [L, H], or [1, H] for all rows."""
+    unit = torch.nn.functional.normalize(mean, dim=1)
+    return vectors - (vectors * unit).sum(dim=1, keepdim=True) * unit
 
 
 def fit_shuffled(
