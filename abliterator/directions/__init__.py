@@ -14,12 +14,15 @@ from abliterator.directions._checks import ProtectedShare, cosines_between, leav
 from abliterator.directions._control_vector import save_control_vector
 from abliterator.directions._estimators import ESTIMATORS, Cleaning, Estimator, estimate
 from abliterator.directions._fit import (
+    AnyPlace,
     Directions,
+    Node,
     Place,
     Position,
     Subspace,
     fit_directions,
     fit_shuffled,
+    nodes_of,
     per_layer,
     position_order,
     stack,
@@ -36,16 +39,18 @@ from abliterator.directions._published import (
     save_published,
 )
 from abliterator.directions._sequential import left_behind, sequential_removal
-from abliterator.directions._stacks import STACKS, Sources, Stack, first_within, subspace_of
+from abliterator.directions._stacks import STACKS, Sources, StackMethod, first_within, subspace_of
 from abliterator.directions._stored import load_subspace, save_directions
 
 __all__ = [
     "ESTIMATORS",
     "PUBLISHED",
     "STACKS",
+    "AnyPlace",
     "Cleaning",
     "Directions",
     "Estimator",
+    "Node",
     "Observations",
     "Place",
     "Position",
@@ -53,7 +58,7 @@ __all__ = [
     "PublishedDirections",
     "Site",
     "Sources",
-    "Stack",
+    "StackMethod",
     "Subspace",
     "cosines_between",
     "estimate",
@@ -66,6 +71,7 @@ __all__ = [
     "load_subspace",
     "map_directions",
     "moments_of",
+    "nodes_of",
     "per_layer",
     "position_order",
     "save_control_vector",

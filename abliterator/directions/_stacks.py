@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
@@ -34,12 +34,12 @@ class Sources:
 
     observations: Observations
     directions: Directions
-    cleaning: Cleaning = Cleaning()
+    cleaning: Cleaning = field(default_factory=Cleaning)
     grid: tuple[int, int] = GRID
 
 
 @dataclass(frozen=True)
-class Stack:
+class StackMethod:
     """A choice of the directions that are removed together.
 
     Attributes:
@@ -65,11 +65,11 @@ def _nodes(sources: Sources, layer: int) -> Tensor:
     return map_directions(sources.observations, layer, grid=sources.grid, cleaning=sources.cleaning)
 
 
-STACKS: Mapping[str, Stack] = {
-    "layers": Stack("Arditi et al. 2024, arXiv 2406.11717"),
-    "per_layer": Stack(),
-    "within_layer": Stack(within=_components, needs_vectors=("differences",)),
-    "som": Stack("Piras et al. 2025, arXiv 2511.08379", _nodes, ("target",)),
+STACKS: Mapping[str, StackMethod] = {
+    "layers": StackMethod("Arditi et al. 2024, arXiv 2406.11717"),
+    "per_layer": StackMethod(),
+    "within_layer": StackMethod(within=_components, needs_vectors=("differences",)),
+    "som": StackMethod("Piras et al. 2025, arXiv 2511.08379", _nodes, ("target",)),
 }
 
 

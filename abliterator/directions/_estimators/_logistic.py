@@ -19,11 +19,12 @@ _FLAT = 1e-9  # length of the gradient at a minimum
 def logistic(observations: Observations, *, penalty: float = PENALTY) -> Tensor:
     """The normal w of an L2-regularised logistic probe at every layer, [L, H] float64.
 
-    w, b minimise the mean loss of log(1 + exp(-y (w·x + b))), both classes weighing half whatever
-    their sizes, plus penalty |w|² / 2 (linear probes: Alain and Bengio 2016, arXiv 1610.01644). x is
-    a vector less the middle of the class means, in units of the root mean square distance from the class means,
-    so that the penalty means the same at every layer. The minimum is unique, and found by Newton's
-    method, without random numbers. Each row has the length of the mean difference.
+    w, b minimise the mean of log(1 + exp(-y (w·x + b))), both classes weighing half whatever their
+    sizes, plus penalty |w|² / 2 (linear probes: Alain and Bengio 2016, arXiv 1610.01644). x is a
+    vector less the middle of the class means, in units of the root mean square distance from the
+    mean of its class, so that the penalty means the same at every layer. The minimum is unique, and
+    found by Newton's method, without random numbers. Each row has the length of the mean
+    difference.
     """
     n_layers = len(observations.target.mean)
     rows = []
@@ -78,7 +79,7 @@ def scaled_classes(target: Tensor, contrast: Tensor) -> tuple[Tensor, Tensor, Te
     )
     features = torch.cat(classes) - (means[0] + means[1]) / 2
     labels = torch.cat([torch.ones(len(target)), torch.zeros(len(contrast))]).double()
-    weights = torch.cat([torch.full((len(v),), 0.5 / len(v)).double() for v in classes])
+    weights = torch.cat([torch.full_like(v[:, 0], 0.5 / len(v)) for v in classes])
     return features / (spread if spread > 0 else 1.0), labels, weights
 
 
@@ -97,7 +98,7 @@ def _minimize(
 ) -> tuple[Tensor, bool]:
     """Newton's method; a step is halved until it lowers the loss, or the gradient near the end."""
     extended = torch.cat([features, torch.ones(len(features), 1).double()], dim=1)
-    ridge = torch.full((extended.shape[1],), penalty).double()
+    ridge = torch.full((extended.shape[1],), penalty, dtype=torch.float64)
     ridge[-1] = 0  # the offset is free
     parameters = torch.zeros(extended.shape[1]).double()
 

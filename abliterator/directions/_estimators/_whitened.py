@@ -12,11 +12,11 @@ from abliterator.errors import DirectionError
 def whitened(observations: Observations) -> Tensor:
     """R = Σ⁻¹ (mean(target) - mean(contrast)) at every layer, [L, H] float64.
 
-    Σ is the covariance within the two classes, shrunk towards a multiple of the identity by Ledoit
-    and Wolf's rule (2004, "A well-conditioned estimator for large-dimensional covariance matrices").
-    Dimensions in which prompts of one class differ among themselves count for less than in the mean
-    difference. Each row has the length of the mean difference, since only directions matter where
-    they are removed, and added they are then comparable.
+    Σ is the covariance within the two classes, shrunk towards a multiple of the identity by the
+    rule of Ledoit and Wolf (2004, "A well-conditioned estimator for large-dimensional covariance
+    matrices"). Dimensions in which prompts of one class differ among themselves count for less than
+    in the mean difference. Each row has the length of the mean difference: where it is removed only
+    its direction matters, and where it is added it is then comparable.
     """
     n_layers = len(observations.target.mean)
     return torch.stack([_of_layer(observations, layer) for layer in range(1, n_layers + 1)])
