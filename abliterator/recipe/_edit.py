@@ -86,8 +86,8 @@ class DirectionSettings(Section):
     gradients (`tuning`).
 
     `whitened` is the mean difference under the inverse of the shrunk covariance within the two
-    sets, `logistic` the normal of a logistic probe that tells them apart. docs/methods.md has
-    formulas and figures.
+    sets, `logistic` the normal of a logistic probe that tells them apart. docs/methods.md has the
+    formulas.
     """
     position: (
         Position
