@@ -229,9 +229,11 @@ def _alpha(run: Run, settings: StudySettings) -> _Measured:
 
 
 def _confirmation(run: Run, settings: StudySettings) -> _Measured:
+    from abliterator.directions import Place
     from abliterator.study import confirmation_edits, study_confirmation
 
-    places, sets = ranked_places(run, selection_of(run)), prompt_sets(run)
+    places = [Place(p.layer, p.position) for p in ranked_places(run, selection_of(run))]
+    sets = prompt_sets(run)
     with _evaluator(run, settings, sets, edits=confirmation_edits(len(places))) as evaluator:
         study = study_confirmation(evaluator, fitted(run), places)
     return study, _described(evaluator)
