@@ -64,8 +64,8 @@ class PublishedDirections:
     """Directions with the sites of their removal.
 
     Attributes:
-        tensors: `subspace` Q [H, k], or [L, H, k] with one a block; `directions` [L, H], the mean
-            differences r of which row l - 1 is that of residual layer l; and those that sites name.
+        tensors: `subspace` Q [H, k], or [L, H, k] with one a block; `directions` [L, H], as
+            extracted, of which row l - 1 is that of residual layer l; and those that sites name.
         sites: where the subspace is removed.
         metadata: all strings of the file: base model, layers, positions, blocks, sizes.
         obstacle: why no intervention equals the baked edit; None if one does.
@@ -82,7 +82,7 @@ class PublishedDirections:
         return tuple(json.loads(self.metadata["layers"]))
 
     def direction(self, layer: int) -> Tensor:
-        """The mean difference r [H] at a residual layer, 1 .. L, not normalised.
+        """The extracted direction r [H] at a residual layer, 1 .. L, not normalised.
 
         Raises:
             DirectionError: for a layer that the file has no direction of.

@@ -183,13 +183,28 @@ class _Counted:
         return Answers(lengths, tokens, size, shared)
 
     def _capture(self) -> StageCost:
-        unused = "neutral" if self.recipe.directions.projection == "none" else ""
+        unused = "" if self.recipe.needs_neutral_mean else "neutral"
         sets = [
             lengths
             for name, lengths in self.prompts.lengths.items()
             if name.endswith(", extraction") and name != f"{unused}, extraction"
         ]
-        return self.costs.capture(sets, self.recipe.capture.max_batch_tokens)
+        cost = self.costs.capture(sets, self.recipe.capture.max_batch_tokens)
+        stored = self._stored_vectors()
+        # twice in memory: the vectors, and the bytes of their file
+        return cost.model_copy(
+            update={"disk": cost.disk + stored, "host_memory": cost.host_memory + 2 * stored}
+        )
+
+    def _stored_vectors(self) -> int:
+        """Bytes of single prompts' activations, of those sets that are stored."""
+        names, anatomy = self.recipe.directions.stored_sets, self.plan.anatomy
+        positions = len(self.recipe.directions.positions) or _USUAL_POSITIONS
+        of_sets = {n: len(self.prompts.of(n, "extraction")) for n in ("target", "contrast")}
+        # of pairs both sides are captured, and their differences are kept
+        n = sum(of_sets.values()) if "differences" in names else 0
+        n = n or sum(of_sets.get(name, 0) for name in names)
+        return 4 * n * positions * anatomy.n_layers * anatomy.d_model
 
     def _evaluated(self) -> list[Answers]:
         """The answers of a side, greedy and drawn."""
@@ -201,12 +216,12 @@ class _Counted:
         ] * (1 + settings.samples)
 
     def _selection(self) -> StageCost:
-        settings, recipe = self.recipe.selection, self.recipe
+        settings, recipe, cost = self.recipe.selection, self.recipe, self.plan.selection or {}
         positions = len(recipe.directions.positions) or _USUAL_POSITIONS
         scored = self.prompts.of("contrast", "extraction", settings.scored)
         held_out, before = self.prompts.of("target", "selection"), self.prompts.before
         return self.costs.selection(
-            places=len(self.plan.layers) * positions if recipe.sweeps else 0,
+            places=len(self.plan.layers) * positions if recipe.sweeps else cost["candidates"],
             scored=self._in_batches(settings.batch_size, scored, settings.tokens, before),
             judged=self._in_batches(settings.batch_size, held_out, settings.tokens, before),
             candidates=self._candidates(),
@@ -219,7 +234,7 @@ class _Counted:
         """Answers of candidates and stacks to one held-out prompt, as a rule."""
         settings, cost = self.recipe.selection, self.plan.selection or {}
         prompts, raced, answered = settings.prompts, 0, 0
-        if self.recipe.sweeps:
+        if cost.get("candidates"):
             for racing, reached in settings.schedule(cost["judged"], prompts, 1):
                 raced += racing * (reached - answered)
                 answered = reached

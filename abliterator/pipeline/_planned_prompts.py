@@ -19,7 +19,7 @@ from abliterator.pipeline.stages.prompts import (
     uses,
 )
 from abliterator.prompts import PromptSet, load_prompts, readable
-from abliterator.recipe import Prompts, Recipe, Rollouts, Source
+from abliterator.recipe import Recipe, Rollouts, Source
 
 # Rows of splits that recipes name by default; others are known only where a slice says them.
 _KNOWN_ROWS = {
@@ -81,7 +81,7 @@ def planned_prompts(recipe: Recipe, folder: Path) -> PlannedPrompts:
         recipe: whose prompts are planned.
         folder: of the model, for its chat template.
     """
-    sources = _sources(recipe)
+    sources = recipe.prompts.sources
     problems = []
     for name, source in sources.items():
         try:
@@ -145,7 +145,7 @@ def _rows(source: Source) -> int | None:
 
 
 def _lengths(sets: PromptSets, recipe: Recipe, around: int) -> dict[str, tuple[int, ...]]:
-    datasets = {source.dataset for source in _sources(recipe).values()} - {None}
+    datasets = {source.dataset for source in recipe.prompts.sources.values()} - {None}
 
     def tokens(prompts: PromptSet) -> list[int]:
         if prompts.source in datasets:
@@ -155,8 +155,3 @@ def _lengths(sets: PromptSets, recipe: Recipe, around: int) -> dict[str, tuple[i
         ]
 
     return {name: tuple(around + n for n in tokens(prompts)) for name, prompts in uses(sets)}
-
-
-def _sources(recipe: Recipe) -> dict[str, Source]:
-    values = {name: getattr(recipe.prompts, name) for name in Prompts.model_fields}
-    return {name: value for name, value in values.items() if isinstance(value, Source)}

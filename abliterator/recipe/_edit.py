@@ -81,9 +81,14 @@ def _repeated_block(by_block: Any) -> int | None:
 class DirectionSettings(Section):
     """How directions are made from mean activations."""
 
-    estimator: Literal["mean_difference", "tuned"] = "mean_difference"
+    estimator: Literal["mean_difference", "whitened", "logistic", "tuned"] = "mean_difference"
     """`mean_difference` is r = mean(target) - mean(contrast); `tuned` continues from it by
-    gradients (`tuning`)."""
+    gradients (`tuning`).
+
+    `whitened` is the mean difference under the inverse of the shrunk covariance within the two
+    sets, `logistic` the normal of a logistic probe that tells them apart. docs/methods.md has the
+    formulas.
+    """
     position: (
         Position
         | Literal["sweep"]
@@ -100,15 +105,22 @@ class DirectionSettings(Section):
     """
     projection: Literal["none", "neutral"] = "none"
     """`neutral` removes the component along the neutral mean from every direction."""
-    stack: Literal["layers", "per_layer", "within_layer"] = "layers"
+    ridge: Annotated[float, Field(ge=0)] = 0.01
+    """How strongly the regression on the sets of `prompts.protect` is damped: of a component along
+    one set alone ridge / (1 + ridge) is left; 0 leaves nothing."""
+    stack: Literal["layers", "per_layer", "within_layer", "som"] = "layers"
     """Which k directions are removed: one of each of k layers, each block's own, or k of one layer.
 
     `layers` stacks the directions of the first k of `layers`. `per_layer` removes from the output
     of block i the direction of layer i + 1, or of the nearest of `layers`; k is 1. `within_layer`
     stacks the first layer's mean difference and the principal components of the paired differences
     orthogonal to it, so `contrast` must be a set whose n-th prompt is the n-th of `target` without
-    the behaviour.
+    the behaviour. `som` takes the first layer's directions from a self-organising map of the target
+    prompts (`grid`): with a number k, those nodes that cover them best; with `k: auto` and named
+    `layers`, the nodes are candidates that are judged as a sweep's layers are.
     """
+    grid: Annotated[tuple[Positive, Positive], BeforeValidator(as_tuple)] = (4, 4)
+    """Rows and columns of the map of `stack: som`."""
 
     @field_validator("position")
     @classmethod
@@ -116,6 +128,23 @@ class DirectionSettings(Section):
         if isinstance(value, tuple) and len(set(value)) < len(value):
             raise ValueError("a position is given twice")
         return value
+
+    @property
+    def extracted(self) -> Literal["mean_difference", "whitened", "logistic"]:
+        """The estimator of what is extracted from activations; tuning begins there."""
+        return "mean_difference" if self.estimator == "tuned" else self.estimator
+
+    @property
+    def of_one_layer(self) -> bool:
+        """Whether all k directions are of one layer."""
+        return self.stack in ("within_layer", "som")
+
+    @property
+    def stored_sets(self) -> frozenset[str]:
+        """Sets of which every prompt's activations are read; "differences" for those of pairs."""
+        of_stack = {"within_layer": {"differences"}, "som": {"target"}}.get(self.stack, set())
+        of_estimator = set() if self.extracted == "mean_difference" else {"target", "contrast"}
+        return frozenset(of_stack | of_estimator)
 
     @property
     def sweeps_positions(self) -> bool:
@@ -136,7 +165,20 @@ class DirectionSettings(Section):
                 "`stack: within_layer` takes paired differences as they are: leave "
                 "`projection: none`"
             )
+        if self.stack == "som" and self.extracted != "mean_difference":
+            raise ValueError(
+                f"`stack: som` makes directions of its own: leave out `estimator: {self.estimator}`"
+            )
         return self
+
+    @model_serializer(mode="wrap")
+    def _dump_changed(self, plain: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Without `ridge` and `grid` at their defaults: recipes of before keep their digests."""
+        values: dict[str, Any] = plain(self)
+        for key in ("ridge", "grid"):
+            if getattr(self, key) == type(self).model_fields[key].default:
+                values.pop(key, None)
+        return values
 
 
 class Edit(Section):

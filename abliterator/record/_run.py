@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 from pydantic import AliasChoices, Field, SerializerFunctionWrapHandler, model_serializer
 
+from abliterator.record._directions import DirectionChecks
 from abliterator.record._groups import Grouping
 from abliterator.record._measured import (
     Behaviour,
@@ -239,6 +240,7 @@ class RunRecord(Frozen):
     benchmarks: dict[str, BenchmarkResult] = {}
     judge: JudgeIdentity | None = None
     selection: Selection | None = None
+    directions: DirectionChecks | None = None  # where sets are protected, or two positions captured
     tuning: Tuning | None = None
     timing: dict[str, float] = {}
     quoted: tuple[Quotation, ...] = ()

@@ -31,7 +31,7 @@ from abliterator.pipeline._summaries import (
 from abliterator.pipeline._survival._results import survived
 from abliterator.pipeline.stages.bake import tensor_edits
 from abliterator.pipeline.stages.capture import MOMENTS
-from abliterator.pipeline.stages.directions import SUBSPACE
+from abliterator.pipeline.stages.directions import SUBSPACE, direction_checks
 from abliterator.pipeline.stages.divergence import DIVERGENCE_JSON
 from abliterator.pipeline.stages.judge import IDENTITY, VERDICTS
 from abliterator.pipeline.stages.prompts import prompt_sets, uses
@@ -186,6 +186,7 @@ def assemble(run: Run, timing: dict[str, float], pictures: dict[str, str]) -> Ru
         benchmarks=benchmark_results(run),
         judge=IDENTITY.read_as(run, JudgeIdentity),
         selection=selection_of(run),
+        directions=direction_checks(run),
         tuning=tuning_record(run),
         timing=timing,
         survival=survived(run),
