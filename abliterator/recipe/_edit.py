@@ -93,14 +93,17 @@ class DirectionSettings(Section):
     """
     projection: Literal["none", "neutral"] = "none"
     """`neutral` removes the component along the neutral mean from every direction."""
-    stack: Literal["layers", "per_layer", "within_layer"] = "layers"
+    stack: Literal["layers", "per_layer", "within_layer", "per_writer"] = "layers"
     """Which k directions are removed: one of each of k layers, each block's own, or k of one layer.
+    `per_writer` removes none: each matrix has an edit of its own.
 
     `layers` stacks the directions of the first k of `layers`. `per_layer` removes from the output
     of block i the direction of layer i + 1, or of the nearest of `layers`; k is 1. `within_layer`
     stacks the first layer's mean difference and the principal components of the paired differences
     orthogonal to it, so `contrast` must be a set whose n-th prompt is the n-th of `target` without
-    the behaviour.
+    the behaviour. `per_writer`, with `estimator: tuned`, begins with the stack of `layers` and then
+    tunes W' = W - U Vᵀ W of rank k for every module that writes, near that start (`tuning.ridge`);
+    no subspace is promised to be absent then.
     """
 
     @field_validator("position")
@@ -124,6 +127,11 @@ class DirectionSettings(Section):
 
     @model_validator(mode="after")
     def _differences_as_they_are(self) -> Self:
+        if self.stack == "per_writer" and self.estimator != "tuned":
+            raise ValueError(
+                "`stack: per_writer` is found by gradients: set `estimator: tuned`, or stack "
+                "`layers`"
+            )
         if self.stack == "within_layer" and self.projection != "none":
             raise ValueError(
                 "`stack: within_layer` takes paired differences as they are: leave "
