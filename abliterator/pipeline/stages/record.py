@@ -109,6 +109,7 @@ def write_directions(run: Run, path: Path) -> None:
 
     from abliterator.bake import runtime_obstacle, runtime_sites
     from abliterator.directions import save_published
+    from abliterator.subspace import is_by_writer
 
     stored, selected, anatomy = (
         load_file(SUBSPACE.checked(run)),
@@ -118,13 +119,11 @@ def write_directions(run: Run, path: Path) -> None:
     plan = planned_edits(run)
     sites, of_sites = runtime_sites(plan, run.plan.checkpoint, stored["subspace"])
     source = run.plan.source
+    # pairs (U, V) are those of the sites, by module
+    shared = {} if is_by_writer(stored["subspace"]) else {"subspace": stored["subspace"]}
     save_published(
         path,
-        tensors={
-            "subspace": stored["subspace"],
-            "directions": stored["directions"].float(),
-            **of_sites,
-        },
+        tensors={**shared, "directions": stored["directions"].float(), **of_sites},
         sites=sites,
         metadata={
             "base_model": run.base_id,
