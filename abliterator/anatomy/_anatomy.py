@@ -33,6 +33,7 @@ class Writer:
         gains: tensors [d_model] whose product multiplies the write: norms after the sublayer.
         gain_offset: what is added to each gain as stored (1 where a norm multiplies by 1 + weight).
         expert: which expert's it is, where each has a tensor of its own.
+        adds_copies: whether its module adds copies of its input too, which no weight makes.
         fused: whether the tensor's first axis counts experts.
         packed: whether the weight is in MXFP4: [expert, d_model, blocks, 16] bytes of two numbers.
         either_order: whether the order of the last two axes has to be inferred from their lengths.
@@ -50,6 +51,7 @@ class Writer:
     packed: bool = False
     either_order: bool = False
     expert: int | None = None
+    adds_copies: bool = False
 
 
 @dataclass(frozen=True)
@@ -80,6 +82,11 @@ class Anatomy:
     sublayers: tuple[tuple[str, ...], ...] = ()
     _family: Family = field(kw_only=True, repr=False)
     _wrapper: Wrapper = field(default_factory=Wrapper, kw_only=True, repr=False)
+
+    @property
+    def partial(self) -> str | None:
+        """Why the stream keeps a subspace that no writer writes; None where it does not."""
+        return self._family.partial
 
     def writers(self, shapes: Mapping[str, Shape]) -> tuple[Writer, ...]:
         """Every writer among the tensors of a checkpoint: embeddings, then block by block.
@@ -187,7 +194,8 @@ class Anatomy:
                 for kind, names in (("weight", weights), ("bias", biases)):
                     for i, name in zip(self._indices(part), names, strict=False):
                         writer = self._writer(part, name, layer, kind, gains)
-                        yield replace(writer, expert=i if part.per_expert else None)
+                        expert = i if part.per_expert else None
+                        yield replace(writer, expert=expert, adds_copies=part.adds_copies)
 
     def _parts_of(self, layer: int, table_names: Collection[str]) -> list[Part]:
         """The parts of one block: of alternatives the one that is there, else the first."""

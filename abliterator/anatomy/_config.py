@@ -95,8 +95,20 @@ def require_countable(config: object) -> None:
 
 
 def known_model_types() -> tuple[str, ...]:
-    """Every model_type in the table, sorted."""
-    return tuple(sorted({*table().families, *table().wrappers}))
+    """Every model_type from whose stream an edit keeps a subspace out, sorted."""
+    return tuple(sorted({*table().families, *table().wrappers} - {*table().partial}))
+
+
+def partial_model_types() -> Mapping[str, str]:
+    """Every model_type of which only the writers can be edited, with the reason."""
+    return table().partial
+
+
+def partial_reason(config: Mapping[str, Any]) -> str | None:
+    """Why the stream of a model keeps a removed subspace, from a parsed config.json of any type."""
+    text = config.get("text_config")
+    names = [part.get("model_type") for part in (config, text) if isinstance(part, Mapping)]
+    return next((why for name in names if (why := table().partial.get(str(name)))), None)
 
 
 def refused_model_types() -> Mapping[str, str]:

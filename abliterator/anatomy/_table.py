@@ -45,6 +45,7 @@ class Part:
     packed: bool = False
     either_order: bool = False
     experts_after: int = 0
+    adds_copies: bool = False
 
     @property
     def per_expert(self) -> bool:
@@ -79,6 +80,7 @@ class Family(BaseModel):
     embeddings: tuple[Part, ...]
     others: tuple[str, ...]
     sizes_left_out: Mapping[str, int] = {}
+    partial: str | None = None
     sublayers: tuple[tuple[str, ...], ...] = ()
 
     @cached_property
@@ -125,6 +127,13 @@ class Table:
     wrappers: Mapping[str, Wrapper]
     predictors: Predictors
     refused: Mapping[str, str]
+
+    @property
+    def partial(self) -> Mapping[str, str]:
+        """What remains in the stream, by model_type of which only the writers can be edited."""
+        reasons = {name: why for name, family in self.families.items() if (why := family.partial)}
+        of_text = {name: reasons.get(f"{name}_text") for name in self.wrappers}
+        return {**reasons, **{name: why for name, why in of_text.items() if why}}
 
 
 @cache

@@ -34,7 +34,7 @@ def notes_on(
         "unreadable_card": card is None,
         "quantised": bool(checkpoint.config.get("quantization_config")),
         "own_code": "auto_map" in checkpoint.config,
-        "several_streams": bool(anatomy.sublayers),
+        "several_streams": bool(anatomy.sublayers) and not anatomy.partial,
     }
     texts = package_yaml("abliterator.pipeline", "notes.yaml")
     return tuple(texts[name] for name, applies in properties.items() if applies)

@@ -109,6 +109,11 @@ def _require(run: Run, name: str, settings: StudySettings) -> None:
             "`directions.stack: per_layer` has one for each block. Ask with --set "
             "directions.stack=layers."
         )
+    if name == "confirmation" and run.recipe.sweeps_nodes:
+        raise RecipeError(
+            "The study `confirmation` stacks the directions of several layers, and `directions."
+            "stack: som` with `k: auto` has nodes of one. Ask with --set directions.stack=layers."
+        )
     if name == "pairs" and run.recipe.prompts.contrast is None:
         raise RecipeError(
             "The study `pairs` compares two contrasts, and the recipe has one: its neutral "
@@ -224,9 +229,11 @@ def _alpha(run: Run, settings: StudySettings) -> _Measured:
 
 
 def _confirmation(run: Run, settings: StudySettings) -> _Measured:
+    from abliterator.directions import Place
     from abliterator.study import confirmation_edits, study_confirmation
 
-    places, sets = ranked_places(run, selection_of(run)), prompt_sets(run)
+    places = [Place(p.layer, p.position) for p in ranked_places(run, selection_of(run))]
+    sets = prompt_sets(run)
     with _evaluator(run, settings, sets, edits=confirmation_edits(len(places))) as evaluator:
         study = study_confirmation(evaluator, fitted(run), places)
     return study, _described(evaluator)
@@ -247,12 +254,13 @@ def _controls(run: Run, settings: StudySettings) -> _Measured:
 def _shuffled(run: Run) -> list[Tensor]:
     """Q of the same layers from shuffled labels: of halves that have as many prompts of each kind.
 
-    None where directions are tuned, since these would not be tuned, and none within a layer.
+    None where directions are tuned or estimated otherwise, since these would not be, and none
+    within a layer.
     """
     from abliterator.directions import per_layer, stack
 
     settings, layers = run.recipe.directions, selected_layers(run).layers
-    if settings.estimator == "tuned" or settings.stack == "within_layer":
+    if settings.estimator != "mean_difference" or settings.of_one_layer:
         return []
     make_subspace = per_layer if settings.stack == "per_layer" else stack
     sets, engine = prompt_sets(run).extraction, run.engine(run.plan.source.folder)

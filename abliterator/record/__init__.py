@@ -19,6 +19,7 @@ from abliterator.record._comparison import (
     WeightDiff,
     WeightVerdict,
 )
+from abliterator.record._directions import DirectionChecks, ProtectedSet
 from abliterator.record._groups import Group, GroupedMeasure, Grouping, GroupMeasure, Outlier
 from abliterator.record._measured import (
     Behaviour,
@@ -82,6 +83,7 @@ __all__ = [
     "ConfidenceFigure",
     "ContrastDifference",
     "Difference",
+    "DirectionChecks",
     "Divergence",
     "EditSummary",
     "EffectiveStrength",
@@ -102,6 +104,7 @@ __all__ = [
     "PairedFigure",
     "Part",
     "PromptOrigin",
+    "ProtectedSet",
     "Provenance",
     "QuantizedEdits",
     "Quotation",

@@ -13,7 +13,7 @@ from abliterator.engines import Edit, StreamEdit
 from abliterator.evaluation import EditEvaluator, MeasuredEdit
 from abliterator.judge import summarise
 from abliterator.record import ContrastDifference, Study, StudyRow
-from abliterator.subspace import random_basis
+from abliterator.subspace import is_by_writer, random_basis
 
 Contrast = Literal["generic", "paired"]
 CONTRASTS: tuple[Contrast, Contrast] = ("generic", "paired")
@@ -124,7 +124,8 @@ def study_controls(
 
     Args:
         evaluator: the base, measured.
-        basis: Q [H, k], or [L, H, k] with one a block, which then get separate draws.
+        basis: Q [H, k], or [L, H, k] with one a block, or pairs [M, 2, H, r], which get separate
+            draws; of pairs U = V then.
         shuffled: Q of directions from shuffled labels, one a draw; may be none.
         draws: of random directions.
     """
@@ -145,7 +146,8 @@ def _random_like(basis: Tensor, draw: int) -> Tensor:
     if basis.ndim == 2:
         return random_basis(d_model, k, seed=draw)
     seeds = range(draw * len(basis), (draw + 1) * len(basis))
-    return torch.stack([random_basis(d_model, k, seed=seed) for seed in seeds])
+    bases = torch.stack([random_basis(d_model, k, seed=seed) for seed in seeds])
+    return torch.stack([bases, bases], dim=1) if is_by_writer(basis) else bases
 
 
 def confirmation_edits(n_given: int) -> int:

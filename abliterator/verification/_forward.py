@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from abliterator.anatomy import anatomy_of
 from abliterator.checkpoint import Checkpoint
-from abliterator.errors import CheckpointError
+from abliterator.errors import CheckpointError, UnsupportedModel
 from abliterator.record import EffectiveStrength
 from abliterator.verification._strength import Overlap, require_fit
 
@@ -46,10 +46,16 @@ def measured_strengths(
     Raises:
         CheckpointError: for a subspace of another width, and for models of other shapes.
         GenerationError: if the memory does not suffice.
+        UnsupportedModel: for a model of one stream that is edited in part.
     """
     checkpoint = Checkpoint.open(base)
     require_fit(basis, checkpoint)
     anatomy = anatomy_of(checkpoint.config)
+    if anatomy.partial and not anatomy.sublayers:
+        raise UnsupportedModel(
+            f"What a block of a {anatomy.model_type} writes cannot be told from the rescaled copy "
+            "of its input that it hands on, by a pass. Measure its stored weights, without `--run`."
+        )
     model, runner = load(base), _Runner(anatomy)
     token_ids = [model.tokenizer(text)["input_ids"] for text in texts]
     written = [runner.writes(model, ids) for ids in token_ids]

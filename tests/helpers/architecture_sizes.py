@@ -145,6 +145,13 @@ OWN: dict[str, dict[str, Any]] = {
     "deepseek_v3": _LATENT,
     "falcon": {"head_dim": None},
     "gemma4_text": _GEMMA4,
+    "gemma3n_text": {
+        "hidden_size_per_layer_input": 8,
+        "layer_types": ["sliding_attention", "full_attention", "full_attention"],
+        "num_kv_shared_layers": 0,
+        "laurel_rank": 4,
+        "altup_num_inputs": 3,
+    },
     "glm4_moe_lite": _LATENT,
     "glm_moe_dsa": _INDEXED,
     "gemma4_unified_text": {**_GEMMA4, "num_kv_shared_layers": 1},
@@ -183,6 +190,15 @@ OWN: dict[str, dict[str, Any]] = {
     "lfm2": {"layer_types": _CONV, "block_auto_adjust_ff_dim": False},
     "lfm2_moe": {"layer_types": _CONV, "num_dense_layers": 1},
     "llama4_text": {"moe_layers": [1, 2]},
+    "longcat_flash": {
+        **_LATENT,
+        "num_layers": 3,
+        "num_hidden_layers": None,
+        "moe_topk": 2,
+        "num_experts_per_tok": None,
+        "zero_expert_num": 2,
+        "expert_ffn_hidden_size": 24,
+    },
     "mistral_large4_text": _INDEXED,
     "mistral4": {**_LATENT, "head_dim": 16},
     "olmo_hybrid": {"layer_types": _MIXED},
@@ -203,6 +219,7 @@ OWN: dict[str, dict[str, Any]] = {
     "zamba2": {"layers_block_type": ["mamba", "hybrid", "hybrid"]},
     "mamba2": {"head_dim": 16, "num_heads": 4},
     "minicpm3": _LATENT,
+    "minimax": {"block_size": 4},
     "molmo2_text": {"additional_vocab_size": 4},
     "nemotron_h": {
         "layers_block_type": ["linear_attention", "moe", "full_attention", "mlp"],
@@ -255,6 +272,7 @@ OWN: dict[str, dict[str, Any]] = {
     },
     "starcoder2": {"use_bias": True},
     "youtu": _LATENT,
+    "zaya": {"router_hidden_size": 16, "num_experts_per_tok": 1},
 }
 
 # Models that hold a causal LM beside a vision tower, whose tiny language model needs more than the
