@@ -206,7 +206,8 @@ def observations(run: Run) -> dict[Position, Observations]:
 
     from abliterator.directions import Observations
 
-    stored, vectors = run.recipe.directions.stored_sets, dict[tuple[str, Position], Tensor]()
+    stored = run.recipe.directions.stored_sets
+    vectors: dict[tuple[str, Position], Tensor] = {}
     if "differences" in stored:
         for position, pairs in load_file(DIFFERENCES.checked(run)).items():
             vectors["differences", _read_position(position)] = pairs
