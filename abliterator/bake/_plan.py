@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Literal
 
 from abliterator.anatomy import Anatomy, Writer, broad_component
@@ -106,6 +107,20 @@ class EditPlan:
             return first.experts  # none has a tensor of its own, or all of them are edited
         return tuple(sorted(expert for expert in edited if expert is not None))
 
+    @cached_property
+    def pair_of(self) -> dict[str, int]:
+        """Which of M pairs (U, V) is that of each module that writes, edited or not, by its path.
+
+        Experts that are modules of their own share their block's.
+        """
+        groups: dict[object, int] = {}
+        places = {}
+        for writer in self.writers:
+            of_block = (writer.layer, writer.component)
+            group = of_block if writer.component == "expert" else writer.module
+            places[writer.module] = groups.setdefault(group, len(groups))
+        return places
+
     @property
     def edited_bytes(self) -> int:
         """Bytes of all edited parts, as they are stored afterwards."""
@@ -163,12 +178,14 @@ def require_fit(basis: Tensor, plan: EditPlan) -> None:
     """Checks that a subspace fits the planned model.
 
     Args:
-        basis: Q [H, k], or [L, H, k] with one a block.
+        basis: Q [H, k], or [L, H, k] with one a block, or pairs [M, 2, H, r].
         plan: which writers are edited.
 
     Raises:
-        UnsupportedModel: for another width or another number of blocks than the model's.
-        RecipeError: where embeddings are edited, to which no block's subspace belongs.
+        UnsupportedModel: for another width, or another number of blocks or of modules than the
+            model's.
+        RecipeError: where embeddings are edited, to which no block's subspace belongs, and for
+            column norms kept under pairs.
     """
     width = basis.shape[-2]
     if width != plan.d_model:
@@ -177,6 +194,9 @@ def require_fit(basis: Tensor, plan: EditPlan) -> None:
             f"it was made for another model."
         )
     if basis.ndim == 2:
+        return
+    if basis.ndim == 4:
+        _require_pairs(basis, plan)
         return
     if len(basis) != plan.n_layers:
         raise UnsupportedModel(
@@ -205,6 +225,21 @@ def _require_extent(anatomy: Anatomy, *, partial: bool) -> None:
         raise RecipeError(
             f"`edit.partial: true` is for models of which a part of the edit cannot be made; of a "
             f"{anatomy.model_type} all of it can. Leave `edit.partial` out."
+        )
+
+
+def _require_pairs(pairs: Tensor, plan: EditPlan) -> None:
+    n_modules = len({*plan.pair_of.values()})
+    if len(pairs) != n_modules or pairs.shape[1] != 2:
+        raise UnsupportedModel(
+            f"There are pairs (U, V) of shape {list(pairs.shape)}, and the model has {n_modules} "
+            f"modules that write: [{n_modules}, 2, {plan.d_model}, r] was expected. They were made "
+            "for another model."
+        )
+    if plan.settings.norm != "none":
+        raise RecipeError(
+            f"`edit.norm: {plan.settings.norm}` scales columns, so that W' is no W - s U Vᵀ W. "
+            "Leave `norm: none` where each writer has an edit of its own."
         )
 
 

@@ -76,6 +76,7 @@ def variables(record: RunRecord, *, adapter: bool) -> dict[str, object]:
         "named_positions": NAMED_POSITIONS,
         "partial": _partial(record),
         "planned": record.edit.tensors is None,
+        "by_writer": (record.recipe.get("directions") or {}).get("stack") == "per_writer",
         "selection": record.selection,
         "model": model,
         # a Hub id, or the last name of a local folder

@@ -76,6 +76,11 @@ def _checkpoint_text(proof: Verification, checkpoint: Path) -> str:
     leak = "leak not measured again"
     if proof.max_leak is not None:
         leak = leak_text(verification.read_edits(checkpoint), proof.max_leak)
+    if proof.max_apart is not None:
+        leak = (
+            f"each is W - U V^T W of its own, within {proof.max_apart:.2f} roundings; "
+            "no shared subspace is promised to be absent"
+        )
     return "\n".join(
         [
             f"{checkpoint}: {'verified' if proof.ok else 'NOT its base with the edits it names'}",

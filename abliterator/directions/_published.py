@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import cache, partial
+from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -64,8 +65,9 @@ class PublishedDirections:
     """Directions with the sites of their removal.
 
     Attributes:
-        tensors: `subspace` Q [H, k], or [L, H, k] with one a block; `directions` [L, H], the mean
-            differences r of which row l - 1 is that of residual layer l; and those that sites name.
+        tensors: `subspace` Q [H, k], or [L, H, k] with one a block, unless every site has an edit
+            of its own; `directions` [L, H], as extracted, of which row l - 1 is that of residual
+            layer l; and those that sites name.
         sites: where the subspace is removed.
         metadata: all strings of the file: base model, layers, positions, blocks, sizes.
         obstacle: why no intervention equals the baked edit; None if one does.
@@ -82,7 +84,7 @@ class PublishedDirections:
         return tuple(json.loads(self.metadata["layers"]))
 
     def direction(self, layer: int) -> Tensor:
-        """The mean difference r [H] at a residual layer, 1 .. L, not normalised.
+        """The extracted direction r [H] at a residual layer, 1 .. L, not normalised.
 
         Raises:
             DirectionError: for a layer that the file has no direction of.
@@ -247,8 +249,17 @@ def _require_whole(published: PublishedDirections) -> None:
     width = published.tensors["directions"].shape[1]
     json.loads(published.metadata["layers"])
     for site in published.sites:
+        ranks = set()
         for name in (site.read, site.take):
-            shape = tuple(published.tensors[name].shape)
+            tensor = published.tensors[name]
+            shape = tuple(tensor.shape)
             is_by_block = len(shape) == 3 and 0 <= site.block < shape[0]
             if not (len(shape) == 2 or is_by_block) or shape[-2] != width:
                 raise ValueError(f"{name} of shape {shape} does not fit {site.module}")
+            if not tensor.is_floating_point() or not bool(tensor.isfinite().all()):
+                raise ValueError(f"{name} has numbers that are not finite, or none that are real")
+            ranks.add(shape[-1])
+        if len(ranks) > 1:
+            raise ValueError(f"{site.read} and {site.take} of {site.module} have several ranks")
+        if not isfinite(site.strength):
+            raise ValueError(f"the strength of {site.module} is {site.strength}")

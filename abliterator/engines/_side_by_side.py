@@ -40,7 +40,7 @@ class GroupedEdits(ABC):
     max_batch_tokens: int
 
     def answers(
-        self, prompts: Sequence[Sequence[int]], *, max_new_tokens: int, batch_size: int
+        self, prompts: Sequence[Sequence[int]], *, max_new_tokens: int, batch_size: int | None
     ) -> list[list[Answer]]:
         """Greedy answers to `prompts`, for each edit."""
         answers: list[Answer] = []

@@ -81,9 +81,14 @@ def _repeated_block(by_block: Any) -> int | None:
 class DirectionSettings(Section):
     """How directions are made from mean activations."""
 
-    estimator: Literal["mean_difference", "tuned"] = "mean_difference"
+    estimator: Literal["mean_difference", "whitened", "logistic", "tuned"] = "mean_difference"
     """`mean_difference` is r = mean(target) - mean(contrast); `tuned` continues from it by
-    gradients (`tuning`)."""
+    gradients (`tuning`).
+
+    `whitened` is the mean difference under the inverse of the shrunk covariance within the two
+    sets, `logistic` the normal of a logistic probe that tells them apart. docs/methods.md has the
+    formulas.
+    """
     position: (
         Position
         | Literal["sweep"]
@@ -100,15 +105,26 @@ class DirectionSettings(Section):
     """
     projection: Literal["none", "neutral"] = "none"
     """`neutral` removes the component along the neutral mean from every direction."""
-    stack: Literal["layers", "per_layer", "within_layer"] = "layers"
+    ridge: Annotated[float, Field(ge=0)] = 0.01
+    """How strongly the regression on the sets of `prompts.protect` is damped: of a component along
+    one set alone ridge / (1 + ridge) is left; 0 leaves nothing."""
+    stack: Literal["layers", "per_layer", "within_layer", "som", "per_writer"] = "layers"
     """Which k directions are removed: one of each of k layers, each block's own, or k of one layer.
+    `per_writer` removes none: each matrix has an edit of its own.
 
     `layers` stacks the directions of the first k of `layers`. `per_layer` removes from the output
     of block i the direction of layer i + 1, or of the nearest of `layers`; k is 1. `within_layer`
     stacks the first layer's mean difference and the principal components of the paired differences
     orthogonal to it, so `contrast` must be a set whose n-th prompt is the n-th of `target` without
-    the behaviour.
+    the behaviour. `som` takes the first layer's directions from a self-organising map of the target
+    prompts (`grid`): with a number k, those nodes that cover them best; with `k: auto` and named
+    `layers`, the nodes are candidates that are judged as a sweep's layers are. `per_writer`, with
+    `estimator: tuned`, begins with the stack of `layers` and then tunes W' = W - U Vᵀ W of rank k
+    for every module that writes, near that start (`tuning.ridge`); no subspace is promised to be
+    absent then.
     """
+    grid: Annotated[tuple[Positive, Positive], BeforeValidator(as_tuple)] = (4, 4)
+    """Rows and columns of the map of `stack: som`."""
 
     @field_validator("position")
     @classmethod
@@ -116,6 +132,23 @@ class DirectionSettings(Section):
         if isinstance(value, tuple) and len(set(value)) < len(value):
             raise ValueError("a position is given twice")
         return value
+
+    @property
+    def extracted(self) -> Literal["mean_difference", "whitened", "logistic"]:
+        """The estimator of what is extracted from activations; tuning begins there."""
+        return "mean_difference" if self.estimator == "tuned" else self.estimator
+
+    @property
+    def of_one_layer(self) -> bool:
+        """Whether all k directions are of one layer."""
+        return self.stack in ("within_layer", "som")
+
+    @property
+    def stored_sets(self) -> frozenset[str]:
+        """Sets of which every prompt's activations are read; "differences" for those of pairs."""
+        of_stack = {"within_layer": {"differences"}, "som": {"target"}}.get(self.stack, set())
+        of_estimator = set() if self.extracted == "mean_difference" else {"target", "contrast"}
+        return frozenset(of_stack | of_estimator)
 
     @property
     def sweeps_positions(self) -> bool:
@@ -131,12 +164,30 @@ class DirectionSettings(Section):
 
     @model_validator(mode="after")
     def _differences_as_they_are(self) -> Self:
+        if self.stack == "per_writer" and self.estimator != "tuned":
+            raise ValueError(
+                "`stack: per_writer` is found by gradients: set `estimator: tuned`, or stack "
+                "`layers`"
+            )
         if self.stack == "within_layer" and self.projection != "none":
             raise ValueError(
                 "`stack: within_layer` takes paired differences as they are: leave "
                 "`projection: none`"
             )
+        if self.stack == "som" and self.extracted != "mean_difference":
+            raise ValueError(
+                f"`stack: som` makes directions of its own: leave out `estimator: {self.estimator}`"
+            )
         return self
+
+    @model_serializer(mode="wrap")
+    def _dump_changed(self, plain: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Without `ridge` and `grid` at their defaults: recipes of before keep their digests."""
+        values: dict[str, Any] = plain(self)
+        for key in ("ridge", "grid"):
+            if getattr(self, key) == type(self).model_fields[key].default:
+                values.pop(key, None)
+        return values
 
 
 class Edit(Section):
@@ -317,8 +368,11 @@ class Selection(Section):
     """
     keep: Annotated[float, Field(gt=0, le=1)] = 0.5
     """Share of the survivors that goes on to the next rung."""
-    batch_size: Positive = 64
-    """Rows in one forward pass; rows of several candidates share a batch."""
+    batch_size: Positive | Literal["auto"] = 64
+    """Rows in one forward pass; rows of several candidates share a batch.
+
+    `auto`: as `rollouts.batch_size`.
+    """
     stacks: Layers = (1, 2, 3, 5)
     """Sizes that `k: auto` tries; it stops at the first that is no better than the one before."""
     controls: Positive = 3

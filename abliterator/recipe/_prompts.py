@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -84,6 +85,10 @@ DEFAULT_NEUTRAL = Source(
 )
 
 
+# Part of the names of files and tensors, and of keys on a command line.
+SetName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$")]
+
+
 class Prompts(Section):
     """The prompt sets."""
 
@@ -104,6 +109,13 @@ class Prompts(Section):
     where neutral prompts are used before."""
     over_refusal: Source | None = None
     """Benign prompts that look like target."""
+    protect: dict[SetName, Source] = {}
+    """Sets of prompts, by any names, whose own directions are removed from the behaviour's.
+
+    The direction of a set is its mean activation less the neutral prompts'. What a ridge regression
+    (`directions.ridge`) of each layer's direction on them explains is removed, so that the edit
+    leaves them alone: `protect: {code: {path: code.txt}, french: {path: french.txt}}`.
+    """
     holdout: Annotated[float, Field(gt=0, lt=1)] = 0.25
     """Share held out for evaluation where no evaluation set is given."""
     near_duplicates: Literal["keep", "drop"] = "keep"
@@ -119,12 +131,28 @@ class Prompts(Section):
             return {"evaluation": DEFAULT_EVALUATION, **values}
         return values
 
+    @property
+    def sources(self) -> dict[str, Source]:
+        """Every set by the name of its key: "target", "protect.code"."""
+        values = {name: getattr(self, name) for name in type(self).model_fields}
+        sources = {name: value for name, value in values.items() if isinstance(value, Source)}
+        return sources | {f"protect.{name}": source for name, source in self.protect.items()}
+
+    def with_sources(self, sources: Mapping[str, Source]) -> Self:
+        """The section with other sources, by the names of `sources`."""
+        changes: dict[str, Any] = {n: s for n, s in sources.items() if "." not in n}
+        if self.protect:
+            changes["protect"] = {name: sources[f"protect.{name}"] for name in self.protect}
+        return self.model_copy(update=changes)
+
     @model_serializer(mode="wrap")
     def _dump_dropping(self, plain: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Without `near_duplicates: keep`: recipes of before have no such key."""
+        """Without keys that recipes of before do not have, where they change nothing."""
         values: dict[str, Any] = plain(self)
         if self.near_duplicates == "keep":
             values.pop("near_duplicates", None)
+        if not self.protect:
+            values.pop("protect", None)
         return values
 
 

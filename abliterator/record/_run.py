@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 from pydantic import AliasChoices, Field, SerializerFunctionWrapHandler, model_serializer
 
+from abliterator.record._directions import DirectionChecks
 from abliterator.record._groups import Grouping
 from abliterator.record._measured import (
     Behaviour,
@@ -67,13 +68,16 @@ class TensorEdit(Frozen):
     dtype: str
     shape: tuple[int, ...]
     k: int
-    subspace: Literal["all", "block"] = "all"  # Q is that of all blocks, or of this block alone
+    # Q is that of all blocks, or of this block alone; "writer": U and V of this module
+    subspace: Literal["all", "block", "writer"] = "all"
     strength: float
     experts: tuple[int, ...] | None = None  # those edited of a tensor of several; None for all
     storage: str | None = None  # how the base has it in units of scales, if it does
     # written as plain numbers (BF16) though the base's were quantised; "unpacked" in files of 0.1
     dequantized: bool = Field(False, validation_alias=AliasChoices("dequantized", "unpacked"))
-    leak: float | None  # |Qᵀ W'| / |Qᵀ W| of the stored bytes; None if W wrote nothing there
+    # |Qᵀ W'| / |Qᵀ W| of the stored bytes; None if W wrote nothing there, and with U and V
+    leak: float | None
+    change: float | None = None  # |W' - W| / |W|, of a module with U and V of its own
     noise: float | None = None  # of quantised tensors: |W' - E| / |W|, E the exact edit
     noise_nearest: float | None = None  # the same had every number been rounded to its nearest
     sha256_before: str
@@ -83,6 +87,14 @@ class TensorEdit(Frozen):
     def deviation(self) -> float | None:
         """Distance of the leak from |1 - strength|, what was asked for; None without a leak."""
         return None if self.leak is None else abs(self.leak - abs(1 - self.strength))
+
+    @model_serializer(mode="wrap")
+    def _without_change(self, plain: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Without `change` where it is not measured: edits.json keeps its bytes."""
+        values: dict[str, Any] = plain(self)
+        if self.change is None:
+            values.pop("change", None)
+        return values
 
 
 class ModelIdentity(Frozen):
@@ -239,6 +251,7 @@ class RunRecord(Frozen):
     benchmarks: dict[str, BenchmarkResult] = {}
     judge: JudgeIdentity | None = None
     selection: Selection | None = None
+    directions: DirectionChecks | None = None  # where sets are protected, or two positions captured
     tuning: Tuning | None = None
     timing: dict[str, float] = {}
     quoted: tuple[Quotation, ...] = ()

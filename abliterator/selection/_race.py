@@ -6,7 +6,7 @@ import random
 from collections.abc import Sequence
 
 from abliterator import recipe
-from abliterator.directions import Place
+from abliterator.directions import AnyPlace, Node, Place
 from abliterator.evaluation import EvaluationContext, JudgedAnswers
 from abliterator.record import Candidate, Rung
 from abliterator.selection._pool import Pool
@@ -43,7 +43,7 @@ def race(
     total = len(context.target.prompts)
     order = random.Random(context.seed).sample(range(total), total)
     racing, dropped = list(candidates), list[Candidate]()
-    answered: dict[Place, JudgedAnswers] = {}
+    answered: dict[AnyPlace, JudgedAnswers] = {}
 
     def by_answers(candidate: Candidate) -> tuple[float, float]:
         """Sorts the best first: the highest mean product, of equals the lowest KL."""
@@ -77,8 +77,10 @@ def race(
     return [*racing, *dropped]
 
 
-def place_of(candidate: Candidate) -> Place:
-    """The layer and position of a candidate's direction."""
+def place_of(candidate: Candidate) -> AnyPlace:
+    """The layer and position of a candidate's direction, and its node if it is one."""
+    if candidate.node is not None:
+        return Node(candidate.layer, candidate.position, candidate.node)
     return Place(candidate.layer, candidate.position)
 
 

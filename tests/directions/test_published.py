@@ -28,10 +28,11 @@ from abliterator.subspace import orthonormal_columns
 from tests.helpers.architectures import D_MODEL, VOCABULARY, save
 
 ROOT = Path(__file__).parents[2]
-# plain; biased; Conv1D; experts; norms behind the writers; state space and attention; parallel
+# plain; biased; Conv1D; experts; norms behind the writers; state space and attention; parallel;
+# several streams
 NAMES = (
     *("llama", "qwen2", "gpt2", "mixtral", "gemma2", "olmo2", "mamba", "cohere", "granite"),
-    "gpt_oss",
+    *("gpt_oss", "deepseek_v4", "qwen4_exp_text"),
 )
 
 

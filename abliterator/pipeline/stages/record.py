@@ -31,7 +31,7 @@ from abliterator.pipeline._summaries import (
 from abliterator.pipeline._survival._results import survived
 from abliterator.pipeline.stages.bake import tensor_edits
 from abliterator.pipeline.stages.capture import MOMENTS
-from abliterator.pipeline.stages.directions import SUBSPACE
+from abliterator.pipeline.stages.directions import SUBSPACE, direction_checks
 from abliterator.pipeline.stages.divergence import DIVERGENCE_JSON
 from abliterator.pipeline.stages.judge import IDENTITY, VERDICTS
 from abliterator.pipeline.stages.prompts import prompt_sets, uses
@@ -109,6 +109,7 @@ def write_directions(run: Run, path: Path) -> None:
 
     from abliterator.bake import runtime_obstacle, runtime_sites
     from abliterator.directions import save_published
+    from abliterator.subspace import is_by_writer
 
     stored, selected, anatomy = (
         load_file(SUBSPACE.checked(run)),
@@ -118,13 +119,11 @@ def write_directions(run: Run, path: Path) -> None:
     plan = planned_edits(run)
     sites, of_sites = runtime_sites(plan, run.plan.checkpoint, stored["subspace"])
     source = run.plan.source
+    # pairs (U, V) are those of the sites, by module
+    shared = {} if is_by_writer(stored["subspace"]) else {"subspace": stored["subspace"]}
     save_published(
         path,
-        tensors={
-            "subspace": stored["subspace"],
-            "directions": stored["directions"].float(),
-            **of_sites,
-        },
+        tensors={**shared, "directions": stored["directions"].float(), **of_sites},
         sites=sites,
         metadata={
             "base_model": run.base_id,
@@ -186,6 +185,7 @@ def assemble(run: Run, timing: dict[str, float], pictures: dict[str, str]) -> Ru
         benchmarks=benchmark_results(run),
         judge=IDENTITY.read_as(run, JudgeIdentity),
         selection=selection_of(run),
+        directions=direction_checks(run),
         tuning=tuning_record(run),
         timing=timing,
         survival=survived(run),
