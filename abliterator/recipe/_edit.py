@@ -7,16 +7,9 @@ import re
 from collections import Counter
 from collections.abc import Mapping
 from itertools import chain
-from typing import Annotated, Any, Literal, Self, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
 
-from pydantic import (
-    BeforeValidator,
-    Field,
-    SerializerFunctionWrapHandler,
-    field_validator,
-    model_serializer,
-    model_validator,
-)
+from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from abliterator.errors import RecipeError
 from abliterator.recipe._section import Layers, Positive, Section, as_tuple
@@ -80,6 +73,8 @@ def _repeated_block(by_block: Any) -> int | None:
 
 class DirectionSettings(Section):
     """How directions are made from mean activations."""
+
+    later_keys: ClassVar = ("ridge", "grid")
 
     estimator: Literal["mean_difference", "whitened", "logistic", "tuned"] = "mean_difference"
     """`mean_difference` is r = mean(target) - mean(contrast); `tuned` continues from it by
@@ -180,18 +175,11 @@ class DirectionSettings(Section):
             )
         return self
 
-    @model_serializer(mode="wrap")
-    def _dump_changed(self, plain: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Without `ridge` and `grid` at their defaults: recipes of before keep their digests."""
-        values: dict[str, Any] = plain(self)
-        for key in ("ridge", "grid"):
-            if getattr(self, key) == type(self).model_fields[key].default:
-                values.pop(key, None)
-        return values
-
 
 class Edit(Section):
     """How the writers are edited: the matrices whose output is added to the residual stream."""
+
+    later_keys: ClassVar = ("partial",)
 
     strength: dict[Component, Strength | dict[Blocks, Strength]] | Literal["auto"] = {
         "attention": 1.0,
@@ -242,14 +230,6 @@ class Edit(Section):
     written is edited exactly; what these copies carry remains, and plan, card and `verify` say so.
     Without it such a model is refused, with it every other one.
     """
-
-    @model_serializer(mode="wrap")
-    def _dump_named_partial(self, plain: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Without `partial` where it is false: recipes of before it keep their digests."""
-        values: dict[str, Any] = plain(self)
-        if values.get("partial") is False:
-            del values["partial"]
-        return values
 
     @field_validator("strength", mode="before")
     @classmethod
