@@ -146,10 +146,7 @@ class Model:
     def answers(self, prompts: Prompts, *, max_new_tokens: int = 64) -> list[str]:
         """Greedy answers, one a prompt, without what the model thought before them."""
         token_ids = self._rendered("prompts", prompts, max_new_tokens=max_new_tokens)
-        batch_size = self._options.batch_size("auto")
-        answers = self._engine.answers(
-            token_ids, max_new_tokens=max_new_tokens, batch_size=batch_size
-        )
+        answers = self._engine.answers(token_ids, max_new_tokens=max_new_tokens)
         return [answer.text[answer.start :] for answer in answers]
 
     def bake(

@@ -63,7 +63,15 @@ from abliterator.record._selection import (
     Structure,
 )
 from abliterator.record._side_effects import ConfidenceFigure, PairedFigure, SideEffect
-from abliterator.record._study import Agreement, ContrastDifference, Study, StudyRow
+from abliterator.record._study import (
+    Agreement,
+    ContrastDifference,
+    DirectionCosines,
+    EditDifference,
+    NullDistribution,
+    Study,
+    StudyRow,
+)
 from abliterator.record._survival import Survival, SurvivingStrength
 from abliterator.record._tuning import Trial, Tuning
 from abliterator.record._verification import AdapterVerification, EffectiveStrength, Verification
@@ -84,7 +92,9 @@ __all__ = [
     "ContrastDifference",
     "Difference",
     "DirectionChecks",
+    "DirectionCosines",
     "Divergence",
+    "EditDifference",
     "EditSummary",
     "EffectiveStrength",
     "EngineIdentity",
@@ -99,6 +109,7 @@ __all__ = [
     "JudgeIdentity",
     "Measurement",
     "ModelIdentity",
+    "NullDistribution",
     "Outlier",
     "OwnScores",
     "PairedFigure",

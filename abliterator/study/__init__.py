@@ -11,23 +11,29 @@ does not choose layers.
 The questions are those of the replication whose layers the recipes carry.
 """
 
+from abliterator.study._controls import TOGETHER, TOLERANCE, random_like, study_controls
 from abliterator.study._edits import (
-    Contrast,
     confirmation_edits,
     study_alpha,
     study_confirmation,
-    study_controls,
     study_pairs,
 )
+from abliterator.study._estimators import EstimatedEdit, study_estimators
 from abliterator.study._extraction import study_extraction
 from abliterator.study._markdown import to_markdown
+from abliterator.study._rows import Contrast
 
 __all__ = [
+    "TOGETHER",
+    "TOLERANCE",
     "Contrast",
+    "EstimatedEdit",
     "confirmation_edits",
+    "random_like",
     "study_alpha",
     "study_confirmation",
     "study_controls",
+    "study_estimators",
     "study_extraction",
     "study_pairs",
     "to_markdown",

@@ -1,0 +1,57 @@
+"""Directions of other labels, from vectors that were captured once."""
+
+import torch
+
+from abliterator.directions import Cleaning, Observations
+from abliterator.pipeline._study._vectors import LayerObservations
+
+LAYERS, N_LAYERS, D_MODEL, KIND = (2, 4), 5, 6, 100.0
+
+
+def layer_observations(n_target=12, n_contrast=8):
+    """Noise, and a large difference of the kinds along the first dimension."""
+    generator = torch.Generator().manual_seed(3)
+    vectors = torch.randn(n_target + n_contrast, len(LAYERS), D_MODEL, generator=generator)
+    vectors[:n_target, :, 0] += KIND
+    observations = Observations.of_vectors(vectors[:n_target], vectors[n_target:])
+    return LayerObservations(observations, LAYERS, N_LAYERS)
+
+
+def difference(of):
+    return of.directions("mean_difference", Cleaning()).vectors
+
+
+def test_an_estimate_is_at_the_captured_layers_alone():
+    of = layer_observations()
+    sides = of.observations.vectors
+    expected = sides["target"].double().mean(dim=0) - sides["contrast"].double().mean(dim=0)
+    found = difference(of)
+    torch.testing.assert_close(found[[1, 3]], expected, atol=1e-12, rtol=0)
+    assert found.shape == (N_LAYERS, D_MODEL)
+    assert not found[[0, 2, 4]].any()
+    same = of.relabelled((range(12), range(12, 20)))
+    assert torch.equal(difference(same), found)
+
+
+def test_balanced_halves_have_none_of_the_difference_of_the_kinds_and_permutations_have_some():
+    of = layer_observations()
+    balanced = [float(difference(of.balanced(f"{{name}} {i}"))[1, 0]) for i in range(20)]
+    permuted = [float(difference(of.permuted(f"{i}"))[1, 0]) for i in range(20)]
+    assert max(map(abs, balanced)) < 3
+    assert len(set(balanced)) == 20
+    assert max(map(abs, permuted)) > 10  # by chance, as often one sign as the other
+    assert min(permuted) < 0 < max(permuted)
+
+
+def test_shuffled_labels_are_a_permutation_of_as_many_of_each():
+    of = layer_observations()
+
+    def kinds(other):
+        return [(v[:, 0, 0] > KIND / 2).sum().item() for v in other.observations.vectors.values()]
+
+    shuffled, again, other = of.permuted("a"), of.permuted("a"), of.permuted("b")
+    assert sum(kinds(shuffled)) == 12
+    assert (shuffled.observations.target.n, shuffled.observations.contrast.n) == (12, 8)
+    assert torch.equal(difference(shuffled), difference(again))
+    assert not torch.equal(difference(shuffled), difference(other))
+    assert kinds(of.balanced("0 {name} 1")) == [6, 6]
