@@ -77,9 +77,11 @@ def alpha(run: Run, settings: StudySettings) -> Measured:
 
 
 def confirmation(run: Run, settings: StudySettings) -> Measured:
+    from abliterator.directions import Place
     from abliterator.study import confirmation_edits, study_confirmation
 
-    places, sets = ranked_places(run, selection_of(run)), prompt_sets(run)
+    places = [Place(p.layer, p.position) for p in ranked_places(run, selection_of(run))]
+    sets = prompt_sets(run)
     with evaluator_of(run, settings, sets, edits=confirmation_edits(len(places))) as evaluator:
         study = study_confirmation(evaluator, fitted(run), places)
     return study, described(evaluator)
