@@ -202,23 +202,29 @@ class _Counted:
     def _candidates(self) -> float:
         """Answers of candidates and stacks to one held-out prompt, as a rule."""
         settings, cost = self.recipe.selection, self.plan.selection or {}
-        prompts, raced, answered = settings.prompts, 0, 0
-        if self.recipe.sweeps:
-            for racing, reached in settings.schedule(cost["judged"], prompts, 1):
-                raced += racing * (reached - answered)
-                answered = reached
+        raced = self._raced(cost["judged"]) if self.recipe.sweeps else 0.0
         stacks = min(_USUAL_STACKS, cost.get("stacks", 0))
-        return raced / prompts + stacks * (1 + 2 * settings.controls)
+        return raced + stacks * (1 + 2 * settings.controls)
+
+    def _raced(self, candidates: int) -> float:
+        """Answers to one held-out prompt of candidates that are raced, as a rule."""
+        settings, raced, answered = self.recipe.selection, 0, 0
+        for racing, reached in settings.schedule(candidates, settings.prompts, 1):
+            raced += racing * (reached - answered)
+            answered = reached
+        return raced / settings.prompts
 
     def _tuning(self) -> StageCost:
         tuning, cost = self.recipe.tuning, self.plan.tuning or {}
+        settings = self.recipe.selection
         lengths = self.prompts.of("target", "extraction", tuning.prompts)
         return self.costs.tuning(
             steps=cost["steps"],
             batch=tuning.batch,
-            learned=Answers(lengths, tuning.tokens, self._batch_size),
+            learned=Answers(lengths, tuning.tokens, settings.batch_size, self.prompts.before),
             trials=cost["trials"],
-            judged=self._held_out(self.recipe.selection.tokens, self._batch_size),
+            raced=self._raced(cost["trials"]),
+            judged=self._held_out(settings.tokens, settings.batch_size),
             neutral=self.prompts.of("neutral", "selection"),
             phases=len(tuning.kl_weights),
             max_tokens=self.recipe.capture.max_batch_tokens,
