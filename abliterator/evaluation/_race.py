@@ -49,12 +49,17 @@ class Entrant(Generic[T]):
         no_worse = self.product >= other.product and self.kl <= other.kl
         return no_worse and (self.product, self.kl) != (other.product, other.kl)
 
+    def clearly_beats(self, other: Entrant[T]) -> bool:
+        """Whether it beats the other by more than one of the prompts that both answered."""
+        more = self.product - other.product
+        return self.kl <= other.kl and more * self.prompts[-1] > 1 + 1e-9
+
 
 class Objective(Protocol):
     """What a race looks for."""
 
     def ranked(self, entrants: Sequence[Entrant[T]]) -> list[Entrant[T]]:
-        """The best first, of entrants that answered the same prompts."""
+        """The best first, of entrants that answered the same prompts, at least one."""
 
     def least(self, entrants: Sequence[Entrant[T]]) -> int:
         """How many of them must go on to the next rung at least."""
@@ -83,13 +88,13 @@ class WholeFront:
     """Looks for every candidate that no other beats in both product and KL."""
 
     def ranked(self, entrants: Sequence[Entrant[T]]) -> list[Entrant[T]]:
-        """By how many others beat each, then by product and KL."""
-        beaten = {e.index: sum(other.beats(e) for other in entrants) for e in entrants}
+        """By how many others clearly beat each, then by product and KL."""
+        beaten = {e.index: sum(other.clearly_beats(e) for other in entrants) for e in entrants}
         return sorted(entrants, key=lambda e: (beaten[e.index], -e.product, e.kl))
 
     def least(self, entrants: Sequence[Entrant[T]]) -> int:
-        """The front."""
-        return sum(not any(other.beats(e) for other in entrants) for e in entrants)
+        """Those that none of the others clearly beats."""
+        return sum(not any(other.clearly_beats(e) for other in entrants) for e in entrants)
 
     def returns(self, dropped: Entrant[T], finished: Sequence[Entrant[T]]) -> bool:
         """Where none of the others beats it any more."""
