@@ -237,7 +237,9 @@ class Selection(Section):
     rungs: Rungs = (8, 16)
     """Prompts that survivors answer before the worst of them drop out; the last rung has `prompts`.
 
-    With `[]` all survivors answer all prompts. No answer is generated twice.
+    With `[]` all survivors answer all prompts. No answer is generated twice. Tuned edits are judged
+    so too; of them, only those drop out that another beats both in compliance x coherence and in
+    KL.
     """
     keep: Annotated[float, Field(gt=0, le=1)] = 0.5
     """Share of the survivors that goes on to the next rung."""
@@ -264,6 +266,11 @@ class Selection(Section):
         if list(value) != sorted(set(value)):
             raise ValueError("must grow")
         return value
+
+    @property
+    def rows(self) -> int | None:
+        """`batch_size` as a number; None for the engine's choice."""
+        return None if self.batch_size == "auto" else self.batch_size
 
     def schedule(self, candidates: int, prompts: int, least: int) -> list[tuple[int, int]]:
         """Candidates and prompts of each rung, the last with all prompts.
