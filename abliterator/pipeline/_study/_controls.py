@@ -94,7 +94,7 @@ def shuffled_bases(run: Run, draws: int, null_draws: int) -> tuple[list[Tensor],
 
 def _basis(run: Run, at: Mapping[Position, LayerObservations]) -> Tensor:
     """Q of the selected places by the recipe's estimator and stack, from other labels."""
-    from abliterator.directions import Sources, per_layer, stack_at, subspace_of
+    from abliterator.directions import Place, Sources, per_layer, stack_at, subspace_of
 
     settings, selected, cleans = run.recipe.directions, selected_layers(run), cleaning(run)
     directions = {p: of.directions(settings.extracted, cleans) for p, of in at.items()}
@@ -106,7 +106,8 @@ def _basis(run: Run, at: Mapping[Position, LayerObservations]) -> Tensor:
         sources = Sources(of.observations, directions[first.position], cleans, settings.grid)
         row = of.layers.index(first.layer) + 1
         return subspace_of("som", sources, layers=(row,), k=selected.k).basis
-    return stack_at(directions, selected.places).basis
+    # chosen nodes have no other labels, so these are places
+    return stack_at(directions, [Place(p.layer, p.position) for p in selected.places]).basis
 
 
 def _swapped(run: Run, draws: int) -> list[Tensor]:
@@ -117,8 +118,8 @@ def _swapped(run: Run, draws: int) -> list[Tensor]:
     from abliterator.subspace import orthonormal_basis
 
     selected = selected_layers(run)
-    layer, position = selected.places[0]
-    pairs = observations(run)[position].at_layer("differences", layer)
+    first = selected.places[0]
+    pairs = observations(run)[first.position].at_layer("differences", first.layer)
     bases = []
     for draw in range(draws):
         generator = torch.Generator().manual_seed(draw)
