@@ -10,7 +10,9 @@ place. How directions were determined is outside this package. The formula is `s
     write_adapter(checkpoint, plan, basis, Path("out/adapter"), base_model="me/base")
 
 H = d_model, k rank, Q [H, k] the orthonormal basis; every parameter `basis` also accepts one for
-each block [L, H, k], L = n_layers: Q[i] is removed from what block i writes.
+each block [L, H, k], L = n_layers: Q[i] is removed from what block i writes. With pairs (U, V) of
+each module that writes, [M, 2, H, r] in the order of `EditPlan.pair_of`, the edit is
+W' = W - s U Vᵀ W, and removes no subspace; `start_pairs` makes those of a Q.
 """
 
 from abliterator.bake._adapter import (
@@ -22,9 +24,16 @@ from abliterator.bake._adapter import (
 from abliterator.bake._plan import EditPlan, PlannedEdit, plan_edits, require_fit
 from abliterator.bake._preview import preview_edit, preview_edits
 from abliterator.bake._sites import runtime_obstacle, runtime_sites
+from abliterator.bake._start import start_pairs
 from abliterator.bake._stored import PANEL_ELEMENTS
 from abliterator.bake._workers import bake_on_workers
-from abliterator.bake._write import bake, bake_file, bake_workers, write_config
+from abliterator.bake._write import (
+    bake,
+    bake_file,
+    bake_workers,
+    require_bounded,
+    write_config,
+)
 
 __all__ = [
     "PANEL_ELEMENTS",
@@ -39,9 +48,11 @@ __all__ = [
     "preview_edit",
     "preview_edits",
     "require_adapter_form",
+    "require_bounded",
     "require_fit",
     "runtime_obstacle",
     "runtime_sites",
+    "start_pairs",
     "write_adapter",
     "write_adapters",
     "write_config",

@@ -71,7 +71,7 @@ def write_adapter(
     Args:
         checkpoint: the base.
         plan: which writers are edited, and how strongly; as `require_adapter_form` requires it.
-        basis: Q [H, k], or [L, H, k] with one a block, orthonormal, float64.
+        basis: Q [H, k], or [L, H, k] with one a block, orthonormal, float64; or pairs [M, 2, H, r].
         out: a folder; files of the same names in it are replaced, each in one step.
         base_model: Hub id or name of the base, for PEFT's config.
         revision: commit of the base.
@@ -109,7 +109,7 @@ def write_adapters(
         require_fit(basis, plan)
     adapters: list[dict[str, Tensor]] = [{} for _ in bases]
     for edit in plan.edits:
-        factors = _factors(checkpoint, edit, bases)
+        factors = _factors(checkpoint, plan, edit, bases)
         for tensors, pair in zip(adapters, factors, strict=True):
             tensors.update(zip(adapter_tensors(edit.writer.module), pair, strict=True))
     modules = [edit.writer.module for edit in plan.edits]
@@ -120,7 +120,7 @@ def write_adapters(
 
 
 def _factors(
-    checkpoint: Checkpoint, edit: PlannedEdit, bases: Sequence[Tensor]
+    checkpoint: Checkpoint, plan: EditPlan, edit: PlannedEdit, bases: Sequence[Tensor]
 ) -> list[tuple[Tensor, Tensor]]:
     """Bᵀ W [k, in] and -s A [out, k] of one writer for each subspace, in float32.
 
@@ -128,7 +128,7 @@ def _factors(
     """
     import torch
 
-    removals = [removal_of(edit.writer, checkpoint, basis) for basis in bases]
+    removals = [removal_of(edit.writer, checkpoint, basis, plan) for basis in bases]
     stored = bytearray(checkpoint.read(edit.info.name))
     (matrix,) = edit.layout.matrices(stored, edit.writer.axis)
     reads: list[list[Tensor]] = [[] for _ in bases]

@@ -41,7 +41,7 @@ def preview_edit(
     basis: Tensor,
     strengths: Mapping[str, float | Tensor] | None = None,
 ) -> Iterator[None]:
-    """Edits the output of every planned writer at run time: h <- h - s Q Qᵀ h.
+    """Edits the output of every planned writer at run time: h <- h - s Q Qᵀ h, or h - s U Vᵀ h.
 
     Where a norm's gain follows the writer, it is the operator of the baked weights that is applied
     (`subspace.Removal`). Equal to the baked weights up to rounding, biases included.
@@ -49,7 +49,7 @@ def preview_edit(
     Args:
         loaded: the base.
         plan: which writers are edited, and how strongly.
-        basis: Q [H, k], or [L, H, k] with one a block; gradients flow to it.
+        basis: Q [H, k], or [L, H, k] with one a block, or pairs [M, 2, H, r]; gradients flow to it.
         strengths: by module path of the writer, instead of the plan's; gradients flow to tensors.
 
     Where some experts of a block are edited and others not, the experts are run once more with the
@@ -63,7 +63,8 @@ def preview_edit(
     require_fit(basis, plan)
 
     def remover(edit: PlannedEdit, checkpoint: Checkpoint) -> Remove:
-        removal_on = _on_devices(removal_of(edit.writer, checkpoint, basis), _wide(loaded))
+        removal = removal_of(edit.writer, checkpoint, basis, plan)
+        removal_on = _on_devices(removal, _wide(loaded))
         return lambda written: removal_on(written.device).removed(written)
 
     with _previewed(loaded, plan, remover, strengths or {}):
@@ -100,10 +101,13 @@ def preview_edits(loaded: LoadedModel, plan: EditPlan, bases: Sequence[Tensor]) 
 
     def remover(edit: PlannedEdit, checkpoint: Checkpoint) -> Remove:
         # writers that lose the same, with no gain of their own, share one stack of all Q
-        has_own_removal = edit.writer.gains or any(basis.ndim == 3 for basis in bases)
-        key = (edit.writer.gains, edit.writer.layer) if has_own_removal else None
+        axes = max(basis.ndim for basis in bases)
+        has_own_removal = edit.writer.gains or axes > 2
+        key: object = (edit.writer.gains, edit.writer.layer) if has_own_removal else None
+        if axes == 4:
+            key = edit.writer.module
         if key not in removals_by_key:
-            removals = [removal_of(edit.writer, checkpoint, basis) for basis in bases]
+            removals = [removal_of(edit.writer, checkpoint, basis, plan) for basis in bases]
             removals_by_key[key] = _on_devices(_stacked(removals), _wide(loaded))
         removal_on = removals_by_key[key]
 

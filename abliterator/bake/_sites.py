@@ -20,14 +20,16 @@ def runtime_sites(
     """Every module whose output is edited, and the tensors that are not the subspace itself.
 
     Where a norm's gain follows a writer, what is removed of its output is another subspace
-    (`subspace.Removal`): those sites have a `read` and a `take` of their own, in float32.
+    (`subspace.Removal`), and with pairs every module has its own U and V: those sites have a `read`
+    and a `take` of their own, in float32.
 
     Args:
         plan: which writers are edited, and how strongly.
         checkpoint: the base.
-        basis: Q [H, k], or [L, H, k].
+        basis: Q [H, k], or [L, H, k], or pairs [M, 2, H, r].
     """
     from abliterator.directions import Site
+    from abliterator.subspace import is_by_writer
 
     require_fit(basis, plan)
     biased = {writer.module for writer in plan.writers if writer.kind == "bias"}
@@ -38,8 +40,8 @@ def runtime_sites(
         if writer.kind == "bias" or writer.module in sites:
             continue  # experts share a module and its edit
         names = {}
-        if writer.gains:
-            removal = removal_of(writer, checkpoint, basis)
+        if writer.gains or is_by_writer(basis):
+            removal = removal_of(writer, checkpoint, basis, plan)
             names = {"read": f"{writer.module}.read", "take": f"{writer.module}.take"}
             tensors |= {names["read"]: removal.read.float(), names["take"]: removal.take.float()}
         sites[writer.module] = Site(
@@ -58,7 +60,7 @@ def runtime_obstacle(plan: EditPlan) -> str | None:
     if plan.settings.norm != "none":
         return f"`edit.norm: {plan.settings.norm}` rescales the columns of the weights"
     if any(plan.experts_of(edit.writer.module) is not None for edit in plan.edits):
-        return "`edit.experts` edits some experts of a module that adds up all of them"
+        return "of a module of experts, only a part of what it adds up is edited"
     of_experts = (w for w in plan.writers if w.kind == "bias" and w.component == "expert")
     if not plan.settings.biases and any(of_experts):
         return "`edit.biases: false` leaves the biases of experts, which no output shows"

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from abliterator.bake._plan import PlannedEdit
 from abliterator.checkpoint import Checkpoint
+from abliterator.errors import DirectionError
 from abliterator.files import damaged
 from abliterator.formats import FORMATS, Matrix, Units
 from abliterator.recipe import Edit
@@ -35,7 +36,9 @@ class StoredEdit:
 
     Attributes:
         leak: |Bᵀ W'| / |Bᵀ W| (B = D Q, D the gains, or Q where there are none), or None if W wrote
-            nothing there to begin with; of the chosen experts, where not all are edited.
+            nothing there to begin with; of the chosen experts, where not all are edited. None of a
+            writer with a pair of its own, which removes no subspace.
+        change: |W' - W| / |W|, of a writer with a pair of its own.
         noise: |W' - E| / |W| with E the exact edit, of quantised tensors.
         noise_nearest: the same, had every number been rounded to its nearest.
     """
@@ -43,6 +46,7 @@ class StoredEdit:
     leak: float | None
     noise: float | None = None
     noise_nearest: float | None = None
+    change: float | None = None
 
 
 def edit_stored(
@@ -51,6 +55,7 @@ def edit_stored(
     removal: Removal,
     settings: Edit,
     *,
+    own_pair: bool = False,
     scales: Sequence[bytes] = (),
     out: memoryview | None = None,
     on_panel: Callable[[], None] = lambda: None,
@@ -62,12 +67,14 @@ def edit_stored(
         edit: the plan of this tensor.
         removal: of the subspace, through the gains of the writer.
         settings: how to round, and whether to keep column norms.
+        own_pair: whether the removal is U and V of this writer, and of no subspace.
         scales: bytes of the tensors `layout.scales`, for formats that have them.
         out: where the edited bytes go, in the layout `edit.stored`; without it, in place.
         on_panel: called before each panel of columns; what it raises ends the edit.
 
     Raises:
         FileError: a number of the tensor is not finite, or too large to compute with.
+        DirectionError: with a pair of its own, if a number would be stored that is not finite.
     """
     axis = edit.writer.axis
     sources = edit.layout.matrices(buffer, axis, scales, edit.experts)
@@ -78,7 +85,7 @@ def edit_stored(
             edit.layout.dequantize(buffer, scales, out, on_panel)  # the other experts
         targets = edit.stored.matrices(out, edit.layout.dense_axis(axis), experts=edit.experts)
         pairs = zip(sources, targets, strict=True)
-    sums = _Sums()
+    sums = _Sums(own_pair=own_pair)
     for source, target in pairs:
         editor = _MatrixEditor(removal.to(source.compute), edit, settings, target, sums)
         for start, stop in source.ranges(PANEL_ELEMENTS):
@@ -101,17 +108,23 @@ def read_vector(checkpoint: Checkpoint, name: str) -> Tensor:
 class _Sums:
     """Squared norms (Frobenius), summed over the panels of one tensor."""
 
+    own_pair: bool = False
     wrote: float = 0.0
     writes: float = 0.0
     size: float = 0.0
     noise: float = 0.0
     nearest: float = 0.0
+    change: float = 0.0
 
     def result(self, *, measured: bool) -> StoredEdit:
         leak = (self.writes / self.wrote) ** 0.5 if self.wrote > 0 else None
+        change = None
+        if self.own_pair:
+            leak, change = None, (self.change / self.size) ** 0.5 if self.size > 0 else 0.0
         if not measured or self.size == 0:
-            return StoredEdit(leak)
-        return StoredEdit(leak, (self.noise / self.size) ** 0.5, (self.nearest / self.size) ** 0.5)
+            return StoredEdit(leak, change=change)
+        noise, nearest = (self.noise / self.size) ** 0.5, (self.nearest / self.size) ** 0.5
+        return StoredEdit(leak, noise, nearest, change)
 
 
 class _DeferredPanel(NamedTuple):
@@ -121,14 +134,16 @@ class _DeferredPanel(NamedTuple):
         start: its first column.
         exact: [m, c], before rounding.
         stored: [m, c], each rounded to the nearest.
+        weight: [m, c], before the edit; None where its change is not measured.
         units: of what is stored [m, c], if there are any.
-        writes: Bᵀ W' [k, c] of all rows as they are stored.
+        writes: Bᵀ W' [k, c] of all rows as they are stored; Uᵀ W' of a pair.
         error: what of `writes` comes from rounding.
     """
 
     start: int
     exact: Tensor
     stored: Tensor
+    weight: Tensor | None
     units: Units | None
     writes: Tensor
     error: Tensor
@@ -153,7 +168,9 @@ class _MatrixEditor:
         self._target = target
         self._measures = edit.layout.quantized
         compensates = settings.rounding == "compensated"
-        self._rows = compensating_rows(removal.read) if compensates else None
+        # what rounding must not change: of a pair, the edit, which lies in the span of U
+        self._kept = removal.take if sums.own_pair else removal.read
+        self._rows = compensating_rows(self._kept) if compensates else None
         self._deferred: list[_DeferredPanel] = []
 
     def apply(self, source: Matrix, start: int, stop: int) -> None:
@@ -164,7 +181,8 @@ class _MatrixEditor:
         exact, units = source.get(start, stop)
         if units is not None:
             units.weights_(exact)
-        if self._measures:
+        before = exact.clone() if sums.own_pair else None
+        if self._measures or sums.own_pair:
             sums.size += _square(exact)
         lengths = exact.norm(dim=0) if self._keeps_norms else None
         wrote = _square(self._removal.remove(exact, self._edit.strength))
@@ -181,7 +199,9 @@ class _MatrixEditor:
         numbers = self._target.rounded(exact if units is None else units.numbers(exact))
         self._target.put(start, numbers)
         stored = numbers if units is None else units.weights_(numbers)
-        writes = self._removal.reads(stored)
+        if before is not None:
+            sums.change += self._require_finite(_square(stored - before))
+        writes = self._kept.mT @ stored
         if self._measures:
             nearest = _square(stored - exact)
             sums.nearest += nearest
@@ -189,13 +209,24 @@ class _MatrixEditor:
         if self._rows is None:
             sums.writes += _square(writes)
             return
-        rows, error = self._rows, writes - self._removal.reads(exact)
+        rows, error = self._rows, writes - self._kept.mT @ exact
         of_rows = None if units is None else units.rows(rows)
+        weight = None if before is None else before[rows]
         self._deferred.append(
-            _DeferredPanel(start, exact[rows], stored[rows], of_rows, writes, error)
+            _DeferredPanel(start, exact[rows], stored[rows], weight, of_rows, writes, error)
         )
         if sum(panel.exact.numel() for panel in self._deferred) >= DEFERRED_ELEMENTS:
             self.finish()
+
+    def _require_finite(self, square: float) -> float:
+        """`square`, of numbers that are stored."""
+        if isfinite(square):
+            return square
+        raise DirectionError(
+            f"{self._edit.info.name} would have numbers that are not finite, stored as "
+            f"{self._edit.stored.dtype}; its file stays as it was. Give a larger `tuning.ridge` or "
+            "`tuning.kl_weights`, which keep the edit near its start."
+        )
 
     def finish(self) -> None:
         """Rounds the rows of the deferred panels again, so that they compensate the error."""
@@ -204,7 +235,7 @@ class _MatrixEditor:
         panels, self._deferred = self._deferred, []
         if self._rows is None or not panels:
             return
-        basis, rounded = self._removal.read[self._rows], self._target.rounded
+        basis, rounded = self._kept[self._rows], self._target.rounded
         exact = _joined([panel.exact for panel in panels])
         before = _joined([panel.stored for panel in panels])
         units = _joined_units([panel.units for panel in panels if panel.units is not None])
@@ -220,6 +251,10 @@ class _MatrixEditor:
         for panel, (start, stop) in zip(panels, pairwise(edges), strict=True):
             self._target.put(panel.start, numbers[:, start:stop], self._rows)
         writes = _joined([panel.writes for panel in panels])
+        if self._sums.own_pair:
+            weight = _joined([panel.weight for panel in panels if panel.weight is not None])
+            moved = _square(after - weight) - _square(before - weight)
+            self._sums.change += self._require_finite(moved)
         self._sums.writes += _square(writes + basis.T @ (after - before))
         if self._measures:
             self._sums.noise += _square(after - exact) - _square(before - exact)

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from abliterator.anatomy import Writer
 from abliterator.bake._plan import EditPlan, nbytes_of, require_fit, require_sound_scales
@@ -28,6 +28,7 @@ from abliterator.checkpoint import (
     shard_layout,
 )
 from abliterator.devices import usable_cores, worker_count
+from abliterator.errors import DirectionError
 from abliterator.files import copy_file, write_text_atomic
 from abliterator.record import TensorEdit
 
@@ -39,6 +40,9 @@ if TYPE_CHECKING:
 
 # A smaller checkpoint is written by one thread, before others would have been started.
 _SMALL_BYTES = 32 << 20
+
+# By the axes of a basis: Q of all blocks, of each block, or U and V of each module.
+_SUBSPACES: dict[int, Literal["all", "block", "writer"]] = {2: "all", 3: "block", 4: "writer"}
 
 # Bytes that the edit of one tensor holds beside it: its panels, and what it calculates of them.
 _PANEL_BYTES = 64 << 20
@@ -81,7 +85,7 @@ def bake(
     Args:
         checkpoint: the base.
         plan: from `plan_edits` on the same checkpoint.
-        basis: Q [H, k], or [L, H, k] with one a block, orthonormal, float64.
+        basis: Q [H, k], or [L, H, k] with one a block, orthonormal, float64; or pairs [M, 2, H, r].
         out: a folder; files of the same names in it are replaced, each in one step.
         made_from: for config.json.
         on_bytes: called with the size of each weight file when it is done.
@@ -122,6 +126,38 @@ def write_other_files(
         elif file != CONFIG_FILE:
             copy_file(checkpoint.folder / file, out / file)
     write_config(checkpoint, plan, out, made_from)
+
+
+@_one_thread()
+def require_bounded(checkpoint: Checkpoint, plan: EditPlan, basis: Tensor, most: float) -> None:
+    """Checks what pairs would store, before anything is written: finite numbers, bounded changes.
+
+    Every tensor is edited in memory, as `bake` edits it.
+
+    Args:
+        checkpoint: see `bake`.
+        plan: of the edit.
+        basis: pairs [M, 2, H, r].
+        most: largest |W' - W| / |W| (Frobenius) of a tensor.
+
+    Raises:
+        DirectionError: for the tensor that changes most, if that is too much, and for one that
+            would be stored with numbers that are not finite.
+    """
+    require_fit(basis, plan)
+    require_sound_scales(checkpoint, plan)
+    with FileThreads(bake_workers(checkpoint, plan)) as threads:
+        editor = _ShardEditor(checkpoint, plan, basis, threads)
+        by_file = threads.of_files(editor.tried, checkpoint.weight_files)
+        changes = [change for of_file in by_file for change in of_file]
+    name, largest = max(changes, key=lambda change: change[1], default=("", 0.0))
+    if largest > most:
+        raise DirectionError(
+            f"The edit would change {name} by {largest:.3g} of its length (|W' - W| / |W|); at "
+            f"most {most:g} was expected (`tuning.max_change`). Nothing was written. Give a larger "
+            "`tuning.ridge` or `tuning.kl_weights`, which keep the edit near its start, or allow "
+            "more."
+        )
 
 
 @_one_thread()
@@ -184,7 +220,7 @@ class _ShardEditor:
     def __init__(
         self, checkpoint: Checkpoint, plan: EditPlan, basis: Tensor, threads: FileThreads
     ) -> None:
-        self._checkpoint, self._threads, self._settings = checkpoint, threads, plan.settings
+        self._checkpoint, self._threads, self._plan = checkpoint, threads, plan
         self._basis = basis.detach()  # other threads record gradients, whatever the caller's does
         self.dequantized = plan.dequantized(checkpoint)
         self.planned = {edit.info.name: edit for edit in plan.edits}
@@ -208,21 +244,39 @@ class _ShardEditor:
 
     def __call__(self, info: TensorInfo, buffer: memoryview) -> memoryview | None:
         """Edits the bytes of one tensor in place, or returns it as plain numbers."""
+        from abliterator.subspace import is_by_writer
+
         edit, dequantized = self.planned.get(info.name), self.dequantized.layouts.get(info.name)
         layout = edit.layout if edit is not None else dequantized
         check = self._threads.check
         scales = () if layout is None else layout.scales_from(self._checkpoint.read)
         out = None if dequantized is None else memoryview(bytearray(nbytes_of(dequantized.dense)))
         if edit is not None:
-            removal = removal_of(edit.writer, self._checkpoint, self._basis)
+            removal = removal_of(edit.writer, self._checkpoint, self._basis, self._plan)
             self._measured[info.name] = edit_stored(
-                buffer, edit, removal, self._settings, scales=scales, out=out, on_panel=check
+                buffer,
+                edit,
+                removal,
+                self._plan.settings,
+                own_pair=is_by_writer(self._basis),
+                scales=scales,
+                out=out,
+                on_panel=check,
             )
         elif dequantized is not None and out is not None:
             dequantized.dequantize(buffer, scales, out, check)
         else:
             raise ValueError(f"{info.name} is neither edited nor quantised")
         return out
+
+    def tried(self, file: str) -> list[tuple[str, float]]:
+        """The changes |W' - W| / |W| of the tensors of a weight file, edited in memory alone."""
+        changes = []
+        for name, edit in self.planned.items():
+            if edit.info.file == file:
+                self(edit.info, memoryview(bytearray(self._checkpoint.read(name))))
+                changes.append((name, self._measured[name].change or 0.0))
+        return changes
 
     def report(self, patched: PatchedTensor) -> TensorEdit:
         """The entry of edits.json for an edited tensor that was written."""
@@ -239,10 +293,11 @@ class _ShardEditor:
             storage=edit.layout.kind if edit.layout.quantized else None,
             dequantized=edit.dequantizes,
             k=self._basis.shape[-1],
-            subspace="all" if self._basis.ndim == 2 else "block",
+            subspace=_SUBSPACES[self._basis.ndim],
             strength=edit.strength,
             experts=edit.experts,
             leak=measured.leak,
+            change=measured.change,
             noise=measured.noise,
             noise_nearest=measured.noise_nearest,
             sha256_before=patched.sha256_before,
@@ -267,15 +322,20 @@ def write_config(
     write_text_atomic(out / CONFIG_FILE, text)
 
 
-def removal_of(writer: Writer, checkpoint: Checkpoint, basis: Tensor) -> Removal:
+def removal_of(writer: Writer, checkpoint: Checkpoint, basis: Tensor, plan: EditPlan) -> Removal:
     """The removal of a writer's subspace (its block's Q), through the gains of norms after it.
+
+    Pairs (U, V) are of what the writer itself writes, before any gains.
 
     Calculated in float64 on the host, which not every device has; gradients flow to `basis`.
     """
     import torch
 
-    from abliterator.subspace import basis_of_block, removal_of_basis
+    from abliterator.subspace import Removal, basis_of_block, is_by_writer, removal_of_basis
 
+    if is_by_writer(basis):
+        take, read = basis[plan.pair_of[writer.module]].cpu().double()
+        return Removal(take, read)
     gains = [read_vector(checkpoint, gain) + writer.gain_offset for gain in writer.gains]
     gain = torch.stack(gains).prod(dim=0) if gains else None
     return removal_of_basis(basis_of_block(basis, writer.layer).cpu().double(), gain)

@@ -8,6 +8,7 @@ from dataclasses import replace
 from abliterator.costs._engine import engine_start, on_engine
 from abliterator.costs._machine import REFERENCE
 from abliterator.costs._passes import Work
+from abliterator.costs._rows import working_bytes
 from abliterator.costs._types import Answerer, Answers, Batch, Benchmark, Setup, StageCost
 
 # Seconds of Python code on the machine whose `Machine.python` is `REFERENCE`: they do not depend on
@@ -43,8 +44,6 @@ _SHARD = 5 << 30  # bytes of a file of weights
 _LIBRARIES = 200 << 20
 # Passages of the text whose perplexity both sides take, and tokens of one.
 _PASSAGES, _PASSAGE = 8, 120
-# Bytes of activations that a block holds, a number of the residual stream; and of logits.
-_BLOCK_BYTES, _LOGIT_BYTES = 32, 12
 # Copies of the logits of one batch: float32, log-probabilities of both sides, float64.
 _COMPARE_COPIES = 16
 _LOGIT_BATCH = 32 << 20  # bytes of logits of one batch of `abliterator.engines`
@@ -84,9 +83,9 @@ class Costs:
         """
         work, machine = self.work, self.machine
         rows, tokens, logits = batch or Batch()
-        working = work.cache_bytes(rows, tokens)
-        working += rows * tokens * work.shape.d_model * _BLOCK_BYTES
-        working += logits * work.shape.vocabulary * _LOGIT_BYTES
+        working = working_bytes(
+            work.shape, rows, tokens, logits=logits, number_bytes=work.number_bytes
+        )
         base = machine.base_memory + _LIBRARIES
         # of a model that is read block by block, one block is in memory
         block = work.streams and not loads

@@ -12,7 +12,13 @@ states which modules are edited, and how strongly.
 
 from abliterator.directions._checks import ProtectedShare, cosines_between, leave_one_set_out
 from abliterator.directions._control_vector import save_control_vector
-from abliterator.directions._estimators import ESTIMATORS, Cleaning, Estimator, estimate
+from abliterator.directions._estimators import (
+    ESTIMATORS,
+    Cleaning,
+    Estimator,
+    estimate,
+    estimator_of,
+)
 from abliterator.directions._fit import (
     AnyPlace,
     Directions,
@@ -62,6 +68,7 @@ __all__ = [
     "Subspace",
     "cosines_between",
     "estimate",
+    "estimator_of",
     "first_within",
     "fit_directions",
     "fit_shuffled",

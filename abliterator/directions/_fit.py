@@ -76,7 +76,8 @@ class Subspace:
 
     Attributes:
         basis: Q [H, k] float64, orthonormal columns; or [L, H, k], of which Q[i] is removed from
-            what block i (0 .. L - 1) writes.
+            what block i (0 .. L - 1) writes; or pairs [M, 2, H, r], U and V of each module that
+            writes, which remove no subspace.
         layers: the residual layers whose directions it spans; empty where that is not known.
     """
 

@@ -69,3 +69,9 @@ def moments_of(vectors: Tensor) -> MomentSet:
     mean = torch.stack([layer.mean(dim=0) for layer in layers])
     m2 = [(layer - center).square().sum(dim=0) for layer, center in zip(layers, mean, strict=True)]
     return MomentSet(len(vectors), mean, torch.stack(m2))
+
+
+def as_long_as(reference: Tensor, vector: Tensor) -> Tensor:
+    """A vector [H] scaled to the length of another; of no length it stays 0."""
+    scaled: Tensor = torch.nn.functional.normalize(vector, dim=0, eps=1e-300) * reference.norm()
+    return scaled

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import cache, partial
+from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -64,8 +65,9 @@ class PublishedDirections:
     """Directions with the sites of their removal.
 
     Attributes:
-        tensors: `subspace` Q [H, k], or [L, H, k] with one a block; `directions` [L, H], as
-            extracted, of which row l - 1 is that of residual layer l; and those that sites name.
+        tensors: `subspace` Q [H, k], or [L, H, k] with one a block, unless every site has an edit
+            of its own; `directions` [L, H], as extracted, of which row l - 1 is that of residual
+            layer l; and those that sites name.
         sites: where the subspace is removed.
         metadata: all strings of the file: base model, layers, positions, blocks, sizes.
         obstacle: why no intervention equals the baked edit; None if one does.
@@ -122,6 +124,8 @@ class PublishedDirections:
     def added(self, model: nn.Module, *, layer: int, scale: float) -> Iterator[None]:
         """Adds a direction after a block, at every token: h <- h + scale r (steering).
 
+        Where the block holds several residual streams, it is added to each of them.
+
         Args:
             model: the base, as transformers loads it.
             layer: residual layer, 1 .. L.
@@ -131,11 +135,15 @@ class PublishedDirections:
             DirectionError: for a layer that the file has no direction of.
             UnsupportedModel: for a model that lacks the block.
         """
-        from abliterator.model import block_paths, hooked
+        from abliterator.model import block_paths, hooked, in_each_stream
 
         direction = scale * self.direction(layer)
         path = block_paths(self.metadata["blocks"], layer)[-1]
-        with hooked(model, {path: lambda hidden: hidden + direction.to(hidden)}):
+
+        def add(hidden: Tensor) -> Tensor:
+            return in_each_stream(hidden, len(direction), lambda h: h + direction.to(h))
+
+        with hooked(model, {path: add}):
             yield
 
     def _hook(self, model: nn.Module, site: Site, scale: float) -> partial[Tensor]:
@@ -241,8 +249,17 @@ def _require_whole(published: PublishedDirections) -> None:
     width = published.tensors["directions"].shape[1]
     json.loads(published.metadata["layers"])
     for site in published.sites:
+        ranks = set()
         for name in (site.read, site.take):
-            shape = tuple(published.tensors[name].shape)
+            tensor = published.tensors[name]
+            shape = tuple(tensor.shape)
             is_by_block = len(shape) == 3 and 0 <= site.block < shape[0]
             if not (len(shape) == 2 or is_by_block) or shape[-2] != width:
                 raise ValueError(f"{name} of shape {shape} does not fit {site.module}")
+            if not tensor.is_floating_point() or not bool(tensor.isfinite().all()):
+                raise ValueError(f"{name} has numbers that are not finite, or none that are real")
+            ranks.add(shape[-1])
+        if len(ranks) > 1:
+            raise ValueError(f"{site.read} and {site.take} of {site.module} have several ranks")
+        if not isfinite(site.strength):
+            raise ValueError(f"the strength of {site.module} is {site.strength}")

@@ -35,4 +35,5 @@ def left_behind(directions: Tensor) -> Tensor:
     """
     units = torch.nn.functional.normalize(directions.double(), dim=1)
     left, right = sequential_removal(directions)
-    return (units - (units @ left) @ right.T).norm(dim=1)
+    remaining: Tensor = (units - (units @ left) @ right.T).norm(dim=1)
+    return remaining

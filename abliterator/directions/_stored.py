@@ -11,7 +11,7 @@ from safetensors.torch import save
 from abliterator.directions._fit import Directions, Subspace
 from abliterator.errors import DirectionError
 from abliterator.files import write_bytes_atomic
-from abliterator.subspace import orthonormal_columns
+from abliterator.subspace import is_by_writer, orthonormal_columns
 
 
 def save_directions(path: Path, directions: Directions, subspace: Subspace) -> None:
@@ -24,7 +24,8 @@ def save_directions(path: Path, directions: Directions, subspace: Subspace) -> N
 def load_subspace(path: Path) -> Subspace:
     """Reads `subspace` from any safetensors file, and makes its columns orthonormal.
 
-    It is [H, k] for all blocks, or [L, H, k]: one for each block.
+    It is [H, k] for all blocks, or [L, H, k]: one for each block. Pairs [M, 2, H, r], U and V of
+    each module that writes, are read as they are.
 
     Raises:
         DirectionError: if the file cannot be read, lacks it, or its columns are dependent; the
@@ -37,7 +38,7 @@ def load_subspace(path: Path) -> Subspace:
             metadata = file.metadata() or {}
     except (OSError, SafetensorError) as error:
         raise DirectionError(f"Cannot read a subspace from {path}: {error}.") from error
-    if columns is None or columns.ndim not in (2, 3) or not columns.is_floating_point():
+    if columns is None or columns.ndim not in (2, 3, 4) or not columns.is_floating_point():
         seen_shape = (
             "" if columns is None else f", `subspace` as {columns.dtype} {list(columns.shape)}"
         )
@@ -47,9 +48,19 @@ def load_subspace(path: Path) -> Subspace:
             f"{', '.join(names) or 'nothing'}{seen_shape}."
         )
     if 0 in columns.shape:
-        sizes = dict(zip(("n_layers", "d_model", "k")[-columns.ndim :], columns.shape, strict=True))
+        by_writer = is_by_writer(columns)
+        names_of_axes = "n_modules 2 d_model r" if by_writer else "n_layers d_model k"
+        axes = names_of_axes.split()[-columns.ndim :]
+        sizes = dict(zip(axes, columns.shape, strict=True))
         empty = next(name for name, size in sizes.items() if size == 0)
         raise DirectionError(f"`subspace` in {path} has shape {list(columns.shape)}: {empty} is 0.")
+    if is_by_writer(columns):
+        if columns.shape[1] != 2 or not bool(columns.isfinite().all()):
+            raise DirectionError(
+                f"`subspace` in {path} has shape {list(columns.shape)}; finite pairs (U, V) of "
+                "each module, [n_modules, 2, d_model, r], were expected. Build it again."
+            )
+        return Subspace(columns.double(), _layers(metadata))
     return Subspace(orthonormal_columns(columns), _layers(metadata))
 
 

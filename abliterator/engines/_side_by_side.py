@@ -20,7 +20,7 @@ from abliterator.engines._generate import stop_ids
 from abliterator.engines._protocol import Answer, AnswerPath, Tokens
 from abliterator.engines._work import by_prompt, in_order
 from abliterator.errors import GenerationError
-from abliterator.model import ByRow, LoadedModel, hooked, shared_tokens
+from abliterator.model import ByRow, LoadedModel, hooked, in_each_stream, shared_tokens
 
 Choose = Callable[[Sequence[int]], None]
 
@@ -40,7 +40,7 @@ class GroupedEdits(ABC):
     max_batch_tokens: int
 
     def answers(
-        self, prompts: Sequence[Sequence[int]], *, max_new_tokens: int, batch_size: int
+        self, prompts: Sequence[Sequence[int]], *, max_new_tokens: int, batch_size: int | None
     ) -> list[list[Answer]]:
         """Greedy answers to `prompts`, for each edit."""
         answers: list[Answer] = []
@@ -134,7 +134,7 @@ class EditsByRow(GroupedEdits):
         self, method: Method, edits: range, **arguments: Any
     ) -> Iterator[tuple[list[int], Any]]:
         by_row = self.by_row(n_rows(arguments), edits)
-        with open_call(self.loaded, method, blocks=(), by_row=by_row, **arguments) as work:
+        with open_call(self.loaded, method, residuals=(), by_row=by_row, **arguments) as work:
             yield from work.results()
 
 
@@ -185,9 +185,12 @@ def _steered(
         at_layer = [s.direction if s.layer == layer else s.direction * 0 for s in steerings]
         table = torch.stack(at_layer).to(loaded.model.dtype)
         table_on = cache(table.to)
-        return lambda hidden: (
-            hidden + table_on(hidden.device)[_EDIT_OF_ROWS.get().to(hidden.device)][:, None]
-        )
+
+        def add(streams: Tensor) -> Tensor:
+            added = table_on(streams.device)[_EDIT_OF_ROWS.get().to(streams.device)]
+            return streams + added.view(len(added), *[1] * (streams.ndim - 2), -1)
+
+        return lambda hidden: in_each_stream(hidden, table.shape[-1], add)
 
     layers = sorted({steering.layer for steering in steerings})
     with hooked(loaded.model, {blocks[layer - 1]: adder(layer) for layer in layers}):

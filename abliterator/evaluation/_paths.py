@@ -55,7 +55,7 @@ def base_paths(
     *,
     tokens: int,
     max_new_tokens: int,
-    batch_size: int,
+    batch_size: int | None,
     bar: Bar = no_bar,
 ) -> list[AnswerPath]:
     """The model's own greedy answers, along which distributions are compared.
@@ -113,7 +113,7 @@ def behind_thinking(context: EvaluationContext, prompts: RenderedPrompts) -> Ren
 
 
 def _with_thinking(
-    engine: Engine, prompts: Sequence[Sequence[int]], *, max_new_tokens: int, batch_size: int
+    engine: Engine, prompts: Sequence[Sequence[int]], *, max_new_tokens: int, batch_size: int | None
 ) -> list[Tokens | None]:
     """Each prompt with the thinking that the model writes before its answer.
 

@@ -261,11 +261,13 @@ def estimate_on(
 def plan_model(
     model: str, out: Path, *, edit: Edit | None = None, options: Options | None = None
 ) -> Plan:
-    """The plan of an edit (by default `Edit()`) of a model without a recipe, from headers alone.
+    """The plan of an edit of a model without a recipe, from headers alone.
+
+    Without an `edit` it is `Edit()`, partial where the model can be edited in part only.
 
     Raises:
         AbliteratorError: for a model that cannot be edited.
     """
     with headers_folder(model, revision=None) as source:
-        plan = make_plan(source, edit or Edit(), out)
+        plan = make_plan(source, edit, out)
         return with_outlook(plan, None, out, options or Options())

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from abliterator.bake import bake
 from abliterator.checkpoint import CONFIG_FILE
-from abliterator.errors import OutputError, RecipeError
+from abliterator.errors import DirectionError, OutputError, RecipeError
 from abliterator.files import sha256_of_file, shown, write_text_atomic
 from abliterator.pipeline._plan import make_plan, require_room
 from abliterator.pipeline._workspace import usable
@@ -50,12 +50,19 @@ def bake_subspace(
             "`edit.output` is a recipe's; a subspace baked alone has a checkpoint only."
         )
     from abliterator.directions import load_subspace
+    from abliterator.subspace import is_by_writer
 
     with usable(out):
         _require_empty(out, names=None)
         plan = make_plan(resolve_folder(model, revision=None), edit or Edit(), out)
         made_from = {"subspace_sha256": sha256_of_file(subspace)}
         basis = load_subspace(subspace).basis
+        if is_by_writer(basis):
+            raise DirectionError(
+                f"{subspace} holds an edit for each module that writes (U and V), and no subspace. "
+                "Only the recipe that tuned it bakes it: give `abliterator build` that recipe, or "
+                "use the checkpoint's own abliterator/directions.safetensors at run time."
+            )
         names = {*plan.checkpoint.weight_files, *plan.carried, EDITS}
         with _all_or_nothing(out, names) as unfinished:
             require_room(plan, out)

@@ -159,6 +159,7 @@ class Plan:
             "prompts": self.prompts and self.prompts.counts(),
             "estimate": self.estimate and self.estimate.summary(),
             "missing": [missing.model_dump() for missing in self.missing],
+            "partial": self.anatomy.partial,
             "notes": list(self.notes),
         }
 
@@ -169,8 +170,10 @@ class Plan:
         return {**edit.model_dump(exclude={"output"}), **in_model}
 
 
-def make_plan(source: ModelSource, edit: Edit, out: Path) -> Plan:
+def make_plan(source: ModelSource, edit: Edit | None, out: Path) -> Plan:
     """Opens the checkpoint and classifies every tensor.
+
+    Without an `edit` it is `Edit()`, partial where the model can be edited in part only.
 
     Raises:
         CheckpointError: for a damaged or incomplete folder.
@@ -186,6 +189,7 @@ def make_plan(source: ModelSource, edit: Edit, out: Path) -> Plan:
     require_known_names(checkpoint.tensors, storage.owner, made_from)
     anatomy = anatomy_of(checkpoint.config)
     carried, left_out = auxiliary_files(source.folder)
+    edit = edit or Edit(partial=anatomy.partial is not None)
     return Plan(
         source,
         checkpoint,
@@ -195,7 +199,7 @@ def make_plan(source: ModelSource, edit: Edit, out: Path) -> Plan:
         sum((source.folder / name).stat().st_size for name in carried),
         tuple(left_out),
         free_bytes(out),
-        notes=notes_on(source, checkpoint, card),
+        notes=notes_on(source, checkpoint, anatomy, card),
         card=card or {},
     )
 

@@ -41,6 +41,7 @@ class PlannedPrompts:
         lengths: tokens of every prompt with its chat template, by set ("target, extraction"); of
             sets that are not at hand, an assumed number of assumed lengths.
         before: tokens with which all prompts begin.
+        around: tokens of the chat template around every prompt, those included.
         assumed: datasets whose number of rows is assumed.
         sets: the prompts that are at hand; stand-ins of others.
         problems: errors of sets that cannot be read, and what is wrong with them together.
@@ -48,6 +49,7 @@ class PlannedPrompts:
 
     lengths: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     before: int = 0
+    around: int = 0
     assumed: tuple[str, ...] = ()
     sets: PromptSets | None = None
     problems: tuple[str, ...] = ()
@@ -98,7 +100,7 @@ def planned_prompts(recipe: Recipe, folder: Path) -> PlannedPrompts:
         return PlannedPrompts(problems=(str(error),))
     around = template_tokens(folder, recipe.chat)
     lengths = _lengths(sets, recipe, sum(around))
-    return PlannedPrompts(lengths, around.before, assumed, sets)
+    return PlannedPrompts(lengths, around.before, sum(around), assumed, sets)
 
 
 def _near(sets: PromptSets) -> Iterator[str]:

@@ -108,8 +108,9 @@ class DirectionSettings(Section):
     ridge: Annotated[float, Field(ge=0)] = 0.01
     """How strongly the regression on the sets of `prompts.protect` is damped: of a component along
     one set alone ridge / (1 + ridge) is left; 0 leaves nothing."""
-    stack: Literal["layers", "per_layer", "within_layer", "som"] = "layers"
+    stack: Literal["layers", "per_layer", "within_layer", "som", "per_writer"] = "layers"
     """Which k directions are removed: one of each of k layers, each block's own, or k of one layer.
+    `per_writer` removes none: each matrix has an edit of its own.
 
     `layers` stacks the directions of the first k of `layers`. `per_layer` removes from the output
     of block i the direction of layer i + 1, or of the nearest of `layers`; k is 1. `within_layer`
@@ -117,7 +118,10 @@ class DirectionSettings(Section):
     orthogonal to it, so `contrast` must be a set whose n-th prompt is the n-th of `target` without
     the behaviour. `som` takes the first layer's directions from a self-organising map of the target
     prompts (`grid`): with a number k, those nodes that cover them best; with `k: auto` and named
-    `layers`, the nodes are candidates that are judged as a sweep's layers are.
+    `layers`, the nodes are candidates that are judged as a sweep's layers are. `per_writer`, with
+    `estimator: tuned`, begins with the stack of `layers` and then tunes W' = W - U Vᵀ W of rank k
+    for every module that writes, near that start (`tuning.ridge`); no subspace is promised to be
+    absent then.
     """
     grid: Annotated[tuple[Positive, Positive], BeforeValidator(as_tuple)] = (4, 4)
     """Rows and columns of the map of `stack: som`."""
@@ -160,6 +164,11 @@ class DirectionSettings(Section):
 
     @model_validator(mode="after")
     def _differences_as_they_are(self) -> Self:
+        if self.stack == "per_writer" and self.estimator != "tuned":
+            raise ValueError(
+                "`stack: per_writer` is found by gradients: set `estimator: tuned`, or stack "
+                "`layers`"
+            )
         if self.stack == "within_layer" and self.projection != "none":
             raise ValueError(
                 "`stack: within_layer` takes paired differences as they are: leave "
@@ -226,6 +235,21 @@ class Edit(Section):
 
     The checkpoint is always made, since it is what is measured; so the two mean the same.
     """
+    partial: bool = False
+    """Edit a model whose own blocks bring the removed directions back into the stream.
+
+    Gemma 3n, MiniMax-01 and a few others hand on copies of the stream that they rescale. What is
+    written is edited exactly; what these copies carry remains, and plan, card and `verify` say so.
+    Without it such a model is refused, with it every other one.
+    """
+
+    @model_serializer(mode="wrap")
+    def _dump_named_partial(self, plain: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Without `partial` where it is false: recipes of before it keep their digests."""
+        values: dict[str, Any] = plain(self)
+        if values.get("partial") is False:
+            del values["partial"]
+        return values
 
     @field_validator("strength", mode="before")
     @classmethod
@@ -344,8 +368,11 @@ class Selection(Section):
     """
     keep: Annotated[float, Field(gt=0, le=1)] = 0.5
     """Share of the survivors that goes on to the next rung."""
-    batch_size: Positive = 64
-    """Rows in one forward pass; rows of several candidates share a batch."""
+    batch_size: Positive | Literal["auto"] = 64
+    """Rows in one forward pass; rows of several candidates share a batch.
+
+    `auto`: as `rollouts.batch_size`.
+    """
     stacks: Layers = (1, 2, 3, 5)
     """Sizes that `k: auto` tries; it stops at the first that is no better than the one before."""
     controls: Positive = 3

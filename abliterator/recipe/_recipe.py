@@ -102,6 +102,19 @@ class Recipe(Section):
             )
         return self
 
+    @model_validator(mode="after")
+    def _pairs_that_can_be_tuned(self) -> Self:
+        if self.directions.stack == "per_writer" and self.edit.norm != "none":
+            raise ValueError(
+                f"`stack: per_writer` edits W' = W - U Vᵀ W, and `edit.norm: {self.edit.norm}` "
+                "scales the columns of that: leave `norm: none`"
+            )
+        if self.tuning.sets_pairs and self.directions.stack != "per_writer":
+            raise ValueError(
+                "`tuning.ridge` and `tuning.max_change` belong to `directions.stack: per_writer`"
+            )
+        return self
+
     @model_serializer(mode="wrap")
     def _dump_named_engine(self, plain: SerializerFunctionWrapHandler) -> dict[str, Any]:
         """Without the default `engine`: recipes of before it was a section keep their digests."""

@@ -4,13 +4,23 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BeforeValidator, Field, field_validator, model_validator
+from pydantic import (
+    BeforeValidator,
+    Field,
+    SerializerFunctionWrapHandler,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 
 from abliterator.recipe._section import Positive, Section, as_tuple
 
 Numbers = Annotated[
     tuple[Annotated[float, Field(gt=0, allow_inf_nan=False)], ...], BeforeValidator(as_tuple)
 ]
+
+
+RIDGE, MAX_CHANGE = 0.3, 0.5
 
 
 class Tuning(Section):
@@ -35,6 +45,13 @@ class Tuning(Section):
     at_most: Annotated[float, Field(gt=0)] | None = None
     """Largest share of refusals, or nats per token on neutral prompts, that `prefer` allows."""
 
+    ridge: Annotated[float, Field(ge=0, allow_inf_nan=False)] = RIDGE
+    """For `stack: per_writer`: weight of the distance from the start in the loss, which is
+    |U Vᵀ - U₀ V₀ᵀ|² / |U₀ V₀ᵀ|², the mean over the modules."""
+    max_change: Annotated[float, Field(gt=0, allow_inf_nan=False)] = MAX_CHANGE
+    """For `stack: per_writer`: the build stops before it writes a tensor whose change
+    |W' - W| / |W| is larger."""
+
     @field_validator("kl_weights", "scales")
     @classmethod
     def _some(cls, value: Any) -> Any:
@@ -47,3 +64,17 @@ class Tuning(Section):
         if (self.at_most is None) != (self.prefer == "product"):
             raise ValueError("`at_most` belongs to `prefer: refusals_at_most` and `kl_at_most`")
         return self
+
+    @model_serializer(mode="wrap")
+    def _dump_own_pairs(self, plain: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Without the defaults of keys that came later: recipes of before keep their digests."""
+        values: dict[str, Any] = plain(self)
+        for key, default in (("ridge", RIDGE), ("max_change", MAX_CHANGE)):
+            if values.get(key) == default:
+                del values[key]
+        return values
+
+    @property
+    def sets_pairs(self) -> bool:
+        """Whether a key is set that only pairs (U, V) have."""
+        return (self.ridge, self.max_change) != (RIDGE, MAX_CHANGE)

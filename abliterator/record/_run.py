@@ -52,6 +52,7 @@ class EditSummary(Frozen):
     quantized: tuple[QuantizedEdits, ...] = ()
     # routed experts of every block, or per blocks ("3-5"), where not all are edited; None for all
     experts: tuple[int, ...] | dict[str, Literal["all"] | tuple[int, ...]] | None = None
+    partial: str | None = None  # why the stream keeps what no writer writes; None where it does not
 
 
 class TensorEdit(Frozen):
@@ -67,13 +68,16 @@ class TensorEdit(Frozen):
     dtype: str
     shape: tuple[int, ...]
     k: int
-    subspace: Literal["all", "block"] = "all"  # Q is that of all blocks, or of this block alone
+    # Q is that of all blocks, or of this block alone; "writer": U and V of this module
+    subspace: Literal["all", "block", "writer"] = "all"
     strength: float
     experts: tuple[int, ...] | None = None  # those edited of a tensor of several; None for all
     storage: str | None = None  # how the base has it in units of scales, if it does
     # written as plain numbers (BF16) though the base's were quantised; "unpacked" in files of 0.1
     dequantized: bool = Field(False, validation_alias=AliasChoices("dequantized", "unpacked"))
-    leak: float | None  # |Qᵀ W'| / |Qᵀ W| of the stored bytes; None if W wrote nothing there
+    # |Qᵀ W'| / |Qᵀ W| of the stored bytes; None if W wrote nothing there, and with U and V
+    leak: float | None
+    change: float | None = None  # |W' - W| / |W|, of a module with U and V of its own
     noise: float | None = None  # of quantised tensors: |W' - E| / |W|, E the exact edit
     noise_nearest: float | None = None  # the same had every number been rounded to its nearest
     sha256_before: str
@@ -84,6 +88,14 @@ class TensorEdit(Frozen):
         """Distance of the leak from |1 - strength|, what was asked for; None without a leak."""
         return None if self.leak is None else abs(self.leak - abs(1 - self.strength))
 
+    @model_serializer(mode="wrap")
+    def _without_change(self, plain: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Without `change` where it is not measured: edits.json keeps its bytes."""
+        values: dict[str, Any] = plain(self)
+        if self.change is None:
+            values.pop("change", None)
+        return values
+
 
 class ModelIdentity(Frozen):
     """The base model: a Hub id at a commit, or a local folder with its files' hashes."""
@@ -93,6 +105,7 @@ class ModelIdentity(Frozen):
     n_layers: int
     d_model: int
     model_type: str
+    several_streams: bool = False  # whether its blocks hold several residual streams
     license: str | None = None  # its id on the Hub
     license_name: str | None = None
     license_link: str | None = None

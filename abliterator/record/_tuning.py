@@ -12,7 +12,8 @@ class Trial(Frozen):
 
     `kl_weight` and `scale` are the weight of the KL in the phase whose result it
     is, and the factor on its strengths; `kl` is nats per token along the base's answers,
-    `cosine` how far the directions moved (the least singular value of Q_startᵀ Q).
+    `cosine` how far the directions moved (the least singular value of Q_startᵀ Q; of modules with
+    U and V of their own, the least cosine between U Vᵀ and that of the start).
     """
 
     kl_weight: float

@@ -29,9 +29,13 @@ class Verification(Proof):
             config.json is not among them: it is the base's but for what would be false now.
         edited_bytes: bytes of the edited tensors in the checkpoint.
         max_leak: largest |Qᵀ W'| / |Qᵀ W| measured again; None without a subspace.
+        max_apart: of tensors with U and V of their own, the largest distance of the stored one from
+            W - s U Vᵀ W (Frobenius), as a multiple of what rounding that gives; None without them.
         sha256: of each weight and auxiliary file of the checkpoint, with the files that abliterator
             adds, by relative path.
         foreign: files of the checkpoint folder that neither the base nor abliterator put there.
+        partial: why the stream keeps what no writer writes, which the leak does not show; None
+            where it does not.
     """
 
     tensors: int
@@ -39,8 +43,10 @@ class Verification(Proof):
     identical_bytes: int
     edited_bytes: int
     max_leak: float | None
+    max_apart: float | None = None
     sha256: dict[str, str] = Field(serialization_alias="files")
     foreign: tuple[str, ...]
+    partial: str | None = None
 
 
 class AdapterVerification(Proof):

@@ -22,7 +22,7 @@ from abliterator.evaluation import EditEvaluator, EvaluationContext, judge_answe
 from abliterator.record import NullDistribution, Study
 from abliterator.statistics import monte_carlo_p
 from abliterator.study._rows import NamedEdit, measured_rows
-from abliterator.subspace import random_basis
+from abliterator.subspace import is_by_writer, random_basis
 
 TOLERANCE = 0.1
 """How far the KL of a matched control may lie from the edit's, as a share of it."""
@@ -51,7 +51,8 @@ def study_controls(
 
     Args:
         evaluator: the base, measured.
-        basis: Q [H, k], or [L, H, k] with one a block, which then get separate draws.
+        basis: Q [H, k], or [L, H, k] with one a block, or pairs [M, 2, H, r], which get separate
+            draws; of pairs U = V then.
         shuffled: Q of directions from shuffled labels, one a draw; may be none.
         draws: of random directions at the edit's strengths.
         matched: so many of these draws are measured at matched KL too (`matched_edit`).
@@ -92,7 +93,8 @@ def random_like(basis: Tensor, draw: int) -> Tensor:
     if basis.ndim == 2:
         return random_basis(d_model, k, seed=draw)
     seeds = range(draw * len(basis), (draw + 1) * len(basis))
-    return torch.stack([random_basis(d_model, k, seed=seed) for seed in seeds])
+    bases = torch.stack([random_basis(d_model, k, seed=seed) for seed in seeds])
+    return torch.stack([bases, bases], dim=1) if is_by_writer(basis) else bases
 
 
 def matched_edit(evaluator: EditEvaluator, basis: Tensor, kl: float, *, name: str) -> NamedEdit:

@@ -7,7 +7,7 @@ Functions of tensors only, without files, models or choice of device. Weights ar
     basis = orthonormal_basis(directions)            # [k, H] -> Q [H, k]
     edited = ablate(panel, basis, strength=1.0)      # W' = W - s Q Qᵀ W
 
-Shapes: N prompts, L layers, H = d_model, k rank, c columns of a panel.
+Shapes: N prompts, L layers, M modules that write, H = d_model, k and r ranks, c columns of a panel.
 """
 
 from abliterator.subspace._bases import (
@@ -27,6 +27,14 @@ from abliterator.subspace._edit import (
     removal_of_basis,
 )
 from abliterator.subspace._moments import Moments, MomentSet, merged
+from abliterator.subspace._pairs import (
+    is_by_writer,
+    lengths_of,
+    pair_cosines,
+    pair_distances,
+    pairs_of_removals,
+    with_lengths,
+)
 
 __all__ = [
     "DEPENDENT_BELOW",
@@ -40,10 +48,16 @@ __all__ = [
     "compensate",
     "compensating_rows",
     "cosine_matrix",
+    "is_by_writer",
     "keep_column_norms",
+    "lengths_of",
     "merged",
     "orthonormal_basis",
     "orthonormal_columns",
+    "pair_cosines",
+    "pair_distances",
+    "pairs_of_removals",
     "random_basis",
     "removal_of_basis",
+    "with_lengths",
 ]

@@ -16,10 +16,11 @@ GAIN_FLOOR = 0.5
 
 @dataclass(frozen=True)
 class Removal:
-    """The edit W' = W - s A Bᵀ W with Bᵀ A = 1, so that s = 1 leaves Bᵀ W' = 0.
+    """The edit W' = W - s A Bᵀ W. Of a subspace Bᵀ A = 1, so that s = 1 leaves Bᵀ W' = 0.
 
     The one place of the formula: baked weights, adapters, previews and interventions are made by
-    its methods.
+    its methods. A and B are U and V where a writer has an edit of its own, of which nothing follows
+    for Bᵀ W'.
 
     Attributes:
         take: A [H, k], what is subtracted; or [C, H, k], one for each of C rows of a batch.

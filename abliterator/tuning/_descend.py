@@ -42,12 +42,13 @@ def descend(
     where what is rejected is the base's refusal or a response that the judge rejected after an
     earlier phase, one of them by chance in each step, and KL(base || edited) is in nats along
     neutral answers: the mean of the first token's and of all tokens', because an edit shows most
-    where an answer begins.
+    where an answer begins. With pairs (U, V), the config's ridge is added times the mean over
+    modules of |U Vᵀ - U₀ V₀ᵀ|² / |U₀ V₀ᵀ|², U₀ and V₀ being those of the start.
 
     Args:
         context: the model, which writers are edited, and the config of the descent.
         pairs: from `make_pairs`.
-        basis: Q [H, k] of the start, or [L, H, k] with one a block.
+        basis: Q [H, k] of the start, or [L, H, k] with one a block, or pairs [M, 2, H, r].
         on_step: called with each step that is done.
         ask_again: given the pairs and the edit that a phase ended with, the next phase's pairs.
         kept: steps that an interrupted descent with the same arguments finished.
@@ -95,7 +96,7 @@ class _Descent:
             slow_down(optimiser, step / config.steps)
             batch = [(Row(x.prompt, x.answer), _unwanted(x, self._rng)) for x in target.next()]
             preference_loss, kl = _losses(context, parameters, batch, self._neutral.next())
-            loss = preference_loss + weight * kl
+            loss = preference_loss + weight * kl + config.ridge * parameters.ridge()
             if not loss.isfinite():
                 raise DirectionError(
                     "Tuning diverged: its loss is not finite. Try `--dtype float32`, or start from "

@@ -12,6 +12,7 @@ from torch import Tensor
 from abliterator.errors import DirectionError
 from abliterator.evaluation import MeasuredEdit
 from abliterator.record import Trial
+from abliterator.subspace import is_by_writer, pair_cosines
 
 Preference = Literal["product", "refusals_at_most", "kl_at_most"]
 
@@ -25,7 +26,7 @@ def trial_of(
 
     Args:
         measured: the edit on held-out prompts.
-        start: Q [H, k], or [L, H, k], that the descent began with.
+        start: Q [H, k], or [L, H, k], or pairs, that the descent began with.
         basis: of the edit.
         kl_weight: with which it was tuned.
         scale: of its strengths.
@@ -42,7 +43,12 @@ def trial_of(
 
 
 def _cosine(start: Tensor, basis: Tensor) -> float:
-    """The least singular value of Q_startᵀ Q, over all blocks where each has its own."""
+    """The least singular value of Q_startᵀ Q, over all blocks where each has its own.
+
+    Of pairs, the least cosine between a module's U Vᵀ and that of its start.
+    """
+    if is_by_writer(basis):
+        return float(pair_cosines(basis, start.double()).min())
     return float(torch.linalg.svdvals(start.double().mT @ basis).min())
 
 

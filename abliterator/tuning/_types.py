@@ -86,10 +86,11 @@ class PreferencePairs:
 
 
 class TunedEdit(NamedTuple):
-    """An edit: Q and one strength a writer.
+    """An edit: Q, or U and V of each writer, and one strength a writer.
 
     Attributes:
-        basis: Q [H, k] float64, orthonormal columns; or [L, H, k] with one a block.
+        basis: Q [H, k] float64, orthonormal columns; or [L, H, k] with one a block; or pairs
+            [M, 2, H, r], whose numbers float32 holds.
         strengths: by module path of the writer.
     """
 

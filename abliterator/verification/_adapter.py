@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -25,21 +24,10 @@ from abliterator.verification._auxiliary import card_faults
 from abliterator.verification._compare import files_of
 from abliterator.verification._findings import CARD, EDITS, RECORD, Findings, read_edits
 from abliterator.verification._leak import PANEL_ELEMENTS, leak_meter
+from abliterator.verification._pairs import FACTORS, is_rounding
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-# The checkpoint's rounding may be compensated: in wide models that is a few hundredths more noise
-# than rounding to nearest, and 1.7 times as much at 32 numbers a column.
-_NOISE = 2.0
-_FACTORS = 2.0**-22  # of |B| |A|: rounding of the two float32 factors, and a margin
-
-
-@dataclass
-class _Findings(Findings):
-    """`Findings` with distances |W' - (W + B A)| as multiples of the rounding noise."""
-
-    apart: list[float] = field(default_factory=list)
 
 
 def verify_adapter(
@@ -63,7 +51,7 @@ def verify_adapter(
     from abliterator.card import render_adapter_card
 
     opened, edited = Checkpoint.open(base), Checkpoint.open(checkpoint)
-    edits, findings = read_edits(checkpoint), _Findings()
+    edits, findings = read_edits(checkpoint), Findings()
     modules, record = _modules(opened, edits), _record_in(checkpoint)
     _check_config(adapter, record, edits, modules.values(), findings)
     tensors = _read_tensors(adapter, findings)
@@ -109,7 +97,7 @@ def _check_config(
     record: RunRecord | None,
     edits: tuple[TensorEdit, ...],
     modules: Iterable[str],
-    findings: _Findings,
+    findings: Findings,
 ) -> None:
     """adapter_config.json against the one text that the edits, and the record's base, allow."""
     path = adapter / ADAPTER_CONFIG
@@ -147,7 +135,7 @@ def _base_claimed(config: bytes) -> tuple[str, str | None]:
     return base, revision
 
 
-def _read_tensors(adapter: Path, findings: _Findings) -> dict[str, Tensor]:
+def _read_tensors(adapter: Path, findings: Findings) -> dict[str, Tensor]:
     """The tensors of the adapter; a fault if its file is unreadable or holds anything else."""
     from safetensors import SafetensorError
     from safetensors.torch import load, save
@@ -168,7 +156,7 @@ def _read_tensors(adapter: Path, findings: _Findings) -> dict[str, Tensor]:
 
 
 def _factors(
-    edit: TensorEdit, module: str, tensors: Mapping[str, Tensor], findings: _Findings
+    edit: TensorEdit, module: str, tensors: Mapping[str, Tensor], findings: Findings
 ) -> tuple[Tensor, Tensor] | None:
     """A [k, in] and B [out, k] of one edit in float64; a fault, and None, where they do not fit."""
     import torch
@@ -195,9 +183,9 @@ class _Sums(NamedTuple):
     reads: float  # |D Q|
 
 
-def _compare(edit: TensorEdit, sums: _Sums, findings: _Findings) -> None:
+def _compare(edit: TensorEdit, sums: _Sums, findings: Findings) -> None:
     """One module, merged: against the stored bytes, and against its strength."""
-    if not sums.apart <= _NOISE * sums.rounding + _FACTORS * sums.factors:  # true of NaN too
+    if not is_rounding(sums.apart, sums.rounding, sums.factors):
         findings.fault(
             f"{edit.name}: base and adapter give weights that are {sums.apart:.1e} from the "
             f"checkpoint's; rounding explains {sums.rounding:.1e}."
@@ -208,7 +196,7 @@ def _compare(edit: TensorEdit, sums: _Sums, findings: _Findings) -> None:
         return
     findings.leaks.append(sums.writes / sums.wrote)
     left = abs(1 - edit.strength) * sums.wrote
-    if not abs(sums.writes - left) <= _FACTORS * sums.reads * sums.factors:
+    if not abs(sums.writes - left) <= FACTORS * sums.reads * sums.factors:
         findings.fault(
             f"{edit.name}: base and adapter have a leak of {sums.writes / sums.wrote:.2e}; its "
             f"strength, {edit.strength:g}, leaves {abs(1 - edit.strength):.2e}."

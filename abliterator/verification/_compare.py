@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import BinaryIO
 
+from abliterator.anatomy import partial_reason
 from abliterator.checkpoint import (
     Checkpoint,
     FileThreads,
@@ -29,6 +30,7 @@ from abliterator.verification._findings import (
     read_edits,
 )
 from abliterator.verification._leak import LeakMeter, leak_meter
+from abliterator.verification._pairs import PairMeter, pair_meter
 
 _CHUNK = 4 << 20  # bytes compared at once
 _SMALL_BYTES = 32 << 20
@@ -49,6 +51,10 @@ def verify(
 ) -> Verification:
     """Compares every byte of an edited checkpoint with its base.
 
+    Where modules have edits of their own (U and V), their tensors are computed again from the base
+    and the checkpoint's directions.safetensors. No subspace is measured then, for none is promised
+    to be absent.
+
     Args:
         base: folder of the base model.
         checkpoint: folder of the edited one.
@@ -66,7 +72,8 @@ def verify(
         opened.tensors, [edit.name for edit in named.values() if edit.dequantized]
     )
     meter = leak_meter(opened, subspace)
-    weights = _WeightComparison(opened, checkpoint, named, dequantized, meter)
+    pairs = pair_meter(opened, checkpoint, named, findings)
+    weights = _WeightComparison(opened, checkpoint, named, dequantized, meter, pairs)
     with FileThreads(_workers(opened, named)) as threads:
         compared = threads.of_files(weights.compare, opened.weight_files)
         for file, of_file in zip(opened.weight_files, compared, strict=True):
@@ -89,8 +96,10 @@ def verify(
         identical_bytes=findings.identical_bytes,
         edited_bytes=findings.edited_bytes,
         max_leak=max(findings.leaks, default=None),
+        max_apart=max(findings.apart, default=None),
         sha256=findings.sha256,
         foreign=tuple(sorted(files_of(checkpoint) - of_base.union(findings.sha256))),
+        partial=partial_reason(opened.config),
     )
 
 
@@ -143,6 +152,7 @@ class _WeightComparison:
         named: what edits.json says, by tensor.
         dequantized: what follows from it for tensors that lose their scales.
         meter: measures leaks again; None without a subspace.
+        pairs: computes tensors again that have U and V; None where there are none.
         findings: of the file that is compared.
     """
 
@@ -151,6 +161,7 @@ class _WeightComparison:
     named: Mapping[str, TensorEdit]
     dequantized: Dequantized
     meter: LeakMeter | None
+    pairs: PairMeter | None = None
     findings: Findings = field(default_factory=Findings)
 
     def compare(self, file: str) -> Findings:
@@ -220,6 +231,10 @@ class _WeightComparison:
                     f"{info.file}: the {side} bytes of {info.name} are not those that {EDITS} "
                     f"has the hash of."
                 )
+        if edit.subspace == "writer":
+            if self.pairs is not None:
+                self.pairs.compare(edit, before, after, findings)
+            return
         if self.meter is None:
             return
         leak = self.meter.leak(info, before, after, edit.experts, dequantized=edit.dequantized)

@@ -25,12 +25,16 @@ BASE_CARD = "base README.md"
 
 @dataclass
 class Findings:
-    """Faults, sizes, leaks and hashes, accumulated while the files are read."""
+    """Faults, sizes, leaks, distances and hashes, accumulated while the files are read.
+
+    Distances are those of stored from exact weights, as multiples of the rounding noise.
+    """
 
     faults: list[str] = field(default_factory=list)
     identical_bytes: int = 0
     edited_bytes: int = 0
     leaks: list[float] = field(default_factory=list)
+    apart: list[float] = field(default_factory=list)
     base_sha256: dict[str, str] = field(default_factory=dict)
     sha256: dict[str, str] = field(default_factory=dict)
 
@@ -44,6 +48,7 @@ class Findings:
         self.identical_bytes += other.identical_bytes
         self.edited_bytes += other.edited_bytes
         self.leaks += other.leaks
+        self.apart += other.apart
         self.base_sha256 |= other.base_sha256
         self.sha256 |= other.sha256
 

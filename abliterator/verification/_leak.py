@@ -22,16 +22,27 @@ PANEL_ELEMENTS = 1 << 21  # elements of a tensor that are float64 at once
 
 
 def leak_meter(base: Checkpoint, subspace: Path | None) -> LeakMeter | None:
-    """The `LeakMeter` for a subspace file; None without one."""
+    """The `LeakMeter` for a subspace file; None without one, and where it holds no subspace."""
     if subspace is None:
         return None
     from abliterator.directions import load_subspace
+    from abliterator.subspace import is_by_writer
 
-    return LeakMeter(base, load_subspace(subspace).basis)
+    basis = load_subspace(subspace).basis
+    return None if is_by_writer(basis) else LeakMeter(base, basis)
 
 
 def require_blocks(basis: Tensor, anatomy: Anatomy) -> None:
-    """Raises CheckpointError for a subspace a block, of a model with another number of them."""
+    """Raises CheckpointError for a subspace a block, of a model with another number of them.
+
+    And for pairs (U, V), which are no subspace.
+    """
+    if basis.ndim == 4:
+        raise CheckpointError(
+            "The file holds an edit for each module that writes (U and V), and no subspace that "
+            "all lost, whose leak or strength could be measured. `abliterator verify` computes its "
+            "tensors again; to measure a direction, give a file that holds one."
+        )
     if basis.ndim == 3 and len(basis) != anatomy.n_layers:
         raise CheckpointError(
             f"There is a subspace for each of {len(basis)} blocks, and the model has "

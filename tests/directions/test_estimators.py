@@ -9,6 +9,7 @@ import torch
 from scipy.optimize import root
 from sklearn.covariance import LedoitWolf
 from sklearn.linear_model import LogisticRegression
+from torch.autograd.functional import hessian, jacobian
 
 from abliterator.directions import (
     ESTIMATORS,
@@ -193,9 +194,9 @@ def test_logistic_is_where_the_gradient_of_the_loss_in_all_dimensions_is_zero(n,
         return probe_loss(parameters, features, labels, weights, PENALTY)
 
     slow = root(
-        lambda x: torch.func.grad(loss)(torch.from_numpy(x)).numpy(),
+        lambda x: jacobian(loss, torch.from_numpy(x)).numpy(),
         np.zeros(h + 1),
-        jac=lambda x: torch.func.hessian(loss)(torch.from_numpy(x)).numpy(),
+        jac=lambda x: hessian(loss, torch.from_numpy(x)).numpy(),
         tol=1e-15,
     )
     found, converged = probe(target, contrast, penalty=PENALTY)

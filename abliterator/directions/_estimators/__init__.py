@@ -18,6 +18,9 @@ from abliterator.directions._estimators._logistic import logistic
 from abliterator.directions._estimators._whitened import whitened
 from abliterator.directions._fit import Directions
 from abliterator.directions._observations import Observations
+from abliterator.errors import DirectionError
+
+__all__ = ["ESTIMATORS", "Cleaning", "Estimator", "cleaned", "estimate", "estimator_of"]
 
 
 @dataclass(frozen=True)
@@ -51,6 +54,19 @@ ESTIMATORS: Mapping[str, Estimator] = {
 }
 
 
+def estimator_of(name: str) -> Estimator:
+    """One of `ESTIMATORS`.
+
+    Raises:
+        DirectionError: for a name that none of them has.
+    """
+    if name not in ESTIMATORS:
+        raise DirectionError(
+            f"There is no estimator {name}; those there are: {', '.join(ESTIMATORS)}."
+        )
+    return ESTIMATORS[name]
+
+
 def estimate(name: str, observations: Observations, cleaning: Cleaning | None = None) -> Directions:
     """The direction of every layer by one of `ESTIMATORS`.
 
@@ -60,7 +76,7 @@ def estimate(name: str, observations: Observations, cleaning: Cleaning | None = 
         cleaning: what is removed from the estimate; nothing unless given.
 
     Raises:
-        DirectionError: where no direction can be estimated at a layer; it is named.
+        DirectionError: for an unknown name, and where no direction can be estimated at a layer.
     """
-    vectors = ESTIMATORS[name].function(observations)
+    vectors = estimator_of(name).function(observations)
     return Directions(cleaned(vectors, observations, cleaning or Cleaning()))

@@ -78,4 +78,5 @@ def residualized(vectors: Tensor, protected: Tensor, ridge: float) -> Tensor:
     inverse = torch.linalg.pinv(gram + ridge * identity, hermitian=True)
     along = (protected @ vectors.unsqueeze(-1)).squeeze(-1)
     weights = (inverse @ along.unsqueeze(-1)).squeeze(-1)
-    return vectors - (weights.unsqueeze(1) @ protected).squeeze(1)
+    residual: Tensor = vectors - (weights.unsqueeze(1) @ protected).squeeze(1)
+    return residual

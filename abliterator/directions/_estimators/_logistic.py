@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from abliterator.directions._observations import Observations
+from abliterator.directions._observations import Observations, as_long_as
 from abliterator.errors import DirectionError
 
 # The penalty on |w|² / 2 beside the mean loss, in units of the spread within the classes. The
@@ -37,7 +37,7 @@ def logistic(observations: Observations, *, penalty: float = PENALTY) -> Tensor:
                 f"`estimator: logistic` did not converge at layer {layer}. Check that its "
                 "activations are finite, or take another estimator."
             )
-        rows.append(normal * (difference.norm() / normal.norm().clamp_min(1e-300)))
+        rows.append(as_long_as(difference, normal))
     return torch.stack(rows)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from abliterator.directions._observations import Observations
+from abliterator.directions._observations import Observations, as_long_as
 from abliterator.errors import DirectionError
 
 
@@ -30,7 +30,7 @@ def _of_layer(observations: Observations, layer: int) -> Tensor:
         discriminant = inverse_covariance_times(deviations, difference)
     except ValueError as error:
         raise DirectionError(f"`estimator: whitened` at layer {layer}: {error}") from error
-    return discriminant * (difference.norm() / discriminant.norm().clamp_min(1e-300))
+    return as_long_as(difference, discriminant)
 
 
 def inverse_covariance_times(
@@ -66,12 +66,14 @@ def inverse_covariance_times(
         factor, singular = torch.linalg.cholesky_ex(covariance)
         if singular:
             raise ValueError("the covariance is singular; some dimensions do not vary")
-        return torch.cholesky_solve(vector[:, None], factor)[:, 0]
+        solved: Tensor = torch.cholesky_solve(vector[:, None], factor)[:, 0]
+        return solved
     if ridge == 0:
         raise ValueError(f"a covariance of {n} vectors in {d_model} dimensions is singular")
     gram = deviations @ deviations.T + ridge / scale * torch.eye(n).double()
     explained = torch.linalg.solve(gram, deviations @ vector)
-    return (vector - deviations.T @ explained) / ridge
+    solution: Tensor = (vector - deviations.T @ explained) / ridge
+    return solution
 
 
 def ledoit_wolf_shrinkage(deviations: Tensor) -> float:

@@ -29,6 +29,7 @@ from abliterator.pipeline.stages.judge import VERDICTS
 from abliterator.pipeline.stages.prompts import prompt_sets
 from abliterator.pipeline.stages.rollouts import SIDES, folder_of
 from abliterator.record import Completion, Divergence, Side, Survival, SurvivingStrength, Verdict
+from abliterator.subspace import is_by_writer
 from abliterator.survival import (
     LlamaCpp,
     QuantizedFormat,
@@ -213,7 +214,9 @@ class SurvivalSession:
             deque(compared, maxlen=0)
             rounding, divergence = map(self._summary, compared.of)
             base, basis = folder_of(run, "base"), removed_subspace(run).basis
-            strengths = surviving_strengths(base, run.workspace.checkpoint, form.numbers, basis)
+            strengths: tuple[SurvivingStrength, ...] = ()
+            if not is_by_writer(basis):  # with U and V there is no subspace to measure along
+                strengths = surviving_strengths(base, run.workspace.checkpoint, form.numbers, basis)
             return _Measured(form, answers, rounding, divergence, strengths)
 
     def _logits(self, engine: Engine) -> Iterator[tuple[int, Tensor]]:

@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from abliterator.bake import bake, bake_on_workers
+from abliterator.bake import bake, bake_on_workers, require_bounded
 from abliterator.checkpoint import CONFIG_FILE
 from abliterator.files import write_text_atomic
 from abliterator.pipeline._run import Run
@@ -25,13 +25,21 @@ TENSOR_EDITS = Artefact("bake", f"checkpoint/{EDITS}")
 
 def _key(run: Run) -> Any:
     edit = run.section("edit", exclude=("output",))
-    return [run.base_digest(), run.digest("directions"), edit, tuned_inputs(run)]
+    key = [run.base_digest(), run.digest("directions"), edit, tuned_inputs(run)]
+    return [*key, run.recipe.tuning.max_change] if _has_pairs(run) else key
+
+
+def _has_pairs(run: Run) -> bool:
+    return run.recipe.directions.stack == "per_writer"
 
 
 def _run(run: Run) -> list[Path]:
     bake_files = _bake_of(run)
     subspace = removed_subspace(run)
     out = run.workspace.checkpoint
+    if _has_pairs(run):
+        most = run.recipe.tuning.max_change
+        require_bounded(run.plan.checkpoint, planned_edits(run), subspace.basis, most)
     remove_whole(out)  # what an earlier recipe left there is not part of this checkpoint
     total = run.plan.checkpoint.total_bytes
     try:

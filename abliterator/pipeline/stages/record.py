@@ -109,6 +109,7 @@ def write_directions(run: Run, path: Path) -> None:
 
     from abliterator.bake import runtime_obstacle, runtime_sites
     from abliterator.directions import save_published
+    from abliterator.subspace import is_by_writer
 
     stored, selected, anatomy = (
         load_file(SUBSPACE.checked(run)),
@@ -118,13 +119,11 @@ def write_directions(run: Run, path: Path) -> None:
     plan = planned_edits(run)
     sites, of_sites = runtime_sites(plan, run.plan.checkpoint, stored["subspace"])
     source = run.plan.source
+    # pairs (U, V) are those of the sites, by module
+    shared = {} if is_by_writer(stored["subspace"]) else {"subspace": stored["subspace"]}
     save_published(
         path,
-        tensors={
-            "subspace": stored["subspace"],
-            "directions": stored["directions"].float(),
-            **of_sites,
-        },
+        tensors={**shared, "directions": stored["directions"].float(), **of_sites},
         sites=sites,
         metadata={
             "base_model": run.base_id,
@@ -134,6 +133,7 @@ def write_directions(run: Run, path: Path) -> None:
             "n_layers": str(anatomy.n_layers),
             "d_model": str(anatomy.d_model),
             "blocks": anatomy.blocks,
+            **({"streams": "several"} if anatomy.sublayers else {}),
             "layers": json.dumps(selected.layers),
             "positions": json.dumps(selected.positions),
             "estimator": run.recipe.directions.estimator,
@@ -203,6 +203,7 @@ def _model(run: Run) -> ModelIdentity:
         n_layers=anatomy.n_layers,
         d_model=anatomy.d_model,
         model_type=anatomy.model_type,
+        several_streams=bool(anatomy.sublayers),
         **stated(run.plan.card),
         files_sha256=run.base_files(),
     )
@@ -242,6 +243,7 @@ def _edit(run: Run) -> EditSummary:
         edited_bytes=planned_edits(run).edited_bytes,
         quantized=quantized_edits(edits),
         experts=None if run.recipe.edit.experts == "all" else run.recipe.edit.experts,
+        partial=run.plan.anatomy.partial,
     )
 
 

@@ -196,7 +196,7 @@ def selection_context(run: Run) -> tuple[EvaluationContext, ScoringPrompts]:
     context = held_out_context(
         run,
         kl_tokens=KL_TOKENS,
-        batch_size=settings.batch_size,
+        batch_size=None if settings.batch_size == "auto" else settings.batch_size,
         engine=run.answering(run.plan.source.folder, candidates=True),
     )
     scoring = (
@@ -207,14 +207,14 @@ def selection_context(run: Run) -> tuple[EvaluationContext, ScoringPrompts]:
 
 
 def held_out_context(
-    run: Run, *, kl_tokens: int, batch_size: int, engine: Engine | None = None
+    run: Run, *, kl_tokens: int, batch_size: int | None, engine: Engine | None = None
 ) -> EvaluationContext:
     """The base with the prompts of `selection`, on which choices are judged.
 
     Args:
         run: the run.
         kl_tokens: answer tokens compared of each neutral prompt, at most.
-        batch_size: prompts answered together.
+        batch_size: prompts answered together; None for the engine's choice.
         engine: of the base; left out, that of this process.
     """
     from abliterator.evaluation import EvaluationContext

@@ -10,7 +10,7 @@ from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from abliterator.bake import EditPlan
+from abliterator.bake import EditPlan, start_pairs
 from abliterator.files import Journal, write_bytes_atomic
 from abliterator.pipeline._judges import choosing_judge
 from abliterator.pipeline._kept import partial_file
@@ -27,12 +27,15 @@ from abliterator.pipeline.stages.selection import (
 from abliterator.record import Tuning
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from abliterator.directions import Subspace
     from abliterator.tuning import TuningContext
 
 
 TUNED = Artefact("tuning", "work/tuning.json")  # trials, and the strengths of each
-BASES = Artefact("tuning", "work/tuning.safetensors")  # `bases` [trials, H, k] in the same order
+# `bases` [trials, H, k] in the same order; [trials, L, H, k], or [trials, M, 2, H, r] of modules
+BASES = Artefact("tuning", "work/tuning.safetensors")
 
 
 def _key(run: Run) -> Any:
@@ -45,7 +48,7 @@ def _key(run: Run) -> Any:
         {name: run.section(name) for name in sections},
         {name: s.sha256 for name, s in {**sets.extraction, **sets.selection}.items()},
         # the preferences are not part of the key: another trial needs no other descent
-        run.section("tuning", exclude=("prefer", "at_most")),
+        run.section("tuning", exclude=("prefer", "at_most", "max_change")),
         [recipe.seed, recipe.selection.tokens, recipe.rollouts.batch_size],
         choosing_judge(run).identity.model_dump(mode="json"),
         run.dtype,
@@ -69,7 +72,7 @@ def _run(run: Run) -> list[Path]:
     with run.progress.bar("tuning", steps - done) as advance:
         tuned = tune(
             _context(run),
-            extracted_subspace(run).basis,
+            _start(run),
             scratch=run.workspace.work / "base_logits.bin",
             journal=journal,
             on_step=lambda name: advance(1, status=name),
@@ -82,6 +85,17 @@ def _run(run: Run) -> list[Path]:
         strengths=tuple(dict(edit.strengths) for edit in tuned.edits),
     )
     return [TUNED.write(run, result), BASES.path(run)]
+
+
+def _start(run: Run) -> Tensor:
+    """What the descent begins with: the extracted Q, or for each module the U and V that remove it.
+
+    These are rounded to float32, in which the checkpoint's file of directions has them.
+    """
+    basis = extracted_subspace(run).basis
+    if run.recipe.directions.stack != "per_writer":
+        return basis
+    return start_pairs(run.plan.edits, run.plan.checkpoint, basis).float().double()
 
 
 def _context(run: Run) -> TuningContext:
