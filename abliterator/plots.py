@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from io import BytesIO
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from abliterator.files import write_bytes_atomic
 
@@ -121,7 +121,8 @@ def draw_front(
     figure = Figure(figsize=(WIDTH, WIDTH * 0.7), layout="constrained")
     axes = figure.subplots()
     for i, (name, points) in enumerate(edits.items()):
-        axes.plot(*zip(*points, strict=True), markersize=5, linewidth=1, label=name, **_style(i))
+        style: dict[str, Any] = {**_style(i), "label": name, "markersize": 5, "linewidth": 1}
+        axes.plot(*zip(*points, strict=True), **style)
     if controls:
         axes.plot(*zip(*controls, strict=True), "x", color=CHOSEN, label="controls")
     if base is not None:

@@ -48,9 +48,9 @@ def load_subspace(path: Path) -> Subspace:
             f"{', '.join(names) or 'nothing'}{seen_shape}."
         )
     if 0 in columns.shape:
-        by_writer = is_by_writer(columns)
-        names_of_axes = "n_modules 2 d_model r" if by_writer else "n_layers d_model k"
-        axes = names_of_axes.split()[-columns.ndim :]
+        axes = ["n_layers", "d_model", "k"][-columns.ndim :]
+        if is_by_writer(columns):
+            axes = ["n_modules", "2", "d_model", "r"]
         sizes = dict(zip(axes, columns.shape, strict=True))
         empty = next(name for name, size in sizes.items() if size == 0)
         raise DirectionError(f"`subspace` in {path} has shape {list(columns.shape)}: {empty} is 0.")

@@ -2,16 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import (
-    BeforeValidator,
-    Field,
-    SerializerFunctionWrapHandler,
-    field_validator,
-    model_serializer,
-    model_validator,
-)
+from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from abliterator.recipe._section import Positive, Section, as_tuple
 
@@ -21,6 +14,8 @@ Position = Annotated[int, Field(le=-1)] | NamedPosition
 
 class DirectionSettings(Section):
     """How directions are made from mean activations."""
+
+    later_keys: ClassVar = ("ridge", "grid")
 
     estimator: Literal["mean_difference", "whitened", "logistic", "tuned"] = "mean_difference"
     """`mean_difference` is r = mean(target) - mean(contrast); `tuned` continues from it by
@@ -120,12 +115,3 @@ class DirectionSettings(Section):
                 f"`stack: som` makes directions of its own: leave out `estimator: {self.estimator}`"
             )
         return self
-
-    @model_serializer(mode="wrap")
-    def _dump_changed(self, plain: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Without `ridge` and `grid` at their defaults: recipes of before keep their digests."""
-        values: dict[str, Any] = plain(self)
-        for key in ("ridge", "grid"):
-            if getattr(self, key) == type(self).model_fields[key].default:
-                values.pop(key, None)
-        return values

@@ -7,16 +7,9 @@ import re
 from collections import Counter
 from collections.abc import Mapping
 from itertools import chain
-from typing import Annotated, Any, Literal, Self, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
 
-from pydantic import (
-    BeforeValidator,
-    Field,
-    SerializerFunctionWrapHandler,
-    field_validator,
-    model_serializer,
-    model_validator,
-)
+from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from abliterator.errors import RecipeError
 from abliterator.recipe._section import Layers, Positive, Section, as_tuple
@@ -79,6 +72,8 @@ def _repeated_block(by_block: Any) -> int | None:
 class Edit(Section):
     """How the writers are edited: the matrices whose output is added to the residual stream."""
 
+    later_keys: ClassVar = ("partial",)
+
     strength: dict[Component, Strength | dict[Blocks, Strength]] | Literal["auto"] = {
         "attention": 1.0,
         "mlp": 1.0,
@@ -128,14 +123,6 @@ class Edit(Section):
     written is edited exactly; what these copies carry remains, and plan, card and `verify` say so.
     Without it such a model is refused, with it every other one.
     """
-
-    @model_serializer(mode="wrap")
-    def _dump_named_partial(self, plain: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Without `partial` where it is false: recipes of before it keep their digests."""
-        values: dict[str, Any] = plain(self)
-        if values.get("partial") is False:
-            del values["partial"]
-        return values
 
     @field_validator("strength", mode="before")
     @classmethod
@@ -250,7 +237,9 @@ class Selection(Section):
     rungs: Rungs = (8, 16)
     """Prompts that survivors answer before the worst of them drop out; the last rung has `prompts`.
 
-    With `[]` all survivors answer all prompts. No answer is generated twice.
+    With `[]` all survivors answer all prompts. No answer is generated twice. Tuned edits are judged
+    so too; of them, only those drop out that another beats both in compliance x coherence and in
+    KL.
     """
     keep: Annotated[float, Field(gt=0, le=1)] = 0.5
     """Share of the survivors that goes on to the next rung."""
@@ -277,6 +266,11 @@ class Selection(Section):
         if list(value) != sorted(set(value)):
             raise ValueError("must grow")
         return value
+
+    @property
+    def rows(self) -> int | None:
+        """`batch_size` as a number; None for the engine's choice."""
+        return None if self.batch_size == "auto" else self.batch_size
 
     def schedule(self, candidates: int, prompts: int, least: int) -> list[tuple[int, int]]:
         """Candidates and prompts of each rung, the last with all prompts.

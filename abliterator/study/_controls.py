@@ -194,13 +194,15 @@ def mean_products(context: EvaluationContext, bases: Sequence[Tensor]) -> list[f
     """
     edits = [context.writer_edit(basis) for basis in bases]
     engine, prompts = context.engine, context.target.token_ids
-    limits = {"max_new_tokens": context.max_new_tokens, "batch_size": context.batch_size}
+    tokens, batch_size = context.max_new_tokens, context.batch_size
     try:
         with engine.edited_side_by_side(edits, max_batch_tokens=context.max_batch_tokens) as edited:
-            answers = edited.answers(prompts, **limits)
+            answers = edited.answers(prompts, max_new_tokens=tokens, batch_size=batch_size)
     except UnsupportedModel:
         answers = []
         for edit in edits:
             with engine.edited(edit):
-                answers.append(engine.answers(prompts, **limits))
+                answers.append(
+                    engine.answers(prompts, max_new_tokens=tokens, batch_size=batch_size)
+                )
     return [judge_answers(context, context.target, each).mean_product for each in answers]

@@ -3,7 +3,8 @@
 import torch
 
 from abliterator.directions import Cleaning, Observations
-from abliterator.pipeline._study._vectors import LayerObservations
+from abliterator.pipeline._positions import Reading
+from abliterator.pipeline._study._vectors import LayerObservations, _together
 
 LAYERS, N_LAYERS, D_MODEL, KIND = (2, 4), 5, 6, 100.0
 
@@ -55,3 +56,19 @@ def test_shuffled_labels_are_a_permutation_of_as_many_of_each():
     assert torch.equal(difference(shuffled), difference(again))
     assert not torch.equal(difference(shuffled), difference(other))
     assert kinds(of.balanced("0 {name} 1")) == [6, 6]
+
+
+def test_the_end_of_the_users_text_is_read_with_the_template_where_its_tail_has_one_length():
+    whole = Reading((-1, -2), (-1, -2), range(2), [[1, 2, 3, 9, 8], [4, 5, 9, 8]])
+    text = Reading(("instruction",), (-1,), range(2), [[1, 2, 3], [4, 5]])
+    (together,) = _together([whole, text])
+    assert together.positions == (-1, -2, "instruction")
+    assert together.offsets == (-1, -2, -3)
+    for ids, beginning in zip(together.token_ids, text.token_ids, strict=True):
+        assert ids[together.offsets[2]] == beginning[-1]
+    uneven = text._replace(token_ids=[[1, 2, 3], [4]])
+    assert _together([whole, uneven]) == [whole, uneven]
+    thinking = Reading(("after_thinking",), (-1,), range(2), [[1], [4]])
+    assert _together([whole, thinking]) == [whole, thinking]
+    assert _together([text]) == [text]
+    assert len(_together([whole, text, thinking])) == 2

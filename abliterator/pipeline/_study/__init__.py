@@ -3,17 +3,15 @@
 from abliterator.pipeline._study._settings import StudySettings
 from abliterator.pipeline._study._stage import (
     STUDIES,
-    USES_DIRECTIONS,
-    USES_TUNING,
     figures_of,
+    stages_before,
     study_stage,
 )
 
 __all__ = [
     "STUDIES",
-    "USES_DIRECTIONS",
-    "USES_TUNING",
     "StudySettings",
     "figures_of",
+    "stages_before",
     "study_stage",
 ]

@@ -106,8 +106,8 @@ def _basis(run: Run, at: Mapping[Position, LayerObservations]) -> Tensor:
         sources = Sources(of.observations, directions[first.position], cleans, settings.grid)
         row = of.layers.index(first.layer) + 1
         return subspace_of("som", sources, layers=(row,), k=selected.k).basis
-    places = [Place(place.layer, place.position) for place in selected.places]
-    return stack_at(directions, places).basis
+    # chosen nodes have no other labels, so these are places
+    return stack_at(directions, [Place(p.layer, p.position) for p in selected.places]).basis
 
 
 def _swapped(run: Run, draws: int) -> list[Tensor]:

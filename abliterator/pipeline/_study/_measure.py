@@ -80,8 +80,9 @@ def confirmation(run: Run, settings: StudySettings) -> Measured:
     from abliterator.directions import Place
     from abliterator.study import confirmation_edits, study_confirmation
 
-    places = [Place(p.layer, p.position) for p in ranked_places(run, selection_of(run))]
     sets = prompt_sets(run)
+    # a recipe that chooses nodes of a map has no such study
+    places = [Place(p.layer, p.position) for p in ranked_places(run, selection_of(run))]
     with evaluator_of(run, settings, sets, edits=confirmation_edits(len(places))) as evaluator:
         study = study_confirmation(evaluator, fitted(run), places)
     return study, described(evaluator)

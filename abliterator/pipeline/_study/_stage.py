@@ -17,8 +17,16 @@ from abliterator.pipeline._study._controls import controls
 from abliterator.pipeline._study._estimators import estimators
 from abliterator.pipeline._study._measure import alpha, confirmation, extraction, pairs
 from abliterator.pipeline._study._settings import Measured, StudySettings
-from abliterator.pipeline.stages.selection import ranked_places, selected_layers, selection_of
-from abliterator.pipeline.stages.tuning import tuned_inputs
+from abliterator.pipeline.stages.capture import CAPTURE
+from abliterator.pipeline.stages.prompts import PROMPTS
+from abliterator.pipeline.stages.selection import (
+    SELECTION,
+    ranked_places,
+    selected_layers,
+    selection_of,
+)
+from abliterator.pipeline.stages.tuning import TUNING, tuned_inputs
+from abliterator.recipe import Recipe
 from abliterator.record import Study
 
 _MEASURES: dict[str, Callable[[Run, StudySettings], Measured]] = {
@@ -30,12 +38,7 @@ _MEASURES: dict[str, Callable[[Run, StudySettings], Measured]] = {
     "estimators": estimators,
 }
 STUDIES = tuple(_MEASURES)
-USES_DIRECTIONS = (
-    "alpha",
-    "confirmation",
-    "controls",
-    "estimators",
-)  # those of the recipe's own contrast
+USES_DIRECTIONS = ("alpha", "confirmation", "controls")  # captured by a stage
 USES_TUNING = ("controls", "estimators")  # directions as they are baked
 
 
@@ -60,6 +63,16 @@ def study_stage(run: Run, name: str, settings: StudySettings) -> Stage:
 def figures_of(name: str) -> Artefact:
     """The file of a study's figures; its tables are beside it as .md."""
     return Artefact(f"study-{name}", f"work/studies/{name}.json")
+
+
+def stages_before(name: str, recipe: Recipe) -> list[Stage]:
+    """The stages that a study needs."""
+    tunes = name in USES_TUNING and recipe.tunes
+    chooses = recipe.selects and name in (*USES_DIRECTIONS, *USES_TUNING)
+    stages = [PROMPTS]
+    if name in USES_DIRECTIONS or chooses or tunes:
+        stages.append(CAPTURE)
+    return [*stages, *([SELECTION] if chooses else []), *([TUNING] if tunes else [])]
 
 
 def _require(run: Run, name: str, settings: StudySettings) -> None:
@@ -104,15 +117,19 @@ def _key(name: str, settings: StudySettings, run: Run) -> Any:
         run.base_digest(),
         run.digest("prompts"),
         {section: run.section(section) for section in sections},
-        [run.digest("capture"), ranked_places(run, selection_of(run)), selected_layers(run).k]
-        if name in USES_DIRECTIONS
-        else None,
+        [run.digest("capture"), *_layers(run)] if name in USES_DIRECTIONS else None,
         tuned_inputs(run) if name in USES_TUNING else None,
         [run.section("rollouts"), recipe.divergence.tokens, recipe.seed],
         choosing_judge(run).identity.model_dump(mode="json"),
         run.dtype,
         *run.answers_depend_on(candidates=True),
+        *(_layers(run) if name == "estimators" else []),
     ]
+
+
+def _layers(run: Run) -> list[Any]:
+    """The layers in order of preference, and how many are stacked."""
+    return [ranked_places(run, selection_of(run)), selected_layers(run).k]
 
 
 def _run(
@@ -153,5 +170,5 @@ def _picture(run: Run, study: Study, path: Path) -> list[Path]:
             of_row = points.setdefault(row.of, []) if row.of else crosses
             of_row.append((kl.value, compliance.value))
     base = study.rows[0].answers.compliance
-    draw_front(path, points, controls=crosses, base=base and base.value)
+    draw_front(path, points, controls=crosses, base=base.value if base else None)
     return [path]

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, TypeAlias
 
-from abliterator.pipeline._positions import readings
+from abliterator.pipeline._positions import Reading, readings
 from abliterator.pipeline._run import Run
 
 if TYPE_CHECKING:
@@ -155,7 +155,7 @@ def _captured(
     engine, settings = run.engine(run.plan.source.folder), run.recipe.capture
     rows, width = [layer - 1 for layer in layers], run.plan.anatomy.d_model
     by_position: dict[Position, Tensor] = {}
-    for reading in readings(run, engine, name, prompts, positions):
+    for reading in _together(list(readings(run, engine, name, prompts, positions))):
         n, offsets = len(reading.token_ids), reading.offsets
         vectors = torch.zeros(n, len(offsets), len(layers), width)
         with run.progress.bar(f"vectors of {name}", n) as advance:
@@ -169,3 +169,20 @@ def _captured(
                 advance(len(batch))
         by_position |= {p: vectors[:, i] for i, p in enumerate(reading.positions)}
     return by_position
+
+
+def _together(several: list[Reading]) -> list[Reading]:
+    """The passes over a set, the end of the user's text being read with tokens of the template.
+
+    That is one pass where the template writes as many tokens after every prompt.
+    """
+    if [reading.positions[-1:] for reading in several[1:2]] != [("instruction",)]:
+        return several
+    template, text, *rest = several  # `readings` gives them in this order
+    pairs = zip(template.token_ids, text.token_ids, strict=True)
+    tails = {len(ids) - len(beginning) for ids, beginning in pairs}
+    if len(tails) > 1:
+        return several
+    positions = (*template.positions, "instruction")
+    offsets = (*template.offsets, -1 - tails.pop())
+    return [template._replace(positions=positions, offsets=offsets), *rest]

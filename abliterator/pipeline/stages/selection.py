@@ -211,7 +211,7 @@ def selection_context(run: Run) -> tuple[EvaluationContext, ScoringPrompts]:
     context = held_out_context(
         run,
         kl_tokens=KL_TOKENS,
-        batch_size=None if settings.batch_size == "auto" else settings.batch_size,
+        batch_size=settings.rows,
         engine=run.answering(run.plan.source.folder, candidates=True),
     )
     scoring = (
