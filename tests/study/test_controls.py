@@ -121,7 +121,7 @@ def test_the_controls_are_of_the_edit_that_a_build_bakes(recipe, tmp_path, stack
     assert kl[0] == pytest.approx(record.divergence.kl.value, rel=1e-3)
     matched = sum(row.scale is not None for row in study.rows)
     assert matched == 2
-    assert len(kl) == len(set(kl)) == (3 if stack == "within_layer" else 5) + matched
+    assert len(kl) == len(set(kl)) == 5 + matched
     assert {null.of for null in study.nulls} == {"shuffled labels", "random directions"}
     for null in study.nulls:
         assert len(null.values) == settings.draws
