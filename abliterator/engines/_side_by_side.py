@@ -154,21 +154,19 @@ def edited_by_row(
     """
     writer_edits = [edit for edit in edits if isinstance(edit, WriterEdit)]
     steerings = [edit for edit in edits if isinstance(edit, Steering)]
-    if (
-        writer_edits
-        and len(writer_edits) == len(edits)
-        and not any(e.strengths for e in writer_edits)
-    ):
+    if writer_edits and len(writer_edits) == len(edits):
         plan, bases = writer_edits[0].plan, [edit.basis for edit in writer_edits]
-        with preview_edits(loaded, plan, bases) as choose:
+        has_own = any(edit.strengths for edit in writer_edits)
+        strengths = [edit.strengths for edit in writer_edits] if has_own else []
+        with preview_edits(loaded, plan, bases, strengths) as choose:
             yield EditsByRow(loaded, len(edits), choose, max_batch_tokens)
     elif steerings and len(steerings) == len(edits):
         with _steered(loaded, blocks, steerings) as choose:
             yield EditsByRow(loaded, len(edits), choose, max_batch_tokens)
     else:
         raise GenerationError(
-            "Edits run side by side where all are of one kind: of writers at the strengths of one "
-            "plan, or directions that are added. Run these one at a time."
+            "Edits run side by side where all are of one kind: of the writers of one plan, or "
+            "directions that are added. Run these one at a time."
         )
 
 

@@ -26,6 +26,7 @@ from abliterator.model._limits import (
 from abliterator.model._load import LoadedModel, load_model, placement_of
 from abliterator.model._padding import (
     cache_is_continued,
+    packing_is_neutral,
     padding_is_neutral,
     right_padding_is_neutral,
 )
@@ -86,6 +87,7 @@ __all__ = [
     "masked_positions",
     "needs_disk",
     "output_head",
+    "packing_is_neutral",
     "padding_is_neutral",
     "placement_of",
     "positions_from",

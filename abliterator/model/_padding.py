@@ -102,6 +102,19 @@ def padding_is_neutral(
     return _changes_nothing(loaded, "between" if shared else "left", width, run)
 
 
+def packing_is_neutral(loaded: LoadedModel, run: Callable[[], Pair], *, width: int) -> bool:
+    """Whether a row among others in one sequence, masked from them, has the logits of it alone.
+
+    Recurrent states and distances counted by index do not keep the rows apart.
+
+    Args:
+        loaded: the model.
+        run: logits both ways.
+        width: of the widest row, in tokens.
+    """
+    return _changes_nothing(loaded, "packed", width, lambda _: run())
+
+
 def cache_is_continued(loaded: LoadedModel, run: Callable[[], Pair]) -> bool:
     """Whether several tokens that continue a cache have the logits of an uncached pass.
 

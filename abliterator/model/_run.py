@@ -112,7 +112,7 @@ def in_each_stream(hidden: Tensor, width: int, change: Callable[[Tensor], Tensor
     """
     if hidden.shape[-1] == width:
         return change(hidden)
-    return change(hidden.unflatten(-1, (-1, width))).flatten(-2)
+    return change(hidden.view(*hidden.shape[:-1], -1, width)).flatten(-2)
 
 
 def equal_length_batches(

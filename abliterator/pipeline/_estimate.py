@@ -233,25 +233,34 @@ class _Counted:
     def _candidates(self) -> float:
         """Answers of candidates and stacks to one held-out prompt, as a rule."""
         settings, cost = self.recipe.selection, self.plan.selection or {}
-        prompts, raced, answered = settings.prompts, 0, 0
-        if cost.get("candidates"):
-            for racing, reached in settings.schedule(cost["judged"], prompts, 1):
-                raced += racing * (reached - answered)
-                answered = reached
+        raced = self._raced(cost["judged"]) if cost.get("candidates") else 0.0
         stacks = min(_USUAL_STACKS, cost.get("stacks", 0))
-        return raced / prompts + stacks * (1 + 2 * settings.controls)
+        return raced + stacks * (1 + 2 * settings.controls)
+
+    def _raced(self, candidates: int) -> float:
+        """Answers to one held-out prompt of candidates that are raced, as a rule."""
+        settings, raced, answered = self.recipe.selection, 0, 0
+        for racing, reached in settings.schedule(candidates, settings.prompts, 1):
+            raced += racing * (reached - answered)
+            answered = reached
+        return raced / settings.prompts
 
     def _tuning(self) -> StageCost:
         tuning, cost = self.recipe.tuning, self.plan.tuning or {}
+        settings = self.recipe.selection
         lengths = self.prompts.of("target", "extraction", tuning.prompts)
         return self.costs.tuning(
             steps=cost["steps"],
             batch=tuning.batch,
-            learned=self._batched(lengths, tuning.tokens),
+            learned=self._in_batches(
+                settings.batch_size, lengths, tuning.tokens, self.prompts.before
+            ),
             trials=cost["trials"],
-            judged=self._batched(
+            raced=self._raced(cost["trials"]),
+            judged=self._in_batches(
+                settings.batch_size,
                 self.prompts.of("target", "selection"),
-                self.recipe.selection.tokens,
+                settings.tokens,
                 self.prompts.before,
             ),
             neutral=self.prompts.of("neutral", "selection"),

@@ -1,4 +1,4 @@
-"""Settings of the directions, of their selection, and of the edit of the weights."""
+"""Settings of the edit of the weights, and of the selection of what is removed."""
 
 from __future__ import annotations
 
@@ -7,16 +7,9 @@ import re
 from collections import Counter
 from collections.abc import Mapping
 from itertools import chain
-from typing import Annotated, Any, Literal, Self, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
 
-from pydantic import (
-    BeforeValidator,
-    Field,
-    SerializerFunctionWrapHandler,
-    field_validator,
-    model_serializer,
-    model_validator,
-)
+from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from abliterator.errors import RecipeError
 from abliterator.recipe._section import Layers, Positive, Section, as_tuple
@@ -39,8 +32,6 @@ Strength = Annotated[float, Field(ge=0, le=2, allow_inf_nan=False)]
 Rungs = Annotated[tuple[Positive, ...], BeforeValidator(as_tuple)]
 # yaml reads the key 9 as a number
 Blocks = Annotated[str, BeforeValidator(lambda key: str(key) if type(key) is int else key)]
-NamedPosition = Literal["instruction", "after_thinking"]
-Position = Annotated[int, Field(le=-1)] | NamedPosition
 Experts = Annotated[
     tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1), BeforeValidator(as_tuple)
 ]
@@ -78,120 +69,10 @@ def _repeated_block(by_block: Any) -> int | None:
     return min((block for block, n in counts.items() if n > 1), default=None)
 
 
-class DirectionSettings(Section):
-    """How directions are made from mean activations."""
-
-    estimator: Literal["mean_difference", "whitened", "logistic", "tuned"] = "mean_difference"
-    """`mean_difference` is r = mean(target) - mean(contrast); `tuned` continues from it by
-    gradients (`tuning`).
-
-    `whitened` is the mean difference under the inverse of the shrunk covariance within the two
-    sets, `logistic` the normal of a logistic probe that tells them apart. docs/methods.md has the
-    formulas.
-    """
-    position: (
-        Position
-        | Literal["sweep"]
-        | Annotated[tuple[Position, ...], Field(min_length=2), BeforeValidator(as_tuple)]
-    ) = -1
-    """Token at which activations are taken: a number counts those that the chat template puts after
-    the prompt from their end, -1 being the last one.
-
-    `instruction` is the last token of the user's own text, before anything of the template.
-    `after_thinking` is the last one before the answer, behind the base's own thinking about the
-    prompt (up to `rollouts.thinking_tokens`); prompts about which it thinks longer are left out.
-    `sweep` tries every token that the template puts after the prompt, `[-1, instruction]` those of
-    the list, in every layer, and chooses by measurement (`selection`).
-    """
-    projection: Literal["none", "neutral"] = "none"
-    """`neutral` removes the component along the neutral mean from every direction."""
-    ridge: Annotated[float, Field(ge=0)] = 0.01
-    """How strongly the regression on the sets of `prompts.protect` is damped: of a component along
-    one set alone ridge / (1 + ridge) is left; 0 leaves nothing."""
-    stack: Literal["layers", "per_layer", "within_layer", "som", "per_writer"] = "layers"
-    """Which k directions are removed: one of each of k layers, each block's own, or k of one layer.
-    `per_writer` removes none: each matrix has an edit of its own.
-
-    `layers` stacks the directions of the first k of `layers`. `per_layer` removes from the output
-    of block i the direction of layer i + 1, or of the nearest of `layers`; k is 1. `within_layer`
-    stacks the first layer's mean difference and the principal components of the paired differences
-    orthogonal to it, so `contrast` must be a set whose n-th prompt is the n-th of `target` without
-    the behaviour. `som` takes the first layer's directions from a self-organising map of the target
-    prompts (`grid`): with a number k, those nodes that cover them best; with `k: auto` and named
-    `layers`, the nodes are candidates that are judged as a sweep's layers are. `per_writer`, with
-    `estimator: tuned`, begins with the stack of `layers` and then tunes W' = W - U Vᵀ W of rank k
-    for every module that writes, near that start (`tuning.ridge`); no subspace is promised to be
-    absent then.
-    """
-    grid: Annotated[tuple[Positive, Positive], BeforeValidator(as_tuple)] = (4, 4)
-    """Rows and columns of the map of `stack: som`."""
-
-    @field_validator("position")
-    @classmethod
-    def _distinct_positions(cls, value: Any) -> Any:
-        if isinstance(value, tuple) and len(set(value)) < len(value):
-            raise ValueError("a position is given twice")
-        return value
-
-    @property
-    def extracted(self) -> Literal["mean_difference", "whitened", "logistic"]:
-        """The estimator of what is extracted from activations; tuning begins there."""
-        return "mean_difference" if self.estimator == "tuned" else self.estimator
-
-    @property
-    def of_one_layer(self) -> bool:
-        """Whether all k directions are of one layer."""
-        return self.stack in ("within_layer", "som")
-
-    @property
-    def stored_sets(self) -> frozenset[str]:
-        """Sets of which every prompt's activations are read; "differences" for those of pairs."""
-        of_stack = {"within_layer": {"differences"}, "som": {"target"}}.get(self.stack, set())
-        of_estimator = set() if self.extracted == "mean_difference" else {"target", "contrast"}
-        return frozenset(of_stack | of_estimator)
-
-    @property
-    def sweeps_positions(self) -> bool:
-        """Whether one of several positions is to be chosen by measurement."""
-        return self.position == "sweep" or isinstance(self.position, tuple)
-
-    @property
-    def positions(self) -> tuple[int | str, ...]:
-        """The positions that are named; none where all of the template are to be tried."""
-        if self.position == "sweep":
-            return ()
-        return self.position if isinstance(self.position, tuple) else (self.position,)
-
-    @model_validator(mode="after")
-    def _differences_as_they_are(self) -> Self:
-        if self.stack == "per_writer" and self.estimator != "tuned":
-            raise ValueError(
-                "`stack: per_writer` is found by gradients: set `estimator: tuned`, or stack "
-                "`layers`"
-            )
-        if self.stack == "within_layer" and self.projection != "none":
-            raise ValueError(
-                "`stack: within_layer` takes paired differences as they are: leave "
-                "`projection: none`"
-            )
-        if self.stack == "som" and self.extracted != "mean_difference":
-            raise ValueError(
-                f"`stack: som` makes directions of its own: leave out `estimator: {self.estimator}`"
-            )
-        return self
-
-    @model_serializer(mode="wrap")
-    def _dump_changed(self, plain: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Without `ridge` and `grid` at their defaults: recipes of before keep their digests."""
-        values: dict[str, Any] = plain(self)
-        for key in ("ridge", "grid"):
-            if getattr(self, key) == type(self).model_fields[key].default:
-                values.pop(key, None)
-        return values
-
-
 class Edit(Section):
     """How the writers are edited: the matrices whose output is added to the residual stream."""
+
+    later_keys: ClassVar = ("partial",)
 
     strength: dict[Component, Strength | dict[Blocks, Strength]] | Literal["auto"] = {
         "attention": 1.0,
@@ -242,14 +123,6 @@ class Edit(Section):
     written is edited exactly; what these copies carry remains, and plan, card and `verify` say so.
     Without it such a model is refused, with it every other one.
     """
-
-    @model_serializer(mode="wrap")
-    def _dump_named_partial(self, plain: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Without `partial` where it is false: recipes of before it keep their digests."""
-        values: dict[str, Any] = plain(self)
-        if values.get("partial") is False:
-            del values["partial"]
-        return values
 
     @field_validator("strength", mode="before")
     @classmethod
@@ -364,7 +237,9 @@ class Selection(Section):
     rungs: Rungs = (8, 16)
     """Prompts that survivors answer before the worst of them drop out; the last rung has `prompts`.
 
-    With `[]` all survivors answer all prompts. No answer is generated twice.
+    With `[]` all survivors answer all prompts. No answer is generated twice. Tuned edits are judged
+    so too; of them, only those drop out that another beats both in compliance x coherence and in
+    KL.
     """
     keep: Annotated[float, Field(gt=0, le=1)] = 0.5
     """Share of the survivors that goes on to the next rung."""
@@ -391,6 +266,11 @@ class Selection(Section):
         if list(value) != sorted(set(value)):
             raise ValueError("must grow")
         return value
+
+    @property
+    def rows(self) -> int | None:
+        """`batch_size` as a number; None for the engine's choice."""
+        return None if self.batch_size == "auto" else self.batch_size
 
     def schedule(self, candidates: int, prompts: int, least: int) -> list[tuple[int, int]]:
         """Candidates and prompts of each rung, the last with all prompts.

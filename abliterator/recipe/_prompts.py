@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import (
     BeforeValidator,
     Field,
-    SerializerFunctionWrapHandler,
-    model_serializer,
     model_validator,
 )
 
@@ -19,6 +17,8 @@ from abliterator.recipe._section import Positive, Section, as_tuple
 
 class Source(Section):
     """Where prompts come from: a local file, or a Hub dataset at a revision."""
+
+    later_keys: ClassVar = ("groups", "cluster")
 
     path: Annotated[Path | None, Field(strict=False)] = None
     """Local .txt (one prompt a line) or .jsonl (objects with `prompt`, or a conversation under
@@ -60,15 +60,6 @@ class Source(Section):
             )
         return self
 
-    @model_serializer(mode="wrap")
-    def _dump_named_groups(self, plain: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Without `groups` and `cluster` where none are named: older recipes keep their digests."""
-        values: dict[str, Any] = plain(self)
-        for key in ("groups", "cluster"):
-            if getattr(self, key) is None:
-                values.pop(key, None)
-        return values
-
 
 # AdvBench's requests and Alpaca's instructions as published on the Hub: what the field extracts
 # refusal from.
@@ -91,6 +82,8 @@ SetName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$")]
 
 class Prompts(Section):
     """The prompt sets."""
+
+    later_keys: ClassVar = ("near_duplicates", "protect")
 
     target: Source = DEFAULT_TARGET
     """Prompts on which the behaviour shows; directions are extracted from their activations."""
@@ -144,16 +137,6 @@ class Prompts(Section):
         if self.protect:
             changes["protect"] = {name: sources[f"protect.{name}"] for name in self.protect}
         return self.model_copy(update=changes)
-
-    @model_serializer(mode="wrap")
-    def _dump_dropping(self, plain: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Without keys that recipes of before do not have, where they change nothing."""
-        values: dict[str, Any] = plain(self)
-        if self.near_duplicates == "keep":
-            values.pop("near_duplicates", None)
-        if not self.protect:
-            values.pop("protect", None)
-        return values
 
 
 class Chat(Section):

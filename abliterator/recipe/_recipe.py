@@ -16,7 +16,8 @@ from pydantic import (
 
 from abliterator.files import digest_of
 from abliterator.recipe._benchmarks import Benchmarks, DivergenceSettings, without_folder
-from abliterator.recipe._edit import DirectionSettings, Edit, Selection
+from abliterator.recipe._directions import DirectionSettings
+from abliterator.recipe._edit import Edit, Selection
 from abliterator.recipe._engine import EngineSettings
 from abliterator.recipe._judge import JudgeSettings, Rollouts
 from abliterator.recipe._prompts import Capture, Chat, Prompts

@@ -261,3 +261,11 @@ class RunRecord(Frozen):
         str, str
     ] = {}  # sha256 of files for other programs, by their path in the checkpoint
     provenance: Provenance
+
+    @model_serializer(mode="wrap")
+    def _dump_checks(self, plain: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Without `directions` where nothing of them was checked: other records keep their form."""
+        values: dict[str, Any] = plain(self)
+        if self.directions is None:
+            values.pop("directions", None)
+        return values

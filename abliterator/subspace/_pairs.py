@@ -50,7 +50,8 @@ def with_lengths(columns: Tensor, lengths: Tensor) -> Tensor:
 
 def lengths_of(pairs: Tensor) -> Tensor:
     """The Frobenius norm of each module's U [M], of pairs [M, 2, H, r]."""
-    return pairs[:, 0].flatten(1).norm(dim=1)
+    lengths: Tensor = pairs[:, 0].flatten(1).norm(dim=1)
+    return lengths
 
 
 def pair_distances(pairs: Tensor, start: Tensor) -> Tensor:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from tests.helpers.stream_sizes import INDEXED, SEVERAL_STREAMS
+
 D_MODEL = 32
 VOCABULARY = 96
 
@@ -72,7 +74,6 @@ _MROPE = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]}
 _MIXED = ["linear_attention", "full_attention", "linear_attention"]
 _CONV = ["conv", "full_attention", "conv"]
 _LATENT = {"num_key_value_heads": 4}
-_INDEXED = {**_LATENT, "index_n_heads": 2, "index_head_dim": 16, "index_topk": 4}
 _GEMMA4 = {
     "hidden_size_per_layer_input": 8,
     "layer_types": ["sliding_attention", "full_attention", "full_attention"],
@@ -92,8 +93,9 @@ _VQ = {
 
 # What one model_type needs besides, and what switches on its biases and its rarer parts.
 OWN: dict[str, dict[str, Any]] = {
+    **SEVERAL_STREAMS,
     "axk1": _LATENT,
-    "axk2": _INDEXED,
+    "axk2": INDEXED,
     "bailing_hybrid": {"layer_group_size": 3, **_LATENT},
     "bamba": {"attn_layer_indices": [1]},
     "beam": {"mlp_layer_types": ["dense", "sparse", "sparse"]},
@@ -114,25 +116,9 @@ OWN: dict[str, dict[str, Any]] = {
     },
     "cohere_compass_text": {"rope_parameters": {"full_attention": _MROPE}},
     "deepseek_v2": _LATENT,
-    "deepseek_v4": {
-        "intermediate_size": 64,
-        "num_key_value_heads": 1,
-        "partial_rotary_factor": 0.5,
-        "layer_types": [
-            *("sliding_attention", "compressed_sparse_attention", "heavily_compressed_attention"),
-        ],
-        "compress_rates": {"compressed_sparse_attention": 2, "heavily_compressed_attention": 4},
-        "mlp_layer_types": ["hash_moe", "moe", "moe"],
-        "o_groups": 2,
-        "o_lora_rank": 8,
-        "index_n_heads": 2,
-        "index_head_dim": 8,
-        "index_topk": 2,
-        "hc_mult": 3,
-    },
     "deepseek_ocr2_text": {"mlp_layer_types": ["dense", "sparse", "sparse"]},
     "dots3_note_text": {
-        **_INDEXED,
+        **INDEXED,
         "head_dim": 16,
         **{f"swa_{name}": 4 for name in ("num_attention_heads", "num_key_value_heads")},
         **{f"swa_{name}": 8 for name in ("q_lora_rank", "kv_lora_rank", "qk_nope_head_dim")},
@@ -141,7 +127,7 @@ OWN: dict[str, dict[str, Any]] = {
         "layer_types": ["sliding_attention", "indexed_attention", "sliding_attention"],
         "mlp_layer_types": ["dense", "sparse", "sparse"],
     },
-    "deepseek_v32": _INDEXED,
+    "deepseek_v32": INDEXED,
     "deepseek_v3": _LATENT,
     "falcon": {"head_dim": None},
     "gemma4_text": _GEMMA4,
@@ -153,26 +139,10 @@ OWN: dict[str, dict[str, Any]] = {
         "altup_num_inputs": 3,
     },
     "glm4_moe_lite": _LATENT,
-    "glm_moe_dsa": _INDEXED,
+    "glm_moe_dsa": INDEXED,
     "gemma4_unified_text": {**_GEMMA4, "num_kv_shared_layers": 1},
-    "glm5_next_text": {
-        **_INDEXED,
-        "index_kpool": 2,
-        "qk_rope_head_dim": 0,
-        "layer_types": ["linear_attention", "indexed_attention", "linear_attention"],
-        "mlp_layer_types": ["dense", "sparse", "sparse"],
-        "linear_head_dim": 8,
-        "linear_num_heads": 4,
-        "hc_mult": 3,
-    },
     "gpt_neo": {"attention_types": [[["global", "local"], 1], [["global"], 1]], "num_layers": 3},
     "granitemoehybrid": {"layer_types": _MIXED},
-    "hy_v4": {**_INDEXED, "hc_mult": 3},
-    "hy_v4_vl_text": {
-        **_INDEXED,
-        "hc_mult": 3,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]},
-    },
     "hyperclovax": {"use_post_norm": True},
     "jamba": {"attn_layer_offset": 1, "attn_layer_period": 3},
     "kimi_linear": {
@@ -199,7 +169,7 @@ OWN: dict[str, dict[str, Any]] = {
         "zero_expert_num": 2,
         "expert_ffn_hidden_size": 24,
     },
-    "mistral_large4_text": _INDEXED,
+    "mistral_large4_text": INDEXED,
     "mistral4": {**_LATENT, "head_dim": 16},
     "olmo_hybrid": {"layer_types": _MIXED},
     "recurrent_gemma": {"block_types": ["recurrent", "attention"], "lru_width": D_MODEL},
@@ -227,22 +197,6 @@ OWN: dict[str, dict[str, Any]] = {
     },
     "qwen3_5_moe_text": {"layer_types": _MIXED},
     "qwen3_5_text": {"layer_types": _MIXED},
-    "qwen4_exp_text": {
-        "layer_types": ["linear_attention", "indexed_attention", "linear_attention"],
-        "hc_count": 3,
-        "hc_lowrank": 8,
-        "indexer_n_heads": 2,
-        "indexer_kv_heads": 1,
-        "indexer_head_dim": 8,
-        "indexer_budget": 4,
-        "indexer_compress_ratio": 2,
-        "ple_layer_ids": [3],
-        "ple_embed_dim": 16,
-        "heads_per_ngram": 2,
-        "ngram_vocab_size_base": 20,
-        "make_ngram_vocab_size_divisible_by": 4,
-        "split_ngram_parts": 2,
-    },
     "qwen3_next": {"layer_types": _MIXED, "mlp_only_layers": [0]},
     "sarvam_mla": _LATENT,
     "phi4_multimodal": {

@@ -18,7 +18,7 @@ from abliterator.anatomy import anatomy_of
 from abliterator.bake import bake, plan_edits
 from abliterator.checkpoint import Checkpoint
 from abliterator.cli import main
-from abliterator.errors import CheckpointError
+from abliterator.errors import CheckpointError, UnsupportedModel
 from abliterator.model import load_model
 from abliterator.recipe import Edit
 from abliterator.subspace import orthonormal_basis
@@ -145,6 +145,28 @@ def test_a_pass_through_several_streams_is_exact(
     for entry in found:
         assert entry.strength == pytest.approx(strength, abs=1e-4)
         assert entry.leak == pytest.approx(abs(1 - strength), abs=1e-4)
+
+
+@pytest.mark.parametrize("name", ["gemma3n_text", "minimax"])
+def test_a_pass_through_a_model_that_is_edited_in_part(tmp_path, tiny_tokenizer, monkeypatch, name):
+    """Gemma 3n's sublayers are told from its copies of the stream; MiniMax-01's blocks are not."""
+    monkeypatch.setitem(WANTED, "vocab_size", tiny.VOCABULARY)
+    monkeypatch.setitem(WANTED, "vocab_size_per_layer_input", tiny.VOCABULARY)
+    base, out = architectures.save(name, tmp_path / "base"), tmp_path / "edited"
+    tiny_tokenizer.save_pretrained(base)
+    checkpoint = Checkpoint.open(base)
+    plan = plan_edits(checkpoint, anatomy_of(checkpoint.config), Edit(partial=True))
+    bake(checkpoint, plan, basis(), out)
+    tiny_tokenizer.save_pretrained(out)
+    stored = of_blocks(stored_strengths(base, out, basis()))
+    assert all(entry.strength == pytest.approx(1, abs=1e-4) for entry in stored)
+    if name == "minimax":
+        with pytest.raises(UnsupportedModel, match="without `--run`"):
+            measured_strengths(base, out, basis(), TEXTS, load=LOAD)
+        return
+    for entry in measured_strengths(base, out, basis(), TEXTS, load=LOAD):
+        assert entry.strength == pytest.approx(1, abs=1e-4)
+        assert entry.leak < 1e-4
 
 
 FORMATS = ("fp8_block", "compressed_row", "fp8_block experts", "mxfp4")
