@@ -69,7 +69,8 @@ def unit(vectors):
 def test_every_name_of_a_recipe_has_a_function_and_the_vectors_that_it_reads():
     fields = DirectionSettings.model_fields
     assert {*get_args(fields["estimator"].annotation)} == {*ESTIMATORS, "tuned"}
-    assert {*get_args(fields["stack"].annotation)} == {*STACKS}
+    # pairs of writers are not made from activations: tuning begins them at a stack of layers
+    assert {*get_args(fields["stack"].annotation)} == {*STACKS, "per_writer"}
     for name, estimator in ESTIMATORS.items():
         assert bool(DirectionSettings(estimator=name).stored_sets) is estimator.needs_vectors
     for name, method in STACKS.items():

@@ -159,7 +159,7 @@ def _subspaces(
         if method.within and not (paired and run.recipe.prompts.contrast is None):
             makers[f"{name}, {STACKED} directions"] = partial(_within, name, run, sets, estimates)
     if (tuned := tuned_subspace(run, layers)) is not None:
-        makers["tuned"] = lambda: tuned
+        makers[f"tuned, {run.recipe.directions.stack}"] = lambda: tuned
     return makers
 
 

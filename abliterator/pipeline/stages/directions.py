@@ -43,9 +43,8 @@ def _key(run: Run) -> Any:
 def _run(run: Run) -> list[Path]:
     from abliterator.directions import save_directions
 
-    selected = selected_layers(run)
-    subspace = tuned_subspace(run, selected.layers) or extracted_subspace(run)
-    directions = fitted(run)
+    selected, directions = selected_layers(run), fitted(run)
+    subspace = tuned_subspace(run, selected.layers) or extracted_subspace(run, directions)
     position = selected.places[0].position
     save_directions(SUBSPACE.path(run), directions[position], subspace)
     checks = _checks(run, directions, position)

@@ -26,7 +26,14 @@ from abliterator.record import Selection
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from abliterator.directions import AnyPlace, Observations, Place, Position, Subspace
+    from abliterator.directions import (
+        AnyPlace,
+        Directions,
+        Observations,
+        Place,
+        Position,
+        Subspace,
+    )
     from abliterator.engines import Engine
     from abliterator.evaluation import EvaluationContext, RenderedPrompts
     from abliterator.prompts import Prompt
@@ -92,25 +99,26 @@ def ranked_places(run: Run, selection: Selection | None) -> list[AnyPlace]:
     return [Place(layer, position_of(run)) for layer in run.plan.layers]
 
 
-def pool_of(run: Run, *, controls: bool = True) -> Pool:
+def pool_of(run: Run, extracted: Mapping[Position, Directions], *, controls: bool = True) -> Pool:
     """The candidates of a selection: the plan's layers at the captured positions, or nodes of one.
 
     Args:
         run: the run.
+        extracted: `fitted` of it.
         controls: whether directions of shuffled labels are made too.
     """
     from abliterator.directions import Node, Place
     from abliterator.selection import Pool
 
-    directions, observed = fitted(run), observations(run)
-    places = [Place(layer, position) for layer in run.plan.layers for position in directions]
+    observed = observations(run)
+    places = [Place(layer, position) for layer in run.plan.layers for position in extracted]
     nodes = _nodes(run, places, observed) if run.recipe.directions.stack == "som" else {}
     candidates: Sequence[AnyPlace] = places
     if run.recipe.sweeps_nodes:
         candidates = [Node(*places[0], i) for i in range(len(nodes[places[0]]))]
     return Pool(
         places=candidates,
-        directions=directions,
+        directions=extracted,
         shuffled=shuffled(run) if controls else (),
         differences={
             position: o.vectors["differences"]
@@ -134,14 +142,21 @@ def _nodes(
     }
 
 
-def extracted_subspace(run: Run) -> Subspace:
-    """The subspace of the selected layers, as extracted from activations."""
+def extracted_subspace(
+    run: Run, extracted: Mapping[Position, Directions] | None = None
+) -> Subspace:
+    """The subspace of the selected layers, as extracted from activations.
+
+    Args:
+        run: the run.
+        extracted: `fitted` of it, which not every estimator makes in no time.
+    """
     from abliterator.directions import per_layer
 
-    selected = selected_layers(run)
+    selected, directions = selected_layers(run), extracted or fitted(run)
     if run.recipe.directions.stack == "per_layer":
-        return per_layer(fitted(run)[selected.places[0].position], selected.layers)
-    return pool_of(run, controls=False).stack(selected.places, selected.k)
+        return per_layer(directions[selected.places[0].position], selected.layers)
+    return pool_of(run, directions, controls=False).stack(selected.places, selected.k)
 
 
 def _key(run: Run) -> Any:
@@ -170,7 +185,7 @@ def _run(run: Run) -> list[Path]:
         selection = choose(
             context,
             scoring,
-            pool_of(run),
+            pool_of(run, fitted(run)),
             sweep=recipe.sweeps or recipe.sweeps_nodes,
             k=settings.stacks if recipe.k == "auto" else recipe.k,
             settings=settings,
