@@ -14,6 +14,7 @@ class StudyRow(Frozen):
 
     name: str
     layers: tuple[int, ...] = ()  # whose directions are removed
+    k: int | None = None  # directions removed of one block; None where that is the layers' number
     contrast: Literal["generic", "paired"] | None = None
     alpha: float | None = None
     of: str | None = None  # the subspace, of which other rows have other strengths

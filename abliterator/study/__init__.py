@@ -1,4 +1,4 @@
-"""Studies of the choices in a recipe: extraction, contrast, number of directions, strength.
+"""Studies of a recipe's choices: extraction, contrast, directions, strength, controls, estimators.
 
 Every study measures edits of one loaded model, as hooks, on the same prompts as the base: judged
 answers, and the divergence along the base's answers. This package reads no recipe and no file, and
@@ -8,7 +8,7 @@ does not choose layers.
         study_alpha(evaluator, subspace.basis, (0.0, 0.5, 1.0))
         study_confirmation(evaluator, directions, (16, 15, 17, 13, 9))
 
-The questions are those of the replication whose layers the recipes carry.
+The first five questions are those of the replication whose layers the recipes carry.
 """
 
 from abliterator.study._controls import TOGETHER, TOLERANCE, random_like, study_controls

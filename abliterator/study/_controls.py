@@ -129,7 +129,7 @@ def matched_edit(evaluator: EditEvaluator, basis: Tensor, kl: float, *, name: st
             slope = min(max(rise, 1.0), 4.0)
         scale = min(scale * math.exp(-distance / slope), FARTHEST_SCALE)
     scale, distance = min(tried, key=lambda attempt: abs(attempt[1]))
-    note = "matched KL" if _is_within(distance) else "nearest KL"
+    note = f"{'matched' if _is_within(distance) else 'nearest'} KL, strength x {scale:.3g}"
     return NamedEdit(f"{name}, {note}", scaled_edit(evaluator.context, basis, scale), scale=scale)
 
 

@@ -54,7 +54,9 @@ def study_estimators(
         for entry in estimated:
             edit = scaled_edit(context, entry.basis, scale)
             name = entry.name if len(scales) == 1 else f"{entry.name}, strength x {scale:g}"
-            named_edit = NamedEdit(name, edit, entry.layers, scale=scale, of=entry.name)
+            named_edit = NamedEdit(
+                name, edit, entry.layers, scale=scale, of=entry.name, k=entry.basis.shape[-1]
+            )
             measured = evaluator.measure(name, edit)
             rows.append(edit_row(evaluator, named_edit, measured))
             if reference is None:

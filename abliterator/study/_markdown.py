@@ -48,10 +48,10 @@ def _rows(rows: Sequence[StudyRow]) -> str:
         [
             [
                 row.name,
-                str(len(row.layers)) if row.layers else "",
+                str(row.k or len(row.layers) or ""),
                 *(cell(getattr(row.answers, name)) for name in MEASURES),
                 *(
-                    cell(getattr(row.divergence, name)) if row.divergence else ""
+                    cell(getattr(row.divergence, name), ".4f") if row.divergence else ""
                     for name in ("kl_first_token", "kl")
                 ),
             ]

@@ -23,6 +23,7 @@ class NamedEdit(NamedTuple):
     alpha: float | None = None
     scale: float | None = None
     of: str | None = None
+    k: int | None = None
 
 
 def measured_rows(evaluator: EditEvaluator, edits: Sequence[NamedEdit]) -> tuple[StudyRow, ...]:
@@ -42,6 +43,7 @@ def edit_row(evaluator: EditEvaluator, edit: NamedEdit, measured: MeasuredEdit) 
         alpha=edit.alpha,
         scale=edit.scale,
         of=edit.of,
+        k=edit.k,
         answers=behaviour.edited,
         delta=behaviour.delta,
         divergence=measured.divergence,

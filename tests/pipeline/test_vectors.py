@@ -34,28 +34,24 @@ def test_an_estimate_is_at_the_captured_layers_alone():
     assert torch.equal(difference(same), found)
 
 
-def test_balanced_halves_have_none_of_the_difference_of_the_kinds_and_permutations_have_some():
+def test_balanced_halves_have_none_of_the_difference_of_the_kinds_and_other_splits_have_some():
     of = layer_observations()
     balanced = [float(difference(of.balanced(f"{{name}} {i}"))[1, 0]) for i in range(20)]
-    permuted = [float(difference(of.permuted(f"{i}"))[1, 0]) for i in range(20)]
     assert max(map(abs, balanced)) < 3
     assert len(set(balanced)) == 20
-    assert max(map(abs, permuted)) > 10  # by chance, as often one sign as the other
-    assert min(permuted) < 0 < max(permuted)
+    uneven = of.relabelled((range(10), range(10, 20)))
+    assert difference(uneven)[1, 0] > KIND / 2
 
 
-def test_shuffled_labels_are_a_permutation_of_as_many_of_each():
+def test_balanced_halves_have_as_many_prompts_of_each_kind_and_are_drawn_by_the_seed():
     of = layer_observations()
-
-    def kinds(other):
-        return [(v[:, 0, 0] > KIND / 2).sum().item() for v in other.observations.vectors.values()]
-
-    shuffled, again, other = of.permuted("a"), of.permuted("a"), of.permuted("b")
-    assert sum(kinds(shuffled)) == 12
-    assert (shuffled.observations.target.n, shuffled.observations.contrast.n) == (12, 8)
-    assert torch.equal(difference(shuffled), difference(again))
-    assert not torch.equal(difference(shuffled), difference(other))
-    assert kinds(of.balanced("0 {name} 1")) == [6, 6]
+    one, again, other = (of.balanced(f"0 {{name}} {i}") for i in (1, 1, 2))
+    for side in one.observations.vectors.values():
+        assert (side[:, 0, 0] > KIND / 2).sum() == 6
+        assert len(side) == 10
+    assert (one.observations.target.n, one.observations.contrast.n) == (10, 10)
+    assert torch.equal(difference(one), difference(again))
+    assert not torch.equal(difference(one), difference(other))
 
 
 def test_the_end_of_the_users_text_is_read_with_the_template_where_its_tail_has_one_length():

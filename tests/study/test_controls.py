@@ -60,7 +60,7 @@ def test_a_matched_control_moves_neutral_answers_as_far_as_the_edit(context, tmp
         study = study_controls(evaluator, BASIS, [], draws=2, matched=1)
         weak = evaluator.kl("weak", scaled_edit(context, random_like(BASIS, 0), 0.3))
     edit, plain, matched = study.rows[1], study.rows[2], study.rows[-1]
-    assert matched.name == "random directions 1, matched KL"
+    assert matched.name == f"random directions 1, matched KL, strength x {matched.scale:.3g}"
     kl = edit.divergence.kl.value
     assert abs(matched.divergence.kl.value / kl - 1) <= TOLERANCE
     assert abs(plain.divergence.kl.value / kl - 1) > TOLERANCE
@@ -71,7 +71,7 @@ def test_a_matched_control_moves_neutral_answers_as_far_as_the_edit(context, tmp
 def test_a_kl_that_no_strength_gives_is_not_called_matched(context, tmp_path):
     with EditEvaluator(context, tmp_path / "logits.bin") as evaluator:
         edit = matched_edit(evaluator, BASIS, 1e6, name="control")
-    assert edit.name == "control, nearest KL"
+    assert edit.name == f"control, nearest KL, strength x {edit.scale:.3g}"
 
 
 def test_draws_that_are_the_edit_itself_reach_it_and_p_is_1(context, tmp_path):
@@ -121,7 +121,7 @@ def test_the_controls_are_of_the_edit_that_a_build_bakes(recipe, tmp_path, stack
     assert kl[0] == pytest.approx(record.divergence.kl.value, rel=1e-3)
     matched = sum(row.scale is not None for row in study.rows)
     assert matched == 2
-    assert len(kl) == len(set(kl)) == (3 if stack == "within_layer" else 5) + matched
+    assert len(kl) == len(set(kl)) == 5 + matched
     assert {null.of for null in study.nulls} == {"shuffled labels", "random directions"}
     for null in study.nulls:
         assert len(null.values) == settings.draws

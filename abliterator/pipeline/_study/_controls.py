@@ -26,21 +26,20 @@ def controls(run: Run, settings: StudySettings) -> Measured:
     selected, selection = selected_layers(run), run.recipe.selection
     basis = (tuned_subspace(run, selected.layers) or extracted_subspace(run)).basis
     draws, null_draws = selection.controls, settings.draws
-    shuffled, permuted = shuffled_bases(run, draws, null_draws)
+    shuffled = shuffled_bases(run, draws + null_draws)
     nulls = {
-        "shuffled labels": permuted,
-        # other draws than those of the rows
+        "shuffled labels": shuffled[draws:],  # other draws than those of the rows
         "random directions": [random_like(basis, draws + i) for i in range(null_draws)],
     }
     nulls = {of: bases for of, bases in nulls.items() if bases}
     # a matched control takes about three steps, a null distribution one for some of its draws
-    steps = 1 + 4 * draws + len(shuffled) + len(nulls) * (1 + null_draws // TOGETHER)
+    steps = 1 + 5 * draws + len(nulls) * (1 + null_draws // TOGETHER)
     sets = prompt_sets(run)
     with evaluator_of(run, settings, sets, edits=steps, plan=planned_edits(run)) as evaluator:
         study = study_controls(
             evaluator,
             basis,
-            shuffled,
+            shuffled[:draws],
             draws=draws,
             matched=draws,
             nulls=nulls,
@@ -55,26 +54,23 @@ def controls(run: Run, settings: StudySettings) -> Measured:
     return study, {**about, **described(evaluator)}
 
 
-def shuffled_bases(run: Run, draws: int, null_draws: int) -> tuple[list[Tensor], list[Tensor]]:
-    """Q of the selected places from shuffled labels: from balanced halves, and from permutations.
+def shuffled_bases(run: Run, draws: int) -> list[Tensor]:
+    """Q of the selected places from shuffled labels, which hold nothing of the kinds' difference.
 
-    Balanced halves hold nothing of the difference of the kinds, so what such a direction does is
-    not the behaviour's. They are no null distribution, though: a p-value needs every labelling to
-    be as likely (Southworth, Kim & Owen 2009, "Properties of balanced permutations"). Within a
-    layer the labels are those of each pair, swapped or not, and there are no halves. Where
-    directions are tuned, or nodes of a map were chosen by measurement, there is neither, since
-    these would not be.
+    Halves with as many prompts of each kind; within a layer, pairs of which half are swapped. Were
+    every labelling as likely, many would have enough of the difference by chance to remove it, for
+    a direction is removed whatever its length. None where directions are tuned, or nodes of a map
+    were chosen by measurement, since these would not be.
 
     Args:
         run: the run.
-        draws: of balanced halves.
-        null_draws: of permutations.
+        draws: how many.
     """
     settings, seed = run.recipe.directions, run.recipe.seed
     if settings.estimator == "tuned" or run.recipe.sweeps_nodes:
-        return [], []
+        return []
     if settings.stack == "within_layer":
-        return [], _swapped(run, null_draws)
+        return _swapped(run, draws)
     places, extraction = selected_layers(run).places, prompt_sets(run).extraction
     needed = ("target", "contrast", *(["neutral"] if run.recipe.needs_neutral_mean else []))
     at = observed(
@@ -85,11 +81,7 @@ def shuffled_bases(run: Run, draws: int, null_draws: int) -> tuple[list[Tensor],
         protected=protected_prompts(extraction),
     )
     halves = (f"{seed} {{name}} {draw}" for draw in range(draws))
-    labels = (f"{seed} labels {draw}" for draw in range(null_draws))
-    return (
-        [_basis(run, {p: of.balanced(half) for p, of in at.items()}) for half in halves],
-        [_basis(run, {p: of.permuted(label) for p, of in at.items()}) for label in labels],
-    )
+    return [_basis(run, {p: of.balanced(half) for p, of in at.items()}) for half in halves]
 
 
 def _basis(run: Run, at: Mapping[Position, LayerObservations]) -> Tensor:
@@ -111,7 +103,7 @@ def _basis(run: Run, at: Mapping[Position, LayerObservations]) -> Tensor:
 
 
 def _swapped(run: Run, draws: int) -> list[Tensor]:
-    """Q within the selected layer, the sides of each pair swapped or not."""
+    """Q within the selected layer, the sides of half of the pairs swapped."""
     import torch
 
     from abliterator.directions import within_layer
@@ -122,8 +114,8 @@ def _swapped(run: Run, draws: int) -> list[Tensor]:
     pairs = observations(run)[first.position].at_layer("differences", first.layer)
     bases = []
     for draw in range(draws):
-        generator = torch.Generator().manual_seed(draw)
-        signs = torch.randint(0, 2, (len(pairs), 1), generator=generator) * 2 - 1
-        vectors = within_layer((signs * pairs).mean(dim=0), signs * pairs)
+        order = torch.randperm(len(pairs), generator=torch.Generator().manual_seed(draw))
+        swapped = torch.where(order[:, None] % 2 == 0, pairs, -pairs)
+        vectors = within_layer(swapped.mean(dim=0), swapped)
         bases.append(orthonormal_basis(vectors[: selected.k]))
     return bases

@@ -161,7 +161,7 @@ def _subspaces(
     # as published, which removes less than the span where directions are alike
     makers[f"som, {STACKED} directions one by one"] = partial(_one_by_one, run, estimates)
     if (tuned := tuned_subspace(run, layers)) is not None:
-        makers["tuned"] = lambda: tuned
+        makers[f"tuned, {run.recipe.directions.stack}"] = lambda: tuned
     return makers
 
 

@@ -68,30 +68,20 @@ class LayerObservations:
         return replace(self, observations=observations)
 
     def balanced(self, seed: str) -> LayerObservations:
-        """Halves with as many prompts of each kind: the difference of the kinds cancels.
+        """Shuffled labels: halves with as many prompts of each kind, whose difference cancels.
 
         Args:
             seed: with a place for the `name` of the kind.
         """
-        n_target, n = self._counts
+        n_target, n_contrast = (len(self.observations.vectors[name]) for name in KINDS)
+        kinds = range(n_target), range(n_target, n_target + n_contrast)
         sides: tuple[list[int], list[int]] = [], []
-        for name, of_kind in zip(KINDS, (range(n_target), range(n_target, n)), strict=True):
+        for name, of_kind in zip(KINDS, kinds, strict=True):
             indices = list(of_kind)
             random.Random(seed.format(name=name)).shuffle(indices)
             sides[0].extend(indices[::2])
             sides[1].extend(indices[1::2])
         return self.relabelled(sides)
-
-    def permuted(self, seed: str) -> LayerObservations:
-        """Shuffled labels, as many of each as there are: every labelling is as likely."""
-        n_target, n = self._counts
-        order = random.Random(seed).sample(range(n), n)
-        return self.relabelled((order[:n_target], order[n_target:]))
-
-    @property
-    def _counts(self) -> tuple[int, int]:
-        counts = [len(self.observations.vectors[name]) for name in KINDS]
-        return counts[0], sum(counts)
 
 
 def observed(
