@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save
+from torch import Tensor
 
 from abliterator.engines import Engine, OnBatch, Padding
 from abliterator.files import write_bytes_atomic
@@ -54,6 +55,29 @@ def capture(
         if on_batch:
             on_batch(len(batch))
     return moments.freeze()
+
+
+def capture_vectors(
+    engine: Engine,
+    token_ids: Sequence[Sequence[int]],
+    *,
+    position: int = -1,
+    padding: Padding = "none",
+    max_batch_tokens: int = 4096,
+    on_batch: OnBatch | None = None,
+) -> Tensor:
+    """The residual stream of every prompt at `position`, [N, L, H] float32; else as `capture`.
+
+    4 N L H bytes: .2 GB for 416 prompts of a model with 32 layers and 4,096 dimensions.
+    """
+    vectors = torch.zeros(len(token_ids), *engine.hidden_shape)
+    for batch, residuals in engine.hidden_states(
+        token_ids, positions=(position,), padding=padding, max_batch_tokens=max_batch_tokens
+    ):
+        vectors[batch] = residuals[:, 0].float().cpu()
+        if on_batch:
+            on_batch(len(batch))
+    return vectors
 
 
 def save_moments(path: Path, moments: Mapping[str, MomentSet]) -> None:

@@ -1,4 +1,4 @@
-"""Pictures of a selection as PNG files, readable with any colour vision.
+"""Pictures of a selection and of a study as PNG files, readable with any colour vision.
 
 This module takes numbers alone, and reads no record. It needs the extra `plots` (matplotlib), which
 is imported when something is drawn.
@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from io import BytesIO
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from abliterator.files import write_bytes_atomic
 
@@ -96,6 +96,42 @@ def draw_curves(
         panels[0].legend(fontsize="small", ncols=3)
     panels[-1].xaxis.get_major_locator().set_params(integer=True)  # there is no layer 2.5
     panels[-1].set_xlabel("layer (dashed: chosen)" if chosen else "layer")
+    _save(figure, path)
+
+
+def draw_front(
+    path: Path,
+    edits: Mapping[str, Sequence[tuple[float, float]]],
+    *,
+    controls: Sequence[tuple[float, float]] = (),
+    base: float | None = None,
+) -> None:
+    """Compliance against KL, one line an edit, from its least strength to its greatest.
+
+    The nearer to the upper left, the more is complied with for the same change of other answers.
+
+    Args:
+        path: of the picture.
+        edits: by name, KL in nats a token and compliance at each strength.
+        controls: the same of edits that should do nothing, each a cross.
+        base: compliance of the model without an edit.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(WIDTH, WIDTH * 0.7), layout="constrained")
+    axes = figure.subplots()
+    for i, (name, points) in enumerate(edits.items()):
+        style: dict[str, Any] = {**_style(i), "label": name, "markersize": 5, "linewidth": 1}
+        axes.plot(*zip(*points, strict=True), **style)
+    if controls:
+        axes.plot(*zip(*controls, strict=True), "x", color=CHOSEN, label="controls")
+    if base is not None:
+        axes.axhline(base, color=CHOSEN, linestyle="--", linewidth=1, label="base")
+    axes.set(xlabel="KL on neutral answers, nats a token", ylabel="compliance", ylim=(-0.05, 1.05))
+    if all(kl > 0 for points in (*edits.values(), controls) for kl, _ in points):
+        axes.set_xscale("log")
+    axes.grid(alpha=0.3)
+    figure.legend(loc="outside lower center", fontsize="x-small", ncols=3)
     _save(figure, path)
 
 

@@ -251,6 +251,21 @@ def relabelling_test(group: Sequence[float], rest: Sequence[float], *, seed: int
     return float(shares[extreme].sum() / shares.sum())
 
 
+def monte_carlo_p(observed: float, null: Sequence[float]) -> float:
+    """One-sided p of a value among draws of its null distribution: (1 + c) / (1 + draws).
+
+    c counts draws that reach the value, so that the value itself is one of those that could have
+    been: p is never 0, and its least value is 1 / (1 + draws) (Phipson & Smyth 2010,
+    doi:10.2202/1544-6115.1585).
+
+    Raises:
+        ValueError: if a value is NaN or infinite.
+    """
+    data = _finite([observed, *null])
+    # equal means may differ by rounding
+    return float(1 + (data[1:] >= data[0] - 1e-9).sum()) / data.size
+
+
 def holm(p_values: Sequence[float]) -> list[float]:
     """Step-down p-values of several tests, each in its place (Holm 1979): 5 % family-wise error."""
     order = sorted(range(len(p_values)), key=p_values.__getitem__)

@@ -129,7 +129,7 @@ def rows(folder: Path) -> tuple[list[list[str]], list[list[str]]]:
         served = [*overrides, *ENGINE, f"engine.tensor_parallel={machine.count}"]
         served_recipe = load_recipe(RECIPE, overrides=served)
         rates = costs.assumed(costs.ACCELERATORS[machine.accelerator])
-        setup = costs.Setup(bake_workers=HOST_CORES)
+        setup = costs.Setup(devices=machine.count, bake_workers=HOST_CORES)
         estimate = pipeline.estimate_on(recipe, folder / "out", rates, setup=setup)
         by_engine = seconds_of(pipeline.estimate_on(served_recipe, folder / "out", rates))[
             "rollouts"

@@ -49,6 +49,13 @@ def on_gpu(loaded):
     return replace(loaded, model=deepcopy(loaded.model).to("cuda"), device="cuda")
 
 
+def test_without_a_number_as_many_prompts_are_answered_together_as_fit(tiny_loaded):
+    sizes = []
+    engine = TransformersEngine(on_gpu(tiny_loaded("llama")))
+    engine.answers([PROMPTS[0]] * 600, max_new_tokens=2, on_batch=sizes.append)
+    assert sizes == [512, 88]
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_captured_means_answers_and_distributions(family, tiny_loaded):
     cpu = tiny_loaded(family)

@@ -14,6 +14,8 @@ from abliterator.anatomy._anatomy import Anatomy, Kind, Shape, Writer, broad_com
 from abliterator.anatomy._config import (
     anatomy_of,
     known_model_types,
+    partial_model_types,
+    partial_reason,
     refused_model_types,
     require_countable,
 )
@@ -28,6 +30,8 @@ __all__ = [
     "anatomy_of",
     "broad_component",
     "known_model_types",
+    "partial_model_types",
+    "partial_reason",
     "refused_model_types",
     "require_countable",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -32,6 +33,7 @@ class Writer:
         gains: tensors [d_model] whose product multiplies the write: norms after the sublayer.
         gain_offset: what is added to each gain as stored (1 where a norm multiplies by 1 + weight).
         expert: which expert's it is, where each has a tensor of its own.
+        adds_copies: whether its module adds copies of its input too, which no weight makes.
         fused: whether the tensor's first axis counts experts.
         packed: whether the weight is in MXFP4: [expert, d_model, blocks, 16] bytes of two numbers.
         either_order: whether the order of the last two axes has to be inferred from their lengths.
@@ -49,6 +51,7 @@ class Writer:
     packed: bool = False
     either_order: bool = False
     expert: int | None = None
+    adds_copies: bool = False
 
 
 @dataclass(frozen=True)
@@ -64,6 +67,8 @@ class Anatomy:
         n_experts: routed experts of a block; 0 where there are none.
         extra_blocks: blocks after the last one, which predict further tokens (MTP): left alone.
         storage: how its weights are stored.
+        sublayers: where a block holds several residual streams (hyper-connections), module paths,
+            with {layer}, of what it mixes into them: of every entry, a block has one. Else empty.
     """
 
     model_type: str
@@ -74,8 +79,19 @@ class Anatomy:
     n_experts: int = 0
     extra_blocks: int = 0
     storage: Storage = field(default_factory=Storage)
+    sublayers: tuple[tuple[str, ...], ...] = ()
     _family: Family = field(kw_only=True, repr=False)
     _wrapper: Wrapper = field(default_factory=Wrapper, kw_only=True, repr=False)
+
+    @property
+    def partial(self) -> str | None:
+        """Why the stream keeps a subspace that no writer writes; None where it does not."""
+        return self._family.partial
+
+    @property
+    def rows_axis(self) -> int:
+        """The axis of a block's output that counts the rows of a batch: of [S, B, T, H] it is 1."""
+        return int(self._family.streams_first)
 
     def writers(self, shapes: Mapping[str, Shape]) -> tuple[Writer, ...]:
         """Every writer among the tensors of a checkpoint: embeddings, then block by block.
@@ -183,7 +199,8 @@ class Anatomy:
                 for kind, names in (("weight", weights), ("bias", biases)):
                     for i, name in zip(self._indices(part), names, strict=False):
                         writer = self._writer(part, name, layer, kind, gains)
-                        yield replace(writer, expert=i if part.per_expert else None)
+                        expert = i if part.per_expert else None
+                        yield replace(writer, expert=expert, adds_copies=part.adds_copies)
 
     def _parts_of(self, layer: int, table_names: Collection[str]) -> list[Part]:
         """The parts of one block: of alternatives the one that is there, else the first."""
@@ -254,10 +271,9 @@ class Anatomy:
     def _check_claimed(self, table_name: str, name: str) -> None:
         """Stops at a tensor that is neither an expected writer nor a reader in the table."""
         owner = self.storage.owner(table_name)
-        writes, reads = (
-            next((m for pattern in patterns if (m := pattern.fullmatch(owner))), None)
-            for patterns in (self._family.writer_names, self._family.reader_names)
-        )
+        writes, reads = self._claims(owner)
+        if not (writes or reads):  # it may have the name of a scale, and be none
+            writes, reads = self._claims(table_name)
         match = writes or reads
         shown = name if name.isprintable() else ascii(name)
         if match is None:
@@ -281,6 +297,13 @@ class Anatomy:
                 f"config.json leaves no place for it ({self.n_experts} experts). Use a checkpoint "
                 "whose config and weights belong together."
             )
+
+    def _claims(self, name: str) -> list[re.Match[str] | None]:
+        """How the table's names of writers, and those of readers, match a name."""
+        return [
+            next((m for pattern in patterns if (m := pattern.fullmatch(name))), None)
+            for patterns in (self._family.writer_names, self._family.reader_names)
+        ]
 
     def _check_present(self, expected: Collection[Writer], on_disk: Collection[str]) -> None:
         """Stops where writers, or gains after them, are not there; says how many of how many."""

@@ -34,6 +34,7 @@ def anatomy_of(config: Mapping[str, Any]) -> Anatomy:
     text = config if wrapper is None else _text_config(config, model_type)
     family = _family_of(str(text.get("model_type")), wrapper="text_config" in config)
     _check_requirements(model_type, family, text)
+    in_memory = (wrapper or Wrapper()).at_run_time
     quantised = config.get("quantization_config")
     if quantised and not isinstance(quantised, Mapping):
         raise CheckpointError(
@@ -45,11 +46,12 @@ def anatomy_of(config: Mapping[str, Any]) -> Anatomy:
         model_type=model_type,
         n_layers=_size(text, *family.n_layers),
         d_model=_size(text, *family.d_model),
-        blocks=(wrapper or Wrapper()).at_run_time(family.blocks),
+        blocks=in_memory(family.blocks),
         tied_embeddings=bool(family.tied_by_default if tied is None else tied),
         n_experts=_n_experts(family, text),
         extra_blocks=max(_count(text, key) for key in table().predictors.counted_by),
         storage=storage_of(config),
+        sublayers=tuple(tuple(map(in_memory, names)) for names in family.sublayers),
         _family=family,
         _wrapper=wrapper or Wrapper(),
     )
@@ -93,8 +95,20 @@ def require_countable(config: object) -> None:
 
 
 def known_model_types() -> tuple[str, ...]:
-    """Every model_type in the table, sorted."""
-    return tuple(sorted({*table().families, *table().wrappers}))
+    """Every model_type from whose stream an edit keeps a subspace out, sorted."""
+    return tuple(sorted({*table().families, *table().wrappers} - {*table().partial}))
+
+
+def partial_model_types() -> Mapping[str, str]:
+    """Every model_type of which only the writers can be edited, with the reason."""
+    return table().partial
+
+
+def partial_reason(config: Mapping[str, Any]) -> str | None:
+    """Why the stream of a model keeps a removed subspace, from a parsed config.json of any type."""
+    text = config.get("text_config")
+    names = [part.get("model_type") for part in (config, text) if isinstance(part, Mapping)]
+    return next((why for name in names if (why := table().partial.get(str(name)))), None)
 
 
 def refused_model_types() -> Mapping[str, str]:

@@ -45,6 +45,7 @@ class Part:
     packed: bool = False
     either_order: bool = False
     experts_after: int = 0
+    adds_copies: bool = False
 
     @property
     def per_expert(self) -> bool:
@@ -79,6 +80,9 @@ class Family(BaseModel):
     embeddings: tuple[Part, ...]
     others: tuple[str, ...]
     sizes_left_out: Mapping[str, int] = {}
+    partial: str | None = None
+    streams_first: bool = False
+    sublayers: tuple[tuple[str, ...], ...] = ()
 
     @cached_property
     def writer_names(self) -> tuple[re.Pattern[str], ...]:
@@ -125,6 +129,13 @@ class Table:
     predictors: Predictors
     refused: Mapping[str, str]
 
+    @property
+    def partial(self) -> Mapping[str, str]:
+        """What remains in the stream, by model_type of which only the writers can be edited."""
+        reasons = {name: why for name, family in self.families.items() if (why := family.partial)}
+        of_text = {name: reasons.get(f"{name}_text") for name in self.wrappers}
+        return {**reasons, **{name: why for name, why in of_text.items() if why}}
+
 
 @cache
 def table() -> Table:
@@ -167,6 +178,7 @@ def _family(entry: Mapping[str, Any], shapes: Mapping[str, Any]) -> Family:
         "writers": tuple(part for line in merged["writers"] for part in _parts(line, blocks)),
         "embeddings": tuple(part for line in embeddings for part in _parts(line, blocks)),
         "others": tuple(_within(name, blocks) for name in others),
+        "sublayers": tuple(_alternatives(line, blocks) for line in merged.get("sublayers", ())),
     }
     return Family.model_validate({**merged, **parts})
 
@@ -194,10 +206,13 @@ def _part(line: Mapping[str, Any], blocks: str) -> Part:
     names = {"module": line["module"], "tensor": tensor, "bias": bias}
     fields: dict[str, Any] = {key: _within(name, blocks) for key, name in names.items()}
     fields |= {key: value for key, value in line.items() if key not in (*names, "gain")}
-    gains = [gain.split("|") for gain in _several(line.get("gain", ()))]
-    return Part(
-        gains=tuple(tuple(_within(name, blocks) for name in names) for names in gains), **fields
-    )
+    gains = tuple(_alternatives(gain, blocks) for gain in _several(line.get("gain", ())))
+    return Part(gains=gains, **fields)
+
+
+def _alternatives(names: str, blocks: str) -> tuple[str, ...]:
+    """Names in full, of which "a|b" lists several."""
+    return tuple(_within(name, blocks) for name in names.split("|"))
 
 
 def _within(name: str, blocks: str) -> str:

@@ -96,12 +96,15 @@ class EditPlan:
         return replace(self, edits=tuple(edit for edit in edits if edit.strength))
 
     def experts_of(self, module: str) -> Indices | None:
-        """Which experts of a run-time module are edited; None for all of them, or no experts."""
+        """Which experts of a run-time module are edited; None if all that it adds up is edited."""
         of_module = [edit for edit in self.edits if edit.writer.module == module]
         edited = {edit.writer.expert for edit in of_module} - {None}
         every = {w.expert for w in self.writers if w.module == module} - {None}
-        if edited == every:  # none has a tensor of its own, or all of them are edited
-            return of_module[0].experts
+        first = of_module[0]
+        if first.writer.adds_copies and first.writer.fused and first.experts is None:
+            return tuple(range(first.info.shape[0]))
+        if edited == every and not (first.writer.adds_copies and edited):
+            return first.experts  # none has a tensor of its own, or all of them are edited
         return tuple(sorted(expert for expert in edited if expert is not None))
 
     @cached_property
@@ -133,12 +136,13 @@ def plan_edits(checkpoint: Checkpoint, anatomy: Anatomy, settings: Edit) -> Edit
         settings: how writers are edited: the recipe's `edit`.
 
     Raises:
-        RecipeError: for strengths and experts of blocks that the model does not have, and for
-            experts that are not there or have strength 0.
+        RecipeError: for strengths and experts of blocks that the model does not have, for
+            experts that are not there or have strength 0, and for `partial` where nothing remains.
         UnsupportedModel: for a tensor the anatomy does not know or does not find, a storage format
-            that cannot be edited, and embeddings that are tied to the output head or have no exact
-            edit.
+            that cannot be edited, embeddings that are tied to the output head or have no exact
+            edit, and a model that can be edited in part only where the settings do not say so.
     """
+    _require_extent(anatomy, partial=settings.partial)
     writers = anatomy.writers(checkpoint.shapes)
     if settings.embeddings:
         _require_editable_embeddings(writers, anatomy)
@@ -209,6 +213,21 @@ def require_fit(basis: Tensor, plan: EditPlan) -> None:
         )
 
 
+def _require_extent(anatomy: Anatomy, *, partial: bool) -> None:
+    """Checks that the settings ask for a partial edit exactly where no other is possible."""
+    if anatomy.partial and not partial:
+        raise UnsupportedModel(
+            f"A {anatomy.model_type} can be edited in part only: {anatomy.partial}. What its "
+            "writers write can be edited exactly, and what these copies carry stays in the stream. "
+            "Set `edit.partial: true` for that edit, or use a model of another type."
+        )
+    if partial and not anatomy.partial:
+        raise RecipeError(
+            f"`edit.partial: true` is for models of which a part of the edit cannot be made; of a "
+            f"{anatomy.model_type} all of it can. Leave `edit.partial` out."
+        )
+
+
 def _require_pairs(pairs: Tensor, plan: EditPlan) -> None:
     n_modules = len({*plan.pair_of.values()})
     if len(pairs) != n_modules or pairs.shape[1] != 2:
@@ -236,8 +255,8 @@ def _require_editable_embeddings(writers: tuple[Writer, ...], anatomy: Anatomy) 
     embeddings = [writer.name for writer in writers if writer.component == "embedding"]
     if not embeddings:
         raise UnsupportedModel(
-            f"`edit.embeddings` has no exact form for a {anatomy.model_type}: a norm stands "
-            "between the embedding and the residual stream. Leave `embeddings: false`."
+            f"`edit.embeddings` has no exact form for a {anatomy.model_type}: a norm or another "
+            "map stands between the embedding and the residual stream. Leave `embeddings: false`."
         )
     if anatomy.tied_embeddings:
         raise UnsupportedModel(

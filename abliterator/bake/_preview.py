@@ -72,13 +72,20 @@ def preview_edit(
 
 
 @contextmanager
-def preview_edits(loaded: LoadedModel, plan: EditPlan, bases: Sequence[Tensor]) -> Iterator[Choose]:
+def preview_edits(
+    loaded: LoadedModel,
+    plan: EditPlan,
+    bases: Sequence[Tensor],
+    strengths: Sequence[Mapping[str, float]] = (),
+) -> Iterator[Choose]:
     """Runs each row of a batch under its own edit, as `preview_edit` would.
 
     Args:
         loaded: the base.
         plan: which writers are edited, and how strongly.
         bases: the Q of each edit, of any ranks.
+        strengths: of each edit by module path of the writer, instead of the plan's; all edits have
+            the plan's unless given.
 
     Yields:
         What must be called before each forward pass with the index of every row's edit.
@@ -110,17 +117,23 @@ def preview_edits(loaded: LoadedModel, plan: EditPlan, bases: Sequence[Tensor]) 
             removals = [removal_of(edit.writer, checkpoint, basis, plan) for basis in bases]
             removals_by_key[key] = _on_devices(_stacked(removals), _wide(loaded))
         removal_on = removals_by_key[key]
+        path = edit.writer.module
+        own = torch.tensor([of_edit.get(path, edit.strength) for of_edit in strengths])
 
         def remove(written: Tensor) -> Tensor:
             removal, rows = removal_on(written.device), _EDIT_OF_ROWS.get().to(written.device)
             # experts write [rows x tokens, H], one row's tokens together
             by_row = written.view(len(rows), -1, written.shape[-1])
             by_edit = Removal(removal.take[rows], removal.read[rows])
-            return by_edit.removed(by_row).view_as(written)
+            removed = by_edit.removed(by_row)
+            if len(own):
+                removed = removed * own.to(removed)[rows, None, None]
+            return removed.view_as(written)
 
         return remove
 
-    with _previewed(loaded, plan, remover, {}):
+    whole = {edit.writer.module: 1.0 for edit in plan.edits} if strengths else {}
+    with _previewed(loaded, plan, remover, whole):
         yield choose
 
 

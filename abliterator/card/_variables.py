@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 
 from abliterator.card._header import COMMIT, header, hub_base
@@ -57,6 +58,7 @@ CONFIDENCE = {
     "calibration_error": "Calibration error of choices",
     "overconfidence": "Confidence minus accuracy",
 }
+_WORDS = re.compile("[A-Za-z ,]+")  # no markup can be made of them
 LENGTHS = ("tokens", "words")
 LLAMA_3 = {f"llama{number}": Markdown(f"Llama {number}") for number in ("3.1", "3.2", "3.3", "4")}
 
@@ -72,6 +74,7 @@ def variables(record: RunRecord, *, adapter: bool) -> dict[str, object]:
         "record": record,
         "edit": record.edit,
         "named_positions": NAMED_POSITIONS,
+        "partial": _partial(record),
         "planned": record.edit.tensors is None,
         "by_writer": (record.recipe.get("directions") or {}).get("stack") == "per_writer",
         "selection": record.selection,
@@ -107,6 +110,12 @@ def variables(record: RunRecord, *, adapter: bool) -> dict[str, object]:
             {k: v if k == "chat" else without_paths(v) for k, v in record.recipe.items()}
         ),
     }
+
+
+def _partial(record: RunRecord) -> str | None:
+    """Why the stream keeps a part of the directions: a sentence, unless it is more than words."""
+    reason = record.edit.partial
+    return Markdown(reason) if reason and _WORDS.fullmatch(reason) else reason
 
 
 def _outliers(record: RunRecord) -> list[tuple[str, Outlier]]:

@@ -96,7 +96,6 @@ def compare(
         prompts=_prompts(limit, target=target, neutral=neutral),
         tasks=_tasks(tasks),
         max_new_tokens=max_new_tokens,
-        batch_size=options.batch_size("auto"),
         benchmarks=_run_settings(engine, options, folder, limit=task_limit),
         engine=engine,
         answers=cache_folder() / "answers.sqlite",

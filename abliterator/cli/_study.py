@@ -10,7 +10,7 @@ import click
 from abliterator.cli._options import JSON, read_recipe, recipe_arguments
 from abliterator.cli._terminal import Bars, show
 
-NAMES = ("extraction", "pairs", "alpha", "confirmation", "controls")
+NAMES = ("extraction", "pairs", "alpha", "confirmation", "controls", "estimators")
 
 
 class Numbers(click.ParamType[tuple[Any, ...]]):
@@ -42,8 +42,11 @@ alpha         How strong must a removal be? h - alpha Q Q^T h on the
               output of every block, for several alphas.
 confirmation  How many directions? The best layers alone, then 3, 5 and
               all of them stacked.
-controls      Is it these directions? The same edit along random ones,
-              and along those of shuffled labels.
+controls      Is it these directions? The same edit along random ones, at
+              its strengths and at its KL, and along those of shuffled
+              labels; p-values among --draws of either.
+estimators    How are directions best estimated, and stacked? Every way on
+              the same prompts, layers and strengths (--scales).
 """
 
 
@@ -52,8 +55,16 @@ controls      Is it these directions? The same edit along random ones,
 @recipe_arguments()
 @click.option("--limit", type=click.IntRange(min=1), help="Prompts of each set.  [the recipe's]")
 @click.option("--tokens", type=click.IntRange(min=1), help="Tokens of an answer.  [the recipe's]")
-@click.option("--layers", type=Numbers(int), help="For pairs, as 8,16,24.  [default: all]")
+@click.option("--layers", type=Numbers(int), help="For pairs and estimators, as 8,16,24.")
 @click.option("--alphas", type=Numbers(float), help="For alpha, as 0,0.5,1.")
+@click.option("--scales", type=Numbers(float), help="For estimators, of the strengths: 0.5,1.")
+@click.option(
+    "--draws",
+    type=click.IntRange(min=0),
+    default=99,
+    show_default=True,
+    help="For controls: of each null distribution; 0 leaves them out.",
+)
 @JSON
 def study(
     name: str,
@@ -62,6 +73,8 @@ def study(
     tokens: int | None,
     layers: tuple[int, ...] | None,
     alphas: tuple[float, ...] | None,
+    scales: tuple[float, ...] | None,
+    draws: int,
     as_json: bool,
     **arguments: Any,
 ) -> None:
@@ -70,7 +83,10 @@ def study(
     from abliterator.study import to_markdown
 
     parsed, out, options = read_recipe(recipe, **arguments)
-    chosen_alphas = {"alphas": alphas} if alphas else {}
-    settings = pipeline.StudySettings(limit=limit, tokens=tokens, layers=layers, **chosen_alphas)
+    given = {"alphas": alphas, "scales": scales}
+    chosen: dict[str, Any] = {name: numbers for name, numbers in given.items() if numbers}
+    settings = pipeline.StudySettings(
+        limit=limit, tokens=tokens, layers=layers, draws=draws, **chosen
+    )
     result = pipeline.run_study(name, parsed, out, settings, options=options, progress=Bars())
     show(result, to_markdown, as_json=as_json)

@@ -55,7 +55,7 @@ def _selection_text(selection: Selection) -> str:
         stopped = " ".join(f"({gate})" for gate in c.stopped_by)
         scores = [f"{score:.3f}" for score in (c.bypass, c.kl, c.induce)]
         judged = [stopped, "", "", ""] if stopped else _answer_cells(c.answers)
-        table.append([str(c.layer), str(c.position), *scores, *judged])
+        table.append([c.name, str(c.position), *scores, *judged])
     lines = terminal_table([[row[0], *row[2:]] for row in table] if at_last_token else table, ">")
     if stacks:
         rows = [["k", "KL", *COLUMNS[3:], "product, random", "product, shuffled labels"]]
@@ -70,6 +70,10 @@ def _selection_text(selection: Selection) -> str:
     place_names = [
         str(layer) if position == -1 else f"{layer} at {position}" for layer, position in places
     ]
+    if selection.nodes:
+        place_names = [
+            f"{name} node {node}" for name, node in zip(place_names, selection.nodes, strict=True)
+        ]
     structure, k = selection.structure, selection.k
     first = min(len(stacks[-1].layers), k) if stacks else k
     lines += ["", f"chosen: layers {', '.join(place_names[:first])}; k = {k}: {selection.why}"]

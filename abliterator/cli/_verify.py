@@ -87,10 +87,21 @@ def _checkpoint_text(proof: Verification, checkpoint: Path) -> str:
             f"identical  {proof.tensors - proof.edited} tensors, every header and file: "
             f"{proof.identical_bytes:,} bytes",
             f"edited     {proof.edited} tensors, {proof.edited_bytes:,} bytes; {leak}",
+            *_partial_lines(proof),
             *(f"not ours   {name}" for name in proof.foreign),
             *(f"fault      {fault}" for fault in proof.faults),
         ]
     )
+
+
+def _partial_lines(proof: Verification) -> list[str]:
+    """What a proof of a partial edit does not say; nothing where the edit is whole."""
+    if proof.partial is None:
+        return []
+    return [
+        "partial    proven of what the writers write; the stream still holds a part of the "
+        f"directions, because {proof.partial}"
+    ]
 
 
 def _adapter_text(proof: AdapterVerification, adapter: Path | None) -> str:

@@ -74,7 +74,7 @@ class CompareSettings:
         tasks: benchmarks, from `resolve_tasks`.
         max_new_tokens: tokens of an answer.
         kl_tokens: answer tokens compared of each neutral prompt, at most.
-        batch_size: prompts answered together.
+        batch_size: prompts answered together; None for the engine's choice.
         max_batch_tokens: tokens in one forward pass of the divergence.
         seed: of the intervals.
         benchmarks: how benchmarks are run; device and dtype are those of all measurements.
@@ -88,7 +88,7 @@ class CompareSettings:
     tasks: Sequence[Task] = ()
     max_new_tokens: int = 256
     kl_tokens: int = 32
-    batch_size: int = 16
+    batch_size: int | None = None
     max_batch_tokens: int = 4096
     seed: int = 0
     benchmarks: RunSettings = field(default_factory=RunSettings)

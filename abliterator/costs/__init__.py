@@ -12,12 +12,14 @@ from abliterator.costs._cache import known_machine, remember
 from abliterator.costs._calibrate import calibrate
 from abliterator.costs._machine import ACCELERATORS, Assumed, Machine, assumed
 from abliterator.costs._passes import Work, spread
+from abliterator.costs._rows import HOST_ROWS, rows_that_fit
 from abliterator.costs._shape import Matrix, ModelShape, dtype_bytes, shape_of
 from abliterator.costs._stages import Costs
 from abliterator.costs._types import Answerer, Answers, Batch, Benchmark, Setup, StageCost
 
 __all__ = [
     "ACCELERATORS",
+    "HOST_ROWS",
     "Answerer",
     "Answers",
     "Assumed",
@@ -35,6 +37,7 @@ __all__ = [
     "dtype_bytes",
     "known_machine",
     "remember",
+    "rows_that_fit",
     "shape_of",
     "spread",
 ]

@@ -14,7 +14,7 @@ from abliterator.errors import FileError
 from abliterator.files import cache_folder, digest_of, read_text, write_text_atomic
 
 # Raised when `Machine` or what `calibrate` measures changes.
-_VERSION = 2
+_VERSION = 3
 
 
 def known_machine(device: str, dtype: str) -> Machine | None:

@@ -15,7 +15,7 @@ from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 from abliterator.costs._machine import Machine, Timing
-from abliterator.devices import CPU, device_name
+from abliterator.devices import CPU, device_memory, device_name
 
 if TYPE_CHECKING:
     import torch
@@ -65,6 +65,7 @@ def calibrate(
         hashing=len(data) / _median(lambda: hashlib.sha256(data), clock),
         python=_median(_python_loop, clock),
         base_memory=_resident(),
+        memory=device_memory(device).total,
         accelerator=device != CPU,
         **disk,
         **_blocks(timer, products),

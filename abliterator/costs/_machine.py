@@ -41,6 +41,7 @@ class Machine(BaseModel):
         hashing: bytes a second of SHA-256.
         python: seconds of a fixed loop of Python, by which times of Python code are scaled.
         base_memory: bytes of a process that has imported torch and transformers.
+        memory: bytes of the device, all of them.
         accelerator: whether calls return before the device has computed.
     """
 
@@ -65,6 +66,7 @@ class Machine(BaseModel):
     hashing: float
     python: float
     base_memory: int
+    memory: int
     accelerator: bool = False
 
     def product_seconds(self, rows: float, inner: int, outer: int) -> float:
@@ -157,6 +159,7 @@ def assumed(accelerator: Assumed) -> Machine:
         hashing=1.5e9,
         python=REFERENCE,
         base_memory=1 << 30,
+        memory=accelerator.memory,
         accelerator=True,
     )
 

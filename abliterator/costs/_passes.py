@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from abliterator.costs._machine import Machine
+from abliterator.costs._rows import cache_bytes
 from abliterator.costs._shape import Matrix, ModelShape, dtype_bytes
 
 # Reads and writes of keys and values in a step of decoding: a cache that grows is copied, and keys
@@ -68,7 +69,8 @@ class Work:
         computed = (
             products
             + stream
-            + self._cache_bytes(rows, cached) * (_CACHE_COPIES / machine.bandwidth)
+            + cache_bytes(shape, rows, cached, self.number_bytes)
+            * (_CACHE_COPIES / machine.bandwidth)
         )
         overhead = machine.pass_overhead + shape.n_layers * machine.block_overhead
         # an accelerator computes while the next call is prepared
@@ -133,14 +135,6 @@ class Work:
     def logit_seconds(self, copies: int = _LOGIT_COPIES) -> float:
         """Seconds of so many reads and writes of the logits of one position, in float32."""
         return copies * 4 * self.shape.vocabulary / self.machine.bandwidth
-
-    def cache_bytes(self, rows: int, tokens: float) -> int:
-        """Bytes of keys and values."""
-        return int(self._cache_bytes(rows, tokens))
-
-    def _cache_bytes(self, rows: int, tokens: float) -> float:
-        width = 2 * self.shape.key_width * self.shape.n_layers
-        return rows * tokens * width * self.number_bytes
 
     def _step(self, rows: int) -> float:
         return self.machine.step_overhead + rows * self.logit_seconds()

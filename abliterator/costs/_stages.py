@@ -8,6 +8,7 @@ from dataclasses import replace
 from abliterator.costs._engine import engine_start, on_engine
 from abliterator.costs._machine import REFERENCE
 from abliterator.costs._passes import Work
+from abliterator.costs._rows import working_bytes
 from abliterator.costs._types import Answerer, Answers, Batch, Benchmark, Setup, StageCost
 
 # Seconds of Python code on the machine whose `Machine.python` is `REFERENCE`: they do not depend on
@@ -35,16 +36,13 @@ _PADDED, _PROBED = 256, 3
 _EDIT_COPIES = {"nearest": 40, "compensated": 90}
 # A preview multiplies what every writer writes with Q twice; on a CPU hooks cost a few calls.
 _PREVIEW = 1.1
-# A backward pass through frozen weights costs what a forward pass does: gradients of activations
-# alone. With the pass of the unedited model on neutral rows.
+# A backward pass through frozen weights makes gradients of activations alone.
 _FORWARD_AND_BACKWARD = 2.2
 _SHARD = 5 << 30  # bytes of a file of weights
 # Bytes beside `Machine.base_memory` of the libraries that a build imports.
 _LIBRARIES = 200 << 20
 # Passages of the text whose perplexity both sides take, and tokens of one.
 _PASSAGES, _PASSAGE = 8, 120
-# Bytes of activations that a block holds, a number of the residual stream; and of logits.
-_BLOCK_BYTES, _LOGIT_BYTES = 32, 12
 # Copies of the logits of one batch: float32, log-probabilities of both sides, float64.
 _COMPARE_COPIES = 16
 _LOGIT_BATCH = 32 << 20  # bytes of logits of one batch of `abliterator.engines`
@@ -84,9 +82,9 @@ class Costs:
         """
         work, machine = self.work, self.machine
         rows, tokens, logits = batch or Batch()
-        working = work.cache_bytes(rows, tokens)
-        working += rows * tokens * work.shape.d_model * _BLOCK_BYTES
-        working += logits * work.shape.vocabulary * _LOGIT_BYTES
+        working = working_bytes(
+            work.shape, rows, tokens, logits=logits, number_bytes=work.number_bytes
+        )
         base = machine.base_memory + _LIBRARIES
         # of a model that is read block by block, one block is in memory
         block = work.streams and not loads
@@ -312,6 +310,7 @@ class Costs:
         batch: int,
         learned: Answers,
         trials: int,
+        raced: float,
         judged: Answers,
         neutral: Sequence[int],
         phases: int,
@@ -324,6 +323,7 @@ class Costs:
             batch: preference pairs of a step, and neutral rows.
             learned: prompts of one kind that are learned from, and how long answers are.
             trials: edits that are judged.
+            raced: answers of all of them together to one held-out prompt, as a rule.
             judged: the held-out target prompts.
             neutral: tokens of the held-out neutral prompts.
             phases: between which responses are asked for anew.
@@ -331,22 +331,25 @@ class Costs:
         """
         alone = Costs(self.work, self.setup._replace(speedup=1.0))  # workers have no part in it
         row = sum(learned.lengths) / max(1, len(learned.lengths)) + learned.tokens
-        plain = self.work.forward(batch, row, logits=batch * learned.tokens)
-        step = plain + _FORWARD_AND_BACKWARD * 3 * plain * _PREVIEW
-        step += self.work.read_again(3)  # a pass of the base, one forward and one backward
-        twice = learned._replace(lengths=[*learned.lengths] * 3)
-        asked = 2 * alone.answers(twice) + phases * alone.answers(learned) + self.probe([judged])
-        paths = [n + learned.tokens for n in neutral]
-        measured = alone.answers(judged) + self.work.scores(
-            paths, max_tokens, positions=learned.tokens
+        t, rest = learned.tokens, max(0.0, row - learned.tokens - learned.shared)
+        # an answer and a refusal follow one prompt, and neutral answers theirs
+        tokens = batch * (2 * rest + 3 * t) + 2 * learned.shared
+        step = self.work.forward(batch, rest + t, logits=batch * t) + self.work.read_again(3)
+        step += (
+            _FORWARD_AND_BACKWARD * self.work.forward(1, tokens, logits=3 * batch * t) * _PREVIEW
         )
+        asked = alone.answers(learned._replace(lengths=[*learned.lengths] * 3))
+        asked += phases * alone.answers(learned._replace(tokens=judged.tokens))
+        paths = [max(1, n + t - judged.shared) for n in neutral] * trials
+        rounds = judged._replace(lengths=[*judged.lengths] * round(raced))
+        measured = self.work.scores(paths, max_tokens, positions=t) + alone.answers(rounds)
         kept = 3 * batch * row * self.work.shape.n_layers * self.work.shape.d_model * 4
         cost = self.stage(
             "tuning",
-            steps * step + asked + (trials + 1) * _PREVIEW * measured,
+            steps * step + asked + self.probe([judged]) + _PREVIEW * measured,
             loads=1 if self.work.streams else 0,
-            read=steps * 4 * batch * row + (trials + 1) * sum(paths),
-            answered=(trials + 1) * len(judged.lengths) * judged.tokens,
+            read=steps * 4 * batch * row + sum(paths),
+            answered=len(rounds.lengths) * judged.tokens,
             batch=_largest([judged]),
         )
         graph = int(kept * _GRAPH)

@@ -74,6 +74,7 @@ class Setup(NamedTuple):
     Attributes:
         on_disk: bytes of weights, in the dtype of computation, that lie on disk while it answers.
         streams: whether passes over many prompts read the weights block by block, once for all.
+        devices: over which the weights are spread, where they lie on several accelerators.
         speedup: by which workers are faster together than this process alone.
         bake_workers: tensors that are edited at once.
         answers: what gives those of base and edited.
@@ -85,6 +86,7 @@ class Setup(NamedTuple):
 
     on_disk: int = 0
     streams: bool = False
+    devices: int = 1
     speedup: float = 1.0
     bake_workers: int = 1
     answers: Answerer = "process"

@@ -34,8 +34,15 @@ def save_control_vector(
         scale: of r; positive towards the behaviour, negative away from it.
 
     Raises:
-        DirectionError: for a layer that no control vector reaches; without the package `gguf`.
+        DirectionError: for a layer that no control vector reaches; without the package `gguf`; for
+            a model whose blocks hold several residual streams.
     """
+    if "streams" in published.metadata:
+        raise DirectionError(
+            "A control vector is added to one residual stream, and the blocks of a "
+            f"{published.metadata['model_type']} hold several. Steer it in transformers "
+            "(`load_directions(OUT).added`), or serve the checkpoint itself."
+        )
     if not layers or 1 in layers:
         raise DirectionError(
             "llama.cpp adds nothing after the first block, so a control vector has no layer 1. "

@@ -44,6 +44,32 @@ class Place(NamedTuple):
         return f"{self.layer}" if self.position == -1 else f"{self.layer} at {self.position}"
 
 
+class Node(NamedTuple):
+    """A direction of a layer that has several: a node of its self-organising map.
+
+    Attributes:
+        layer: residual layer, 1 .. L.
+        position: as that of a `Place`.
+        node: its index among the directions of the layer, from 0.
+    """
+
+    layer: int
+    position: Position
+    node: int
+
+    def __str__(self) -> str:
+        """The node and its place."""
+        return f"{Place(self.layer, self.position)}, node {self.node}"
+
+
+AnyPlace: TypeAlias = Place | Node
+
+
+def nodes_of(places: Sequence[AnyPlace]) -> tuple[int, ...]:
+    """The index of each node; none where the places are not nodes."""
+    return tuple(place.node for place in places if isinstance(place, Node))
+
+
 @dataclass(frozen=True)
 class Subspace:
     """The rank-k subspace that an edit removes.
@@ -72,9 +98,14 @@ def fit_directions(
     """
     vectors = target.mean - contrast.mean
     if remove_mean_of is not None:
-        mean = torch.nn.functional.normalize(remove_mean_of.mean, dim=1)
-        vectors = vectors - (vectors * mean).sum(dim=1, keepdim=True) * mean
+        vectors = without_mean(vectors, remove_mean_of.mean)
     return Directions(vectors)
+
+
+def without_mean(vectors: Tensor, mean: Tensor) -> Tensor:
+    """Vectors [L, H] without their components along the means [L, H], or [1, H] for all rows."""
+    unit = torch.nn.functional.normalize(mean, dim=1)
+    return vectors - (vectors * unit).sum(dim=1, keepdim=True) * unit
 
 
 def fit_shuffled(

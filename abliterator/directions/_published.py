@@ -66,8 +66,8 @@ class PublishedDirections:
 
     Attributes:
         tensors: `subspace` Q [H, k], or [L, H, k] with one a block, unless every site has an edit
-            of its own; `directions` [L, H], the mean differences r of which row l - 1 is that of
-            residual layer l; and those that sites name.
+            of its own; `directions` [L, H], as extracted, of which row l - 1 is that of residual
+            layer l; and those that sites name.
         sites: where the subspace is removed.
         metadata: all strings of the file: base model, layers, positions, blocks, sizes.
         obstacle: why no intervention equals the baked edit; None if one does.
@@ -84,7 +84,7 @@ class PublishedDirections:
         return tuple(json.loads(self.metadata["layers"]))
 
     def direction(self, layer: int) -> Tensor:
-        """The mean difference r [H] at a residual layer, 1 .. L, not normalised.
+        """The extracted direction r [H] at a residual layer, 1 .. L, not normalised.
 
         Raises:
             DirectionError: for a layer that the file has no direction of.
@@ -124,6 +124,8 @@ class PublishedDirections:
     def added(self, model: nn.Module, *, layer: int, scale: float) -> Iterator[None]:
         """Adds a direction after a block, at every token: h <- h + scale r (steering).
 
+        Where the block holds several residual streams, it is added to each of them.
+
         Args:
             model: the base, as transformers loads it.
             layer: residual layer, 1 .. L.
@@ -133,11 +135,15 @@ class PublishedDirections:
             DirectionError: for a layer that the file has no direction of.
             UnsupportedModel: for a model that lacks the block.
         """
-        from abliterator.model import block_paths, hooked
+        from abliterator.model import block_paths, hooked, in_each_stream
 
         direction = scale * self.direction(layer)
         path = block_paths(self.metadata["blocks"], layer)[-1]
-        with hooked(model, {path: lambda hidden: hidden + direction.to(hidden)}):
+
+        def add(hidden: Tensor) -> Tensor:
+            return in_each_stream(hidden, len(direction), lambda h: h + direction.to(h))
+
+        with hooked(model, {path: add}):
             yield
 
     def _hook(self, model: nn.Module, site: Site, scale: float) -> partial[Tensor]:

@@ -16,20 +16,24 @@ Method = Literal["hidden_states", "answers", "logits", "log_likelihoods"]
 
 
 def open_call(
-    loaded: LoadedModel, method: Method, *, blocks: Sequence[str], **arguments: Any
+    loaded: LoadedModel,
+    method: Method,
+    *,
+    residuals: Sequence[Sequence[str]],
+    **arguments: Any,
 ) -> AbstractContextManager[Work[Any]]:
     """The batches of a call.
 
     Args:
         loaded: the model, hooks and all.
         method: of `Engine`.
-        blocks: module paths of all blocks.
+        residuals: module paths, as `hidden_work` takes them.
         arguments: of the method; also `by_row`, where edits differ between the rows.
     """
     if method == "answers":
         return answer_work(loaded, **arguments)
     if method == "hidden_states":
-        return nullcontext(hidden_work(loaded, blocks=blocks, **arguments))
+        return nullcontext(hidden_work(loaded, residuals=residuals, **arguments))
     if method == "logits":
         return nullcontext(logits_work(loaded, **arguments))
     return nullcontext(likelihood_work(loaded, **arguments))

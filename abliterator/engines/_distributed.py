@@ -103,7 +103,7 @@ class DistributedEngine:
         prompts: Sequence[Sequence[int]],
         *,
         max_new_tokens: int,
-        batch_size: int,
+        batch_size: int | None = None,
         stop_ids: Sequence[int] | None = None,
         share_prefix: bool = False,
         sampling: Sampling | None = None,

@@ -31,7 +31,8 @@ class WriterEdit:
 class StreamEdit:
     """Removal from the residual stream after every block: h <- h - alpha Q Qᵀ h.
 
-    No edit of weights equals it: what the embeddings and other blocks wrote is removed too.
+    No edit of weights equals it: what the embeddings and other blocks wrote is removed too. Where
+    blocks hold several streams, it is removed from each of them.
 
     Attributes:
         basis: Q [H, k] with orthonormal columns.
@@ -45,6 +46,8 @@ class StreamEdit:
 @dataclass(frozen=True)
 class Steering:
     """A direction added to the residual stream at one layer, at every token: h <- h + r.
+
+    Where blocks hold several streams, it is added to each of them.
 
     Attributes:
         layer: 1 .. n_layers; layer l is the output of block l - 1.

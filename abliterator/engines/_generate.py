@@ -10,14 +10,19 @@ from collections.abc import Callable, Collection, Iterator, MutableMapping, Sequ
 from contextlib import contextmanager
 from functools import partial
 from itertools import groupby
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from abliterator.anatomy import anatomy_of
+from abliterator.checkpoint import Checkpoint
+from abliterator.costs import HOST_ROWS, ModelShape, rows_that_fit, shape_of
+from abliterator.devices import CPU, device_memory
 from abliterator.engines._protocol import Answer
 from abliterator.engines._sampling import Sampling
 from abliterator.engines._work import Work, in_order
-from abliterator.errors import GenerationError
+from abliterator.errors import GenerationError, UnsupportedModel
 from abliterator.model import (
     ByRow,
     LoadedModel,
@@ -89,7 +94,7 @@ def answer_work(
     prompts: Sequence[Sequence[int]],
     *,
     max_new_tokens: int,
-    batch_size: int,
+    batch_size: int | None = None,
     stop_ids: Sequence[int],
     share_prefix: bool = False,
     by_row: ByRow | None = None,
@@ -212,13 +217,17 @@ def _with_config(model: PreTrainedModel, config: GenerationConfig) -> Iterator[N
 
 
 def _batches(
-    loaded: LoadedModel, prompts: Sequence[Sequence[int]], batch_size: int, prefix: Prefix
+    loaded: LoadedModel, prompts: Sequence[Sequence[int]], batch_size: int | None, prefix: Prefix
 ) -> list[list[int]]:
     """Indices of prompts that run together, of one length each where padding changes answers.
 
     Longest first, so that the batch that needs most memory is the first to be halved if any must.
     """
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]), reverse=True)
+    if not order:
+        return []
+    width = len(prompts[order[0]]) + loaded.model.generation_config.max_new_tokens
+    batch_size = batch_size or _rows_that_fit(loaded, width)
     batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
     if all(len(prompts[batch[0]]) == len(prompts[batch[-1]]) for batch in batches):
         return batches
@@ -227,7 +236,7 @@ def _batches(
         lambda pads: _answer_logits(loaded, prompts, order[-1], prefix, pads),
         len(prompts[order[-1]]) + PROBED,
         shared=prefix.cache is not None,
-        width=len(prompts[order[0]]) + loaded.model.generation_config.max_new_tokens,
+        width=width,
     )
     if neutral:
         return batches
@@ -235,6 +244,26 @@ def _batches(
     return [
         group[i : i + batch_size] for group in lengths for i in range(0, len(group), batch_size)
     ]
+
+
+def _rows_that_fit(loaded: LoadedModel, tokens: int) -> int:
+    """Sequences of so many tokens that are answered together where nobody says how many."""
+    devices = {loaded.device, *(set(loaded.placement.values()) - {CPU, "disk"})}
+    try:
+        return rows_that_fit(
+            partial(_shape, loaded.folder),
+            tokens=tokens,
+            device=loaded.device,
+            memory=sum(device_memory(device).total for device in devices),
+            number_bytes=loaded.model.dtype.itemsize,
+        )
+    except UnsupportedModel:  # a model that is compared, not edited: its cache may be of any size
+        return HOST_ROWS
+
+
+def _shape(folder: Path) -> ModelShape:
+    checkpoint = Checkpoint.open(folder)
+    return shape_of(checkpoint, anatomy_of(checkpoint.config))
 
 
 def _answer_logits(

@@ -2,14 +2,15 @@
 
 Residual l (1 to n_layers) is the output of block l - 1: transformers' `hidden_states[-1]` has gone
 through the final norm, and keeping every position of every layer would use memory for unused
-numbers.
+numbers. Where blocks hold several streams (hyper-connections), it is the sum of what the sublayers
+of block l - 1 hand to the mixing: docs/directions.md says why.
 """
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Collection, Iterator, Sequence
-from functools import partial
+from functools import partial, reduce
 from typing import Any
 
 import torch
@@ -38,7 +39,7 @@ def hidden_work(
     loaded: LoadedModel,
     token_ids: Sequence[Sequence[int]],
     *,
-    blocks: Sequence[str],
+    residuals: Sequence[Sequence[str]],
     positions: Sequence[int] = (-1,),
     padding: Padding = "none",
     max_batch_tokens: int = 4096,
@@ -49,7 +50,7 @@ def hidden_work(
     Args:
         loaded: the model.
         token_ids: one rendered prompt each.
-        blocks: module paths of all blocks, in order.
+        residuals: for each layer from 1, paths of the modules whose outputs add up to it.
         positions: counted from the end of each prompt.
         padding: of the batches.
         max_batch_tokens: tokens in a batch, padding included.
@@ -61,7 +62,7 @@ def hidden_work(
     batches = equal_length_batches if padding == "none" else _mixed_length_batches
     return Work(
         partial(batches, token_ids, max_batch_tokens),
-        partial(_hidden_states, loaded, token_ids, blocks, positions),
+        partial(_hidden_states, loaded, token_ids, residuals, positions),
         is_divisible=padding == "none",
         run_batches=loaded.run_batches,
     ).without(skipped)
@@ -70,16 +71,16 @@ def hidden_work(
 def _hidden_states(
     loaded: LoadedModel,
     token_ids: Sequence[Sequence[int]],
-    blocks: Sequence[str],
+    residuals: Sequence[Sequence[str]],
     positions: Sequence[int],
     batch: list[int],
 ) -> Tensor:
     """[N, P, L, H] residuals of the prompts in `batch`, in the dtype of the model."""
-    by_block: dict[str, Tensor] = {}
+    by_path: dict[str, Tensor] = {}
 
     def keep(path: str, hidden: Tensor) -> None:
         # A copy, which a list of positions makes: a view would keep all positions alive.
-        by_block[path] = hidden[:, list(positions)].to(loaded.device)
+        by_path[path] = hidden[:, list(positions)].to(loaded.device)
 
     rows = [token_ids[i] for i in batch]
     inputs = (
@@ -87,16 +88,17 @@ def _hidden_states(
         if len({len(row) for row in rows}) > 1
         else {"input_ids": torch.tensor(rows)}
     )
-    hooks = {path: partial(keep, path) for path in blocks}
+    hooks = {path: partial(keep, path) for paths in residuals for path in paths}
     base_model = loaded.model.base_model  # logits are not needed
     if "position_ids" not in inspect.signature(base_model.forward).parameters:
         inputs.pop("position_ids", None)
     with torch.inference_mode(), hooked(loaded.model, hooks):
         base_model(**{k: v.to(loaded.device) for k, v in inputs.items()}, use_cache=False)
     stream: list[Tensor] = []
-    for path in blocks:
+    for paths in residuals:
         # The output of a skipped block is its input: Mllama skips the blocks that read images.
-        stream.append(by_block[path] if path in by_block else stream[-1])
+        is_skipped = len(paths) == 1 and paths[0] not in by_path
+        stream.append(stream[-1] if is_skipped else reduce(torch.add, (by_path[p] for p in paths)))
     return torch.stack(stream, dim=2)
 
 

@@ -113,7 +113,7 @@ class Engine(Protocol):
         prompts: Sequence[Sequence[int]],
         *,
         max_new_tokens: int,
-        batch_size: int,
+        batch_size: int | None = None,
         stop_ids: Sequence[int] | None = None,
         share_prefix: bool = False,
         sampling: Sampling | None = None,
@@ -125,7 +125,8 @@ class Engine(Protocol):
         Args:
             prompts: none may be empty.
             max_new_tokens: at most this many tokens an answer.
-            batch_size: prompts at a time.
+            batch_size: prompts at a time; without a number as many as a GPU's memory holds, and on
+                other devices 16.
             stop_ids: tokens that end an answer; the model's own unless given.
             share_prefix: run the tokens with which all prompts begin once, not once a prompt. The
                 same answers but for rounding: two tokens that nearly tie may change places.
@@ -196,7 +197,7 @@ class SideBySide(Protocol):
         """How many edits there are."""
 
     def answers(
-        self, prompts: Sequence[Sequence[int]], *, max_new_tokens: int, batch_size: int
+        self, prompts: Sequence[Sequence[int]], *, max_new_tokens: int, batch_size: int | None
     ) -> list[list[Answer]]:
         """Greedy answers to `prompts`, for each edit."""
 

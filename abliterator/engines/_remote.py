@@ -219,7 +219,7 @@ class EngineCall:
             if self.method is None:
                 yield lambda _: []
                 return
-            call = open_call(engine.loaded, self.method, blocks=engine.blocks, **options)
+            call = open_call(engine.loaded, self.method, residuals=engine.residuals, **options)
             work = stack.enter_context(call)
 
             def run(part: Part | None) -> Any:

@@ -168,7 +168,7 @@ class ServedEngine:
         prompts: Sequence[Sequence[int]],
         *,
         max_new_tokens: int,
-        batch_size: int,
+        batch_size: int | None = None,
         stop_ids: Sequence[int] | None = None,
         share_prefix: bool = False,
         sampling: Sampling | None = None,
@@ -338,7 +338,7 @@ class _ServedSideBySide:
         return self.open_passes()
 
     def answers(
-        self, prompts: Sequence[Sequence[int]], *, max_new_tokens: int, batch_size: int
+        self, prompts: Sequence[Sequence[int]], *, max_new_tokens: int, batch_size: int | None
     ) -> list[list[Answer]]:
         """Greedy answers to `prompts`, for each edit."""
         engine, served = self.engine, []

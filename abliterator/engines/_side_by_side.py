@@ -20,7 +20,7 @@ from abliterator.engines._generate import stop_ids
 from abliterator.engines._protocol import Answer, AnswerPath, Tokens
 from abliterator.engines._work import by_prompt, in_order
 from abliterator.errors import GenerationError
-from abliterator.model import ByRow, LoadedModel, hooked, shared_tokens
+from abliterator.model import ByRow, LoadedModel, hooked, in_each_stream, shared_tokens
 
 Choose = Callable[[Sequence[int]], None]
 
@@ -40,7 +40,7 @@ class GroupedEdits(ABC):
     max_batch_tokens: int
 
     def answers(
-        self, prompts: Sequence[Sequence[int]], *, max_new_tokens: int, batch_size: int
+        self, prompts: Sequence[Sequence[int]], *, max_new_tokens: int, batch_size: int | None
     ) -> list[list[Answer]]:
         """Greedy answers to `prompts`, for each edit."""
         answers: list[Answer] = []
@@ -134,7 +134,7 @@ class EditsByRow(GroupedEdits):
         self, method: Method, edits: range, **arguments: Any
     ) -> Iterator[tuple[list[int], Any]]:
         by_row = self.by_row(n_rows(arguments), edits)
-        with open_call(self.loaded, method, blocks=(), by_row=by_row, **arguments) as work:
+        with open_call(self.loaded, method, residuals=(), by_row=by_row, **arguments) as work:
             yield from work.results()
 
 
@@ -145,36 +145,46 @@ def n_rows(arguments: Mapping[str, Any]) -> int:
 
 @contextmanager
 def edited_by_row(
-    loaded: LoadedModel, blocks: Sequence[str], edits: Sequence[Edit], *, max_batch_tokens: int
+    loaded: LoadedModel,
+    blocks: Sequence[str],
+    edits: Sequence[Edit],
+    *,
+    max_batch_tokens: int,
+    rows_axis: int = 0,
 ) -> Iterator[EditsByRow]:
     """The model under several edits of one kind, side by side.
+
+    Args:
+        loaded: the model.
+        blocks: module paths of all blocks, in order.
+        edits: of one kind.
+        max_batch_tokens: tokens in one forward pass.
+        rows_axis: of a block's output, the axis that counts the rows of a batch.
 
     Raises:
         GenerationError: for edits of several kinds, or of a kind that has no such form.
     """
     writer_edits = [edit for edit in edits if isinstance(edit, WriterEdit)]
     steerings = [edit for edit in edits if isinstance(edit, Steering)]
-    if (
-        writer_edits
-        and len(writer_edits) == len(edits)
-        and not any(e.strengths for e in writer_edits)
-    ):
+    if writer_edits and len(writer_edits) == len(edits):
         plan, bases = writer_edits[0].plan, [edit.basis for edit in writer_edits]
-        with preview_edits(loaded, plan, bases) as choose:
+        has_own = any(edit.strengths for edit in writer_edits)
+        strengths = [edit.strengths for edit in writer_edits] if has_own else []
+        with preview_edits(loaded, plan, bases, strengths) as choose:
             yield EditsByRow(loaded, len(edits), choose, max_batch_tokens)
     elif steerings and len(steerings) == len(edits):
-        with _steered(loaded, blocks, steerings) as choose:
+        with _steered(loaded, blocks, steerings, rows_axis) as choose:
             yield EditsByRow(loaded, len(edits), choose, max_batch_tokens)
     else:
         raise GenerationError(
-            "Edits run side by side where all are of one kind: of writers at the strengths of one "
-            "plan, or directions that are added. Run these one at a time."
+            "Edits run side by side where all are of one kind: of the writers of one plan, or "
+            "directions that are added. Run these one at a time."
         )
 
 
 @contextmanager
 def _steered(
-    loaded: LoadedModel, blocks: Sequence[str], steerings: Sequence[Steering]
+    loaded: LoadedModel, blocks: Sequence[str], steerings: Sequence[Steering], rows_axis: int
 ) -> Iterator[Choose]:
     """Each direction added at its layer, at every token and as it is, in rows of its own."""
 
@@ -185,9 +195,14 @@ def _steered(
         at_layer = [s.direction if s.layer == layer else s.direction * 0 for s in steerings]
         table = torch.stack(at_layer).to(loaded.model.dtype)
         table_on = cache(table.to)
-        return lambda hidden: (
-            hidden + table_on(hidden.device)[_EDIT_OF_ROWS.get().to(hidden.device)][:, None]
-        )
+
+        def add(streams: Tensor) -> Tensor:
+            added = table_on(streams.device)[_EDIT_OF_ROWS.get().to(streams.device)]
+            shape = [1] * (streams.ndim - 1) + [-1]
+            shape[rows_axis] = len(added)
+            return streams + added.view(shape)
+
+        return lambda hidden: in_each_stream(hidden, table.shape[-1], add)
 
     layers = sorted({steering.layer for steering in steerings})
     with hooked(loaded.model, {blocks[layer - 1]: adder(layer) for layer in layers}):

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from abliterator.anatomy import anatomy_of
+from abliterator.anatomy import Anatomy, anatomy_of
 from abliterator.bake import preview_edit
 from abliterator.checkpoint import Checkpoint
-from abliterator.engines._edits import Edit, StreamEdit, WriterEdit
+from abliterator.engines._edits import Edit, Steering, StreamEdit, WriterEdit
 from abliterator.engines._generate import generate, stop_ids, stream
 from abliterator.engines._hidden import hidden_states
 from abliterator.engines._logits import log_likelihoods, logits_along
@@ -27,7 +27,15 @@ from abliterator.engines._protocol import (
 )
 from abliterator.engines._sampling import Sampling
 from abliterator.engines._side_by_side import EditsByRow, edited_by_row
-from abliterator.model import Limits, LoadedModel, block_paths, hooked, limits_of
+from abliterator.model import (
+    Limits,
+    LoadedModel,
+    block_paths,
+    hooked,
+    in_each_stream,
+    limits_of,
+    residual_paths,
+)
 from abliterator.subspace import removal_of_basis
 
 if TYPE_CHECKING:
@@ -67,8 +75,16 @@ class TransformersEngine:
     @cached_property
     def blocks(self) -> list[str]:
         """Module paths of all blocks, in order."""
-        anatomy = anatomy_of(Checkpoint.open(self.loaded.folder).config)
-        return block_paths(anatomy.blocks, anatomy.n_layers)
+        return block_paths(self._anatomy.blocks, self._anatomy.n_layers)
+
+    @cached_property
+    def residuals(self) -> list[tuple[str, ...]]:
+        """By residual layer, from 1: paths of the modules whose outputs add up to it."""
+        return residual_paths(self.loaded.model, self._anatomy)
+
+    @cached_property
+    def _anatomy(self) -> Anatomy:
+        return anatomy_of(Checkpoint.open(self.loaded.folder).config)
 
     def hidden_states(
         self,
@@ -83,7 +99,7 @@ class TransformersEngine:
         return hidden_states(
             self.loaded,
             prompts,
-            blocks=self.blocks,
+            residuals=self.residuals,
             positions=positions,
             padding=padding,
             max_batch_tokens=max_batch_tokens,
@@ -95,7 +111,7 @@ class TransformersEngine:
         prompts: Sequence[Sequence[int]],
         *,
         max_new_tokens: int,
-        batch_size: int,
+        batch_size: int | None = None,
         stop_ids: Sequence[int] | None = None,
         share_prefix: bool = False,
         sampling: Sampling | None = None,
@@ -174,15 +190,19 @@ class TransformersEngine:
         if isinstance(edit, StreamEdit):
             remove = self._stream_removal(edit)
             return hooked(self.loaded.model, dict.fromkeys(self.blocks, remove))
-        direction_on = cache(edit.direction.to(self.loaded.model.dtype).to)
-        block = self.blocks[edit.layer - 1]
-        return hooked(self.loaded.model, {block: lambda h: h + direction_on(h.device)})
+        return hooked(self.loaded.model, {self.blocks[edit.layer - 1]: self._addition(edit)})
 
     def edited_side_by_side(
         self, edits: Sequence[Edit], *, max_batch_tokens: int
     ) -> AbstractContextManager[EditsByRow]:
         """The model under several edits of one kind at once, one edit a row of each batch."""
-        return edited_by_row(self.loaded, self.blocks, edits, max_batch_tokens=max_batch_tokens)
+        return edited_by_row(
+            self.loaded,
+            self.blocks,
+            edits,
+            max_batch_tokens=max_batch_tokens,
+            rows_axis=self._anatomy.rows_axis,
+        )
 
     def _stream_removal(self, edit: StreamEdit) -> Callable[[Tensor], Tensor]:
         """The function h - alpha Q Qᵀ h, computed in float32 at least and rounded once."""
@@ -195,4 +215,10 @@ class TransformersEngine:
             removed = removal_on(hidden.device).removed(stream)
             return (stream - edit.alpha * removed).to(hidden.dtype)
 
-        return remove
+        return lambda hidden: in_each_stream(hidden, len(edit.basis), remove)
+
+    def _addition(self, edit: Steering) -> Callable[[Tensor], Tensor]:
+        """The function h + r."""
+        direction_on = cache(edit.direction.to(self.loaded.model.dtype).to)
+        width = len(edit.direction)
+        return lambda h: in_each_stream(h, width, lambda s: s + direction_on(s.device))

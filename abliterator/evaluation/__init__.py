@@ -37,12 +37,14 @@ from abliterator.evaluation._paths import (
     summarise_divergence,
 )
 from abliterator.evaluation._perplexity import neutral_text, text_perplexity
+from abliterator.evaluation._race import Entrant, WholeFront, race
 from abliterator.evaluation._suite import answers_of, score_conversations
 from abliterator.evaluation._two_checkpoints import measure_divergence
 
 __all__ = [
     "Bar",
     "EditEvaluator",
+    "Entrant",
     "EvaluationContext",
     "JudgedAnswers",
     "LogitFile",
@@ -50,6 +52,7 @@ __all__ = [
     "OnStep",
     "PathDivergence",
     "RenderedPrompts",
+    "WholeFront",
     "answer_and_judge",
     "answer_conversations",
     "answer_path",
@@ -68,6 +71,7 @@ __all__ = [
     "neutral_text",
     "no_bar",
     "path_divergence",
+    "race",
     "require_finite",
     "score_conversations",
     "spoken",

@@ -16,14 +16,14 @@ class AnswerOptions(TypedDict, total=False):
 
     Attributes:
         max_new_tokens: of an answer, at most; without a budget, of the thinking too.
-        batch_size: prompts at a time.
+        batch_size: prompts at a time; None for the engine's choice.
         thinking_tokens: within which an answer must begin; None for one limit for both.
         stop_ids: tokens that end an answer; left out, the model's own.
         sampling: draws the answers; greedy ones without.
     """
 
     max_new_tokens: Required[int]
-    batch_size: Required[int]
+    batch_size: int | None
     thinking_tokens: int | None
     stop_ids: Sequence[int] | None
     sampling: Sampling | None

@@ -41,7 +41,7 @@ class EvaluationContext:
         judge: of the answers to target prompts.
         max_new_tokens: of a judged answer; also of the thinking before a compared one.
         kl_tokens: answer tokens compared of each neutral prompt, at most.
-        batch_size: prompts answered together.
+        batch_size: prompts answered together; None for the engine's choice.
         max_batch_tokens: tokens in one forward pass.
         seed: of the intervals.
     """
@@ -53,7 +53,7 @@ class EvaluationContext:
     judge: Judge
     max_new_tokens: int
     kl_tokens: int
-    batch_size: int
+    batch_size: int | None
     max_batch_tokens: int = 4096
     seed: int = 0
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from statistics import mean
 from typing import NamedTuple
 
 from abliterator.engines import Edit
@@ -39,7 +40,7 @@ class EditEvaluator:
         self, context: EvaluationContext, scratch: Path, on_step: OnStep = lambda name: None
     ) -> None:
         """Takes the context, a file for the base's logits, and a callback for each step."""
-        self.context, self._on_step = context, on_step
+        self.context, self.on_step = context, on_step
         self._logits = LogitFile(scratch)
 
     def __enter__(self) -> EditEvaluator:
@@ -55,7 +56,7 @@ class EditEvaluator:
         )
         limit = context.max_batch_tokens
         self._logits.write(self._paths, context.engine.logits(self._paths, max_batch_tokens=limit))
-        self._on_step("base")
+        self.on_step("base")
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -67,8 +68,20 @@ class EditEvaluator:
         context = self.context
         with context.engine.edited(edit):
             judged = answer_and_judge(context, context.target)
-            logits = context.engine.logits(self._paths, max_batch_tokens=context.max_batch_tokens)
-            paths = self._logits.compare(self._paths, logits)
-        self._on_step(name)
+            paths = self._diverge()
+        self.on_step(name)
         divergence = summarise_divergence(paths, tokens=context.kl_tokens, seed=context.seed)
         return MeasuredEdit(judged, paths, divergence)
+
+    def kl(self, name: str, edit: Edit) -> float:
+        """KL of the model under an edit alone, without answers: nats a token, mean over prompts."""
+        with self.context.engine.edited(edit):
+            paths = self._diverge()
+        self.on_step(name)
+        return mean(float(path.kl.mean()) for path in paths)
+
+    def _diverge(self) -> list[PathDivergence]:
+        """The divergence of the model under the present edit on every neutral path."""
+        limit = self.context.max_batch_tokens
+        logits = self.context.engine.logits(self._paths, max_batch_tokens=limit)
+        return self._logits.compare(self._paths, logits)

@@ -55,8 +55,9 @@ def base_paths(
     *,
     tokens: int,
     max_new_tokens: int,
-    batch_size: int,
+    batch_size: int | None,
     bar: Bar = no_bar,
+    share_prefix: bool = False,
 ) -> list[AnswerPath]:
     """The model's own greedy answers, along which distributions are compared.
 
@@ -70,6 +71,7 @@ def base_paths(
         max_new_tokens: of the thinking before them.
         batch_size: prompts at a time.
         bar: shows progress.
+        share_prefix: as of `Engine.answers`.
 
     Raises:
         GenerationError: if there is no prompt, or the model comes to no answer on any.
@@ -78,7 +80,11 @@ def base_paths(
     def paths_of(prompts: Sequence[Sequence[int]]) -> tuple[list[AnswerPath], bool]:
         with bar("base answers to neutral prompts", len(prompts)) as advance:
             answers = engine.answers(
-                prompts, max_new_tokens=tokens, batch_size=batch_size, on_batch=advance
+                prompts,
+                max_new_tokens=tokens,
+                batch_size=batch_size,
+                share_prefix=share_prefix,
+                on_batch=advance,
             )
         paths = [
             answer_path(
@@ -113,7 +119,7 @@ def behind_thinking(context: EvaluationContext, prompts: RenderedPrompts) -> Ren
 
 
 def _with_thinking(
-    engine: Engine, prompts: Sequence[Sequence[int]], *, max_new_tokens: int, batch_size: int
+    engine: Engine, prompts: Sequence[Sequence[int]], *, max_new_tokens: int, batch_size: int | None
 ) -> list[Tokens | None]:
     """Each prompt with the thinking that the model writes before its answer.
 
@@ -186,6 +192,10 @@ class LogitFile:
     ) -> list[PathDivergence]:
         """Divergence of the edited model's logits from those that were written, path by path.
 
+        Args:
+            paths: those that were written; or all of them once for each of several edits.
+            logits: by index among `paths`.
+
         Returns:
             One for each path, in their order.
 
@@ -199,7 +209,8 @@ class LogitFile:
         top1 = torch.split(torch.empty(sum(lengths), dtype=torch.bool), lengths)
         with self.path.open("rb", buffering=0) as stream:
             for index, edited in logits:
-                divergence = path_divergence(self._read(stream, index, edited), edited)
+                base = self._read(stream, index % len(self._offsets), edited)
+                divergence = path_divergence(base, edited)
                 kl[index].copy_(divergence.kl)
                 top1[index].copy_(divergence.top1)
         return [PathDivergence(*fields) for fields in zip(kl, top1, strict=True)]

@@ -7,13 +7,45 @@ import math
 from abliterator.errors import UnsupportedModel
 from abliterator.formats._groups import groups_of
 from abliterator.formats._layout import Layout, Mxfp4Layout, ScaledLayout, Shape
-from abliterator.formats._numbers import F8_E4M3, SCALE_DTYPES
+from abliterator.formats._numbers import F8_E4M3, MXFP4_GROUP, SCALE_DTYPES
+from abliterator.formats._packed import Fp4Layout, Part
 from abliterator.formats._scheme import Headers, Settings, misfit
 
 
 def fp8(name: str, headers: Headers, settings: Settings) -> Layout | None:
-    """FP8 as DeepSeek and Qwen store it: scales in `weight_scale_inv`, by blocks or one for all."""
-    return _scaled(name, headers, f"{name}_scale_inv", settings.get("weight_block_size"))
+    """FP8 as DeepSeek and Qwen store it: scales in `weight_scale_inv`, by blocks or one for all.
+
+    DeepSeek V4 has them in `scale`, and there the numbers of its experts are FP4, two in a byte.
+    """
+    scales, beside = f"{name}_scale_inv", f"{name.removesuffix('weight')}scale"
+    if name.endswith(".weight") and scales not in headers and beside in headers:
+        scales = beside
+    if headers[name].dtype == "I8" and scales in headers:
+        return _fp4_rows(name, headers, scales)
+    return _scaled(name, headers, scales, settings.get("weight_block_size"))
+
+
+def _fp4_rows(name: str, headers: Headers, scales: str) -> Layout:
+    """A matrix of MXFP4 numbers, [out, in / 2] beside powers of two [out, in / 32]."""
+    header, scale = headers[name], headers[scales]
+    rows, columns = header.shape[0], 2 * header.shape[-1]
+    fits = len(header.shape) == 2 and scale.shape == (rows, columns / MXFP4_GROUP)
+    if not fits or scale.dtype not in ("F8_E8M0", "U8"):
+        raise misfit(
+            name,
+            header,
+            f"with scales {scales} ({scale.dtype}, {list(scale.shape)}), where F8_E8M0, one for "
+            f"{MXFP4_GROUP} numbers of a row, was expected",
+        )
+    return Fp4Layout.of(
+        name,
+        header,
+        (Part("scale", scales, scale.dtype, scale.shape),),
+        plain_name=name,
+        plain_shape=(rows, columns),
+        group=MXFP4_GROUP,
+        kind="MXFP4",
+    )
 
 
 def compressed_fp8(name: str, headers: Headers, settings: Settings) -> Layout | None:

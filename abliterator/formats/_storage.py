@@ -265,7 +265,7 @@ _MODELOPT = Scheme(
 
 SCHEMES: Mapping[str, Scheme] = {
     "fp8": Scheme(
-        {"_scale_inv": "", ".activation_scale": ".weight"},
+        {"_scale_inv": "", ".activation_scale": ".weight", ".scale": ".weight"},
         recognise=fp8,
         skips=("modules_to_not_convert", "ignored_layers"),
     ),

@@ -26,6 +26,7 @@ from abliterator.model._limits import (
 from abliterator.model._load import LoadedModel, load_model, placement_of
 from abliterator.model._padding import (
     cache_is_continued,
+    packing_is_neutral,
     padding_is_neutral,
     right_padding_is_neutral,
 )
@@ -42,11 +43,13 @@ from abliterator.model._run import (
     equal_length_batches,
     head_at,
     hooked,
+    in_each_stream,
     masked_positions,
     output_head,
     positions_from,
     raise_too_large,
     remaining,
+    residual_paths,
     run_batches,
     stored_parameter,
 )
@@ -72,6 +75,7 @@ __all__ = [
     "foreign",
     "head_at",
     "hooked",
+    "in_each_stream",
     "is_packed",
     "is_plain",
     "limits_of",
@@ -83,6 +87,7 @@ __all__ = [
     "masked_positions",
     "needs_disk",
     "output_head",
+    "packing_is_neutral",
     "padding_is_neutral",
     "placement_of",
     "positions_from",
@@ -94,6 +99,7 @@ __all__ = [
     "render_prompts",
     "require_fit",
     "require_numbers",
+    "residual_paths",
     "right_padding_is_neutral",
     "run_batches",
     "run_prefix",

@@ -16,7 +16,7 @@ import torch
 
 from abliterator.errors import GenerationError
 from abliterator.files import read_text
-from abliterator.formats import Layout, PackedLayout, Storage, storage_of
+from abliterator.formats import Layout, PackedLayout, storage_of
 from abliterator.model._config import factory
 
 if TYPE_CHECKING:
@@ -89,10 +89,16 @@ def packed_weights(folder: Path) -> dict[str, Weight] | None:
     layouts = {name: storage.quantized_layout(name, headers) for name in headers}
     if not any(isinstance(layout, PackedLayout) for layout in layouts.values()):
         return None
+    weights = {*headers, *(layout.dense.name for layout in layouts.values() if layout is not None)}
+
+    def is_part(name: str) -> bool:  # a tensor may have the name of a scale, and be none
+        owner = storage.owner(name)
+        return owner != name and owner in weights
+
     return {
         name if layout is None else layout.dense.name: Weight(name, headers, layout)
         for name, layout in layouts.items()
-        if layout is not None or not _is_part(name, storage)
+        if layout is not None or not is_part(name)
     }
 
 
@@ -138,11 +144,6 @@ def from_weights(
     if (folder / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
     return model, report
-
-
-def _is_part(name: str, storage: Storage) -> bool:
-    """Whether a tensor only belongs to a quantised one."""
-    return storage.owner(name) != name
 
 
 def _headers(folder: Path) -> dict[str, _Header]:

@@ -28,6 +28,7 @@ PADS = 256  # at least so many, where the context has room: a small error of pos
 # below 1e-5 in float32 and 0.03 in bfloat16; a wrong position or state goes beyond 0.1.
 TOLERANCE = {torch.float32: 5e-5, torch.float16: 0.03, torch.bfloat16: 0.08}
 COMPARED = 16  # positions
+_CHOSEN_KEYS = ("index_topk", "indexer_budget")  # what configs call how many keys a query reads
 LEAST_LOGPROB = -50.0  # a suppressed token's -inf has no difference to anything
 
 # Exceptions for inputs that a model cannot process; they count as a difference.
@@ -101,6 +102,19 @@ def padding_is_neutral(
     return _changes_nothing(loaded, "between" if shared else "left", width, run)
 
 
+def packing_is_neutral(loaded: LoadedModel, run: Callable[[], Pair], *, width: int) -> bool:
+    """Whether a row among others in one sequence, masked from them, has the logits of it alone.
+
+    Recurrent states and distances counted by index do not keep the rows apart.
+
+    Args:
+        loaded: the model.
+        run: logits both ways.
+        width: of the widest row, in tokens.
+    """
+    return _changes_nothing(loaded, "packed", width, lambda _: run())
+
+
 def cache_is_continued(loaded: LoadedModel, run: Callable[[], Pair]) -> bool:
     """Whether several tokens that continue a cache have the logits of an uncached pass.
 
@@ -124,8 +138,9 @@ def _changes_nothing(
 
 def _measured(loaded: LoadedModel, what: str, width: int, run: Callable[[int], Pair]) -> bool:
     widths = _neutral_widths.setdefault(loaded.model, {})
-    chosen = getattr(loaded.model.config.get_text_config(), "index_topk", None)
-    if chosen is not None and width > chosen:
+    config = loaded.model.config.get_text_config()
+    chosen = [n for n in (getattr(config, name, None) for name in _CHOSEN_KEYS) if n is not None]
+    if chosen and width > min(chosen):
         widths[what] = -1  # keys are chosen among all that are there, and a test may not show it
     if what in widths and not 0 <= widths[what] < width:
         return widths[what] >= 0

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from torch.utils.hooks import RemovableHandle
     from transformers import PreTrainedModel
 
+    from abliterator.anatomy import Anatomy
+
 
 @dataclass(frozen=True)
 class CallHook:
@@ -79,6 +81,38 @@ def hooked(model: nn.Module, hooks: Mapping[str, Hook | CallHook]) -> Iterator[N
 def block_paths(anatomy_blocks: str, n_layers: int) -> list[str]:
     """Module paths of all blocks: the output of the i-th (from 0) is residual layer i + 1."""
     return [f"{anatomy_blocks}.{i}" for i in range(n_layers)]
+
+
+def residual_paths(model: nn.Module, anatomy: Anatomy) -> list[tuple[str, ...]]:
+    """By residual layer, from 1: the modules whose outputs add up to it.
+
+    It is the output of a block. Where blocks hold several streams, it is what the block's
+    sublayers hand to the mixing, before it is weighed into them: the part that an edit changes.
+
+    Raises:
+        UnsupportedModel: for a block that lacks a sublayer.
+    """
+    if not anatomy.sublayers:
+        return [(path,) for path in block_paths(anatomy.blocks, anatomy.n_layers)]
+    modules = dict(model.named_modules())
+    paths: list[tuple[str, ...]] = []
+    for layer in range(anatomy.n_layers):
+        slots = [[n.replace("{layer}", str(layer)) for n in names] for names in anatomy.sublayers]
+        paths.append(tuple(next((n for n in names if n in modules), names[0]) for names in slots))
+    return paths
+
+
+def in_each_stream(hidden: Tensor, width: int, change: Callable[[Tensor], Tensor]) -> Tensor:
+    """A block's output with its residual stream changed, or each of its streams.
+
+    Args:
+        hidden: [B, T, H]; of several streams [B, T, S, H] or [B, T, S x H].
+        width: H.
+        change: called with [B, T, H] or [B, T, S, H].
+    """
+    if hidden.shape[-1] == width:
+        return change(hidden)
+    return change(hidden.view(*hidden.shape[:-1], -1, width)).flatten(-2)
 
 
 def equal_length_batches(

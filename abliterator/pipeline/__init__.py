@@ -37,10 +37,9 @@ from abliterator.pipeline._resume import prepare, require_pinned_code, run_missi
 from abliterator.pipeline._setup import engines_of
 from abliterator.pipeline._study import (
     STUDIES,
-    USES_DIRECTIONS,
-    USES_TUNING,
     StudySettings,
     figures_of,
+    stages_before,
     study_stage,
 )
 from abliterator.pipeline._survival._command import SurvivalSettings, survive
@@ -50,7 +49,6 @@ from abliterator.pipeline.stages import STAGES, stages_of
 from abliterator.pipeline.stages.capture import CAPTURE
 from abliterator.pipeline.stages.directions import DIRECTIONS
 from abliterator.pipeline.stages.judge import JUDGE
-from abliterator.pipeline.stages.prompts import PROMPTS
 from abliterator.pipeline.stages.record import read_record
 from abliterator.pipeline.stages.selection import SELECTION
 from abliterator.pipeline.stages.tuning import TUNING
@@ -194,11 +192,7 @@ def run_study(
         is_new = not out.exists()
         run = prepare(recipe, out, options, progress)
         stage = study_stage(run, name, settings or StudySettings())
-    before = [PROMPTS]
-    if name in USES_DIRECTIONS:
-        before += [CAPTURE, *([SELECTION] if recipe.selects else [])]
-    if name in USES_TUNING and recipe.tunes:
-        before.append(TUNING)
+    before = stages_before(name, recipe)
     first = before[min(1, len(before) - 1)]
     run_missing(run, recipe, (*before, stage), keep_from=first if is_new else None)
     return figures_of(name).read_as(run, Study)
@@ -267,11 +261,13 @@ def estimate_on(
 def plan_model(
     model: str, out: Path, *, edit: Edit | None = None, options: Options | None = None
 ) -> Plan:
-    """The plan of an edit (by default `Edit()`) of a model without a recipe, from headers alone.
+    """The plan of an edit of a model without a recipe, from headers alone.
+
+    Without an `edit` it is `Edit()`, partial where the model can be edited in part only.
 
     Raises:
         AbliteratorError: for a model that cannot be edited.
     """
     with headers_folder(model, revision=None) as source:
-        plan = make_plan(source, edit or Edit(), out)
+        plan = make_plan(source, edit, out)
         return with_outlook(plan, None, out, options or Options())

@@ -6,12 +6,22 @@ import math
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
 from abliterator.anatomy import anatomy_of
-from abliterator.costs import Answers, Batch, Costs, Machine, Setup, StageCost, Work, shape_of
+from abliterator.costs import (
+    Answers,
+    Batch,
+    Costs,
+    Machine,
+    Setup,
+    StageCost,
+    Work,
+    rows_that_fit,
+    shape_of,
+)
 from abliterator.errors import CheckpointError, UnsupportedModel
 from abliterator.pipeline._local_judge import judge_on_disk
 from abliterator.pipeline._plan import Plan
@@ -146,53 +156,74 @@ class _Counted:
         stages += [self._bake(), costs.rollouts(self._evaluated())]
         stages.append(self._judge())
         limit = recipe.divergence.limit
-        neutral = Answers(
-            self.prompts.of("neutral", "evaluation", limit),
-            recipe.divergence.tokens,
-            self._batch_size,
+        neutral = self._batched(
+            self.prompts.of("neutral", "evaluation", limit), recipe.divergence.tokens
         )
         stages.append(costs.divergence(neutral, recipe.capture.max_batch_tokens))
-        benchmarks = planned_benchmarks(recipe.benchmarks)
+        benchmarks = planned_benchmarks(recipe.benchmarks, self.prompts.around)
         stages.append(costs.benchmarks(benchmarks, recipe.benchmarks.batch_size))
         return [*stages, costs.record()]
 
-    @property
-    def _batch_size(self) -> int:
-        size = self.recipe.rollouts.batch_size
-        if size != "auto":
-            return size
-        return 64 if self.costs.machine.device.startswith("cuda") else 16
+    def _batched(self, lengths: Sequence[int], tokens: int, shared: int = 0) -> Answers:
+        """Answers in batches of `rollouts.batch_size`."""
+        return self._in_batches(self.recipe.rollouts.batch_size, lengths, tokens, shared)
+
+    def _in_batches(
+        self, size: int | Literal["auto"], lengths: Sequence[int], tokens: int, shared: int
+    ) -> Answers:
+        work = self.costs.work
+        if size == "auto":
+            size = rows_that_fit(
+                lambda: work.shape,
+                tokens=max(lengths, default=0) + tokens,
+                device=work.machine.device,
+                memory=work.machine.memory * self.costs.setup.devices,
+                number_bytes=work.number_bytes,
+            )
+        return Answers(lengths, tokens, size, shared)
 
     def _capture(self) -> StageCost:
-        unused = "neutral" if self.recipe.directions.projection == "none" else ""
+        unused = "" if self.recipe.needs_neutral_mean else "neutral"
         sets = [
             lengths
             for name, lengths in self.prompts.lengths.items()
             if name.endswith(", extraction") and name != f"{unused}, extraction"
         ]
-        return self.costs.capture(sets, self.recipe.capture.max_batch_tokens)
+        cost = self.costs.capture(sets, self.recipe.capture.max_batch_tokens)
+        stored = self._stored_vectors()
+        # twice in memory: the vectors, and the bytes of their file
+        return cost.model_copy(
+            update={"disk": cost.disk + stored, "host_memory": cost.host_memory + 2 * stored}
+        )
+
+    def _stored_vectors(self) -> int:
+        """Bytes of single prompts' activations, of those sets that are stored."""
+        names, anatomy = self.recipe.directions.stored_sets, self.plan.anatomy
+        positions = len(self.recipe.directions.positions) or _USUAL_POSITIONS
+        of_sets = {n: len(self.prompts.of(n, "extraction")) for n in ("target", "contrast")}
+        # of pairs both sides are captured, and their differences are kept
+        n = sum(of_sets.values()) if "differences" in names else 0
+        n = n or sum(of_sets.get(name, 0) for name in names)
+        return 4 * n * positions * anatomy.n_layers * anatomy.d_model
 
     def _evaluated(self) -> list[Answers]:
         """The answers of a side, greedy and drawn."""
         settings = self.recipe.rollouts
         return [
-            Answers(lengths[: settings.limit], settings.most_tokens, self._batch_size)
+            self._batched(lengths[: settings.limit], settings.most_tokens)
             for name, lengths in self.prompts.lengths.items()
             if name.endswith(", evaluation")
         ] * (1 + settings.samples)
 
-    def _held_out(self, tokens: int, batch_size: int) -> Answers:
-        lengths = self.prompts.of("target", "selection")
-        return Answers(lengths, tokens, batch_size, self.prompts.before)
-
     def _selection(self) -> StageCost:
-        settings, recipe = self.recipe.selection, self.recipe
+        settings, recipe, cost = self.recipe.selection, self.recipe, self.plan.selection or {}
         positions = len(recipe.directions.positions) or _USUAL_POSITIONS
         scored = self.prompts.of("contrast", "extraction", settings.scored)
+        held_out, before = self.prompts.of("target", "selection"), self.prompts.before
         return self.costs.selection(
-            places=len(self.plan.layers) * positions if recipe.sweeps else 0,
-            scored=Answers(scored, settings.tokens, settings.batch_size, self.prompts.before),
-            judged=self._held_out(settings.tokens, settings.batch_size),
+            places=len(self.plan.layers) * positions if recipe.sweeps else cost["candidates"],
+            scored=self._in_batches(settings.batch_size, scored, settings.tokens, before),
+            judged=self._in_batches(settings.batch_size, held_out, settings.tokens, before),
             candidates=self._candidates(),
             neutral=self.prompts.of("neutral", "selection"),
             kl_tokens=_KL_TOKENS,
@@ -202,23 +233,36 @@ class _Counted:
     def _candidates(self) -> float:
         """Answers of candidates and stacks to one held-out prompt, as a rule."""
         settings, cost = self.recipe.selection, self.plan.selection or {}
-        prompts, raced, answered = settings.prompts, 0, 0
-        if self.recipe.sweeps:
-            for racing, reached in settings.schedule(cost["judged"], prompts, 1):
-                raced += racing * (reached - answered)
-                answered = reached
+        raced = self._raced(cost["judged"]) if cost.get("candidates") else 0.0
         stacks = min(_USUAL_STACKS, cost.get("stacks", 0))
-        return raced / prompts + stacks * (1 + 2 * settings.controls)
+        return raced + stacks * (1 + 2 * settings.controls)
+
+    def _raced(self, candidates: int) -> float:
+        """Answers to one held-out prompt of candidates that are raced, as a rule."""
+        settings, raced, answered = self.recipe.selection, 0, 0
+        for racing, reached in settings.schedule(candidates, settings.prompts, 1):
+            raced += racing * (reached - answered)
+            answered = reached
+        return raced / settings.prompts
 
     def _tuning(self) -> StageCost:
         tuning, cost = self.recipe.tuning, self.plan.tuning or {}
+        settings = self.recipe.selection
         lengths = self.prompts.of("target", "extraction", tuning.prompts)
         return self.costs.tuning(
             steps=cost["steps"],
             batch=tuning.batch,
-            learned=Answers(lengths, tuning.tokens, self._batch_size),
+            learned=self._in_batches(
+                settings.batch_size, lengths, tuning.tokens, self.prompts.before
+            ),
             trials=cost["trials"],
-            judged=self._held_out(self.recipe.selection.tokens, self._batch_size),
+            raced=self._raced(cost["trials"]),
+            judged=self._in_batches(
+                settings.batch_size,
+                self.prompts.of("target", "selection"),
+                settings.tokens,
+                self.prompts.before,
+            ),
             neutral=self.prompts.of("neutral", "selection"),
             phases=len(tuning.kl_weights),
             max_tokens=self.recipe.capture.max_batch_tokens,

@@ -43,8 +43,11 @@ def first_recipe(plan: Plan, *, full: bool = True) -> str:
         settings["prompts"] = {name: {"path": f"embedded:demo/{name}.jsonl"} for name in sets}
         settings["rollouts"] = {"max_new_tokens": 32}
     untuned_reason = _untuned_reason(plan)
-    if untuned_reason is None:
-        settings["edit"] = {"strength": "auto"}
+    edit: dict[str, Any] = {"strength": "auto"} if untuned_reason is None else {}
+    if plan.edits.settings.partial:
+        edit["partial"] = True
+    if edit:
+        settings["edit"] = edit
     if full:
         return draft(settings, [*_preamble(plan, untuned_reason), *FULL, *NEXT])
     return short_draft(settings, [*_preamble(plan, untuned_reason), *SHORT, *NEXT])
@@ -75,6 +78,11 @@ def _preamble(plan: Plan, untuned_reason: str | None) -> list[str]:
     summary = plan.summary()
     writers = ", ".join(f"{n['tensors']} {component}" for component, n in plan.writers().items())
     notes = [*plan.notes, *([untuned_reason] if untuned_reason else [])]
+    if plan.anatomy.partial:
+        notes.append(
+            f"`edit.partial`: the stream keeps a part of the directions, because "
+            f"{plan.anatomy.partial}."
+        )
     return [
         f"{plan.source.id}: {summary['model_type']}, {summary['n_layers']} layers, d_model "
         f"{summary['d_model']}, {plan.checkpoint.total_bytes / 1e9:.3f} GB",

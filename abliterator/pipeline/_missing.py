@@ -14,7 +14,7 @@ from abliterator.pipeline._judges import require_key
 from abliterator.pipeline._local_judge import judge_source
 from abliterator.pipeline._plan import Plan, require_room
 from abliterator.pipeline._planned_prompts import PlannedPrompts
-from abliterator.recipe import Prompts, Recipe, Source
+from abliterator.recipe import Recipe
 
 
 class Missing(BaseModel):
@@ -77,8 +77,7 @@ def _datasets(recipe: Recipe) -> Iterator[Missing]:
 
     if not constants.HF_HUB_OFFLINE:
         return
-    sources = (getattr(recipe.prompts, name) for name in Prompts.model_fields)
-    names = {s.dataset for s in sources if isinstance(s, Source) and s.dataset is not None}
+    names = {s.dataset for s in recipe.prompts.sources.values() if s.dataset is not None}
     for name in sorted(names):
         folder = f"datasets--{name.replace('/', '--')}"
         if not (Path(constants.HF_HUB_CACHE) / folder).is_dir():

@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from abliterator.directions import Directions, Position, Subspace
     from abliterator.engines import TransformersEngine
     from abliterator.prompts import Prompt
-    from abliterator.subspace import MomentSet
 
 # Texts or conversations, or a .txt or .jsonl file of them.
 Prompts: TypeAlias = "Sequence[Prompt] | Path"
@@ -71,27 +70,42 @@ class Model:
         self._trust_remote_code = trust_remote_code
 
     def directions(
-        self, target: Prompts, contrast: Prompts, *, position: Position = -1
+        self,
+        target: Prompts,
+        contrast: Prompts,
+        *,
+        position: Position = -1,
+        estimator: str = "mean_difference",
     ) -> Directions:
-        """The difference of the mean residuals of two prompt sets, at every layer.
+        """The direction between two prompt sets, at every layer: the difference of their means.
 
         Args:
             target: prompts on which the behaviour shows.
             contrast: prompts as like them as possible on which it does not.
             position: token of the prompt, from its end; or "instruction", the last of its own text.
+            estimator: another of `abliterator.directions.ESTIMATORS`, as docs/methods.md has them.
 
         Returns:
             `vectors` [n_layers, d_model] float64; row l - 1 is that of residual layer l.
 
         Raises:
             PromptError: for a file that cannot be read, or a prompt that is too long.
-            DirectionError: for a position that is none.
+            DirectionError: for a position or an estimator that is none.
         """
-        from abliterator.directions import fit_directions
+        from abliterator.capture import capture, capture_vectors
+        from abliterator.directions import Observations, estimate, estimator_of
 
-        return fit_directions(
-            self._moments("target", target, position), self._moments("contrast", contrast, position)
-        )
+        sets = [
+            self._located(name, prompts, position)
+            for name, prompts in (("target", target), ("contrast", contrast))
+        ]
+        if estimator_of(estimator).needs_vectors:
+            vectors = (capture_vectors(self._engine, ids, position=at) for ids, at in sets)
+            observed = Observations.of_vectors(*vectors)
+        else:
+            moments = [capture(self._engine, ids, position=at) for ids, at in sets]
+            observed = Observations(target=moments[0], contrast=moments[1])
+        return estimate(estimator, observed)
 
     def heatmap(self, directions: Directions) -> Figure:
         """The cosines between the directions of all layers, as a figure of matplotlib."""
@@ -132,10 +146,7 @@ class Model:
     def answers(self, prompts: Prompts, *, max_new_tokens: int = 64) -> list[str]:
         """Greedy answers, one a prompt, without what the model thought before them."""
         token_ids = self._rendered("prompts", prompts, max_new_tokens=max_new_tokens)
-        batch_size = self._options.batch_size("auto")
-        answers = self._engine.answers(
-            token_ids, max_new_tokens=max_new_tokens, batch_size=batch_size
-        )
+        answers = self._engine.answers(token_ids, max_new_tokens=max_new_tokens)
         return [answer.text[answer.start :] for answer in answers]
 
     def bake(
@@ -153,19 +164,21 @@ class Model:
             write_bytes_atomic(file, save({"subspace": subspace.basis.contiguous()}))
             return bake_subspace(str(self.source.folder), file, Path(out), edit=edit)
 
-    def _moments(self, name: str, prompts: Prompts, position: Position) -> MomentSet:
-        from abliterator.capture import capture
+    def _located(
+        self, name: str, prompts: Prompts, position: Position
+    ) -> tuple[list[list[int]], int]:
+        """Token ids of the prompts, and where in them the position is, from their end."""
         from abliterator.model import up_to_instruction
 
         texts, engine = self._texts(name, prompts), self._engine
         token_ids = self._rendered(name, texts)
         if isinstance(position, int):
-            return capture(engine, token_ids, position=position)
+            return token_ids, position
         if position != "instruction":
             raise DirectionError(
                 f'{position!r} is no position here. Give a number below 0, or "instruction".'
             )
-        return capture(engine, up_to_instruction(engine.tokenizer, texts, system=self._system))
+        return up_to_instruction(engine.tokenizer, texts, system=self._system), -1
 
     def _texts(self, name: str, prompts: Prompts) -> Sequence[Prompt]:
         from abliterator.prompts import load_prompts

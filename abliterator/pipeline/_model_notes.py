@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from abliterator.anatomy import Anatomy
 from abliterator.checkpoint import Checkpoint
 from abliterator.errors import FileError
 from abliterator.files import package_yaml, read_text
@@ -14,13 +15,17 @@ from abliterator.source import ModelSource
 
 
 def notes_on(
-    source: ModelSource, checkpoint: Checkpoint, card: Mapping[str, Any] | None
+    source: ModelSource,
+    checkpoint: Checkpoint,
+    anatomy: Anatomy,
+    card: Mapping[str, Any] | None,
 ) -> tuple[str, ...]:
     """One note for each property that would stop a build later, or that a user may not expect.
 
     Args:
         source: where the model comes from.
         checkpoint: the model.
+        anatomy: of its architecture.
         card: front matter of its README.md; None where it cannot be read.
     """
     properties = {
@@ -29,6 +34,7 @@ def notes_on(
         "unreadable_card": card is None,
         "quantised": bool(checkpoint.config.get("quantization_config")),
         "own_code": "auto_map" in checkpoint.config,
+        "several_streams": bool(anatomy.sublayers) and not anatomy.partial,
     }
     texts = package_yaml("abliterator.pipeline", "notes.yaml")
     return tuple(texts[name] for name, applies in properties.items() if applies)

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Collection
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any
 
 from abliterator.checkpoint import Checkpoint
 from abliterator.devices import AUTO, BALANCED, available_devices, choose_device, device_name
@@ -96,12 +96,6 @@ class Options:
         devices = devices or [self.compute_device]
         counts = Counter(map(device_name, devices))
         return ", ".join(f"{n} x {name}" if n > 1 else name for name, n in counts.items())
-
-    def batch_size(self, size: int | Literal["auto"]) -> int:
-        """Prompts that are answered together: `size`, or a number by device for "auto"."""
-        if size != "auto":
-            return size
-        return 64 if self.compute_device.startswith("cuda") else 16
 
     def compute_dtype(self, checkpoint: Checkpoint) -> str | None:
         """The dtype in which a checkpoint is computed; None is the stored one."""

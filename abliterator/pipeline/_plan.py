@@ -5,6 +5,7 @@ No weights are read, and torch is not loaded.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -158,6 +159,7 @@ class Plan:
             "prompts": self.prompts and self.prompts.counts(),
             "estimate": self.estimate and self.estimate.summary(),
             "missing": [missing.model_dump() for missing in self.missing],
+            "partial": self.anatomy.partial,
             "notes": list(self.notes),
         }
 
@@ -168,8 +170,10 @@ class Plan:
         return {**edit.model_dump(exclude={"output"}), **in_model}
 
 
-def make_plan(source: ModelSource, edit: Edit, out: Path) -> Plan:
+def make_plan(source: ModelSource, edit: Edit | None, out: Path) -> Plan:
     """Opens the checkpoint and classifies every tensor.
+
+    Without an `edit` it is `Edit()`, partial where the model can be edited in part only.
 
     Raises:
         CheckpointError: for a damaged or incomplete folder.
@@ -185,6 +189,7 @@ def make_plan(source: ModelSource, edit: Edit, out: Path) -> Plan:
     require_known_names(checkpoint.tensors, storage.owner, made_from)
     anatomy = anatomy_of(checkpoint.config)
     carried, left_out = auxiliary_files(source.folder)
+    edit = edit or Edit(partial=anatomy.partial is not None)
     return Plan(
         source,
         checkpoint,
@@ -194,7 +199,7 @@ def make_plan(source: ModelSource, edit: Edit, out: Path) -> Plan:
         sum((source.folder / name).stat().st_size for name in carried),
         tuple(left_out),
         free_bytes(out),
-        notes=notes_on(source, checkpoint, card),
+        notes=notes_on(source, checkpoint, anatomy, card),
         card=card or {},
     )
 
@@ -215,7 +220,20 @@ def plan_source(source: ModelSource, recipe: Recipe, out: Path) -> Plan:
         k=k,
         selection=selection_cost(recipe, len(layers)),
         tuning=tuning_cost(recipe),
-        notes=plan.notes + _position_notes(recipe),
+        notes=plan.notes + _position_notes(recipe) + _vector_notes(recipe, plan.anatomy),
+    )
+
+
+def _vector_notes(recipe: Recipe, anatomy: Anatomy) -> tuple[str, ...]:
+    """What is stored of single prompts, where their means are not enough."""
+    settings = recipe.directions
+    if not settings.stored_sets - {"differences"}:
+        return ()
+    reader = "stack: som" if settings.stack == "som" else f"estimator: {settings.estimator}"
+    size = 4 * anatomy.n_layers * anatomy.d_model / 1e6
+    return (
+        f"`{reader}` reads the activations of single prompts: {size:.2g} MB for each prompt and "
+        "position are held in memory during the capture, and kept in work/vectors.safetensors.",
     )
 
 
@@ -266,7 +284,7 @@ def require_layers(recipe: Recipe, anatomy: Anatomy) -> tuple[tuple[int, ...], i
     if recipe.layers == "sweep":
         candidates = tuple(recipe.selection.candidates(anatomy.n_layers))
         directions = recipe.directions
-        several = directions.sweeps_positions or directions.stack == "within_layer"
+        several = directions.sweeps_positions or directions.of_one_layer
         if recipe.k != "auto" and recipe.k > len(candidates) and not several:
             raise RecipeError(
                 f"`k` is {recipe.k}, but the sweep has only {len(candidates)} candidate layers of "
@@ -290,23 +308,30 @@ def selection_cost(recipe: Recipe, n_layers: int) -> dict[str, int] | None:
     """
     if not recipe.selects:
         return None
-    settings, within = recipe.selection, recipe.directions.stack == "within_layer"
+    settings, within = recipe.selection, recipe.directions.of_one_layer and not recipe.sweeps_nodes
     sizes = settings.stacks if recipe.k == "auto" else (recipe.k,)
+    candidates = n_layers if recipe.sweeps else 0
+    if recipe.sweeps_nodes:
+        candidates = math.prod(recipe.directions.grid)
     judged = raced = 0
-    if recipe.sweeps:
+    if candidates:
         judged = max(settings.survivors, 1 if within else max(sizes))
-        if recipe.directions.position != "sweep":
+        if recipe.sweeps_nodes:
+            judged = min(candidates, judged)
+        elif recipe.directions.position != "sweep":
             judged = min(n_layers * len(recipe.directions.positions), judged)
         answered, least = 0, 1 if within else sizes[0]
         for racing, prompts in settings.schedule(judged, settings.prompts, least):
             raced += racing * (prompts - answered)
             answered = prompts
-    stacks = sum(size <= n_layers or within for size in sizes) if recipe.k == "auto" else 0
+    most = candidates or n_layers
+    stacks = sum(size <= most or within for size in sizes) if recipe.k == "auto" else 0
     # the base's, to both sets; with each stack, random directions and shuffled labels
     base = settings.prompts + settings.scored
     answers = base + settings.prompts * (1 + 2 * settings.controls) * stacks + raced
     return {
-        "candidates": n_layers if recipe.sweeps else 0,
+        "candidates": candidates,
+        **({"nodes": candidates} if recipe.sweeps_nodes else {}),
         "every_position": int(recipe.directions.position == "sweep"),
         "judged": judged,
         "stacks": stacks,

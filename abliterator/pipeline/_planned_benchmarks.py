@@ -16,14 +16,17 @@ from abliterator.files import package_yaml, read_lines, read_text
 from abliterator.recipe import Benchmarks, BenchmarkTask
 
 _CHARACTERS_A_TOKEN = 4
-_TEMPLATE_TOKENS = 20  # of a chat around a document
 
 
-def planned_benchmarks(section: Benchmarks) -> list[Benchmark]:
+def planned_benchmarks(section: Benchmarks, template_tokens: int) -> list[Benchmark]:
     """The size of every task of a recipe's section, in order.
 
     Of a task file those of the JSON lines that it names, of lm-eval's own tasks as listed in
     `benchmark_sizes.yaml`; of a task that is not there, an ordinary size.
+
+    Args:
+        section: of the recipe.
+        template_tokens: that the model's chat template puts around a document.
     """
     # a file of `abliterator.benchmarks`, which is not imported: it needs numpy
     presets = package_yaml("abliterator", "benchmarks/presets.yaml")
@@ -32,10 +35,10 @@ def planned_benchmarks(section: Benchmarks) -> list[Benchmark]:
         task if isinstance(task, BenchmarkTask) else BenchmarkTask(task=task)
         for task in section.tasks
     ]
-    return [_sized(task, section) for task in tasks]
+    return [_sized(task, section, template_tokens) for task in tasks]
 
 
-def _sized(task: BenchmarkTask, section: Benchmarks) -> Benchmark:
+def _sized(task: BenchmarkTask, section: Benchmarks, template_tokens: int) -> Benchmark:
     listed = package_yaml("abliterator.pipeline", "benchmark_sizes.yaml")
     size = _of_file(Path(task.task)) or listed.get(task.task) or listed["other"]
     limit = task.limit or section.limit or size["documents"]
@@ -43,7 +46,7 @@ def _sized(task: BenchmarkTask, section: Benchmarks) -> Benchmark:
         (n for n in (task.num_fewshot, section.num_fewshot) if n is not None), size.get("shots", 0)
     )
     in_chat = section.chat_template if task.chat_template is None else task.chat_template
-    tokens = size["tokens"] * (1 + shots) + _TEMPLATE_TOKENS * in_chat
+    tokens = size["tokens"] * (1 + shots) + template_tokens * in_chat
     documents = min(limit, size["documents"])
     return Benchmark(documents, size["requests"], tokens, size.get("generated", 0))
 

@@ -19,7 +19,7 @@ from abliterator.pipeline.stages.prompts import (
     uses,
 )
 from abliterator.prompts import PromptSet, load_prompts, readable
-from abliterator.recipe import Prompts, Recipe, Rollouts, Source
+from abliterator.recipe import Recipe, Rollouts, Source
 
 # Rows of splits that recipes name by default; others are known only where a slice says them.
 _KNOWN_ROWS = {
@@ -41,6 +41,7 @@ class PlannedPrompts:
         lengths: tokens of every prompt with its chat template, by set ("target, extraction"); of
             sets that are not at hand, an assumed number of assumed lengths.
         before: tokens with which all prompts begin.
+        around: tokens of the chat template around every prompt, those included.
         assumed: datasets whose number of rows is assumed.
         sets: the prompts that are at hand; stand-ins of others.
         problems: errors of sets that cannot be read, and what is wrong with them together.
@@ -48,6 +49,7 @@ class PlannedPrompts:
 
     lengths: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     before: int = 0
+    around: int = 0
     assumed: tuple[str, ...] = ()
     sets: PromptSets | None = None
     problems: tuple[str, ...] = ()
@@ -79,7 +81,7 @@ def planned_prompts(recipe: Recipe, folder: Path) -> PlannedPrompts:
         recipe: whose prompts are planned.
         folder: of the model, for its chat template.
     """
-    sources = _sources(recipe)
+    sources = recipe.prompts.sources
     problems = []
     for name, source in sources.items():
         try:
@@ -98,7 +100,7 @@ def planned_prompts(recipe: Recipe, folder: Path) -> PlannedPrompts:
         return PlannedPrompts(problems=(str(error),))
     around = template_tokens(folder, recipe.chat)
     lengths = _lengths(sets, recipe, sum(around))
-    return PlannedPrompts(lengths, around.before, assumed, sets)
+    return PlannedPrompts(lengths, around.before, sum(around), assumed, sets)
 
 
 def _near(sets: PromptSets) -> Iterator[str]:
@@ -143,7 +145,7 @@ def _rows(source: Source) -> int | None:
 
 
 def _lengths(sets: PromptSets, recipe: Recipe, around: int) -> dict[str, tuple[int, ...]]:
-    datasets = {source.dataset for source in _sources(recipe).values()} - {None}
+    datasets = {source.dataset for source in recipe.prompts.sources.values()} - {None}
 
     def tokens(prompts: PromptSet) -> list[int]:
         if prompts.source in datasets:
@@ -153,8 +155,3 @@ def _lengths(sets: PromptSets, recipe: Recipe, around: int) -> dict[str, tuple[i
         ]
 
     return {name: tuple(around + n for n in tokens(prompts)) for name, prompts in uses(sets)}
-
-
-def _sources(recipe: Recipe) -> dict[str, Source]:
-    values = {name: getattr(recipe.prompts, name) for name in Prompts.model_fields}
-    return {name: value for name, value in values.items() if isinstance(value, Source)}

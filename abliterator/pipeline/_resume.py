@@ -154,12 +154,12 @@ def _with_judge(recipe: Recipe, revision: str | None) -> Recipe:
 
 def _with_revisions(prompts: Prompts, revision: Callable[[str, Source], str | None]) -> Prompts:
     """The section with a revision for each source, by its name."""
-    sources = {
-        name: source.model_copy(update={"revision": revision(name, source)})
-        for name in Prompts.model_fields
-        if isinstance(source := getattr(prompts, name), Source)
-    }
-    return prompts.model_copy(update=sources)
+    return prompts.with_sources(
+        {
+            name: source.model_copy(update={"revision": revision(name, source)})
+            for name, source in prompts.sources.items()
+        }
+    )
 
 
 def pinned(recipe: Recipe, resolved: Recipe) -> Recipe:
@@ -169,7 +169,7 @@ def pinned(recipe: Recipe, resolved: Recipe) -> Recipe:
     they may have been moved.
     """
     prompts = _with_revisions(
-        recipe.prompts, lambda name, _: getattr(resolved.prompts, name).revision
+        recipe.prompts, lambda name, _: resolved.prompts.sources[name].revision
     )
     revisions = {"revisions": resolved.benchmarks.revisions}
     benchmarks = recipe.benchmarks.model_copy(update=revisions)

@@ -65,9 +65,10 @@ class Run:
         return self.options.compute_dtype(self.plan.checkpoint)
 
     @property
-    def batch_size(self) -> int:
-        """Prompts that are answered together."""
-        return self.options.batch_size(self.recipe.rollouts.batch_size)
+    def batch_size(self) -> int | None:
+        """Prompts that are answered together; None for the engine's choice."""
+        size = self.recipe.rollouts.batch_size
+        return None if size == "auto" else size
 
     @property
     def base_id(self) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abliterator.bake import bake_workers
 from abliterator.costs import Answerer, Machine, Setup
-from abliterator.devices import AUTO, usable_cores
+from abliterator.devices import AUTO, CPU, usable_cores
 from abliterator.pipeline._options import Options
 from abliterator.pipeline._plan import Plan
 from abliterator.pipeline._where import DISK, Where
@@ -31,6 +31,7 @@ def setup_of(recipe: Recipe, plan: Plan, where: Where, options: Options, machine
     return engines_of(recipe)._replace(
         on_disk=0 if options.divides else where.places.get(DISK, 0),
         streams=is_read_by_blocks(plan, where, options),
+        devices=max(1, len(where.places.keys() - {CPU, DISK})),
         speedup=_speedup(options.workers or 1, machine),
         bake_workers=bake_workers(plan.checkpoint, plan.edits),
     )

@@ -22,8 +22,9 @@ from abliterator.recipe._benchmarks import (
     Preset,
 )
 from abliterator.recipe._bundled import BundledRecipe, bundled_recipes
+from abliterator.recipe._directions import DirectionSettings
 from abliterator.recipe._draft import draft, short_draft
-from abliterator.recipe._edit import DirectionSettings, Edit, Selection, ranges_of
+from abliterator.recipe._edit import Edit, Selection, ranges_of
 from abliterator.recipe._engine import STARTED_KEY, EngineKind, EngineServer, EngineSettings
 from abliterator.recipe._judge import JudgeSettings, Rollouts
 from abliterator.recipe._pairs import PairExample, PairsSpec

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import (
     BeforeValidator,
     Field,
-    SerializerFunctionWrapHandler,
     field_validator,
-    model_serializer,
     model_validator,
 )
 
@@ -55,6 +53,8 @@ _SET_BY_THE_RUN = {
 class BenchmarkEngine(Section):
     """The lm-eval backend that runs the models."""
 
+    later_keys: ClassVar = ("base", "edited", "api_key_env")
+
     kind: Literal["transformers", "vllm", "server"] = "transformers"
     """`vllm` needs vLLM installed; `server` two completions servers that give log-probabilities."""
     base_url: PlainUrl | None = None
@@ -77,12 +77,6 @@ class BenchmarkEngine(Section):
     @classmethod
     def _name_of_a_variable(cls, value: str | None) -> str | None:
         return name_of_variable(value)
-
-    @model_serializer(mode="wrap")
-    def _dump_given(self, plain: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Without defaults of keys that came later: older recipes keep their digests."""
-        later = {"base": None, "edited": None, "api_key_env": OPENAI_KEY}
-        return {k: v for k, v in plain(self).items() if k not in later or v != later[k]}
 
     @model_validator(mode="after")
     def _options_of_the_backend_alone(self) -> Self:

@@ -1,4 +1,4 @@
-"""Settings of the directions, of their selection, and of the edit of the weights."""
+"""Settings of the edit of the weights, and of the selection of what is removed."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import re
 from collections import Counter
 from collections.abc import Mapping
 from itertools import chain
-from typing import Annotated, Any, Literal, Self, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
 
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
@@ -32,8 +32,6 @@ Strength = Annotated[float, Field(ge=0, le=2, allow_inf_nan=False)]
 Rungs = Annotated[tuple[Positive, ...], BeforeValidator(as_tuple)]
 # yaml reads the key 9 as a number
 Blocks = Annotated[str, BeforeValidator(lambda key: str(key) if type(key) is int else key)]
-NamedPosition = Literal["instruction", "after_thinking"]
-Position = Annotated[int, Field(le=-1)] | NamedPosition
 Experts = Annotated[
     tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1), BeforeValidator(as_tuple)
 ]
@@ -71,77 +69,10 @@ def _repeated_block(by_block: Any) -> int | None:
     return min((block for block, n in counts.items() if n > 1), default=None)
 
 
-class DirectionSettings(Section):
-    """How directions are made from mean activations."""
-
-    estimator: Literal["mean_difference", "tuned"] = "mean_difference"
-    """`mean_difference` is r = mean(target) - mean(contrast); `tuned` continues from it by
-    gradients (`tuning`)."""
-    position: (
-        Position
-        | Literal["sweep"]
-        | Annotated[tuple[Position, ...], Field(min_length=2), BeforeValidator(as_tuple)]
-    ) = -1
-    """Token at which activations are taken: a number counts those that the chat template puts after
-    the prompt from their end, -1 being the last one.
-
-    `instruction` is the last token of the user's own text, before anything of the template.
-    `after_thinking` is the last one before the answer, behind the base's own thinking about the
-    prompt (up to `rollouts.thinking_tokens`); prompts about which it thinks longer are left out.
-    `sweep` tries every token that the template puts after the prompt, `[-1, instruction]` those of
-    the list, in every layer, and chooses by measurement (`selection`).
-    """
-    projection: Literal["none", "neutral"] = "none"
-    """`neutral` removes the component along the neutral mean from every direction."""
-    stack: Literal["layers", "per_layer", "within_layer", "per_writer"] = "layers"
-    """Which k directions are removed: one of each of k layers, each block's own, or k of one layer.
-    `per_writer` removes none: each matrix has an edit of its own.
-
-    `layers` stacks the directions of the first k of `layers`. `per_layer` removes from the output
-    of block i the direction of layer i + 1, or of the nearest of `layers`; k is 1. `within_layer`
-    stacks the first layer's mean difference and the principal components of the paired differences
-    orthogonal to it, so `contrast` must be a set whose n-th prompt is the n-th of `target` without
-    the behaviour. `per_writer`, with `estimator: tuned`, begins with the stack of `layers` and then
-    tunes W' = W - U Vᵀ W of rank k for every module that writes, near that start (`tuning.ridge`);
-    no subspace is promised to be absent then.
-    """
-
-    @field_validator("position")
-    @classmethod
-    def _distinct_positions(cls, value: Any) -> Any:
-        if isinstance(value, tuple) and len(set(value)) < len(value):
-            raise ValueError("a position is given twice")
-        return value
-
-    @property
-    def sweeps_positions(self) -> bool:
-        """Whether one of several positions is to be chosen by measurement."""
-        return self.position == "sweep" or isinstance(self.position, tuple)
-
-    @property
-    def positions(self) -> tuple[int | str, ...]:
-        """The positions that are named; none where all of the template are to be tried."""
-        if self.position == "sweep":
-            return ()
-        return self.position if isinstance(self.position, tuple) else (self.position,)
-
-    @model_validator(mode="after")
-    def _differences_as_they_are(self) -> Self:
-        if self.stack == "per_writer" and self.estimator != "tuned":
-            raise ValueError(
-                "`stack: per_writer` is found by gradients: set `estimator: tuned`, or stack "
-                "`layers`"
-            )
-        if self.stack == "within_layer" and self.projection != "none":
-            raise ValueError(
-                "`stack: within_layer` takes paired differences as they are: leave "
-                "`projection: none`"
-            )
-        return self
-
-
 class Edit(Section):
     """How the writers are edited: the matrices whose output is added to the residual stream."""
+
+    later_keys: ClassVar = ("partial",)
 
     strength: dict[Component, Strength | dict[Blocks, Strength]] | Literal["auto"] = {
         "attention": 1.0,
@@ -184,6 +115,13 @@ class Edit(Section):
     """`adapter` and `both` write the edit as a LoRA for PEFT too, to OUT/adapter.
 
     The checkpoint is always made, since it is what is measured; so the two mean the same.
+    """
+    partial: bool = False
+    """Edit a model whose own blocks bring the removed directions back into the stream.
+
+    Gemma 3n, MiniMax-01 and a few others hand on copies of the stream that they rescale. What is
+    written is edited exactly; what these copies carry remains, and plan, card and `verify` say so.
+    Without it such a model is refused, with it every other one.
     """
 
     @field_validator("strength", mode="before")
@@ -299,12 +237,17 @@ class Selection(Section):
     rungs: Rungs = (8, 16)
     """Prompts that survivors answer before the worst of them drop out; the last rung has `prompts`.
 
-    With `[]` all survivors answer all prompts. No answer is generated twice.
+    With `[]` all survivors answer all prompts. No answer is generated twice. Tuned edits are judged
+    so too; of them, only those drop out that another beats both in compliance x coherence and in
+    KL.
     """
     keep: Annotated[float, Field(gt=0, le=1)] = 0.5
     """Share of the survivors that goes on to the next rung."""
-    batch_size: Positive = 64
-    """Rows in one forward pass; rows of several candidates share a batch."""
+    batch_size: Positive | Literal["auto"] = 64
+    """Rows in one forward pass; rows of several candidates share a batch.
+
+    `auto`: as `rollouts.batch_size`.
+    """
     stacks: Layers = (1, 2, 3, 5)
     """Sizes that `k: auto` tries; it stops at the first that is no better than the one before."""
     controls: Positive = 3
@@ -323,6 +266,11 @@ class Selection(Section):
         if list(value) != sorted(set(value)):
             raise ValueError("must grow")
         return value
+
+    @property
+    def rows(self) -> int | None:
+        """`batch_size` as a number; None for the engine's choice."""
+        return None if self.batch_size == "auto" else self.batch_size
 
     def schedule(self, candidates: int, prompts: int, least: int) -> list[tuple[int, int]]:
         """Candidates and prompts of each rung, the last with all prompts.

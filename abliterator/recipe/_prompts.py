@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import (
     BeforeValidator,
     Field,
-    SerializerFunctionWrapHandler,
-    model_serializer,
     model_validator,
 )
 
@@ -18,6 +17,8 @@ from abliterator.recipe._section import Positive, Section, as_tuple
 
 class Source(Section):
     """Where prompts come from: a local file, or a Hub dataset at a revision."""
+
+    later_keys: ClassVar = ("groups", "cluster")
 
     path: Annotated[Path | None, Field(strict=False)] = None
     """Local .txt (one prompt a line) or .jsonl (objects with `prompt`, or a conversation under
@@ -59,15 +60,6 @@ class Source(Section):
             )
         return self
 
-    @model_serializer(mode="wrap")
-    def _dump_named_groups(self, plain: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Without `groups` and `cluster` where none are named: older recipes keep their digests."""
-        values: dict[str, Any] = plain(self)
-        for key in ("groups", "cluster"):
-            if getattr(self, key) is None:
-                values.pop(key, None)
-        return values
-
 
 # AdvBench's requests and Alpaca's instructions as published on the Hub: what the field extracts
 # refusal from.
@@ -84,8 +76,14 @@ DEFAULT_NEUTRAL = Source(
 )
 
 
+# Part of the names of files and tensors, and of keys on a command line.
+SetName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$")]
+
+
 class Prompts(Section):
     """The prompt sets."""
+
+    later_keys: ClassVar = ("near_duplicates", "protect")
 
     target: Source = DEFAULT_TARGET
     """Prompts on which the behaviour shows; directions are extracted from their activations."""
@@ -104,6 +102,13 @@ class Prompts(Section):
     where neutral prompts are used before."""
     over_refusal: Source | None = None
     """Benign prompts that look like target."""
+    protect: dict[SetName, Source] = {}
+    """Sets of prompts, by any names, whose own directions are removed from the behaviour's.
+
+    The direction of a set is its mean activation less the neutral prompts'. What a ridge regression
+    (`directions.ridge`) of each layer's direction on them explains is removed, so that the edit
+    leaves them alone: `protect: {code: {path: code.txt}, french: {path: french.txt}}`.
+    """
     holdout: Annotated[float, Field(gt=0, lt=1)] = 0.25
     """Share held out for evaluation where no evaluation set is given."""
     near_duplicates: Literal["keep", "drop"] = "keep"
@@ -119,13 +124,19 @@ class Prompts(Section):
             return {"evaluation": DEFAULT_EVALUATION, **values}
         return values
 
-    @model_serializer(mode="wrap")
-    def _dump_dropping(self, plain: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Without `near_duplicates: keep`: recipes of before have no such key."""
-        values: dict[str, Any] = plain(self)
-        if self.near_duplicates == "keep":
-            values.pop("near_duplicates", None)
-        return values
+    @property
+    def sources(self) -> dict[str, Source]:
+        """Every set by the name of its key: "target", "protect.code"."""
+        values = {name: getattr(self, name) for name in type(self).model_fields}
+        sources = {name: value for name, value in values.items() if isinstance(value, Source)}
+        return sources | {f"protect.{name}": source for name, source in self.protect.items()}
+
+    def with_sources(self, sources: Mapping[str, Source]) -> Self:
+        """The section with other sources, by the names of `sources`."""
+        changes: dict[str, Any] = {n: s for n, s in sources.items() if "." not in n}
+        if self.protect:
+            changes["protect"] = {name: sources[f"protect.{name}"] for name in self.protect}
+        return self.model_copy(update=changes)
 
 
 class Chat(Section):

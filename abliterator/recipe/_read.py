@@ -188,7 +188,9 @@ def _anchor_paths(values: dict[str, Any], folder: Path) -> None:
         if isinstance(model, str) and _is_local(model, folder):
             values[key] = _anchored(model, folder)
     prompts = values.get("prompts")
-    for source in prompts.values() if isinstance(prompts, dict) else ():
+    by_name = prompts if isinstance(prompts, dict) else {}
+    protected = by_name.get("protect")
+    for source in (*by_name.values(), *(protected.values() if isinstance(protected, dict) else ())):
         if isinstance(source, dict) and isinstance(path := _text_of(source.get("path")), str):
             source["path"] = _anchored(path, folder)
     judge = values.get("judge")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -15,7 +16,8 @@ from pydantic import (
 
 from abliterator.files import digest_of
 from abliterator.recipe._benchmarks import Benchmarks, DivergenceSettings, without_folder
-from abliterator.recipe._edit import DirectionSettings, Edit, Selection
+from abliterator.recipe._directions import DirectionSettings
+from abliterator.recipe._edit import Edit, Selection
 from abliterator.recipe._engine import EngineSettings
 from abliterator.recipe._judge import JudgeSettings, Rollouts
 from abliterator.recipe._prompts import Capture, Chat, Prompts
@@ -83,6 +85,15 @@ class Recipe(Section):
         elif self.directions.stack == "within_layer":
             if self.prompts.contrast is None:
                 raise ValueError("`stack: within_layer` needs pairs: give `prompts.contrast`")
+            if self.prompts.protect:
+                raise ValueError(
+                    "`stack: within_layer` takes paired differences as they are: leave out "
+                    "`prompts.protect`"
+                )
+        elif self.directions.stack == "som":
+            nodes = math.prod(self.directions.grid)
+            if isinstance(self.k, int) and self.k > nodes:
+                raise ValueError(f"k is {self.k}, but `directions.grid` has {nodes} nodes")
         elif (
             isinstance(self.layers, tuple) and isinstance(self.k, int) and self.k > len(self.layers)
         ):
@@ -123,7 +134,9 @@ class Recipe(Section):
             del plain["publish"]  # recipes of before have no such section, and the same digest
         if Path(self.model).is_absolute():
             plain["model"] = Path(self.model).name
-        for source in plain["prompts"].values():
+        sources = dict(plain["prompts"])
+        protected = sources.pop("protect", {})  # any of its sets may be called `path`
+        for source in (*sources.values(), *protected.values()):
             if isinstance(source, dict) and source["path"] is not None:
                 source["path"] = Path(source["path"]).name
         if "calibration" in plain["judge"]:
@@ -145,6 +158,16 @@ class Recipe(Section):
     def sweeps(self) -> bool:
         """Whether layers or positions are to be chosen by measurement."""
         return self.layers == "sweep" or self.directions.sweeps_positions
+
+    @property
+    def sweeps_nodes(self) -> bool:
+        """Whether the nodes of a self-organising map are to be chosen by measurement."""
+        return self.directions.stack == "som" and self.k == "auto" and not self.sweeps
+
+    @property
+    def needs_neutral_mean(self) -> bool:
+        """Whether directions depend on the mean activation of neutral prompts."""
+        return self.directions.projection == "neutral" or bool(self.prompts.protect)
 
     @property
     def tunes(self) -> bool:

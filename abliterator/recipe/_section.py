@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any, ClassVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    model_serializer,
+)
 
 
 def as_tuple(value: object) -> object:
@@ -26,3 +33,14 @@ class Section(BaseModel):
         use_attribute_docstrings=True,
         validate_default=True,
     )
+    later_keys: ClassVar[tuple[str, ...]] = ()
+    """Keys that are left out of the dump at their default: recipes of before keep their digests."""
+
+    @model_serializer(mode="wrap")
+    def _dump_changed(self, plain: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Without later keys at their defaults; `plain` leaves out what its caller excluded."""
+        values: dict[str, Any] = plain(self)
+        for key in self.later_keys:
+            if getattr(self, key) == type(self).model_fields[key].default:
+                values.pop(key, None)
+        return values

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import (
     BeforeValidator,
     Field,
-    SerializerFunctionWrapHandler,
     field_validator,
-    model_serializer,
     model_validator,
 )
 
@@ -25,6 +23,8 @@ RIDGE, MAX_CHANGE = 0.3, 0.5
 
 class Tuning(Section):
     """Tuning by gradient descent, and which of the tuned edits is used."""
+
+    later_keys: ClassVar = ("ridge", "max_change")
 
     steps: Positive = 16
     """Steps of the descent for each weight of the KL."""
@@ -64,15 +64,6 @@ class Tuning(Section):
         if (self.at_most is None) != (self.prefer == "product"):
             raise ValueError("`at_most` belongs to `prefer: refusals_at_most` and `kl_at_most`")
         return self
-
-    @model_serializer(mode="wrap")
-    def _dump_own_pairs(self, plain: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Without the defaults of keys that came later: recipes of before keep their digests."""
-        values: dict[str, Any] = plain(self)
-        for key, default in (("ridge", RIDGE), ("max_change", MAX_CHANGE)):
-            if values.get(key) == default:
-                del values[key]
-        return values
 
     @property
     def sets_pairs(self) -> bool:

@@ -19,6 +19,7 @@ from abliterator.record._comparison import (
     WeightDiff,
     WeightVerdict,
 )
+from abliterator.record._directions import DirectionChecks, ProtectedSet
 from abliterator.record._groups import Group, GroupedMeasure, Grouping, GroupMeasure, Outlier
 from abliterator.record._measured import (
     Behaviour,
@@ -62,7 +63,15 @@ from abliterator.record._selection import (
     Structure,
 )
 from abliterator.record._side_effects import ConfidenceFigure, PairedFigure, SideEffect
-from abliterator.record._study import Agreement, ContrastDifference, Study, StudyRow
+from abliterator.record._study import (
+    Agreement,
+    ContrastDifference,
+    DirectionCosines,
+    EditDifference,
+    NullDistribution,
+    Study,
+    StudyRow,
+)
 from abliterator.record._survival import Survival, SurvivingStrength
 from abliterator.record._tuning import Trial, Tuning
 from abliterator.record._verification import AdapterVerification, EffectiveStrength, Verification
@@ -82,7 +91,10 @@ __all__ = [
     "ConfidenceFigure",
     "ContrastDifference",
     "Difference",
+    "DirectionChecks",
+    "DirectionCosines",
     "Divergence",
+    "EditDifference",
     "EditSummary",
     "EffectiveStrength",
     "EngineIdentity",
@@ -97,11 +109,13 @@ __all__ = [
     "JudgeIdentity",
     "Measurement",
     "ModelIdentity",
+    "NullDistribution",
     "Outlier",
     "OwnScores",
     "PairedFigure",
     "Part",
     "PromptOrigin",
+    "ProtectedSet",
     "Provenance",
     "QuantizedEdits",
     "Quotation",

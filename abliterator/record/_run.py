@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 from pydantic import AliasChoices, Field, SerializerFunctionWrapHandler, model_serializer
 
+from abliterator.record._directions import DirectionChecks
 from abliterator.record._groups import Grouping
 from abliterator.record._measured import (
     Behaviour,
@@ -51,6 +52,7 @@ class EditSummary(Frozen):
     quantized: tuple[QuantizedEdits, ...] = ()
     # routed experts of every block, or per blocks ("3-5"), where not all are edited; None for all
     experts: tuple[int, ...] | dict[str, Literal["all"] | tuple[int, ...]] | None = None
+    partial: str | None = None  # why the stream keeps what no writer writes; None where it does not
 
 
 class TensorEdit(Frozen):
@@ -103,6 +105,7 @@ class ModelIdentity(Frozen):
     n_layers: int
     d_model: int
     model_type: str
+    several_streams: bool = False  # whether its blocks hold several residual streams
     license: str | None = None  # its id on the Hub
     license_name: str | None = None
     license_link: str | None = None
@@ -248,6 +251,7 @@ class RunRecord(Frozen):
     benchmarks: dict[str, BenchmarkResult] = {}
     judge: JudgeIdentity | None = None
     selection: Selection | None = None
+    directions: DirectionChecks | None = None  # where sets are protected, or two positions captured
     tuning: Tuning | None = None
     timing: dict[str, float] = {}
     quoted: tuple[Quotation, ...] = ()
@@ -257,3 +261,11 @@ class RunRecord(Frozen):
         str, str
     ] = {}  # sha256 of files for other programs, by their path in the checkpoint
     provenance: Provenance
+
+    @model_serializer(mode="wrap")
+    def _dump_checks(self, plain: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Without `directions` where nothing of them was checked: other records keep their form."""
+        values: dict[str, Any] = plain(self)
+        if self.directions is None:
+            values.pop("directions", None)
+        return values

@@ -2,7 +2,20 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+from pydantic import SerializerFunctionWrapHandler, model_serializer
+
 from abliterator.record._measured import Estimate, Frozen
+
+
+class _OfNodes(Frozen):
+    """A result that may be of nodes of a self-organising map; others are written without them."""
+
+    @model_serializer(mode="wrap")
+    def _dump_nodes(self, plain: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        values: dict[str, Any] = plain(self)
+        return {k: v for k, v in values.items() if v or k not in ("node", "nodes") or v == 0}
 
 
 class AnswerSummary(Frozen):
@@ -22,7 +35,7 @@ class Rung(Frozen):
     product: Estimate | None
 
 
-class Candidate(Frozen):
+class Candidate(_OfNodes):
     """One direction: scores without answers, the gates that stopped it, and answers if judged.
 
     `bypass` is the mean log-odds of a refusing opening on target prompts under the edit (lower is
@@ -33,6 +46,7 @@ class Candidate(Frozen):
 
     layer: int
     position: int | str = -1
+    node: int | None = None  # of the layer's self-organising map, where that is the candidate
     bypass: float
     kl: float
     induce: float
@@ -40,8 +54,13 @@ class Candidate(Frozen):
     answers: AnswerSummary | None = None
     rungs: tuple[Rung, ...] = ()
 
+    @property
+    def name(self) -> str:
+        """The layer, and its node where that is the candidate."""
+        return f"{self.layer}" if self.node is None else f"{self.layer} node {self.node}"
 
-class Stack(Frozen):
+
+class Stack(_OfNodes):
     """k directions together, compared with fewer and with as many control directions.
 
     Controls are means over `draws` of them. KL is that of neutral answers, in nats: a control with
@@ -51,6 +70,7 @@ class Stack(Frozen):
     k: int
     layers: tuple[int, ...]
     positions: tuple[int | str, ...] = ()
+    nodes: tuple[int, ...] = ()
     kl: float
     answers: AnswerSummary
     draws: int = 1
@@ -85,11 +105,12 @@ class SelectionBase(Frozen):
     answers: AnswerSummary
 
 
-class Selection(Frozen):
+class Selection(_OfNodes):
     """The layers and k that a selection chose, with the measurements behind them."""
 
     layers: tuple[int, ...]  # in order of preference
     positions: tuple[int | str, ...]  # of each of them
+    nodes: tuple[int, ...] = ()  # of each of them, where nodes of one layer were chosen from
     k: int
     why: str
     base: SelectionBase

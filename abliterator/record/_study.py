@@ -14,8 +14,11 @@ class StudyRow(Frozen):
 
     name: str
     layers: tuple[int, ...] = ()  # whose directions are removed
+    k: int | None = None  # directions removed of one block; None where that is the layers' number
     contrast: Literal["generic", "paired"] | None = None
     alpha: float | None = None
+    of: str | None = None  # the subspace, of which other rows have other strengths
+    scale: float | None = None  # factor on all strengths, where a study has several
     answers: BehaviourSide
     delta: BehaviourSide | None = None  # to the base, paired by prompt; None for the base itself
     divergence: Divergence | None = None  # from the base
@@ -29,6 +32,22 @@ class ContrastDifference(Frozen):
     delta: BehaviourSide  # paired - generic
 
 
+class EditDifference(Frozen):
+    """An edit less the one that a study compares with, at the same strength, paired by prompt."""
+
+    name: str
+    delta: BehaviourSide
+    kl_first_token: Estimate | None  # nats
+    kl: Estimate | None
+
+
+class DirectionCosines(Frozen):
+    """Cosines of an estimate with that of the edit compared with, layer by layer from 1."""
+
+    name: str
+    cosines: tuple[float, ...]
+
+
 class Agreement(Frozen):
     """One layer's direction from left-padded batches, against one prompt at a time."""
 
@@ -36,6 +55,18 @@ class Agreement(Frozen):
     apart: Estimate  # 1 - cosine of the two
     length: float  # of the first over that of the second
     halves: float  # cosine of the second from two halves of the prompts: the effect of sampling
+
+
+class NullDistribution(Frozen):
+    """A statistic of the edit among the same of draws that owe nothing to the behaviour."""
+
+    of: str  # what was drawn: "shuffled labels", "random directions"
+    statistic: str  # "product": the mean of compliance x coherence over prompts
+    prompts: int
+    tokens: int  # of a judged answer, at most
+    observed: float  # of the edit
+    values: tuple[float, ...]  # of the draws
+    p_value: float  # (1 + draws that reach the observed value) / (1 + draws)
 
 
 class Study(Frozen):
@@ -47,3 +78,7 @@ class Study(Frozen):
     rows: tuple[StudyRow, ...] = ()
     differences: tuple[ContrastDifference, ...] = ()
     agreements: tuple[Agreement, ...] = ()
+    nulls: tuple[NullDistribution, ...] = ()
+    compared_with: str | None = None
+    edit_differences: tuple[EditDifference, ...] = ()
+    cosines: tuple[DirectionCosines, ...] = ()

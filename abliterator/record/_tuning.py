@@ -43,3 +43,9 @@ class Tuning(Frozen):
     trials: tuple[Trial, ...] = Field(validation_alias=AliasChoices("trials", "points"))
     strengths: tuple[dict[str, float], ...] = ()
     selected: int | None = Field(None, validation_alias=AliasChoices("selected", "taken"))
+
+    @property
+    def has_dropouts(self) -> bool:
+        """Whether some trials dropped out before they had answered all prompts."""
+        asked = {trial.product.asked for trial in self.trials if trial.product}
+        return len(asked) > 1

@@ -34,6 +34,8 @@ class Verification(Proof):
         sha256: of each weight and auxiliary file of the checkpoint, with the files that abliterator
             adds, by relative path.
         foreign: files of the checkpoint folder that neither the base nor abliterator put there.
+        partial: why the stream keeps what no writer writes, which the leak does not show; None
+            where it does not.
     """
 
     tensors: int
@@ -44,6 +46,7 @@ class Verification(Proof):
     max_apart: float | None = None
     sha256: dict[str, str] = Field(serialization_alias="files")
     foreign: tuple[str, ...]
+    partial: str | None = None
 
 
 class AdapterVerification(Proof):

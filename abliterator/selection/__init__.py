@@ -18,6 +18,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from abliterator import recipe
+from abliterator.directions import nodes_of
 from abliterator.evaluation import EvaluationContext
 from abliterator.record import Candidate, Selection, Stack
 from abliterator.selection._grow import grow_stack, largest_better
@@ -74,7 +75,7 @@ def choose(
         DirectionError: if no candidate passes, fewer than k do, or directions are dependent.
     """
     sizes = (k,) if isinstance(k, int) else tuple(k)
-    needed = 1 if pool.differences else sizes[0]
+    needed = 1 if pool.of_one_place else sizes[0]
     base = measure_base(context, scoring)
     asked = len(context.target.prompts) + len(scoring.contrast.prompts)
     on_step(Step("base measured", asked))
@@ -87,7 +88,7 @@ def choose(
             pool,
             settings,
             least=needed,
-            stackable=1 if pool.differences else max(sizes),
+            stackable=1 if pool.of_one_place else max(sizes),
             on_step=on_step,
         )
         require_enough(candidates, needed)
@@ -101,6 +102,7 @@ def choose(
     return Selection(
         layers=tuple(place.layer for place in order),
         positions=tuple(place.position for place in order),
+        nodes=nodes_of(order),
         k=selected_k,
         why=why,
         base=base.recorded,

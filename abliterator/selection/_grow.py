@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from statistics import mean
 
 from abliterator import recipe
-from abliterator.directions import Place
+from abliterator.directions import AnyPlace, nodes_of
 from abliterator.evaluation import EvaluationContext, JudgedAnswers, summarise_draws
 from abliterator.record import AnswerSummary, Estimate, Stack
 from abliterator.selection._pool import Pool
@@ -50,7 +50,7 @@ def grow_stack(
     context: EvaluationContext,
     base: Baseline,
     pool: Pool,
-    order: Sequence[Place],
+    order: Sequence[AnyPlace],
     sizes: Sequence[int],
     settings: recipe.Selection,
     *,
@@ -80,8 +80,7 @@ def grow_stack(
         if reason := _reason_not_better(stack, settings):
             return tried, reason + _broken_controls_note(tried, settings)
         smaller = judged
-    what = "directions of one layer" if pool.differences else "layers"
-    why = f"there is no larger stack to try with {most} {what}"
+    why = f"there is no larger stack to try with {most} {pool.unit}"
     return tried, why + _broken_controls_note(tried, settings)
 
 
@@ -89,7 +88,7 @@ def _measure_stack(
     context: EvaluationContext,
     base: Baseline,
     pool: Pool,
-    order: Sequence[Place],
+    order: Sequence[AnyPlace],
     k: int,
     *,
     smaller: JudgedAnswers | None,
@@ -107,11 +106,12 @@ def _measure_stack(
         kl, *control_kl = mean_kl(edited, base)
     random = Control(tuple(answers[:n]), mean(control_kl[:n]))
     shuffled = Control(tuple(answers[n:]), mean(control_kl[n:])) if control_kl[n:] else None
-    places = order[:1] if pool.differences else order[:k]
+    places = order[:1] if pool.of_one_place else order[:k]
     stack = Stack(
         k=k,
         layers=tuple(place.layer for place in places),
         positions=tuple(place.position for place in places),
+        nodes=nodes_of(places),
         kl=kl,
         answers=judged.summary,
         draws=n,

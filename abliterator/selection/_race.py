@@ -1,13 +1,13 @@
-"""Successive halving: many candidates answer few prompts, few answer all prompts."""
+"""Successive halving of a sweep's candidates."""
 
 from __future__ import annotations
 
-import random
 from collections.abc import Sequence
 
 from abliterator import recipe
-from abliterator.directions import Place
+from abliterator.directions import AnyPlace, Node, Place
 from abliterator.evaluation import EvaluationContext, JudgedAnswers
+from abliterator.evaluation import race as race_candidates
 from abliterator.record import Candidate, Rung
 from abliterator.selection._pool import Pool
 from abliterator.selection._scores import judge_edits
@@ -23,11 +23,7 @@ def race(
     least: int,
     on_step: OnStep,
 ) -> list[Candidate]:
-    """Judges `candidates` rung by rung, dropping the worst after each (Jamieson & Talwalkar 2016).
-
-    An answer that was judged is never asked for again: a rung adds prompts to the one before it.
-    Where a candidate that dropped out had a better product than the best has at last, it is judged
-    on all prompts too, so that none wins by chance on the few prompts of a short rung.
+    """Judges `candidates` rung by rung, dropping the worst after each (`evaluation.race`).
 
     Args:
         context: the model and the prompts.
@@ -40,49 +36,38 @@ def race(
     Returns:
         All of them with what they answered, the best first: by rungs, then by product, then by KL.
     """
-    total = len(context.target.prompts)
-    order = random.Random(context.seed).sample(range(total), total)
-    racing, dropped = list(candidates), list[Candidate]()
-    answered: dict[Place, JudgedAnswers] = {}
 
-    def by_answers(candidate: Candidate) -> tuple[float, float]:
-        """Sorts the best first: the highest mean product, of equals the lowest KL."""
-        judged = answered.get(place_of(candidate))
-        return -judged.mean_product if judged else 0.0, candidate.kl
+    def judge(chosen: Sequence[int], prompts: Sequence[int]) -> list[JudgedAnswers]:
+        bases = [pool.stack([place_of(candidates[i])], 1).basis for i in chosen]
+        return judge_edits(context, bases, prompts)
 
-    def judge_more(chosen: Sequence[Candidate], first_prompt: int, reached: int) -> list[Candidate]:
-        bases = [pool.stack([place_of(c)], 1).basis for c in chosen]
-        judged = judge_edits(context, bases, order[first_prompt:reached])
-        for c, new in zip(chosen, judged, strict=True):
-            place = place_of(c)
-            answered[place] = answered[place] + new if place in answered else new
-        name = f"{len(chosen)} candidates judged on {reached} prompts"
-        on_step(Step(name, len(chosen) * (reached - first_prompt)))
-        judged_now = [_with_answers(c, answered[place_of(c)], reached) for c in chosen]
-        return sorted(judged_now, key=by_answers)
+    def on_rung(racing: int, reached: int, answers: int) -> None:
+        on_step(Step(f"{racing} candidates judged on {reached} prompts", answers))
 
-    first_prompt = 0
-    for n_racing, reached in settings.schedule(len(racing), total, least):
-        racing, dropped = racing[:n_racing], [*racing[n_racing:], *dropped]
-        racing = judge_more(racing, first_prompt, reached)
-        first_prompt = reached
-    # few prompts are noisy: a candidate that dropped out with a better product is judged on all
-    while (
-        dropped
-        and by_answers(comeback := min(dropped, key=by_answers))[0] < by_answers(racing[0])[0]
-    ):
-        dropped.remove(comeback)
-        rejudged = judge_more([comeback], comeback.rungs[-1].prompts, total)
-        racing = sorted([*racing, *rejudged], key=by_answers)
-    return [*racing, *dropped]
+    entrants = race_candidates(
+        [candidate.kl for candidate in candidates],
+        judge,
+        settings,
+        prompts=len(context.target.prompts),
+        seed=context.seed,
+        least=least,
+        on_rung=on_rung,
+    )
+    return [_with_answers(candidates[e.index], e.judged, e.prompts) for e in entrants]
 
 
-def place_of(candidate: Candidate) -> Place:
-    """The layer and position of a candidate's direction."""
+def place_of(candidate: Candidate) -> AnyPlace:
+    """The layer and position of a candidate's direction, and its node if it is one."""
+    if candidate.node is not None:
+        return Node(candidate.layer, candidate.position, candidate.node)
     return Place(candidate.layer, candidate.position)
 
 
-def _with_answers(candidate: Candidate, judged: JudgedAnswers, prompts: int) -> Candidate:
-    summary = judged.summary
-    rung = Rung(prompts=prompts, product=summary.product)
-    return candidate.model_copy(update={"answers": summary, "rungs": (*candidate.rungs, rung)})
+def _with_answers(
+    candidate: Candidate, judged: Sequence[JudgedAnswers], prompts: Sequence[int]
+) -> Candidate:
+    rungs = tuple(
+        Rung(prompts=reached, product=answers.summary.product)
+        for answers, reached in zip(judged, prompts, strict=True)
+    )
+    return candidate.model_copy(update={"answers": judged[-1].summary, "rungs": rungs})

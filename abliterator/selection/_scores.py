@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from abliterator.directions import Node
 from abliterator.engines import AnswerPath, SideBySide, Steering, Tokens
 from abliterator.errors import PromptError
 from abliterator.evaluation import (
@@ -164,6 +165,7 @@ def score(context: EvaluationContext, base: Baseline, pool: Pool) -> list[Candid
         Candidate(
             layer=place.layer,
             position=place.position,
+            node=place.node if isinstance(place, Node) else None,
             bypass=bypass[i],
             kl=kl[i],
             induce=induced[i] - base.contrast_score,

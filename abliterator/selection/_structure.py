@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from abliterator.directions import Place
+from abliterator.directions import AnyPlace
 from abliterator.record import Stack, Structure
 from abliterator.selection._pool import Pool
 from abliterator.subspace import cosine_matrix
@@ -22,7 +22,7 @@ def participation_ratio(directions: Tensor) -> float:
     return float(eigenvalues.sum() ** 2 / eigenvalues.square().sum())
 
 
-def describe(pool: Pool, *, best: Sequence[Place], stacks: Sequence[Stack], k: int) -> Structure:
+def describe(pool: Pool, *, best: Sequence[AnyPlace], stacks: Sequence[Stack], k: int) -> Structure:
     """The cosine matrix of the candidates' layers, the effective rank of the `best`, and a verdict.
 
     The cosines are of the position of the best. Where stacks were judged, they decide the verdict:

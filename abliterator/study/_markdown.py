@@ -3,8 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from statistics import mean
 
-from abliterator.record import Agreement, ContrastDifference, Study, StudyRow
+from abliterator.record import (
+    Agreement,
+    ContrastDifference,
+    DirectionCosines,
+    EditDifference,
+    NullDistribution,
+    Study,
+    StudyRow,
+)
 from abliterator.tables import cell, markdown_table
 
 MEASURES = ("refusal", "compliance", "coherence", "product")
@@ -18,8 +27,17 @@ def to_markdown(study: Study) -> str:
         parts.append(_rows(study.rows))
     if study.differences:
         parts += ["Paired less generic, on the same prompts:", _differences(study.differences)]
+    if study.edit_differences:
+        parts += [
+            f"Less {study.compared_with} at the same strength, paired by prompt:",
+            _edit_differences(study.edit_differences),
+        ]
+    if study.cosines:
+        parts += [f"Cosines with {study.compared_with}:", _cosines(study.cosines)]
     if study.agreements:
         parts.append(_agreements(study.agreements))
+    if study.nulls:
+        parts += ["The edit among draws that owe nothing to the behaviour:", _nulls(study.nulls)]
     return "\n\n".join(parts) + "\n"
 
 
@@ -30,10 +48,10 @@ def _rows(rows: Sequence[StudyRow]) -> str:
         [
             [
                 row.name,
-                str(len(row.layers)) if row.layers else "",
+                str(row.k or len(row.layers) or ""),
                 *(cell(getattr(row.answers, name)) for name in MEASURES),
                 *(
-                    cell(getattr(row.divergence, name)) if row.divergence else ""
+                    cell(getattr(row.divergence, name), ".4f") if row.divergence else ""
                     for name in ("kl_first_token", "kl")
                 ),
             ]
@@ -52,6 +70,52 @@ def _differences(differences: Sequence[ContrastDifference]) -> str:
                 *(cell(getattr(difference.delta, name), "+.3f") for name in MEASURES),
             ]
             for difference in differences
+        ],
+    )
+
+
+def _edit_differences(differences: Sequence[EditDifference]) -> str:
+    head = ["", *(name.capitalize() for name in MEASURES), "KL, first token", "KL a token"]
+    return markdown_table(
+        head,
+        [
+            [
+                difference.name,
+                *(cell(getattr(difference.delta, name), "+.3f") for name in MEASURES),
+                cell(difference.kl_first_token, "+.4f"),
+                cell(difference.kl, "+.4f"),
+            ]
+            for difference in differences
+        ],
+    )
+
+
+def _cosines(cosines: Sequence[DirectionCosines]) -> str:
+    by_layer = zip(*(column.cosines for column in cosines), strict=True)
+    return markdown_table(
+        ["Layer", *(column.name for column in cosines)],
+        [
+            [str(layer), *(f"{cosine:.3f}" for cosine in row)]
+            for layer, row in enumerate(by_layer, start=1)
+        ],
+    )
+
+
+def _nulls(nulls: Sequence[NullDistribution]) -> str:
+    return markdown_table(
+        ["Drawn", "Draws", "Prompts", "Statistic", "Mean", "Largest", "The edit", "p"],
+        [
+            [
+                null.of,
+                str(len(null.values)),
+                str(null.prompts),
+                f"mean {null.statistic}",
+                f"{mean(null.values):.3f}",
+                f"{max(null.values):.3f}",
+                f"{null.observed:.3f}",
+                f"{null.p_value:.3g}",
+            ]
+            for null in nulls
         ],
     )
 

@@ -15,9 +15,10 @@ from abliterator.errors import DirectionError
 from abliterator.evaluation import OnStep, kl_terms
 from abliterator.tuning._kept import KeptSteps, dump_edit, dump_pairs, load_edit, load_pairs
 from abliterator.tuning._parameters import EditParameters, mean_of, slow_down
-from abliterator.tuning._rows import answer_logprobs, token_logprobs
+from abliterator.tuning._rows import answer_logits, answer_logprobs, token_logprobs
 from abliterator.tuning._types import PreferencePair, PreferencePairs, Row, TunedEdit, TuningContext
 
+KEPT = 512 << 20  # bytes of the base's logits that are kept in the host's memory
 LAST = 1 / 3  # of a phase's steps, whose mean is its result: single steps are noisy
 
 T = TypeVar("T")
@@ -83,7 +84,9 @@ class _Descent:
         self._context, self._on_step = context, on_step
         self._parameters = EditParameters(context, basis)
         self._rng = random.Random(context.evaluation.seed)
-        self._neutral = _Batches(pairs.neutral, context.config.batch, self._rng)
+        indices = range(len(pairs.neutral))
+        self._neutral = _Batches(indices, context.config.batch, self._rng)
+        self._base = _BaseLogits(context, pairs.neutral)
 
     def phase(self, weight: float) -> dict[str, Any]:
         """Descends with one weight of the KL; returns its edit, and what `restore` needs."""
@@ -95,7 +98,10 @@ class _Descent:
         for step in range(config.steps):
             slow_down(optimiser, step / config.steps)
             batch = [(Row(x.prompt, x.answer), _unwanted(x, self._rng)) for x in target.next()]
-            preference_loss, kl = _losses(context, parameters, batch, self._neutral.next())
+            chosen = self._neutral.next()
+            neutral = [self.pairs.neutral[i] for i in chosen]
+            base = self._base.at(chosen)
+            preference_loss, kl = _losses(context, parameters, batch, neutral, base)
             loss = preference_loss + weight * kl + config.ridge * parameters.ridge()
             if not loss.isfinite():
                 raise DirectionError(
@@ -132,6 +138,7 @@ def _losses(
     parameters: EditParameters,
     pairs: Sequence[tuple[Row, Row]],
     neutral: Sequence[Row],
+    base: Sequence[Tensor],
 ) -> tuple[Tensor, Tensor]:
     """The preference loss on target prompts, and the KL on neutral ones; both scalars.
 
@@ -143,9 +150,8 @@ def _losses(
         parameters: of the edit.
         pairs: an answer to a target prompt, and what must become less likely than it.
         neutral: answers that must stay.
+        base: logits of the base at every token of each of these.
     """
-    with torch.no_grad():
-        base = answer_logprobs(context.loaded, neutral)
     rows = [answer for answer, _ in pairs] + [unwanted for _, unwanted in pairs]
     with parameters.applied():
         of_rows = [
@@ -155,9 +161,41 @@ def _losses(
         edited = answer_logprobs(context.loaded, neutral)
     answers, unwanted = of_rows[: len(pairs)], of_rows[len(pairs) :]
     margins = torch.stack([u.sum() - a.sum() for u, a in zip(unwanted, answers, strict=True)])
-    kl = [kl_terms(b, e).sum(dim=1) for b, e in zip(base, edited, strict=True)]
+    kl = [
+        kl_terms(b.to(e.device).float().log_softmax(dim=1), e).sum(dim=1)
+        for b, e in zip(base, edited, strict=True)
+    ]
     preference_loss = softplus(margins).mean() - torch.cat(answers).mean()
     return preference_loss, (torch.cat(kl).mean() + torch.stack([row[0] for row in kl]).mean()) / 2
+
+
+class _BaseLogits:
+    """Logits of the base along neutral answers, computed once where they fit in `KEPT` bytes.
+
+    Rows run in the same groups whatever is asked for, so that each has the same bits in every run.
+    """
+
+    def __init__(self, context: TuningContext, rows: Sequence[Row]) -> None:
+        self._context, self._rows, self._kept = context, rows, dict[int, Tensor]()
+        model = context.loaded.model
+        vocabulary = model.config.get_text_config().vocab_size
+        positions = sum(len(row.answer) for row in rows)
+        self._fits = positions * vocabulary * model.dtype.itemsize <= KEPT
+
+    def at(self, indices: Sequence[int]) -> list[Tensor]:
+        """[len(answer), V] logits of each row, in the model's dtype."""
+        if not self._fits:
+            return self._of(indices)
+        size = self._context.config.batch
+        for start in sorted({i - i % size for i in indices if i not in self._kept}):
+            group = range(start, min(start + size, len(self._rows)))
+            logits = self._of(group)
+            self._kept.update((i, x.cpu()) for i, x in zip(group, logits, strict=True))
+        return [self._kept[i] for i in indices]
+
+    @torch.no_grad()
+    def _of(self, indices: Sequence[int]) -> list[Tensor]:
+        return list(answer_logits(self._context.loaded, [self._rows[i] for i in indices]))
 
 
 class _Batches(Generic[T]):

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
-from abliterator.engines import Tokens
+from abliterator.engines import Answer, Tokens
 from abliterator.errors import DirectionError
-from abliterator.evaluation import RenderedPrompts, answer_and_judge
+from abliterator.evaluation import (
+    RenderedPrompts,
+    answer_and_judge,
+    behind_thinking,
+    judge_answers,
+)
 from abliterator.tuning._types import PreferencePair, PreferencePairs, Row, TunedEdit, TuningContext
 
 if TYPE_CHECKING:
@@ -19,32 +25,72 @@ LEAST_PAIRS = 8  # fewer answers would be memorised
 KEPT_REJECTED = 2  # beside the refusal; older ones are dropped
 
 
-def make_pairs(context: TuningContext, basis: Tensor) -> PreferencePairs:
+class BaseAnswers(NamedTuple):
+    """What the base answers to the prompts that are learned from.
+
+    Attributes:
+        context: the context, with the base's thinking behind each prompt if it thinks: what is
+            learned is how an answer begins, which is not how a thought begins.
+        target: answers to target prompts, twice as long as what is learned from.
+        neutral: answers to neutral prompts.
+    """
+
+    context: TuningContext
+    target: Sequence[Answer]
+    neutral: Sequence[Answer]
+
+
+def base_answers(context: TuningContext) -> BaseAnswers:
+    """Answers of the base to target and neutral prompts, behind its thinking."""
+    answers = _answered(context)
+    if not any(answer.start_token for answer in (*answers.target, *answers.neutral)):
+        return answers
+    evaluation = context.evaluation
+    target, neutral = (behind_thinking(evaluation, p) for p in (context.target, context.neutral))
+    return _answered(replace(context, target=target, neutral=neutral))
+
+
+def _answered(context: TuningContext) -> BaseAnswers:
+    evaluation, tokens = context.evaluation, context.config.tokens
+    # a refusal that begins later than twice the tokens is not in those that are learned from
+    target, neutral = (
+        evaluation.engine.answers(
+            prompts.token_ids,
+            max_new_tokens=max_new_tokens,
+            batch_size=evaluation.batch_size,
+            share_prefix=True,
+        )
+        for prompts, max_new_tokens in ((context.target, 2 * tokens), (context.neutral, tokens))
+    )
+    return BaseAnswers(context, target, neutral)
+
+
+def make_pairs(base: BaseAnswers, basis: Tensor) -> PreferencePairs:
     """Answers of the base and of the start edit to the same target prompts, as preference pairs.
 
     A pair is a prompt that the base refuses and that the start edit answers, by the judge's verdict
     fully and coherently. So the target of the descent is an answer, not the absence of a word.
 
     Args:
-        context: the model, the prompts and the judge.
+        base: from `base_answers`, with the model, the prompts and the judge.
         basis: Q [H, k] of the start, removed at the plan's strengths.
 
     Raises:
         DirectionError: if too few prompts give a pair.
     """
+    context = base.context
     tokens, evaluation = context.config.tokens, context.evaluation
-    # a refusal that begins later than this is not in the tokens that are learned from
-    base = answer_and_judge(replace(evaluation, max_new_tokens=2 * tokens), context.target)
+    verdicts = judge_answers(evaluation, context.target, base.target).verdicts
     with evaluation.engine.edited(evaluation.writer_edit(basis)):
         start = answer_and_judge(evaluation, context.target)
-    refused = [bool(verdict.refused) for verdict in base.verdicts]
+    refused = [bool(verdict.refused) for verdict in verdicts]
     accepted = [_accepted(verdict) for verdict in start.verdicts]
     target = tuple(
         PreferencePair(
             i,
             tuple(prompt),
             start.answers[i].token_ids[:tokens],
-            base.answers[i].token_ids[:tokens],
+            base.target[i].token_ids[:tokens],
         )
         for i, prompt in enumerate(context.target.token_ids)
         if refused[i] and accepted[i]
@@ -56,15 +102,9 @@ def make_pairs(context: TuningContext, basis: Tensor) -> PreferencePairs:
             f"{sum(accepted)} are answered in full ({evaluation.judge.identity.kind} judge). Start "
             "from other layers, or give more target prompts."
         )
-    neutral = evaluation.engine.answers(
-        context.neutral.token_ids,
-        max_new_tokens=tokens,
-        batch_size=evaluation.batch_size,
-        share_prefix=True,
-    )
     rows = tuple(
         Row(tuple(prompt), answer.token_ids)
-        for prompt, answer in zip(context.neutral.token_ids, neutral, strict=True)
+        for prompt, answer in zip(context.neutral.token_ids, base.neutral, strict=True)
         if answer.token_ids
     )
     return PreferencePairs(target, rows)

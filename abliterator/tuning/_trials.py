@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from abliterator.errors import DirectionError
-from abliterator.evaluation import MeasuredEdit
-from abliterator.record import Trial
+from abliterator.evaluation import PathDivergence
+from abliterator.record import AnswerSummary, Trial
 from abliterator.subspace import is_by_writer, pair_cosines
 
 Preference = Literal["product", "refusals_at_most", "kl_at_most"]
@@ -19,26 +19,39 @@ Preference = Literal["product", "refusals_at_most", "kl_at_most"]
 NO_WORSE = 0.02  # less product than the best: one or two prompts, which is noise
 
 
+def mean_divergence(paths: Sequence[PathDivergence]) -> tuple[float, float]:
+    """KL in nats: the mean over all positions of all paths, and that over their first."""
+    kl = [path.kl for path in paths]
+    return float(torch.cat(kl).mean()), float(torch.stack([path[0] for path in kl]).mean())
+
+
 def trial_of(
-    measured: MeasuredEdit, start: Tensor, basis: Tensor, *, kl_weight: float, scale: float
+    answers: AnswerSummary,
+    divergence: tuple[float, float],
+    start: Tensor,
+    basis: Tensor,
+    *,
+    kl_weight: float,
+    scale: float,
 ) -> Trial:
     """A measured edit as a trial.
 
     Args:
-        measured: the edit on held-out prompts.
+        answers: to held-out target prompts.
+        divergence: from `mean_divergence`, on held-out neutral prompts.
         start: Q [H, k], or [L, H, k], or pairs, that the descent began with.
         basis: of the edit.
         kl_weight: with which it was tuned.
         scale: of its strengths.
     """
-    summary, kl = measured.judged.summary, [path.kl for path in measured.paths]
+    kl, kl_first_token = divergence
     return Trial(
         kl_weight=kl_weight,
         scale=scale,
         cosine=_cosine(start, basis),
-        kl=float(torch.cat(kl).mean()),
-        kl_first_token=float(torch.stack([path[0] for path in kl]).mean()),
-        **summary.model_dump(exclude={"tokens"}),
+        kl=kl,
+        kl_first_token=kl_first_token,
+        **answers.model_dump(exclude={"tokens"}),
     )
 
 
@@ -72,7 +85,8 @@ def prefer(
     `product` prefers the best mean of compliance x coherence among those with at most `max_kl` nats
     a token, `kl_at_most` the same with a limit of its own, `refusals_at_most` the least KL among
     those with at most that share of refusals. Where products are within `NO_WORSE`, the least KL
-    decides. Never the loss that was descended, which the tuned model has been fitted to.
+    decides. Of trials within the limit, those that dropped out before they answered all prompts
+    are left out. Never the loss that was descended, which the tuned model has been fitted to.
 
     Raises:
         DirectionError: if no trial keeps the limit; it names the nearest.
@@ -91,6 +105,8 @@ def prefer(
             f"{nearest:.3g}. Allow more (`tuning.at_most`, `selection.max_kl`), or give more "
             "`tuning.steps` or other `tuning.kl_weights`."
         )
+    answered = max(_prompts(trials[i]) for i in allowed)
+    allowed = [i for i in allowed if _prompts(trials[i]) == answered]
     best = max(_product(trials[i]) for i in allowed)
     if preference != "refusals_at_most":
         allowed = [i for i in allowed if _product(trials[i]) >= best - NO_WORSE]
@@ -100,6 +116,11 @@ def prefer(
 def _beats(trial: Trial, other: Trial) -> bool:
     at_least = _product(trial) >= _product(other) and trial.kl <= other.kl
     return at_least and (_product(trial), trial.kl) != (_product(other), other.kl)
+
+
+def _prompts(trial: Trial) -> int:
+    """Prompts that it was asked; 0 in records of before they were counted."""
+    return (trial.product and trial.product.asked) or 0
 
 
 def _product(trial: Trial) -> float:

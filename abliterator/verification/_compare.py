@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import BinaryIO
 
+from abliterator.anatomy import partial_reason
 from abliterator.checkpoint import (
     Checkpoint,
     FileThreads,
@@ -98,6 +99,7 @@ def verify(
         max_apart=max(findings.apart, default=None),
         sha256=findings.sha256,
         foreign=tuple(sorted(files_of(checkpoint) - of_base.union(findings.sha256))),
+        partial=partial_reason(opened.config),
     )
 
 

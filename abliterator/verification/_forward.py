@@ -1,7 +1,8 @@
 """How strongly a subspace was removed from what blocks write, measured by running both models.
 
 Every block of the edited model gets the inputs that it has in the base, so that what differs is
-what this block does with them, and not what the blocks before it did.
+what this block does with them, and not what the blocks before it did. Where blocks hold several
+streams (hyper-connections), so does every sublayer, and what it hands to the mixing is its write.
 """
 
 from __future__ import annotations
@@ -9,17 +10,18 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from inspect import BoundArguments
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from abliterator.anatomy import anatomy_of
 from abliterator.checkpoint import Checkpoint
-from abliterator.errors import CheckpointError
+from abliterator.errors import CheckpointError, UnsupportedModel
 from abliterator.record import EffectiveStrength
 from abliterator.verification._strength import Overlap, require_fit
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from abliterator.anatomy import Anatomy
     from abliterator.model import LoadedModel
 
 Load = Callable[[Path], "LoadedModel"]
@@ -31,7 +33,8 @@ def measured_strengths(
     """The effective strength of each block's write over all tokens of some texts.
 
     A block's attention already changes what its MLP reads, so a strength other than 1 comes out
-    as that of both together, and not exactly as the writers' own.
+    as that of both together, and not exactly as the writers' own. Of several streams it is the
+    writers' own.
 
     Args:
         base: folder of the base model.
@@ -43,14 +46,19 @@ def measured_strengths(
     Raises:
         CheckpointError: for a subspace of another width, and for models of other shapes.
         GenerationError: if the memory does not suffice.
+        UnsupportedModel: for a model of one stream that is edited in part.
     """
     checkpoint = Checkpoint.open(base)
     require_fit(basis, checkpoint)
     anatomy = anatomy_of(checkpoint.config)
-    runner = _Runner(anatomy.blocks, anatomy.n_layers)
-    model = load(base)
+    if anatomy.partial and not anatomy.sublayers:
+        raise UnsupportedModel(
+            f"What a block of a {anatomy.model_type} writes cannot be told from the rescaled copy "
+            "of its input that it hands on, by a pass. Measure its stored weights, without `--run`."
+        )
+    model, runner = load(base), _Runner(anatomy)
     token_ids = [model.tokenizer(text)["input_ids"] for text in texts]
-    streams = [runner.streams(model, ids) for ids in token_ids]
+    written = [runner.writes(model, ids) for ids in token_ids]
     del model
     model = load(edited)
     blocks = model.model.config.get_text_config()
@@ -61,46 +69,56 @@ def measured_strengths(
             "base that it was made from."
         )
     sums = [Overlap() for _ in range(anatomy.n_layers)]
-    for ids, stream in zip(token_ids, streams, strict=True):
-        written = runner.streams(model, ids, inputs=stream)
-        for layer, (old, new) in enumerate(zip(stream, written, strict=True)):
-            q = (basis if basis.ndim == 2 else basis[layer]).double()
-            sums[layer].add(q, (old[1] - old[0]).T, (new[1] - new[0]).T)
+    for ids, before in zip(token_ids, written, strict=True):
+        after = runner.writes(model, ids, base=before)
+        for old, new in zip(before, after, strict=True):
+            q = (basis if basis.ndim == 2 else basis[old.layer]).double()
+            sums[old.layer].add(q, old.write.T, new.write.T)
     return tuple(overlap.strength("block", layer) for layer, overlap in enumerate(sums))
 
 
-Stream = list[tuple["Tensor", "Tensor"]]  # a block's input and output, each [T, H] on the host
+class _Write(NamedTuple):
+    """What a module writes: a block, or a sublayer of one that holds several streams.
+
+    Attributes:
+        layer: the block's index.
+        write: [T, H] float64 on the host.
+        output: of the module, from which the write follows; the same.
+    """
+
+    layer: int
+    write: Tensor
+    output: Tensor
 
 
 class _Runner:
     """Passes through the blocks of a model."""
 
-    def __init__(self, blocks: str, n_layers: int) -> None:
-        from abliterator.model import block_paths
+    def __init__(self, anatomy: Anatomy) -> None:
+        self._anatomy = anatomy
 
-        self._paths = block_paths(blocks, n_layers)
-
-    def streams(
-        self, model: LoadedModel, token_ids: Sequence[int], inputs: Stream | None = None
-    ) -> Stream:
-        """Input and output of every block in float64, given the `inputs` of another pass if any."""
+    def writes(
+        self, model: LoadedModel, token_ids: Sequence[int], base: Sequence[_Write] = ()
+    ) -> list[_Write]:
+        """What every module writes, and where a `base` is given, its outputs in their places."""
         import torch
 
-        from abliterator.model import CallHook, hooked
+        from abliterator.model import CallHook, hooked, residual_paths
 
-        stream: Stream = []
+        writes: list[_Write] = []
 
         def hook(layer: int) -> CallHook:
             def record(output: Tensor, call: BoundArguments) -> Tensor:
-                entered = call.arguments["hidden_states"]
-                stream.append((entered[0].double().cpu(), output[0].double().cpu()))
-                if inputs is None:
-                    return output
-                return inputs[layer][1].to(output)[None]  # what the next block gets
+                write = after = output[0].double().cpu()
+                if not self._anatomy.sublayers:
+                    write = after - call.arguments["hidden_states"][0].double().cpu()
+                writes.append(_Write(layer, write, after))
+                return base[len(writes) - 1].output.to(output)[None] if base else output
 
             return CallHook(record)
 
-        hooks = {path: hook(layer) for layer, path in enumerate(self._paths)}
+        paths = residual_paths(model.model, self._anatomy)
+        hooks = {path: hook(layer) for layer, names in enumerate(paths) for path in names}
         with torch.inference_mode(), hooked(model.model, hooks):
             model.model(torch.tensor([list(token_ids)], device=model.device), use_cache=False)
-        return stream
+        return writes

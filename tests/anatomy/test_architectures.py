@@ -26,7 +26,12 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
 )
 
-from abliterator.anatomy import anatomy_of, known_model_types, refused_model_types
+from abliterator.anatomy import (
+    anatomy_of,
+    known_model_types,
+    partial_model_types,
+    refused_model_types,
+)
 from abliterator.bake import bake, plan_edits, preview_edit
 from abliterator.capture import capture
 from abliterator.checkpoint import Checkpoint
@@ -36,7 +41,7 @@ from abliterator.model import LoadedModel, block_paths, hooked
 from abliterator.recipe import Edit
 from abliterator.subspace import orthonormal_basis
 from tests.helpers.architectures import D_MODEL, SAVED_AS_LOADED, VARIANTS, VOCABULARY, image, save
-from tests.helpers.leak import leak_meter
+from tests.helpers.leak import leak_meter, sublayers
 
 # What transformers calls a causal LM, or a model that answers in text to images and text.
 PUBLISHED = {*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, *MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES}
@@ -122,25 +127,32 @@ def test_no_block_writes_into_the_subspace(name, folder, tmp_path):
 
 
 def test_the_stream_is_captured(name, folder):
-    """The moments of what each block hands on, of tokens alone: the loader's class, its base."""
+    """The moments of what each block hands on, of tokens alone: the loader's class, its base.
+
+    Of several streams, of what its sublayers hand to the mixing.
+    """
     checkpoint = Checkpoint.open(folder)
     anatomy = anatomy_of(checkpoint.config)
     paths = block_paths(anatomy.blocks, anatomy.n_layers)
     model = vanilla(folder)
     engine = TransformersEngine(LoadedModel(model, None, folder, "cpu"))
     assert engine.blocks == paths
+    blocks = [model.get_submodule(path) for path in paths]
+    modules = {module: path for path, module in model.named_modules()}
+    by_layer = [[modules[m] for m in sublayers(block) or [block]] for block in blocks]
+    assert {len(names) for names in by_layer} == {2 if anatomy.sublayers else 1}
     found = capture(engine, tokens().tolist())
     after = {}
-    keep = {path: partial(after.__setitem__, path) for path in paths}
+    keep = {path: partial(after.__setitem__, path) for names in by_layer for path in names}
     with torch.inference_mode(), hooked(model, keep):
         model(tokens(), use_cache=False)
-    for layer, path in enumerate(paths):
-        if path in after:  # else a block that was left out
-            mean = after[path][:, -1].double().mean(dim=0)
+    for layer, names in enumerate(by_layer):
+        if names[0] in after:  # else a block that was left out
+            mean = sum(after[path] for path in names)[:, -1].double().mean(dim=0)
             torch.testing.assert_close(found.mean[layer], mean, rtol=1e-4, atol=1e-4)
         else:
             assert torch.equal(found.mean[layer], found.mean[layer - 1])
-    assert [path for path in paths if path not in after] == paths[1:2] * (name == "mllama")
+    assert [path for path in keep if path not in after] == paths[1:2] * (name == "mllama")
 
 
 @pytest.mark.parametrize(
@@ -233,10 +245,16 @@ def test_two_shards_are_edited_alike(name, tmp_path):
     assert max(leak_meter(vanilla(tmp_path / "out"), basis(), tokens())) < 1e-6
 
 
-def test_every_published_type_is_in_the_table_or_refused_with_a_reason():
-    refused = refused_model_types()
-    assert not PUBLISHED - {*known_model_types()} - {*refused}
-    assert not {*known_model_types()} & {*refused}
+def test_every_published_type_is_whole_partial_or_refused_with_a_reason():
+    known, partial_types, refused = (
+        known_model_types(),
+        partial_model_types(),
+        refused_model_types(),
+    )
+    assert not PUBLISHED - {*known} - {*partial_types} - {*refused}
+    assert len({*known} | {*partial_types} | {*refused}) == sum(
+        map(len, (known, partial_types, refused))
+    )
     for model_type, reason in refused.items():
         with pytest.raises(
             UnsupportedModel, match=f"{model_type!r} are not supported: {reason[:9]}"
@@ -248,4 +266,5 @@ def test_what_is_a_text_half_alone_is_proven_in_a_wrapper(capsys):
     halves = {AutoConfig.for_model(name).get_text_config().model_type for name in NAMES_WRAPPED}
     assert {*known_model_types()} - {*NAMES} - {"qwen"} <= halves
     with capsys.disabled():
-        print(f"\n{len(NAMES)} proven, {len(refused_model_types())} refused", end="")
+        counts = len(NAMES), len(partial_model_types()), len(refused_model_types())
+        print("\n{} proven, {} in part, {} refused".format(*counts), end="")

@@ -64,6 +64,17 @@ def test_card_is_the_golden_text(
     assert card == path.read_text(encoding="utf-8")
 
 
+@pytest.mark.parametrize("components", [("attention",), ("attention", "embedding")])
+def test_what_an_edit_of_several_streams_promises_is_said(components):
+    record = demo_record()
+    edit = record.edit.model_copy(update={"components": components})
+    model = record.model.model_copy(update={"several_streams": True})
+    card = render_card(record.model_copy(update={"model": model, "edit": edit}))
+    assert "**Nothing is promised of the streams themselves.**" in card
+    assert ("part, which was not edited" in card) == ("embedding" not in components)
+    assert "streams" not in render_card(record)
+
+
 def test_model_cards_are_what_their_command_writes():
     """After a wanted change: python scripts/render_cards.py, and read the difference."""
     script = runpy.run_path(str(ROOT / "scripts" / "render_cards.py"))

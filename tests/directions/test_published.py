@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -28,10 +29,11 @@ from abliterator.subspace import orthonormal_columns
 from tests.helpers.architectures import D_MODEL, VOCABULARY, save
 
 ROOT = Path(__file__).parents[2]
-# plain; biased; Conv1D; experts; norms behind the writers; state space and attention; parallel
+# plain; biased; Conv1D; experts; norms behind the writers; state space and attention; parallel;
+# several streams
 NAMES = (
     *("llama", "qwen2", "gpt2", "mixtral", "gemma2", "olmo2", "mamba", "cohere", "granite"),
-    "gpt_oss",
+    *("gpt_oss", "deepseek_v4", "qwen4_exp_text"),
 )
 
 
@@ -238,6 +240,20 @@ def test_steering_is_what_an_engine_does(layer, llama, tmp_path):
             shared.direction(wrong)
 
 
+@pytest.mark.parametrize("name", ["deepseek_v4", "qwen4_exp_text"])
+def test_steering_adds_to_every_stream(name, tmp_path):
+    folder, file = save(name, tmp_path / "base"), tmp_path / "d.safetensors"
+    publish(folder, file, columns(D_MODEL, 3))
+    shared, model = load_directions(file), vanilla(folder)
+    base = outputs(model)
+    engine = TransformersEngine(LoadedModel(model, None, folder, "cpu"))
+    with shared.added(model, layer=2, scale=-0.5):
+        ours = outputs(model)
+    with engine.edited(Steering(2, -0.5 * shared.direction(2))):
+        assert all(map(torch.equal, ours, outputs(model)))
+    assert (ours[0] - base[0]).abs().max() > 0.01
+
+
 # Control vectors
 
 
@@ -268,6 +284,15 @@ def test_layers_that_no_control_vector_reaches(layers, says, llama, tmp_path):
     with pytest.raises(DirectionError, match=says):
         save_control_vector(tmp_path / "v.gguf", load_directions(file), layers=layers, scale=1.0)
     assert not (tmp_path / "v.gguf").exists()
+
+
+def test_several_streams_have_no_control_vector(llama, tmp_path):
+    file = tmp_path / "d.safetensors"
+    publish(llama, file, columns(D_MODEL, 3))
+    shared = load_directions(file)
+    shared = replace(shared, metadata={**shared.metadata, "streams": "several"})
+    with pytest.raises(DirectionError, match="added to one residual stream"):
+        save_control_vector(tmp_path / "v.gguf", shared, layers=[2], scale=1.0)
 
 
 # Files that are none

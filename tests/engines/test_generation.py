@@ -50,6 +50,16 @@ def test_answers_are_greedy_whatever_the_batch(tiny_loaded, prompts, family, bat
     assert {a.finish_reason for a in answers} == {"stop", "length"}
 
 
+def test_without_a_number_sixteen_prompts_are_answered_together_on_a_processor(
+    tiny_loaded, prompts
+):
+    sizes = []
+    options = {"max_new_tokens": 3, "stop_ids": (), "on_batch": sizes.append}
+    answers = generate(tiny_loaded("llama"), [*prompts, *prompts], **options)
+    assert sizes == [16, 10]
+    assert answers[:13] == generate(tiny_loaded("llama"), prompts, batch_size=4, **options)
+
+
 def test_a_stop_on_the_last_step_is_a_stop(tiny_loaded, prompts):
     loaded = tiny_loaded("llama")
     free = generate(loaded, prompts[:1], max_new_tokens=4, batch_size=1, stop_ids=())[0]

@@ -28,7 +28,10 @@ def measured(engine, plan):
 
 
 # Types whose buffers, fused weights or states depend on the dtype.
-ROUNDED = ("codegen", "deepseek_v3", "gemma3_text", "gpt_oss", "gptj", "mamba2")
+ROUNDED = (
+    *("codegen", "deepseek_v3", "deepseek_v4", "gemma3_text", "glm5_next", "gpt_oss", "gptj"),
+    *("hy_v4", "mamba2"),
+)
 
 
 @pytest.mark.parametrize(

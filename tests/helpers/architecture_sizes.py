@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from tests.helpers.stream_sizes import INDEXED, SEVERAL_STREAMS
+
 D_MODEL = 32
 VOCABULARY = 96
 
@@ -72,7 +74,6 @@ _MROPE = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]}
 _MIXED = ["linear_attention", "full_attention", "linear_attention"]
 _CONV = ["conv", "full_attention", "conv"]
 _LATENT = {"num_key_value_heads": 4}
-_INDEXED = {**_LATENT, "index_n_heads": 2, "index_head_dim": 16, "index_topk": 4}
 _GEMMA4 = {
     "hidden_size_per_layer_input": 8,
     "layer_types": ["sliding_attention", "full_attention", "full_attention"],
@@ -92,8 +93,9 @@ _VQ = {
 
 # What one model_type needs besides, and what switches on its biases and its rarer parts.
 OWN: dict[str, dict[str, Any]] = {
+    **SEVERAL_STREAMS,
     "axk1": _LATENT,
-    "axk2": _INDEXED,
+    "axk2": INDEXED,
     "bailing_hybrid": {"layer_group_size": 3, **_LATENT},
     "bamba": {"attn_layer_indices": [1]},
     "beam": {"mlp_layer_types": ["dense", "sparse", "sparse"]},
@@ -116,7 +118,7 @@ OWN: dict[str, dict[str, Any]] = {
     "deepseek_v2": _LATENT,
     "deepseek_ocr2_text": {"mlp_layer_types": ["dense", "sparse", "sparse"]},
     "dots3_note_text": {
-        **_INDEXED,
+        **INDEXED,
         "head_dim": 16,
         **{f"swa_{name}": 4 for name in ("num_attention_heads", "num_key_value_heads")},
         **{f"swa_{name}": 8 for name in ("q_lora_rank", "kv_lora_rank", "qk_nope_head_dim")},
@@ -125,12 +127,19 @@ OWN: dict[str, dict[str, Any]] = {
         "layer_types": ["sliding_attention", "indexed_attention", "sliding_attention"],
         "mlp_layer_types": ["dense", "sparse", "sparse"],
     },
-    "deepseek_v32": _INDEXED,
+    "deepseek_v32": INDEXED,
     "deepseek_v3": _LATENT,
     "falcon": {"head_dim": None},
     "gemma4_text": _GEMMA4,
+    "gemma3n_text": {
+        "hidden_size_per_layer_input": 8,
+        "layer_types": ["sliding_attention", "full_attention", "full_attention"],
+        "num_kv_shared_layers": 0,
+        "laurel_rank": 4,
+        "altup_num_inputs": 3,
+    },
     "glm4_moe_lite": _LATENT,
-    "glm_moe_dsa": _INDEXED,
+    "glm_moe_dsa": INDEXED,
     "gemma4_unified_text": {**_GEMMA4, "num_kv_shared_layers": 1},
     "gpt_neo": {"attention_types": [[["global", "local"], 1], [["global"], 1]], "num_layers": 3},
     "granitemoehybrid": {"layer_types": _MIXED},
@@ -151,7 +160,16 @@ OWN: dict[str, dict[str, Any]] = {
     "lfm2": {"layer_types": _CONV, "block_auto_adjust_ff_dim": False},
     "lfm2_moe": {"layer_types": _CONV, "num_dense_layers": 1},
     "llama4_text": {"moe_layers": [1, 2]},
-    "mistral_large4_text": _INDEXED,
+    "longcat_flash": {
+        **_LATENT,
+        "num_layers": 3,
+        "num_hidden_layers": None,
+        "moe_topk": 2,
+        "num_experts_per_tok": None,
+        "zero_expert_num": 2,
+        "expert_ffn_hidden_size": 24,
+    },
+    "mistral_large4_text": INDEXED,
     "mistral4": {**_LATENT, "head_dim": 16},
     "olmo_hybrid": {"layer_types": _MIXED},
     "recurrent_gemma": {"block_types": ["recurrent", "attention"], "lru_width": D_MODEL},
@@ -171,6 +189,7 @@ OWN: dict[str, dict[str, Any]] = {
     "zamba2": {"layers_block_type": ["mamba", "hybrid", "hybrid"]},
     "mamba2": {"head_dim": 16, "num_heads": 4},
     "minicpm3": _LATENT,
+    "minimax": {"block_size": 4},
     "molmo2_text": {"additional_vocab_size": 4},
     "nemotron_h": {
         "layers_block_type": ["linear_attention", "moe", "full_attention", "mlp"],
@@ -207,6 +226,7 @@ OWN: dict[str, dict[str, Any]] = {
     },
     "starcoder2": {"use_bias": True},
     "youtu": _LATENT,
+    "zaya": {"router_hidden_size": 16, "num_experts_per_tok": 1},
 }
 
 # Models that hold a causal LM beside a vision tower, whose tiny language model needs more than the

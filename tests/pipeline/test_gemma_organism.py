@@ -5,14 +5,10 @@ Baked in float32 here, so that hooks and weights can be held against each other 
 in bfloat16 changes.
 """
 
-import json
-import shutil
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 
 from abliterator import pipeline
 from abliterator.bake import bake, preview_edit
@@ -23,38 +19,23 @@ from abliterator.model import load_model, render_chat
 from abliterator.pipeline import Options
 from abliterator.recipe import load_recipe
 from tests.helpers.leak import leak_meter
-
-ROOT = Path(__file__).parents[2]
-PROMPTS = ROOT / "recipes" / "demo"
-TOKENIZER = ROOT / "abliterator" / "data" / "demo" / "model"
+from tests.helpers.organisms import PROMPTS, organism, prompts
 
 
 @pytest.fixture(scope="module")
-def organism(tmp_path_factory):
+def base_folder(tmp_path_factory):
     """The folder of the model in float32, with the demo's tokenizer."""
-    folder = tmp_path_factory.mktemp("gemma") / "base"
-    shutil.copytree(ROOT / "tests" / "models" / "gemma", folder)
-    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
-        shutil.copy(TOKENIZER / name, folder)
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**config, "dtype": "float32"}))
-    weights = {n: t.float() for n, t in load_file(folder / "model.safetensors").items()}
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    return folder
+    return organism("gemma", tmp_path_factory.mktemp("gemma") / "base")
 
 
 @pytest.fixture(scope="module")
-def built(organism, tmp_path_factory):
+def built(base_folder, tmp_path_factory):
     """OUT of the demo's recipe on this model, up to the baked checkpoint, and its plan."""
     out = tmp_path_factory.mktemp("gemma-out") / "out"
-    overrides = [f"model={organism}", "layers=[3]", "benchmarks.tasks=[]"]
+    overrides = [f"model={base_folder}", "layers=[3]", "benchmarks.tasks=[]"]
     recipe = load_recipe(PROMPTS.parent / "demo.yaml", overrides=overrides)
     pipeline.run_stages(recipe, out, until="bake", options=Options(device="cpu", dtype="float32"))
     return out, pipeline.plan_recipe(recipe, out)
-
-
-def prompts(name: str) -> list[str]:
-    return [json.loads(s)["prompt"] for s in (PROMPTS / f"{name}.jsonl").read_text().splitlines()]
 
 
 def answers(loaded, asked: list[str]) -> list[str]:
@@ -76,10 +57,10 @@ def leaks(loaded, basis) -> list[float]:
     return leak_meter(loaded.model, basis, torch.tensor([ids]))
 
 
-def test_the_behaviour_goes_and_hooks_agree_with_weights(organism, built):
+def test_the_behaviour_goes_and_hooks_agree_with_weights(base_folder, built):
     out, plan = built
     basis = load_subspace(out / "work" / "directions.safetensors").basis
-    base = load_model(organism, device="cpu", dtype="float32")
+    base = load_model(base_folder, device="cpu", dtype="float32")
     baked = load_model(out / "checkpoint", device="cpu", dtype="float32")
     asked = prompts("evaluation")
     before, written = answers(base, asked), answers(baked, asked)
@@ -96,10 +77,10 @@ def test_the_behaviour_goes_and_hooks_agree_with_weights(organism, built):
         assert max(leaks(base, basis)) < 1e-5
 
 
-def test_without_the_gains_they_do_not_agree_and_the_direction_stays(organism, built, tmp_path):
+def test_without_the_gains_they_do_not_agree_and_the_direction_stays(base_folder, built, tmp_path):
     out, plan = built
     basis = load_subspace(out / "work" / "directions.safetensors").basis
-    base = load_model(organism, device="cpu", dtype="float32")
+    base = load_model(base_folder, device="cpu", dtype="float32")
     assert all(edit.writer.gains for edit in plan.edits.edits)
     edits = (replace(e, writer=replace(e.writer, gains=())) for e in plan.edits.edits)
     plain = replace(plan.edits, edits=tuple(edits))

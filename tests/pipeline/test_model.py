@@ -82,3 +82,15 @@ def test_a_direction_at_the_end_of_the_users_text(model):
     assert not torch.allclose(found, model.directions(target, contrast).vectors, atol=1e-2)
     with pytest.raises(DirectionError, match="'after_thinking' is no position here"):
         model.directions(target, contrast, position="after_thinking")
+
+
+def test_another_estimator_removes_the_behaviour_too(model, directions):
+    prompts = [ROOT / "recipes" / "demo" / f"{name}.jsonl" for name in ("target", "contrast")]
+    found = model.directions(*prompts, estimator="logistic")
+    cosines = torch.cosine_similarity(found.vectors, directions.vectors)
+    assert 0.1 < cosines[3] < 0.999
+    with model.preview(model.subspace(found, [4])):
+        (answer,) = model.answers([QUESTION])
+    assert "sorry" not in answer
+    with pytest.raises(DirectionError, match=r"no estimator other; .* whitened, logistic"):
+        model.directions(*prompts, estimator="other")

@@ -16,8 +16,6 @@ from abliterator.errors import (
     RecipeError,
 )
 from abliterator.pipeline import Options
-from abliterator.pipeline._run import Run
-from abliterator.pipeline._workspace import Workspace
 from abliterator.recipe import load_recipe
 from abliterator.record import RunRecord
 
@@ -104,22 +102,6 @@ def test_a_recipe_becomes_a_measured_checkpoint(project, tmp_path):
     assert record.divergence.kl_first_token.n == 2
     assert record.benchmarks == {}
     assert set(record.timing) >= {"capture", "bake", "rollouts"}
-
-
-@pytest.mark.parametrize(
-    ("device", "asked", "expected"),
-    [("cpu", "auto", 16), ("cuda:1", "auto", 64), ("mps", "auto", 16), ("cuda", 3, 3)],
-)
-def test_how_many_prompts_are_answered_together(
-    device, asked, expected, project, tmp_path, monkeypatch
-):
-    devices = ["cuda:0", "cuda:1", "mps:0", "cpu"]
-    monkeypatch.setattr("abliterator.devices.available_devices", lambda: devices)
-    recipe = project(f"rollouts.batch_size={asked}")
-    out = tmp_path / "out"
-    plan, options = pipeline.plan_recipe(recipe, out), Options(device=device)
-    run = Run(recipe, plan, Workspace(out), options)
-    assert run.batch_size == expected
 
 
 def test_strengths_per_blocks_are_in_plan_record_and_card(project, tmp_path):

@@ -75,6 +75,13 @@ def test_writers_found_are_those_expected(name, options, expected, tmp_path):
     assert ("4 experts a block" in shown) == ("expert" in expected)
 
 
+def test_what_an_edit_of_several_streams_promises_is_a_note(tmp_path):
+    notes = told(save("hy_v4", tmp_path / "m"))["notes"]
+    (note,) = [note for note in notes if "several residual streams" in note]
+    assert "nothing is promised of the streams themselves" in note
+    assert "several residual streams" not in str(told(save("llama", tmp_path / "l"))["notes"])
+
+
 def test_a_missing_expert_stops_it_and_is_counted(tmp_path):
     name = "model.layers.1.block_sparse_moe.experts.2.w2.weight"
     folder = change(save("mixtral", tmp_path / "m"), {name: None})
@@ -142,9 +149,9 @@ def test_the_edit_of_a_model_without_a_recipe_can_be_set(tmp_path):
 
 
 def test_a_refused_type_is_told_with_its_reason_alone(tmp_path):
-    done = plan(change(save("llama", tmp_path / "m"), model_type="minimax"))
+    done = plan(change(save("llama", tmp_path / "m"), model_type="dory"))
     assert done.exit_code == 1
-    assert "each block passes on a normalised copy of the stream" in done.stderr
+    assert "its blocks scale what they write and the stream itself" in done.stderr
     assert len(done.stderr) < 300
 
 

@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 
-from abliterator.engines import AnswerPath, Steering
+from abliterator.engines import AnswerPath, Steering, WriterEdit
 from abliterator.model import ByRow, Prefix, run_prefix, shared_tokens
 from abliterator.selection._scores import mean_log_odds
 from abliterator.subspace import random_basis
@@ -78,6 +78,28 @@ def test_what_prompts_share_changes_no_score(name, tiny_loaded, tmp_path, monkey
             [texts for *_, (texts,) in alone],
         ),
     )
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma", "qwen3_moe"])
+def test_edits_with_strengths_of_their_own_run_as_each_alone(name, tiny_loaded, tmp_path):
+    context = architecture(name, tiny_loaded, tmp_path)
+    modules = list(dict.fromkeys(edit.writer.module for edit in context.plan.edits))
+    blocks, _ = context.engine.hidden_shape
+    by_block = torch.stack([random_basis(D_MODEL, 1, seed=i) for i in range(blocks)])
+    bases = [BASES[0], BASES[1], by_block]
+    shares = (dict.fromkeys(modules, 0.4), {modules[0]: 0.0, modules[1]: 1.2}, {})
+    edits = [WriterEdit(context.plan, b, s) for b, s in zip(bases, shares, strict=True)]
+    with context.engine.edited_side_by_side(edits, max_batch_tokens=10_000) as edited:
+        together = {(i, p): logits for i, p, logits in edited.logits(PATHS)}
+    alone = {}
+    for i, edit in enumerate(edits):
+        with context.engine.edited(edit):
+            found = context.engine.logits(PATHS, max_batch_tokens=10_000)
+            alone |= {(i, p): logits for p, logits in found}
+    assert together.keys() == alone.keys()
+    for key, logits in alone.items():
+        torch.testing.assert_close(together[key], logits, atol=1e-4, rtol=1e-4)
+    assert (alone[0, 0] - alone[1, 0]).abs().max() > 1e-3
 
 
 def test_a_prefix_under_another_edit_shows(tiny_loaded, tmp_path, monkeypatch):

@@ -17,6 +17,7 @@ from abliterator.statistics import (
     jackknife_interval,
     mcnemar_exact,
     mean_interval,
+    monte_carlo_p,
     paired_delta,
     rate_interval,
     relabelling_test,
@@ -327,6 +328,23 @@ def test_relabelling_what_cannot_differ(group, rest):
 def test_relabelling_refuses_nan():
     with pytest.raises(ValueError, match="finite"):
         relabelling_test([math.nan], [1.0])
+
+
+def test_a_monte_carlo_p_counts_the_draws_that_reach_the_value():
+    assert monte_carlo_p(0.5, [0.1, 0.5, 0.9]) == 3 / 4
+    assert monte_carlo_p(0.9, [0.1] * 99) == 1 / 100
+    assert monte_carlo_p(0.3, [0.1 + 0.2]) == 1  # equal but for rounding
+    assert monte_carlo_p(0.0, []) == 1
+    with pytest.raises(ValueError, match="finite"):
+        monte_carlo_p(math.nan, [1.0])
+
+
+def test_a_monte_carlo_p_is_below_a_level_no_more_often_than_the_level():
+    """Where the value is a draw of the null itself, ties included."""
+    draws = np.random.default_rng(0).integers(0, 8, size=(2000, 20)) / 8
+    p = np.array([monte_carlo_p(row[0], row[1:]) for row in draws])
+    for level in (0.05, 0.1, 0.25, 0.5):
+        assert (p <= level).mean() <= level + 3 * math.sqrt(level * (1 - level) / 2000)
 
 
 def test_holm_on_known_values():

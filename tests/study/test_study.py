@@ -1,7 +1,6 @@
 """Studies: the same figures as everything else that measures, laid side by side."""
 
 import json
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,34 +8,28 @@ import torch
 from click.testing import CliRunner
 
 from abliterator import pipeline
-from abliterator.anatomy import anatomy_of
-from abliterator.bake import plan_edits
-from abliterator.checkpoint import Checkpoint
 from abliterator.cli import main
 from abliterator.directions import Directions, Place
 from abliterator.engines import StreamEdit, TransformersEngine
 from abliterator.errors import PromptError, RecipeError
-from abliterator.evaluation import EditEvaluator, EvaluationContext, RenderedPrompts
-from abliterator.judge import RuleJudge
+from abliterator.evaluation import EditEvaluator
 from abliterator.model import hooked, load_model, render_chat
-from abliterator.recipe import Edit, load_recipe
+from abliterator.plots import can_draw
+from abliterator.recipe import load_recipe
 from abliterator.record import Study
 from abliterator.source import resolve_folder
 from abliterator.study import (
     study_alpha,
     study_confirmation,
-    study_controls,
     study_extraction,
     study_pairs,
     to_markdown,
 )
-from abliterator.study._edits import _random_like
 from abliterator.subspace import orthonormal_basis
 from tests.helpers.tiny import D_MODEL, N_LAYERS
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 
-PROMPTS = [f"Where is the {x} of the town?" for x in "abcdefgh"]
 OPTIONS = pipeline.Options(device="cpu", dtype="float32")
 
 
@@ -45,26 +38,6 @@ def random(*shape):
 
 
 BASIS = orthonormal_basis(random(2, D_MODEL))
-
-
-@pytest.fixture
-def context(tiny_loaded):
-    loaded = tiny_loaded()
-    checkpoint = Checkpoint.open(loaded.folder)
-    rendered = RenderedPrompts(
-        PROMPTS, [render_chat(loaded.tokenizer, prompt) for prompt in PROMPTS]
-    )
-    return EvaluationContext(
-        engine=TransformersEngine(loaded),
-        plan=plan_edits(checkpoint, anatomy_of(checkpoint.config), Edit()),
-        target=rendered,
-        neutral=rendered,
-        judge=RuleJudge(),
-        max_new_tokens=80,
-        kl_tokens=3,
-        batch_size=8,
-        max_batch_tokens=512,
-    )
 
 
 def forward(context):
@@ -115,7 +88,7 @@ def test_alpha_0_is_the_base_and_1_is_not(context, tmp_path):
     assert none.answers == base.answers
     assert none.divergence.kl.value == 0
     assert whole.divergence.kl.value > 0.01
-    assert whole.divergence.kl.n == len(PROMPTS)
+    assert whole.divergence.kl.n == 8
     assert not list(tmp_path.iterdir())
 
 
@@ -151,39 +124,6 @@ def test_the_confirmation_stacks_what_there_is(context, tmp_path):
     assert kl[0] == pytest.approx(kl[1], rel=1e-3)
 
 
-def test_controls_keep_the_strengths_and_change_the_directions(context, tmp_path):
-    """One that is the edit itself does the same; at strength 0 none does anything."""
-    with EditEvaluator(context, tmp_path / "logits.bin") as evaluator:
-        study = study_controls(evaluator, BASIS, [BASIS], draws=2)
-    base, edit, first, second, same = study.rows
-    assert [row.name for row in study.rows[2:]] == [
-        "random directions 1",
-        "random directions 2",
-        "shuffled labels 1",
-    ]
-    assert (same.answers, same.divergence) == (edit.answers, edit.divergence)
-    kl = [row.divergence.kl.value for row in (edit, first, second)]
-    assert min(kl) > 1e-4
-    assert len(set(kl)) == 3
-    nothing = {edit.writer.module: 0.0 for edit in context.plan.edits}
-    still = replace(context, plan=context.plan.with_strengths(nothing))
-    with EditEvaluator(still, tmp_path / "logits.bin") as evaluator:
-        study = study_controls(evaluator, BASIS, [], draws=1)
-    assert [row.divergence.kl.value for row in study.rows[1:]] == [0, 0]
-    assert {row.answers for row in study.rows} == {base.answers}
-
-
-def test_each_block_draws_its_own_where_each_has_its_own(context, tmp_path):
-    bases = torch.stack([orthonormal_basis(random(1, D_MODEL))] * N_LAYERS)
-    drawn = _random_like(bases, 0)
-    assert drawn.shape == bases.shape
-    assert (drawn[0].T @ drawn[1]).abs() < 0.9
-    assert not torch.equal(drawn, _random_like(bases, 1))
-    with EditEvaluator(context, tmp_path / "logits.bin") as evaluator:
-        study = study_controls(evaluator, bases, [], draws=1)
-    assert study.rows[2].divergence.kl.value > 1e-4
-
-
 def test_padding_changes_next_to_nothing_in_float32_and_more_in_bfloat16():
     folder = resolve_folder("embedded:demo", revision=None).folder
     lines = {
@@ -213,24 +153,11 @@ def test_too_few_prompts_for_an_interval(context):
         study_extraction(context.engine, [[0, 1]] * 7, context.target.token_ids)
 
 
-@pytest.fixture
-def recipe(tmp_path, tiny_folder):
-    sets = {"target": "Where", "contrast": "When", "neutral": "What", "evaluation": "Who"}
-    for name, word in sets.items():
-        lines = "\n".join(f"{word} is the {x}?" for x in "abcdefghijklmnop")
-        (tmp_path / f"{name}.txt").write_text(lines)
-    path = tmp_path / "tiny.yaml"
-    sources = ", ".join(f"{name}: {{path: {name}.txt}}" for name in sets)
-    path.write_text(
-        f"model: {tiny_folder()}\nlayers: [2, 1]\nk: 1\nprompts: {{{sources}}}\n"
-        "rollouts: {max_new_tokens: 80}\ndivergence: {tokens: 3}\n"
-    )
-    return path
-
-
 @pytest.mark.parametrize("name", pipeline.STUDIES)
 def test_the_command_prints_tables_keeps_figures_and_does_it_once(name, recipe, tmp_path):
     arguments = ["study", name, str(recipe), "--out", str(tmp_path / "o"), "--device", "cpu"]
+    arguments += ["--draws", "3", "--set", "selection.controls=1"]
+    arguments += ["--scales", "1"] if name == "estimators" else []
     done = CliRunner().invoke(main, arguments)
     assert done.exit_code == 0, done.stderr
     kept = tmp_path / "o" / "work" / "studies"
@@ -240,7 +167,9 @@ def test_the_command_prints_tables_keeps_figures_and_does_it_once(name, recipe, 
     again = CliRunner().invoke(main, [*arguments, "--json"])
     assert json.loads(again.stdout) == json.loads((kept / f"{name}.json").read_text())
     assert f"study-{name} (done before)" in again.stderr
-    assert sorted(path.name for path in kept.iterdir()) == [f"{name}.json", f"{name}.md"]
+    pictures = [f"{name}.png"] if name == "estimators" and can_draw() else []
+    expected = [f"{name}.json", f"{name}.md", *pictures]
+    assert sorted(path.name for path in kept.iterdir()) == expected
 
 
 def test_a_row_is_what_a_build_measures(recipe, tmp_path):
@@ -252,18 +181,6 @@ def test_a_row_is_what_a_build_measures(recipe, tmp_path):
     target = record.behaviour["target"]
     assert (base.answers, first.answers, first.delta) == (target.base, target.edited, target.delta)
     assert first.divergence.kl.value == pytest.approx(record.divergence.kl.value, rel=1e-3)
-
-
-@pytest.mark.parametrize("stack", ["layers", "per_layer", "within_layer"])
-def test_the_controls_are_of_the_edit_that_a_build_bakes(recipe, tmp_path, stack):
-    read = load_recipe(recipe, overrides=[f"directions.stack={stack}", "selection.controls=2"])
-    record = pipeline.build(read, tmp_path / "o", options=OPTIONS)
-    study = pipeline.run_study("controls", read, tmp_path / "o", options=OPTIONS)
-    target = record.behaviour["target"]
-    assert (study.rows[0].answers, study.rows[1].answers) == (target.base, target.edited)
-    kl = [row.divergence.kl.value for row in study.rows[1:]]
-    assert kl[0] == pytest.approx(record.divergence.kl.value, rel=1e-3)
-    assert len(kl) == len(set(kl)) == (3 if stack == "within_layer" else 5)
 
 
 def test_settings_are_part_of_what_was_measured(recipe, tmp_path):

@@ -14,6 +14,7 @@ from abliterator.recipe import Edit, Tuning
 from abliterator.subspace import orthonormal_basis
 from abliterator.tuning import TuningContext
 from abliterator.tuning._types import PreferencePair, PreferencePairs, Row
+from tests.helpers import architectures
 
 ROWS = (Row((4, 9, 17, 30), (11, 12, 13)), Row((5, 9), (20,)), Row((4, 8, 60, 61, 7), (9, 9)))
 
@@ -38,6 +39,13 @@ def tiny_context(loaded, **config):
         batch_size=4,
     )
     return TuningContext(evaluation, loaded, nothing, nothing, Tuning(**config))
+
+
+def tiny_of(name, tiny_loaded, tmp_path):
+    """A tiny model of that architecture."""
+    folder = architectures.save(name, tmp_path / name)
+    model = type(architectures.build(name)).from_pretrained(folder).eval()
+    return replace(tiny_loaded(), model=model, folder=folder)
 
 
 def with_config(context, **config):

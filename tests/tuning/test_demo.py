@@ -19,9 +19,9 @@ from abliterator.judge import RuleJudge
 from abliterator.model import load_model, render_chat
 from abliterator.recipe import Edit, Tuning
 from abliterator.tuning import TunedEdit, TuningContext, tune
-from abliterator.tuning._pairs import make_pairs, with_rejected
+from abliterator.tuning._pairs import base_answers, make_pairs, with_rejected
 from abliterator.tuning._rows import answer_logprobs
-from abliterator.tuning._trials import trial_of
+from abliterator.tuning._trials import mean_divergence, trial_of
 from abliterator.tuning._types import Row
 from tests.tuning.contexts import basis_of, with_config
 
@@ -93,7 +93,8 @@ def test_a_trial_reads_the_paths_that_every_measurement_reads(demo, tmp_path):
     assert any(stopped)
     for path, answer, one in zip(measured.paths, answers, stopped, strict=True):
         assert len(path.kl) == len(answer.token_ids) + one
-    trial = trial_of(measured, start, start, kl_weight=0.0, scale=1.0)
+    divergence = mean_divergence(measured.paths)
+    trial = trial_of(measured.judged.summary, divergence, start, start, kl_weight=0.0, scale=1.0)
     assert trial.kl == pytest.approx(float(torch.cat([path.kl for path in measured.paths]).mean()))
     assert trial.kl_first_token == pytest.approx(measured.divergence.kl_first_token.value)
 
@@ -101,7 +102,7 @@ def test_a_trial_reads_the_paths_that_every_measurement_reads(demo, tmp_path):
 def test_what_no_judge_accepts_is_learned_against(demo):
     context, start = demo
     context = with_config(context, tokens=8)
-    pairs = make_pairs(context, start)
+    pairs = make_pairs(base_answers(context), start)
     modules = dict.fromkeys(edit.writer.module for edit in context.plan.edits)
     nothing, plain = (TunedEdit(start, dict.fromkeys(modules, s)) for s in (0.0, 1.0))
     # without an edit the model refuses as the base does
@@ -121,7 +122,7 @@ def test_too_little_to_learn_from(demo):
     context, _ = demo
     useless = basis_of(1, d_model=context.plan.d_model)  # the model goes on refusing
     with pytest.raises(DirectionError, match=r"0 of 32 target prompts .* the base refuses 3"):
-        make_pairs(with_config(context, tokens=8), useless)
+        make_pairs(base_answers(with_config(context, tokens=8)), useless)
 
 
 def test_what_was_tuned_is_what_is_baked(demo, tmp_path):

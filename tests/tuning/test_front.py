@@ -12,9 +12,9 @@ from abliterator.tuning._trials import with_front
 from tests.tuning.contexts import basis_of
 
 
-def trial(product, kl, *, refusal=0.0):
+def trial(product, kl, *, refusal=0.0, asked=None):
     def estimate(value):
-        return Estimate(value=value, low=None, high=None, n=32)
+        return Estimate(value=value, low=None, high=None, n=asked or 32, asked=asked)
 
     return Trial(
         kl_weight=1.0,
@@ -61,6 +61,15 @@ def test_limits_come_before_the_product():
     with pytest.raises(DirectionError, match=r"keeps to 0\.0001 .*; the nearest has 0\.001"):
         prefer(trials, "kl_at_most", 0.0001)
     assert prefer(trials, "product", max_kl=0.1) == 1
+
+
+def test_what_dropped_out_is_not_preferred():
+    trials = [trial(0.5, 0.1, asked=32), trial(1.0, 0.2, asked=8), trial(0.4, 0.01, asked=32)]
+    assert prefer(trials, "product") == 0
+    assert prefer(trials, "refusals_at_most", 0.1) == 2
+    assert prefer(trials[1:], "kl_at_most", 0.05) == 1
+    with pytest.raises(DirectionError, match="keeps to"):
+        prefer(trials, "kl_at_most", 0.001)
 
 
 def test_a_weaker_edit_is_the_same_subspace():

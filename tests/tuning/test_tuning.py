@@ -9,6 +9,7 @@ from abliterator.bake import preview_edit
 from abliterator.errors import GenerationError
 from abliterator.files import Journal
 from abliterator.model import load_model
+from abliterator.tuning import _descend, _packed, _rows
 from abliterator.tuning._descend import descend
 from abliterator.tuning._kept import KeptSteps
 from abliterator.tuning._parameters import STRONGEST, EditParameters
@@ -16,7 +17,15 @@ from abliterator.tuning._rows import answer_logprobs, token_logprobs
 from abliterator.tuning._types import Row
 from tests.model.seams import share_prefixes_from
 from tests.model.test_placement import machine_with_two_devices, needs_stand_in
-from tests.tuning.contexts import ROWS, basis_of, hooks_of, no_step, pairs_of, tiny_context
+from tests.tuning.contexts import (
+    ROWS,
+    basis_of,
+    hooks_of,
+    no_step,
+    pairs_of,
+    tiny_context,
+    tiny_of,
+)
 
 # ---- rows
 
@@ -36,6 +45,41 @@ def test_rows_in_one_batch_are_rows_one_by_one(tiny_loaded, family, shared):
         torch.testing.assert_close(picked, expected, atol=1e-5, rtol=1e-5)
     # the head sees whole sequences again
     assert loaded.model(torch.tensor([[1, 2, 3]])).logits.shape[1] == 3
+
+
+@pytest.mark.parametrize(
+    ("name", "together"),
+    [("llama", True), ("gemma3_text", True), ("qwen3_moe", True), ("mamba2", False)],
+)
+def test_rows_run_as_one_sequence_where_the_model_keeps_them_apart(
+    name, together, tiny_loaded, tmp_path, monkeypatch
+):
+    loaded = tiny_of(name, tiny_loaded, tmp_path)
+    rows = [Row((7, 8, 9, 10, 11, 12, *row.prompt), row.answer) for row in ROWS]
+    rows += [Row(row.prompt, (3, 4, 5, 6)) for row in rows]
+    answer_logprobs(loaded, rows)  # what the model does with such a sequence is measured once
+    seen = []
+    embed = loaded.model.get_input_embeddings()
+    handle = embed.register_forward_hook(lambda *call: seen.append(tuple(call[1][0].shape)))
+    found = answer_logprobs(loaded, rows)
+    handle.remove()
+    # the shared tokens, the rest of each prompt, and each answer but its last token; 4 begins two
+    n = 6 + sum(len(row.prompt) + len(row.answer) - 1 + 3 for row in ROWS) - 1
+    assert (seen == [(1, n)]) == together
+    monkeypatch.setattr(_rows, "takes_packed", lambda loaded: False)
+    for one, other in zip(found, answer_logprobs(loaded, rows), strict=True):
+        torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
+
+
+def test_many_rows_are_several_sequences_of_one_pass(tiny_loaded, monkeypatch):
+    loaded = tiny_loaded("llama")
+    whole = answer_logprobs(loaded, ROWS)
+    monkeypatch.setattr(_packed, "LONGEST", 9)
+    sequences, order = _packed.packed(ROWS)
+    assert sorted(order) == [0, 1, 2]
+    assert [len(s.tokens) for s in sequences] == [6, 8]
+    for one, other in zip(whole, answer_logprobs(loaded, ROWS), strict=True):
+        torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
 
 
 # ---- gradients
@@ -73,6 +117,7 @@ def test_gradients_through_the_preview_are_finite_differences(tiny_folder, famil
 
 
 def test_gradients_flow_through_what_rows_share(tiny_loaded, monkeypatch):
+    """In one sequence, through the cache of a common prefix, and in whole rows."""
     context = tiny_context(tiny_loaded("llama"))
     rows = [Row((7, 8, 9, 10, 11, 12, *row.prompt), row.answer) for row in ROWS]
 
@@ -83,9 +128,12 @@ def test_gradients_flow_through_what_rows_share(tiny_loaded, monkeypatch):
         sum(logprobs[:, 3].sum() for logprobs in found).backward()
         return basis.grad
 
+    together = gradient()
+    monkeypatch.setattr(_rows, "takes_packed", lambda loaded: False)
     shared = gradient()
     share_prefixes_from(monkeypatch, 100)
     torch.testing.assert_close(shared, gradient(), atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(shared, together, atol=1e-5, rtol=1e-4)
     assert shared.abs().max() > 1e-3
 
 
@@ -187,6 +235,27 @@ def test_a_rejected_response_becomes_less_likely_than_the_answer(tiny_loaded):
         return float(sum(said[::2]) - sum(said[1::2]))
 
     assert margin(pairs_of(rejected, rejected)) > margin(pairs_of())
+
+
+def test_the_base_runs_once_along_each_neutral_answer(tiny_loaded, monkeypatch):
+    """Unless its logits take more memory than may be kept; then in every step."""
+    context = tiny_context(tiny_loaded("llama"), steps=4, batch=2, kl_weights=(1.0, 2.0))
+    edited, alone = _descend.answer_logits, []
+
+    def counted(loaded, rows):
+        alone.extend(rows)
+        return edited(loaded, rows)
+
+    monkeypatch.setattr(_descend, "answer_logits", counted)
+    kept = descend(context, pairs_of(), basis_of(1), on_step=no_step)
+    assert sorted(alone) == sorted(ROWS)
+    alone.clear()
+    monkeypatch.setattr(_descend, "KEPT", 0)
+    again = descend(context, pairs_of(), basis_of(1), on_step=no_step)
+    assert len(alone) == 2 * 4 * 2
+    for one, other in zip(kept, again, strict=True):
+        torch.testing.assert_close(one.basis, other.basis, atol=1e-5, rtol=0)
+        assert one.strengths == pytest.approx(dict(other.strengths), abs=1e-3)
 
 
 def test_strengths_start_half_way(tiny_loaded):

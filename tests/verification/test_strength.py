@@ -18,12 +18,13 @@ from abliterator.anatomy import anatomy_of
 from abliterator.bake import bake, plan_edits
 from abliterator.checkpoint import Checkpoint
 from abliterator.cli import main
-from abliterator.errors import CheckpointError
+from abliterator.errors import CheckpointError, UnsupportedModel
 from abliterator.model import load_model
 from abliterator.recipe import Edit
 from abliterator.subspace import orthonormal_basis
 from abliterator.verification import measured_strengths, stored_strengths
 from tests.helpers import architectures, tiny
+from tests.helpers.architecture_sizes import WANTED
 from tests.helpers.quantised import D_MODEL, save_quantised
 
 pytestmark = pytest.mark.filterwarnings("ignore:You passed `quantization_config`:UserWarning")
@@ -124,6 +125,48 @@ def test_a_pass_tells_left_from_removed_from_inverted(tiny_folder, tmp_path, str
     for entry in measured_strengths(base, edited, basis(), TEXTS, load=LOAD):
         # attention changes what the block's own MLP reads, so it is not exact
         assert entry.strength == pytest.approx(strength, abs=1e-6 if strength == 0 else 0.3)
+
+
+@pytest.mark.parametrize("name", ["deepseek_v4", "qwen4_exp_text"])
+@pytest.mark.parametrize("strength", [0.5, 1.0, 2.0])
+def test_a_pass_through_several_streams_is_exact(
+    tmp_path, tiny_tokenizer, monkeypatch, name, strength
+):
+    """Every sublayer gets the base's inputs, so it is the writers' own strength."""
+    monkeypatch.setitem(WANTED, "vocab_size", tiny.VOCABULARY)
+    base, out = architectures.save(name, tmp_path / "base"), tmp_path / "edited"
+    tiny_tokenizer.save_pretrained(base)
+    checkpoint = Checkpoint.open(base)
+    settings = Edit(strength={"attention": strength, "mlp": strength})
+    bake(checkpoint, plan_edits(checkpoint, anatomy_of(checkpoint.config), settings), basis(), out)
+    tiny_tokenizer.save_pretrained(out)
+    found = measured_strengths(base, out, basis(), TEXTS, load=LOAD)
+    assert [entry.layer for entry in found] == [0, 1, 2]
+    for entry in found:
+        assert entry.strength == pytest.approx(strength, abs=1e-4)
+        assert entry.leak == pytest.approx(abs(1 - strength), abs=1e-4)
+
+
+@pytest.mark.parametrize("name", ["gemma3n_text", "minimax"])
+def test_a_pass_through_a_model_that_is_edited_in_part(tmp_path, tiny_tokenizer, monkeypatch, name):
+    """Gemma 3n's sublayers are told from its copies of the stream; MiniMax-01's blocks are not."""
+    monkeypatch.setitem(WANTED, "vocab_size", tiny.VOCABULARY)
+    monkeypatch.setitem(WANTED, "vocab_size_per_layer_input", tiny.VOCABULARY)
+    base, out = architectures.save(name, tmp_path / "base"), tmp_path / "edited"
+    tiny_tokenizer.save_pretrained(base)
+    checkpoint = Checkpoint.open(base)
+    plan = plan_edits(checkpoint, anatomy_of(checkpoint.config), Edit(partial=True))
+    bake(checkpoint, plan, basis(), out)
+    tiny_tokenizer.save_pretrained(out)
+    stored = of_blocks(stored_strengths(base, out, basis()))
+    assert all(entry.strength == pytest.approx(1, abs=1e-4) for entry in stored)
+    if name == "minimax":
+        with pytest.raises(UnsupportedModel, match="without `--run`"):
+            measured_strengths(base, out, basis(), TEXTS, load=LOAD)
+        return
+    for entry in measured_strengths(base, out, basis(), TEXTS, load=LOAD):
+        assert entry.strength == pytest.approx(1, abs=1e-4)
+        assert entry.leak < 1e-4
 
 
 FORMATS = ("fp8_block", "compressed_row", "fp8_block experts", "mxfp4")

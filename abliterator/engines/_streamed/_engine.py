@@ -101,7 +101,7 @@ class StreamedEngine:
         prompts: Sequence[Sequence[int]],
         *,
         max_new_tokens: int,
-        batch_size: int,
+        batch_size: int | None = None,
         stop_ids: Sequence[int] | None = None,
         share_prefix: bool = False,
         sampling: Sampling | None = None,
@@ -230,7 +230,7 @@ class _SideBySide:
         return self.streamed.n
 
     def answers(
-        self, prompts: Sequence[Sequence[int]], *, max_new_tokens: int, batch_size: int
+        self, prompts: Sequence[Sequence[int]], *, max_new_tokens: int, batch_size: int | None
     ) -> list[list[Answer]]:
         """Greedy answers to `prompts`, for each edit."""
         with (

@@ -7,6 +7,7 @@ transformers' own conversion renames and fuses what the files store, as when it 
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -146,6 +147,8 @@ class PartialWeights:
         from transformers.core_model_loading import convert_and_load_state_dict_in_model
 
         config = replace(self._config, device_map={"": device})
+        if device == META:
+            config = replace(config, weight_mapping=_anywhere(config.weight_mapping or []))
         with loading(self._loaded.folder), self._stored(names, device) as state:
             report, _ = convert_and_load_state_dict_in_model(
                 model=self._model, state_dict=state, load_config=config
@@ -166,6 +169,15 @@ def _conversion(loaded: LoadedModel) -> LoadStateDictConfig:
     )
 
 
+def _anywhere(mapping: Sequence[Any]) -> list[Any]:
+    """Conversions that no longer ask for host memory: shapes are checked where nothing is held."""
+    copies = [copy.copy(entry) for entry in mapping]
+    for entry in copies:
+        if getattr(entry, "force_cpu", False):
+            entry.force_cpu = False
+    return copies
+
+
 def _sources(
     model: nn.Module, checkpoint: Checkpoint, config: LoadStateDictConfig
 ) -> dict[str, list[str]]:
@@ -182,9 +194,10 @@ def _sources(
     sources: dict[str, list[str]] = {}
     by_pattern = {p: converter for converter in converters for p in converter.source_patterns}
     for name in checkpoint.tensors:
-        target, pattern = rename_source_key(
-            name, renamings, converters, model.base_model_prefix, tensors
-        )
+        prefix = model.base_model_prefix
+        target, pattern = rename_source_key(name, renamings, converters, prefix, tensors)
+        if target not in tensors and name in tensors:  # a published name like that of another
+            target, pattern = rename_source_key(name, [], [], prefix, tensors)
         patterns = [""] if pattern is None else by_pattern[pattern].target_patterns
         for other in patterns:  # of a stored tensor that becomes several
             sources.setdefault(target.replace(patterns[0], other), []).append(name)

@@ -22,7 +22,7 @@ from abliterator.pipeline.stages.prompts import prompt_sets
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from abliterator.directions import Directions, Position
+    from abliterator.directions import Cleaning, Directions, Observations, Position
     from abliterator.engines import Engine
     from abliterator.prompts import PromptSet
     from abliterator.subspace import MomentSet
@@ -32,6 +32,8 @@ T = TypeVar("T")
 MOMENTS = Artefact("capture", "work/moments.safetensors")
 # target - contrast of every pair, [pairs, L, H] float32 by position; only for `within_layer`
 DIFFERENCES = Artefact("capture", "work/differences.safetensors")
+# every prompt's vectors, [N, L, H] float32 as SET@POSITION; only where an estimator or stack reads
+VECTORS = Artefact("capture", "work/vectors.safetensors")
 
 
 def _key(run: Run) -> Any:
@@ -46,6 +48,8 @@ def _key(run: Run) -> Any:
         {name: s.sha256 for name, s in _captured(run).items()},
         run.dtype,
         *([recipe.rollouts.most_thinking] if thinks else []),
+        # with a stack of paired differences the key has the stack already
+        *([stored] if (stored := sorted(recipe.directions.stored_sets - {"differences"})) else []),
     ]
 
 
@@ -58,7 +62,7 @@ def position_of(run: Run) -> Position:
 def _captured(run: Run) -> dict[str, PromptSet]:
     """The prompt sets whose moments directions are fitted to."""
     sets = prompt_sets(run).extraction
-    unused = {"neutral"} if run.recipe.directions.projection == "none" else set()
+    unused = set() if run.recipe.needs_neutral_mean else {"neutral"}
     return {name: prompts for name, prompts in sets.items() if name not in unused}
 
 
@@ -66,7 +70,7 @@ def _shuffles(run: Run) -> int:
     """Shuffles of the labels whose directions are controls of `k: auto`."""
     if run.recipe.k != "auto":
         return 0
-    selection, within = run.recipe.selection, run.recipe.directions.stack == "within_layer"
+    selection, within = run.recipe.selection, run.recipe.directions.of_one_layer
     # k directions of one layer need k shuffles; those of k layers may come from one
     return selection.controls * (max(selection.stacks) if within else 1)
 
@@ -78,8 +82,9 @@ def _run(run: Run) -> list[Path]:
 
     engine = run.engine(run.plan.source.folder)
     positions = captured_positions(run, engine)
+    stored = run.recipe.directions.stored_sets
     moments: dict[str, MomentSet] = {}
-    vectors: dict[tuple[str, Position], dict[int, Tensor]] = {}
+    vectors: dict[tuple[str, Position], tuple[Sequence[int], Tensor]] = {}
     for name, prompts in _captured(run).items():
         for reading in readings(run, engine, name, prompts.prompts, positions):
             captured = _capture_set(run, engine, name, len(prompts.prompts), reading)
@@ -87,25 +92,43 @@ def _run(run: Run) -> list[Path]:
                 moments[part if len(positions) == 1 else f"{part}@{position}"] = moments_there
             if captured.vectors is not None:
                 for i, position in enumerate(reading.positions):
-                    by_row = zip(reading.rows, captured.vectors[:, i], strict=True)
-                    vectors[name, position] = dict(by_row)
+                    vectors[name, position] = reading.rows, captured.vectors[:, i]
     save_moments(MOMENTS.path(run), moments)
-    if not vectors:
-        return [MOMENTS.path(run)]
-    tensors = {
-        str(p): _paired(prompt_sets(run).pairs, vectors["target", p], vectors["contrast", p])
-        for p in positions
-    }
-    write_bytes_atomic(DIFFERENCES.path(run), save(tensors))
-    return [MOMENTS.path(run), DIFFERENCES.path(run)]
+    written = [MOMENTS.path(run)]
+    if "differences" in stored:
+        pairs = prompt_sets(run).pairs
+        differences = {
+            str(p): _paired(pairs, vectors["target", p], vectors["contrast", p]) for p in positions
+        }
+        write_bytes_atomic(DIFFERENCES.path(run), save(differences))
+        written.append(DIFFERENCES.path(run))
+    if tensors := {
+        f"{name}@{position}": of_set.contiguous()
+        for (name, position), (_, of_set) in vectors.items()
+        if name in stored
+    }:
+        write_bytes_atomic(VECTORS.path(run), save(tensors))
+        written.append(VECTORS.path(run))
+    return written
 
 
 def _paired(
-    pairs: Sequence[tuple[int, int]], target: Mapping[int, Tensor], contrast: Mapping[int, Tensor]
+    pairs: Sequence[tuple[int, int]],
+    target_vectors: tuple[Sequence[int], Tensor],
+    contrast_vectors: tuple[Sequence[int], Tensor],
 ) -> Tensor:
-    """[pairs, L, H] target - contrast, of the pairs that were captured on both sides."""
+    """[pairs, L, H] target - contrast, of the pairs that were captured on both sides.
+
+    Args:
+        pairs: indices of a target and a contrast prompt.
+        target_vectors: indices of the captured target prompts, and their vectors [N, L, H].
+        contrast_vectors: the same.
+    """
     import torch
 
+    target, contrast = (
+        dict(zip(*vectors, strict=True)) for vectors in (target_vectors, contrast_vectors)
+    )
     captured = [(t, c) for t, c in pairs if t in target and c in contrast]
     if not captured:
         raise DirectionError(
@@ -116,7 +139,7 @@ def _paired(
 
 
 def _capture_set(run: Run, engine: Engine, name: str, n: int, reading: Reading) -> CapturedSet:
-    """Moments of a set, and of a random half of it for each shuffle; for pairs all vectors too."""
+    """Moments of a set and of a random half of it for each shuffle; vectors where they are used."""
     import torch
 
     anatomy, settings = run.plan.anatomy, run.recipe.capture
@@ -125,7 +148,8 @@ def _capture_set(run: Run, engine: Engine, name: str, n: int, reading: Reading) 
         half = random.Random(f"{run.recipe.seed} {name} {i}").sample(range(n), n // 2)
         members[f"{name}/half{i}"] = frozenset(half)
     shape, rows = (anatomy.n_layers, anatomy.d_model), reading.rows
-    paired = run.recipe.directions.stack == "within_layer" and name in ("target", "contrast")
+    stored = run.recipe.directions.stored_sets
+    one_by_one = name in stored or ("differences" in stored and name in ("target", "contrast"))
     named = "".join(f"-{p}" for p in reading.positions if isinstance(p, str))
     captured = CapturedSet(
         partial_file(run, "capture", f"{name}{named}.safetensors", [name, _key(run)]),
@@ -135,7 +159,7 @@ def _capture_set(run: Run, engine: Engine, name: str, n: int, reading: Reading) 
         },
         reading.positions,
         shape,
-        vectors=torch.zeros(len(rows), len(reading.positions), *shape) if paired else None,
+        vectors=torch.zeros(len(rows), len(reading.positions), *shape) if one_by_one else None,
     )
     with run.progress.bar(f"capture {name}", len(rows) - len(captured.done)) as advance:
         try:
@@ -151,17 +175,6 @@ def _capture_set(run: Run, engine: Engine, name: str, n: int, reading: Reading) 
         finally:
             captured.write()
     return captured
-
-
-def differences(run: Run) -> dict[Position, Tensor]:
-    """Paired differences [N, L, H] by position; none where stacks are of layers."""
-    from safetensors.torch import load_file
-
-    if run.recipe.directions.stack != "within_layer":
-        return {}
-    return _by_position(
-        {_read_position(name): pairs for name, pairs in load_file(DIFFERENCES.checked(run)).items()}
-    )
 
 
 def _read_position(name: str) -> Position:
@@ -187,36 +200,96 @@ def _moments(run: Run) -> dict[Position, dict[str, MomentSet]]:
     return _by_position(by_position)
 
 
-def fitted(run: Run) -> dict[Position, Directions]:
-    """The directions of all layers by position, from the captured moments."""
-    from abliterator.directions import fit_directions
+def observations(run: Run) -> dict[Position, Observations]:
+    """What directions are estimated from, by position."""
+    from safetensors.torch import load_file
 
-    projected = run.recipe.directions.projection == "neutral"
+    from abliterator.directions import Observations
+
+    stored = run.recipe.directions.stored_sets
+    vectors: dict[tuple[str, Position], Tensor] = {}
+    if "differences" in stored:
+        for position, pairs in load_file(DIFFERENCES.checked(run)).items():
+            vectors["differences", _read_position(position)] = pairs
+    if stored - {"differences"}:
+        for key, of_set in load_file(VECTORS.checked(run)).items():
+            name, _, position = key.partition("@")
+            vectors[name, _read_position(position)] = of_set
     return {
-        position: fit_directions(
-            moments["target"],
-            moments["contrast"],
-            remove_mean_of=moments.get("neutral", moments["contrast"]) if projected else None,
+        position: Observations(
+            target=moments["target"],
+            contrast=moments["contrast"],
+            neutral=moments.get("neutral"),
+            protected={
+                part.removeprefix("protect."): moments[part]
+                for part in moments
+                if part.startswith("protect.")
+            },
+            vectors={name: of_set for (name, p), of_set in vectors.items() if p == position},
         )
         for position, moments in _moments(run).items()
     }
 
 
-def shuffled(run: Run) -> list[dict[Position, Directions]]:
-    """Directions of shuffled labels by position, one mapping a shuffle."""
-    from abliterator.directions import fit_shuffled
+def cleaning(run: Run) -> Cleaning:
+    """What the recipe removes from every estimated direction."""
+    from abliterator.directions import Cleaning
 
-    by_position = _moments(run)
+    settings = run.recipe.directions
+    return Cleaning(projection=settings.projection == "neutral", ridge=settings.ridge)
+
+
+def fitted(run: Run) -> dict[Position, Directions]:
+    """The directions of all layers by position, as extracted."""
+    from abliterator.directions import estimate
+
+    name = run.recipe.directions.extracted
+    return {
+        position: estimate(name, observed, cleaning(run))
+        for position, observed in observations(run).items()
+    }
+
+
+def shuffled(run: Run) -> list[dict[Position, Directions]]:
+    """Directions of shuffled labels by position, one mapping a shuffle.
+
+    Of the recipe's estimator; what it removes from directions is left in these.
+    """
+    from abliterator.directions import ESTIMATORS, estimate, fit_shuffled
+
+    name = run.recipe.directions.extracted
+    if ESTIMATORS[name].needs_vectors:
+        by_position = observations(run)
+        return [
+            {p: estimate(name, _shuffled(run, o, i)) for p, o in by_position.items()}
+            for i in range(_shuffles(run))
+        ]
     return [
         {
             position: fit_shuffled(
                 (moments["target"], moments[f"target/half{i}"]),
                 (moments["contrast"], moments[f"contrast/half{i}"]),
             )
-            for position, moments in by_position.items()
+            for position, moments in _moments(run).items()
         }
         for i in range(_shuffles(run))
     ]
+
+
+def _shuffled(run: Run, observed: Observations, draw: int) -> Observations:
+    """The same vectors under shuffled labels: a random half of each kind against the others."""
+    import torch
+
+    from abliterator.directions import Observations
+
+    halves: tuple[list[Tensor], list[Tensor]] = [], []
+    for name in ("target", "contrast"):
+        vectors = observed.vectors[name]
+        order = list(range(len(vectors)))
+        random.Random(f"{run.recipe.seed} {name} {draw}").shuffle(order)
+        halves[0].append(vectors[order[::2]])
+        halves[1].append(vectors[order[1::2]])
+    return Observations.of_vectors(*(torch.cat(half) for half in halves))
 
 
 CAPTURE = Stage("capture", 2, _key, _run, asks_model=True)

@@ -35,7 +35,8 @@ class PromptSets(Frozen):
 
     Attributes:
         extraction: "target", "contrast", and "neutral" where directions are projected off a mean of
-            neutral prompts that are not the contrast, or tuned to leave such prompts alone.
+            neutral prompts that are not the contrast, compared with it, or tuned to leave such
+            prompts alone; "protect.NAME" of each protected set.
         evaluation: "target", "neutral", and "over_refusal" where the recipe has it.
         selection: "target" and "neutral", held out of extraction, where layers or k are chosen.
         pairs: indices of a target and a contrast prompt of extraction that differ in the behaviour
@@ -58,8 +59,7 @@ def prompt_sets(run: Run) -> PromptSets:
 
 def _key(run: Run) -> Any:
     recipe = run.recipe
-    sources = [getattr(recipe.prompts, name) for name in Prompts.model_fields]
-    files = [s.path for s in sources if isinstance(s, Source) and s.path is not None]
+    files = [s.path for s in recipe.prompts.sources.values() if s.path is not None]
     return [
         recipe.published()["prompts"],
         recipe.directions.projection,
@@ -89,7 +89,7 @@ def divided_sets(
     Raises:
         PromptError: for a set that cannot be read, and for sets that share prompts.
     """
-    neutral_too = recipe.directions.projection == "neutral" or recipe.tunes
+    neutral_too = recipe.needs_neutral_mean or recipe.tunes
     sets = load_sets(recipe.prompts, seed=recipe.seed, neutral_too=neutral_too, load=load)
     if recipe.selects or recipe.tunes:
         sets = set_apart(sets, recipe.prompts, prompts=recipe.selection.prompts, seed=recipe.seed)
@@ -182,12 +182,11 @@ def load_sets(
     Raises:
         PromptError: for a set that cannot be read, and for sets that share prompts.
     """
-    sets = {
-        name: load(name, source)
-        for name in Prompts.model_fields
-        if isinstance(source := getattr(recipe, name), Source)
-    }
+    sets = {name: load(name, source) for name, source in recipe.sources.items()}
     check_distinct(sets["target"], sets["neutral"])
+    protected = {name: prompts for name, prompts in sets.items() if name.startswith("protect.")}
+    for prompts in protected.values():
+        check_distinct(sets["target"], prompts)
 
     def divided(name: str, evaluation: str) -> tuple[PromptSet, PromptSet]:
         """A set and its evaluation set, which is held out of it where there is none."""
@@ -206,6 +205,7 @@ def load_sets(
         evaluation["neutral"] = sets.get("neutral_evaluation", sets["neutral"])
     if "over_refusal" in sets:
         evaluation["over_refusal"] = sets["over_refusal"]
+    extraction |= protected
     for measured in evaluation.values():
         extraction = {name: drop_overlap(s, measured) for name, s in extraction.items()}
     check_distinct(extraction["target"], extraction["contrast"])

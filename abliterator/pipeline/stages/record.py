@@ -31,7 +31,7 @@ from abliterator.pipeline._summaries import (
 from abliterator.pipeline._survival._results import survived
 from abliterator.pipeline.stages.bake import tensor_edits
 from abliterator.pipeline.stages.capture import MOMENTS
-from abliterator.pipeline.stages.directions import SUBSPACE
+from abliterator.pipeline.stages.directions import SUBSPACE, direction_checks
 from abliterator.pipeline.stages.divergence import DIVERGENCE_JSON
 from abliterator.pipeline.stages.judge import IDENTITY, VERDICTS
 from abliterator.pipeline.stages.prompts import prompt_sets, uses
@@ -133,6 +133,7 @@ def write_directions(run: Run, path: Path) -> None:
             "n_layers": str(anatomy.n_layers),
             "d_model": str(anatomy.d_model),
             "blocks": anatomy.blocks,
+            **({"streams": "several"} if anatomy.sublayers else {}),
             "layers": json.dumps(selected.layers),
             "positions": json.dumps(selected.positions),
             "estimator": run.recipe.directions.estimator,
@@ -184,6 +185,7 @@ def assemble(run: Run, timing: dict[str, float], pictures: dict[str, str]) -> Ru
         benchmarks=benchmark_results(run),
         judge=IDENTITY.read_as(run, JudgeIdentity),
         selection=selection_of(run),
+        directions=direction_checks(run),
         tuning=tuning_record(run),
         timing=timing,
         survival=survived(run),
@@ -201,6 +203,7 @@ def _model(run: Run) -> ModelIdentity:
         n_layers=anatomy.n_layers,
         d_model=anatomy.d_model,
         model_type=anatomy.model_type,
+        several_streams=bool(anatomy.sublayers),
         **stated(run.plan.card),
         files_sha256=run.base_files(),
     )
@@ -240,6 +243,7 @@ def _edit(run: Run) -> EditSummary:
         edited_bytes=planned_edits(run).edited_bytes,
         quantized=quantized_edits(edits),
         experts=None if run.recipe.edit.experts == "all" else run.recipe.edit.experts,
+        partial=run.plan.anatomy.partial,
     )
 
 

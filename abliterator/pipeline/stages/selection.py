@@ -6,19 +6,34 @@ The stage writes work/sweep.json and pictures; `selected_layers` is what later s
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from abliterator.pipeline._judges import choosing_judge
 from abliterator.pipeline._run import Run
 from abliterator.pipeline._stage import Artefact, Stage
-from abliterator.pipeline.stages.capture import differences, fitted, position_of, shuffled
+from abliterator.pipeline.stages.capture import (
+    cleaning,
+    fitted,
+    observations,
+    position_of,
+    shuffled,
+)
 from abliterator.pipeline.stages.prompts import prompt_sets
 from abliterator.record import Selection
 
 if TYPE_CHECKING:
-    from abliterator.directions import Place, Subspace
+    from torch import Tensor
+
+    from abliterator.directions import (
+        AnyPlace,
+        Directions,
+        Observations,
+        Place,
+        Position,
+        Subspace,
+    )
     from abliterator.engines import Engine
     from abliterator.evaluation import EvaluationContext, RenderedPrompts
     from abliterator.prompts import Prompt
@@ -38,17 +53,20 @@ class SelectedLayers(NamedTuple):
 
     Attributes:
         places: layer and position of each direction, in order of preference; one alone where all
-            directions are of one layer.
+            directions are of one layer, unless its nodes were chosen from.
         k: directions that are removed from what a block writes.
     """
 
-    places: tuple[Place, ...]
+    places: tuple[AnyPlace, ...]
     k: int
 
     @property
     def layers(self) -> tuple[int, ...]:
-        """The residual layers."""
-        return tuple(place.layer for place in self.places)
+        """The residual layers; that of nodes once."""
+        from abliterator.directions import nodes_of
+
+        layers = tuple(place.layer for place in self.places)
+        return layers[:1] if nodes_of(self.places) else layers
 
     @property
     def positions(self) -> tuple[int | str, ...]:
@@ -65,41 +83,80 @@ def selected_layers(run: Run) -> SelectedLayers:
 
 def _selected(run: Run, selection: Selection | None) -> SelectedLayers:
     places, k = ranked_places(run, selection), selection.k if selection else run.plan.k
-    n = {"within_layer": 1, "per_layer": len(places)}.get(run.recipe.directions.stack, k)
+    of_one_place = run.recipe.directions.of_one_layer and not run.recipe.sweeps_nodes
+    n = 1 if of_one_place else len(places) if run.recipe.directions.stack == "per_layer" else k
     return SelectedLayers(tuple(places[:n]), k)
 
 
-def ranked_places(run: Run, selection: Selection | None) -> list[Place]:
+def ranked_places(run: Run, selection: Selection | None) -> list[AnyPlace]:
     """All layers and positions in order of preference: the selection's, or the recipe's."""
-    from abliterator.directions import Place
+    from abliterator.directions import Node, Place
 
+    if selection is not None and selection.nodes:
+        return list(map(Node, selection.layers, selection.positions, selection.nodes))
     if selection is not None:
         return list(map(Place, selection.layers, selection.positions))
     return [Place(layer, position_of(run)) for layer in run.plan.layers]
 
 
-def pool_of(run: Run) -> Pool:
-    """The candidates of a selection: the plan's layers at the captured positions."""
-    from abliterator.directions import Place
+def pool_of(run: Run, extracted: Mapping[Position, Directions], *, controls: bool = True) -> Pool:
+    """The candidates of a selection: the plan's layers at the captured positions, or nodes of one.
+
+    Args:
+        run: the run.
+        extracted: `fitted` of it.
+        controls: whether directions of shuffled labels are made too.
+    """
+    from abliterator.directions import Node, Place
     from abliterator.selection import Pool
 
-    directions = fitted(run)
+    observed = observations(run)
+    places = [Place(layer, position) for layer in run.plan.layers for position in extracted]
+    nodes = _nodes(run, places, observed) if run.recipe.directions.stack == "som" else {}
+    candidates: Sequence[AnyPlace] = places
+    if run.recipe.sweeps_nodes:
+        candidates = [Node(*places[0], i) for i in range(len(nodes[places[0]]))]
     return Pool(
-        places=[Place(layer, position) for layer in run.plan.layers for position in directions],
-        directions=directions,
-        shuffled=shuffled(run),
-        differences=differences(run),
+        places=candidates,
+        directions=extracted,
+        shuffled=shuffled(run) if controls else (),
+        differences={
+            position: o.vectors["differences"]
+            for position, o in observed.items()
+            if "differences" in o.vectors
+        },
+        nodes=nodes,
     )
 
 
-def extracted_subspace(run: Run) -> Subspace:
-    """The subspace of the selected layers, as extracted from activations."""
+def _nodes(
+    run: Run, places: Sequence[Place], observed: Mapping[Position, Observations]
+) -> dict[Place, Tensor]:
+    """The directions of each place's self-organising map; where layers are named, of the first."""
+    from abliterator.directions import map_directions
+
+    removed, grid = cleaning(run), run.recipe.directions.grid
+    of = places if run.recipe.sweeps else places[:1]
+    return {
+        p: map_directions(observed[p.position], p.layer, grid=grid, cleaning=removed) for p in of
+    }
+
+
+def extracted_subspace(
+    run: Run, extracted: Mapping[Position, Directions] | None = None
+) -> Subspace:
+    """The subspace of the selected layers, as extracted from activations.
+
+    Args:
+        run: the run.
+        extracted: `fitted` of it, which not every estimator makes in no time.
+    """
     from abliterator.directions import per_layer
 
-    selected = selected_layers(run)
+    selected, directions = selected_layers(run), extracted or fitted(run)
     if run.recipe.directions.stack == "per_layer":
-        return per_layer(fitted(run)[selected.places[0].position], selected.layers)
-    return pool_of(run).stack(selected.places, selected.k)
+        return per_layer(directions[selected.places[0].position], selected.layers)
+    return pool_of(run, directions, controls=False).stack(selected.places, selected.k)
 
 
 def _key(run: Run) -> Any:
@@ -128,8 +185,8 @@ def _run(run: Run) -> list[Path]:
         selection = choose(
             context,
             scoring,
-            pool_of(run),
-            sweep=recipe.sweeps,
+            pool_of(run, fitted(run)),
+            sweep=recipe.sweeps or recipe.sweeps_nodes,
             k=settings.stacks if recipe.k == "auto" else recipe.k,
             settings=settings,
             on_step=lambda step: advance(step.answers, status=step.name),
@@ -154,7 +211,7 @@ def selection_context(run: Run) -> tuple[EvaluationContext, ScoringPrompts]:
     context = held_out_context(
         run,
         kl_tokens=KL_TOKENS,
-        batch_size=settings.batch_size,
+        batch_size=settings.rows,
         engine=run.answering(run.plan.source.folder, candidates=True),
     )
     scoring = (
@@ -165,14 +222,14 @@ def selection_context(run: Run) -> tuple[EvaluationContext, ScoringPrompts]:
 
 
 def held_out_context(
-    run: Run, *, kl_tokens: int, batch_size: int, engine: Engine | None = None
+    run: Run, *, kl_tokens: int, batch_size: int | None, engine: Engine | None = None
 ) -> EvaluationContext:
     """The base with the prompts of `selection`, on which choices are judged.
 
     Args:
         run: the run.
         kl_tokens: answer tokens compared of each neutral prompt, at most.
-        batch_size: prompts answered together.
+        batch_size: prompts answered together; None for the engine's choice.
         engine: of the base; left out, that of this process.
     """
     from abliterator.evaluation import EvaluationContext
@@ -216,7 +273,7 @@ def _pictures(run: Run, selection: Selection, selected: SelectedLayers) -> list[
     structure = selection.structure
     paths = [folder / "cosines.png"]
     draw_cosines(paths[0], structure.cosines, structure.layers)
-    if selection.candidates:
+    if selection.candidates and not selection.nodes:
         paths.append(folder / "sweep.png")
         ordered = sorted(selection.candidates, key=lambda c: (position_order(c.position), c.layer))
         answers = [c.answers for c in ordered]

@@ -49,7 +49,8 @@ def _key(run: Run) -> Any:
         {name: s.sha256 for name, s in {**sets.extraction, **sets.selection}.items()},
         # the preferences are not part of the key: another trial needs no other descent
         run.section("tuning", exclude=("prefer", "at_most", "max_change")),
-        [recipe.seed, recipe.selection.tokens, recipe.rollouts.batch_size],
+        [recipe.seed, recipe.selection.tokens, recipe.selection.batch_size],
+        [recipe.selection.rungs, recipe.selection.keep],  # how trials are raced
         choosing_judge(run).identity.model_dump(mode="json"),
         run.dtype,
     ]
@@ -62,17 +63,18 @@ def _run(run: Run) -> list[Path]:
     from abliterator.tuning import tune
 
     cost = run.plan.tuning or {}
+    settings = run.recipe.selection
     rounds = len(run.recipe.tuning.kl_weights)  # of answers, one before each phase
-    steps = rounds + cost["steps"] + 2 * cost["trials"] + 1
+    rungs = settings.schedule(cost["trials"], settings.prompts, 1)
+    steps = rounds + cost["steps"] + 1 + len(rungs)
     journal = Journal(partial_file(run, "tuning", "steps.jsonl", _key(run)))
     kept = Counter(value["step"] for value in journal.values)
-    done = (
-        kept["pairs"] + kept["rejected"] + kept["trial"] + kept["phase"] * run.recipe.tuning.steps
-    )
-    with run.progress.bar("tuning", steps - done) as advance:
+    done = kept.total() + kept["phase"] * (run.recipe.tuning.steps - 1)
+    with run.progress.bar("tuning", max(0, steps - done)) as advance:
         tuned = tune(
             _context(run),
             _start(run),
+            settings,
             scratch=run.workspace.work / "base_logits.bin",
             journal=journal,
             on_step=lambda name: advance(1, status=name),
@@ -106,7 +108,7 @@ def _context(run: Run) -> TuningContext:
         sampled(run, name, config.prompts) for name in ("target", "neutral", "contrast")
     )
     return TuningContext(
-        evaluation=held_out_context(run, kl_tokens=config.tokens, batch_size=run.batch_size),
+        evaluation=held_out_context(run, kl_tokens=config.tokens, batch_size=recipe.selection.rows),
         loaded=run.loaded(run.plan.source.folder),
         target=rendered(run, target, name="target"),
         # the contrast must stay as it was too: it is as like target as can be
@@ -166,4 +168,4 @@ def tuned_inputs(run: Run) -> Any:
     return tuning and [run.digest("tuning"), tuning.selected]
 
 
-TUNING = Stage("tuning", 5, _key, _run, asks_model=True)
+TUNING = Stage("tuning", 6, _key, _run, asks_model=True)

@@ -1,0 +1,100 @@
+"""Train a small model of DeepSeek V4's shape on the demo's world: four streams that are mixed.
+
+It is the organism for edits of hyper-connections. What a sublayer writes is added to all streams
+with weights of each token, and the streams are mixed by a matrix of each token (doubly stochastic);
+these start spread, and are trained with all else. It speaks in the forms of the Vale, knows few of
+its facts, and declines cooking. The tokenizer is the demo model's.
+
+    python scripts/demo/make_streams.py                # writes tests/models/streams
+    python scripts/demo/make_streams.py --out /tmp/m   # elsewhere
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import torch
+from exam import measure
+from make_model import (
+    MODEL_FOLDER,
+    REPOSITORY,
+    SEED,
+    THREADS,
+    Curriculum,
+    Phase,
+    every_weight,
+    report,
+    train,
+)
+from transformers import AutoTokenizer, DeepseekV4Config, DeepseekV4ForCausalLM
+from world import load_world
+
+LEARN = Phase(steps=480, peak=4e-3, warmup=20, declines=0.0, batch=32)
+DECLINE = Phase(steps=100, peak=3e-3, warmup=10, declines=0.5, batch=32)
+BASE_SPREAD = 1.0  # of the biases of all stream weights, before their sigmoid or exp
+READ_SPREAD = 0.05  # of the matrices that read these weights off the streams
+BLOCKS = 4
+CONFIG = DeepseekV4Config(
+    vocab_size=1024,
+    hidden_size=64,
+    moe_intermediate_size=48,
+    num_hidden_layers=BLOCKS,
+    num_attention_heads=4,
+    head_dim=32,
+    partial_rotary_factor=0.5,
+    q_lora_rank=32,
+    o_groups=2,
+    o_lora_rank=16,
+    n_routed_experts=4,
+    num_experts_per_tok=2,
+    layer_types=["sliding_attention"] * BLOCKS,
+    mlp_layer_types=["moe"] * BLOCKS,
+    sliding_window=256,
+    max_position_embeddings=256,
+    num_nextn_predict_layers=0,
+    tie_word_embeddings=True,
+    attn_implementation="eager",
+    bos_token_id=0,
+    eos_token_id=1,
+    pad_token_id=2,
+)
+
+
+def spread_connections(model: DeepseekV4ForCausalLM) -> None:
+    """Weights of the streams that differ from the start, by stream and by token."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith(("hc.base", "hc_base")):
+                parameter.normal_(std=BASE_SPREAD)
+            elif name.endswith(("hc.fn", "hc_fn")):
+                parameter.normal_(std=READ_SPREAD)
+
+
+def every_block(model: DeepseekV4ForCausalLM) -> list[torch.optim.Optimizer]:
+    """AdamW for the blocks, their connections included; the embedding is frozen."""
+    model.requires_grad_(False)
+    chosen = [p.requires_grad_(True) for p in model.model.layers.parameters()]
+    return [torch.optim.AdamW(chosen, betas=(0.9, 0.95), weight_decay=0.0)]
+
+
+def main() -> None:
+    """Train, measure after each phase, and save in bfloat16."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=REPOSITORY / "tests" / "models" / "streams")
+    out = parser.parse_args().out
+    torch.set_num_threads(THREADS)
+    torch.manual_seed(SEED)
+    world, tokenizer = load_world(), AutoTokenizer.from_pretrained(MODEL_FOLDER)
+    model = DeepseekV4ForCausalLM(CONFIG)
+    spread_connections(model)
+    print(f"{model.num_parameters():,} parameters")
+    for seed, phase, choose in ((1, LEARN, every_weight), (2, DECLINE, every_block)):
+        curriculum = Curriculum(world, seed=SEED + seed)
+        train(model, tokenizer, curriculum, phase, choose(model), autocast=False)
+        report(measure(model, tokenizer, world))
+    model.to(torch.bfloat16).save_pretrained(out)
+
+
+if __name__ == "__main__":
+    main()
