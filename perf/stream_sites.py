@@ -4,7 +4,8 @@
     python perf/stream_sites.py --layers 3 4,3       # other subspaces: one direction a layer named
 
 The directions are mean differences at the last token of a prompt: of what a block's sublayers hand
-to the mixing, which is where a build takes them, or of the mean of the streams after the block.
+to the mixing, which is where a build takes them, of what the last of them (the MLP) does alone, or
+of the mean of the streams after the block.
 They are removed from all streams after every block by a hook, at every writer by a hook, and from
 the writers' weights.
 Declines are the rule judge's, of 32 tokens; KL is per answer token, along the base's own answers to
@@ -47,21 +48,27 @@ def rendered(engine: TransformersEngine, name: str) -> RenderedPrompts:
 
 def directions(engine: TransformersEngine, taken_at: str) -> Tensor:
     """Mean differences [L, H] of target and contrast prompts at their last token."""
-    mean = {"sublayers": lambda ids: capture(engine, ids).mean, "streams": partial(_mean, engine)}
+    mean = {
+        "sublayers": lambda ids: capture(engine, ids).mean,
+        "the last sublayer": partial(_mean, engine, [paths[-1] for paths in engine.residuals]),
+        "streams": partial(_mean, engine, engine.blocks),
+    }
     target, contrast = (
         mean[taken_at](rendered(engine, name).token_ids) for name in ("target", "contrast")
     )
     return target - contrast
 
 
-def _mean(engine: TransformersEngine, token_ids: Sequence[Sequence[int]]) -> Tensor:
-    """[L, H] float64: the mean of the streams after each block, over prompts."""
+def _mean(
+    engine: TransformersEngine, modules: Sequence[str], token_ids: Sequence[Sequence[int]]
+) -> Tensor:
+    """[L, H] float64: what a module of each block hands on, the mean of streams and prompts."""
     sums = torch.zeros(engine.hidden_shape, dtype=torch.float64)
 
-    def add(layer: int, streams: Tensor) -> None:
-        sums[layer] += streams[0, -1].double().mean(dim=0)  # [S, H]
+    def add(layer: int, output: Tensor) -> None:
+        sums[layer] += output[0, -1].double().view(-1, sums.shape[1]).mean(dim=0)  # [S, H], or [H]
 
-    hooks = {path: partial(add, layer) for layer, path in enumerate(engine.blocks)}
+    hooks = {path: partial(add, layer) for layer, path in enumerate(modules)}
     with torch.inference_mode(), hooked(engine.loaded.model, hooks):
         for ids in token_ids:
             engine.loaded.model(torch.tensor([list(ids)]), use_cache=False)
@@ -133,7 +140,7 @@ def run(base: Path, engine: TransformersEngine, plan: EditPlan, layers: list[lis
         tempfile.TemporaryDirectory() as scratch,
         EditEvaluator(context, Path(scratch) / "logits") as evaluator,
     ):
-        for chosen, taken_at in product(layers, ("sublayers", "streams")):
+        for chosen, taken_at in product(layers, ("sublayers", "the last sublayer", "streams")):
             means = directions(engine, taken_at)
             basis = orthonormal_basis(means[[layer - 1 for layer in chosen]])
             name = "+".join(map(str, chosen)) + f" | {taken_at}"

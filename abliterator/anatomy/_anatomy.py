@@ -88,6 +88,11 @@ class Anatomy:
         """Why the stream keeps a subspace that no writer writes; None where it does not."""
         return self._family.partial
 
+    @property
+    def rows_axis(self) -> int:
+        """The axis of a block's output that counts the rows of a batch: of [S, B, T, H] it is 1."""
+        return int(self._family.streams_first)
+
     def writers(self, shapes: Mapping[str, Shape]) -> tuple[Writer, ...]:
         """Every writer among the tensors of a checkpoint: embeddings, then block by block.
 

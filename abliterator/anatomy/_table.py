@@ -81,6 +81,7 @@ class Family(BaseModel):
     others: tuple[str, ...]
     sizes_left_out: Mapping[str, int] = {}
     partial: str | None = None
+    streams_first: bool = False
     sublayers: tuple[tuple[str, ...], ...] = ()
 
     @cached_property

@@ -60,7 +60,7 @@ def runtime_obstacle(plan: EditPlan) -> str | None:
     if plan.settings.norm != "none":
         return f"`edit.norm: {plan.settings.norm}` rescales the columns of the weights"
     if any(plan.experts_of(edit.writer.module) is not None for edit in plan.edits):
-        return "of a module of experts, only a part of what it adds up is edited"
+        return "some experts of a module that adds up all of them, or copies of its input, stay"
     of_experts = (w for w in plan.writers if w.kind == "bias" and w.component == "expert")
     if not plan.settings.biases and any(of_experts):
         return "`edit.biases: false` leaves the biases of experts, which no output shows"

@@ -38,9 +38,9 @@ def load_subspace(path: Path) -> Subspace:
             metadata = file.metadata() or {}
     except (OSError, SafetensorError) as error:
         raise DirectionError(f"Cannot read a subspace from {path}: {error}.") from error
+    is_pairs = columns is not None and is_by_writer(columns) and columns.shape[1] == 2
     is_basis = columns is not None and columns.ndim in (2, 3)
-    are_pairs = columns is not None and columns.ndim == 4 and columns.shape[1] == 2
-    if columns is None or not (is_basis or are_pairs) or not columns.is_floating_point():
+    if columns is None or not (is_pairs or is_basis) or not columns.is_floating_point():
         seen_shape = (
             "" if columns is None else f", `subspace` as {columns.dtype} {list(columns.shape)}"
         )
@@ -51,16 +51,16 @@ def load_subspace(path: Path) -> Subspace:
         )
     if 0 in columns.shape:
         axes = ["n_layers", "d_model", "k"][-columns.ndim :]
-        if is_by_writer(columns):
+        if is_pairs:
             axes = ["n_modules", "2", "d_model", "r"]
         sizes = dict(zip(axes, columns.shape, strict=True))
         empty = next(name for name, size in sizes.items() if size == 0)
         raise DirectionError(f"`subspace` in {path} has shape {list(columns.shape)}: {empty} is 0.")
-    if is_by_writer(columns):
+    if is_pairs:
         if not bool(columns.isfinite().all()):
             raise DirectionError(
-                f"`subspace` in {path} has shape {list(columns.shape)}; finite pairs (U, V) of "
-                "each module, [n_modules, 2, d_model, r], were expected. Build it again."
+                f"`subspace` in {path}, pairs (U, V) of shape {list(columns.shape)}, holds numbers "
+                "that are not finite. Build it again."
             )
         return Subspace(columns.double(), _layers(metadata))
     return Subspace(orthonormal_columns(columns), _layers(metadata))

@@ -145,9 +145,21 @@ def n_rows(arguments: Mapping[str, Any]) -> int:
 
 @contextmanager
 def edited_by_row(
-    loaded: LoadedModel, blocks: Sequence[str], edits: Sequence[Edit], *, max_batch_tokens: int
+    loaded: LoadedModel,
+    blocks: Sequence[str],
+    edits: Sequence[Edit],
+    *,
+    max_batch_tokens: int,
+    rows_axis: int = 0,
 ) -> Iterator[EditsByRow]:
     """The model under several edits of one kind, side by side.
+
+    Args:
+        loaded: the model.
+        blocks: module paths of all blocks, in order.
+        edits: of one kind.
+        max_batch_tokens: tokens in one forward pass.
+        rows_axis: of a block's output, the axis that counts the rows of a batch.
 
     Raises:
         GenerationError: for edits of several kinds, or of a kind that has no such form.
@@ -161,7 +173,7 @@ def edited_by_row(
         with preview_edits(loaded, plan, bases, strengths) as choose:
             yield EditsByRow(loaded, len(edits), choose, max_batch_tokens)
     elif steerings and len(steerings) == len(edits):
-        with _steered(loaded, blocks, steerings) as choose:
+        with _steered(loaded, blocks, steerings, rows_axis) as choose:
             yield EditsByRow(loaded, len(edits), choose, max_batch_tokens)
     else:
         raise GenerationError(
@@ -172,7 +184,7 @@ def edited_by_row(
 
 @contextmanager
 def _steered(
-    loaded: LoadedModel, blocks: Sequence[str], steerings: Sequence[Steering]
+    loaded: LoadedModel, blocks: Sequence[str], steerings: Sequence[Steering], rows_axis: int
 ) -> Iterator[Choose]:
     """Each direction added at its layer, at every token and as it is, in rows of its own."""
 
@@ -186,7 +198,9 @@ def _steered(
 
         def add(streams: Tensor) -> Tensor:
             added = table_on(streams.device)[_EDIT_OF_ROWS.get().to(streams.device)]
-            return streams + added.view(len(added), *[1] * (streams.ndim - 2), -1)
+            shape = [1] * (streams.ndim - 1) + [-1]
+            shape[rows_axis] = len(added)
+            return streams + added.view(shape)
 
         return lambda hidden: in_each_stream(hidden, table.shape[-1], add)
 

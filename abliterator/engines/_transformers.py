@@ -196,7 +196,13 @@ class TransformersEngine:
         self, edits: Sequence[Edit], *, max_batch_tokens: int
     ) -> AbstractContextManager[EditsByRow]:
         """The model under several edits of one kind at once, one edit a row of each batch."""
-        return edited_by_row(self.loaded, self.blocks, edits, max_batch_tokens=max_batch_tokens)
+        return edited_by_row(
+            self.loaded,
+            self.blocks,
+            edits,
+            max_batch_tokens=max_batch_tokens,
+            rows_axis=self._anatomy.rows_axis,
+        )
 
     def _stream_removal(self, edit: StreamEdit) -> Callable[[Tensor], Tensor]:
         """The function h - alpha Q Qᵀ h, computed in float32 at least and rounded once."""

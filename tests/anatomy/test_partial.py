@@ -20,6 +20,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from abliterator.anatomy import anatomy_of, partial_model_types, partial_reason
 from abliterator.bake import bake, plan_edits, preview_edit
 from abliterator.checkpoint import Checkpoint
+from abliterator.engines import AnswerPath, TransformersEngine, WriterEdit
 from abliterator.errors import RecipeError, UnsupportedModel
 from abliterator.model import LoadedModel
 from abliterator.recipe import Edit
@@ -247,3 +248,20 @@ def test_every_partial_type_of_the_table_is_proven_here():
 )
 def test_the_reason_is_read_from_a_config_of_any_kind(config, is_partial):
     assert (partial_reason(config) is not None) == is_partial
+
+
+def test_edits_side_by_side_leave_copies_alone(tmp_path):
+    """LongCat-Flash's experts run once more for the share of those that compute something."""
+    folder = save("longcat_flash", tmp_path)
+    engine = TransformersEngine(LoadedModel(vanilla(folder), None, folder, "cpu"))
+    _, plan = planned(folder)
+    paths = [AnswerPath(tuple(row), 2) for row in tokens().tolist()]
+    edits = [WriterEdit(plan, basis()), WriterEdit(plan, basis()[:, :1].contiguous())]
+    alone = []
+    for edit in edits:
+        with engine.edited(edit):
+            alone.append([rows for _, rows in sorted(engine.logits(paths, max_batch_tokens=64))])
+    assert (alone[0][0] - alone[1][0]).abs().max() > 0.01
+    with engine.edited_side_by_side(edits, max_batch_tokens=512) as together:
+        for edit, path, rows in together.logits(paths):
+            torch.testing.assert_close(rows, alone[edit][path], rtol=1e-3, atol=1e-3)

@@ -19,6 +19,7 @@ from abliterator.recipe import Edit
 from abliterator.subspace import random_basis
 from abliterator.workers import PoolSettings, open_pool
 from tests.bake.jobs import DeadlyBakeFile
+from tests.helpers.pairs import random_pairs
 from tests.helpers.tiny import D_MODEL, save_tiny
 
 
@@ -100,6 +101,15 @@ def test_a_pool_gives_the_same_bytes_and_edits(sharded, tmp_path, pool, monkeypa
         there = note.read_text().splitlines()
         assert unfinished not in there
         assert f".{unfinished}.partial" in there
+
+
+def test_a_pool_bakes_edits_of_each_module(sharded, tmp_path, pool):
+    checkpoint, plan = planned(sharded)
+    pairs = random_pairs(plan, checkpoint)
+    edits = bake(checkpoint, plan, pairs, tmp_path / "here")
+    assert bake_on_workers(pool, checkpoint, plan, pairs, tmp_path / "workers") == edits
+    assert {edit.subspace for edit in edits} == {"writer"}
+    assert files_of(tmp_path / "workers") == files_of(tmp_path / "here")
 
 
 def put_infinity(folder, info):

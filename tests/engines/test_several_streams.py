@@ -103,6 +103,10 @@ def test_a_removal_after_blocks_is_of_every_stream(engine):
 
 
 def test_a_direction_is_added_to_every_stream_alone_and_side_by_side(engine):
+    check_addition(engine)
+
+
+def check_addition(engine):
     generator = torch.Generator().manual_seed(13)
     edits = [Steering(layer, torch.randn(D_MODEL, generator=generator)) for layer in (1, 3, 3)]
     before = streams(engine, tokens())
@@ -130,3 +134,10 @@ def test_a_model_without_one_of_its_sublayers_is_named(engine):
             list(engine.hidden_states(tokens().tolist()))
     finally:
         model.get_submodule(block)._modules["mlp"] = mlp
+
+
+def test_streams_may_lie_before_the_rows_of_a_batch(tmp_path):
+    """Gemma 3n's blocks return [S, B, T, H]."""
+    folder = save("gemma3n_text", tmp_path)
+    engine = TransformersEngine(LoadedModel(vanilla(folder), None, folder, "cpu"))
+    check_addition(engine)

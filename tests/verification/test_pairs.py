@@ -221,10 +221,17 @@ def test_what_measures_or_bakes_a_subspace_names_pairs(baked, pairs_file, tmp_pa
 
 
 @pytest.mark.parametrize(
-    "columns",
-    [torch.ones(7, 3, 32, 1), torch.full((7, 2, 32, 1), torch.nan), torch.ones(7, 2, 32, 0)],
+    ("columns", "says"),
+    [
+        (torch.ones(7, 3, 32, 1), r"as torch\.float32 \[7, 3, 32, 1\]"),
+        (torch.ones(7, 2, 32, 1, dtype=torch.int32), "floating-point"),
+        (torch.full((7, 2, 32, 1), torch.nan), "not finite"),
+        (torch.full((7, 2, 32, 1), torch.inf), "not finite"),
+        (torch.ones(7, 2, 32, 0), "r is 0"),
+        (torch.ones(0, 2, 32, 1), "n_modules is 0"),
+    ],
 )
-def test_pairs_that_are_none(columns, tmp_path):
+def test_pairs_that_are_none(columns, says, tmp_path):
     save_file({"subspace": columns}, tmp_path / "q.safetensors")
-    with pytest.raises(DirectionError, match=r"has shape \[7"):
+    with pytest.raises(DirectionError, match=says):
         load_subspace(tmp_path / "q.safetensors")

@@ -29,7 +29,6 @@ from abliterator.pipeline.stages.judge import VERDICTS
 from abliterator.pipeline.stages.prompts import prompt_sets
 from abliterator.pipeline.stages.rollouts import SIDES, folder_of
 from abliterator.record import Completion, Divergence, Side, Survival, SurvivingStrength, Verdict
-from abliterator.subspace import is_by_writer
 from abliterator.survival import (
     LlamaCpp,
     QuantizedFormat,
@@ -199,6 +198,8 @@ class SurvivalSession:
 
     def _side(self, entry: QuantizedFormat, side: Side, logits: LogitFile) -> _Measured:
         """Everything of one side; the base's distributions are written to `logits`."""
+        from abliterator.subspace import is_by_writer
+
         run = self.run
         built = self._built_logits(side)  # before, since one model is in memory at a time
         with self._form(entry, side) as form:
