@@ -55,6 +55,7 @@ def test_every_estimator_and_stack_is_measured_as_a_build_would(recipe, tmp_path
     rows = {row.name: row for row in study.rows}
     plain = ["mean_difference", "whitened", "logistic"]
     stacks = ["mean_difference, per_layer", "within_layer, 3 directions", "som, 3 directions"]
+    stacks.append("som, 3 directions one by one")
     assert {*plain, *stacks, "mean_difference at instruction", "random directions 1"} <= {*rows}
     target = record.behaviour["target"]
     assert rows["mean_difference"].answers == target.edited

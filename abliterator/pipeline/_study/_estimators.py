@@ -160,6 +160,8 @@ def _subspaces(
         paired = "differences" in method.needs_vectors
         if method.within and not (paired and run.recipe.prompts.contrast is None):
             makers[f"{name}, {STACKED} directions"] = partial(_within, name, run, sets, estimates)
+    # as published, which removes less than the span where directions are alike
+    makers[f"som, {STACKED} directions one by one"] = partial(_one_by_one, run, estimates)
     if (tuned := tuned_subspace(run, layers)) is not None:
         makers[f"tuned, {run.recipe.directions.stack}"] = lambda: tuned
     return makers
@@ -183,3 +185,18 @@ def _within(name: str, run: Run, sets: PromptSets, estimates: _Estimates) -> Sub
     grid = run.recipe.directions.grid
     sources = Sources(observations, estimates.by_name[REFERENCE], grid=grid)
     return subspace_of(name, sources, layers=estimates.layers, k=STACKED)
+
+
+def _one_by_one(run: Run, estimates: _Estimates) -> Subspace:
+    """The nodes of a map, removed one after the other, as pairs (U, V) of every writer."""
+    from abliterator.directions import Subspace, map_directions, sequential_removal
+    from abliterator.subspace import Removal, pairs_of_removals
+
+    plan, layer = run.plan.edits, estimates.layers[0]
+    if any(writer.gains for writer in plan.writers):
+        raise DirectionError("norms follow the writers, and gains are part of a removal.")
+    observations, grid = estimates.of.unprotected().observations, run.recipe.directions.grid
+    nodes = map_directions(observations, layer, grid=grid)[:STACKED]
+    removal = Removal(*sequential_removal(nodes))
+    modules = len(set(plan.pair_of.values()))
+    return Subspace(pairs_of_removals([removal] * modules), (layer,))
