@@ -152,8 +152,10 @@ def _subspaces(
         name: partial(stack, directions, layers[:k])
         for name, directions in estimates.by_name.items()
     }
-    candidates = run.recipe.selection.candidates(run.plan.anatomy.n_layers)
-    makers[f"{REFERENCE}, per_layer"] = partial(per_layer, estimates.by_name[REFERENCE], candidates)
+    if all(edit.writer.layer >= 0 for edit in run.plan.edits.edits):  # embeddings have no block
+        of_blocks = run.recipe.selection.candidates(run.plan.anatomy.n_layers)
+        reference = estimates.by_name[REFERENCE]
+        makers[f"{REFERENCE}, per_layer"] = partial(per_layer, reference, of_blocks)
     for name, method in STACKS.items():
         paired = "differences" in method.needs_vectors
         if method.within and not (paired and run.recipe.prompts.contrast is None):
