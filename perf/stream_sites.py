@@ -39,6 +39,8 @@ from abliterator.record import Estimate
 from abliterator.subspace import orthonormal_basis
 from tests.helpers.organisms import organism, prompts
 
+SITES = ("sublayers", "the last sublayer", "streams")
+
 
 def rendered(engine: TransformersEngine, name: str) -> RenderedPrompts:
     """A prompt set of the demo, with token ids."""
@@ -59,6 +61,13 @@ def directions(engine: TransformersEngine, taken_at: str) -> Tensor:
     return target - contrast
 
 
+def at_last_token(output: Tensor) -> Tensor:
+    """[S, H] of one prompt's [1, T, H], [1, T, S, H], or Gemma 3n's [S, 1, T, H]."""
+    if output.ndim == 4 and output.shape[1] == 1:
+        output = output.permute(1, 2, 0, 3)
+    return output[0, -1].double().view(-1, output.shape[-1])
+
+
 def _mean(
     engine: TransformersEngine, modules: Sequence[str], token_ids: Sequence[Sequence[int]]
 ) -> Tensor:
@@ -66,7 +75,7 @@ def _mean(
     sums = torch.zeros(engine.hidden_shape, dtype=torch.float64)
 
     def add(layer: int, output: Tensor) -> None:
-        sums[layer] += output[0, -1].double().view(-1, sums.shape[1]).mean(dim=0)  # [S, H], or [H]
+        sums[layer] += at_last_token(output).mean(dim=0)
 
     hooks = {path: partial(add, layer) for layer, path in enumerate(modules)}
     with torch.inference_mode(), hooked(engine.loaded.model, hooks):
@@ -80,7 +89,7 @@ def share_in_streams(engine: TransformersEngine, basis: Tensor) -> float:
     shares: list[float] = []
 
     def measure(streams: Tensor) -> None:
-        last = streams[0, -1].double()  # [S, H]
+        last = at_last_token(streams)
         shares.append(float(((last @ basis).norm(dim=-1) / last.norm(dim=-1)).max()))
 
     with torch.inference_mode():
@@ -128,7 +137,13 @@ def set_weights(engine: TransformersEngine, folder: Path) -> None:
         parameter.data.copy_(other[path].data)
 
 
-def run(base: Path, engine: TransformersEngine, plan: EditPlan, layers: list[list[int]]) -> None:
+def run(
+    base: Path,
+    engine: TransformersEngine,
+    plan: EditPlan,
+    layers: list[list[int]],
+    taken_at: list[str],
+) -> None:
     """Prints the table."""
     sets = [rendered(engine, name) for name in ("evaluation", "neutral")]
     limits = {"max_new_tokens": 32, "kl_tokens": 32, "batch_size": 32}
@@ -140,10 +155,10 @@ def run(base: Path, engine: TransformersEngine, plan: EditPlan, layers: list[lis
         tempfile.TemporaryDirectory() as scratch,
         EditEvaluator(context, Path(scratch) / "logits") as evaluator,
     ):
-        for chosen, taken_at in product(layers, ("sublayers", "the last sublayer", "streams")):
-            means = directions(engine, taken_at)
+        for chosen, site in product(layers, taken_at):
+            means = directions(engine, site)
             basis = orthonormal_basis(means[[layer - 1 for layer in chosen]])
-            name = "+".join(map(str, chosen)) + f" | {taken_at}"
+            name = "+".join(map(str, chosen)) + f" | {site}"
             out = Path(scratch) / name
 
             def baked(out: Path = out, basis: Tensor = basis) -> None:
@@ -157,7 +172,8 @@ def run(base: Path, engine: TransformersEngine, plan: EditPlan, layers: list[lis
 def main() -> None:
     """Reads the arguments and prints the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", default="streams", help="folder under tests/models")
+    parser.add_argument("--model", default="streams", help="folder, or one of tests/models")
+    parser.add_argument("--taken-at", nargs="+", choices=SITES, default=SITES)
     parser.add_argument("--layers", nargs="+", default=["1", "4"], help="of each subspace")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
@@ -165,8 +181,10 @@ def main() -> None:
         base = organism(arguments.model, Path(temporary) / "base")
         engine = TransformersEngine(load_model(base, device="cpu", dtype="float32"))
         checkpoint = Checkpoint.open(base)
-        plan = plan_edits(checkpoint, anatomy_of(checkpoint.config), Edit())
-        run(base, engine, plan, [list(map(int, names.split(","))) for names in arguments.layers])
+        anatomy = anatomy_of(checkpoint.config)
+        plan = plan_edits(checkpoint, anatomy, Edit(partial=anatomy.partial is not None))
+        layers = [list(map(int, names.split(","))) for names in arguments.layers]
+        run(base, engine, plan, layers, arguments.taken_at)
 
 
 if __name__ == "__main__":

@@ -50,9 +50,12 @@ class Entrant(Generic[T]):
         return no_worse and (self.product, self.kl) != (other.product, other.kl)
 
     def clearly_beats(self, other: Entrant[T]) -> bool:
-        """Whether it beats the other by more than one of the prompts that both answered."""
+        """Whether it beats the other by more than the noise of the n prompts that both answered.
+
+        That is 1 / sqrt(n): twice the standard error of a mean of differences that spread by .5.
+        """
         more = self.product - other.product
-        return self.kl <= other.kl and more * self.prompts[-1] > 1 + 1e-9
+        return self.kl <= other.kl and more > self.prompts[-1] ** -0.5
 
 
 class Objective(Protocol):

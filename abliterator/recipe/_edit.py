@@ -238,8 +238,8 @@ class Selection(Section):
     """Prompts that survivors answer before the worst of them drop out; the last rung has `prompts`.
 
     With `[]` all survivors answer all prompts. No answer is generated twice. Tuned edits are judged
-    so too; of them, only those drop out that another beats both in compliance x coherence and in
-    KL.
+    so too; of them, only those drop out that another beats in KL and, by more than the noise of so
+    few prompts, in compliance x coherence.
     """
     keep: Annotated[float, Field(gt=0, le=1)] = 0.5
     """Share of the survivors that goes on to the next rung."""

@@ -23,6 +23,7 @@ from abliterator.tuning._types import TunedEdit, TuningContext
 STRONGEST = 1.3  # a little beyond removal (1); at 2 an edit would mirror what it should remove
 STRENGTH_RATE = 0.25  # of Adam, on the logit of strength / STRONGEST
 DIRECTION_RATE = 0.25  # of Adam, in units of a unit vector's typical coordinate (H ** -0.5)
+PAIR_RATE = 0.125  # the same for U and V: both move U Vᵀ, and at 0.25 the first steps overshoot
 SLOWEST = 0.1  # share of its rate that a phase ends with
 
 
@@ -59,7 +60,8 @@ class EditParameters:
         if self._fixed is not None:
             tuned = []
         if self._columns.requires_grad:
-            rate = DIRECTION_RATE * self._columns.shape[-2] ** -0.5
+            rate = DIRECTION_RATE if self._lengths is None else PAIR_RATE
+            rate *= self._columns.shape[-2] ** -0.5
             tuned.append({"params": [self._columns], "lr": rate})
         return torch.optim.Adam(tuned)
 

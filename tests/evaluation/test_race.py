@@ -74,6 +74,13 @@ def test_of_candidates_on_one_front_none_drops_out_and_beaten_ones_do():
     assert [e.prompts for e in entrants] == [(2, 5, 12), (2, 5), (2,)]
 
 
+def test_what_is_beaten_within_the_noise_of_few_prompts_stays():
+    """A half less on 2 prompts is noise, on 5 it is not."""
+    steady = [[share] * PROMPTS for share in (1.0, 0.5, 0.5)]
+    entrants, _ = run(steady, [0.1, 0.2, 0.3], WholeFront())
+    assert [e.prompts for e in entrants] == [(2, 5, 12), (2, 5), (2, 5)]
+
+
 def test_the_highest_product_wins_whatever_its_divergence_unless_a_front_is_looked_for():
     steady = [[share] * PROMPTS for share in (1.0, 0.5, 0.0)]
     entrants, _ = run(steady, [0.3, 0.2, 0.1], None)

@@ -24,6 +24,8 @@ from abliterator.pipeline.stages.selection import selected_layers
 from abliterator.pipeline.stages.tuning import tuned_subspace
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from abliterator.directions import Directions, Position, Subspace
 
 T = TypeVar("T")
@@ -161,7 +163,12 @@ def _subspaces(
         if method.within and not (paired and run.recipe.prompts.contrast is None):
             makers[f"{name}, {STACKED} directions"] = partial(_within, name, run, sets, estimates)
     # as published, which removes less than the span where directions are alike
-    makers[f"som, {STACKED} directions one by one"] = partial(_one_by_one, run, estimates)
+    makers[f"som, {STACKED} directions one by one"] = lambda: _one_by_one(
+        run, _nodes(run, estimates), layers[:1]
+    )
+    if k > 1:
+        vectors = estimates.by_name[REFERENCE].vectors[[layer - 1 for layer in layers[:k]]]
+        makers[f"{REFERENCE} one by one"] = partial(_one_by_one, run, vectors, layers[:k])
     if (tuned := tuned_subspace(run, layers)) is not None:
         makers[f"tuned, {run.recipe.directions.stack}"] = lambda: tuned
     return makers
@@ -187,16 +194,21 @@ def _within(name: str, run: Run, sets: PromptSets, estimates: _Estimates) -> Sub
     return subspace_of(name, sources, layers=estimates.layers, k=STACKED)
 
 
-def _one_by_one(run: Run, estimates: _Estimates) -> Subspace:
-    """The nodes of a map, removed one after the other, as pairs (U, V) of every writer."""
-    from abliterator.directions import Subspace, map_directions, sequential_removal
+def _nodes(run: Run, estimates: _Estimates) -> Tensor:
+    """The directions [n, H] of the map of the first layer that are stacked."""
+    from abliterator.directions import map_directions
+
+    observations, grid = estimates.of.unprotected().observations, run.recipe.directions.grid
+    return map_directions(observations, estimates.layers[0], grid=grid)[:STACKED]
+
+
+def _one_by_one(run: Run, directions: Tensor, layers: tuple[int, ...]) -> Subspace:
+    """Directions [k, H] removed one after the other, as pairs (U, V) of every writer."""
+    from abliterator.directions import Subspace, sequential_removal
     from abliterator.subspace import Removal, pairs_of_removals
 
-    plan, layer = run.plan.edits, estimates.layers[0]
+    plan = run.plan.edits
     if any(writer.gains for writer in plan.writers):
         raise DirectionError("norms follow the writers, and gains are part of a removal.")
-    observations, grid = estimates.of.unprotected().observations, run.recipe.directions.grid
-    nodes = map_directions(observations, layer, grid=grid)[:STACKED]
-    removal = Removal(*sequential_removal(nodes))
-    modules = len(set(plan.pair_of.values()))
-    return Subspace(pairs_of_removals([removal] * modules), (layer,))
+    removal = Removal(*sequential_removal(directions))
+    return Subspace(pairs_of_removals([removal] * len(set(plan.pair_of.values()))), layers)
