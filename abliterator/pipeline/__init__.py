@@ -21,20 +21,20 @@ from abliterator.pipeline._answer_pairs import AnswerPair, answer_pairs
 from abliterator.pipeline._bake_subspace import bake_subspace
 from abliterator.pipeline._build_several import Build, build_on_workers
 from abliterator.pipeline._chat_session import ChatSession, Turns, open_chat
-from abliterator.pipeline._estimate import Estimate, estimate
 from abliterator.pipeline._first_recipe import first_recipe
 from abliterator.pipeline._judges import judge_of, note_plain_http, require_key
 from abliterator.pipeline._local_judge import JudgeHost
 from abliterator.pipeline._model import Model
 from abliterator.pipeline._options import Options
-from abliterator.pipeline._outlook import expected_seconds, with_outlook
-from abliterator.pipeline._plan import Plan, make_plan, plan_source
-from abliterator.pipeline._planned_prompts import planned_prompts
+from abliterator.pipeline._planning._estimate import Estimate, estimate
+from abliterator.pipeline._planning._outlook import expected_seconds, with_outlook
+from abliterator.pipeline._planning._plan import Plan, make_plan, plan_source
+from abliterator.pipeline._planning._planned_prompts import planned_prompts
+from abliterator.pipeline._planning._setup import engines_of
 from abliterator.pipeline._progress import Advance, Progress, Silent
 from abliterator.pipeline._report import write_report
 from abliterator.pipeline._reproduce import Reproduction, compare_rebuilt
 from abliterator.pipeline._resume import prepare, require_pinned_code, run_missing
-from abliterator.pipeline._setup import engines_of
 from abliterator.pipeline._study import (
     STUDIES,
     StudySettings,

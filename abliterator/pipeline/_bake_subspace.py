@@ -13,7 +13,7 @@ from abliterator.bake import bake
 from abliterator.checkpoint import CONFIG_FILE
 from abliterator.errors import DirectionError, OutputError, RecipeError
 from abliterator.files import sha256_of_file, shown, write_text_atomic
-from abliterator.pipeline._plan import make_plan, require_room
+from abliterator.pipeline._planning._plan import make_plan, require_room
 from abliterator.pipeline._workspace import usable
 from abliterator.pipeline.stages.bake import edits_json
 from abliterator.recipe import Edit

@@ -13,7 +13,7 @@ from abliterator.checkpoint import Checkpoint
 from abliterator.devices import enough_memory
 from abliterator.errors import OutputError, RecipeError
 from abliterator.pipeline._options import Options
-from abliterator.pipeline._plan import make_plan
+from abliterator.pipeline._planning._plan import make_plan
 from abliterator.pipeline._run import Run
 from abliterator.pipeline._workspace import Workspace
 from abliterator.pipeline.stages.directions import removed_subspace

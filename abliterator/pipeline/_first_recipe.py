@@ -6,7 +6,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from abliterator.pipeline._plan import Plan
+from abliterator.pipeline._planning._plan import Plan
 from abliterator.recipe import draft, short_draft
 
 # Gradients keep the activations of a whole step beside the weights, and a descent is minutes for

@@ -13,7 +13,7 @@ from abliterator.errors import DirectionError
 from abliterator.files import write_bytes_atomic
 from abliterator.pipeline._bake_subspace import bake_subspace
 from abliterator.pipeline._options import Options
-from abliterator.pipeline._plan import make_plan
+from abliterator.pipeline._planning._plan import make_plan
 from abliterator.recipe import Edit, Source
 from abliterator.record import TensorEdit
 from abliterator.source import resolve_folder

@@ -11,7 +11,7 @@ from typing import Any
 from abliterator.checkpoint import Checkpoint
 from abliterator.devices import AUTO, BALANCED, available_devices, choose_device, device_name
 from abliterator.errors import WorkerError
-from abliterator.pipeline._where import is_computed_in_float32
+from abliterator.pipeline._planning._where import is_computed_in_float32
 from abliterator.processes import HUB_TOKENS
 from abliterator.workers import PoolSettings
 

@@ -15,9 +15,9 @@ from abliterator.errors import AbliteratorError, OutputError, RecipeError
 from abliterator.pipeline._judges import judge_of
 from abliterator.pipeline._local_judge import COMMIT, JudgeHost
 from abliterator.pipeline._options import Options
-from abliterator.pipeline._plan import plan_source, require_room
+from abliterator.pipeline._planning._plan import plan_source, require_room
+from abliterator.pipeline._planning._prompt_lengths import require_prompts_fit
 from abliterator.pipeline._progress import Progress, Silent
-from abliterator.pipeline._prompt_lengths import require_prompts_fit
 from abliterator.pipeline._run import Run
 from abliterator.pipeline._stage import Stage
 from abliterator.pipeline._vllm import vllm_of

@@ -15,7 +15,7 @@ from abliterator.devices import (
 from abliterator.errors import OutputError
 from abliterator.files import digest_of
 from abliterator.pipeline._options import Options
-from abliterator.pipeline._plan import Plan
+from abliterator.pipeline._planning._plan import Plan
 from abliterator.pipeline._progress import Progress, Silent
 from abliterator.pipeline._workspace import Workspace
 from abliterator.recipe import Recipe

@@ -18,7 +18,7 @@ from abliterator.engines import Form, Probed, TransformersEngine, WriterEdit
 from abliterator.judge import Answered, Labelled, RuleJudge, calibrate
 from abliterator.model import load_model, render_chat
 from abliterator.pipeline import Options
-from abliterator.pipeline._quantization import quantized_edits
+from abliterator.pipeline._planning._quantization import quantized_edits
 from abliterator.pipeline.stages import record as record_stage
 from abliterator.prompts import PromptSet
 from abliterator.recipe import load_engine, load_recipe

@@ -15,10 +15,10 @@ from abliterator import costs, pipeline
 from abliterator.cli import main
 from abliterator.costs import ACCELERATORS
 from abliterator.model import load_tokenizer, render_chat
-from abliterator.pipeline._estimate import judge_cost
-from abliterator.pipeline._planned_prompts import planned_prompts
-from abliterator.pipeline._template_tokens import USUAL, template_tokens
-from abliterator.pipeline._where import where_weights_lie
+from abliterator.pipeline._planning._estimate import judge_cost
+from abliterator.pipeline._planning._planned_prompts import planned_prompts
+from abliterator.pipeline._planning._template_tokens import USUAL, template_tokens
+from abliterator.pipeline._planning._where import where_weights_lie
 from abliterator.pipeline._workspace import Workspace
 from abliterator.pipeline.stages.prompts import divided_sets, uses
 from abliterator.recipe import Chat, JudgeSettings, Prices, load_recipe
@@ -65,7 +65,7 @@ def test_tokens_of_prompts_are_near_those_of_the_models_own_tokenizer():
     ["{% for i in range(10**9) %}{% for j in range(10**9) %}{% endfor %}{% endfor %}", "{{ x.y }}"],
 )
 def test_a_template_that_does_not_render_has_the_usual_tokens(template, tmp_path, monkeypatch):
-    monkeypatch.setattr("abliterator.pipeline._template_tokens._SECONDS", 1)
+    monkeypatch.setattr("abliterator.pipeline._planning._template_tokens._SECONDS", 1)
     (tmp_path / "chat_template.jinja").write_text(template)
     assert template_tokens(tmp_path, Chat()) == USUAL
     assert template_tokens(tmp_path / "none", Chat()) == USUAL
@@ -128,7 +128,7 @@ def test_a_dataset_is_missing_where_the_hub_may_not_be_asked(monkeypatch):
 
 
 def test_a_disk_that_is_full_is_missing(monkeypatch):
-    monkeypatch.setattr("abliterator.pipeline._plan.free_bytes", lambda path: 1000)
+    monkeypatch.setattr("abliterator.pipeline._planning._plan.free_bytes", lambda path: 1000)
     assert "missing      disk: The edited checkpoint needs" in invoke(DEMO, code=1)
 
 
@@ -268,7 +268,7 @@ def test_calibrate_measures_and_later_plans_know(monkeypatch):
         calls.append((device, dtype, folder.is_dir()))
         return RATES.model_copy(update={"device": device, "dtype": dtype})
 
-    monkeypatch.setattr("abliterator.pipeline._outlook.calibrate", calibrate)
+    monkeypatch.setattr("abliterator.pipeline._planning._outlook.calibrate", calibrate)
     assert "time         about" in invoke(DEMO, "--device", "cpu", "--calibrate")
     assert "time         about" in invoke(DEMO, "--device", "cpu")
     assert calls == [("cpu", "float32", True)]

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from abliterator.benchmarks.conversation import SKILLS, items_of, max_new_tokens
-from abliterator.pipeline._planned_benchmarks import planned_benchmarks
+from abliterator.pipeline._planning._planned_benchmarks import planned_benchmarks
 from abliterator.recipe import Benchmarks
 
 ROOT = Path(__file__).parents[2]

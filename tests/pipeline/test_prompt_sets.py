@@ -11,7 +11,7 @@ import pytest
 from click.testing import CliRunner
 
 from abliterator.cli import main
-from abliterator.pipeline._planned_prompts import planned_prompts
+from abliterator.pipeline._planning._planned_prompts import planned_prompts
 from abliterator.pipeline.stages.prompts import compared, load_sets, uses
 from abliterator.recipe import Rollouts, load_recipe
 

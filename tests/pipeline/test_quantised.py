@@ -19,8 +19,8 @@ from abliterator.cli import main
 from abliterator.formats import storage_of
 from abliterator.model import load_model
 from abliterator.pipeline import bake_subspace
-from abliterator.pipeline._plan import make_plan
-from abliterator.pipeline._quantization import quantized_edits
+from abliterator.pipeline._planning._plan import make_plan
+from abliterator.pipeline._planning._quantization import quantized_edits
 from abliterator.recipe import Edit
 from abliterator.source import ModelSource
 from abliterator.subspace import ablate

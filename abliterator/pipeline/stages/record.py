@@ -17,7 +17,7 @@ from typing import Any
 
 from abliterator.errors import OutputError
 from abliterator.files import copy_file, read_text, sha256_of_file, write_text_atomic
-from abliterator.pipeline._quantization import quantized_edits
+from abliterator.pipeline._planning._quantization import quantized_edits
 from abliterator.pipeline._run import Run
 from abliterator.pipeline._stage import Artefact, Stage
 from abliterator.pipeline._summaries import (

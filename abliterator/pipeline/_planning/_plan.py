@@ -24,16 +24,16 @@ from abliterator.checkpoint import Checkpoint, auxiliary_files, card_metadata, d
 from abliterator.errors import OutputError, RecipeError
 from abliterator.files import free_bytes, require_utf8_name
 from abliterator.formats import require_known_names, storage_of
-from abliterator.pipeline._model_notes import notes_on
-from abliterator.pipeline._quantization import storage_ways
+from abliterator.pipeline._planning._model_notes import notes_on
+from abliterator.pipeline._planning._quantization import storage_ways
 from abliterator.recipe import Edit, Recipe
 from abliterator.source import ModelSource
 
 if TYPE_CHECKING:
-    from abliterator.pipeline._estimate import Estimate
-    from abliterator.pipeline._missing import Missing
-    from abliterator.pipeline._planned_prompts import PlannedPrompts
-    from abliterator.pipeline._where import Where
+    from abliterator.pipeline._planning._estimate import Estimate
+    from abliterator.pipeline._planning._missing import Missing
+    from abliterator.pipeline._planning._planned_prompts import PlannedPrompts
+    from abliterator.pipeline._planning._where import Where
 
 # Left free beside the checkpoint: the work folder, and some space for the file system.
 DISK_RESERVE = 64 << 20

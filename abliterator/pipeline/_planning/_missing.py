@@ -12,8 +12,8 @@ from pydantic import BaseModel, ConfigDict
 from abliterator.errors import AbliteratorError
 from abliterator.pipeline._judges import require_key
 from abliterator.pipeline._local_judge import judge_source
-from abliterator.pipeline._plan import Plan, require_room
-from abliterator.pipeline._planned_prompts import PlannedPrompts
+from abliterator.pipeline._planning._plan import Plan, require_room
+from abliterator.pipeline._planning._planned_prompts import PlannedPrompts
 from abliterator.recipe import Recipe
 
 

@@ -36,7 +36,7 @@ def notes_on(
         "own_code": "auto_map" in checkpoint.config,
         "several_streams": bool(anatomy.sublayers) and not anatomy.partial,
     }
-    texts = package_yaml("abliterator.pipeline", "notes.yaml")
+    texts = package_yaml("abliterator.pipeline._planning", "notes.yaml")
     return tuple(texts[name] for name, applies in properties.items() if applies)
 
 

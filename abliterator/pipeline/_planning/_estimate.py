@@ -24,9 +24,9 @@ from abliterator.costs import (
 )
 from abliterator.errors import CheckpointError, UnsupportedModel
 from abliterator.pipeline._local_judge import judge_on_disk
-from abliterator.pipeline._plan import Plan
-from abliterator.pipeline._planned_benchmarks import planned_benchmarks
-from abliterator.pipeline._planned_prompts import PlannedPrompts
+from abliterator.pipeline._planning._plan import Plan
+from abliterator.pipeline._planning._planned_benchmarks import planned_benchmarks
+from abliterator.pipeline._planning._planned_prompts import PlannedPrompts
 from abliterator.recipe import JudgeSettings, Recipe
 
 # Sizes of stacks that `k: auto` tries before one is no better, as a rule.

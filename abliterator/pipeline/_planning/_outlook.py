@@ -10,14 +10,14 @@ from pathlib import Path
 from abliterator.costs import Machine, calibrate, known_machine, remember
 from abliterator.devices import AUTO, CPU, device_memory
 from abliterator.errors import RecipeError, WorkerError
-from abliterator.pipeline._estimate import Estimate, estimate
 from abliterator.pipeline._local_judge import judge_on_disk
-from abliterator.pipeline._missing import Missing, missing
 from abliterator.pipeline._options import Options
-from abliterator.pipeline._plan import Plan, plan_source
-from abliterator.pipeline._planned_prompts import PlannedPrompts, planned_prompts
-from abliterator.pipeline._setup import engines_of, is_read_by_blocks, setup_of
-from abliterator.pipeline._where import Where, where_weights_lie
+from abliterator.pipeline._planning._estimate import Estimate, estimate
+from abliterator.pipeline._planning._missing import Missing, missing
+from abliterator.pipeline._planning._plan import Plan, plan_source
+from abliterator.pipeline._planning._planned_prompts import PlannedPrompts, planned_prompts
+from abliterator.pipeline._planning._setup import engines_of, is_read_by_blocks, setup_of
+from abliterator.pipeline._planning._where import Where, where_weights_lie
 from abliterator.pipeline._workspace import Workspace
 from abliterator.pipeline.stages import stages_of
 from abliterator.recipe import Recipe

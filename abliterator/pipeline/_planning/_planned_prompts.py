@@ -10,7 +10,7 @@ from pathlib import Path
 from abliterator.costs import spread
 from abliterator.errors import AbliteratorError
 from abliterator.files import sha256_of_bytes
-from abliterator.pipeline._template_tokens import template_tokens
+from abliterator.pipeline._planning._template_tokens import template_tokens
 from abliterator.pipeline.stages.prompts import (
     PromptSets,
     compared,

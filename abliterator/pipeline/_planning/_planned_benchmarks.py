@@ -39,7 +39,7 @@ def planned_benchmarks(section: Benchmarks, template_tokens: int) -> list[Benchm
 
 
 def _sized(task: BenchmarkTask, section: Benchmarks, template_tokens: int) -> Benchmark:
-    listed = package_yaml("abliterator.pipeline", "benchmark_sizes.yaml")
+    listed = package_yaml("abliterator.pipeline._planning", "benchmark_sizes.yaml")
     size = _of_file(Path(task.task)) or listed.get(task.task) or listed["other"]
     limit = task.limit or section.limit or size["documents"]
     shots = next(

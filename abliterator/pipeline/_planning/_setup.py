@@ -6,8 +6,8 @@ from abliterator.bake import bake_workers
 from abliterator.costs import Answerer, Machine, Setup
 from abliterator.devices import AUTO, CPU, usable_cores
 from abliterator.pipeline._options import Options
-from abliterator.pipeline._plan import Plan
-from abliterator.pipeline._where import DISK, Where
+from abliterator.pipeline._planning._plan import Plan
+from abliterator.pipeline._planning._where import DISK, Where
 from abliterator.pipeline.stages.benchmarks import benchmark_engine
 from abliterator.recipe import EngineKind, Recipe
 
