@@ -315,6 +315,7 @@ class Costs:
         neutral: Sequence[int],
         phases: int,
         max_tokens: int,
+        induces: bool = False,
     ) -> StageCost:
         """Steps by gradients, answers to learn from before each phase, and judged trials.
 
@@ -328,27 +329,30 @@ class Costs:
             neutral: tokens of the held-out neutral prompts.
             phases: between which responses are asked for anew.
             max_tokens: of one batch.
+            induces: whether refusals run too, after the neutral prompts of a step.
         """
         alone = Costs(self.work, self.setup._replace(speedup=1.0))  # workers have no part in it
         row = sum(learned.lengths) / max(1, len(learned.lengths)) + learned.tokens
         t, rest = learned.tokens, max(0.0, row - learned.tokens - learned.shared)
         # an answer and a refusal follow one prompt, and neutral answers theirs
-        tokens = batch * (2 * rest + 3 * t) + 2 * learned.shared
-        step = self.work.forward(batch, rest + t, logits=batch * t) + self.work.read_again(3)
+        rows = 3 + induces
+        tokens = batch * ((2 + induces) * rest + rows * t) + (2 + induces) * learned.shared
+        step = self.work.forward(batch, rest + t, logits=batch * t)
+        step += self.work.read_again(rows)
         step += (
-            _FORWARD_AND_BACKWARD * self.work.forward(1, tokens, logits=3 * batch * t) * _PREVIEW
+            _FORWARD_AND_BACKWARD * self.work.forward(1, tokens, logits=rows * batch * t) * _PREVIEW
         )
         asked = alone.answers(learned._replace(lengths=[*learned.lengths] * 3))
         asked += phases * alone.answers(learned._replace(tokens=judged.tokens))
         paths = [max(1, n + t - judged.shared) for n in neutral] * trials
         rounds = judged._replace(lengths=[*judged.lengths] * round(raced))
         measured = self.work.scores(paths, max_tokens, positions=t) + alone.answers(rounds)
-        kept = 3 * batch * row * self.work.shape.n_layers * self.work.shape.d_model * 4
+        kept = rows * batch * row * self.work.shape.n_layers * self.work.shape.d_model * 4
         cost = self.stage(
             "tuning",
             steps * step + asked + self.probe([judged]) + _PREVIEW * measured,
             loads=1 if self.work.streams else 0,
-            read=steps * 4 * batch * row + sum(paths),
+            read=steps * (rows + 1) * batch * row + sum(paths),
             answered=len(rounds.lengths) * judged.tokens,
             batch=_largest([judged]),
         )

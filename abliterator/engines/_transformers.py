@@ -218,7 +218,13 @@ class TransformersEngine:
         return lambda hidden: in_each_stream(hidden, len(edit.basis), remove)
 
     def _addition(self, edit: Steering) -> Callable[[Tensor], Tensor]:
-        """The function h + r."""
-        direction_on = cache(edit.direction.to(self.loaded.model.dtype).to)
-        width = len(edit.direction)
+        """The function h + r; gradients flow to r."""
+        direction, width = edit.direction.to(self.loaded.model.dtype), len(edit.direction)
+
+        @cache
+        def direction_on(device: torch.device) -> Tensor:
+            # whether or not the first pass records any gradients
+            with torch.inference_mode(mode=False), torch.enable_grad():
+                return direction.to(device)
+
         return lambda h: in_each_stream(h, width, lambda s: s + direction_on(s.device))

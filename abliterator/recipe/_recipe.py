@@ -116,6 +116,17 @@ class Recipe(Section):
             )
         return self
 
+    @model_validator(mode="after")
+    def _one_direction_that_induces(self) -> Self:
+        of = self.directions
+        has_one = self.k == 1 and of.stack in ("layers", "per_layer")
+        if self.tuning.induce and not (has_one and of.estimator == "tuned"):
+            raise ValueError(
+                "`tuning.induce` tunes one direction that is added at its layer: set `k: 1`, "
+                "`directions.estimator: tuned`, and `stack: layers` or `per_layer`"
+            )
+        return self
+
     @model_serializer(mode="wrap")
     def _dump_named_engine(self, plain: SerializerFunctionWrapHandler) -> dict[str, Any]:
         """Without the default `engine`: recipes of before it was a section keep their digests."""

@@ -24,7 +24,7 @@ RIDGE, MAX_CHANGE = 0.3, 0.5
 class Tuning(Section):
     """Tuning by gradient descent, and which of the tuned edits is used."""
 
-    later_keys: ClassVar = ("ridge", "max_change")
+    later_keys: ClassVar = ("ridge", "max_change", "induce")
 
     steps: Positive = 16
     """Steps of the descent for each weight of the KL."""
@@ -51,6 +51,11 @@ class Tuning(Section):
     max_change: Annotated[float, Field(gt=0, allow_inf_nan=False)] = MAX_CHANGE
     """For `stack: per_writer`: the build stops before it writes a tensor whose change
     |W' - W| / |W| is larger."""
+    induce: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
+    """For `estimator: tuned` and one direction (`k: 1`): weight in the loss of the mean -log p of a
+    token of the base's refusals after neutral and contrast prompts, with the direction, at the
+    length of the mean difference, added at the first layer. 0 leaves it out; 1, with
+    `edit.strength: 1`, is refusal direction optimisation."""
 
     @field_validator("kl_weights", "scales")
     @classmethod

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
+from abliterator.engines import Steering, TransformersEngine
 from abliterator.errors import DirectionError
 from abliterator.evaluation import OnStep, kl_terms
 from abliterator.tuning._kept import KeptSteps, dump_edit, dump_pairs, load_edit, load_pairs
@@ -43,8 +44,16 @@ def descend(
     where what is rejected is the base's refusal or a response that the judge rejected after an
     earlier phase, one of them by chance in each step, and KL(base || edited) is in nats along
     neutral answers: the mean of the first token's and of all tokens', because an edit shows most
-    where an answer begins. With pairs (U, V), the config's ridge is added times the mean over
-    modules of |U Vᵀ - U₀ V₀ᵀ|² / |U₀ V₀ᵀ|², U₀ and V₀ being those of the start.
+    where an answer begins. The config's `induce` is the weight of
+
+        - mean log p(refusal | neutral prompt) / tokens,   h_l <- h_l + |d| q
+
+    in the unedited model, q being the unit direction that is tuned, d the mean difference at the
+    start's layer l, and the refusal the base's own to a target prompt (the addition term of refusal
+    direction optimisation, Wollschläger et al. 2025, arXiv 2502.17420).
+
+    With pairs (U, V), the config's ridge is added times the mean over modules of
+    |U Vᵀ - U₀ V₀ᵀ|² / |U₀ V₀ᵀ|², U₀ and V₀ being those of the start.
 
     Args:
         context: the model, which writers are edited, and the config of the descent.
@@ -103,6 +112,11 @@ class _Descent:
             base = self._base.at(chosen)
             preference_loss, kl = _losses(context, parameters, batch, neutral, base)
             loss = preference_loss + weight * kl + config.ridge * parameters.ridge()
+            if config.induce and context.difference is not None:
+                refusals = [_refusal_to(row, self.pairs.target, self._rng) for row in neutral]
+                loss = loss + config.induce * _induce_loss(
+                    context, parameters, context.difference, refusals
+                )
             if not loss.isfinite():
                 raise DirectionError(
                     "Tuning diverged: its loss is not finite. Try `--dtype float32`, or start from "
@@ -131,6 +145,27 @@ class _Descent:
 
 def _unwanted(pair: PreferencePair, rng: random.Random) -> Row:
     return Row(pair.prompt, rng.choice((pair.refusal, *pair.rejected)))
+
+
+def _refusal_to(row: Row, pairs: Sequence[PreferencePair], rng: random.Random) -> Row:
+    return Row(row.prompt, rng.choice(pairs).refusal)
+
+
+def _induce_loss(
+    context: TuningContext,
+    parameters: EditParameters,
+    difference: Steering,
+    refusals: Sequence[Row],
+) -> Tensor:
+    """Mean -log p of a token of `refusals`, nats, with the tuned direction added; a scalar.
+
+    No writer is edited. What is added has the length of `difference`, and its layer.
+    """
+    direction = parameters.direction(difference.layer) * float(difference.direction.norm())
+    with TransformersEngine(context.loaded).edited(Steering(difference.layer, direction)):
+        of_rows = answer_logprobs(context.loaded, refusals)
+    logprobs = [token_logprobs(x, r.answer) for x, r in zip(of_rows, refusals, strict=True)]
+    return -torch.cat(logprobs).mean()
 
 
 def _losses(

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from abliterator.bake import preview_edit
 from abliterator.subspace import (
+    basis_of_block,
     is_by_writer,
     lengths_of,
     orthonormal_columns,
@@ -71,6 +72,10 @@ class EditParameters:
         strengths = dict(zip(self._modules, self._strengths(), strict=True))
         with preview_edit(self._context.loaded, self._context.plan, self._basis(), strengths):
             yield
+
+    def direction(self, layer: int) -> Tensor:
+        """[H] first direction, of length 1, that is removed from residual layer `layer`."""
+        return basis_of_block(self._basis(), layer - 1)[:, 0]
 
     def edit(self) -> TunedEdit:
         """The edit with these parameters, without gradients."""

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 from abliterator.bake import EditPlan
-from abliterator.engines import Tokens, WriterEdit
+from abliterator.engines import Steering, Tokens, WriterEdit
+from abliterator.errors import DirectionError
 from abliterator.evaluation import EvaluationContext, RenderedPrompts
 from abliterator.recipe import Tuning
 
@@ -38,6 +39,10 @@ class TuningContext:
         config: the recipe's section.
         strengths: whether each writer's strength is tuned; else all stay at the plan's.
         directions: whether the directions are tuned; else they stay where they started.
+        difference: the mean difference at the start's layer, where the config has `induce`.
+
+    Raises:
+        DirectionError: for `induce` without it.
     """
 
     evaluation: EvaluationContext
@@ -47,6 +52,15 @@ class TuningContext:
     config: Tuning
     strengths: bool = True
     directions: bool = True
+    difference: Steering | None = None
+
+    def __post_init__(self) -> None:
+        """Checks that what the config asks for is given."""
+        if self.config.induce and self.difference is None:
+            raise DirectionError(
+                "`tuning.induce` adds the direction at the length of the mean difference, and "
+                "none is given. Give `TuningContext.difference`."
+            )
 
     @property
     def plan(self) -> EditPlan:

@@ -265,6 +265,7 @@ class _Counted:
             ),
             neutral=self.prompts.of("neutral", "selection"),
             phases=len(tuning.kl_weights),
+            induces=tuning.induce > 0,
             max_tokens=self.recipe.capture.max_batch_tokens,
         )
 

@@ -16,6 +16,7 @@ from abliterator.pipeline._judges import choosing_judge
 from abliterator.pipeline._kept import partial_file
 from abliterator.pipeline._run import Run
 from abliterator.pipeline._stage import Artefact, Stage
+from abliterator.pipeline.stages.capture import fitted
 from abliterator.pipeline.stages.prompts import prompt_sets
 from abliterator.pipeline.stages.selection import (
     extracted_subspace,
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from abliterator.directions import Subspace
+    from abliterator.engines import Steering
     from abliterator.tuning import TuningContext
 
 
@@ -100,6 +102,14 @@ def _start(run: Run) -> Tensor:
     return start_pairs(run.plan.edits, run.plan.checkpoint, basis).float().double()
 
 
+def _difference(run: Run) -> Steering:
+    """The extracted direction of the first layer, at its length."""
+    from abliterator.engines import Steering
+
+    place = selected_layers(run).places[0]
+    return Steering(place.layer, fitted(run)[place.position].vectors[place.layer - 1])
+
+
 def _context(run: Run) -> TuningContext:
     from abliterator.tuning import TuningContext
 
@@ -108,6 +118,7 @@ def _context(run: Run) -> TuningContext:
         sampled(run, name, config.prompts) for name in ("target", "neutral", "contrast")
     )
     return TuningContext(
+        difference=_difference(run) if config.induce else None,
         evaluation=held_out_context(run, kl_tokens=config.tokens, batch_size=recipe.selection.rows),
         loaded=run.loaded(run.plan.source.folder),
         target=rendered(run, target, name="target"),
