@@ -337,11 +337,9 @@ class Costs:
         # an answer and a refusal follow one prompt, and neutral answers theirs
         rows = 3 + induces
         tokens = batch * ((2 + induces) * rest + rows * t) + (2 + induces) * learned.shared
-        step = self.work.forward(batch, rest + t, logits=batch * t)
-        step += self.work.read_again(rows)
-        step += (
-            _FORWARD_AND_BACKWARD * self.work.forward(1, tokens, logits=rows * batch * t) * _PREVIEW
-        )
+        step = self.work.forward(batch, rest + t, logits=batch * t) + self.work.read_again(rows)
+        along = self.work.forward(1, tokens, logits=rows * batch * t)
+        step += _FORWARD_AND_BACKWARD * along * _PREVIEW
         asked = alone.answers(learned._replace(lengths=[*learned.lengths] * 3))
         asked += phases * alone.answers(learned._replace(tokens=judged.tokens))
         paths = [max(1, n + t - judged.shared) for n in neutral] * trials
@@ -356,9 +354,8 @@ class Costs:
             answered=len(rounds.lengths) * judged.tokens,
             batch=_largest([judged]),
         )
-        graph = int(kept * _GRAPH)
         where = "device_memory" if self.machine.accelerator else "host_memory"
-        return cost.model_copy(update={where: getattr(cost, where) + graph})
+        return cost.model_copy(update={where: getattr(cost, where) + int(kept * _GRAPH)})
 
     def bake(
         self, *, read: int, written: int, edited: int, tensors: int, rounding: str, memory: int

@@ -1,16 +1,22 @@
 """The induce term: against an explicit addition, its gradient, what it changes, and its limits."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
+from abliterator import pipeline
 from abliterator.engines import Steering, TransformersEngine
 from abliterator.errors import DirectionError, RecipeError
-from abliterator.model import load_model
+from abliterator.files import Journal
+from abliterator.model import load_model, render_chat
+from abliterator.pipeline import Options
 from abliterator.recipe import load_recipe
 from abliterator.tuning._descend import _induce_loss, descend
+from abliterator.tuning._kept import KeptSteps
 from abliterator.tuning._parameters import EditParameters
 from abliterator.tuning._rows import answer_logprobs, token_logprobs
 from abliterator.tuning._types import Row
@@ -25,6 +31,7 @@ from tests.tuning.contexts import (
 )
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "demo.yaml"
+FAST = Options(device="cpu", dtype="float32")
 LAYER = 2
 REFUSALS = [Row(row.prompt, (3, 4)) for row in ROWS]
 TUNED = ["directions.estimator=tuned", "tuning.induce=1"]
@@ -145,12 +152,66 @@ def test_a_weight_of_0_leaves_every_bit(tiny_loaded):
         assert a.strengths == b.strengths
 
 
-def test_the_same_seed_finds_the_same_with_it(tiny_folder):
+def test_an_interrupted_descent_finds_the_same_with_it(tiny_folder, tmp_path):
     loaded, basis = load_model(tiny_folder("llama"), device="cpu", dtype="float32"), basis_of(1)
-    config = {"steps": 2, "batch": 2, "kl_weights": (1.0, 2.0), "induce": 0.5}
+    config = {"steps": 2, "batch": 2, "kl_weights": (1.0, 2.0, 3.0), "induce": 0.5}
     context = inducing(loaded, difference_along(basis), **config)
-    one, two = (descend(context, pairs_of(), basis, on_step=no_step) for _ in range(2))
-    assert all(torch.equal(a.basis, b.basis) for a, b in zip(one, two, strict=True))
+    pairs = pairs_of((11, 40))
+    # refusals differ, so that which of them is drawn matters
+    drawn = [pair._replace(refusal=(3, 4 + i)) for i, pair in enumerate(pairs.target)]
+    pairs = replace(pairs, target=tuple(drawn))
+    expected = descend(context, pairs, basis, on_step=no_step)
+    steps = []
+
+    def interrupt(name):
+        steps.append(name)
+        if len(steps) == 3:  # in the second phase
+            raise KeyboardInterrupt
+
+    path = tmp_path / "steps.jsonl"
+    with pytest.raises(KeyboardInterrupt):
+        descend(context, pairs, basis, on_step=interrupt, kept=KeptSteps(Journal(path)))
+    edits = descend(context, pairs, basis, on_step=interrupt, kept=KeptSteps(Journal(path)))
+    assert len(steps) == 3 + 4
+    assert all(torch.equal(a.basis, b.basis) for a, b in zip(edits, expected, strict=True))
+
+
+@pytest.mark.slow
+def test_a_build_with_it_finds_a_direction_that_induces(tmp_path):
+    """On prompts that only the evaluation reads; with `per_layer`, that of the first layer."""
+    overrides = [
+        "directions.stack=per_layer",
+        "layers=[4, 3]",
+        "tuning.steps=6",
+        "tuning.scales=[1]",
+    ]
+    overrides += ["tuning.kl_weights=[20]", "benchmarks.tasks=[]"]
+    recipe = load_recipe(RECIPE, overrides=[*TUNED, *overrides])
+    record = pipeline.build(recipe, tmp_path, options=FAST)
+    assert record.behaviour["target"].edited.refusal.value <= 0.1
+    work = tmp_path / "work"
+    length = load_file(work / "directions.safetensors")["directions"][4 - 1].norm()
+    bases = load_file(work / "tuning.safetensors")["bases"]
+    rows = (json.loads(line) for line in (work / "rollouts.jsonl").read_text().splitlines())
+    by_set = {"target": [], "neutral": []}
+    for row in rows:
+        if row["side"] == "base":
+            by_set[row["set"]].append(row)
+    folder = Path(pipeline.__file__).parents[1] / "data" / "demo" / "model"
+    loaded = load_model(folder, device="cpu", dtype="float32")
+    refusal = loaded.tokenizer(by_set["target"][0]["response"], add_special_tokens=False).input_ids
+    refusals = [
+        Row(tuple(render_chat(loaded.tokenizer, row["prompt"])), tuple(refusal))
+        for row in by_set["neutral"]
+    ]
+
+    def surprise(basis):
+        with TransformersEngine(loaded).edited(Steering(4, basis[4 - 1, :, 0] * length)):
+            found = answer_logprobs(loaded, refusals)
+        return -torch.cat([token_logprobs(x, tuple(refusal)) for x in found]).mean().item()
+
+    start, tuned = map(surprise, bases)
+    assert tuned < start - 0.1
 
 
 # ---- limits
