@@ -20,6 +20,7 @@ from abliterator.tuning._kept import KeptSteps
 from abliterator.tuning._parameters import EditParameters
 from abliterator.tuning._rows import answer_logprobs, token_logprobs
 from abliterator.tuning._types import Row
+from tests.model.test_placement import machine_with_two_devices, needs_stand_in
 from tests.tuning.contexts import (
     ROWS,
     basis_of,
@@ -174,6 +175,19 @@ def test_an_interrupted_descent_finds_the_same_with_it(tiny_folder, tmp_path):
     edits = descend(context, pairs, basis, on_step=interrupt, kept=KeptSteps(Journal(path)))
     assert len(steps) == 3 + 4
     assert all(torch.equal(a.basis, b.basis) for a, b in zip(edits, expected, strict=True))
+
+
+@needs_stand_in
+def test_a_model_on_two_devices_finds_the_same_with_it(tiny_folder):
+    edits, basis = [], basis_of(1)
+    with machine_with_two_devices():
+        for device in ("fake", "balanced"):
+            loaded = load_model(tiny_folder("llama"), dtype="float32", device=device)
+            config = {"steps": 2, "batch": 2, "kl_weights": (1.0,), "induce": 1.0}
+            context = inducing(loaded, difference_along(basis), **config)
+            edits += descend(context, pairs_of(), basis, on_step=no_step)
+    assert {*loaded.placement.values()} == {"fake:0", "fake:1"}
+    assert torch.equal(edits[0].basis, edits[1].basis)
 
 
 @pytest.mark.slow
