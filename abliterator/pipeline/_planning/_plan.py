@@ -21,7 +21,7 @@ from abliterator.bake import (
     require_adapter_form,
 )
 from abliterator.checkpoint import Checkpoint, auxiliary_files, card_metadata, declared_base_models
-from abliterator.errors import OutputError, RecipeError
+from abliterator.errors import OutputError, RecipeError, UnsupportedModel
 from abliterator.files import free_bytes, require_utf8_name
 from abliterator.formats import require_known_names, storage_of
 from abliterator.pipeline._planning._model_notes import notes_on
@@ -214,13 +214,43 @@ def plan_source(source: ModelSource, recipe: Recipe, out: Path) -> Plan:
     layers, k = require_layers(recipe, plan.anatomy)
     if recipe.edit.adapts:
         require_adapter_form(plan.edits)
+    if recipe.directions.stack == "sequential":
+        _require_no_gains(plan.edits)
     return replace(
         plan,
         layers=layers,
         k=k,
         selection=selection_cost(recipe, len(layers)),
         tuning=tuning_cost(recipe),
-        notes=plan.notes + _position_notes(recipe) + _vector_notes(recipe, plan.anatomy),
+        notes=(
+            *plan.notes,
+            *_position_notes(recipe),
+            *_vector_notes(recipe, plan.anatomy),
+            *_stack_notes(recipe, layers[:k]),
+        ),
+    )
+
+
+def _require_no_gains(edits: EditPlan) -> None:
+    """Raises UnsupportedModel where a norm multiplies what a module writes by gains."""
+    for writer in edits.writers:
+        if writer.gains:
+            raise UnsupportedModel(
+                f"`directions.stack: sequential` removes directions from what a matrix writes, and "
+                f"a norm follows {writer.module} ({', '.join(writer.gains)}), through which only "
+                "their span is removed. Stack `layers`."
+            )
+
+
+def _stack_notes(recipe: Recipe, layers: tuple[int, ...]) -> tuple[str, ...]:
+    """What is promised where no subspace is removed."""
+    if recipe.directions.stack != "sequential":
+        return ()
+    return (
+        "`stack: sequential` removes the directions one after the other, "
+        f"{' then '.join(f'layer {layer}' for layer in layers)}: only the last "
+        "is gone entirely, and where they are not orthogonal a part of each earlier one is left. "
+        "The record has how much (`directions.left_behind`).",
     )
 
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from abliterator.pipeline._run import Run
 from abliterator.pipeline._stage import Artefact, Stage
 from abliterator.pipeline.stages.capture import cleaning, fitted, observations
-from abliterator.pipeline.stages.selection import extracted_subspace, selected_layers
+from abliterator.pipeline.stages.selection import extracted_subspace, selected_layers, vectors_at
 from abliterator.pipeline.stages.tuning import tuned_inputs, tuned_subspace
 from abliterator.record import DirectionChecks, ProtectedSet
 
@@ -63,14 +63,16 @@ def direction_checks(run: Run) -> DirectionChecks | None:
 
 def _has_checks(recipe: Recipe) -> bool:
     return (
-        bool(recipe.prompts.protect) or {*recipe.directions.positions} >= _REFUSAL_AND_HARMFULNESS
+        bool(recipe.prompts.protect)
+        or {*recipe.directions.positions} >= _REFUSAL_AND_HARMFULNESS
+        or recipe.directions.stack == "sequential"
     )
 
 
 def _checks(
     run: Run, directions: Mapping[Position, Directions], position: Position
 ) -> DirectionChecks | None:
-    from abliterator.directions import cosines_between, leave_one_set_out
+    from abliterator.directions import cosines_between, leave_one_set_out, left_behind
 
     if not _has_checks(run.recipe):
         return None
@@ -81,7 +83,11 @@ def _checks(
     cosines: tuple[float, ...] = ()
     if directions.keys() >= _REFUSAL_AND_HARMFULNESS:
         cosines = _rounded(cosines_between(directions["instruction"], directions[-1]))
+    left: tuple[float, ...] = ()
+    if run.recipe.directions.stack == "sequential":
+        left = _rounded(left_behind(vectors_at(directions, selected_layers(run).places)))
     return DirectionChecks(
+        left_behind=left,
         protected=tuple(
             ProtectedSet(
                 name=name,
