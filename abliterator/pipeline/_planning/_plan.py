@@ -21,7 +21,7 @@ from abliterator.bake import (
     require_adapter_form,
 )
 from abliterator.checkpoint import Checkpoint, auxiliary_files, card_metadata, declared_base_models
-from abliterator.errors import OutputError, RecipeError, UnsupportedModel
+from abliterator.errors import OutputError, RecipeError
 from abliterator.files import free_bytes, require_utf8_name
 from abliterator.formats import require_known_names, storage_of
 from abliterator.pipeline._planning._model_notes import notes_on
@@ -214,8 +214,6 @@ def plan_source(source: ModelSource, recipe: Recipe, out: Path) -> Plan:
     layers, k = require_layers(recipe, plan.anatomy)
     if recipe.edit.adapts:
         require_adapter_form(plan.edits)
-    if recipe.directions.stack == "sequential":
-        _require_no_gains(plan.edits)
     return replace(
         plan,
         layers=layers,
@@ -229,17 +227,6 @@ def plan_source(source: ModelSource, recipe: Recipe, out: Path) -> Plan:
             *_stack_notes(recipe, layers[:k]),
         ),
     )
-
-
-def _require_no_gains(edits: EditPlan) -> None:
-    """Raises UnsupportedModel where a norm multiplies what a module writes by gains."""
-    for writer in edits.writers:
-        if writer.gains:
-            raise UnsupportedModel(
-                f"`directions.stack: sequential` removes directions from what a matrix writes, and "
-                f"a norm follows {writer.module} ({', '.join(writer.gains)}), through which only "
-                "their span is removed. Stack `layers`."
-            )
 
 
 def _stack_notes(recipe: Recipe, layers: tuple[int, ...]) -> tuple[str, ...]:

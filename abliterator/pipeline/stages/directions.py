@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from abliterator.bake import sequential_pairs
 from abliterator.pipeline._run import Run
 from abliterator.pipeline._stage import Artefact, Stage
 from abliterator.pipeline.stages.capture import cleaning, fitted, observations
@@ -72,7 +73,7 @@ def _has_checks(recipe: Recipe) -> bool:
 def _checks(
     run: Run, directions: Mapping[Position, Directions], position: Position
 ) -> DirectionChecks | None:
-    from abliterator.directions import cosines_between, leave_one_set_out, left_behind
+    from abliterator.directions import cosines_between, leave_one_set_out
 
     if not _has_checks(run.recipe):
         return None
@@ -85,7 +86,8 @@ def _checks(
         cosines = _rounded(cosines_between(directions["instruction"], directions[-1]))
     left: tuple[float, ...] = ()
     if run.recipe.directions.stack == "sequential":
-        left = _rounded(left_behind(vectors_at(directions, selected_layers(run).places)))
+        vectors = vectors_at(directions, selected_layers(run).places)
+        left = _rounded(sequential_pairs(run.plan.edits, run.plan.checkpoint, vectors)[1])
     return DirectionChecks(
         left_behind=left,
         protected=tuple(

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from abliterator.errors import DirectionError
+from abliterator.bake import sequential_pairs
 from abliterator.pipeline._judges import choosing_judge
 from abliterator.pipeline._run import Run
 from abliterator.pipeline._stage import Artefact, Stage
@@ -174,18 +174,10 @@ def one_by_one(run: Run, directions: Tensor, layers: tuple[int, ...]) -> Subspac
     """Directions [k, H] removed one after the other, as pairs (U, V) of every writer.
 
     These are rounded to float32, in which the checkpoint's file of directions has them.
-
-    Raises:
-        DirectionError: if norms follow the writers.
     """
-    from abliterator.directions import Subspace, sequential_removal
-    from abliterator.subspace import Removal, pairs_of_removals
+    from abliterator.directions import Subspace
 
-    plan = run.plan.edits
-    if any(writer.gains for writer in plan.writers):
-        raise DirectionError("norms follow the writers, and gains are part of a removal.")
-    removal = Removal(*sequential_removal(directions))
-    pairs = pairs_of_removals([removal] * len(set(plan.pair_of.values())))
+    pairs, _ = sequential_pairs(run.plan.edits, run.plan.checkpoint, directions)
     return Subspace(pairs.float().double(), layers)
 
 
