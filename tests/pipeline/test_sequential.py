@@ -126,6 +126,15 @@ def test_verify_computes_the_tensors_again_and_names_one_that_differs(built, pro
     assert f"{name}: what is stored is" in done.output
 
 
+def test_the_plan_says_what_is_promised(project):
+    arguments = [f"--set={override}" for override in SEQUENTIAL]
+    done = CliRunner().invoke(main, ["plan", str(project[0] / "r.yaml"), *arguments])
+    assert done.exit_code == 0, done.output
+    assert "layer 3 then layer 1 then layer 2: only the last is gone" in " ".join(
+        done.output.split()
+    )
+
+
 def test_the_pairs_are_no_subspace_to_bake_alone(built, project, tmp_path):
     subspace = built[0] / "work/directions.safetensors"
     with pytest.raises(DirectionError, match="Only the recipe that made it bakes it"):
