@@ -12,7 +12,8 @@ place. How directions were determined is outside this package. The formula is `s
 H = d_model, k rank, Q [H, k] the orthonormal basis; every parameter `basis` also accepts one for
 each block [L, H, k], L = n_layers: Q[i] is removed from what block i writes. With pairs (U, V) of
 each module that writes, [M, 2, H, r] in the order of `EditPlan.pair_of`, the edit is
-W' = W - s U Vᵀ W, and removes no subspace; `start_pairs` makes those of a Q.
+W' = W - s U Vᵀ W, and removes no subspace; `start_pairs` makes those of a Q, and
+`sequential_pairs` those that remove directions one after the other.
 """
 
 from abliterator.bake._adapter import (
@@ -24,7 +25,7 @@ from abliterator.bake._adapter import (
 from abliterator.bake._plan import EditPlan, PlannedEdit, plan_edits, require_fit
 from abliterator.bake._preview import preview_edit, preview_edits
 from abliterator.bake._sites import runtime_obstacle, runtime_sites
-from abliterator.bake._start import start_pairs
+from abliterator.bake._start import sequential_pairs, start_pairs
 from abliterator.bake._stored import PANEL_ELEMENTS
 from abliterator.bake._workers import bake_on_workers
 from abliterator.bake._write import (
@@ -52,6 +53,7 @@ __all__ = [
     "require_fit",
     "runtime_obstacle",
     "runtime_sites",
+    "sequential_pairs",
     "start_pairs",
     "write_adapter",
     "write_adapters",

@@ -14,6 +14,7 @@ from abliterator.card._markdown import (
     without_paths,
     yaml_fence,
 )
+from abliterator.recipe import BY_WRITER
 from abliterator.record import BenchmarkResult, Outlier, RunRecord, Survival
 
 SETS = {
@@ -67,6 +68,7 @@ def variables(record: RunRecord, *, adapter: bool) -> dict[str, object]:
     """All variables of the card's templates; the labels in them need no escape."""
     model, base, commit = record.model, hub_base(record), record.model.revision or ""
     behaviours = record.behaviour.values()
+    stack = (record.recipe.get("directions") or {}).get("stack")
     is_pinned = base is not None and COMMIT.fullmatch(commit)
     return {
         "header": Markdown(header(record, adapter=adapter)),
@@ -76,7 +78,8 @@ def variables(record: RunRecord, *, adapter: bool) -> dict[str, object]:
         "named_positions": NAMED_POSITIONS,
         "partial": _partial(record),
         "planned": record.edit.tensors is None,
-        "by_writer": (record.recipe.get("directions") or {}).get("stack") == "per_writer",
+        "by_writer": stack in BY_WRITER,
+        "sequential": stack == "sequential",
         "selection": record.selection,
         "model": model,
         # a Hub id, or the last name of a local folder

@@ -60,7 +60,7 @@ def bake_subspace(
         if is_by_writer(basis):
             raise DirectionError(
                 f"{subspace} holds an edit for each module that writes (U and V), and no subspace. "
-                "Only the recipe that tuned it bakes it: give `abliterator build` that recipe, or "
+                "Only the recipe that made it bakes it: give `abliterator build` that recipe, or "
                 "use the checkpoint's own abliterator/directions.safetensors at run time."
             )
         names = {*plan.checkpoint.weight_files, *plan.carried, EDITS}

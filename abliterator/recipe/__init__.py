@@ -22,7 +22,7 @@ from abliterator.recipe._benchmarks import (
     Preset,
 )
 from abliterator.recipe._bundled import BundledRecipe, bundled_recipes
-from abliterator.recipe._directions import DirectionSettings
+from abliterator.recipe._directions import BY_WRITER, DirectionSettings
 from abliterator.recipe._draft import draft, short_draft
 from abliterator.recipe._edit import Edit, Selection, ranges_of
 from abliterator.recipe._engine import STARTED_KEY, EngineKind, EngineServer, EngineSettings
@@ -37,6 +37,7 @@ from abliterator.recipe._tuning import Tuning
 from abliterator.recipe._yaml import to_yaml
 
 __all__ = [
+    "BY_WRITER",
     "OPENAI_KEY",
     "STARTED_KEY",
     "BenchmarkEngine",

@@ -8,6 +8,9 @@ from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from abliterator.recipe._section import Positive, Section, as_tuple
 
+# Stacks that remove no subspace, but give every module that writes an edit W' = W - s U Vᵀ W.
+BY_WRITER = ("sequential", "per_writer")
+
 NamedPosition = Literal["instruction", "after_thinking"]
 Position = Annotated[int, Field(le=-1)] | NamedPosition
 
@@ -44,20 +47,24 @@ class DirectionSettings(Section):
     ridge: Annotated[float, Field(ge=0)] = 0.01
     """How strongly the regression on the sets of `prompts.protect` is damped: of a component along
     one set alone ridge / (1 + ridge) is left; 0 leaves nothing."""
-    stack: Literal["layers", "per_layer", "within_layer", "som", "per_writer"] = "layers"
+    stack: Literal["layers", "per_layer", "within_layer", "som", "sequential", "per_writer"] = (
+        "layers"
+    )
     """Which k directions are removed: one of each of k layers, each block's own, or k of one layer.
     `per_writer` removes none: each matrix has an edit of its own.
 
-    `layers` stacks the directions of the first k of `layers`. `per_layer` removes from the output
-    of block i the direction of layer i + 1, or of the nearest of `layers`; k is 1. `within_layer`
-    stacks the first layer's mean difference and the principal components of the paired differences
-    orthogonal to it, so `contrast` must be a set whose n-th prompt is the n-th of `target` without
-    the behaviour. `som` takes the first layer's directions from a self-organising map of the target
-    prompts (`grid`): with a number k, those nodes that cover them best; with `k: auto` and named
-    `layers`, the nodes are candidates that are judged as a sweep's layers are. `per_writer`, with
-    `estimator: tuned`, begins with the stack of `layers` and then tunes W' = W - U Vᵀ W of rank k
-    for every module that writes, near that start (`tuning.ridge`); no subspace is promised to be
-    absent then.
+    `layers` stacks the directions of the first k of `layers`: their span is removed. `sequential`
+    removes the same directions one after the other, the first of `layers` first, which leaves a
+    part of all but the last where they are not orthogonal (docs/methods.md). `per_layer` removes
+    from the output of block i the direction of layer i + 1, or of the nearest of `layers`; k is 1.
+    `within_layer` stacks the first layer's mean difference and the principal components of the
+    paired differences orthogonal to it, so `contrast` must be a set whose n-th prompt is the n-th
+    of `target` without the behaviour. `som` takes the first layer's directions from a
+    self-organising map of the target prompts (`grid`): with a number k, those nodes that cover them
+    best; with `k: auto` and named `layers`, the nodes are candidates that are judged as a sweep's
+    layers are. `per_writer`, with `estimator: tuned`, begins with the stack of `layers` and then
+    tunes W' = W - U Vᵀ W of rank k for every module that writes, near that start (`tuning.ridge`);
+    no subspace is promised to be absent then.
     """
     grid: Annotated[tuple[Positive, Positive], BeforeValidator(as_tuple)] = (4, 4)
     """Rows and columns of the map of `stack: som`."""
@@ -73,6 +80,11 @@ class DirectionSettings(Section):
     def extracted(self) -> Literal["mean_difference", "whitened", "logistic"]:
         """The estimator of what is extracted from activations; tuning begins there."""
         return "mean_difference" if self.estimator == "tuned" else self.estimator
+
+    @property
+    def by_writer(self) -> bool:
+        """Whether modules have edits (U, V) of their own, and no subspace is promised absent."""
+        return self.stack in BY_WRITER
 
     @property
     def of_one_layer(self) -> bool:
@@ -104,6 +116,11 @@ class DirectionSettings(Section):
             raise ValueError(
                 "`stack: per_writer` is found by gradients: set `estimator: tuned`, or stack "
                 "`layers`"
+            )
+        if self.stack == "sequential" and self.estimator == "tuned":
+            raise ValueError(
+                "`stack: sequential` removes directions as they are extracted: leave out "
+                "`estimator: tuned`, or stack `layers`"
             )
         if self.stack == "within_layer" and self.projection != "none":
             raise ValueError(

@@ -104,11 +104,26 @@ class Recipe(Section):
         return self
 
     @model_validator(mode="after")
-    def _pairs_that_can_be_tuned(self) -> Self:
-        if self.directions.stack == "per_writer" and self.edit.norm != "none":
+    def _several_in_sequence(self) -> Self:
+        if self.directions.stack != "sequential":
+            return self
+        if self.selects or self.k == 1:
             raise ValueError(
-                f"`stack: per_writer` edits W' = W - U Vᵀ W, and `edit.norm: {self.edit.norm}` "
-                "scales the columns of that: leave `norm: none`"
+                "`stack: sequential` removes the directions of named layers one after the other: "
+                "name `layers`, one position, and a k of 2 or more"
+            )
+        if self.edit.strength == "auto":
+            raise ValueError(
+                "`stack: sequential` is not tuned: give `edit.strength`, or stack `layers`"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _pairs_that_can_be_tuned(self) -> Self:
+        if self.directions.by_writer and self.edit.norm != "none":
+            raise ValueError(
+                f"`stack: {self.directions.stack}` edits W' = W - U Vᵀ W, and "
+                f"`edit.norm: {self.edit.norm}` scales the columns of that: leave `norm: none`"
             )
         if self.tuning.sets_pairs and self.directions.stack != "per_writer":
             raise ValueError(

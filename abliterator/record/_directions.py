@@ -27,7 +27,11 @@ class DirectionChecks(Frozen):
         harmfulness_cosine: at every layer, between the direction at the last token of the user's
             text (harmfulness, arXiv 2507.11878) and that at the last token of the template
             (refusal); where both were captured.
+        left_behind: of each direction r_i that was removed one after the other, |r_iᵀ M|: the part
+            of what was written along it that strength 1 leaves, 0 of the last; in that order. Where
+            gains follow matrices, that of the matrix that keeps most.
     """
 
     protected: tuple[ProtectedSet, ...] = ()
     harmfulness_cosine: tuple[float, ...] = ()
+    left_behind: tuple[float, ...] = ()

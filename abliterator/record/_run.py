@@ -251,7 +251,7 @@ class RunRecord(Frozen):
     benchmarks: dict[str, BenchmarkResult] = {}
     judge: JudgeIdentity | None = None
     selection: Selection | None = None
-    directions: DirectionChecks | None = None  # where sets are protected, or two positions captured
+    directions: DirectionChecks | None = None  # where there is something to check
     tuning: Tuning | None = None
     timing: dict[str, float] = {}
     quoted: tuple[Quotation, ...] = ()

@@ -88,10 +88,15 @@ def study_controls(
 
 
 def random_like(basis: Tensor, draw: int) -> Tensor:
-    """Random directions of the same shape; a block's own where each block has its own."""
+    """Random directions of the same shape; a block's own where each block has its own.
+
+    Pairs that are the same for every module get one draw for all.
+    """
     d_model, k = basis.shape[-2:]
     if basis.ndim == 2:
         return random_basis(d_model, k, seed=draw)
+    if is_by_writer(basis) and bool((basis == basis[:1]).all()):
+        return random_basis(d_model, k, seed=draw).expand_as(basis).contiguous()
     seeds = range(draw * len(basis), (draw + 1) * len(basis))
     bases = torch.stack([random_basis(d_model, k, seed=seed) for seed in seeds])
     return torch.stack([bases, bases], dim=1) if is_by_writer(basis) else bases

@@ -23,7 +23,9 @@ from abliterator.subspace._edit import (
     Removal,
     ablate,
     column_ranges,
+    in_turn,
     keep_column_norms,
+    left_in_turn,
     removal_of_basis,
 )
 from abliterator.subspace._moments import Moments, MomentSet, merged
@@ -48,8 +50,10 @@ __all__ = [
     "compensate",
     "compensating_rows",
     "cosine_matrix",
+    "in_turn",
     "is_by_writer",
     "keep_column_norms",
+    "left_in_turn",
     "lengths_of",
     "merged",
     "orthonormal_basis",

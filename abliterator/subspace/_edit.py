@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -92,6 +93,31 @@ def removal_of_basis(basis: Tensor, gain: Tensor | None = None) -> Removal:
     read = relative[:, None] * basis
     weighted = read / (relative**2 + GAIN_FLOOR**2)[:, None]
     return Removal(weighted @ torch.linalg.pinv(read.T @ weighted, hermitian=True), read)
+
+
+def in_turn(removals: Sequence[Removal]) -> Removal:
+    """One removal that does what several do one after the other, the first of them first.
+
+    (I - A_n B_nᵀ) ... (I - A_1 B_1ᵀ) = I - A Bᵀ, the compact WY form (Bischof and Van Loan 1987).
+    """
+    take, read = removals[0].take, removals[0].read
+    for removal in removals[1:]:
+        # (I - a bᵀ)(I - A Bᵀ) = I - A Bᵀ + a (bᵀA) Bᵀ - a bᵀ = I - [A, a] [B, b - B (Aᵀ b)]ᵀ
+        read = torch.cat([read, removal.read - read @ (take.T @ removal.read)], dim=1)
+        take = torch.cat([take, removal.take], dim=1)
+    return Removal(take, read)
+
+
+def left_in_turn(removals: Sequence[Removal]) -> Tensor:
+    """Of each of several removals of rank 1, |bᵀ M| / |b|: what is left along its b after all.
+
+    M is I - A Bᵀ of `in_turn`; of the last removal of a direction nothing is left.
+    """
+    reads = torch.cat([removal.read for removal in removals], dim=1)
+    whole = in_turn(removals)
+    remaining = reads - whole.read @ (whole.take.T @ reads)
+    left: Tensor = remaining.norm(dim=0) / reads.norm(dim=0)
+    return left
 
 
 def keep_column_norms(edited: Tensor, lengths: Tensor) -> Tensor:

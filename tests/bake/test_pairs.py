@@ -10,15 +10,20 @@ from transformers import AutoModelForCausalLM
 
 from abliterator.bake import (
     bake,
+    plan_edits,
     preview_edit,
     preview_edits,
     require_bounded,
+    sequential_pairs,
     start_pairs,
     write_adapter,
+    write_config,
 )
-from abliterator.directions import load_directions
+from abliterator.checkpoint import Checkpoint
+from abliterator.directions import left_behind, load_directions
 from abliterator.errors import DirectionError, RecipeError, UnsupportedModel
 from abliterator.model import LoadedModel
+from abliterator.recipe import Edit
 from abliterator.subspace import random_basis
 from tests.helpers.architectures import D_MODEL, VOCABULARY, save
 from tests.helpers.pairs import baked_with_pairs, planned, random_pairs
@@ -128,6 +133,33 @@ def test_the_start_is_the_removal_of_the_subspace(folder):
         plain = logits(model)
     with preview_edit(loaded, plan, pairs):
         torch.testing.assert_close(logits(model), plain, rtol=1e-5, atol=1e-5)
+
+
+def test_in_sequence_one_bake_is_the_bakes_of_each_direction_in_turn(folder, tmp_path):
+    """Through the gains of norms too, where every removal is that of its direction through them."""
+    directions = torch.randn(3, D_MODEL, generator=torch.Generator().manual_seed(2)) + 0.5
+    checkpoint, anatomy, _ = planned(folder)
+    plan = plan_edits(checkpoint, anatomy, Edit())
+    pairs, left = sequential_pairs(plan, checkpoint, directions)
+    bake(checkpoint, plan, pairs, tmp_path / "once")
+    write_config(checkpoint, plan, tmp_path / "once")
+    source = folder
+    for i, direction in enumerate(directions):
+        before = Checkpoint.open(source)
+        out = tmp_path / str(i)
+        bake(
+            before, plan_edits(before, anatomy, Edit()), direction[:, None] / direction.norm(), out
+        )
+        write_config(before, plan, out)
+        source = out
+    once, turns = (load_file(p / "model.safetensors") for p in (tmp_path / "once", source))
+    base = load_file(folder / "model.safetensors")
+    for name, weight in turns.items():
+        torch.testing.assert_close(once[name], weight, rtol=1e-4, atol=2e-6)
+    assert any(not torch.equal(once[name], base[name]) for name in base)
+    assert left[-1] < 1e-12 < 0.1 < left[:-1].min()
+    if not any(writer.gains for writer in plan.writers):
+        torch.testing.assert_close(left, left_behind(directions))
 
 
 def test_rows_under_pairs_of_their_own_are_rows_alone(llama):

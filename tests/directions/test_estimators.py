@@ -37,7 +37,7 @@ from abliterator.directions._estimators._whitened import (
     whitened,
 )
 from abliterator.errors import DirectionError
-from abliterator.recipe import DirectionSettings
+from abliterator.recipe import BY_WRITER, DirectionSettings
 from abliterator.subspace import Moments
 
 L = 2
@@ -69,8 +69,8 @@ def unit(vectors):
 def test_every_name_of_a_recipe_has_a_function_and_the_vectors_that_it_reads():
     fields = DirectionSettings.model_fields
     assert {*get_args(fields["estimator"].annotation)} == {*ESTIMATORS, "tuned"}
-    # pairs of writers are not made from activations: tuning begins them at a stack of layers
-    assert {*get_args(fields["stack"].annotation)} == {*STACKS, "per_writer"}
+    # pairs (U, V) of writers are no subspace; they are made from a stack of layers
+    assert {*get_args(fields["stack"].annotation)} == {*STACKS, *BY_WRITER}
     for name, estimator in ESTIMATORS.items():
         assert bool(DirectionSettings(estimator=name).stored_sets) is estimator.needs_vectors
     for name, method in STACKS.items():

@@ -213,7 +213,7 @@ def pairs_file(tmp_path, tiny_folder):
 def test_what_measures_or_bakes_a_subspace_names_pairs(baked, pairs_file, tmp_path):
     base, out = baked()
     assert verify(base, out, subspace=pairs_file).ok  # that of a build, which has no other
-    with pytest.raises(DirectionError, match="Only the recipe that tuned it bakes it"):
+    with pytest.raises(DirectionError, match="Only the recipe that made it bakes it"):
         pipeline.bake_subspace(str(base), pairs_file, tmp_path / "alone")
     basis = load_file(pairs_file)["subspace"]
     with pytest.raises(CheckpointError, match="and no subspace that all lost"):

@@ -220,7 +220,24 @@ def plan_source(source: ModelSource, recipe: Recipe, out: Path) -> Plan:
         k=k,
         selection=selection_cost(recipe, len(layers)),
         tuning=tuning_cost(recipe),
-        notes=plan.notes + _position_notes(recipe) + _vector_notes(recipe, plan.anatomy),
+        notes=(
+            *plan.notes,
+            *_position_notes(recipe),
+            *_vector_notes(recipe, plan.anatomy),
+            *_stack_notes(recipe, layers[:k]),
+        ),
+    )
+
+
+def _stack_notes(recipe: Recipe, layers: tuple[int, ...]) -> tuple[str, ...]:
+    """What is promised where no subspace is removed."""
+    if recipe.directions.stack != "sequential":
+        return ()
+    return (
+        "`stack: sequential` removes the directions one after the other, "
+        f"{' then '.join(f'layer {layer}' for layer in layers)}: only the last "
+        "is gone entirely, and where they are not orthogonal a part of each earlier one is left. "
+        "The record has how much (`directions.left_behind`).",
     )
 
 

@@ -11,7 +11,12 @@ from abliterator.pipeline._study._settings import Measured, StudySettings
 from abliterator.pipeline._study._vectors import LayerObservations, observed, protected_prompts
 from abliterator.pipeline.stages.capture import cleaning, observations
 from abliterator.pipeline.stages.prompts import prompt_sets
-from abliterator.pipeline.stages.selection import extracted_subspace, selected_layers
+from abliterator.pipeline.stages.selection import (
+    extracted_subspace,
+    one_by_one,
+    selected_layers,
+    vectors_at,
+)
 from abliterator.pipeline.stages.tuning import planned_edits, tuned_subspace
 
 if TYPE_CHECKING:
@@ -85,7 +90,7 @@ def shuffled_bases(run: Run, draws: int) -> list[Tensor]:
 
 
 def _basis(run: Run, at: Mapping[Position, LayerObservations]) -> Tensor:
-    """Q of the selected places by the recipe's estimator and stack, from other labels."""
+    """Q, or U and V, of the selected places by the recipe's estimator and stack, other labels."""
     from abliterator.directions import Place, Sources, per_layer, stack_at, subspace_of
 
     settings, selected, cleans = run.recipe.directions, selected_layers(run), cleaning(run)
@@ -99,7 +104,11 @@ def _basis(run: Run, at: Mapping[Position, LayerObservations]) -> Tensor:
         row = of.layers.index(first.layer) + 1
         return subspace_of("som", sources, layers=(row,), k=selected.k).basis
     # chosen nodes have no other labels, so these are places
-    return stack_at(directions, [Place(p.layer, p.position) for p in selected.places]).basis
+    together = stack_at(directions, [Place(p.layer, p.position) for p in selected.places])
+    if settings.stack == "sequential":
+        vectors = vectors_at(directions, selected.places)
+        return one_by_one(run, vectors, together.layers).basis
+    return together.basis
 
 
 def _swapped(run: Run, draws: int) -> list[Tensor]:

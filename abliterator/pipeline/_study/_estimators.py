@@ -20,7 +20,7 @@ from abliterator.pipeline._study._vectors import (
 )
 from abliterator.pipeline.stages.capture import position_of
 from abliterator.pipeline.stages.prompts import PromptSets, prompt_sets, with_pairs
-from abliterator.pipeline.stages.selection import selected_layers
+from abliterator.pipeline.stages.selection import one_by_one, selected_layers
 from abliterator.pipeline.stages.tuning import tuned_subspace
 
 if TYPE_CHECKING:
@@ -163,12 +163,12 @@ def _subspaces(
         if method.within and not (paired and run.recipe.prompts.contrast is None):
             makers[f"{name}, {STACKED} directions"] = partial(_within, name, run, sets, estimates)
     # as published, which removes less than the span where directions are alike
-    makers[f"som, {STACKED} directions one by one"] = lambda: _one_by_one(
+    makers[f"som, {STACKED} directions one by one"] = lambda: one_by_one(
         run, _nodes(run, estimates), layers[:1]
     )
     if k > 1:
         vectors = estimates.by_name[REFERENCE].vectors[[layer - 1 for layer in layers[:k]]]
-        makers[f"{REFERENCE} one by one"] = partial(_one_by_one, run, vectors, layers[:k])
+        makers[f"{REFERENCE} one by one"] = partial(one_by_one, run, vectors, layers[:k])
     if (tuned := tuned_subspace(run, layers)) is not None:
         makers[f"tuned, {run.recipe.directions.stack}"] = lambda: tuned
     return makers
@@ -200,15 +200,3 @@ def _nodes(run: Run, estimates: _Estimates) -> Tensor:
 
     observations, grid = estimates.of.unprotected().observations, run.recipe.directions.grid
     return map_directions(observations, estimates.layers[0], grid=grid)[:STACKED]
-
-
-def _one_by_one(run: Run, directions: Tensor, layers: tuple[int, ...]) -> Subspace:
-    """Directions [k, H] removed one after the other, as pairs (U, V) of every writer."""
-    from abliterator.directions import Subspace, sequential_removal
-    from abliterator.subspace import Removal, pairs_of_removals
-
-    plan = run.plan.edits
-    if any(writer.gains for writer in plan.writers):
-        raise DirectionError("norms follow the writers, and gains are part of a removal.")
-    removal = Removal(*sequential_removal(directions))
-    return Subspace(pairs_of_removals([removal] * len(set(plan.pair_of.values()))), layers)

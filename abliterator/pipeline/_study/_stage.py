@@ -87,10 +87,11 @@ def _require(run: Run, name: str, settings: StudySettings) -> None:
             f"The study `{name}` tries edits at run time, and `edit.norm: {run.recipe.edit.norm}` "
             "has no run-time form. Ask with --set edit.norm=none."
         )
-    if name == "alpha" and run.recipe.directions.stack == "per_layer":
+    without_one = {"per_layer": "has one for each block", "sequential": "removes none"}
+    if name == "alpha" and (instead := without_one.get(run.recipe.directions.stack)):
         raise RecipeError(
             "The study `alpha` takes one subspace out of the whole stream, and "
-            "`directions.stack: per_layer` has one for each block. Ask with --set "
+            f"`directions.stack: {run.recipe.directions.stack}` {instead}. Ask with --set "
             "directions.stack=layers."
         )
     if name == "confirmation" and run.recipe.sweeps_nodes:

@@ -9,10 +9,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from abliterator.bake import sequential_pairs
 from abliterator.pipeline._run import Run
 from abliterator.pipeline._stage import Artefact, Stage
 from abliterator.pipeline.stages.capture import cleaning, fitted, observations
-from abliterator.pipeline.stages.selection import extracted_subspace, selected_layers
+from abliterator.pipeline.stages.selection import extracted_subspace, selected_layers, vectors_at
 from abliterator.pipeline.stages.tuning import tuned_inputs, tuned_subspace
 from abliterator.record import DirectionChecks, ProtectedSet
 
@@ -63,7 +64,9 @@ def direction_checks(run: Run) -> DirectionChecks | None:
 
 def _has_checks(recipe: Recipe) -> bool:
     return (
-        bool(recipe.prompts.protect) or {*recipe.directions.positions} >= _REFUSAL_AND_HARMFULNESS
+        bool(recipe.prompts.protect)
+        or {*recipe.directions.positions} >= _REFUSAL_AND_HARMFULNESS
+        or recipe.directions.stack == "sequential"
     )
 
 
@@ -81,7 +84,12 @@ def _checks(
     cosines: tuple[float, ...] = ()
     if directions.keys() >= _REFUSAL_AND_HARMFULNESS:
         cosines = _rounded(cosines_between(directions["instruction"], directions[-1]))
+    left: tuple[float, ...] = ()
+    if run.recipe.directions.stack == "sequential":
+        vectors = vectors_at(directions, selected_layers(run).places)
+        left = _rounded(sequential_pairs(run.plan.edits, run.plan.checkpoint, vectors)[1])
     return DirectionChecks(
+        left_behind=left,
         protected=tuple(
             ProtectedSet(
                 name=name,

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from abliterator.bake import sequential_pairs
 from abliterator.pipeline._judges import choosing_judge
 from abliterator.pipeline._run import Run
 from abliterator.pipeline._stage import Artefact, Stage
@@ -156,7 +157,28 @@ def extracted_subspace(
     selected, directions = selected_layers(run), extracted or fitted(run)
     if run.recipe.directions.stack == "per_layer":
         return per_layer(directions[selected.places[0].position], selected.layers)
-    return pool_of(run, directions, controls=False).stack(selected.places, selected.k)
+    together = pool_of(run, directions, controls=False).stack(selected.places, selected.k)
+    if run.recipe.directions.stack == "sequential":
+        return one_by_one(run, vectors_at(directions, selected.places), together.layers)
+    return together
+
+
+def vectors_at(directions: Mapping[Position, Directions], places: Sequence[AnyPlace]) -> Tensor:
+    """The directions [k, H] of places, in their order."""
+    import torch
+
+    return torch.stack([directions[p.position].vectors[p.layer - 1] for p in places])
+
+
+def one_by_one(run: Run, directions: Tensor, layers: tuple[int, ...]) -> Subspace:
+    """Directions [k, H] removed one after the other, as pairs (U, V) of every writer.
+
+    These are rounded to float32, in which the checkpoint's file of directions has them.
+    """
+    from abliterator.directions import Subspace
+
+    pairs, _ = sequential_pairs(run.plan.edits, run.plan.checkpoint, directions)
+    return Subspace(pairs.float().double(), layers)
 
 
 def _key(run: Run) -> Any:
