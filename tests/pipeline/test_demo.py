@@ -174,7 +174,8 @@ SET_ELSEWHERE = {
     "edit.partial": "tests/anatomy/test_partial.py",
     "model.several_streams": "tests/card/test_contents.py",
     **dict.fromkeys(
-        ("selection.nodes", "selection.candidates.node", "selection.stacks.nodes"), "tests/selection/test_demo_nodes.py"
+        ("selection.nodes", "selection.candidates.node", "selection.stacks.nodes"),
+        "tests/selection/test_demo_nodes.py",
     ),
     "quoted": "tests/card/test_contents.py",  # no stage quotes; a card shows what a record quotes
     "quoted.source": "tests/card/test_contents.py",
