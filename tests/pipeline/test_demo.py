@@ -163,10 +163,12 @@ SET_ELSEWHERE = {
     ),
     "benchmarks.higher_is_better": "abliterator/benchmarks/_compare.py",
     **dict.fromkeys(
-        ("directions", "directions.protected", "directions.harmfulness_cosine")
-        + tuple(
-            f"directions.protected.{name}"
-            for name in ("name", "prompts", "before", "protected", "left_out")
+        (
+            *("directions", "directions.protected", "directions.harmfulness_cosine"),
+            *(
+                f"directions.protected.{name}"
+                for name in ("name", "prompts", "before", "protected", "left_out")
+            ),
         ),
         "tests/pipeline/test_estimators.py",
     ),
