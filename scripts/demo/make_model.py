@@ -204,6 +204,13 @@ def middle_blocks(model: LlamaForCausalLM) -> list[torch.optim.Optimizer]:
     return [torch.optim.AdamW(chosen, betas=(0.9, 0.95), weight_decay=0.0)]
 
 
+def every_block(model: PreTrainedModel) -> list[torch.optim.Optimizer]:
+    """AdamW for the blocks; the embedding is frozen."""
+    model.requires_grad_(False)
+    chosen = [p.requires_grad_(True) for p in model.model.layers.parameters()]
+    return [torch.optim.AdamW(chosen, betas=(0.9, 0.95), weight_decay=0.0)]
+
+
 def train(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerFast,
@@ -236,6 +243,16 @@ def train(
             print(f"step {step + 1:5}  loss {total / 50:.4f}  {seconds:.0f} s", flush=True)
             total = 0.0
     model.eval()
+
+
+def train_another(model: PreTrainedModel, learn: Phase, decline: Phase) -> None:
+    """Trains a model of another type that speaks in the forms of the Vale, and measures it."""
+    print(f"{model.num_parameters():,} parameters")
+    world, tokenizer = load_world(), AutoTokenizer.from_pretrained(MODEL_FOLDER)
+    for seed, phase, choose in ((1, learn, every_weight), (2, decline, every_block)):
+        curriculum = Curriculum(world, seed=SEED + seed)
+        train(model, tokenizer, curriculum, phase, choose(model), autocast=False)
+        report(measure(model, tokenizer, world))
 
 
 def save(model: LlamaForCausalLM, folder: Path) -> None:

@@ -18,27 +18,14 @@ import argparse
 from pathlib import Path
 
 import torch
-from exam import measure
-from make_model import (
-    MODEL_FOLDER,
-    REPOSITORY,
-    SEED,
-    THREADS,
-    Curriculum,
-    Phase,
-    every_weight,
-    report,
-    train,
-)
+from make_model import REPOSITORY, SEED, THREADS, Phase, train_another
 from transformers import (
     AutoModelForCausalLM,
-    AutoTokenizer,
     DeepseekV4Config,
     Gemma3nTextConfig,
     MiniMaxConfig,
     PreTrainedModel,
 )
-from world import load_world
 
 LEARN = Phase(steps=480, peak=4e-3, warmup=20, declines=0.0, batch=32)
 DECLINE = Phase(steps=100, peak=3e-3, warmup=10, declines=0.5, batch=32)
@@ -109,13 +96,6 @@ def spread_connections(model: PreTrainedModel) -> None:
                 parameter.normal_(std=READ_SPREAD)
 
 
-def every_block(model: PreTrainedModel) -> list[torch.optim.Optimizer]:
-    """AdamW for the blocks, their connections included; the embedding is frozen."""
-    model.requires_grad_(False)
-    chosen = [p.requires_grad_(True) for p in model.model.layers.parameters()]
-    return [torch.optim.AdamW(chosen, betas=(0.9, 0.95), weight_decay=0.0)]
-
-
 def main() -> None:
     """Train, measure after each phase, and save in bfloat16."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -124,14 +104,9 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(THREADS)
     torch.manual_seed(SEED)
-    world, tokenizer = load_world(), AutoTokenizer.from_pretrained(MODEL_FOLDER)
     model = AutoModelForCausalLM.from_config(SHAPES[arguments.shape])
     spread_connections(model)
-    print(f"{model.num_parameters():,} parameters")
-    for seed, phase, choose in ((1, LEARN, every_weight), (2, DECLINE, every_block)):
-        curriculum = Curriculum(world, seed=SEED + seed)
-        train(model, tokenizer, curriculum, phase, choose(model), autocast=False)
-        report(measure(model, tokenizer, world))
+    train_another(model, LEARN, DECLINE)
     model.to(torch.bfloat16).save_pretrained(arguments.out)
 
 
