@@ -18,7 +18,7 @@ from torch import Tensor
 
 from abliterator.engines import Engine, OnBatch, Padding
 from abliterator.files import write_bytes_atomic
-from abliterator.subspace import Moments, MomentSet
+from abliterator.subspace import Moments, MomentSet, require_finite
 
 
 def capture(
@@ -75,6 +75,7 @@ def capture_vectors(
         token_ids, positions=(position,), padding=padding, max_batch_tokens=max_batch_tokens
     ):
         vectors[batch] = residuals[:, 0].float().cpu()
+        require_finite(vectors[batch])
         if on_batch:
             on_batch(len(batch))
     return vectors

@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 
 from abliterator.errors import DirectionError
-from abliterator.subspace import MomentSet
+from abliterator.subspace import Moments, MomentSet
+
+_TOGETHER = 64  # prompts
 
 
 @dataclass(frozen=True)
@@ -64,11 +66,11 @@ class Observations:
 
 
 def moments_of(vectors: Tensor) -> MomentSet:
-    """The moments of [N, L, H] vectors; one layer at a time is held in float64."""
-    layers = [vectors[:, i].double() for i in range(vectors.shape[1])]
-    mean = torch.stack([layer.mean(dim=0) for layer in layers])
-    m2 = [(layer - center).square().sum(dim=0) for layer, center in zip(layers, mean, strict=True)]
-    return MomentSet(len(vectors), mean, torch.stack(m2))
+    """The moments of [N, L, H] vectors, of which few are held in float64 at once."""
+    moments = Moments(vectors.shape[1], vectors.shape[2])
+    for part in torch.split(vectors, _TOGETHER):
+        moments.update(part)
+    return moments.freeze()
 
 
 def as_long_as(reference: Tensor, vector: Tensor) -> Tensor:

@@ -28,7 +28,7 @@ from abliterator.subspace._edit import (
     left_in_turn,
     removal_of_basis,
 )
-from abliterator.subspace._moments import Moments, MomentSet, merged
+from abliterator.subspace._moments import Moments, MomentSet, merged, require_finite
 from abliterator.subspace._pairs import (
     is_by_writer,
     lengths_of,
@@ -63,5 +63,6 @@ __all__ = [
     "pairs_of_removals",
     "random_basis",
     "removal_of_basis",
+    "require_finite",
     "with_lengths",
 ]

@@ -35,6 +35,21 @@ def merged(parts: Sequence[MomentSet]) -> MomentSet:
     return MomentSet(n, mean, (within + between).sum(dim=0))
 
 
+def require_finite(vectors: Tensor) -> None:
+    """Checks residual vectors [N, L, H] of all layers, from 1.
+
+    Raises:
+        DirectionError: if a value is NaN or infinite; it names the residual layer.
+    """
+    finite = torch.isfinite(vectors).all(dim=2).all(dim=0)
+    if not finite.all():
+        layer = int((~finite).nonzero()[0].item()) + 1
+        raise DirectionError(
+            f"The residual stream at layer {layer} holds NaN or infinite values. The model "
+            f"overflows in this dtype, or its weights are damaged; try `--dtype float32`."
+        )
+
+
 class Moments:
     """Accumulates `MomentSet` batch by batch in float64 (Chan et al. 1979, pairwise update)."""
 
@@ -58,13 +73,7 @@ class Moments:
             raise ValueError(
                 f"vectors are {tuple(batch.shape)}, expected [N, *{tuple(self._mean.shape)}]"
             )
-        finite = torch.isfinite(batch).all(dim=2).all(dim=0)
-        if not finite.all():
-            layer = int((~finite).nonzero()[0].item()) + 1
-            raise DirectionError(
-                f"The residual stream at layer {layer} holds NaN or infinite values. The model "
-                f"overflows in this dtype, or its weights are damaged; try `--dtype float32`."
-            )
+        require_finite(batch)
         count = batch.shape[0]
         mean = batch.mean(dim=0)
         gap = mean - self._mean

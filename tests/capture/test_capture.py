@@ -8,7 +8,7 @@ import dataclasses
 import pytest
 import torch
 
-from abliterator.capture import capture, load_moments, save_moments
+from abliterator.capture import capture, capture_vectors, load_moments, save_moments
 from abliterator.engines import TransformersEngine
 from abliterator.errors import DirectionError
 from abliterator.model import block_paths
@@ -148,12 +148,19 @@ def test_no_hook_stays(tiny_loaded, prompts):
     assert n_hooks() == before
 
 
-def test_nan_names_the_layer(tiny_loaded, prompts):
+@pytest.mark.parametrize("of_prompts", [capture, capture_vectors])
+def test_nan_names_the_layer(of_prompts, tiny_loaded, prompts):
     loaded = tiny_loaded("llama")
     damaged = copy.deepcopy(loaded.model)
     damaged.model.layers[1].mlp.down_proj.weight.data[0, 0] = float("nan")
     with pytest.raises(DirectionError, match="layer 2"):
-        capture(TransformersEngine(dataclasses.replace(loaded, model=damaged)), prompts)
+        of_prompts(TransformersEngine(dataclasses.replace(loaded, model=damaged)), prompts)
+
+
+def test_vectors_are_those_whose_moments_are_captured(tiny_loaded, prompts):
+    engine = TransformersEngine(tiny_loaded("llama"))
+    moments, vectors = capture(engine, prompts), capture_vectors(engine, prompts)
+    torch.testing.assert_close(vectors.double().mean(dim=0), moments.mean)
 
 
 def test_no_prompts(tiny_loaded):

@@ -142,6 +142,8 @@ def _captured(
     """[N, layers, H] float32 of one set by position, on the CPU."""
     import torch
 
+    from abliterator.subspace import require_finite
+
     engine, settings = run.engine(run.plan.source.folder), run.recipe.capture
     rows, width = [layer - 1 for layer in layers], run.plan.anatomy.d_model
     by_position: dict[Position, Tensor] = {}
@@ -155,7 +157,9 @@ def _captured(
                 padding=settings.padding,
                 max_batch_tokens=settings.max_batch_tokens,
             ):
-                vectors[batch] = residuals[:, :, rows].float().cpu()
+                on_host = residuals.float().cpu()
+                require_finite(on_host.flatten(0, 1))
+                vectors[batch] = on_host[:, :, rows]
                 advance(len(batch))
         by_position |= {p: vectors[:, i] for i, p in enumerate(reading.positions)}
     return by_position
