@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
+    from abliterator.anatomy import Writer
     from abliterator.model import Hook, LoadedModel
     from abliterator.subspace import Removal
 
@@ -107,12 +108,7 @@ def preview_edits(
         _EDIT_OF_ROWS.set(torch.tensor(edits, device=loaded.device))
 
     def remover(edit: PlannedEdit, checkpoint: Checkpoint) -> Remove:
-        # writers that lose the same, with no gain of their own, share one stack of all Q
-        axes = max(basis.ndim for basis in bases)
-        has_own_removal = edit.writer.gains or axes > 2
-        key: object = (edit.writer.gains, edit.writer.layer) if has_own_removal else None
-        if axes == 4:
-            key = edit.writer.module
+        key = _sharing(edit.writer, max(basis.ndim for basis in bases))
         if key not in removals_by_key:
             removals = [removal_of(edit.writer, checkpoint, basis, plan) for basis in bases]
             removals_by_key[key] = _on_devices(_stacked(removals), _wide(loaded))
@@ -135,6 +131,13 @@ def preview_edits(
     whole = {edit.writer.module: 1.0 for edit in plan.edits} if strengths else {}
     with _previewed(loaded, plan, remover, whole):
         yield choose
+
+
+def _sharing(writer: Writer, axes: int) -> object:
+    """The same for writers that lose the same of bases of so many axes: they share one stack."""
+    if axes == 4:  # pairs of each module
+        return writer.module
+    return (writer.gains, writer.layer) if writer.gains or axes == 3 else None
 
 
 def _on_devices(removal: Removal, dtype: torch.dtype) -> Callable[[torch.device], Removal]:

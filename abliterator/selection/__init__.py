@@ -75,10 +75,9 @@ def choose(
         DirectionError: if no candidate passes, fewer than k do, or directions are dependent.
     """
     sizes = (k,) if isinstance(k, int) else tuple(k)
-    needed = 1 if pool.of_one_place else sizes[0]
+    needed, stackable = (1, 1) if pool.of_one_place else (sizes[0], max(sizes))
     base = measure_base(context, scoring)
-    asked = len(context.target.prompts) + len(scoring.contrast.prompts)
-    on_step(Step("base measured", asked))
+    on_step(Step("base measured", len(context.target.prompts) + len(scoring.contrast.prompts)))
     candidates: list[Candidate] = []
     order = list(pool.places)
     if sweep:
@@ -88,7 +87,7 @@ def choose(
             pool,
             settings,
             least=needed,
-            stackable=1 if pool.of_one_place else max(sizes),
+            stackable=stackable,
             on_step=on_step,
         )
         require_enough(candidates, needed)

@@ -89,19 +89,12 @@ def measure(
         seed=evaluation.seed,
         objective=WholeFront(),
     )
+    summaries = {e.index: e.judged[-1].summary for e in entrants}
     start = candidates[0].edit.basis
-    trials = {
-        e.index: trial_of(
-            e.judged[-1].summary,
-            moved[e.index],
-            start,
-            candidates[e.index].edit.basis,
-            kl_weight=candidates[e.index].kl_weight,
-            scale=candidates[e.index].scale,
-        )
-        for e in entrants
-    }
-    return [trials[i] for i in range(len(candidates))]
+    return [
+        trial_of(summaries[i], moved[i], start, c.edit.basis, kl_weight=c.kl_weight, scale=c.scale)
+        for i, c in enumerate(candidates)
+    ]
 
 
 def _divergence(
