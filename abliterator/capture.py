@@ -28,6 +28,7 @@ def capture(
     position: int = -1,
     padding: Padding = "none",
     max_batch_tokens: int = 4096,
+    share_prefix: bool = False,
     on_batch: OnBatch | None = None,
 ) -> MomentSet:
     """Mean and spread of the residual stream at `position`, over prompts, at every layer.
@@ -38,6 +39,7 @@ def capture(
         position: counted from the end of each prompt: -1 is its last token.
         padding: "none", or "left" as most tools do it (`Engine.hidden_states`).
         max_batch_tokens: tokens in a batch, padding included.
+        share_prefix: run what all prompts begin with once (`Engine.hidden_states`).
         on_batch: called with the number of prompts done after each batch.
 
     Returns:
@@ -49,7 +51,11 @@ def capture(
     """
     moments = Moments(*engine.hidden_shape)
     for batch, residuals in engine.hidden_states(
-        token_ids, positions=(position,), padding=padding, max_batch_tokens=max_batch_tokens
+        token_ids,
+        positions=(position,),
+        padding=padding,
+        max_batch_tokens=max_batch_tokens,
+        share_prefix=share_prefix,
     ):
         moments.update(residuals[:, 0])
         if on_batch:
@@ -64,6 +70,7 @@ def capture_vectors(
     position: int = -1,
     padding: Padding = "none",
     max_batch_tokens: int = 4096,
+    share_prefix: bool = False,
     on_batch: OnBatch | None = None,
 ) -> Tensor:
     """The residual stream of every prompt at `position`, [N, L, H] float32; else as `capture`.
@@ -72,7 +79,11 @@ def capture_vectors(
     """
     vectors = torch.zeros(len(token_ids), *engine.hidden_shape)
     for batch, residuals in engine.hidden_states(
-        token_ids, positions=(position,), padding=padding, max_batch_tokens=max_batch_tokens
+        token_ids,
+        positions=(position,),
+        padding=padding,
+        max_batch_tokens=max_batch_tokens,
+        share_prefix=share_prefix,
     ):
         vectors[batch] = residuals[:, 0].float().cpu()
         require_finite(vectors[batch])

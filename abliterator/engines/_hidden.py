@@ -21,10 +21,14 @@ from abliterator.engines._work import Work
 from abliterator.errors import DirectionError
 from abliterator.model import (
     LoadedModel,
+    Prefix,
+    cache_name,
     equal_length_batches,
     hooked,
     limits_of,
+    positions_from,
     require_fit,
+    run_prefix,
 )
 
 
@@ -43,6 +47,7 @@ def hidden_work(
     positions: Sequence[int] = (-1,),
     padding: Padding = "none",
     max_batch_tokens: int = 4096,
+    share_prefix: bool = False,
     skipped: Collection[int] = (),
 ) -> Work[Tensor]:
     """Batches that give the residual stream of every prompt, as `Engine.hidden_states` does.
@@ -54,28 +59,53 @@ def hidden_work(
         positions: counted from the end of each prompt.
         padding: of the batches.
         max_batch_tokens: tokens in a batch, padding included.
+        share_prefix: run the tokens with which all prompts begin once; not with padding.
         skipped: indices of prompts that are not run.
     """
     for position in positions:
         _check_positions(token_ids, position)
     require_fit(limits_of(loaded), token_ids)
-    batches = equal_length_batches if padding == "none" else _mixed_length_batches
+    batches, prefix = _mixed_length_batches, Prefix()
+    if padding == "none":
+        batches = equal_length_batches
+        if share_prefix:
+            prefix = _prefix_before(loaded, token_ids, min(positions))
+    rests = [ids[prefix.length :] for ids in token_ids]
     return Work(
-        partial(batches, token_ids, max_batch_tokens),
-        partial(_hidden_states, loaded, token_ids, residuals, positions),
+        partial(batches, rests, max_batch_tokens),
+        partial(_hidden_states, loaded, rests, prefix, residuals, positions),
         is_divisible=padding == "none",
         run_batches=loaded.run_batches,
     ).without(skipped)
 
 
+def _prefix_before(
+    loaded: LoadedModel, token_ids: Sequence[Sequence[int]], position: int
+) -> Prefix:
+    """What all prompts begin with before `position`, counted from their end, if it is shared."""
+    with torch.inference_mode():
+        # its last token is never shared: the one at `position` has to run
+        return run_prefix(loaded, [ids[: len(ids) + position + 1] for ids in token_ids])
+
+
 def _hidden_states(
     loaded: LoadedModel,
     token_ids: Sequence[Sequence[int]],
+    prefix: Prefix,
     residuals: Sequence[Sequence[str]],
     positions: Sequence[int],
     batch: list[int],
 ) -> Tensor:
-    """[N, P, L, H] residuals of the prompts in `batch`, in the dtype of the model."""
+    """[N, P, L, H] residuals of the prompts in `batch`, in the dtype of the model.
+
+    Args:
+        loaded: the model.
+        token_ids: of each prompt, what follows `prefix`.
+        prefix: what all of them begin with, if it has run.
+        residuals: as of `hidden_work`.
+        positions: counted from the end.
+        batch: indices of prompts; of one length, unless they are padded.
+    """
     by_path: dict[str, Tensor] = {}
 
     def keep(path: str, hidden: Tensor) -> None:
@@ -92,8 +122,12 @@ def _hidden_states(
     base_model = loaded.model.base_model  # logits are not needed
     if "position_ids" not in inspect.signature(base_model.forward).parameters:
         inputs.pop("position_ids", None)
+    on_device = {name: tensor.to(loaded.device) for name, tensor in inputs.items()}
     with torch.inference_mode(), hooked(loaded.model, hooks):
-        base_model(**{k: v.to(loaded.device) for k, v in inputs.items()}, use_cache=False)
+        if (cache := prefix.enter(batch)) is not None:
+            on_device |= positions_from(base_model, prefix.length, on_device["input_ids"])
+            on_device[cache_name(loaded.model)] = cache
+        base_model(**on_device, use_cache=cache is not None)
     stream: list[Tensor] = []
     for paths in residuals:
         # The output of a skipped block is its input: Mllama skips the blocks that read images.

@@ -87,6 +87,7 @@ class Engine(Protocol):
         positions: Sequence[int] = (-1,),
         padding: Padding = "none",
         max_batch_tokens: int = 4096,
+        share_prefix: bool = False,
         skipped: Collection[int] = (),
     ) -> Iterator[tuple[list[int], Tensor]]:
         """The residual stream of every prompt at some positions of every layer, batch by batch.
@@ -96,6 +97,8 @@ class Engine(Protocol):
             positions: P of them, counted from the end of each prompt: -1 is its last token.
             padding: "none" batches prompts of equal length; "left" pads in batches of mixed length.
             max_batch_tokens: tokens in a batch, padding included.
+            share_prefix: run the tokens with which all prompts begin once, not once a prompt, where
+                the model's cache can be continued. It changes the last bits.
             skipped: indices of prompts that are not run; the others run in the same batches.
 
         Raises:

@@ -93,6 +93,7 @@ class TransformersEngine:
         positions: Sequence[int] = (-1,),
         padding: Padding = "none",
         max_batch_tokens: int = 4096,
+        share_prefix: bool = False,
         skipped: Collection[int] = (),
     ) -> Iterator[tuple[list[int], Tensor]]:
         """The residual stream of every prompt at some positions of every layer."""
@@ -103,6 +104,7 @@ class TransformersEngine:
             positions=positions,
             padding=padding,
             max_batch_tokens=max_batch_tokens,
+            share_prefix=share_prefix,
             skipped=skipped,
         )
 

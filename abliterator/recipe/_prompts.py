@@ -151,7 +151,18 @@ class Chat(Section):
 class Capture(Section):
     """How activations are captured."""
 
+    later_keys: ClassVar = ("share_prefix",)
+
     padding: Literal["none", "left"] = "none"
     """`none` batches prompts of equal length, with the results of single prompts; `left` pads."""
     max_batch_tokens: Positive = 4096
     """Tokens in one forward pass."""
+    share_prefix: bool = False
+    """Run the tokens with which all prompts of a set begin, mostly the chat template's, once: less
+    to compute, other last bits. Models whose cache cannot be continued run every prompt whole."""
+
+    @model_validator(mode="after")
+    def _shared_without_padding(self) -> Self:
+        if self.share_prefix and self.padding != "none":
+            raise ValueError("`share_prefix` needs `padding: none`")
+        return self

@@ -83,6 +83,46 @@ def test_a_batch_is_its_prompts_one_by_one(tiny_loaded, prompts, family, max_bat
     assert worst_cosine_gap(direction(padding="left", max_batch_tokens=60), alone) < 1e-9
 
 
+@pytest.mark.parametrize("family", ["llama", "gemma", "phi3", "qwen2", "qwen"])
+@pytest.mark.parametrize("position", [-1, -4])
+def test_a_shared_beginning_runs_once(tiny_loaded, prompts, family, position):
+    loaded = tiny_loaded(family)
+    engine, begun = TransformersEngine(loaded), [[9] * 30 + ids for ids in prompts]
+    tokens = 0
+
+    def count(_module, _args, kwargs):
+        nonlocal tokens
+        tokens += kwargs["input_ids"].numel()
+
+    def counted(**options):
+        nonlocal tokens
+        tokens = 0
+        return capture(engine, begun, position=position, **options), tokens
+
+    capture(engine, begun, position=position, share_prefix=True)  # what a model can is tried once
+    hook = loaded.model.base_model.register_forward_pre_hook(count, with_kwargs=True)
+    try:
+        (whole, run_whole), (shared, run_shared) = counted(), counted(share_prefix=True)
+    finally:
+        hook.remove()
+    assert run_whole == sum(map(len, begun))
+    if family == "qwen":  # a model with its own code
+        assert run_shared == run_whole
+        assert torch.equal(shared.mean, whole.mean)
+    else:
+        # of 3 tokens after the beginning, the fourth from the end is its last
+        common = 30 if position == -1 else 29
+        assert run_shared == run_whole - common * (len(prompts) - 1)
+        assert worst_cosine_gap(shared.mean, whole.mean) < 1e-11
+        torch.testing.assert_close(shared.m2, whole.m2, rtol=1e-4, atol=1e-5)
+
+
+def test_a_shared_beginning_is_not_shared_in_padded_batches(tiny_loaded, prompts):
+    engine, begun = TransformersEngine(tiny_loaded("llama")), [[9] * 30 + p for p in prompts]
+    padded = capture(engine, begun, padding="left")
+    assert torch.equal(capture(engine, begun, padding="left", share_prefix=True).mean, padded.mean)
+
+
 def test_the_order_of_prompts_changes_rounding_only(tiny_loaded, prompts):
     loaded = tiny_loaded("llama")
     forward = capture(TransformersEngine(loaded), prompts)

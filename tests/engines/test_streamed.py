@@ -71,6 +71,8 @@ def measured(engine, folder):
     tables = [t for _, t in engine.hidden_states(PROMPTS, positions=(-1, -2), max_batch_tokens=24)]
     tables += [t for _, t in engine.hidden_states(PROMPTS, padding="left", max_batch_tokens=48)]
     tables += in_order(engine.logits(SHARING, max_batch_tokens=24, share_prefix=True))
+    shared = [path.token_ids for path in SHARING]
+    tables += [t for _, t in engine.hidden_states(shared, share_prefix=True, max_batch_tokens=24)]
     tables.append(engine.log_likelihoods(PROMPTS, CONTINUATIONS, max_batch_tokens=24))
     for edit in (writers[0], stream_edit, steerings[0]):
         with engine.edited(edit):

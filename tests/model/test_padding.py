@@ -110,6 +110,20 @@ def test_given_answers_are_read_as_one_by_one(name, loaded, alone):
         assert_close(found, wanted[:-1])
 
 
+def test_residuals_are_those_of_whole_prompts(name, loaded):
+    engine = TransformersEngine(loaded)
+
+    def residuals(**options):
+        rows = {}
+        for batch, found in engine.hidden_states(PROMPTS, positions=(-1, -2), **options):
+            rows.update(zip(batch, found, strict=True))
+        return torch.stack([rows[i] for i in range(len(PROMPTS))])
+
+    whole, shared = residuals(), residuals(share_prefix=True)
+    assert_close(shared, whole)
+    assert not torch.equal(shared[0], shared[1])
+
+
 def test_openings_are_scored_as_one_by_one(name, loaded):
     openings = [(11, 12, 13), (20, 21)]  # of two lengths, so that one is padded where they share
 

@@ -84,6 +84,7 @@ class StreamedEngine:
         positions: Sequence[int] = (-1,),
         padding: Padding = "none",
         max_batch_tokens: int = 4096,
+        share_prefix: bool = False,
         skipped: Collection[int] = (),
     ) -> Iterator[tuple[list[int], Tensor]]:
         """The residual stream of every prompt at some positions of every layer."""
@@ -93,6 +94,7 @@ class StreamedEngine:
             positions=positions,
             padding=padding,
             max_batch_tokens=max_batch_tokens,
+            share_prefix=share_prefix,
             skipped=skipped,
         )
 

@@ -184,12 +184,13 @@ class _Counted:
 
     def _capture(self) -> StageCost:
         unused = "" if self.recipe.needs_neutral_mean else "neutral"
+        capture, before = self.recipe.capture, self.prompts.before
         sets = [
-            lengths
+            [before, *(n - before for n in lengths)] if capture.share_prefix else lengths
             for name, lengths in self.prompts.lengths.items()
             if name.endswith(", extraction") and name != f"{unused}, extraction"
         ]
-        cost = self.costs.capture(sets, self.recipe.capture.max_batch_tokens)
+        cost = self.costs.capture(sets, capture.max_batch_tokens)
         stored = self._stored_vectors()
         # twice in memory: the vectors, and the bytes of their file
         return cost.model_copy(

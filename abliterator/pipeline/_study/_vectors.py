@@ -156,6 +156,7 @@ def _captured(
                 positions=offsets,
                 padding=settings.padding,
                 max_batch_tokens=settings.max_batch_tokens,
+                share_prefix=settings.share_prefix,
             ):
                 on_host = residuals.float().cpu()
                 require_finite(on_host.flatten(0, 1))

@@ -168,6 +168,7 @@ def _capture_set(run: Run, engine: Engine, name: str, n: int, reading: Reading) 
                 positions=reading.offsets,
                 padding=settings.padding,
                 max_batch_tokens=settings.max_batch_tokens,
+                share_prefix=settings.share_prefix,
                 skipped=frozenset(captured.done),
             ):
                 captured.add(batch, residuals)
