@@ -7,7 +7,8 @@ an environment of its own and is run as a program. It searches with the pairs of
 *scores its trials on the evaluation prompts themselves*. Ours (recipes/smollm2_tuned.yaml) never
 sees those: it learns from other forms of requests and leaves a front; every point of it is baked,
 and heretic then counts refusals and KL on the baked files as it does on its own trials
-(--evaluate-model). The rule judge reads the same answers of both, as heretic printed them.
+(--evaluate-model). The rule judge reads the same answers of both, as heretic printed them: one of
+fewer tokens than heretic allows ended by itself, and one that it cannot score is left out.
 
 Prints both fronts, what either cost, and each bar of the comparison with kept or NOT kept. The bar
 on compliance takes the one point that the recipe's `prefer` chose on prompts of the training forms,
@@ -48,6 +49,7 @@ from abliterator.tuning import prefer
 
 if TYPE_CHECKING:
     from torch import Tensor
+    from transformers import PreTrainedTokenizerBase
 
 ROOT = Path(__file__).parents[1]
 PROMPTS = ROOT / "recipes" / "smollm2"
@@ -74,11 +76,17 @@ ANSWER = re.compile(
 
 
 class Trial(NamedTuple):
-    """One edit: refusals and KL as heretic counts them, and the rule judge on the same answers."""
+    """One edit: refusals and KL as heretic counts them, and the rule judge on the same answers.
+
+    Attributes:
+        scored: of the `n` answers, those whose compliance and coherence are in the means.
+        kl_float32: measured here.
+    """
 
     kl: float
     refusals: int
     n: int
+    scored: int
     compliance: float
     coherence: float
     kl_float32: float | None = None
@@ -125,23 +133,30 @@ def _lines(name: str) -> list[str]:
     return (PROMPTS / f"{name}.jsonl").read_text("utf-8").rstrip("\n").split("\n")
 
 
-def trials(text: str) -> list[Trial]:
+def trials(text: str, tokenizer: PreTrainedTokenizerBase) -> list[Trial]:
     """Every evaluated edit in heretic's output."""
     judge, found = RuleJudge(), []
     for match in CLOSING.finditer(text):
-        said = [
-            judge.judge(a["prompt"], a["response"].strip(), finish_reason="length")
-            for a in ANSWER.finditer(match["answers"])
-        ]
+        said = [(a["prompt"], a["response"].strip()) for a in ANSWER.finditer(match["answers"])]
         if len(said) != int(match["n"]):
             raise SystemExit(f"read {len(said)} of {match['n']} answers: heretic prints otherwise")
+        verdicts = [
+            judge.judge(
+                prompt,
+                answer,
+                finish_reason="length" if len(tokenizer.encode(answer)) >= TOKENS else "stop",
+            )
+            for prompt, answer in said
+        ]
+        scored = [(v.compliance, v.coherence) for v in verdicts if v.compliance is not None]
         found.append(
             Trial(
                 float(match["kl"]),
                 int(match["refusals"]),
                 len(said),
-                mean(v.compliance or 0.0 for v in said),
-                mean(v.coherence or 0.0 for v in said),
+                len(scored),
+                mean(compliance for compliance, _ in scored),
+                mean(coherence or 0.0 for _, coherence in scored),
             )
         )
     return found
@@ -200,11 +215,11 @@ def in_float32(base: Path, edited: Sequence[Path]) -> list[float]:
 
 def show(title: str, points: list[Trial]) -> None:
     """A table of points."""
-    print(f"\n{title}\n refusals      KL   compliance  coherence  KL in float32")
+    print(f"\n{title}\n refusals      KL   compliance  coherence  scored  KL in float32")
     for p in sorted(points, key=lambda p: p.kl):
         exact = "" if p.kl_float32 is None else f"      {p.kl_float32:.5f}"
-        line = f"  {p.refusals:3d}/{p.n}  {p.kl:.4f}   {p.compliance:.3f}       {p.coherence:.3f}"
-        print(line + exact)
+        judged = f"{p.compliance:.3f}       {p.coherence:.3f}      {p.scored:3d}"
+        print(f"  {p.refusals:3d}/{p.n}  {p.kl:.4f}   {judged}{exact}")
 
 
 def bars(theirs: list[Trial], ours: list[Trial], chosen: Trial) -> list[tuple[bool, str]]:
@@ -229,6 +244,8 @@ def bars(theirs: list[Trial], ours: list[Trial], chosen: Trial) -> list[tuple[bo
 
 def main() -> None:
     """Runs both, and compares."""
+    from transformers import AutoTokenizer
+
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model", type=Path)
     parser.add_argument("--heretic", type=Path, required=True)
@@ -251,13 +268,14 @@ def main() -> None:
     cost, chosen = tuned(arguments.model, out, arguments.overrides)
     program, runs = arguments.heretic.resolve(), out / arguments.dtype
     text, other = run_heretic(program, runs / "heretic", settings)
-    theirs = trials(text)
+    tokenizer = AutoTokenizer.from_pretrained(arguments.model)
+    theirs = trials(text, tokenizer)
     ours, folders = [], sorted((out / "points").iterdir(), key=lambda path: int(path.name))
     for folder, exact in zip(folders, in_float32(arguments.model, folders), strict=True):
         # no search for the fastest batch: it is no part of what is measured
         asked = {**settings, "evaluate_model": str(folder), "batch_size": 36}
         said, _ = run_heretic(program, runs / "evaluated" / folder.name, asked)
-        ours += [point._replace(kl_float32=exact) for point in trials(said)[-1:]]
+        ours += [point._replace(kl_float32=exact) for point in trials(said, tokenizer)[-1:]]
     best = front(theirs)
     show(f"heretic, {len(theirs)} trials, front on the evaluation prompts", best)
     show("ours, every point, none chosen on the evaluation prompts", ours)
