@@ -55,6 +55,9 @@ class Removal:
 
     def removed(self, writes: Tensor) -> Tensor:
         """A Bᵀ h of vectors h [..., H] of the same dtype: what s = 1 subtracts of each."""
+        if self.read.ndim > 2 and self.read.shape[-1] == 1:
+            # a product of matrices for each row takes five times as long where k = 1
+            return (writes * self.read.mT).sum(dim=-1, keepdim=True) * self.take.mT
         return (writes @ self.read) @ self.take.mT
 
 
