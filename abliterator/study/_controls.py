@@ -143,10 +143,17 @@ def _is_within(distance: float) -> bool:
     return abs(math.expm1(distance)) <= TOLERANCE
 
 
-def scaled_edit(context: EvaluationContext, basis: Tensor, scale: float) -> WriterEdit:
-    """The edit that removes Q at the plan's strengths times a factor."""
-    strengths = {edit.writer.module: scale * edit.strength for edit in context.plan.edits}
-    return WriterEdit(context.plan.with_strengths(strengths), basis)
+def scaled_edit(
+    context: EvaluationContext,
+    basis: Tensor,
+    scale: float,
+    strengths: Mapping[str, float] | None = None,
+) -> WriterEdit:
+    """The edit that removes Q at the plan's strengths, or others by module, times a factor."""
+    if strengths is None:
+        strengths = {edit.writer.module: edit.strength for edit in context.plan.edits}
+    scaled = {module: scale * strength for module, strength in strengths.items()}
+    return WriterEdit(context.plan.with_strengths(scaled), basis)
 
 
 def null_distribution(

@@ -22,11 +22,13 @@ class EstimatedEdit(NamedTuple):
         name: of the estimator and the stack.
         basis: Q [H, k], or [L, H, k] with one a block.
         layers: residual layers whose directions it has.
+        strengths: by module path, of an edit that has its own; else the plan's.
     """
 
     name: str
     basis: Tensor
     layers: tuple[int, ...]
+    strengths: Mapping[str, float] | None = None
 
 
 def study_estimators(
@@ -37,12 +39,12 @@ def study_estimators(
     draws: int = 3,
     cosines: Mapping[str, Tensor] | None = None,
 ) -> Study:
-    """Every subspace removed at the same strengths, the first being what others are compared with.
+    """Every subspace removed at the plan's strengths, or at its own; others less the first.
 
     Args:
         evaluator: the base, measured.
         estimated: the subspaces.
-        scales: factors on the plan's strengths, at each of which every subspace is removed.
+        scales: factors on the strengths, at each of which every subspace is removed.
         draws: of random directions like the first, at its strengths and at its KL with the largest
             of the factors.
         cosines: by name, the cosines [L] of an estimate with the first one's directions.
@@ -52,7 +54,7 @@ def study_estimators(
     for scale in scales:
         reference: MeasuredEdit | None = None
         for entry in estimated:
-            edit = scaled_edit(context, entry.basis, scale)
+            edit = scaled_edit(context, entry.basis, scale, entry.strengths)
             name = entry.name if len(scales) == 1 else f"{entry.name}, strength x {scale:g}"
             named_edit = NamedEdit(
                 name, edit, entry.layers, scale=scale, of=entry.name, k=entry.basis.shape[-1]

@@ -47,6 +47,16 @@ def test_the_same_subspace_differs_in_nothing_and_another_does(context, tmp_path
     assert Study.model_validate_json(study.model_dump_json()) == study
 
 
+def test_a_subspace_with_strengths_of_its_own_is_removed_at_these(context, tmp_path):
+    weaker = {edit.writer.module: 0.25 * edit.strength for edit in context.plan.edits}
+    edits = [EstimatedEdit("a", basis(1), (2,)), EstimatedEdit("b", basis(1), (2,), weaker)]
+    with EditEvaluator(context, tmp_path / "logits.bin") as evaluator:
+        study = study_estimators(evaluator, edits, scales=(0.25, 1.0), draws=0)
+    rows = {row.name: row for row in study.rows}
+    quarter, whole = rows["a, strength x 0.25"], rows["a, strength x 1"]
+    assert rows["b, strength x 1"].divergence == quarter.divergence != whole.divergence
+
+
 def test_every_estimator_and_stack_is_measured_as_a_build_would(recipe, tmp_path):
     read = load_recipe(recipe, overrides=["selection.controls=1"])
     record = pipeline.build(read, tmp_path / "o", options=OPTIONS)

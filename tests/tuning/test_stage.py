@@ -38,6 +38,13 @@ def test_a_build_bakes_the_trial_it_selected(tmp_path, monkeypatch):
     baked = {edit["name"].removesuffix(".weight"): edit["strength"] for edit in edits}
     assert baked == tuning["strengths"][selected]
     assert len(set(baked.values())) > 1
+    settings = pipeline.StudySettings(scales=(1.0,))
+    study = pipeline.run_study(
+        "estimators", recipe_with(), tmp_path / "out", settings, options=FAST
+    )
+    rows = {row.name: row for row in study.rows}
+    kl = rows["tuned, layers"].divergence.kl.value
+    assert kl == pytest.approx(record.divergence.kl.value, rel=0.01)
     again = pipeline.build(recipe_with(), tmp_path / "again", options=FAST)
     assert again.tuning == record.tuning
     hashes = [e["sha256_after"] for e in edits]

@@ -21,7 +21,7 @@ from abliterator.pipeline._study._vectors import (
 from abliterator.pipeline.stages.capture import position_of
 from abliterator.pipeline.stages.prompts import PromptSets, prompt_sets, with_pairs
 from abliterator.pipeline.stages.selection import one_by_one, selected_layers
-from abliterator.pipeline.stages.tuning import tuned_subspace
+from abliterator.pipeline.stages.tuning import planned_edits, tuned_subspace
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -64,6 +64,10 @@ def estimators(run: Run, settings: StudySettings) -> Measured:
     estimates = _Estimates(of, _by_name(run, at), layers, min(selected.k, len(layers)))
     subspaces = _made(run, _subspaces(run, sets, estimates))
     edits = [EstimatedEdit(name, made.basis, made.layers) for name, made in subspaces]
+    if (tuned := tuned_subspace(run, layers)) is not None:
+        strengths = {e.writer.module: e.strength for e in planned_edits(run).edits}
+        name = f"tuned, {run.recipe.directions.stack}"
+        edits.append(EstimatedEdit(name, tuned.basis, tuned.layers, strengths))
     reference = estimates.by_name[REFERENCE]
     others = {name: d for name, d in estimates.by_name.items() if name != REFERENCE}
     draws = run.recipe.selection.controls
@@ -169,8 +173,6 @@ def _subspaces(
     if k > 1:
         vectors = estimates.by_name[REFERENCE].vectors[[layer - 1 for layer in layers[:k]]]
         makers[f"{REFERENCE} one by one"] = partial(one_by_one, run, vectors, layers[:k])
-    if (tuned := tuned_subspace(run, layers)) is not None:
-        makers[f"tuned, {run.recipe.directions.stack}"] = lambda: tuned
     return makers
 
 

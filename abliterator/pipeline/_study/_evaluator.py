@@ -92,6 +92,7 @@ def fitted_directions(
             position=template_position(run),
             padding=settings.padding,
             max_batch_tokens=settings.max_batch_tokens,
+            share_prefix=settings.share_prefix,
         )
         for name, prompts in (("target", target), ("contrast", contrast))
     ]
