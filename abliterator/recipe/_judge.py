@@ -31,7 +31,8 @@ class Rollouts(Section):
     batch_size: Positive | Literal["auto"] = "auto"
     """Prompts answered together; halved where they do not fit in a GPU's memory.
 
-    `auto`: on a GPU as many as its memory holds beside the weights, 512 at most; else 16.
+    `auto`: as many as memory holds beside the weights, on a GPU 512 at most, on a CPU 16 to 64;
+    on other devices 16.
     """
     samples: Annotated[int, Field(ge=0, le=100)] = 0
     """Answers drawn for each prompt beside the greedy one: how often users meet a refusal.

@@ -45,7 +45,14 @@ def test_more_memory_and_shorter_sequences_allow_more():
     assert rows(8 << 30) == 1  # the weights alone do not fit: loading says so
 
 
-@pytest.mark.parametrize("device", ["cpu", "mps", "xpu:0"])
+def test_a_processor_takes_sixty_four_where_they_fit_and_never_fewer_than_sixteen():
+    assert rows(1 << 40, device="cpu") == 64
+    assert rows(24 << 30, device="cpu") == 32
+    assert rows(24 << 30, device="cpu", tokens=4096) == costs.HOST_ROWS
+    assert rows(8 << 30, device="cpu") == costs.HOST_ROWS  # the weights alone do not fit
+
+
+@pytest.mark.parametrize("device", ["mps", "xpu:0"])
 def test_other_devices_take_sixteen_and_sizes_are_not_read(device):
     def unread():
         raise AssertionError
