@@ -39,8 +39,14 @@ from abliterator.engines import TransformersEngine
 from abliterator.errors import UnsupportedModel
 from abliterator.model import LoadedModel, block_paths, hooked
 from abliterator.recipe import Edit
-from abliterator.subspace import orthonormal_basis
-from tests.helpers.architectures import D_MODEL, SAVED_AS_LOADED, VARIANTS, VOCABULARY, image, save
+from tests.helpers.architectures import (
+    SAVED_AS_LOADED,
+    VARIANTS,
+    basis,
+    image,
+    save,
+    tokens,
+)
 from tests.helpers.leak import leak_meter, sublayers
 
 # What transformers calls a causal LM, or a model that answers in text to images and text.
@@ -60,14 +66,6 @@ def name(request):
 @pytest.fixture(scope="module")
 def folder(name, tmp_path_factory):
     return save(name, tmp_path_factory.mktemp(name))
-
-
-def basis():
-    return orthonormal_basis(torch.randn(3, D_MODEL, generator=torch.Generator().manual_seed(3)))
-
-
-def tokens():
-    return torch.randint(4, VOCABULARY, (3, 9), generator=torch.Generator().manual_seed(5))
 
 
 def vanilla(folder, dtype=torch.float32):

@@ -24,8 +24,7 @@ from abliterator.engines import AnswerPath, TransformersEngine, WriterEdit
 from abliterator.errors import RecipeError, UnsupportedModel
 from abliterator.model import LoadedModel
 from abliterator.recipe import Edit
-from abliterator.subspace import orthonormal_basis
-from tests.helpers.architectures import D_MODEL, VOCABULARY, save
+from tests.helpers.architectures import basis, save, tokens
 
 
 def doge(block, at):
@@ -81,14 +80,6 @@ def name(request):
 @pytest.fixture(scope="module")
 def folder(name, tmp_path_factory):
     return save(name, tmp_path_factory.mktemp(name))
-
-
-def basis():
-    return orthonormal_basis(torch.randn(3, D_MODEL, generator=torch.Generator().manual_seed(3)))
-
-
-def tokens():
-    return torch.randint(4, VOCABULARY, (3, 9), generator=torch.Generator().manual_seed(5))
 
 
 def read_config(folder):

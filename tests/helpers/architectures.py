@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from abliterator.subspace import orthonormal_basis
 from tests.helpers.architecture_sizes import (
     AROUND,
     D_MODEL,
@@ -20,7 +21,27 @@ from tests.helpers.architecture_sizes import (
 )
 from tests.helpers.tiny import randomise
 
-__all__ = ["D_MODEL", "SAVED_AS_LOADED", "VARIANTS", "VOCABULARY", "build", "image", "save"]
+__all__ = [
+    "D_MODEL",
+    "SAVED_AS_LOADED",
+    "VARIANTS",
+    "VOCABULARY",
+    "basis",
+    "build",
+    "image",
+    "save",
+    "tokens",
+]
+
+
+def basis() -> torch.Tensor:
+    """Q [D_MODEL, 3], the same at every call."""
+    return orthonormal_basis(torch.randn(3, D_MODEL, generator=torch.Generator().manual_seed(3)))
+
+
+def tokens() -> torch.Tensor:
+    """[3, 9] token ids, the same at every call."""
+    return torch.randint(4, VOCABULARY, (3, 9), generator=torch.Generator().manual_seed(5))
 
 
 def image(name: str, rows: int) -> dict[str, torch.Tensor]:
