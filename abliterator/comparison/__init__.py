@@ -12,8 +12,9 @@ This package does not depend on recipes.
 
 from abliterator.comparison._beside import differences_beside
 from abliterator.comparison._changes import relative_changes
-from abliterator.comparison._compare import CompareSettings, compare
+from abliterator.comparison._compare import compare
 from abliterator.comparison._markdown import difference_line, to_markdown
+from abliterator.comparison._settings import CompareSettings
 from abliterator.comparison._weights import diff_weights
 
 __all__ = [

@@ -81,7 +81,7 @@ def test_an_error_names_no_file_that_is_deleted(tmp_path, tasks, monkeypatch, na
         log.write_text(f"Traceback:\n  in {sides['edited'].folder}\n\nKeyError: 'lorem'\n")
         raise StoppedChild(str(sides["edited"].folder), log)
 
-    monkeypatch.setattr("abliterator.comparison._compare.measure_sides", stop)
+    monkeypatch.setattr("abliterator.comparison._benchmarks.measure_sides", stop)
     command = ["compare", str(base), str(edited), "--tasks"]
     done = CliRunner().invoke(main, [*command, str(ROOT / "recipes/demo/tasks/demo_facts.yaml")])
     assert done.exit_code == 1

@@ -288,7 +288,7 @@ def test_a_hub_task_out_of_reach_stops_before_a_model_is_loaded(tiny_folder, mon
     for place in (datasets.config, huggingface_hub.constants):
         monkeypatch.setattr(place, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr("abliterator.model.load_model", None)
-    monkeypatch.setattr("abliterator.comparison._compare.measure_sides", None)
+    monkeypatch.setattr("abliterator.comparison._benchmarks.measure_sides", None)
     folder = str(tiny_folder("llama"))
     result = CliRunner().invoke(main, ["compare", folder, folder, "--tasks", "arc_easy"])
     assert result.exit_code == 1
