@@ -46,11 +46,12 @@ T = TypeVar("T")
 
 
 class Candidate(NamedTuple):
-    """A sampled prompt, its form (``""`` when ordinary) and the base model's answer to it."""
+    """A sampled prompt, its form (``""`` when ordinary), the base's answer, whether it was cut."""
 
     prompt: str
     form: str
     answer: str
+    is_cut: bool
 
 
 # --- 1. sample -------------------------------------------------------------------------------
@@ -112,8 +113,8 @@ def normalised(prompt: str) -> str:
 
 def answers(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str]
-) -> list[str]:
-    """Return the model's greedy answers, computed in batches of similar length."""
+) -> list[tuple[str, bool]]:
+    """Return the model's greedy answers, and whether each was cut; in batches of similar length."""
     import torch
 
     chats = [
@@ -122,7 +123,7 @@ def answers(
         )
         for prompt in prompts
     ]
-    replies: dict[int, str] = {}
+    replies: dict[int, tuple[str, bool]] = {}
     order = sorted(range(len(chats)), key=lambda i: len(chats[i]))
     for first in range(0, len(order), BATCH):
         rows = order[first : first + BATCH]
@@ -136,9 +137,9 @@ def answers(
         with torch.inference_mode():
             ids = model.generate(**inputs, do_sample=False, max_new_tokens=ANSWER_TOKENS)
         new = ids[:, inputs["input_ids"].shape[1] :]
-        replies.update(
-            zip(rows, tokenizer.batch_decode(new, skip_special_tokens=True), strict=True)
-        )
+        texts = tokenizer.batch_decode(new, skip_special_tokens=True)
+        are_cut = (new != tokenizer.eos_token_id).all(dim=1).tolist()
+        replies.update(zip(rows, zip(texts, are_cut, strict=True), strict=True))
     return [replies[i] for i in range(len(chats))]
 
 
@@ -157,8 +158,8 @@ def make_candidates(folder: Path, seed: int) -> list[Candidate]:
     sampled = list(found.values())
     replies = answers(model, tokenizer, [prompt for prompt, _ in sampled])
     return [
-        Candidate(prompt, form, answer)
-        for (prompt, form), answer in zip(sampled, replies, strict=True)
+        Candidate(prompt, form, answer, is_cut)
+        for (prompt, form), (answer, is_cut) in zip(sampled, replies, strict=True)
     ]
 
 
@@ -172,7 +173,7 @@ def sort(candidates: Sequence[Candidate]) -> dict[str, dict[str, list[str]]]:
         "answered": defaultdict(list),
     }
     for c in candidates:
-        verdict = judge.judge(c.prompt, c.answer, finish_reason="length")
+        verdict = judge.judge(c.prompt, c.answer, finish_reason="length" if c.is_cut else "stop")
         if verdict.refused and verdict.compliance == 0:
             found["declined"][c.form].append(c.prompt)
         elif verdict.compliance == 1 and verdict.coherence == 1:
