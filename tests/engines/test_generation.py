@@ -9,6 +9,8 @@ import pytest
 import torch
 from transformers import GenerationConfig
 
+from abliterator.devices import Memory
+from abliterator.engines import _generate
 from abliterator.engines._generate import generate, stop_ids
 from abliterator.errors import GenerationError
 from tests.helpers.tiny import FAMILIES, VOCABULARY
@@ -50,14 +52,18 @@ def test_answers_are_greedy_whatever_the_batch(tiny_loaded, prompts, family, bat
     assert {a.finish_reason for a in answers} == {"stop", "length"}
 
 
-def test_without_a_number_sixteen_prompts_are_answered_together_on_a_processor(
-    tiny_loaded, prompts
+def test_without_a_number_as_many_prompts_are_answered_together_as_a_processor_has_memory_for(
+    tiny_loaded, prompts, monkeypatch
 ):
     sizes = []
     options = {"max_new_tokens": 3, "stop_ids": (), "on_batch": sizes.append}
-    answers = generate(tiny_loaded("llama"), [*prompts, *prompts], **options)
-    assert sizes == [16, 10]
+    answers = generate(tiny_loaded("llama"), prompts * 6, **options)
+    assert sizes == [64, 14]
     assert answers[:13] == generate(tiny_loaded("llama"), prompts, batch_size=4, **options)
+    sizes.clear()
+    monkeypatch.setattr(_generate, "device_memory", lambda device: Memory(1 << 20, 1 << 20))
+    assert generate(tiny_loaded("llama"), prompts * 2, **options) == answers[:26]
+    assert sizes == [16, 10]
 
 
 def test_a_stop_on_the_last_step_is_a_stop(tiny_loaded, prompts):
