@@ -16,6 +16,8 @@ from torch import Tensor
 from abliterator.engines._streamed._activations import Parked
 from abliterator.model import BATCH
 
+THREAD = "streamed pass"  # name of the threads
+
 
 class Call(NamedTuple):
     """A call of a part of the model, to be made when its weights are there.
@@ -81,7 +83,7 @@ class Batch:
         self._turns, self._seen = turns, list[weakref.ref[Tensor]]()
         self._events, self._replies = SimpleQueue[Any](), SimpleQueue[Any]()
         self._thread = threading.Thread(
-            target=copy_context().run, args=(self._work, run), daemon=True
+            target=copy_context().run, args=(self._work, run), name=THREAD, daemon=True
         )
 
     def advance(self, reply: Callable[[], Any] | None = None) -> None:
