@@ -16,6 +16,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from abliterator.bake import EditPlan
 from abliterator.engines import WriterEdit
 from abliterator.errors import UnsupportedModel
 from abliterator.evaluation import EditEvaluator, EvaluationContext, judge_answers
@@ -122,7 +123,7 @@ def matched_edit(evaluator: EditEvaluator, basis: Tensor, kl: float, *, name: st
     tried: list[tuple[float, float]] = []  # factor, log(KL / kl)
     scale, slope = 1.0, 2.0
     while len(tried) < MOST_SCALES and scale not in (earlier for earlier, _ in tried):
-        edit = scaled_edit(evaluator.context, basis, scale)
+        edit = scaled_edit(evaluator.context.plan, basis, scale)
         measured = evaluator.kl(f"{name}, strength x {scale:.3g}", edit)
         distance = math.log(max(measured, _LEAST_KL) / kl)
         tried.append((scale, distance))
@@ -135,7 +136,9 @@ def matched_edit(evaluator: EditEvaluator, basis: Tensor, kl: float, *, name: st
         scale = min(scale * math.exp(-distance / slope), FARTHEST_SCALE)
     scale, distance = min(tried, key=lambda attempt: abs(attempt[1]))
     note = f"{'matched' if _is_within(distance) else 'nearest'} KL, strength x {scale:.3g}"
-    return NamedEdit(f"{name}, {note}", scaled_edit(evaluator.context, basis, scale), scale=scale)
+    return NamedEdit(
+        f"{name}, {note}", scaled_edit(evaluator.context.plan, basis, scale), scale=scale
+    )
 
 
 def _is_within(distance: float) -> bool:
@@ -143,17 +146,10 @@ def _is_within(distance: float) -> bool:
     return abs(math.expm1(distance)) <= TOLERANCE
 
 
-def scaled_edit(
-    context: EvaluationContext,
-    basis: Tensor,
-    scale: float,
-    strengths: Mapping[str, float] | None = None,
-) -> WriterEdit:
-    """The edit that removes Q at the plan's strengths, or others by module, times a factor."""
-    if strengths is None:
-        strengths = {edit.writer.module: edit.strength for edit in context.plan.edits}
-    scaled = {module: scale * strength for module, strength in strengths.items()}
-    return WriterEdit(context.plan.with_strengths(scaled), basis)
+def scaled_edit(plan: EditPlan, basis: Tensor, scale: float) -> WriterEdit:
+    """The edit that removes Q at a plan's strengths times a factor."""
+    strengths = {edit.writer.module: scale * edit.strength for edit in plan.edits}
+    return WriterEdit(plan.with_strengths(strengths), basis)
 
 
 def null_distribution(

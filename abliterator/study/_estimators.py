@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from abliterator.bake import EditPlan
 from abliterator.evaluation import EditEvaluator, MeasuredEdit
 from abliterator.judge import summarise
 from abliterator.record import DirectionCosines, EditDifference, Estimate, Study, StudyRow
@@ -22,13 +23,13 @@ class EstimatedEdit(NamedTuple):
         name: of the estimator and the stack.
         basis: Q [H, k], or [L, H, k] with one a block.
         layers: residual layers whose directions it has.
-        strengths: by module path, of an edit that has its own; else the plan's.
+        plan: of an edit that has strengths of its own; else the evaluator's.
     """
 
     name: str
     basis: Tensor
     layers: tuple[int, ...]
-    strengths: Mapping[str, float] | None = None
+    plan: EditPlan | None = None
 
 
 def study_estimators(
@@ -39,7 +40,7 @@ def study_estimators(
     draws: int = 3,
     cosines: Mapping[str, Tensor] | None = None,
 ) -> Study:
-    """Every subspace removed at the plan's strengths, or at its own; others less the first.
+    """Every subspace removed at the plan's strengths or its own, and each less the first.
 
     Args:
         evaluator: the base, measured.
@@ -54,7 +55,7 @@ def study_estimators(
     for scale in scales:
         reference: MeasuredEdit | None = None
         for entry in estimated:
-            edit = scaled_edit(context, entry.basis, scale, entry.strengths)
+            edit = scaled_edit(entry.plan or context.plan, entry.basis, scale)
             name = entry.name if len(scales) == 1 else f"{entry.name}, strength x {scale:g}"
             named_edit = NamedEdit(
                 name, edit, entry.layers, scale=scale, of=entry.name, k=entry.basis.shape[-1]
@@ -87,7 +88,7 @@ def _random_rows(
     random: list[StudyRow] = []
     for draw in range(draws):
         basis, name = random_like(like, draw), f"random directions {draw + 1}"
-        edits = [NamedEdit(name, scaled_edit(evaluator.context, basis, scale), scale=scale)]
+        edits = [NamedEdit(name, scaled_edit(evaluator.context.plan, basis, scale), scale=scale)]
         if kl and kl.value > 0:
             edits.append(matched_edit(evaluator, basis, kl.value, name=name))
         random += measured_rows(evaluator, edits)[1:]

@@ -29,7 +29,7 @@ def to_markdown(study: Study) -> str:
         parts += ["Paired less generic, on the same prompts:", _differences(study.differences)]
     if study.edit_differences:
         parts += [
-            f"Less {study.compared_with} at the same strength, paired by prompt:",
+            f"Less {study.compared_with} at the same factor of the strengths, paired by prompt:",
             _edit_differences(study.edit_differences),
         ]
     if study.cosines:

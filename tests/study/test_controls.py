@@ -58,7 +58,7 @@ def test_a_matched_control_moves_neutral_answers_as_far_as_the_edit(context, tmp
     """At another factor on the strengths, whichever side of 1 it lies on."""
     with EditEvaluator(context, tmp_path / "logits.bin") as evaluator:
         study = study_controls(evaluator, BASIS, [], draws=2, matched=1)
-        weak = evaluator.kl("weak", scaled_edit(context, random_like(BASIS, 0), 0.3))
+        weak = evaluator.kl("weak", scaled_edit(context.plan, random_like(BASIS, 0), 0.3))
     edit, plain, matched = study.rows[1], study.rows[2], study.rows[-1]
     assert matched.name == f"random directions 1, matched KL, strength x {matched.scale:.3g}"
     kl = edit.divergence.kl.value

@@ -42,19 +42,22 @@ def test_the_same_subspace_differs_in_nothing_and_another_does(context, tmp_path
     difference = kl["c, strength x 1"] - kl["a, strength x 1"]
     assert differences["c, strength x 1"].kl.value == pytest.approx(difference)
     text = to_markdown(study)
-    assert "Less a at the same strength, paired by prompt:" in text
+    assert "Less a at the same factor of the strengths, paired by prompt:" in text
     assert f"| {N_LAYERS} | 1.000 |" in text
     assert Study.model_validate_json(study.model_dump_json()) == study
 
 
 def test_a_subspace_with_strengths_of_its_own_is_removed_at_these(context, tmp_path):
     weaker = {edit.writer.module: 0.25 * edit.strength for edit in context.plan.edits}
-    edits = [EstimatedEdit("a", basis(1), (2,)), EstimatedEdit("b", basis(1), (2,), weaker)]
+    alone = {**dict.fromkeys(weaker, 0.0), next(iter(weaker)): 1.0}  # a tuning may leave some out
+    edits = [EstimatedEdit("a", basis(1), (2,))]
+    for name, strengths in (("b", weaker), ("c", alone)):
+        edits.append(EstimatedEdit(name, basis(1), (2,), context.plan.with_strengths(strengths)))
     with EditEvaluator(context, tmp_path / "logits.bin") as evaluator:
         study = study_estimators(evaluator, edits, scales=(0.25, 1.0), draws=0)
-    rows = {row.name: row for row in study.rows}
-    quarter, whole = rows["a, strength x 0.25"], rows["a, strength x 1"]
-    assert rows["b, strength x 1"].divergence == quarter.divergence != whole.divergence
+    kl = {row.name: row.divergence.kl.value for row in study.rows if row.divergence}
+    assert kl["b, strength x 1"] == kl["a, strength x 0.25"] != kl["a, strength x 1"]
+    assert 0 < kl["c, strength x 1"] != kl["a, strength x 1"]
 
 
 def test_every_estimator_and_stack_is_measured_as_a_build_would(recipe, tmp_path):

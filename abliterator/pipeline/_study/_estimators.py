@@ -65,9 +65,8 @@ def estimators(run: Run, settings: StudySettings) -> Measured:
     subspaces = _made(run, _subspaces(run, sets, estimates))
     edits = [EstimatedEdit(name, made.basis, made.layers) for name, made in subspaces]
     if (tuned := tuned_subspace(run, layers)) is not None:
-        strengths = {e.writer.module: e.strength for e in planned_edits(run).edits}
         name = f"tuned, {run.recipe.directions.stack}"
-        edits.append(EstimatedEdit(name, tuned.basis, tuned.layers, strengths))
+        edits.append(EstimatedEdit(name, tuned.basis, tuned.layers, planned_edits(run)))
     reference = estimates.by_name[REFERENCE]
     others = {name: d for name, d in estimates.by_name.items() if name != REFERENCE}
     draws = run.recipe.selection.controls
