@@ -148,7 +148,8 @@ def trials(text: str, tokenizer: PreTrainedTokenizerBase) -> list[Trial]:
             )
             for prompt, answer in said
         ]
-        scored = [(v.compliance, v.coherence) for v in verdicts if v.compliance is not None]
+        pairs = ((v.compliance, v.coherence) for v in verdicts)
+        scored = [(c, sound) for c, sound in pairs if c is not None and sound is not None]
         found.append(
             Trial(
                 float(match["kl"]),
@@ -156,7 +157,7 @@ def trials(text: str, tokenizer: PreTrainedTokenizerBase) -> list[Trial]:
                 len(said),
                 len(scored),
                 mean(compliance for compliance, _ in scored),
-                mean(coherence or 0.0 for _, coherence in scored),
+                mean(coherence for _, coherence in scored),
             )
         )
     return found

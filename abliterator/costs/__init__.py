@@ -12,14 +12,14 @@ from abliterator.costs._cache import known_machine, remember
 from abliterator.costs._calibrate import calibrate
 from abliterator.costs._machine import ACCELERATORS, Assumed, Machine, assumed
 from abliterator.costs._passes import Work, spread
-from abliterator.costs._rows import HOST_ROWS, rows_that_fit
+from abliterator.costs._rows import DEFAULT_ROWS, rows_that_fit
 from abliterator.costs._shape import Matrix, ModelShape, dtype_bytes, shape_of
 from abliterator.costs._stages import Costs
 from abliterator.costs._types import Answerer, Answers, Batch, Benchmark, Setup, StageCost
 
 __all__ = [
     "ACCELERATORS",
-    "HOST_ROWS",
+    "DEFAULT_ROWS",
     "Answerer",
     "Answers",
     "Assumed",

@@ -9,10 +9,11 @@ from abliterator.costs._shape import ModelShape
 # Bytes of activations that a block holds, a number of the residual stream; and of logits.
 _BLOCK_BYTES, _LOGIT_BYTES = 32, 12
 _USED = 0.85  # share of the memory; the rest is for what kernels, drivers and others allocate
-# Rows from which on decoding no longer waits for the weights; on processors 64 take a quarter less
-# time than 16, and 128 no less than 64 (SmolLM2, 128 tokens, one core).
-_MOST_ON_GPU, _MOST_ON_CPU = 512, 64
-HOST_ROWS = 16  # at least, where one row more costs little memory, and on other accelerators
+# Least and most rows. On a GPU decoding no longer waits for the weights at 512; on a processor 64
+# take a quarter less time than 16, and 128 no less than 64 (SmolLM2, 32 and 128 tokens, one core).
+_BOUNDS = {"cuda": (1, 512), "cpu": (16, 64)}
+DEFAULT_ROWS = 16
+"""Rows where the device's memory, or what a row needs of it, is not known."""
 
 
 def cache_bytes(shape: ModelShape, rows: int, tokens: float, number_bytes: float) -> float:
@@ -46,7 +47,8 @@ def rows_that_fit(
     """Sequences of so many tokens that a model answers together on a device: a power of two.
 
     By the whole memory, not by what is free at the moment, which would give one machine other
-    batches, and in bfloat16 other answers, from run to run; a batch that does not fit is halved.
+    batches, and in bfloat16 other answers, from run to run; a batch that does not fit on a GPU is
+    halved.
 
     Args:
         shape: gives that of the model, where memory decides.
@@ -55,11 +57,12 @@ def rows_that_fit(
         memory: bytes of it, or of all devices that the weights are spread over.
         number_bytes: of a number in the dtype of computation.
     """
-    if not device.startswith(("cuda", "cpu")):
-        return HOST_ROWS
+    bounds = _BOUNDS.get(device.partition(":")[0])
+    if bounds is None:
+        return DEFAULT_ROWS
     model = shape()
     left = _USED * memory - model.parameters * number_bytes
     each = working_bytes(model, 1, tokens, logits=1, number_bytes=number_bytes)
-    least, most = (1, _MOST_ON_GPU) if device.startswith("cuda") else (HOST_ROWS, _MOST_ON_CPU)
+    least, most = bounds
     rows = max(least, min(most, int(left / each)))
     return 1 << rows.bit_length() - 1

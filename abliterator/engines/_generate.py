@@ -17,7 +17,7 @@ import torch
 
 from abliterator.anatomy import anatomy_of
 from abliterator.checkpoint import Checkpoint
-from abliterator.costs import HOST_ROWS, ModelShape, rows_that_fit, shape_of
+from abliterator.costs import DEFAULT_ROWS, ModelShape, rows_that_fit, shape_of
 from abliterator.devices import CPU, device_memory
 from abliterator.engines._protocol import Answer
 from abliterator.engines._sampling import Sampling
@@ -258,7 +258,7 @@ def _rows_that_fit(loaded: LoadedModel, tokens: int) -> int:
             number_bytes=loaded.model.dtype.itemsize,
         )
     except UnsupportedModel:  # a model that is compared, not edited: its cache may be of any size
-        return HOST_ROWS
+        return DEFAULT_ROWS
 
 
 def _shape(folder: Path) -> ModelShape:

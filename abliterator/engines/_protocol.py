@@ -98,7 +98,8 @@ class Engine(Protocol):
             padding: "none" batches prompts of equal length; "left" pads in batches of mixed length.
             max_batch_tokens: tokens in a batch, padding included.
             share_prefix: run the tokens with which all prompts begin once, not once a prompt, where
-                the model's cache can be continued. It changes the last bits.
+                the model's cache can be continued. They do not count in `max_batch_tokens`; the
+                last bits change.
             skipped: indices of prompts that are not run; the others run in the same batches.
 
         Raises:

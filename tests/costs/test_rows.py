@@ -48,8 +48,8 @@ def test_more_memory_and_shorter_sequences_allow_more():
 def test_a_processor_takes_sixty_four_where_they_fit_and_never_fewer_than_sixteen():
     assert rows(1 << 40, device="cpu") == 64
     assert rows(24 << 30, device="cpu") == 32
-    assert rows(24 << 30, device="cpu", tokens=4096) == costs.HOST_ROWS
-    assert rows(8 << 30, device="cpu") == costs.HOST_ROWS  # the weights alone do not fit
+    assert rows(24 << 30, device="cpu", tokens=4096) == costs.DEFAULT_ROWS
+    assert rows(8 << 30, device="cpu") == costs.DEFAULT_ROWS  # the weights alone do not fit
 
 
 @pytest.mark.parametrize("device", ["mps", "xpu:0"])
@@ -58,4 +58,4 @@ def test_other_devices_take_sixteen_and_sizes_are_not_read(device):
         raise AssertionError
 
     found = costs.rows_that_fit(unread, tokens=600, device=device, memory=1 << 40, number_bytes=2)
-    assert found == costs.HOST_ROWS == 16
+    assert found == costs.DEFAULT_ROWS == 16

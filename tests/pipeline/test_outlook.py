@@ -274,6 +274,18 @@ def test_calibrate_measures_and_later_plans_know(monkeypatch):
     assert calls == [("cpu", "float32", True)]
 
 
+def test_a_shared_prefix_is_read_once_a_set(tmp_path):
+    recipe = ["prompts.target.limit=20", "prompts.contrast.limit=30", "chat.system=Be brief."]
+    whole, shared = (
+        seconds(load_recipe(DEMO, overrides=[*recipe, f"capture.share_prefix={share}"]), tmp_path)
+        for share in ("false", "true")
+    )
+    # seconds need not be fewer: a tiny model waits for its passes, and there is one more a set
+    fewer = whole["capture"].read_tokens - shared["capture"].read_tokens
+    assert fewer > 0
+    assert fewer % (20 - 1 + 30 - 1) == 0
+
+
 def test_selection_and_tuning_are_part_of_the_estimate(tmp_path):
     recipe = load_recipe(DEMO, overrides=["layers=sweep", "k=auto", "directions.estimator=tuned"])
     stages = {s.stage: s for s in pipeline.estimate_on(recipe, tmp_path, RATES).stages}
